@@ -1,0 +1,127 @@
+"""Serve tests/ and examples/ alike: one PostgreSQL for the whole run, a database pair per worker.
+
+It stands here because pytest shows a conftest's fixtures only to the folders below it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import make_url
+
+from tests.postgres_choice import CHOICES, RunningPostgres, start_postgres
+from tests.postgres_server import PostgresServerError
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
+
+# --- the run's server: started by the controller, handed to xdist's workers ---
+
+SERVER = pytest.StashKey[RunningPostgres]()
+CLOSING = pytest.StashKey[ExitStack]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres", choices=CHOICES, help="take this PostgreSQL or fail (default: what there is)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    handed_over: dict[str, str] | None = getattr(config, "workerinput", {}).get("postgres")
+    if handed_over:
+        config.stash[SERVER] = RunningPostgres(**handed_over)
+    elif not (config.option.collectonly or config.option.help):
+        config.stash[CLOSING] = ExitStack()
+        try:
+            config.stash[SERVER] = start_postgres(config.option.postgres, config.stash[CLOSING])
+        except PostgresServerError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: "WorkerController") -> None:
+    node.workerinput["postgres"] = asdict(node.config.stash[SERVER])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if CLOSING in config.stash:
+        config.stash[CLOSING].close()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"PostgreSQL: {config.stash[SERVER].description}" if SERVER in config.stash else None
+
+
+# --- this worker's databases ---
+
+
+@dataclass(frozen=True)
+class PostgresDatabase:
+    """Give the address of one database, without a driver or for one."""
+
+    dsn: str
+
+    def url(self, driver: str) -> str:
+        """Return SQLAlchemy's URL with that driver: ``psycopg``, ``asyncpg``, ``psycopg2``."""
+        url = make_url(self.dsn).set(drivername=f"postgresql+{driver}")
+        return url.render_as_string(hide_password=False)
+
+
+@dataclass(frozen=True)
+class WorkerPostgres(PostgresDatabase):
+    """Hold the worker's own database and a second one, for tests with two."""
+
+    second: PostgresDatabase
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Iterator[WorkerPostgres]:
+    """Create this worker's databases afresh, and drop them at the end."""
+    worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
+    server = pytestconfig.stash[SERVER].url
+    first, second = f"sqlnative_{worker}", f"sqlnative_{worker}_second"
+    with fresh_database(server, first) as dsn, fresh_database(server, second) as second_dsn:
+        yield WorkerPostgres(dsn, PostgresDatabase(second_dsn))
+
+
+@contextmanager
+def fresh_database(server: str, name: str) -> Iterator[str]:
+    """Create an empty database, over one that an interrupted run may have left behind."""
+    drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+    create = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(drop)
+        connection.execute(create)
+        yield make_url(server).set(database=name).render_as_string(hide_password=False)
+        connection.execute(drop)
+
+
+# --- what the server saw ---
+
+
+@pytest.fixture
+def server_log(pytestconfig: pytest.Config) -> Callable[[], str] | None:
+    """Return a callable giving what the server has logged since this test began.
+
+    There is none with TEST_DATABASE_URL; then ask ``pg_settings`` and ``pg_stat_activity``.
+    All workers share the log: tell your lines by an ``application_name`` of your own.
+    """
+    server = pytestconfig.stash[SERVER]
+    if not server.log:
+        return None
+    mark = len(server.read_log())
+    return lambda: server.read_log()[mark:]
+
+
+# --- async tests ---
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Run tests marked ``anyio`` on asyncio, the only loop SQLAlchemy's asyncio knows."""
+    return "asyncio"

@@ -1,0 +1,208 @@
+"""What the start-up looks for in the routes: names, scopes and annotations."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from fastapi import routing
+from fastapi.dependencies.models import Dependant
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Host, Mount, Router
+
+from ._registry import Installation, Registry, not_installed
+from .databases import AsyncDatabase, Database
+from .dependencies import DatabaseDependency, ReaderDependency
+from .exceptions import DatabaseDependencyError
+
+
+def mounted_applications(app: Starlette) -> list[Starlette]:
+    """List the applications mounted directly in this one, behind whatever middleware."""
+    behind = map(_mounted, _routes(app.routes))
+    return list(dict.fromkeys(each for each in behind if isinstance(each, Starlette)))
+
+
+def check_routes(app: Starlette, registry: Registry, router: object) -> bool:
+    """Refuse routes that depend on a database in a way that cannot work.
+
+    An overridden dependency is the application's business, and is not looked into.
+
+    Returns:
+        whether some route reads through `reader`, beside the request's session.
+
+    Raises:
+        DatabaseNotInstalledError: a name that is not installed.
+        DatabaseDependencyError: a scope or an annotation that cannot work.
+    """
+    check = _Check(registry, router, getattr(app, "dependency_overrides", {}))
+    for route in _routes(app.routes):
+        dependant = getattr(route, "dependant", None)
+        if dependant is not None:
+            check.route = route.path
+            check.visit(dependant)
+    return check.readers
+
+
+class _Check:
+    """Walk the dependencies of one application's routes."""
+
+    def __init__(
+        self, registry: Registry, router: object, overrides: dict[Callable[..., Any], Any]
+    ) -> None:
+        self._registry = registry
+        self._router = router
+        self._overrides = overrides
+        self.route = ""
+        self.readers = False
+
+    def visit(self, dependant: Dependant, outlives: Dependant | None = None) -> None:
+        """Look at what a callable depends on; `outlives` is a request-scoped generator above."""
+        for child in dependant.dependencies:
+            if child.call is not None and child.call in self._overrides:
+                continue
+            if isinstance(child.call, DatabaseDependency):
+                self._visit_ours(dependant, child, child.call, outlives)
+            else:
+                self.visit(child, child if _is_request_scoped_generator(child) else outlives)
+
+    def _visit_ours(
+        self,
+        parent: Dependant,
+        child: Dependant,
+        call: DatabaseDependency,
+        outlives: Dependant | None,
+    ) -> None:
+        installation = self._registry.find(call.name, self._router)
+        if installation is None:
+            error = not_installed(call.name, self._registry.names(self._router))
+            error.add_note(f"Found in route {self.route!r}.")
+            raise error
+        if not call.gives_handle:
+            self._check_scope(child, call, outlives)
+        self._check_annotation(parent, child, call, installation)
+        self.readers |= isinstance(call, ReaderDependency)
+
+    def _check_scope(
+        self, child: Dependant, call: DatabaseDependency, outlives: Dependant | None
+    ) -> None:
+        if child.scope == "request":
+            raise DatabaseDependencyError(
+                f"Route {self.route!r}: the session of database {call.name!r} is finished before "
+                'the response starts, so scope="request" cannot hold. Leave scope out; work that '
+                f"outlives the response depends on get_database_handle({call.name!r})."
+            )
+        if outlives is not None:
+            raise DatabaseDependencyError(
+                f"Route {self.route!r}: the generator {_name_of(outlives.call)} depends on the "
+                f"session of database {call.name!r}, but runs on after the response has left, when "
+                "the session is finished. Declare it with Depends("
+                f'{_name_of(outlives.call)}, scope="function").'
+            )
+
+    def _check_annotation(
+        self,
+        parent: Dependant,
+        child: Dependant,
+        call: DatabaseDependency,
+        installation: Installation,
+    ) -> None:
+        database = installation.database
+        annotation = _annotation(parent.call, child.name)
+        if database is None or annotation is None:
+            return
+        given = type(database) if call.gives_handle else database.session_type
+        kinds = (Database, AsyncDatabase) if call.gives_handle else (Session, AsyncSession)
+        named = [each for each in _classes(annotation) if issubclass(each, kinds)]
+        if named and not any(_may_be(each, given, kinds) for each in named):
+            raise DatabaseDependencyError(
+                f"Route {self.route!r}: parameter {child.name!r} of {_name_of(parent.call)} is "
+                f"annotated with {named[0].__name__}, but database {call.name!r} is installed with "
+                f"an {database.engine_type.__name__} and gives {_article(given)}. Mend the "
+                "annotation, or install the other kind of engine."
+            )
+
+
+def _may_be(named: type, given: type, kinds: tuple[type, ...]) -> bool:
+    return next(kind for kind in kinds if issubclass(named, kind)) is given
+
+
+def _article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+
+
+def _name_of(call: object) -> str:
+    return getattr(call, "__qualname__", None) or type(call).__qualname__
+
+
+def _is_request_scoped_generator(dependant: Dependant) -> bool:
+    if dependant.scope == "function" or dependant.call is None:
+        return False
+    call: Any = dependant.call
+    while isinstance(call, functools.partial):
+        call = call.func
+    candidates = (inspect.unwrap(call), getattr(type(call), "__call__", None))
+    return any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in candidates
+    )
+
+
+# -- annotations -----------------------------------------------------------------------------
+
+
+def _annotation(call: Callable[..., Any] | None, parameter: str | None) -> object:
+    if call is None or parameter is None:
+        return None
+    try:
+        parameters = inspect.signature(call, eval_str=True).parameters
+    except NameError:
+        return None  # a name that only the type checker knows: nothing visible contradicts
+    found = parameters.get(parameter)
+    return None if found is None else found.annotation
+
+
+def _classes(annotation: object) -> list[type]:
+    """List the classes that an annotation names, through aliases, `Annotated` and unions."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return [annotation]
+    # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
+    value = getattr(annotation, "__value__", None)
+    if value is not None:
+        return _classes(value)
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _classes(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [each for part in get_args(annotation) for each in _classes(part)]
+    return _classes(origin) if origin is not None else []
+
+
+# -- routes ----------------------------------------------------------------------------------
+
+
+def _routes(routes: Sequence[BaseRoute]) -> Iterator[Any]:
+    """Yield every route, with what include_router made of it, and those of mounted routers."""
+    for route in _contexts(routes):
+        yield route
+        behind = _mounted(route)
+        if isinstance(behind, Router):
+            yield from _routes(behind.routes)
+
+
+def _contexts(routes: Sequence[BaseRoute]) -> Iterable[Any]:
+    # Older versions of FastAPI flatten an included router where newer ones keep it.
+    walk = getattr(routing, "iter_route_contexts", None)
+    return routes if walk is None else walk(routes)
+
+
+def _mounted(route: Any) -> Starlette | Router | None:
+    if not isinstance(getattr(route, "original_route", route), Mount | Host):
+        return None
+    app = route.app
+    while app is not None and not isinstance(app, Starlette | Router):
+        app = getattr(app, "app", None)  # the way middleware keeps what it wraps
+    return app

@@ -1,0 +1,452 @@
+"""SQLAlchemy event listeners that keep a session honest (rules 5, 6, 7, 10 and 13).
+
+A session of ours asks `GuardedSession.get_bind` before every statement, and runs on an option
+engine: the application's own engine, sharing its pool, with our listeners on it. What the
+application does with its engine elsewhere is not listened to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import Compiled, Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.orm import Session, SessionTransaction
+
+from .exceptions import (
+    BlockingSessionError,
+    CommitOutcomeUnknownError,
+    DatabaseNotStartedError,
+    ReadOnlySessionError,
+    SessionFinishedError,
+    TransactionAbortedError,
+)
+
+IsolationLevel: TypeAlias = Literal[
+    "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"
+]
+# The execution option under which a connection knows the transaction that runs on it.
+_TRANSACTION: Final = "fastapi_sqlnative_transaction"
+# transaction_resolution_unknown and statement_completion_unknown.
+_OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionOptions:
+    """Hold what a transaction asks of the server, for any database."""
+
+    isolation_level: str | None = None
+    read_only: bool = False
+
+    @classmethod
+    def checked(cls, isolation_level: IsolationLevel | None, read_only: bool) -> TransactionOptions:
+        """Build options from what a user wrote.
+
+        Raises:
+            ValueError: the isolation level is not one of the standard's four.
+        """
+        if isolation_level is None:
+            return cls(None, read_only)
+        if isolation_level not in get_args(IsolationLevel):
+            raise ValueError(
+                f"{isolation_level!r} is no isolation level of a transaction: write one of "
+                f"{', '.join(get_args(IsolationLevel))}. For reads in AUTOCOMMIT depend on "
+                "reader(name)."
+            )
+        return cls(isolation_level, read_only)
+
+    def __str__(self) -> str:
+        return f"isolation_level={self.isolation_level!r}, read_only={self.read_only!r}"
+
+    def supported_by(self, dialect: Dialect) -> bool:
+        """Tell whether the database has what is asked for."""
+        return not self.read_only or dialect.name in _READ_ONLY
+
+    def execution_options(self, dialect: Dialect) -> dict[str, Any]:
+        """Translate to what the engine sets on a connection and resets when it goes back."""
+        options: dict[str, Any] = {}
+        if self.isolation_level is not None:
+            options["isolation_level"] = self.isolation_level
+        if self.read_only and dialect.name == "postgresql":
+            options["postgresql_readonly"] = True
+        return options
+
+
+NO_OPTIONS: Final = TransactionOptions()
+AUTOCOMMIT: Final = TransactionOptions(isolation_level="AUTOCOMMIT")
+
+
+class EngineGuard:
+    """Give the sessions of one database the engine they run on.
+
+    Lives as long as the database's handle. `stopped` makes every session of the database refuse
+    its next statement: a disposed SQLAlchemy engine would silently connect anew.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stopped = False
+        self.sessions: set[SessionGuard] = set()
+        self._lock = threading.Lock()
+        self._engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
+
+    def engine(self, engine: Engine, options: TransactionOptions) -> Engine:
+        """Return the option engine for these options, one per engine and options."""
+        found = self._engines.get((engine, options))
+        if found is not None:
+            return found
+        # Sync sessions ask from several threads; a session must see one engine, or it would
+        # open a second connection.
+        with self._lock:
+            return self._engines.setdefault((engine, options), _listening_engine(engine, options))
+
+
+class SessionGuard:
+    """Remember what one session has done since its last commit or rollback.
+
+    Args:
+        engines: the guard of the session's database.
+        options: what its transactions ask of the server.
+        loop_thread: the thread on which the session must not block, `None` for anywhere.
+    """
+
+    __slots__ = ("engines", "finished", "loop_thread", "options", "transactions")
+
+    def __init__(
+        self, engines: EngineGuard, options: TransactionOptions, loop_thread: int | None
+    ) -> None:
+        self.engines = engines
+        self.options = options
+        self.loop_thread = loop_thread
+        self.finished = False
+        self.transactions: dict[Connection, _Transaction] = {}
+        engines.sessions.add(self)
+
+    def finish(self) -> None:
+        """Refuse whatever comes now: the session's request or block has ended."""
+        self.finished = True
+        self.engines.sessions.discard(self)
+
+    @property
+    def has_written(self) -> bool:
+        """Tell whether a recognisable insert, update or delete waits for a commit."""
+        return any(transaction.written for transaction in self.transactions.values())
+
+    @property
+    def may_have_written(self) -> bool:
+        """Tell whether a commit may store something: textual SQL cannot be told apart."""
+        return not self.options.read_only and any(
+            transaction.written or transaction.opaque for transaction in self.transactions.values()
+        )
+
+    def check_usable(self) -> None:
+        """Refuse a session whose time is over, or that would block the event loop."""
+        if self.finished:
+            raise SessionFinishedError(
+                f"This session of database {self.engines.name!r} is finished: the request (or "
+                "block) that it belongs to has ended, its connection went back to the pool. In a "
+                "stream, a background task or any work that outlives the request, depend on "
+                f"get_database_handle({self.engines.name!r}) and open a session there."
+            )
+        if self.engines.stopped:
+            raise DatabaseNotStartedError(
+                f"Database {self.engines.name!r} is stopped: the application's lifespan has "
+                "ended. Finish work with the database before the application shuts down."
+            )
+        self.check_thread()
+
+    def check_thread(self) -> None:
+        """Refuse to wait for the database on the event loop's own thread."""
+        if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
+            raise BlockingSessionError(
+                f"The synchronous session of database {self.engines.name!r} was used on the event "
+                "loop's thread, where it would block every other request. Declare the endpoint or "
+                "dependency with `def` instead of `async def`, call the code with "
+                "`await run_in_threadpool(...)`, or install an AsyncEngine."
+            )
+
+
+class _Transaction:
+    """Remember what happened on one connection since its transaction began."""
+
+    __slots__ = ("aborted", "committing", "opaque", "savepoints", "session", "written")
+
+    def __init__(self, session: SessionGuard) -> None:
+        self.session = session
+        self.written = False
+        self.opaque = False
+        self.committing = False
+        self.aborted: Exception | None = None
+        self.savepoints: dict[str, bool] = {}
+
+
+class GuardedSession(Session):
+    """Be a `Session` that asks its guard before it works.
+
+    Mixed in front of the application's own session class, so its `get_bind` still routes.
+    """
+
+    def __init__(self, *args: Any, guard: SessionGuard, **options: Any) -> None:
+        self._guard = guard
+        super().__init__(*args, **options)
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
+        """Choose the engine: SQLAlchemy asks before every statement, flush and connection."""
+        self._guard.check_usable()
+        bind = super().get_bind(*args, **arguments)
+        if isinstance(bind, Engine):
+            return self._guard.engines.engine(bind, self._guard.options)
+        return bind
+
+    def add(self, instance: object, **options: Any) -> None:
+        """Refuse a finished session by name: SQLAlchemy's own message knows no remedy."""
+        if self._guard.finished:
+            self._guard.check_usable()
+        super().add(instance, **options)
+
+    def rollback(self) -> None:
+        """Refuse to wait for a ROLLBACK on the event loop's thread."""
+        if self._guard.transactions:
+            self._guard.check_thread()
+        super().rollback()
+
+    def close(self) -> None:
+        """Refuse to wait for a ROLLBACK on the event loop's thread."""
+        if self._guard.transactions:
+            self._guard.check_thread()
+        super().close()
+
+
+def guard_of(session: Session) -> SessionGuard:
+    """Return the guard of a session that `guarded_class` made."""
+    return cast("GuardedSession", session)._guard
+
+
+def guarded_class(base: type[Session]) -> type[Session]:
+    """Put the guard in front of an application's session class, under the same name."""
+    return type(base.__name__, (GuardedSession, base), {"__module__": base.__module__})
+
+
+def has_pending_changes(session: Session) -> bool:
+    """Tell whether objects of the session wait for a flush."""
+    return bool(
+        session.new or session.deleted or any(session.is_modified(row) for row in session.dirty)
+    )
+
+
+# -- what the session tells ------------------------------------------------------------------
+
+
+@event.listens_for(GuardedSession, "after_begin")
+def _remember_connection(
+    session: GuardedSession, _transaction: SessionTransaction, connection: Connection
+) -> None:
+    guard = session._guard
+    if connection in guard.transactions:
+        return  # a savepoint on a connection that is known
+    if guard.options.read_only:
+        _set_read_only(connection)
+    transaction = guard.transactions[connection] = _Transaction(guard)
+    connection.execution_options(**{_TRANSACTION: transaction})
+
+
+@event.listens_for(GuardedSession, "before_flush")
+def _refuse_flush(session: GuardedSession, *_: object) -> None:
+    if session._guard.options == AUTOCOMMIT:
+        raise _read_only_session(session._guard)
+
+
+@event.listens_for(GuardedSession, "before_commit")
+def _before_commit(session: GuardedSession) -> None:
+    if session._guard.transactions:
+        session._guard.check_thread()
+    # RELEASE SAVEPOINT of an aborted transaction fails by itself, COMMIT does not.
+    if not session.in_nested_transaction():
+        check_committable(session)
+
+
+def check_committable(session: Session) -> None:
+    """Refuse to commit what the server has given up: it would answer with a silent ROLLBACK.
+
+    Raises:
+        TransactionAbortedError: an error inside the transaction was swallowed.
+    """
+    guard = guard_of(session)
+    for transaction in guard.transactions.values():
+        if transaction.aborted is not None:
+            raise TransactionAbortedError(
+                f"The transaction on database {guard.engines.name!r} cannot be committed: an error "
+                "inside it was caught and ignored, and the server has given the transaction up. "
+                "Let the error propagate, call rollback(), or put the statement that may fail "
+                "into its own savepoint: `session.begin_nested()`."
+            ) from transaction.aborted
+
+
+@event.listens_for(GuardedSession, "after_transaction_end")
+def _forget_connections(session: GuardedSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session._guard.transactions.clear()
+
+
+def _read_only_session(guard: SessionGuard) -> ReadOnlySessionError:
+    name = guard.engines.name
+    return ReadOnlySessionError(
+        f"The session from reader({name!r}) only reads: every statement would be committed on its "
+        f"own. Depend on transactional({name!r}) to write."
+    )
+
+
+# -- what the connection tells ---------------------------------------------------------------
+
+
+def _listening_engine(engine: Engine, options: TransactionOptions) -> Engine:
+    listening = engine.execution_options(**options.execution_options(engine.dialect))
+    event.listen(listening, "before_cursor_execute", _before_statement)
+    event.listen(listening, "after_cursor_execute", _after_statement)
+    event.listen(listening, "commit", _on_commit)
+    event.listen(listening, "rollback", _on_rollback)
+    event.listen(listening, "savepoint", _on_savepoint)
+    event.listen(listening, "rollback_savepoint", _on_rollback_savepoint)
+    # This one event belongs to the dialect, and so to every connection of the application's
+    # engine: listen once, and look only at connections that carry a transaction of ours.
+    if not event.contains(engine, "handle_error", _on_error):
+        event.listen(engine, "handle_error", _on_error)
+    return listening
+
+
+def _transaction_on(connection: Connection | None) -> _Transaction | None:
+    if connection is None:
+        return None
+    options: Mapping[str, Any] = connection.get_execution_options()
+    return cast("_Transaction | None", options.get(_TRANSACTION))
+
+
+def _before_statement(
+    connection: Connection,
+    _cursor: object,
+    _statement: str,
+    _parameters: object,
+    context: ExecutionContext | None,
+    _many: bool,
+) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is None:
+        return
+    transaction.session.check_thread()
+    compiled = None if context is None else context.compiled
+    if compiled is None or not getattr(compiled.statement, "is_select", False):
+        transaction.opaque = True
+    if compiled is not None and _writes(compiled):
+        if transaction.session.options == AUTOCOMMIT:
+            raise _read_only_session(transaction.session)
+        if not _autocommits(connection):
+            transaction.written = True
+
+
+def _after_statement(connection: Connection, *_: object) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is not None and transaction.aborted is not None:
+        # An aborted transaction answers nothing but errors: a success means that the
+        # application has rolled back to a savepoint in its own SQL.
+        transaction.aborted = None
+
+
+def _on_commit(connection: Connection) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is not None:
+        _unset_read_only(connection, transaction)
+        transaction.committing = True
+
+
+def _on_rollback(connection: Connection) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is not None:
+        _unset_read_only(connection, transaction)
+        transaction.committing = False
+        transaction.aborted = None
+
+
+def _on_savepoint(connection: Connection, name: str) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is not None:
+        transaction.savepoints[name] = transaction.written
+
+
+def _on_rollback_savepoint(connection: Connection, name: str, _context: None) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is not None and not connection.invalidated:
+        transaction.written = transaction.savepoints.get(name, transaction.written)
+        transaction.aborted = None
+
+
+def _on_error(context: ExceptionContext) -> BaseException | None:
+    transaction = _transaction_on(context.connection)
+    error = context.original_exception
+    # A cancellation stays one: it invalidates the connection, and it is nobody's failure.
+    if transaction is None or not isinstance(error, Exception):
+        return None
+    if not transaction.committing:
+        if context.is_disconnect or _server_aborts(context, error):
+            transaction.aborted = error
+        return None
+    if not (context.is_disconnect or context.sqlalchemy_exception is None):
+        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        if state not in _OUTCOME_UNKNOWN:
+            return None
+    # A raw OSError is no error of the driver's, so SQLAlchemy would keep the connection.
+    context.is_disconnect = True
+    return CommitOutcomeUnknownError(
+        f"The connection to database {transaction.session.engines.name!r} was lost during COMMIT: "
+        "what was written may or may not be stored. Look before you repeat it."
+    )
+
+
+def _writes(compiled: Compiled) -> bool:
+    if getattr(compiled.statement, "is_dml", False):
+        return True
+    expressions = getattr(compiled, "ctes", None) or ()
+    return any(getattr(expression.element, "is_dml", False) for expression in expressions)
+
+
+def _server_aborts(context: ExceptionContext, error: Exception) -> bool:
+    """Tell a failure that the server reported from one that the driver made by itself."""
+    if context.dialect.name != "postgresql" or _autocommits(context.connection):
+        return False
+    told = getattr(error, "diag", None) or error.__cause__  # psycopg, psycopg2; asyncpg
+    return getattr(told, "severity", None) is not None
+
+
+def _autocommits(connection: Connection | None) -> bool:
+    if connection is None or connection.invalidated or connection.closed:
+        return False
+    # A method on some drivers (PyMySQL), which is not the setting.
+    return getattr(connection.connection.dbapi_connection, "autocommit", False) is True
+
+
+# -- read-only transactions ------------------------------------------------------------------
+
+# PostgreSQL takes an execution option instead, and resets it when the connection goes back.
+_READ_ONLY: Final[Mapping[str, str | None]] = {
+    "postgresql": None,
+    "mysql": "SET TRANSACTION READ ONLY",
+    "mariadb": "SET TRANSACTION READ ONLY",
+    "sqlite": "PRAGMA query_only = ON",
+}
+
+
+def _set_read_only(connection: Connection) -> None:
+    statement = _READ_ONLY[connection.dialect.name]
+    if statement is not None:
+        connection.exec_driver_sql(statement)
+
+
+def _unset_read_only(connection: Connection, transaction: _Transaction) -> None:
+    # SQLite's pragma belongs to the connection, not to the transaction.
+    if transaction.session.options.read_only and connection.dialect.name == "sqlite":
+        cursor = cast("DBAPIConnection", connection.connection).cursor()
+        cursor.execute("PRAGMA query_only = OFF")
+        cursor.close()

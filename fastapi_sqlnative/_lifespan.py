@@ -1,0 +1,334 @@
+"""Installing databases, opening them when the application starts, closing them when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.applications import Starlette
+
+from ._checks import check_routes, mounted_applications
+from ._registry import EngineFactory, Gate, Installation, Registry, Shutdown, registry_of
+from .databases import AnyDatabase, AnyEngine, database_class, to_completion
+from .exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
+
+logger = logging.getLogger("fastapi_sqlnative")
+
+# What a hook gets, in seconds, when others have used up the time for all of them.
+_LEAST: Final = 1.0
+# asyncpg and asyncmy bind a connection to the event loop that made it; these do not.
+_LOOP_FREE: Final = frozenset({"psycopg", "psycopg_async", "aiosqlite"})
+
+
+def install_database(
+    app: Starlette,
+    *,
+    name: str = "default",
+    engine: AnyEngine | EngineFactory,
+    shutdown: Shutdown | None = None,
+    session_options: Mapping[str, Any] | None = None,
+    startup_wait: float | None = None,
+    shutdown_timeout: float = 10.0,
+) -> None:
+    """Install a database on an application, for as long as its lifespan runs.
+
+    It is there before the application's own lifespan starts and until that has ended, however
+    that one was declared. Who builds the engine closes it: a ready engine is yours, and is closed
+    by your `shutdown` only; one that your factory built is disposed of here. Nothing connects at
+    the start, unless you ask for `startup_wait`.
+
+    Args:
+        app: the application; call this before it starts.
+        name: what `get_db(name)` and the others ask for, trimmed.
+        engine: an `Engine`, an `AsyncEngine`, or a function without parameters, sync or async,
+            that makes one; it is called once at each start.
+        shutdown: a function without parameters, sync or async, called at the end of the lifespan;
+            a sync one runs in a thread.
+        session_options: keyword arguments for the sessions, as for `sessionmaker`.
+            `expire_on_commit` is `False` unless you say otherwise.
+        startup_wait: seconds to wait for the database to answer before the start fails.
+        shutdown_timeout: seconds for connections in use to come back and for `shutdown` to end.
+            Also how long a cancelled request may go on with its COMMIT.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a time that is not above zero.
+        DatabaseAlreadyInstalledError: the application has a database of that name.
+        ApplicationAlreadyStartedError: the application has started.
+
+    Example:
+        engine = create_async_engine("postgresql+psycopg://...")
+        install_database(app, name="analytics", engine=engine, shutdown=engine.dispose)
+    """
+    installation = _installation(
+        name, engine, shutdown, session_options, startup_wait, shutdown_timeout
+    )
+    if not isinstance(app, Starlette):
+        raise TypeError(f"install_database takes a FastAPI application, not {type(app).__name__}.")
+    if app.middleware_stack is not None:
+        raise ApplicationAlreadyStartedError(
+            f"Database {name!r} cannot be installed: the application has started. Call "
+            "install_database where the application is made, before it is served; to build the "
+            "engine late, give install_database a function that makes it."
+        )
+    registry = registry_of(app)
+    registry.add(installation)
+    if len(registry.installations) == 1:
+        _wrap_lifespan(app)
+
+
+def _installation(
+    name: str,
+    engine: AnyEngine | EngineFactory,
+    shutdown: Shutdown | None,
+    session_options: Mapping[str, Any] | None,
+    startup_wait: float | None,
+    shutdown_timeout: float,
+) -> Installation:
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
+    name = name.strip() or "default"
+    if shutdown is not None and not callable(shutdown):
+        raise TypeError(
+            f"shutdown of database {name!r} must be a function without parameters, such as "
+            f"engine.dispose (no parentheses), not {type(shutdown).__name__}."
+        )
+    for argument, seconds in ("startup_wait", startup_wait), ("shutdown_timeout", shutdown_timeout):
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"{argument} of database {name!r} must be above 0 seconds.")
+    installation = Installation(
+        name=name,
+        engine=engine,
+        shutdown=shutdown,
+        session_options=dict(session_options or {}),
+        startup_wait=startup_wait,
+        shutdown_timeout=shutdown_timeout,
+    )
+    if database_class(engine) is not None:
+        _handle(installation, engine)  # mistakes in the options show now, not at the start
+    elif not callable(engine):
+        raise TypeError(
+            f"engine of database {name!r} must be an Engine, an AsyncEngine or a function that "
+            f"makes one, not {type(engine).__name__}."
+        )
+    return installation
+
+
+def _wrap_lifespan(app: Starlette) -> None:
+    """Put the databases around the application's lifespan, whose state passes through."""
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(served: Any) -> AsyncIterator[Any]:
+        async with _running(app), inner(served) as state:
+            yield state
+
+    app.router.lifespan_context = lifespan
+
+
+# -- start -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _running(app: Starlette) -> AsyncIterator[None]:
+    applications = _share(app)
+    registries = [registry_of(each) for each in applications]
+    shared: list[Registry] = []
+    try:
+        for registry in registries:
+            shared.append(registry)
+            await _start(registry)
+        await _check(applications, registries, app.router)
+        yield
+    finally:
+        await to_completion(_stop(shared, app.router))
+
+
+def _share(app: Starlette) -> list[Starlette]:
+    """Let mounted applications, at any depth, find the databases of the ones above them."""
+    applications = [app]
+    for above in applications:
+        for mounted in mounted_applications(above):
+            if mounted not in applications:
+                registry_of(mounted).parents[app.router] = registry_of(above)
+                applications.append(mounted)
+    return applications
+
+
+async def _start(registry: Registry) -> None:
+    loop = asyncio.get_running_loop()
+    registry.starts += 1
+    if registry.starts > 1:
+        if registry.loop is not loop:
+            raise ApplicationAlreadyStartedError(
+                "This application, or one it is mounted in, is running on another event loop. Make "
+                "one application per event loop: call the application factory again."
+            )
+        return
+    registry.loop = loop
+    for installation in registry.installations.values():
+        await _open(installation, loop)
+
+
+async def _open(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
+    engine: object = installation.engine
+    if database_class(engine) is None:
+        engine = await _call(installation.engine)
+    else:
+        _check_loop(installation, loop)
+    installation.loop = loop
+    installation.database = _handle(installation, engine)
+
+
+def _handle(installation: Installation, engine: Any) -> AnyDatabase:
+    kind = database_class(engine)
+    if kind is None:
+        raise TypeError(
+            f"The engine factory of database {installation.name!r} must return an Engine or an "
+            f"AsyncEngine; it returned {type(engine).__name__}."
+        )
+    return kind(
+        engine,
+        name=installation.name,
+        session_options=installation.session_options,
+        shutdown_timeout=installation.shutdown_timeout,
+    )
+
+
+def _check_loop(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
+    engine = installation.engine
+    if (
+        isinstance(engine, AsyncEngine)
+        and installation.loop not in (None, loop)
+        and engine.driver not in _LOOP_FREE
+        and (getattr(engine.pool, "checkedin", int))()
+    ):
+        raise DatabaseNotStartedError(
+            f"Database {installation.name!r} cannot start again: its engine ({engine.driver}) holds "
+            "connections that belong to the event loop of the last run. Install it with "
+            "shutdown=engine.dispose, or give install_database a function that makes the engine."
+        )
+
+
+async def _check(
+    applications: Sequence[Starlette], registries: Sequence[Registry], router: object
+) -> None:
+    readers = False
+    for app, registry in zip(applications, registries, strict=True):
+        readers |= check_routes(app, registry, router)
+    installations = [each for one in registries for each in one.installations.values()]
+    databases = [each.database for each in installations if each.database is not None]
+    blocking = [database for database in databases if database.blocking]
+    gate = Gate(blocking, readers=readers) if blocking else None
+    for registry in registries:
+        registry.gate = gate
+    for installation in installations:
+        if installation.database is not None and installation.startup_wait is not None:
+            await _wait_for(installation.database, installation.startup_wait)
+
+
+async def _wait_for(database: AnyDatabase, seconds: float) -> None:
+    """Ask until the database answers, or the time is up."""
+    deadline = anyio.current_time() + seconds
+    for attempt in range(1_000_000):
+        try:
+            await database.answer(max(deadline - anyio.current_time(), 0.1))
+        except (exc.OperationalError, exc.InterfaceError, OSError) as error:
+            delay = min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0)
+            if anyio.current_time() + delay >= deadline:
+                raise
+            logger.warning(
+                "Database %r does not answer yet (%s); next try in %.1f s.",
+                database.name,
+                type(error).__name__,
+                delay,
+            )
+            await anyio.sleep(delay)
+        else:
+            return
+
+
+# -- stop ------------------------------------------------------------------------------------
+
+
+async def _stop(registries: Sequence[Registry], router: object) -> None:
+    ending: list[Installation] = []
+    for registry in reversed(registries):
+        registry.parents.pop(router, None)
+        registry.starts -= 1
+        if registry.starts == 0:
+            registry.gate = None
+            ending += reversed(registry.installations.values())
+    running = [(each, each.database) for each in ending if each.database is not None]
+    for _, database in running:
+        database.refuse_sessions()
+    deadline = anyio.current_time() + max((each.shutdown_timeout for each, _ in running), default=0)
+    errors: list[Exception] = []
+    for installation, database in running:
+        await _close(installation, database, deadline, errors)
+    if errors:
+        raise ExceptionGroup("Databases failed to shut down", errors)
+
+
+async def _close(
+    installation: Installation, database: AnyDatabase, total: float, errors: list[Exception]
+) -> None:
+    deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
+    await _drain(database, deadline)
+    database.refuse_statements()
+    installation.database = None
+    steps: list[tuple[str, Callable[[], Any]]] = []
+    if installation.shutdown is not None:
+        steps.append(("shutdown hook", installation.shutdown))
+    if database_class(installation.engine) is None:
+        steps.append(("dispose", database.dispose))
+    for step, function in steps:
+        try:
+            with anyio.fail_after(max(deadline - anyio.current_time(), _LEAST)):
+                await _call_in_thread(function)
+        except TimeoutError as error:
+            error.args = (f"Database {database.name!r}: the {step} did not end in time.",)
+            errors.append(error)
+        except Exception as error:  # whatever it is, the other databases have their turn
+            error.add_note(f"In the {step} of database {database.name!r}.")
+            errors.append(error)
+
+
+async def _drain(database: AnyDatabase, deadline: float) -> None:
+    """Wait for cancelled requests to give their connections back."""
+    while database.connections_in_use() and anyio.current_time() < deadline:
+        await anyio.sleep(0.01)
+    if left := database.connections_in_use():
+        logger.warning(
+            "Database %r is closed with %d connection(s) still in use; whoever holds them finds "
+            "the session refusing to work.",
+            database.name,
+            left,
+        )
+
+
+async def _call(function: Any) -> Any:
+    result = function()
+    return await result if inspect.isawaitable(result) else result
+
+
+async def _call_in_thread(function: Callable[[], Any]) -> None:
+    """Call a hook; a blocking one may hang, but not the event loop, and not for ever."""
+    if inspect.iscoroutinefunction(function):
+        await function()
+        return
+    result = await anyio.to_thread.run_sync(
+        function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
+    )
+    if inspect.isawaitable(result):
+        await result

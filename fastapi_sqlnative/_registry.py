@@ -1,0 +1,237 @@
+"""Names to databases, for one application and the applications mounted in it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import anyio
+import anyio.to_thread
+from fastapi.requests import HTTPConnection
+from sqlalchemy import exc
+from starlette.applications import Starlette
+
+from .databases import AnyDatabase, AnyEngine, pool_capacity, pool_timeout
+from .exceptions import (
+    DatabaseAlreadyInstalledError,
+    DatabaseNotInstalledError,
+    DatabaseNotStartedError,
+)
+
+EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
+Shutdown: TypeAlias = Callable[[], object]
+
+_STATE: Final = "fastapi_sqlnative"
+
+
+@dataclass(eq=False, kw_only=True)
+class Installation:
+    """Hold what the application gave to `install_database`, and the handle while it runs.
+
+    Attributes:
+        loop: the event loop of the last run, to recognise pooled connections that belong to it.
+    """
+
+    name: str
+    engine: AnyEngine | EngineFactory
+    shutdown: Shutdown | None
+    session_options: Mapping[str, Any]
+    startup_wait: float | None
+    shutdown_timeout: float
+    database: AnyDatabase | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+
+
+@dataclass(eq=False)
+class Registry:
+    """Hold the databases of one application, in the order of installation.
+
+    Attributes:
+        parents: for each application that this one is mounted in, by its outermost router, the
+            registry to ask for names that are not installed here. Known while that one runs.
+        gate: admits requests with synchronous sessions; shared with mounted applications.
+        starts: how many lifespans, its own and its parents', keep the databases open.
+    """
+
+    installations: dict[str, Installation] = field(default_factory=dict)
+    parents: dict[object, Registry] = field(default_factory=dict)
+    gate: Gate | None = None
+    starts: int = 0
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, installation: Installation) -> None:
+        """Keep an installation.
+
+        Raises:
+            DatabaseAlreadyInstalledError: the name is taken.
+        """
+        name = installation.name
+        if name in self.installations:
+            raise DatabaseAlreadyInstalledError(
+                f"Database {name!r} is already installed on this application. Give the second one "
+                "another name, or call install_database once per name and application."
+            )
+        self.installations[name] = installation
+
+    def find(self, name: str, router: object = None) -> Installation | None:
+        """Look a name up here, then in the application that this one is mounted in."""
+        found = self.installations.get(name)
+        if found is None and (parent := self.parents.get(router)) is not None:
+            return parent.find(name, router)
+        return found
+
+    def names(self, router: object = None) -> list[str]:
+        """List the names that `find` knows, the nearest first."""
+        parent = self.parents.get(router)
+        return [*self.installations, *(parent.names(router) if parent is not None else ())]
+
+    def database(self, name: str, router: object = None) -> AnyDatabase:
+        """Return the handle of a running database.
+
+        Raises:
+            DatabaseNotInstalledError: the name is unknown.
+            DatabaseNotStartedError: the lifespan has not run, or has ended.
+        """
+        installation = self.find(name, router)
+        if installation is None:
+            raise not_installed(name, self.names(router))
+        if installation.database is None:
+            raise DatabaseNotStartedError(
+                f"Database {name!r} is installed but not started: this application's lifespan is "
+                "not running. Serve the application with uvicorn; in tests use `with "
+                "TestClient(app)`, or `async with app.router.lifespan_context(app)` around an "
+                "ASGITransport. A mounted application starts with the one it is mounted in, when "
+                "that one has a database installed."
+            )
+        return installation.database
+
+    def databases(self, router: object = None) -> list[AnyDatabase]:
+        """List the running databases in the order in which they commit: a parent's come first."""
+        parent = self.parents.get(router)
+        own = [item.database for item in self.installations.values() if item.database is not None]
+        return [*(parent.databases(router) if parent is not None else ()), *own]
+
+
+def registry_of(app: Starlette) -> Registry:
+    """Return an application's registry, made at the first call."""
+    registry = getattr(app.state, _STATE, None)
+    if not isinstance(registry, Registry):
+        registry = Registry()
+        setattr(app.state, _STATE, registry)
+    return registry
+
+
+def registry_for(connection: HTTPConnection) -> tuple[Registry, object]:
+    """Return the registry of the application that serves a connection, and the outer router."""
+    return registry_of(connection.app), connection.scope.get("router")
+
+
+def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
+    """Build the error for an unknown name, with the names that exist."""
+    known = (
+        f"Installed: {', '.join(map(repr, sorted(set(names))))}."
+        if names
+        else (
+            "None is installed. A mounted application sees the databases of the one it is mounted in "
+            "once that one's lifespan runs."
+        )
+    )
+    return DatabaseNotInstalledError(
+        f"No database named {name!r} is installed on this application. {known} Mend the name, or "
+        f"call install_database(app, name={name!r}, engine=...) where the application is made."
+    )
+
+
+class InstalledDatabases(Mapping[str, AnyDatabase]):
+    """Show the databases of an application by name, as they are now."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def __getitem__(self, name: str) -> AnyDatabase:
+        if name not in self._registry.installations:
+            # A Mapping promises KeyError for get() and `in`; the message is the useful part.
+            raise KeyError(str(not_installed(name, self._registry.names())))
+        return self._registry.database(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registry.installations
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._registry.installations)
+
+    def __len__(self) -> int:
+        return len(self._registry.installations)
+
+    def __repr__(self) -> str:
+        return f"<installed databases: {', '.join(self) or 'none'}>"
+
+
+def installed_databases(app: Starlette) -> Mapping[str, AnyDatabase]:
+    """Return the handles of an application by name, for code outside a request.
+
+    The view is live: names are there from `install_database` on, handles while the lifespan
+    runs. A handle belongs to one run of the lifespan; look it up where you use it.
+
+    Raises:
+        DatabaseNotStartedError: when a handle is read and the lifespan is not running.
+    """
+    return InstalledDatabases(registry_of(app))
+
+
+class Gate:
+    """Admit requests with synchronous sessions while threads remain for them to finish.
+
+    A thread that waits for a pooled connection is lost to the request that holds one and needs
+    a thread to go on; with enough of them nobody moves. So at most three quarters of FastAPI's
+    threads may belong to such requests. And a request that needs two connections must find the
+    second while others hold one: there are never enough requests to hold them all.
+    """
+
+    def __init__(self, databases: list[AnyDatabase], *, readers: bool) -> None:
+        self._sessions = Counter(
+            database.pool for database in databases for _ in range(1 + readers)
+        )
+
+    @functools.cached_property
+    def _limiter(self) -> anyio.CapacityLimiter:
+        # At the first request, because an application sets its number of threads as it starts.
+        threads = anyio.to_thread.current_default_thread_limiter().total_tokens
+        limits = [math.floor(threads * 3 / 4)]
+        shares = []
+        for pool, sessions in self._sessions.items():
+            capacity = pool_capacity(pool)
+            if capacity is None:
+                continue
+            shares.append(math.ceil(capacity / sessions))
+            if sessions > 1:
+                limits.append((capacity - 1) // (sessions - 1))
+        if len(shares) > 1:
+            limits.append(sum(sorted(shares)[:2]) - 1)
+        return anyio.CapacityLimiter(max(1, min(limits)))
+
+    async def enter(self, request: object, database: AnyDatabase) -> None:
+        """Wait for a place, for as long as the pool would make its callers wait.
+
+        Raises:
+            sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
+        """
+        timeout = pool_timeout(database.pool)
+        try:
+            with anyio.fail_after(timeout):
+                await self._limiter.acquire_on_behalf_of(request)
+        except TimeoutError:
+            raise exc.TimeoutError(
+                f"Database {database.name!r} is busy: {self._limiter.total_tokens:g} requests with "
+                f"synchronous sessions are running, and none ended within {timeout:g} s.",
+                code="3o7r",
+            ) from None
+
+    def leave(self, request: object) -> None:
+        """Give the place back."""
+        self._limiter.release_on_behalf_of(request)

@@ -1,0 +1,551 @@
+"""The handles of a database, and the only place where sync and async differ."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+from sqlalchemy import Engine, Pool, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from ._guards import (
+    NO_OPTIONS,
+    EngineGuard,
+    IsolationLevel,
+    SessionGuard,
+    TransactionOptions,
+    guard_of,
+    guarded_class,
+    has_pending_changes,
+)
+from .exceptions import DatabaseNotStartedError, TransactionOptionsError
+
+logger = logging.getLogger("fastapi_sqlnative")
+
+AnyEngine: TypeAlias = Engine | AsyncEngine
+AnySession: TypeAlias = Session | AsyncSession
+EngineT = TypeVar("EngineT", Engine, AsyncEngine)
+SessionT = TypeVar("SessionT", Session, AsyncSession)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """Describe a connection pool at one moment; `None` is what this kind of pool does not know.
+
+    Attributes:
+        size: connections the pool keeps.
+        max_overflow: connections it opens beyond that, `None` also for "no limit".
+        checked_out: connections in use.
+        checked_in: connections that wait to be used.
+        overflow: connections open beyond `size`.
+    """
+
+    size: int | None
+    max_overflow: int | None
+    checked_out: int | None
+    checked_in: int | None
+    overflow: int | None
+
+
+class _Database(ABC, Generic[EngineT, SessionT]):
+    """Hold one engine, its session class and the guard of its sessions."""
+
+    engine_type: ClassVar[type[AnyEngine]]
+    session_type: ClassVar[type[AnySession]]
+    blocking: ClassVar[bool]
+
+    def __init__(
+        self,
+        engine: EngineT,
+        *,
+        name: str = "default",
+        session_options: Mapping[str, Any] | None = None,
+        shutdown_timeout: float = 10.0,
+    ) -> None:
+        given: object = engine
+        if not isinstance(given, self.engine_type):
+            raise TypeError(
+                f"{type(self).__name__} {name!r} takes an {self.engine_type.__name__}, not "
+                f"{type(engine).__name__}."
+            )
+        self.name = name
+        self.engine: EngineT = engine
+        self.shutdown_timeout = shutdown_timeout
+        self._refusal: str | None = None
+        self._guard = EngineGuard(name)
+        options = {"expire_on_commit": False, "close_resets_only": False} | dict(
+            session_options or {}
+        )
+        self._session_class = self._check_session_class(options.pop("class_", self.session_type))
+        self._session_options = self._guarded(options)
+        # Mistakes in the options show now, not in the first request.
+        close(sync_session(self.open()))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self.engine!r}>"
+
+    def open(
+        self, options: TransactionOptions = NO_OPTIONS, *, loop_thread: int | None = None
+    ) -> SessionT:
+        """Open a session without a connection; the caller finishes it.
+
+        Raises:
+            DatabaseNotStartedError: the application has stopped, or is about to.
+        """
+        if self._refusal is not None:
+            raise DatabaseNotStartedError(
+                f"Database {self.name!r} is {self._refusal}: no new session is handed out. Finish "
+                "work with the database before the application shuts down."
+            )
+        self.support(options)
+        guard = SessionGuard(self._guard, options, loop_thread)
+        session: SessionT = self._session_class(self.engine, guard=guard, **self._session_options)
+        return session
+
+    def support(self, options: TransactionOptions) -> None:
+        """Refuse what the database cannot do, before anything is sent to it.
+
+        Raises:
+            TransactionOptionsError: `read_only` on a database without read-only transactions.
+        """
+        dialect = self._pool_engine.dialect
+        if not options.supported_by(dialect):
+            raise TransactionOptionsError(
+                f"Database {self.name!r} ({dialect.name}) has no read-only transactions that "
+                "fastapi-sqlnative knows of. Leave read_only out."
+            )
+
+    def pool_status(self) -> PoolStatus:
+        """Look into the connection pool, without touching the database."""
+        pool = self._pool_engine.pool
+        size, checked_out = _ask(pool, "size"), _ask(pool, "checkedout")
+        overflow = _ask(pool, "overflow")
+        return PoolStatus(
+            size=size,
+            max_overflow=_max_overflow(pool),
+            checked_out=checked_out,
+            checked_in=_ask(pool, "checkedin"),
+            overflow=None if overflow is None else max(overflow, 0),
+        )
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that the engine has now; disposing of the engine replaces it."""
+        return self._pool_engine.pool
+
+    def connections_in_use(self) -> int:
+        """Count the connections that somebody holds, as far as pool and sessions know."""
+        checked_out = _ask(self.pool, "checkedout")
+        if checked_out is not None:
+            return checked_out
+        return sum(len(guard.transactions) for guard in tuple(self._guard.sessions))
+
+    def refuse_sessions(self) -> None:
+        """Hand out no new session from now on; open ones still work."""
+        self._refusal = "shutting down"
+
+    def refuse_statements(self) -> None:
+        """Let open sessions send nothing more: the engine is about to be closed."""
+        self._refusal = "stopped"
+        self._guard.stopped = True
+
+    @abstractmethod
+    async def answer(self, timeout: float) -> None:
+        """Do what `ping` does, without blocking the event loop, whichever kind this is."""
+
+    @abstractmethod
+    async def dispose(self) -> None:
+        """Close the engine's idle connections, without blocking the event loop."""
+
+    @property
+    @abstractmethod
+    def _pool_engine(self) -> Engine: ...
+
+    @abstractmethod
+    def _guarded(self, options: dict[str, Any]) -> dict[str, Any]: ...
+
+    def _check_session_class(self, class_: object) -> type[Any]:
+        if not (isinstance(class_, type) and issubclass(class_, self.session_type)):
+            raise TypeError(
+                f"session_options of database {self.name!r}: class_ must be a subclass of "
+                f"{self.session_type.__name__}, because its engine is an "
+                f"{self.engine_type.__name__}; it is {class_!r}."
+            )
+        return class_
+
+    def _check_alive(self) -> None:
+        if self._guard.stopped:
+            raise DatabaseNotStartedError(f"Database {self.name!r} is stopped.")
+
+
+class Database(_Database[Engine, Session]):
+    """Open sessions and transactions on an `Engine`, inside or outside an application.
+
+    The handle owns neither the engine nor its pool. An installed one is the application's:
+    depend on `get_database_handle(name)`, or look it up in `installed_databases(app)`. In a
+    script or worker build one yourself:
+
+        database = Database(create_engine(url))
+        with database.transaction() as session:
+            session.add(Account(name="Ada"))
+    """
+
+    engine_type = Engine
+    session_type = Session
+    blocking = True
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Open a session for a block; at its end roll back and close. Never commits."""
+        session = self.open()
+        try:
+            yield session
+        finally:
+            close(session)
+
+    @contextmanager
+    def transaction(
+        self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
+    ) -> Iterator[Session]:
+        """Open a session for a block; commit at its end, roll back on any exception.
+
+        Raises:
+            TransactionAbortedError: an error inside the block was swallowed.
+            CommitOutcomeUnknownError: the connection was lost during COMMIT.
+        """
+        session = self.open(TransactionOptions.checked(isolation_level, read_only))
+        try:
+            yield session
+            session.commit()
+        finally:
+            close(session)
+
+    def ping(self, timeout: float = 5.0) -> None:
+        """Ask the database for one row, waiting at most `timeout` seconds.
+
+        The wait has an end, the thread that asks may not: the driver's own timeouts bound it.
+
+        Raises:
+            TimeoutError: no answer came in time.
+        """
+        self._check_alive()
+        answer: list[BaseException | None] = []
+        thread = threading.Thread(target=self._ask_for_one_row, args=(answer,), daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if not answer:
+            raise TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
+        if answer[0] is not None:
+            raise answer[0]
+
+    async def answer(self, timeout: float) -> None:
+        await anyio.to_thread.run_sync(self.ping, timeout, limiter=anyio.CapacityLimiter(1))
+
+    async def dispose(self) -> None:
+        await anyio.to_thread.run_sync(self.engine.dispose, limiter=anyio.CapacityLimiter(1))
+
+    def _ask_for_one_row(self, answer: list[BaseException | None]) -> None:
+        try:
+            with self.engine.connect() as connection:
+                connection.scalar(select(1))
+        except (SQLAlchemyError, OSError) as error:
+            answer.append(error)
+        else:
+            answer.append(None)
+
+    @property
+    def _pool_engine(self) -> Engine:
+        return self.engine
+
+    def _guarded(self, options: dict[str, Any]) -> dict[str, Any]:
+        _refuse(options, self.name, "bind", "sync_session_class")
+        self._session_class = guarded_class(self._session_class)
+        return options
+
+
+class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
+    """Open sessions and transactions on an `AsyncEngine`, inside or outside an application.
+
+    The handle owns neither the engine nor its pool. An installed one is the application's:
+    depend on `get_database_handle(name)`, or look it up in `installed_databases(app)`. In a
+    script or worker build one yourself:
+
+        database = AsyncDatabase(create_async_engine(url))
+        async with database.transaction() as session:
+            session.add(Account(name="Ada"))
+    """
+
+    engine_type = AsyncEngine
+    session_type = AsyncSession
+    blocking = False
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """Open a session for a block; at its end roll back and close. Never commits."""
+        session = self.open()
+        async with _finishing(self, session, close):
+            yield session
+
+    @asynccontextmanager
+    async def transaction(
+        self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
+    ) -> AsyncIterator[AsyncSession]:
+        """Open a session for a block; commit at its end, roll back on any exception.
+
+        A cancellation does not interrupt the COMMIT: it is awaited, for `shutdown_timeout`
+        seconds at most.
+
+        Raises:
+            TransactionAbortedError: an error inside the block was swallowed.
+            CommitOutcomeUnknownError: the connection was lost during COMMIT.
+        """
+        session = self.open(TransactionOptions.checked(isolation_level, read_only))
+        async with _finishing(self, session, _commit_and_close):
+            yield session
+
+    async def ping(self, timeout: float = 5.0) -> None:
+        """Ask the database for one row, waiting at most `timeout` seconds.
+
+        Raises:
+            TimeoutError: no answer came in time.
+        """
+        self._check_alive()
+        async with asyncio.timeout(timeout), self.engine.connect() as connection:
+            await connection.scalar(select(1))
+
+    async def answer(self, timeout: float) -> None:
+        await self.ping(timeout)
+
+    async def dispose(self) -> None:
+        await self.engine.dispose()
+
+    @property
+    def _pool_engine(self) -> Engine:
+        return self.engine.sync_engine
+
+    def _guarded(self, options: dict[str, Any]) -> dict[str, Any]:
+        _refuse(options, self.name, "bind")
+        base = options.get("sync_session_class") or self._session_class.sync_session_class
+        return options | {"sync_session_class": guarded_class(base)}
+
+
+AnyDatabase: TypeAlias = Database | AsyncDatabase
+
+
+def database_class(engine: object) -> type[AnyDatabase] | None:
+    """Choose the handle for an engine; `None` for what is no engine."""
+    if isinstance(engine, AsyncEngine):
+        return AsyncDatabase
+    return Database if isinstance(engine, Engine) else None
+
+
+# -- finishing sessions ----------------------------------------------------------------------
+
+Call: TypeAlias = Callable[[AnySession, Callable[[Session], None]], None]
+
+
+def sync_session(session: AnySession) -> Session:
+    """Return the session that does the work: an `AsyncSession` is a proxy for one."""
+    return session.sync_session if isinstance(session, AsyncSession) else session
+
+
+def is_busy(session: AnySession) -> bool:
+    """Tell whether finishing the session needs the database."""
+    inner = sync_session(session)
+    return bool(guard_of(inner).transactions) or has_pending_changes(inner)
+
+
+def close(session: Session) -> None:
+    """Roll back what is not committed, give the connection back, refuse further use.
+
+    A failure here only means that the connection is gone: it is logged, because it must not
+    hide the answer, or the error, that the session's work ended with.
+    """
+    guard = guard_of(session)
+    guard.finish()
+    try:
+        session.close()
+    except (SQLAlchemyError, OSError):
+        logger.warning(
+            "A connection of database %r failed while it was given back; it is discarded.",
+            guard.engines.name,
+            exc_info=True,
+        )
+        session.invalidate()
+
+
+async def run_together(
+    sessions: Sequence[AnySession],
+    work: Callable[[Call], None],
+    *,
+    timeout: float,
+    cancelled: bool = False,
+) -> None:
+    """Run what finishes these sessions to its end, whoever cancels the caller meanwhile.
+
+    `work` is plain code over synchronous sessions, and gets `call` to touch one: in the
+    greenlet of an `AsyncSession`, in one worker thread, or, where a request has both kinds, in a
+    thread that hands the asynchronous part back to the event loop. Sessions that hold nothing
+    cost neither task nor thread.
+
+    Args:
+        sessions: everything that `work` touches.
+        work: commits, rolls back, closes.
+        timeout: seconds from the cancellation after which an asynchronous connection is
+            discarded. A synchronous one is waited for: its driver's timeouts bound it.
+        cancelled: the caller is being cancelled already.
+    """
+    if not any(is_busy(session) for session in sessions):
+        work(_directly)
+        return
+    asynchronous = [session for session in sessions if isinstance(session, AsyncSession)]
+    if len(asynchronous) == len(sessions):
+        running = asynchronous[0].run_sync(lambda _: work(_directly))
+    else:
+        call = _across_threads if asynchronous else _directly
+        # A limiter of its own: the default one may be full of threads that wait for a
+        # connection, which this work is about to give back.
+        running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
+    names = ", ".join(repr(guard_of(sync_session(each)).engines.name) for each in sessions)
+    abandon = _abandon(names, timeout) if len(asynchronous) == len(sessions) else None
+    await to_completion(running, timeout=timeout, cancelled=cancelled, abandon=abandon)
+
+
+def _directly(session: AnySession, operation: Callable[[Session], None]) -> None:
+    operation(sync_session(session))
+
+
+def _across_threads(session: AnySession, operation: Callable[[Session], None]) -> None:
+    if isinstance(session, AsyncSession):
+        anyio.from_thread.run(session.run_sync, operation)
+    else:
+        operation(session)
+
+
+async def to_completion(
+    running: Coroutine[Any, Any, None],
+    *,
+    timeout: float = math.inf,
+    cancelled: bool = False,
+    abandon: Callable[[asyncio.Task[None]], None] | None = None,
+) -> None:
+    """Await work in a task of its own, which a cancellation reaches only after its deadline.
+
+    Both shields are needed: a task of its own against asyncio's one-time cancellation, a
+    shielded scope against anyio's, which comes back at every await and would spin.
+    """
+    task = asyncio.create_task(running)
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout if cancelled else math.inf
+    cancellation: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait({task}, timeout=_remaining(deadline, clock()))
+            except asyncio.CancelledError as error:
+                cancellation = error
+                deadline = min(deadline, clock() + timeout)
+            if not task.done() and clock() >= deadline:
+                deadline, timeout = math.inf, math.inf
+                if abandon is not None:
+                    abandon(task)
+    if cancellation is not None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            logger.error("A cancelled request could not finish its sessions.", exc_info=failure)
+        raise cancellation
+    if not task.cancelled():
+        task.result()
+
+
+def _remaining(deadline: float, now: float) -> float | None:
+    return None if deadline == math.inf else max(deadline - now, 0)
+
+
+def _abandon(names: str, timeout: float) -> Callable[[asyncio.Task[None]], None]:
+    def abandon(task: asyncio.Task[None]) -> None:
+        logger.error(
+            "Database %s did not finish within %s s of a cancellation: the connection is "
+            "discarded, and whether a COMMIT took effect is unknown.",
+            names,
+            timeout,
+        )
+        task.cancel()  # SQLAlchemy invalidates a connection that is cancelled in mid-flight
+
+    return abandon
+
+
+@asynccontextmanager
+async def _finishing(
+    database: AsyncDatabase, session: AsyncSession, success: Callable[[Session], None]
+) -> AsyncIterator[None]:
+    async def finish(operation: Callable[[Session], None], *, cancelled: bool = False) -> None:
+        await run_together(
+            [session],
+            lambda call: call(session, operation),
+            timeout=database.shutdown_timeout,
+            cancelled=cancelled,
+        )
+
+    try:
+        yield
+    except BaseException as error:
+        await finish(close, cancelled=isinstance(error, asyncio.CancelledError))
+        raise
+    await finish(success)
+
+
+def _commit_and_close(session: Session) -> None:
+    try:
+        if is_busy(session):
+            session.commit()
+    finally:
+        close(session)
+
+
+# -- pools -----------------------------------------------------------------------------------
+
+
+def _ask(pool: Pool, method: str) -> int | None:
+    # NullPool, StaticPool and SingletonThreadPool have no such figures.
+    ask: Callable[[], int] | None = getattr(pool, method, None)
+    return ask() if callable(ask) else None
+
+
+def _max_overflow(pool: Pool) -> int | None:
+    # Private, because SQLAlchemy tells it nowhere else. Without it the limit is "unknown".
+    limit: int | None = getattr(pool, "_max_overflow", None)
+    return None if limit is None or limit < 0 else limit
+
+
+def pool_capacity(pool: Pool) -> int | None:
+    """Return the number of connections a pool hands out at a time; `None` for unlimited."""
+    size, overflow = _ask(pool, "size"), _max_overflow(pool)
+    return None if size is None or overflow is None or size == 0 else size + overflow
+
+
+def pool_timeout(pool: Pool) -> float:
+    """Return the seconds that a pool lets its callers wait; SQLAlchemy's default if unknown."""
+    ask: Callable[[], float] | None = getattr(pool, "timeout", None)
+    return 30.0 if ask is None else ask()
+
+
+def _refuse(options: Mapping[str, Any], name: str, *keywords: str) -> None:
+    for keyword in keywords:
+        if keyword in options:
+            raise TypeError(
+                f"session_options of database {name!r}: {keyword!r} is not for you to give; the "
+                "sessions use the engine that was installed, and a class_ that fits it."
+            )

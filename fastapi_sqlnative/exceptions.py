@@ -1,0 +1,91 @@
+"""What can go wrong with an installed database, each with its own class.
+
+Every message names the object, the state it is in and what to do about it. None of them
+contains SQL, parameters or what the driver said: those stay in ``__cause__``, for the log.
+"""
+
+__all__ = [
+    "ApplicationAlreadyStartedError",
+    "BlockingSessionError",
+    "CommitOutcomeUnknownError",
+    "DatabaseAlreadyInstalledError",
+    "DatabaseDependencyError",
+    "DatabaseNotInstalledError",
+    "DatabaseNotStartedError",
+    "PartialCommitError",
+    "ReadOnlySessionError",
+    "SessionFinishedError",
+    "TransactionAbortedError",
+    "TransactionOptionsError",
+    "UncommittedChangesError",
+]
+
+
+class DatabaseNotInstalledError(LookupError):
+    """No database of that name is installed on the application."""
+
+
+class DatabaseAlreadyInstalledError(RuntimeError):
+    """The application has a database of that name."""
+
+
+class ApplicationAlreadyStartedError(RuntimeError):
+    """A database was installed after the application had built its middleware stack."""
+
+
+class DatabaseNotStartedError(RuntimeError):
+    """The database is installed, but the application's lifespan is not running."""
+
+
+class DatabaseDependencyError(RuntimeError):
+    """A route depends on a database in a way that cannot work; found when the app starts."""
+
+
+class SessionFinishedError(RuntimeError):
+    """A session was used after the request, or the block, that it belongs to."""
+
+
+class BlockingSessionError(RuntimeError):
+    """A request's synchronous session was used on the event loop's own thread."""
+
+
+class ReadOnlySessionError(RuntimeError):
+    """Something was to be written through a session from ``reader``."""
+
+
+class TransactionOptionsError(RuntimeError):
+    """An isolation level or ``read_only`` was asked for that cannot apply (any more)."""
+
+
+class UncommittedChangesError(RuntimeError):
+    """A request returned normally, and what it wrote had not been committed."""
+
+
+class TransactionAbortedError(RuntimeError):
+    """A commit was refused: an error inside the transaction had been swallowed."""
+
+
+class CommitOutcomeUnknownError(RuntimeError):
+    """The connection was lost during COMMIT: what was written may or may not be stored."""
+
+
+class PartialCommitError(RuntimeError):
+    """One database of a request has committed, and a later one has not.
+
+    ``committed`` holds the names of the databases that keep what was written, ``failed`` the
+    name of the one whose failure is the ``__cause__``. Repeating the request repeats the
+    committed part.
+    """
+
+    def __init__(self, committed: tuple[str, ...], failed: str) -> None:
+        super().__init__(committed, failed)
+        self.committed = committed
+        self.failed = failed
+
+    def __str__(self) -> str:
+        kept = ", ".join(repr(name) for name in self.committed)
+        return (
+            f"Database {self.failed!r} failed to commit after {kept} had committed: the request "
+            "is half stored. Do not repeat it; mend the data by hand, or write the second part "
+            "through an outbox in the first database."
+        )

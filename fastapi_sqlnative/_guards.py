@@ -181,7 +181,7 @@ class _Transaction:
         self.opaque = False
         self.committing = False
         self.aborted: Exception | None = None
-        self.savepoints: dict[str, bool] = {}
+        self.savepoints: list[bool] = []  # what `written` was when each began
 
 
 class GuardedSession(Session):
@@ -191,39 +191,39 @@ class GuardedSession(Session):
     """
 
     def __init__(self, *args: Any, guard: SessionGuard, **options: Any) -> None:
-        self._guard = guard
+        self.sqlnative = guard
         super().__init__(*args, **options)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Choose the engine: SQLAlchemy asks before every statement, flush and connection."""
-        self._guard.check_usable()
+        self.sqlnative.check_usable()
         bind = super().get_bind(*args, **arguments)
         if isinstance(bind, Engine):
-            return self._guard.engines.engine(bind, self._guard.options)
+            return self.sqlnative.engines.engine(bind, self.sqlnative.options)
         return bind
 
     def add(self, instance: object, **options: Any) -> None:
         """Refuse a finished session by name: SQLAlchemy's own message knows no remedy."""
-        if self._guard.finished:
-            self._guard.check_usable()
+        if self.sqlnative.finished:
+            self.sqlnative.check_usable()
         super().add(instance, **options)
 
     def rollback(self) -> None:
         """Refuse to wait for a ROLLBACK on the event loop's thread."""
-        if self._guard.transactions:
-            self._guard.check_thread()
+        if self.sqlnative.transactions:
+            self.sqlnative.check_thread()
         super().rollback()
 
     def close(self) -> None:
         """Refuse to wait for a ROLLBACK on the event loop's thread."""
-        if self._guard.transactions:
-            self._guard.check_thread()
+        if self.sqlnative.transactions:
+            self.sqlnative.check_thread()
         super().close()
 
 
 def guard_of(session: Session) -> SessionGuard:
     """Return the guard of a session that `guarded_class` made."""
-    return cast("GuardedSession", session)._guard
+    return cast("GuardedSession", session).sqlnative
 
 
 def guarded_class(base: type[Session]) -> type[Session]:
@@ -245,7 +245,7 @@ def has_pending_changes(session: Session) -> bool:
 def _remember_connection(
     session: GuardedSession, _transaction: SessionTransaction, connection: Connection
 ) -> None:
-    guard = session._guard
+    guard = session.sqlnative
     if connection in guard.transactions:
         return  # a savepoint on a connection that is known
     if guard.options.read_only:
@@ -256,14 +256,14 @@ def _remember_connection(
 
 @event.listens_for(GuardedSession, "before_flush")
 def _refuse_flush(session: GuardedSession, *_: object) -> None:
-    if session._guard.options == AUTOCOMMIT:
-        raise _read_only_session(session._guard)
+    if session.sqlnative.options == AUTOCOMMIT:
+        raise _read_only_session(session.sqlnative)
 
 
 @event.listens_for(GuardedSession, "before_commit")
 def _before_commit(session: GuardedSession) -> None:
-    if session._guard.transactions:
-        session._guard.check_thread()
+    if session.sqlnative.transactions:
+        session.sqlnative.check_thread()
     # RELEASE SAVEPOINT of an aborted transaction fails by itself, COMMIT does not.
     if not session.in_nested_transaction():
         check_committable(session)
@@ -289,7 +289,7 @@ def check_committable(session: Session) -> None:
 @event.listens_for(GuardedSession, "after_transaction_end")
 def _forget_connections(session: GuardedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        session._guard.transactions.clear()
+        session.sqlnative.transactions.clear()
 
 
 def _read_only_session(guard: SessionGuard) -> ReadOnlySessionError:
@@ -310,6 +310,7 @@ def _listening_engine(engine: Engine, options: TransactionOptions) -> Engine:
     event.listen(listening, "commit", _on_commit)
     event.listen(listening, "rollback", _on_rollback)
     event.listen(listening, "savepoint", _on_savepoint)
+    event.listen(listening, "release_savepoint", _on_release_savepoint)
     event.listen(listening, "rollback_savepoint", _on_rollback_savepoint)
     # This one event belongs to the dialect, and so to every connection of the application's
     # engine: listen once, and look only at connections that carry a transaction of ours.
@@ -370,16 +371,22 @@ def _on_rollback(connection: Connection) -> None:
         transaction.aborted = None
 
 
-def _on_savepoint(connection: Connection, name: str) -> None:
+def _on_savepoint(connection: Connection, _name: str | None) -> None:
     transaction = _transaction_on(connection)
     if transaction is not None:
-        transaction.savepoints[name] = transaction.written
+        transaction.savepoints.append(transaction.written)
 
 
-def _on_rollback_savepoint(connection: Connection, name: str, _context: None) -> None:
+def _on_release_savepoint(connection: Connection, _name: str, _context: None) -> None:
     transaction = _transaction_on(connection)
-    if transaction is not None and not connection.invalidated:
-        transaction.written = transaction.savepoints.get(name, transaction.written)
+    if transaction is not None and transaction.savepoints:
+        transaction.savepoints.pop()
+
+
+def _on_rollback_savepoint(connection: Connection, _name: str, _context: None) -> None:
+    transaction = _transaction_on(connection)
+    if transaction is not None and transaction.savepoints and not connection.invalidated:
+        transaction.written = transaction.savepoints.pop()
         transaction.aborted = None
 
 

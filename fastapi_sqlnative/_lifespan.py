@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -70,25 +70,29 @@ def install_database(
         engine = create_async_engine("postgresql+psycopg://...")
         install_database(app, name="analytics", engine=engine, shutdown=engine.dispose)
     """
+    _check_application(app)
     installation = _installation(
         name, engine, shutdown, session_options, startup_wait, shutdown_timeout
     )
-    if not isinstance(app, Starlette):
-        raise TypeError(f"install_database takes a FastAPI application, not {type(app).__name__}.")
-    if app.middleware_stack is not None:
-        raise ApplicationAlreadyStartedError(
-            f"Database {name!r} cannot be installed: the application has started. Call "
-            "install_database where the application is made, before it is served; to build the "
-            "engine late, give install_database a function that makes it."
-        )
     registry = registry_of(app)
     registry.add(installation)
     if len(registry.installations) == 1:
         _wrap_lifespan(app)
 
 
+def _check_application(app: object) -> None:
+    if not isinstance(app, Starlette):
+        raise TypeError(f"install_database takes a FastAPI application, not {type(app).__name__}.")
+    if app.middleware_stack is not None:
+        raise ApplicationAlreadyStartedError(
+            "A database cannot be installed: the application has started. Call install_database "
+            "where the application is made, before it is served; to build the engine late, give "
+            "install_database a function that makes it."
+        )
+
+
 def _installation(
-    name: str,
+    name: object,
     engine: AnyEngine | EngineFactory,
     shutdown: Shutdown | None,
     session_options: Mapping[str, Any] | None,
@@ -129,7 +133,7 @@ def _wrap_lifespan(app: Starlette) -> None:
     inner = app.router.lifespan_context
 
     @asynccontextmanager
-    async def lifespan(served: Any) -> AsyncIterator[Any]:
+    async def lifespan(served: Any) -> AsyncGenerator[Any]:
         async with _running(app), inner(served) as state:
             yield state
 
@@ -140,7 +144,7 @@ def _wrap_lifespan(app: Starlette) -> None:
 
 
 @asynccontextmanager
-async def _running(app: Starlette) -> AsyncIterator[None]:
+async def _running(app: Starlette) -> AsyncGenerator[None]:
     applications = _share(app)
     registries = [registry_of(each) for each in applications]
     shared: list[Registry] = []
@@ -148,10 +152,10 @@ async def _running(app: Starlette) -> AsyncIterator[None]:
         for registry in registries:
             shared.append(registry)
             await _start(registry)
-        await _check(applications, registries, app.router)
+        await _check(applications, registries, id(app.router))
         yield
     finally:
-        await to_completion(_stop(shared, app.router))
+        await to_completion(_stop(shared, id(app.router)))
 
 
 def _share(app: Starlette) -> list[Starlette]:
@@ -160,7 +164,7 @@ def _share(app: Starlette) -> list[Starlette]:
     for above in applications:
         for mounted in mounted_applications(above):
             if mounted not in applications:
-                registry_of(mounted).parents[app.router] = registry_of(above)
+                registry_of(mounted).parents[id(app.router)] = registry_of(above)
                 applications.append(mounted)
     return applications
 
@@ -214,14 +218,14 @@ def _check_loop(installation: Installation, loop: asyncio.AbstractEventLoop) -> 
         and (getattr(engine.pool, "checkedin", int))()
     ):
         raise DatabaseNotStartedError(
-            f"Database {installation.name!r} cannot start again: its engine ({engine.driver}) holds "
-            "connections that belong to the event loop of the last run. Install it with "
+            f"Database {installation.name!r} cannot start again: its engine ({engine.driver}) "
+            "holds connections that belong to the event loop of the last run. Install it with "
             "shutdown=engine.dispose, or give install_database a function that makes the engine."
         )
 
 
 async def _check(
-    applications: Sequence[Starlette], registries: Sequence[Registry], router: object
+    applications: Sequence[Starlette], registries: Sequence[Registry], router: int
 ) -> None:
     readers = False
     for app, registry in zip(applications, registries, strict=True):
@@ -244,7 +248,7 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
         try:
             await database.answer(max(deadline - anyio.current_time(), 0.1))
         except (exc.OperationalError, exc.InterfaceError, OSError) as error:
-            delay = min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0)
+            delay = min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
             if anyio.current_time() + delay >= deadline:
                 raise
             logger.warning(
@@ -261,7 +265,7 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
 # -- stop ------------------------------------------------------------------------------------
 
 
-async def _stop(registries: Sequence[Registry], router: object) -> None:
+async def _stop(registries: Sequence[Registry], router: int) -> None:
     ending: list[Installation] = []
     for registry in reversed(registries):
         registry.parents.pop(router, None)
@@ -299,14 +303,15 @@ async def _close(
         except TimeoutError as error:
             error.args = (f"Database {database.name!r}: the {step} did not end in time.",)
             errors.append(error)
-        except Exception as error:  # whatever it is, the other databases have their turn
+        except Exception as error:  # noqa: BLE001 - raised with the others, after their turn
             error.add_note(f"In the {step} of database {database.name!r}.")
             errors.append(error)
 
 
 async def _drain(database: AnyDatabase, deadline: float) -> None:
     """Wait for cancelled requests to give their connections back."""
-    while database.connections_in_use() and anyio.current_time() < deadline:
+    # Pools have no event to await for the last connection of all.
+    while database.connections_in_use() and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
     if left := database.connections_in_use():
         logger.warning(

@@ -52,14 +52,15 @@ class Registry:
     """Hold the databases of one application, in the order of installation.
 
     Attributes:
-        parents: for each application that this one is mounted in, by its outermost router, the
-            registry to ask for names that are not installed here. Known while that one runs.
+        parents: the registry to ask for names that are not installed here, for each outermost
+            application that this one is mounted in, by the id of its router (a router has no
+            hash). Known while that application runs.
         gate: admits requests with synchronous sessions; shared with mounted applications.
         starts: how many lifespans, its own and its parents', keep the databases open.
     """
 
-    installations: dict[str, Installation] = field(default_factory=dict)
-    parents: dict[object, Registry] = field(default_factory=dict)
+    installations: dict[str, Installation] = field(default_factory=dict[str, Installation])
+    parents: dict[int, Registry] = field(default_factory=dict[int, "Registry"])
     gate: Gate | None = None
     starts: int = 0
     loop: asyncio.AbstractEventLoop | None = None
@@ -78,19 +79,19 @@ class Registry:
             )
         self.installations[name] = installation
 
-    def find(self, name: str, router: object = None) -> Installation | None:
+    def find(self, name: str, router: int = 0) -> Installation | None:
         """Look a name up here, then in the application that this one is mounted in."""
         found = self.installations.get(name)
         if found is None and (parent := self.parents.get(router)) is not None:
             return parent.find(name, router)
         return found
 
-    def names(self, router: object = None) -> list[str]:
+    def names(self, router: int = 0) -> list[str]:
         """List the names that `find` knows, the nearest first."""
         parent = self.parents.get(router)
         return [*self.installations, *(parent.names(router) if parent is not None else ())]
 
-    def database(self, name: str, router: object = None) -> AnyDatabase:
+    def database(self, name: str, router: int = 0) -> AnyDatabase:
         """Return the handle of a running database.
 
         Raises:
@@ -110,7 +111,7 @@ class Registry:
             )
         return installation.database
 
-    def databases(self, router: object = None) -> list[AnyDatabase]:
+    def databases(self, router: int = 0) -> list[AnyDatabase]:
         """List the running databases in the order in which they commit: a parent's come first."""
         parent = self.parents.get(router)
         own = [item.database for item in self.installations.values() if item.database is not None]
@@ -126,21 +127,19 @@ def registry_of(app: Starlette) -> Registry:
     return registry
 
 
-def registry_for(connection: HTTPConnection) -> tuple[Registry, object]:
+def registry_for(connection: HTTPConnection) -> tuple[Registry, int]:
     """Return the registry of the application that serves a connection, and the outer router."""
-    return registry_of(connection.app), connection.scope.get("router")
+    return registry_of(connection.app), id(connection.scope.get("router"))
 
 
 def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
     """Build the error for an unknown name, with the names that exist."""
-    known = (
-        f"Installed: {', '.join(map(repr, sorted(set(names))))}."
-        if names
-        else (
-            "None is installed. A mounted application sees the databases of the one it is mounted in "
-            "once that one's lifespan runs."
+    known = f"Installed: {', '.join(map(repr, sorted(set(names))))}."
+    if not names:
+        known = (
+            "None is installed. A mounted application sees the databases of the one it is mounted "
+            "in once that one's lifespan runs."
         )
-    )
     return DatabaseNotInstalledError(
         f"No database named {name!r} is installed on this application. {known} Mend the name, or "
         f"call install_database(app, name={name!r}, engine=...) where the application is made."
@@ -203,7 +202,7 @@ class Gate:
         # At the first request, because an application sets its number of threads as it starts.
         threads = anyio.to_thread.current_default_thread_limiter().total_tokens
         limits = [math.floor(threads * 3 / 4)]
-        shares = []
+        shares: list[int] = []
         for pool, sessions in self._sessions.items():
             capacity = pool_capacity(pool)
             if capacity is None:

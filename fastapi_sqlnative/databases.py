@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
@@ -208,7 +208,7 @@ class Database(_Database[Engine, Session]):
     blocking = True
 
     @contextmanager
-    def session(self) -> Iterator[Session]:
+    def session(self) -> Generator[Session]:
         """Open a session for a block; at its end roll back and close. Never commits."""
         session = self.open()
         try:
@@ -219,7 +219,7 @@ class Database(_Database[Engine, Session]):
     @contextmanager
     def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
-    ) -> Iterator[Session]:
+    ) -> Generator[Session]:
         """Open a session for a block; commit at its end, roll back on any exception.
 
         Raises:
@@ -252,9 +252,11 @@ class Database(_Database[Engine, Session]):
             raise answer[0]
 
     async def answer(self, timeout: float) -> None:
+        """Ask in a thread."""
         await anyio.to_thread.run_sync(self.ping, timeout, limiter=anyio.CapacityLimiter(1))
 
     async def dispose(self) -> None:
+        """Close the connections in a thread."""
         await anyio.to_thread.run_sync(self.engine.dispose, limiter=anyio.CapacityLimiter(1))
 
     def _ask_for_one_row(self, answer: list[BaseException | None]) -> None:
@@ -293,7 +295,7 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
     blocking = False
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[AsyncSession]:
+    async def session(self) -> AsyncGenerator[AsyncSession]:
         """Open a session for a block; at its end roll back and close. Never commits."""
         session = self.open()
         async with _finishing(self, session, close):
@@ -302,7 +304,7 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
     @asynccontextmanager
     async def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
-    ) -> AsyncIterator[AsyncSession]:
+    ) -> AsyncGenerator[AsyncSession]:
         """Open a session for a block; commit at its end, roll back on any exception.
 
         A cancellation does not interrupt the COMMIT: it is awaited, for `shutdown_timeout`
@@ -327,9 +329,11 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
             await connection.scalar(select(1))
 
     async def answer(self, timeout: float) -> None:
+        """Ask on the event loop."""
         await self.ping(timeout)
 
     async def dispose(self) -> None:
+        """Close the connections on the event loop."""
         await self.engine.dispose()
 
     @property
@@ -490,7 +494,7 @@ def _abandon(names: str, timeout: float) -> Callable[[asyncio.Task[None]], None]
 @asynccontextmanager
 async def _finishing(
     database: AsyncDatabase, session: AsyncSession, success: Callable[[Session], None]
-) -> AsyncIterator[None]:
+) -> AsyncGenerator[None]:
     async def finish(operation: Callable[[Session], None], *, cancelled: bool = False) -> None:
         await run_together(
             [session],

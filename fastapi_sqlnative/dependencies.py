@@ -246,6 +246,7 @@ class SessionDependency(DatabaseDependency):
     """Hand out the request's session."""
 
     async def __call__(self, unit: _Unit) -> AnySession:
+        """Open the session at the first call of a request."""
         return await unit.session(self.name)
 
 
@@ -258,6 +259,7 @@ class TransactionDependency(DatabaseDependency):
         self.__signature__ = _after_get_db(name)
 
     async def __call__(self, session: AnySession, unit: UnitOfWork) -> AnySession:
+        """Enlist what `get_db` has given."""
         unit.enlist(session, self.options)
         return session
 
@@ -270,6 +272,7 @@ class ReaderDependency(DatabaseDependency):
         self.__signature__ = _after_get_db(name)
 
     async def __call__(self, session: AnySession, unit: UnitOfWork) -> AnySession:
+        """Open a session beside the one that `get_db` has given."""
         return await unit.reader(session)
 
 
@@ -279,6 +282,7 @@ class HandleDependency(DatabaseDependency):
     gives_handle = True
 
     async def __call__(self, connection: HTTPConnection) -> AnyDatabase:
+        """Look the handle up."""
         registry, router = registry_for(connection)
         return registry.database(self.name, router)
 

@@ -1,0 +1,78 @@
+"""Fixtures for the package's own tests: one parameter for colours and drivers, two databases."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Engine, Pool, QueuePool, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from conftest import WorkerPostgres
+from tests.serving import KINDS, Kind, Rows
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS item (
+    id serial PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    position int UNIQUE DEFERRABLE INITIALLY DEFERRED
+)
+"""
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.id)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Give each colour and driver in turn."""
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def _connections(postgres: WorkerPostgres) -> Iterator[tuple[psycopg.Connection, ...]]:
+    with (
+        psycopg.connect(postgres.dsn, autocommit=True) as first,
+        psycopg.connect(postgres.second.dsn, autocommit=True) as second,
+    ):
+        for connection in first, second:
+            connection.execute(SCHEMA)
+        yield first, second
+
+
+@pytest.fixture
+def rows(_connections: tuple[psycopg.Connection, ...]) -> Rows:
+    """Empty the first database's table, and look into it from a connection of its own."""
+    return Rows(_connections[0])
+
+
+@pytest.fixture
+def second_rows(_connections: tuple[psycopg.Connection, ...]) -> Rows:
+    """Do the same for the second database."""
+    return Rows(_connections[1])
+
+
+MakeEngine = Callable[..., Engine | AsyncEngine]
+
+
+@pytest.fixture
+def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[MakeEngine]:
+    """Build engines of this kind; at the end no connection may be in use on any of them.
+
+    Install them with ``shutdown=engine.dispose``: their event loop ends with the server.
+    """
+    pools: list[Pool] = []
+
+    def make(*, second: bool = False, **options: Any) -> Engine | AsyncEngine:
+        url = (postgres.second if second else postgres).url(kind.driver)
+        engine = (create_async_engine if kind.asynchronous else create_engine)(url, **options)
+        pools.append(engine.pool)  # disposing of the engine replaces it
+        return engine
+
+    yield make
+    for pool in pools:
+        assert not isinstance(pool, QueuePool) or pool.checkedout() == 0
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine) -> Engine | AsyncEngine:
+    """Build one engine with a pool of one, so that every request meets the same connection."""
+    return make_engine(pool_size=1, max_overflow=0, pool_timeout=5)

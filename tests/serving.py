@@ -1,0 +1,174 @@
+"""An application under test, written once for both colours and served by a real uvicorn."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import httpx
+import psycopg
+import uvicorn
+from fastapi import Depends, FastAPI
+from sqlalchemy import MetaData, Table
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Kind(NamedTuple):
+    """Name a colour and a driver."""
+
+    id: str
+    driver: str
+    asynchronous: bool
+
+
+KINDS = (
+    Kind("psycopg-async", "psycopg", True),
+    Kind("asyncpg", "asyncpg", True),
+    Kind("psycopg-sync", "psycopg", False),
+)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData()
+
+
+class Item(Base):
+    """Map the table that tests write to; `position` is checked at COMMIT only."""
+
+    __tablename__ = "item"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    position: Mapped[int | None]
+
+
+items: Table = Base.metadata.tables["item"]
+
+
+class Rows:
+    """See what is stored, from outside: through a connection that no test shares."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self.connection = connection
+        connection.execute("TRUNCATE item RESTART IDENTITY")
+
+    def add(self, name: str, position: int | None = None) -> None:
+        """Store a row before the test."""
+        self.connection.execute(
+            "INSERT INTO item (name, position) VALUES (%s, %s)", (name, position)
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """List the names stored, in order."""
+        found = self.connection.execute("SELECT name FROM item ORDER BY name").fetchall()
+        return [name for (name,) in found]
+
+    def backends(self, state: str) -> int:
+        """Count this database's other connections in a state, such as `idle in transaction`."""
+        found = self.connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND state LIKE %s",
+            (state,),
+        ).fetchone()
+        assert found is not None
+        return int(found[0])
+
+
+def route(
+    app: FastAPI,
+    kind: Kind,
+    path: str,
+    dependency: Callable[..., Any],
+    body: Callable[[Session], Any],
+    **options: Any,
+) -> None:
+    """Add `POST path`: an `async def` endpoint for async kinds, a `def` endpoint for sync ones."""
+    if kind.asynchronous:
+
+        async def endpoint(session: Annotated[AsyncSession, Depends(dependency)]) -> Any:
+            return await session.run_sync(body)
+
+    else:
+
+        def endpoint(session: Annotated[Session, Depends(dependency)]) -> Any:  # type: ignore[misc] # the other colour
+            return body(session)
+
+    app.post(path, **{"status_code": 201, **options})(endpoint)
+
+
+@dataclass
+class Served:
+    """Hold a running server's address, and how often each response was started."""
+
+    client: httpx.Client
+    url: str
+    server: uvicorn.Server
+    starts: list[int]
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        """Send one request, and insist on exactly one response start."""
+        self.starts.clear()
+        response = self.client.post(path, **options)
+        assert len(self.starts) == 1
+        return response
+
+
+class _CountStarts:
+    """Count `http.response.start` between the server and the application."""
+
+    def __init__(self, app: ASGIApp, starts: list[int]) -> None:
+        self.app = app
+        self.starts = starts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.starts.append(message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counting if scope["type"] == "http" else send)
+
+
+class _Server(uvicorn.Server):
+    """Tell when it serves, and leave signals to pytest."""
+
+    ready: threading.Event
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
+    """Run the application under uvicorn on a free port, and stop it gracefully."""
+    starts: list[int] = []
+    config = uvicorn.Config(
+        _CountStarts(app, starts), port=0, log_level="error", lifespan="on", **options
+    )
+    server = _Server(config)
+    server.ready = threading.Event()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.ready.wait(0.05):
+        assert thread.is_alive(), "the application did not start"
+    try:
+        assert server.started, "the application did not start"
+        host, port = server.servers[0].sockets[0].getsockname()
+        url = f"http://{host}:{port}"
+        with httpx.Client(
+            base_url=url, timeout=20, limits=httpx.Limits(max_keepalive_connections=0)
+        ) as client:
+            yield Served(client, url, server, starts)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()

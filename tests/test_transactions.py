@@ -1,0 +1,415 @@
+"""Rules 1 and 4 to 8: what a response says about what is stored."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy import Engine, delete, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative.exceptions import (
+    PartialCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
+from tests.conftest import MakeEngine
+from tests.serving import Item, Kind, Rows, items, route, serve
+
+
+def make_app(engine: Engine | AsyncEngine) -> FastAPI:
+    """Build an application that answers its own errors by class name."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, 409)
+
+    for kind in (
+        IntegrityError,
+        PartialCommitError,
+        TransactionAbortedError,
+        UncommittedChangesError,
+    ):
+        app.add_exception_handler(kind, answer)
+    return app
+
+
+def add(name: str, position: int | None = None) -> Callable[[Session], dict[str, str]]:
+    """Make a handler's body that adds one row."""
+
+    def body(session: Session) -> dict[str, str]:
+        session.add(Item(name=name, position=position))
+        return {"name": name}
+
+    return body
+
+
+def test_a_success_is_stored(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """What a transactional endpoint adds is committed when the client reads its 201."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), add("a"))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        assert rows.names == ["a"]
+
+
+def test_a_commit_that_fails_is_no_success(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A constraint that fails at COMMIT reaches the application's handler, before any 2xx."""
+    rows.add("first", position=1)
+    app = make_app(engine)
+    route(app, kind, "/taken", transactional(), add("second", position=1))
+    route(app, kind, "/free", transactional(), add("third", position=2))
+    with serve(app) as served:
+        response = served.post("/taken")
+        assert (response.status_code, response.json()) == (409, {"error": "IntegrityError"})
+        assert served.post("/free").status_code == 201
+    assert rows.names == ["first", "third"]
+
+
+def raise_http(_session: Session) -> None:
+    raise HTTPException(409)
+
+
+def raise_unexpected(_session: Session) -> None:
+    raise ZeroDivisionError
+
+
+class Answer(BaseModel):
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("failure", "options", "status"),
+    [
+        (raise_http, {}, 409),
+        (raise_unexpected, {}, 500),
+        (lambda _: {"number": "none"}, {"response_model": Answer}, 500),
+    ],
+    ids=["HTTPException", "unexpected", "response-model"],
+)
+def test_any_exception_rolls_back(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    failure: Callable[[Session], Any],
+    options: dict[str, Any],
+    status: int,
+) -> None:
+    """Whatever is raised until the response is serialized, nothing of the request is stored."""
+    app = make_app(engine)
+
+    def body(session: Session) -> Any:
+        add("lost")(session)
+        session.flush()
+        return failure(session)
+
+    route(app, kind, "/", transactional(), body, **options)
+    route(app, kind, "/next", transactional(), add("kept"))
+    with serve(app) as served:
+        assert served.post("/").status_code == status
+        assert rows.backends("idle in transaction%") == 0
+        assert served.post("/next").status_code == 201
+    assert rows.names == ["kept"]
+
+
+def test_an_invalid_request_rolls_back(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A 422 rolls back what a dependency wrote before the request was found invalid."""
+    app = make_app(engine)
+
+    if kind.asynchronous:
+
+        async def write(session: Annotated[Any, Depends(transactional())]) -> None:
+            await session.run_sync(add("lost"))
+            await session.flush()
+
+    else:
+
+        def write(session: Annotated[Any, Depends(transactional())]) -> None:  # type: ignore[misc] # the other colour
+            add("lost")(session)
+            session.flush()
+
+    app.post("/", dependencies=[Depends(write)])(lambda number: number)
+    with serve(app) as served:
+        assert served.post("/").status_code == 422
+    assert rows.names == []
+    assert rows.backends("idle in transaction%") == 0
+
+
+def test_a_returned_error_response_commits(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A 4xx that is returned, not raised, is a success for the transaction."""
+    app = make_app(engine)
+
+    def body(session: Session) -> JSONResponse:
+        add("kept")(session)
+        return JSONResponse({}, 402)
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 402
+    assert rows.names == ["kept"]
+
+
+def test_explicit_commit_and_rollback_are_allowed(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Inside `transactional`, commit() stores at once and rollback() forgets, and both go on."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        session.add(Item(name="committed"))
+        session.commit()
+        session.add(Item(name="rolled back"))
+        session.flush()
+        session.rollback()
+        session.add(Item(name="at the end"))
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["at the end", "committed"]
+
+
+def swallow(session: Session) -> None:
+    """Insert a row twice and ignore that the second one fails."""
+    session.execute(insert(items).values(name="twice"))
+    try:
+        session.execute(insert(items).values(name="twice"))
+    except IntegrityError:
+        return
+    pytest.fail("the constraint did not hold")
+
+
+def swallow_in_savepoint(session: Session) -> None:
+    """Do the same with the second insert in a savepoint."""
+    session.execute(insert(items).values(name="twice"))
+    try:
+        with session.begin_nested():
+            session.execute(insert(items).values(name="twice"))
+    except IntegrityError:
+        return
+    pytest.fail("the constraint did not hold")
+
+
+def roll_back_in_sql(session: Session) -> None:
+    """Do the same with the application's own savepoint statements."""
+    session.execute(text("SAVEPOINT mine"))
+    swallow(session)
+    session.execute(text("ROLLBACK TO SAVEPOINT mine"))
+    session.execute(insert(items).values(name="twice"))
+
+
+def test_a_swallowed_error_is_no_success(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A handler that ignores an IntegrityError is not answered with 201, and stores nothing."""
+    app = make_app(engine)
+    route(app, kind, "/swallow", transactional(), swallow)
+    route(app, kind, "/next", transactional(), add("next"))
+    with serve(app) as served:
+        response = served.post("/swallow")
+        assert (response.status_code, response.json()) == (
+            409,
+            {"error": "TransactionAbortedError"},
+        )
+        assert rows.names == []
+        assert served.post("/next").status_code == 201
+    assert rows.names == ["next"]
+
+
+def test_an_explicit_commit_of_a_swallowed_error_is_refused(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """session.commit() in a handler is refused just the same, with get_db too."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        swallow(session)
+        session.commit()
+
+    route(app, kind, "/", get_db(), body)
+    with serve(app) as served:
+        assert served.post("/").json() == {"error": "TransactionAbortedError"}
+    assert rows.names == []
+
+
+@pytest.mark.parametrize("body", [swallow_in_savepoint, roll_back_in_sql])
+def test_an_error_in_a_savepoint_may_be_ignored(
+    kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
+) -> None:
+    """A failure that was rolled back to a savepoint does not stop the commit."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["twice"]
+
+
+def swallow_client_error(session: Session) -> None:
+    """Send an argument that the driver refuses by itself, and ignore it."""
+    session.execute(insert(items).values(name="kept"))
+    with pytest.raises((DBAPIError, TypeError)):
+        session.execute(text("SELECT CAST(:number AS integer)"), {"number": object()})
+
+
+def test_an_error_of_the_client_alone_does_not_count(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """An error that never reached the server leaves the transaction alive, and it commits."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), swallow_client_error)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["kept"]
+
+
+def flush_change(session: Session) -> None:
+    session.scalars(select(Item)).one().name = "changed"
+    session.flush()
+
+
+FORGOTTEN: dict[str, Callable[[Session], Any]] = {
+    "orm-add": add("a"),
+    "orm-change": lambda session: setattr(session.scalars(select(Item)).one(), "name", "b"),
+    "orm-delete": lambda session: session.delete(session.scalars(select(Item)).one()),
+    "flushed": flush_change,
+    "core-insert": lambda session: session.execute(insert(items).values(name="a")) and None,
+    "core-update": lambda session: session.execute(update(items).values(name="b")) and None,
+    "core-delete": lambda session: session.execute(delete(items)) and None,
+    "returning": lambda session: session.scalars(
+        insert(items).values(name="a").returning(items.c.id)
+    ).all(),
+    "through-the-connection": lambda session: (
+        session.connection().execute(insert(items).values(name="a")) and None
+    ),
+    "cte": lambda session: (
+        session.execute(
+            select(insert(items).values(name="a").returning(items.c.id).cte("new"))
+        ).all()
+        and None
+    ),
+}
+
+
+@pytest.mark.parametrize("body", FORGOTTEN.values(), ids=FORGOTTEN)
+def test_a_forgotten_commit_is_no_success(
+    kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], Any]
+) -> None:
+    """What was written through get_db and not committed fails the request."""
+    rows.add("there")
+    app = make_app(engine)
+    route(app, kind, "/", get_db(), body)
+    with serve(app) as served:
+        response = served.post("/")
+        assert (response.status_code, response.json()) == (
+            409,
+            {"error": "UncommittedChangesError"},
+        )
+    assert rows.names == ["there"]
+
+
+@pytest.mark.parametrize("body", FORGOTTEN.values(), ids=FORGOTTEN)
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_get_db_with_an_explicit_end_is_a_success(
+    kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], Any], end: str
+) -> None:
+    """With commit() or rollback() the application has decided, and the answer is its own."""
+    rows.add("there")
+    app = make_app(engine)
+
+    def decided(session: Session) -> None:
+        body(session)
+        getattr(session, end)()
+
+    route(app, kind, "/", get_db(), decided)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert (rows.names == ["there"]) is (end == "rollback")
+
+
+def test_a_write_undone_by_a_savepoint_is_not_forgotten(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Nothing waits for a commit when the savepoint around the write was rolled back."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        savepoint = session.begin_nested()
+        session.execute(insert(items).values(name="undone"))
+        savepoint.rollback()
+
+    route(app, kind, "/", get_db(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == []
+
+
+def test_background_tasks_see_the_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A background task runs after the commit, and not at all when the commit fails."""
+    rows.add("first", position=1)
+    seen: list[list[str]] = []
+    app = make_app(engine)
+
+    def note(tasks: BackgroundTasks) -> None:
+        tasks.add_task(lambda: seen.append(rows.names))
+
+    depends = [Depends(note)]
+    route(app, kind, "/ok", transactional(), add("second", 2), dependencies=depends)
+    route(app, kind, "/taken", transactional(), add("third", 1), dependencies=depends)
+    with serve(app) as served:
+        assert served.post("/ok").status_code == 201
+        assert served.post("/taken").status_code == 409
+    assert seen == [["first", "second"]]
+
+
+def two_databases(kind: Kind, make_engine: MakeEngine, positions: tuple[int, int]) -> FastAPI:
+    """Build an application whose endpoint writes to two databases, the second asked for first."""
+    app = make_app(make_engine())
+    second = make_engine(second=True)
+    install_database(app, name="second", engine=second, shutdown=second.dispose)
+
+    if kind.asynchronous:
+
+        async def write(session: Annotated[Any, Depends(transactional("second"))]) -> None:
+            await session.run_sync(add("b", positions[1]))
+
+    else:
+
+        def write(session: Annotated[Any, Depends(transactional("second"))]) -> None:  # type: ignore[misc] # the other colour
+            add("b", positions[1])(session)
+
+    depends = [Depends(write)]
+    route(app, kind, "/", transactional(), add("a", positions[0]), dependencies=depends)
+    return app
+
+
+def test_two_databases_commit_in_the_order_of_installation(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """When the database installed second fails at COMMIT, the first has committed, and it says so."""
+    second_rows.add("there", position=7)
+    with serve(two_databases(kind, make_engine, (1, 7))) as served:
+        response = served.post("/")
+        assert (response.status_code, response.json()) == (409, {"error": "PartialCommitError"})
+    assert (rows.names, second_rows.names) == (["a"], ["there"])
+
+
+def test_a_first_database_that_fails_leaves_nothing(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """When the database installed first fails at COMMIT, neither keeps anything."""
+    rows.add("there", position=7)
+    with serve(two_databases(kind, make_engine, (7, 1))) as served:
+        assert served.post("/").json() == {"error": "IntegrityError"}
+    assert (rows.names, second_rows.names) == (["there"], [])
+
+
+def test_a_flush_that_fails_leaves_nothing_anywhere(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """All flushes come before the first COMMIT: one that fails leaves both databases as before."""
+    second_rows.add("b")
+    with serve(two_databases(kind, make_engine, (1, 1))) as served:
+        assert served.post("/").json() == {"error": "IntegrityError"}
+    assert (rows.names, second_rows.names) == ([], ["b"])

@@ -1,8 +1,8 @@
 """SQLAlchemy event listeners that keep a session honest (rules 5, 6, 7, 10 and 13).
 
-A session of ours asks `GuardedSession.get_bind` before every statement, and runs on an option
-engine: the application's own engine, sharing its pool, with our listeners on it. What the
-application does with its engine elsewhere is not listened to.
+A session of ours asks its guard before every statement, and marks the connection that its
+transaction runs on. Listeners on the engine's dialect look only at connections so marked: what
+the application does with its engine elsewhere is its own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import Compiled, Dialect, ExceptionContext, ExecutionContext
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.sql.expression import RollbackToSavepointClause, SavepointClause
 
 from .exceptions import (
     BlockingSessionError,
@@ -84,25 +84,41 @@ class EngineGuard:
     """Give the sessions of one database the engine they run on.
 
     Lives as long as the database's handle. `stopped` makes every session of the database refuse
-    its next statement: a disposed SQLAlchemy engine would silently connect anew.
+    its next statement: a disposed SQLAlchemy engine would silently connect anew. `busy` holds
+    the sessions that have a connection.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.stopped = False
-        self.sessions: set[SessionGuard] = set()
+        self.busy: set[SessionGuard] = set()
         self._lock = threading.Lock()
+        self._known: set[Engine] = set()
         self._engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
 
     def engine(self, engine: Engine, options: TransactionOptions) -> Engine:
-        """Return the option engine for these options, one per engine and options."""
-        found = self._engines.get((engine, options))
-        if found is not None:
-            return found
-        # Sync sessions ask from several threads; a session must see one engine, or it would
-        # open a second connection.
+        """Return the engine itself, or one that shares its pool and sets the options."""
+        if engine not in self._known:
+            with self._lock:
+                _listen(engine)
+                self._known.add(engine)
+        if options is NO_OPTIONS:
+            return engine
+        # A session must see one engine, or it would open a second connection; sync sessions
+        # ask from several threads.
         with self._lock:
-            return self._engines.setdefault((engine, options), _listening_engine(engine, options))
+            found = self._engines.get((engine, options))
+            if found is None:
+                found = self._engines[engine, options] = _with_options(engine, options)
+        return found
+
+
+def _with_options(engine: Engine, options: TransactionOptions) -> Engine:
+    optional = engine.execution_options(**options.execution_options(engine.dialect))
+    if options.read_only and engine.dialect.name == "sqlite":
+        event.listen(optional, "commit", _unset_read_only)
+        event.listen(optional, "rollback", _unset_read_only)
+    return optional
 
 
 class SessionGuard:
@@ -114,7 +130,7 @@ class SessionGuard:
         loop_thread: the thread on which the session must not block, `None` for anywhere.
     """
 
-    __slots__ = ("engines", "finished", "loop_thread", "options", "transactions")
+    __slots__ = ("committing", "engines", "finished", "loop_thread", "options", "transactions")
 
     def __init__(
         self, engines: EngineGuard, options: TransactionOptions, loop_thread: int | None
@@ -123,13 +139,8 @@ class SessionGuard:
         self.options = options
         self.loop_thread = loop_thread
         self.finished = False
+        self.committing = False
         self.transactions: dict[Connection, _Transaction] = {}
-        engines.sessions.add(self)
-
-    def finish(self) -> None:
-        """Refuse whatever comes now: the session's request or block has ended."""
-        self.finished = True
-        self.engines.sessions.discard(self)
 
     @property
     def has_written(self) -> bool:
@@ -173,15 +184,15 @@ class SessionGuard:
 class _Transaction:
     """Remember what happened on one connection since its transaction began."""
 
-    __slots__ = ("aborted", "committing", "opaque", "savepoints", "session", "written")
+    __slots__ = ("aborted", "opaque", "savepoints", "session", "suspected", "written")
 
     def __init__(self, session: SessionGuard) -> None:
         self.session = session
         self.written = False
         self.opaque = False
-        self.committing = False
         self.aborted: Exception | None = None
-        self.savepoints: list[bool] = []  # what `written` was when each began
+        self.suspected: Exception | None = None  # what `aborted` was before this statement
+        self.savepoints: dict[str, bool] = {}  # what `written` was when each began
 
 
 class GuardedSession(Session):
@@ -233,7 +244,8 @@ def guarded_class(base: type[Session]) -> type[Session]:
 
 def has_pending_changes(session: Session) -> bool:
     """Tell whether objects of the session wait for a flush."""
-    return bool(
+    # Whatever is added or changed begins a transaction: asking for one first is cheap.
+    return session.in_transaction() and bool(
         session.new or session.deleted or any(session.is_modified(row) for row in session.dirty)
     )
 
@@ -250,6 +262,7 @@ def _remember_connection(
         return  # a savepoint on a connection that is known
     if guard.options.read_only:
         _set_read_only(connection)
+    guard.engines.busy.add(guard)
     transaction = guard.transactions[connection] = _Transaction(guard)
     connection.execution_options(**{_TRANSACTION: transaction})
 
@@ -267,6 +280,7 @@ def _before_commit(session: GuardedSession) -> None:
     # RELEASE SAVEPOINT of an aborted transaction fails by itself, COMMIT does not.
     if not session.in_nested_transaction():
         check_committable(session)
+        session.sqlnative.committing = True
 
 
 def check_committable(session: Session) -> None:
@@ -289,7 +303,9 @@ def check_committable(session: Session) -> None:
 @event.listens_for(GuardedSession, "after_transaction_end")
 def _forget_connections(session: GuardedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
+        session.sqlnative.committing = False
         session.sqlnative.transactions.clear()
+        session.sqlnative.engines.busy.discard(session.sqlnative)
 
 
 def _read_only_session(guard: SessionGuard) -> ReadOnlySessionError:
@@ -303,91 +319,72 @@ def _read_only_session(guard: SessionGuard) -> ReadOnlySessionError:
 # -- what the connection tells ---------------------------------------------------------------
 
 
-def _listening_engine(engine: Engine, options: TransactionOptions) -> Engine:
-    listening = engine.execution_options(**options.execution_options(engine.dialect))
-    event.listen(listening, "before_cursor_execute", _before_statement)
-    event.listen(listening, "after_cursor_execute", _after_statement)
-    event.listen(listening, "commit", _on_commit)
-    event.listen(listening, "rollback", _on_rollback)
-    event.listen(listening, "savepoint", _on_savepoint)
-    event.listen(listening, "release_savepoint", _on_release_savepoint)
-    event.listen(listening, "rollback_savepoint", _on_rollback_savepoint)
-    # This one event belongs to the dialect, and so to every connection of the application's
-    # engine: listen once, and look only at connections that carry a transaction of ours.
+def _listen(engine: Engine) -> None:
+    """Hear of every statement and failure, of connections that carry a transaction of ours.
+
+    These events belong to the dialect, and so to all of the application's engine; events of the
+    engine itself would cost each connection far more.
+    """
     if not event.contains(engine, "handle_error", _on_error):
+        event.listen(engine, "do_execute", _on_statement)
+        event.listen(engine, "do_executemany", _on_statement)
+        event.listen(engine, "do_execute_no_params", _on_statement_without_parameters)
         event.listen(engine, "handle_error", _on_error)
-    return listening
 
 
 def _transaction_on(connection: Connection | None) -> _Transaction | None:
     if connection is None:
         return None
     options: Mapping[str, Any] = connection.get_execution_options()
-    return cast("_Transaction | None", options.get(_TRANSACTION))
+    return options.get(_TRANSACTION)
 
 
-def _before_statement(
-    connection: Connection,
-    _cursor: object,
-    _statement: str,
-    _parameters: object,
-    context: ExecutionContext | None,
-    _many: bool,
+def _on_statement_without_parameters(
+    cursor: object, statement: str, context: ExecutionContext
 ) -> None:
-    transaction = _transaction_on(connection)
+    _on_statement(cursor, statement, None, context)
+
+
+def _on_statement(
+    _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
+) -> None:
+    transaction = _transaction_on(context.root_connection)
     if transaction is None:
         return
     transaction.session.check_thread()
-    compiled = None if context is None else context.compiled
-    if compiled is None or not getattr(compiled.statement, "is_select", False):
+    # An aborted transaction answers nothing but errors, each of which says so again. When the
+    # statement succeeds, the application has rolled back to a savepoint.
+    transaction.suspected, transaction.aborted = transaction.aborted, None
+    compiled = context.compiled
+    statement = None if compiled is None else compiled.statement
+    if not getattr(statement, "is_select", False):
+        _on_other_than_select(transaction, context.root_connection, statement)
+    elif compiled is not None and getattr(compiled, "ctes", None):
+        _on_write(transaction, context.root_connection, _has_dml_cte(compiled))
+
+
+def _on_other_than_select(
+    transaction: _Transaction, connection: Connection, statement: object
+) -> None:
+    name: str = getattr(statement, "ident", "")
+    if isinstance(statement, SavepointClause):
+        transaction.savepoints[name] = transaction.written
+    elif isinstance(statement, RollbackToSavepointClause):
+        transaction.written = transaction.savepoints.get(name, transaction.written)
+    else:
         transaction.opaque = True
-    if compiled is not None and _writes(compiled):
-        if transaction.session.options == AUTOCOMMIT:
-            raise _read_only_session(transaction.session)
-        if not _autocommits(connection):
-            transaction.written = True
+        _on_write(transaction, connection, getattr(statement, "is_dml", False))
 
 
-def _after_statement(connection: Connection, *_: object) -> None:
-    transaction = _transaction_on(connection)
-    if transaction is not None and transaction.aborted is not None:
-        # An aborted transaction answers nothing but errors: a success means that the
-        # application has rolled back to a savepoint in its own SQL.
-        transaction.aborted = None
+def _on_write(transaction: _Transaction, connection: Connection, is_dml: bool) -> None:
+    if is_dml and transaction.session.options == AUTOCOMMIT:
+        raise _read_only_session(transaction.session)
+    if is_dml and not _autocommits(connection):
+        transaction.written = True
 
 
-def _on_commit(connection: Connection) -> None:
-    transaction = _transaction_on(connection)
-    if transaction is not None:
-        _unset_read_only(connection, transaction)
-        transaction.committing = True
-
-
-def _on_rollback(connection: Connection) -> None:
-    transaction = _transaction_on(connection)
-    if transaction is not None:
-        _unset_read_only(connection, transaction)
-        transaction.committing = False
-        transaction.aborted = None
-
-
-def _on_savepoint(connection: Connection, _name: str | None) -> None:
-    transaction = _transaction_on(connection)
-    if transaction is not None:
-        transaction.savepoints.append(transaction.written)
-
-
-def _on_release_savepoint(connection: Connection, _name: str, _context: None) -> None:
-    transaction = _transaction_on(connection)
-    if transaction is not None and transaction.savepoints:
-        transaction.savepoints.pop()
-
-
-def _on_rollback_savepoint(connection: Connection, _name: str, _context: None) -> None:
-    transaction = _transaction_on(connection)
-    if transaction is not None and transaction.savepoints and not connection.invalidated:
-        transaction.written = transaction.savepoints.pop()
-        transaction.aborted = None
+def _has_dml_cte(compiled: Any) -> bool:
+    return any(getattr(cte.element, "is_dml", False) for cte in compiled.ctes)
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:
@@ -396,14 +393,14 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     # A cancellation stays one: it invalidates the connection, and it is nobody's failure.
     if transaction is None or not isinstance(error, Exception):
         return None
-    if not transaction.committing:
+    committing, transaction.session.committing = transaction.session.committing, False
+    if context.statement is not None:
+        transaction.aborted = transaction.suspected
         if context.is_disconnect or _server_aborts(context, error):
-            transaction.aborted = error
+            transaction.aborted = transaction.suspected or error
         return None
-    if not (context.is_disconnect or context.sqlalchemy_exception is None):
-        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-        if state not in _OUTCOME_UNKNOWN:
-            return None
+    if not committing or not _loses_outcome(context, error):
+        return None
     # A raw OSError is no error of the driver's, so SQLAlchemy would keep the connection.
     context.is_disconnect = True
     return CommitOutcomeUnknownError(
@@ -412,11 +409,11 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     )
 
 
-def _writes(compiled: Compiled) -> bool:
-    if getattr(compiled.statement, "is_dml", False):
+def _loses_outcome(context: ExceptionContext, error: Exception) -> bool:
+    if context.is_disconnect or context.sqlalchemy_exception is None:
         return True
-    expressions = getattr(compiled, "ctes", None) or ()
-    return any(getattr(expression.element, "is_dml", False) for expression in expressions)
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return state in _OUTCOME_UNKNOWN
 
 
 def _server_aborts(context: ExceptionContext, error: Exception) -> bool:
@@ -451,9 +448,8 @@ def _set_read_only(connection: Connection) -> None:
         connection.exec_driver_sql(statement)
 
 
-def _unset_read_only(connection: Connection, transaction: _Transaction) -> None:
+def _unset_read_only(connection: Connection) -> None:
     # SQLite's pragma belongs to the connection, not to the transaction.
-    if transaction.session.options.read_only and connection.dialect.name == "sqlite":
-        cursor = cast("DBAPIConnection", connection.connection).cursor()
-        cursor.execute("PRAGMA query_only = OFF")
-        cursor.close()
+    cursor = connection.connection.cursor()
+    cursor.execute("PRAGMA query_only = OFF")
+    cursor.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -110,7 +111,8 @@ class _Database(ABC, Generic[EngineT, SessionT]):
                 f"Database {self.name!r} is {self._refusal}: no new session is handed out. Finish "
                 "work with the database before the application shuts down."
             )
-        self.support(options)
+        if options is not NO_OPTIONS:
+            self.support(options)
         guard = SessionGuard(self._guard, options, loop_thread)
         session: SessionT = self._session_class(self.engine, guard=guard, **self._session_options)
         return session
@@ -151,7 +153,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         checked_out = _ask(self.pool, "checkedout")
         if checked_out is not None:
             return checked_out
-        return sum(len(guard.transactions) for guard in tuple(self._guard.sessions))
+        return sum(len(guard.transactions) for guard in tuple(self._guard.busy))
 
     def refuse_sessions(self) -> None:
         """Hand out no new session from now on; open ones still work."""
@@ -366,10 +368,11 @@ def sync_session(session: AnySession) -> Session:
     return session.sync_session if isinstance(session, AsyncSession) else session
 
 
-def is_busy(session: AnySession) -> bool:
+def is_busy(session: Session) -> bool:
     """Tell whether finishing the session needs the database."""
-    inner = sync_session(session)
-    return bool(guard_of(inner).transactions) or has_pending_changes(inner)
+    return session.in_transaction() and (
+        bool(guard_of(session).transactions) or has_pending_changes(session)
+    )
 
 
 def close(session: Session) -> None:
@@ -379,7 +382,9 @@ def close(session: Session) -> None:
     hide the answer, or the error, that the session's work ended with.
     """
     guard = guard_of(session)
-    guard.finish()
+    guard.finished = True
+    if not session.in_transaction() and not session.identity_map:
+        return  # never used: there is nothing to roll back, to give back or to detach
     try:
         session.close()
     except (SQLAlchemyError, OSError):
@@ -402,8 +407,8 @@ async def run_together(
 
     `work` is plain code over synchronous sessions, and gets `call` to touch one: in the
     greenlet of an `AsyncSession`, in one worker thread, or, where a request has both kinds, in a
-    thread that hands the asynchronous part back to the event loop. Sessions that hold nothing
-    cost neither task nor thread.
+    thread that hands the asynchronous part back to the event loop. Where no session needs the
+    database they are only closed, and that costs neither task nor thread.
 
     Args:
         sessions: everything that `work` touches.
@@ -412,8 +417,10 @@ async def run_together(
             discarded. A synchronous one is waited for: its driver's timeouts bound it.
         cancelled: the caller is being cancelled already.
     """
-    if not any(is_busy(session) for session in sessions):
-        work(_directly)
+    inner = [sync_session(session) for session in sessions]
+    if not any(map(is_busy, inner)):
+        for session in inner:
+            close(session)
         return
     asynchronous = [session for session in sessions if isinstance(session, AsyncSession)]
     if len(asynchronous) == len(sessions):
@@ -423,7 +430,7 @@ async def run_together(
         # A limiter of its own: the default one may be full of threads that wait for a
         # connection, which this work is about to give back.
         running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
-    names = ", ".join(repr(guard_of(sync_session(each)).engines.name) for each in sessions)
+    names = ", ".join(repr(guard_of(session).engines.name) for session in inner)
     abandon = _abandon(names, timeout) if len(asynchronous) == len(sessions) else None
     await to_completion(running, timeout=timeout, cancelled=cancelled, abandon=abandon)
 
@@ -452,30 +459,36 @@ async def to_completion(
     shielded scope against anyio's, which comes back at every await and would spin.
     """
     task = asyncio.create_task(running)
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + timeout if cancelled else math.inf
     cancellation: asyncio.CancelledError | None = None
+    try:
+        if not cancelled:
+            await asyncio.shield(task)
+            return
+    except asyncio.CancelledError as error:
+        cancellation = error
+    await _outlast_cancellation(task, timeout, abandon)
+    if cancellation is None:
+        if not task.cancelled():
+            task.result()
+        return
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        logger.error("A cancelled request could not finish its sessions.", exc_info=failure)
+    raise cancellation
+
+
+async def _outlast_cancellation(
+    task: asyncio.Task[None], timeout: float, abandon: Callable[[asyncio.Task[None]], None] | None
+) -> None:
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout
     with anyio.CancelScope(shield=True):
         while not task.done():
-            try:
-                await asyncio.wait({task}, timeout=_remaining(deadline, clock()))
-            except asyncio.CancelledError as error:
-                cancellation = error
-                deadline = min(deadline, clock() + timeout)
-            if not task.done() and clock() >= deadline:
-                deadline, timeout = math.inf, math.inf
-                if abandon is not None:
-                    abandon(task)
-    if cancellation is not None:
-        if not task.cancelled() and (failure := task.exception()) is not None:
-            logger.error("A cancelled request could not finish its sessions.", exc_info=failure)
-        raise cancellation
-    if not task.cancelled():
-        task.result()
-
-
-def _remaining(deadline: float, now: float) -> float | None:
-    return None if deadline == math.inf else max(deadline - now, 0)
+            remaining = None if abandon is None else max(deadline - clock(), 0)
+            with contextlib.suppress(asyncio.CancelledError):  # raised again by the caller
+                await asyncio.wait({task}, timeout=remaining)
+            if abandon is not None and not task.done() and clock() >= deadline:
+                abandon(task)
+                abandon = None
 
 
 def _abandon(names: str, timeout: float) -> Callable[[asyncio.Task[None]], None]:

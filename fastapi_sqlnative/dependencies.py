@@ -39,11 +39,8 @@ class _Member:
 
     database: AnyDatabase
     session: AnySession
+    inner: Session  # the session that does the work
     commit: bool = False
-
-    @property
-    def inner(self) -> Session:
-        return sync_session(self.session)
 
 
 class UnitOfWork:
@@ -53,26 +50,42 @@ class UnitOfWork:
     its result is serialized. The response starts after that.
     """
 
-    __slots__ = ("_gate", "_is_request", "_members", "_opened", "_registry", "_router")
+    __slots__ = (
+        "_gate",
+        "_is_request",
+        "_members",
+        "_readers",
+        "_registry",
+        "_router",
+        "_sessions",
+    )
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._registry, self._router = registry_for(connection)
         self._is_request = connection.scope["type"] == "http"
-        self._opened: dict[tuple[AnyDatabase, TransactionOptions], _Member] = {}
+        self._sessions: dict[AnyDatabase, _Member] = {}
+        self._readers: dict[AnyDatabase, _Member] = {}
         self._members: dict[int, _Member] = {}  # by the identity of the session handed out
         self._gate: Gate | None = None
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
         database = self._registry.database(name, self._router)
-        return (await self._member(database, NO_OPTIONS)).session
+        member = self._sessions.get(database)
+        if member is None:
+            member = self._sessions[database] = await self._open(database, NO_OPTIONS)
+        return member.session
 
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session beside a session of ours, else that session itself."""
-        member = self._members.get(id(session))
-        if member is None:
+        beside = self._members.get(id(session))
+        if beside is None:
             return session  # an override's: the application's own
-        return (await self._member(member.database, AUTOCOMMIT)).session
+        member = self._readers.get(beside.database)
+        if member is None:
+            member = await self._open(beside.database, AUTOCOMMIT)
+            self._readers[beside.database] = member
+        return member.session
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end; an override's session is left alone.
@@ -95,6 +108,8 @@ class UnitOfWork:
             ReadOnlySessionError: through `reader`.
         """
         for member in self._members.values():
+            if not is_busy(member.inner):
+                continue
             guard, name = guard_of(member.inner), member.database.name
             pending = has_pending_changes(member.inner)
             if pending and guard.options == AUTOCOMMIT:
@@ -117,16 +132,13 @@ class UnitOfWork:
         """Roll everything back, close everything: something was raised."""
         await self._finish(self._close_all, cancelled=cancelled)
 
-    async def _member(self, database: AnyDatabase, options: TransactionOptions) -> _Member:
-        member = self._opened.get((database, options))
-        if member is None:
-            loop_thread = None
-            if database.blocking:
-                await self._enter_gate(database)
-                loop_thread = threading.get_ident()
-            session = database.open(options, loop_thread=loop_thread)
-            member = _Member(database, session)
-            self._opened[database, options] = self._members[id(session)] = member
+    async def _open(self, database: AnyDatabase, options: TransactionOptions) -> _Member:
+        loop_thread = None
+        if database.blocking:
+            await self._enter_gate(database)
+            loop_thread = threading.get_ident()
+        session = database.open(options, loop_thread=loop_thread)
+        member = self._members[id(session)] = _Member(database, session, sync_session(session))
         return member
 
     async def _enter_gate(self, database: AnyDatabase) -> None:
@@ -137,10 +149,11 @@ class UnitOfWork:
             self._gate = gate
 
     def _commit_all(self, call: Call) -> None:
-        installed = self._registry.databases(self._router)
-        order = {database: place for place, database in enumerate(installed)}
         marked = [member for member in self._members.values() if member.commit]
-        marked.sort(key=lambda member: order.get(member.database, -1))
+        if len(marked) > 1:
+            installed = self._registry.databases(self._router)
+            order = {database: place for place, database in enumerate(installed)}
+            marked.sort(key=lambda member: order.get(member.database, -1))
         try:
             # Every flush comes before the first COMMIT, so that only a COMMIT can come too late.
             for member in marked:
@@ -199,7 +212,7 @@ def _prepare(session: Session) -> None:
 
 def _commit(call: Call, member: _Member, committed: list[str]) -> None:
     try:
-        if is_busy(member.session):
+        if is_busy(member.inner):
             call(member.session, Session.commit)
     except Exception as error:
         if committed:

@@ -1,0 +1,189 @@
+"""Compare the cost of a request with the hand-written dependency's, side by side in one run.
+
+Everything runs in one process, without HTTP parsing, and is measured in CPU time: rounds of the
+variants alternate, and the median of the per-round ratios counts. Only ratios are promised.
+"""
+
+import asyncio
+import contextlib
+import gc
+import statistics
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, MutableMapping
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Response
+from sqlalchemy import Engine, create_engine, select
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, sessionmaker
+
+from fastapi_sqlnative import get_db, install_database, transactional
+from tests.postgres_choice import start_postgres
+
+Request = Callable[[], Awaitable[None]]
+ROUNDS = 25
+# What the project promises: at most this ratio to the hand-written dependency.
+UNTOUCHED, READ = 0.75, 1.10
+
+
+def asynchronous(engine: AsyncEngine) -> FastAPI:
+    """Build an application with the same endpoints over both dependencies."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    maker = async_sessionmaker(engine, expire_on_commit=False)
+
+    async def hand() -> AsyncGenerator[AsyncSession]:
+        async with maker() as session:
+            yield session
+
+    @app.get("/bare/untouched")
+    async def bare() -> Response:
+        return Response()
+
+    def routes(prefix: str, dependency: Callable[..., Any]) -> None:
+        Db = Annotated[AsyncSession, Depends(dependency)]  # noqa: N806 - an alias
+
+        @app.get(f"/{prefix}/untouched")
+        async def untouched(session: Db) -> Response:
+            return Response()
+
+        @app.get(f"/{prefix}/read")
+        async def read(session: Db) -> Response:
+            await session.scalar(select(1))
+            return Response()
+
+    for prefix, dependency in ("hand", hand), ("get_db", get_db()), ("tx", transactional()):
+        routes(prefix, dependency)
+    return app
+
+
+def synchronous(engine: Engine) -> FastAPI:
+    """Build the same for a sync engine."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    maker = sessionmaker(engine, expire_on_commit=False)
+
+    def hand() -> Generator[Session]:
+        with maker() as session:
+            yield session
+
+    @app.get("/bare/untouched")
+    def bare() -> Response:
+        return Response()
+
+    def routes(prefix: str, dependency: Callable[..., Any]) -> None:
+        Db = Annotated[Session, Depends(dependency)]  # noqa: N806 - an alias
+
+        @app.get(f"/{prefix}/untouched")
+        def untouched(session: Db) -> Response:
+            return Response()
+
+        @app.get(f"/{prefix}/read")
+        def read(session: Db) -> Response:
+            session.scalar(select(1))
+            return Response()
+
+    for prefix, dependency in ("hand", hand), ("get_db", get_db()), ("tx", transactional()):
+        routes(prefix, dependency)
+    return app
+
+
+def request(app: FastAPI, path: str) -> Request:
+    """Make a call of the application as a server would make it, for one path."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+        "state": {},
+    }
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        assert message.get("status", 200) == 200
+
+    async def call() -> None:
+        await app(dict(scope), receive, send)
+
+    return call
+
+
+async def cpu(call: Request, times: int) -> float:
+    """Return the CPU seconds of one call, among many."""
+    before = time.process_time()
+    for _ in range(times):
+        await call()
+    return (time.process_time() - before) / times
+
+
+async def compare(app: FastAPI, times: int) -> dict[str, list[float]]:
+    """Measure every path in alternating rounds."""
+    prefixes = ("hand", "get_db", "tx")
+    paths = [
+        "/bare/untouched",
+        *(f"/{one}/{two}" for two in ("untouched", "read") for one in prefixes),
+    ]
+    found: dict[str, list[float]] = {path: [] for path in paths}
+    async with app.router.lifespan_context(app):
+        calls = {path: request(app, path) for path in paths}
+        for call in calls.values():
+            await cpu(call, times // 4)
+        gc.collect()
+        gc.disable()
+        for _ in range(ROUNDS):
+            for path, call in calls.items():
+                found[path].append(await cpu(call, times))
+        gc.enable()
+    return found
+
+
+def ratios(found: dict[str, list[float]], prefix: str) -> tuple[float, float]:
+    """Return the overhead of an untouched session and the cost of a read, to hand-written."""
+    bare, hand, ours = (found[f"/{one}/untouched"] for one in ("bare", "hand", prefix))
+    untouched = statistics.median(
+        (c - a) / (b - a) for a, b, c in zip(bare, hand, ours, strict=True)
+    )
+    reads = zip(found["/hand/read"], found[f"/{prefix}/read"], strict=True)
+    return untouched, statistics.median(c / b for b, c in reads)
+
+
+def main() -> int:
+    """Print a table; return 1 when a promised ratio is missed."""
+    failed = False
+    with contextlib.ExitStack() as closing:
+        url = start_postgres(None, closing).url.removeprefix("postgresql://")
+        print(f"{'':16}{'':10}{'untouched':>12}{'one read':>12}   (hand-written = 1.00)")
+        for name, make in (
+            (
+                "psycopg async",
+                lambda: asynchronous(create_async_engine(f"postgresql+psycopg://{url}")),
+            ),
+            ("asyncpg", lambda: asynchronous(create_async_engine(f"postgresql+asyncpg://{url}"))),
+            ("psycopg sync", lambda: synchronous(create_engine(f"postgresql+psycopg://{url}"))),
+        ):
+            found = asyncio.run(
+                compare(make(), 60 if "sync" == name[-4:] and "async" not in name else 100)
+            )
+            for prefix in ("get_db", "tx"):
+                untouched, read = ratios(found, prefix)
+                print(f"{name:16}{prefix:10}{untouched:12.2f}{read:12.2f}")
+                if prefix == "get_db":
+                    failed |= untouched > UNTOUCHED or read > READ
+    print(f"promised{'':8}{'get_db':10}{UNTOUCHED:12.2f}{READ:12.2f}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""An application started in this process, where nothing is promised about a server."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import httpx
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from starlette.applications import Starlette
+
+
+def client_of(app: Starlette) -> httpx.AsyncClient:
+    """Give a client that calls the application, whose lifespan it does not run."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app")
+
+
+@asynccontextmanager
+async def running(app: Starlette) -> AsyncGenerator[httpx.AsyncClient]:
+    """Run the application's lifespan, and give a client."""
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        yield client
+
+
+async def start_and_stop(app: Starlette) -> None:
+    """Run the application's lifespan, with nothing in it."""
+    async with app.router.lifespan_context(app):
+        pass
+
+
+def sqlite() -> Engine:
+    """Build a synchronous engine in memory."""
+    return create_engine("sqlite://")
+
+
+def async_sqlite() -> AsyncEngine:
+    """Build an asynchronous engine in memory."""
+    return create_async_engine("sqlite+aiosqlite://")
+
+
+def note_disposal(engine: Engine | AsyncEngine, log: list[str], note: str = "disposed") -> None:
+    """Write into the log when the engine is disposed of."""
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(inner, "engine_disposed", lambda _engine: log.append(note))

@@ -1,0 +1,870 @@
+"""Section 4, the start: what `install_database` takes, and when databases are up and down."""
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Request
+from sqlalchemy import Engine, create_engine, make_url, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.testclient import TestClient
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    get_db,
+    install_database,
+    installed_databases,
+    transactional,
+)
+from fastapi_sqlnative.exceptions import (
+    ApplicationAlreadyStartedError,
+    DatabaseAlreadyInstalledError,
+    DatabaseNotInstalledError,
+    DatabaseNotStartedError,
+)
+from tests.in_process import (
+    async_sqlite,
+    client_of,
+    note_disposal,
+    running,
+    sqlite,
+    start_and_stop,
+)
+from tests.serving import Kind, Rows, items
+
+pytestmark = pytest.mark.anyio
+
+BUILDERS: dict[str, Callable[[], Engine | AsyncEngine]] = {
+    "Engine": sqlite,
+    "AsyncEngine": async_sqlite,
+}
+
+
+@pytest.fixture(params=BUILDERS.values(), ids=BUILDERS)
+def build(request: pytest.FixtureRequest) -> Callable[[], Engine | AsyncEngine]:
+    """Build an engine, of each colour in turn."""
+    found: Callable[[], Engine | AsyncEngine] = request.param
+    return found
+
+
+async def ask(database: object) -> None:
+    """Send a statement through a handle of either colour, inside the application."""
+    if isinstance(database, AsyncDatabase):
+        async with database.session() as session:
+            await session.execute(text("SELECT 1"))
+    else:
+        assert isinstance(database, Database)
+        with database.session() as session:
+            session.execute(text("SELECT 1"))
+
+
+# --- engines and factories ---
+
+
+class CallableFactory:
+    """Be a factory that is an object."""
+
+    def __init__(self, build: Callable[[], Engine | AsyncEngine]) -> None:
+        self.build = build
+
+    async def __call__(self) -> Engine | AsyncEngine:
+        await asyncio.sleep(0)
+        return self.build()
+
+
+def awaited(build: Callable[[], Engine | AsyncEngine]) -> Callable[[], Awaitable[Any]]:
+    async def factory() -> Engine | AsyncEngine:
+        await asyncio.sleep(0)
+        return build()
+
+    return factory
+
+
+FACTORIES: dict[str, Callable[[Callable[[], Engine | AsyncEngine]], Callable[[], Any]]] = {
+    "function": lambda build: build,
+    "coroutine-function": awaited,
+    "lambda-of-a-coroutine": lambda build: lambda: awaited(build)(),
+    "object": CallableFactory,
+    "partial": lambda build: functools.partial(build),
+}
+
+
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+async def test_a_factory_is_called_once_per_start(
+    build: Callable[[], Engine | AsyncEngine], factory: Callable[..., Callable[[], Any]]
+) -> None:
+    """A factory, sync or async, makes a new engine at each start, and it is disposed of at each end."""
+    log: list[str] = []
+
+    def noted() -> Engine | AsyncEngine:
+        engine = build()
+        log.append("built")
+        note_disposal(engine, log)
+        return engine
+
+    app = FastAPI()
+    install_database(app, engine=factory(noted))
+    assert log == []
+    for _ in range(2):
+        log.clear()
+        async with running(app):
+            await ask(installed_databases(app)["default"])
+            await ask(installed_databases(app)["default"])
+            assert log == ["built"]
+        assert log == ["built", "disposed"]
+
+
+async def test_an_engine_gives_sessions_of_its_colour(
+    build: Callable[[], Engine | AsyncEngine],
+) -> None:
+    """An Engine gives a Session, an AsyncEngine an AsyncSession, on that very engine."""
+    engine = build()
+    app = FastAPI()
+    install_database(app, engine=engine)
+
+    @app.get("/")
+    def show(session: Annotated[Any, Depends(get_db())]) -> list[str | bool]:
+        asynchronous = isinstance(session, AsyncSession)
+        assert asynchronous or isinstance(session, Session)
+        return [type(session).__name__, asynchronous]
+
+    async with running(app) as client:
+        expected = "AsyncSession" if isinstance(engine, AsyncEngine) else "Session"
+        assert (await client.get("/")).json() == [expected, isinstance(engine, AsyncEngine)]
+        assert installed_databases(app)["default"].engine is engine
+
+
+async def test_a_ready_engine_is_not_closed(build: Callable[[], Engine | AsyncEngine]) -> None:
+    """Who built the engine closes it: without a hook a ready one is left as it is."""
+    log: list[str] = []
+    engine = build()
+    note_disposal(engine, log)
+    app = FastAPI()
+    install_database(app, engine=engine)
+    async with running(app):
+        await ask(installed_databases(app)["default"])
+    assert log == []
+    await (
+        engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
+    )
+
+
+async def test_a_factory_engine_is_disposed_of_after_its_hook() -> None:
+    """A hook beside a factory runs first, and the engine is disposed of after it."""
+    log: list[str] = []
+
+    def factory() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log)
+        return engine
+
+    app = FastAPI()
+    install_database(app, engine=factory, shutdown=lambda: log.append("hook"))
+    await start_and_stop(app)
+    assert log == ["hook", "disposed"]
+
+
+class CallableHook:
+    """Be a hook that is an object."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def __call__(self) -> None:
+        note_thread(self.log)
+
+
+class AsyncCallableHook(CallableHook):
+    """Be an asynchronous one."""
+
+    async def __call__(self) -> None:  # type: ignore[override] # either is a hook
+        await asyncio.sleep(0)
+        note_thread(self.log)
+
+
+def note_thread(log: list[str]) -> None:
+    on_loop = threading.current_thread() is threading.main_thread()
+    log.append("event loop" if on_loop else "thread")
+
+
+async def note_thread_later(log: list[str]) -> None:
+    await asyncio.sleep(0)
+    note_thread(log)
+
+
+HOOKS: dict[str, tuple[Callable[[list[str]], Callable[[], object]], str]] = {
+    "function": (lambda log: lambda: note_thread(log), "thread"),
+    "coroutine-function": (lambda log: functools.partial(note_thread_later, log), "event loop"),
+    "lambda-of-a-coroutine": (lambda log: lambda: note_thread_later(log), "event loop"),
+    "object": (CallableHook, "thread"),
+    "async-object": (AsyncCallableHook, "event loop"),
+    "bound-method": (lambda log: CallableHook(log).__call__, "thread"),
+    "async-bound-method": (lambda log: AsyncCallableHook(log).__call__, "event loop"),
+}
+
+
+@pytest.mark.parametrize(("hook", "where"), HOOKS.values(), ids=HOOKS)
+async def test_a_hook_runs_once_per_stop(
+    hook: Callable[[list[str]], Callable[[], object]], where: str
+) -> None:
+    """A hook of any kind runs once at each end; a sync one in a thread, not on the event loop."""
+    log: list[str] = []
+    app = FastAPI()
+    install_database(app, engine=async_sqlite(), shutdown=hook(log))
+    for run in 1, 2:
+        async with running(app):
+            assert log == [where] * (run - 1)
+        assert log == [where] * run
+
+
+async def test_the_engines_own_dispose_is_a_hook(
+    build: Callable[[], Engine | AsyncEngine],
+) -> None:
+    """`shutdown=engine.dispose` closes a ready engine of either colour."""
+    log: list[str] = []
+    engine = build()
+    note_disposal(engine, log)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    async with running(app):
+        await ask(installed_databases(app)["default"])
+        assert log == []
+    assert log == ["disposed"]
+
+
+# --- every way to declare a lifespan ---
+
+
+Body = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
+Declare = Callable[[Callable[..., AsyncGenerator[Any]]], FastAPI]
+
+
+def with_router(app: FastAPI, body: Callable[..., AsyncGenerator[Any]]) -> None:
+    app.include_router(APIRouter(lifespan=asynccontextmanager(body)), prefix="/included")
+
+
+class Handlers:
+    """Turn a lifespan body into a start-up and a shutdown handler."""
+
+    def __init__(self, app: FastAPI, body: Callable[..., AsyncGenerator[Any]]) -> None:
+        self.app = app
+        self.body = body
+
+    async def start(self) -> None:
+        self.running = self.body(self.app)
+        await anext(self.running)
+
+    async def stop(self) -> None:
+        with pytest.raises(StopAsyncIteration):
+            await anext(self.running)
+
+
+DECLARATIONS = (
+    "lifespan",
+    "async-generator",
+    "router-before",
+    "router-after",
+    "router-in-router",
+    "on_startup",
+    "on_startup-added-later",
+    "set-on-the-router",
+)
+
+
+def declared(
+    how: str, install: Callable[[FastAPI], None], body: Callable[..., AsyncGenerator[Any]]
+) -> FastAPI:
+    """Make an application that declares a lifespan in this way, and install a database."""
+    lifespans: dict[str, Any] = {"lifespan": asynccontextmanager(body), "async-generator": body}
+    app = FastAPI(lifespan=lifespans.get(how))
+    if how == "router-before":
+        with_router(app, body)
+    if how == "set-on-the-router":
+        app.router.lifespan_context = asynccontextmanager(body)
+    if how == "on_startup":
+        handlers = Handlers(app, body)
+        app = FastAPI(on_startup=[handlers.start], on_shutdown=[handlers.stop])
+        handlers.app = app
+    install(app)
+    if how == "router-after":
+        with_router(app, body)
+    if how == "router-in-router":
+        outer = APIRouter()
+        outer.include_router(APIRouter(lifespan=asynccontextmanager(body)), prefix="/inner")
+        app.include_router(outer, prefix="/outer")
+    if how == "on_startup-added-later":
+        handlers = Handlers(app, body)
+        app.router.add_event_handler("startup", handlers.start)
+        app.router.add_event_handler("shutdown", handlers.stop)
+    return app
+
+
+@pytest.mark.parametrize("how", DECLARATIONS)
+def test_databases_are_up_around_the_application(how: str) -> None:
+    """Databases answer in the application's own lifespan, from its first line to its last."""
+    log: list[str] = []
+
+    def factory() -> AsyncEngine:
+        engine = async_sqlite()
+        log.append("up")
+        note_disposal(engine, log, "down")
+        return engine
+
+    async def body(app: FastAPI) -> AsyncGenerator[None]:
+        await ask(installed_databases(app)["default"])
+        log.append("start")
+        yield
+        await ask(installed_databases(app)["default"])
+        log.append("stop")
+
+    app = declared(how, lambda app: install_database(app, engine=factory), body)
+    for _ in range(2):
+        with TestClient(app):
+            assert log == ["up", "start"]
+        assert log == ["up", "start", "stop", "down"]
+        log.clear()
+
+
+@pytest.mark.parametrize("how", ["lifespan", "async-generator", "router-before", "router-after"])
+def test_the_applications_state_passes_through(how: str) -> None:
+    """What the application's lifespan yields is in `request.state`, and nothing else is."""
+    given = {"answer": 42}
+
+    async def body(app: FastAPI) -> AsyncGenerator[dict[str, int]]:
+        yield given
+
+    app = declared(how, lambda app: install_database(app, engine=async_sqlite()), body)
+
+    @app.get("/")
+    def show(request: Request) -> dict[str, Any]:
+        return dict(request.scope["state"])
+
+    with TestClient(app) as client:
+        assert client.get("/").json() == given
+
+
+async def test_the_applications_state_is_its_own_object() -> None:
+    """The lifespan yields the application's own state, not a copy of it."""
+    given = {"answer": 42}
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, int]]:
+        yield given
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=async_sqlite())
+    async with app.router.lifespan_context(app) as state:
+        assert state is given
+
+
+async def test_a_server_without_lifespan_state_will_do() -> None:
+    """An application that yields no state starts on a server that knows of none."""
+    app = FastAPI()
+    install_database(app, engine=async_sqlite())
+    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+    sent: list[str] = []
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+# --- again, and on another event loop ---
+
+
+def reading_app(engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
+    """Make an application that sends one statement in a request."""
+    app = FastAPI()
+    install_database(app, engine=engine, **options)
+    statement = text("SELECT 1")
+
+    if isinstance(engine, AsyncEngine):
+
+        @app.get("/")
+        async def read(session: Annotated[AsyncSession, Depends(get_db())]) -> Any:
+            return await session.scalar(statement)
+
+    else:
+
+        @app.get("/")
+        def read_sync(session: Annotated[Session, Depends(get_db())]) -> Any:
+            return session.scalar(statement)
+
+    return app
+
+
+def engine_of(kind: Kind, postgres: WorkerPostgres) -> Engine | AsyncEngine:
+    return (create_async_engine if kind.asynchronous else create_engine)(postgres.url(kind.driver))
+
+
+def read_once(app: FastAPI) -> None:
+    """Start the application on an event loop of its own, and send one request."""
+    with TestClient(app) as client:
+        assert client.get("/").json() == 1
+
+
+def test_an_application_starts_again_on_another_event_loop(
+    kind: Kind, postgres: WorkerPostgres
+) -> None:
+    """With `shutdown=engine.dispose` an application runs again, wherever its new event loop is."""
+    engine = engine_of(kind, postgres)
+    app = reading_app(engine, shutdown=engine.dispose)
+    read_once(app)
+    read_once(app)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "aiosqlite", "psycopg-sync"])
+def test_a_driver_that_knows_no_event_loop_needs_no_hook(
+    driver: str, postgres: WorkerPostgres
+) -> None:
+    """psycopg, aiosqlite and sync drivers start again on another event loop without a hook."""
+    engine: Engine | AsyncEngine
+    if driver == "aiosqlite":
+        engine = async_sqlite()
+    elif driver == "psycopg":
+        engine = create_async_engine(postgres.url("psycopg"))
+    else:
+        engine = create_engine(postgres.url("psycopg"))
+    app = reading_app(engine)
+    read_once(app)
+    read_once(app)
+    dispose = engine.dispose()
+    if isinstance(engine, AsyncEngine):
+        asyncio.run(dispose)  # type: ignore[arg-type] # a coroutine, for this colour
+
+
+@pytest.fixture
+def asyncpg_engine(postgres: WorkerPostgres) -> Iterator[AsyncEngine]:
+    """Build an engine whose connections belong to one event loop, and let go of them at the end."""
+    engine = create_async_engine(postgres.url("asyncpg"))
+    yield engine
+    engine.sync_engine.dispose(close=False)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # what the test provokes
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("new", [False, True], ids=["the-same-application", "a-new-application"])
+def test_an_engine_bound_to_another_event_loop_is_refused(
+    asyncpg_engine: AsyncEngine, new: bool
+) -> None:
+    """A ready asyncpg engine that was not disposed of fails the second start, and it says why."""
+    app = reading_app(asyncpg_engine)
+    read_once(app)
+    again = reading_app(asyncpg_engine) if new else app
+    with pytest.raises(
+        DatabaseNotStartedError,
+        match=r"'default' cannot start.*asyncpg.*event loop.*shutdown=engine\.dispose",
+    ):
+        read_once(again)
+
+
+async def test_an_engine_may_start_again_on_the_same_event_loop(
+    kind: Kind, postgres: WorkerPostgres
+) -> None:
+    """On one event loop a ready engine needs no hook: an application may stop and start."""
+    engine = engine_of(kind, postgres)
+    app = reading_app(engine)
+    for _ in range(2):
+        async with running(app) as client:
+            assert (await client.get("/")).json() == 1
+    await (
+        engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
+    )
+
+
+def test_an_application_runs_on_one_event_loop_at_a_time() -> None:
+    """A second event loop for a running application is refused, and the first goes on."""
+    app = reading_app(async_sqlite())
+    with TestClient(app) as client:
+        with pytest.raises(ApplicationAlreadyStartedError, match="another event loop.*factory"):
+            asyncio.run(start_and_stop(app))
+        assert client.get("/").json() == 1
+
+
+async def test_a_lifespan_may_be_entered_twice_on_one_event_loop() -> None:
+    """Databases stay up until the last of two overlapping lifespans has ended."""
+    log: list[str] = []
+    engine = async_sqlite()
+    note_disposal(engine, log)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    async with running(app):
+        async with running(app):
+            pass
+        await ask(installed_databases(app)["default"])
+        assert log == []
+    assert log == ["disposed"]
+
+
+# --- mistakes ---
+
+
+async def make_engine_later() -> AsyncEngine:
+    return async_sqlite()
+
+
+class Wrong(Exception):  # noqa: N818
+    """Stand for whatever fails."""
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "engine-none": ({"engine": None}, TypeError, "'default' must be an Engine.*not NoneType"),
+    "engine-url": ({"engine": "sqlite://"}, TypeError, "function that makes one, not str"),
+    "engine-url-object": ({"engine": make_url("sqlite://")}, TypeError, "not URL"),
+    "engine-session": ({"engine": Session()}, TypeError, "not Session"),
+    "name-number": ({"name": 7}, TypeError, "name of a database is a string, not int"),
+    "name-none": ({"name": None}, TypeError, "not NoneType"),
+    "shutdown-called": ({"shutdown": "closed"}, TypeError, r"such as engine\.dispose \(no paren"),
+    "class-of-the-other-colour": (
+        {"session_options": {"class_": Session}},
+        TypeError,
+        "subclass of AsyncSession, because its engine is an AsyncEngine",
+    ),
+    "class-of-no-colour": ({"session_options": {"class_": int}}, TypeError, "of AsyncSession"),
+    "class-no-class": (
+        {"session_options": {"class_": sessionmaker()}},
+        TypeError,
+        "of AsyncSession",
+    ),
+    "bind": ({"session_options": {"bind": sqlite()}}, TypeError, "'bind' is not for you to give"),
+    "option-unknown": ({"session_options": {"autoflsh": True}}, TypeError, "autoflsh"),
+    "options-no-mapping": ({"session_options": [1]}, TypeError, "session_options of .*mapping"),
+    "wait-negative": ({"startup_wait": -1}, ValueError, "startup_wait of .* above 0"),
+    "wait-zero": ({"startup_wait": 0}, ValueError, "startup_wait of .* above 0"),
+    "wait-text": ({"startup_wait": "30"}, TypeError, "startup_wait of .* seconds.*not str"),
+    "timeout-negative": ({"shutdown_timeout": -0.1}, ValueError, "shutdown_timeout of .* above 0"),
+    "timeout-zero": ({"shutdown_timeout": 0}, ValueError, "shutdown_timeout of .* above 0"),
+    "timeout-none": ({"shutdown_timeout": None}, TypeError, "shutdown_timeout of .*not NoneType"),
+    "timeout-nan": ({"shutdown_timeout": float("nan")}, ValueError, "above 0"),
+    "timeout-infinite": ({"shutdown_timeout": float("inf")}, ValueError, "shutdown_timeout"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "match"), MISTAKES.values(), ids=MISTAKES)
+async def test_a_wrong_argument_is_refused_at_once(
+    options: dict[str, Any], kind: type[Exception], match: str
+) -> None:
+    """A wrong argument names the database, the argument and what belongs there, at the call."""
+    app = FastAPI()
+    with pytest.raises(kind, match=match):
+        install_database(app, **{"engine": async_sqlite(), **options})
+    assert list(installed_databases(app)) == []
+    await start_and_stop(app)
+
+
+async def test_a_hook_that_has_been_called_is_refused() -> None:
+    """`shutdown=engine.dispose()` is a coroutine, no hook, and the error names the parentheses."""
+    engine = async_sqlite()
+    called = engine.dispose()
+    with pytest.raises(TypeError, match=r"shutdown of .*\(no parentheses\), not coroutine"):
+        install_database(FastAPI(), engine=engine, shutdown=called)  # type: ignore[arg-type] # the mistake
+    await called
+
+
+async def test_a_factory_that_has_been_called_is_refused() -> None:
+    """`engine=make_engine()` of an async factory is a coroutine, and the error says what to give."""
+    called = make_engine_later()
+    with pytest.raises(TypeError, match=r"function that makes one.*not coroutine"):
+        install_database(FastAPI(), engine=called)  # type: ignore[arg-type] # the mistake
+    await called
+
+
+def test_only_an_application_takes_a_database() -> None:
+    """A router is no application, and the error says what is one."""
+    with pytest.raises(TypeError, match="takes a FastAPI application, not APIRouter"):
+        install_database(APIRouter(), engine=sqlite())  # type: ignore[arg-type] # the mistake
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("default", ""), ("default", " default "), ("  ", "default"), ("a", " a"), ("a", "a")],
+)
+async def test_a_name_is_taken_once(first: str, second: str) -> None:
+    """A second database of one name is refused, however the name is spelt, and the first stays."""
+    app = FastAPI()
+    engine = async_sqlite()
+    install_database(app, name=first, engine=engine)
+    name = first.strip() or "default"
+    with pytest.raises(DatabaseAlreadyInstalledError, match=f"'{name}' is already .*another name"):
+        install_database(app, name=second, engine=async_sqlite())
+    async with running(app):
+        assert installed_databases(app)[name].engine is engine
+
+
+def test_an_install_into_a_served_application_is_refused() -> None:
+    """Once an application has started, an install is refused, during its run and after it."""
+    app = FastAPI()
+    with TestClient(app):
+        with pytest.raises(ApplicationAlreadyStartedError, match="started.*before it is served"):
+            install_database(app, engine=sqlite())
+    with pytest.raises(ApplicationAlreadyStartedError):
+        install_database(app, engine=sqlite())
+
+
+def test_an_install_in_the_lifespan_is_refused() -> None:
+    """An install in the application's own lifespan body comes too late, and fails the start."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        install_database(app, engine=async_sqlite())
+        yield
+
+    with (
+        pytest.raises(ApplicationAlreadyStartedError, match="give install_database a function"),
+        TestClient(FastAPI(lifespan=lifespan)),
+    ):
+        pytest.fail("it started")
+
+
+@pytest.mark.parametrize("mounted", [False, True], ids=["the-application", "a-mounted-one"])
+async def test_an_install_beside_running_databases_is_refused(mounted: bool) -> None:
+    """While a lifespan runs nothing can be installed, here or on what is mounted here."""
+    app, sub = FastAPI(), FastAPI()
+    app.mount("/sub", sub)
+    install_database(app, engine=async_sqlite())
+    async with running(app):
+        with pytest.raises(ApplicationAlreadyStartedError):
+            install_database(sub if mounted else app, name="late", engine=async_sqlite())
+        assert list(installed_databases(app)) == ["default"]
+    assert list(installed_databases(sub)) == []
+
+
+async def test_a_request_without_a_lifespan_says_what_is_missing() -> None:
+    """A bare ASGITransport never ran the lifespan: the error names the ways to run it."""
+    app = reading_app(async_sqlite())
+    async with client_of(app) as client:
+        with pytest.raises(
+            DatabaseNotStartedError, match=r"'default' .*not started.*TestClient.*lifespan_context"
+        ):
+            await client.get("/")
+        async with running(app):
+            assert (await client.get("/")).json() == 1
+        with pytest.raises(DatabaseNotStartedError):
+            await client.get("/")
+
+
+async def test_a_request_without_an_install_says_so() -> None:
+    """An application on which nothing was installed answers with the call that is missing."""
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(get_db("orders"))])(lambda: None)
+    async with running(app) as client:
+        with pytest.raises(
+            DatabaseNotInstalledError, match=r"'orders'.*install_database\(app, name='orders'"
+        ):
+            await client.get("/")
+
+
+# --- a start that fails ---
+
+
+async def fail() -> AsyncEngine:
+    raise Wrong
+
+
+BAD_FACTORIES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "raises": (fail, Wrong, ""),
+    "nothing": (lambda: None, TypeError, "'bad' must return an Engine.*returned NoneType"),
+    "url": (lambda: "sqlite://", TypeError, "it returned str"),
+    "session": (sessionmaker(), TypeError, "it returned Session"),
+    "factory": (lambda: async_sqlite, TypeError, "it returned function"),
+}
+
+
+@pytest.mark.parametrize(("factory", "kind", "match"), BAD_FACTORIES.values(), ids=BAD_FACTORIES)
+async def test_a_factory_that_fails_unwinds_the_start(
+    factory: Callable[[], Any], kind: type[Exception], match: str
+) -> None:
+    """What was started before a factory that fails is closed, and nothing after it is touched."""
+    log: list[str] = []
+
+    def build() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log, "first disposed")
+        return engine
+
+    app = FastAPI()
+    install_database(app, name="first", engine=build, shutdown=lambda: log.append("first hook"))
+    install_database(app, name="bad", engine=factory, shutdown=lambda: log.append("bad hook"))
+    install_database(app, name="last", engine=sqlite(), shutdown=lambda: log.append("last hook"))
+    with pytest.raises(kind, match=match):
+        await start_and_stop(app)
+    assert log == ["first hook", "first disposed"]
+    with pytest.raises(DatabaseNotStartedError):
+        installed_databases(app)["first"]
+
+
+async def test_an_engine_that_its_options_do_not_fit_is_disposed_of() -> None:
+    """A factory's engine of the wrong colour for `class_` fails the start, and is not left open."""
+    log: list[str] = []
+
+    def build() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log)
+        return engine
+
+    app = FastAPI()
+    install_database(app, engine=build, session_options={"class_": Session})
+    with pytest.raises(TypeError, match="class_ must be a subclass of AsyncSession"):
+        await start_and_stop(app)
+    assert log == ["disposed"]
+
+
+async def test_a_start_may_fail_and_then_succeed() -> None:
+    """A start that failed leaves nothing behind that stops the next one."""
+    failing = [True]
+
+    async def factory() -> AsyncEngine:
+        if failing:
+            raise Wrong
+        return async_sqlite()
+
+    app = FastAPI()
+    install_database(app, engine=factory)
+    with pytest.raises(Wrong):
+        await start_and_stop(app)
+    failing.clear()
+    async with running(app):
+        await ask(installed_databases(app)["default"])
+
+
+@pytest.mark.parametrize("when", ["startup", "shutdown"])
+async def test_a_lifespan_that_raises_closes_the_databases(when: str) -> None:
+    """An error in the application's own lifespan reaches the server, and the databases are closed."""
+    log: list[str] = []
+    engine = async_sqlite()
+    note_disposal(engine, log)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        if when == "startup":
+            raise Wrong
+        yield
+        raise Wrong
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    with pytest.raises(Wrong):
+        await start_and_stop(app)
+    assert log == ["disposed"]
+
+
+# --- installed_databases ---
+
+
+async def test_installed_databases_is_a_mapping() -> None:
+    """Names are there from the install on, in order; handles while the lifespan runs."""
+    app = FastAPI()
+    databases = installed_databases(app)
+    assert (list(databases), len(databases)) == ([], 0)
+    install_database(app, name="one", engine=async_sqlite())
+    install_database(app, name="two", engine=sqlite())
+    assert (list(databases), len(databases)) == (["one", "two"], 2)
+    assert "one" in databases
+    assert "three" not in databases
+    assert repr(databases) == "<installed databases: one, two>"
+    with pytest.raises(DatabaseNotStartedError):
+        databases["one"]
+    async with running(app):
+        assert [type(each) for each in databases.values()] == [AsyncDatabase, Database]
+        assert databases["one"].name == "one"
+        assert databases.get("three") is None
+    with pytest.raises(DatabaseNotStartedError):
+        databases["one"]
+
+
+async def test_an_unknown_name_is_a_key_error_that_lists_the_known() -> None:
+    """A mapping raises KeyError; its message lists the names that exist."""
+    app = FastAPI()
+    install_database(app, name="orders", engine=async_sqlite())
+    with pytest.raises(KeyError, match="'oders'.*'orders'"):
+        installed_databases(app)["oders"]
+
+
+def test_installed_databases_is_read_only() -> None:
+    """Nothing is installed or removed through the mapping."""
+    databases: Any = installed_databases(FastAPI())
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        databases["default"] = None
+
+
+async def test_a_handle_belongs_to_one_run() -> None:
+    """A handle kept from an earlier run refuses, though the application runs again."""
+    app = FastAPI()
+    install_database(app, engine=async_sqlite())
+    async with running(app):
+        kept = installed_databases(app)["default"]
+    async with running(app):
+        with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
+            await ask(kept)
+        await ask(installed_databases(app)["default"])
+
+
+# --- several ---
+
+
+async def test_several_applications_in_one_process() -> None:
+    """Two applications with a database of one name each see their own, and only their own."""
+    engines = [async_sqlite(), async_sqlite()]
+    apps = [FastAPI(), FastAPI()]
+    for app, engine in zip(apps, engines, strict=True):
+        install_database(app, engine=engine)
+
+        @app.get("/")
+        async def show(session: Annotated[AsyncSession, Depends(get_db())]) -> int:
+            return id(session.bind)
+
+    async with running(apps[0]) as first:
+        async with running(apps[1]) as second:
+            answers = [(await client.get("/")).json() for client in (first, second)]
+            assert answers == [id(engine) for engine in engines]
+        assert (await first.get("/")).json() == id(engines[0])
+        with pytest.raises(DatabaseNotStartedError):
+            installed_databases(apps[1])["default"]
+
+
+async def test_one_engine_under_two_names(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> None:
+    """One engine under two names gives two sessions in one request, and both commit."""
+    engine = engine_of(kind, postgres)
+    app = FastAPI()
+    for name in "one", "two":
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    one, two = Depends(transactional("one")), Depends(transactional("two"))
+
+    def insert(name: str) -> Any:
+        return items.insert().values(name=name)
+
+    if kind.asynchronous:
+
+        @app.post("/")
+        async def write(
+            first: Annotated[AsyncSession, one], second: Annotated[AsyncSession, two]
+        ) -> bool:
+            await first.execute(insert("one"))
+            await second.execute(insert("two"))
+            return first is second
+
+    else:
+
+        @app.post("/")
+        def write_sync(first: Annotated[Session, one], second: Annotated[Session, two]) -> bool:
+            first.execute(insert("one"))
+            second.execute(insert("two"))
+            return first is second
+
+    async with running(app) as client:
+        assert (await client.post("/")).json() is False
+    assert rows.names == ["one", "two"]

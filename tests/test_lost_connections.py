@@ -1,0 +1,102 @@
+"""Rule 7: a connection lost during COMMIT is reported as what it is."""
+
+from collections.abc import Iterator
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
+from tests.proxy import Fault, Proxy
+from tests.serving import Item, Kind, Rows, route, serve
+
+
+@pytest.fixture
+def proxy(postgres: WorkerPostgres) -> Iterator[tuple[Proxy, int]]:
+    """Put a proxy in front of the server."""
+    url = make_url(postgres.dsn)
+    assert url.host is not None
+    proxy = Proxy(url.host, url.port or 5432)
+    with proxy.listening() as port:
+        yield proxy, port
+
+
+@pytest.fixture
+def behind_proxy(
+    kind: Kind, postgres: WorkerPostgres, proxy: tuple[Proxy, int]
+) -> Engine | AsyncEngine:
+    """Build an engine whose connections go through the proxy, in plain text."""
+    plain = {"ssl": False} if kind.driver == "asyncpg" else {"sslmode": "disable"}
+    make = create_async_engine if kind.asynchronous else create_engine
+    url = make_url(postgres.url(kind.driver)).set(host="127.0.0.1", port=proxy[1])
+    return make(url, pool_size=1, max_overflow=0, connect_args=plain)
+
+
+def make_app(engine: Engine | AsyncEngine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, 500)
+
+    for kind in CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError:
+        app.add_exception_handler(kind, answer)
+    return app
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="a"))
+
+
+@pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
+def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
+    kind: Kind,
+    behind_proxy: Engine,
+    proxy: tuple[Proxy, int],
+    rows: Rows,
+    fault: Fault,
+) -> None:
+    """Stored or not, the application gets one error for it, and the next request works."""
+    app = make_app(behind_proxy)
+    route(app, kind, "/", transactional(), add)
+    route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
+    with serve(app) as served:
+        proxy[0].fault = fault
+        assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
+        assert rows.names == (["a"] if fault is Fault.ANSWER_LOST else [])
+        proxy[0].fault = Fault.NONE
+        assert served.post("/next").status_code == 201
+    assert rows.backends("idle in transaction%") == 0
+
+
+def kill_own_backend(session: Session) -> None:
+    """Lose the connection in the middle of the transaction."""
+    session.add(Item(name="a"))
+    session.flush()
+    session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+def kill_and_swallow(session: Session) -> None:
+    """Lose the connection and pretend that nothing was."""
+    with pytest.raises(DBAPIError):
+        kill_own_backend(session)
+
+
+@pytest.mark.parametrize("body", [kill_own_backend, kill_and_swallow])
+def test_a_connection_lost_before_commit_is_not_unknown(
+    kind: Kind, behind_proxy: Engine, rows: Rows, body: object
+) -> None:
+    """Before COMMIT is sent nothing can be stored, and the error is another one."""
+    app = make_app(behind_proxy)
+    route(app, kind, "/", transactional(), kill_own_backend)
+    with serve(app) as served:
+        response = served.post("/")
+        assert response.status_code == 500
+        assert response.json()["error"] != "CommitOutcomeUnknownError"
+    assert rows.names == []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from fastapi import routing
 from fastapi.dependencies.models import Dependant
@@ -17,8 +17,11 @@ from starlette.routing import BaseRoute, Host, Mount, Router
 
 from ._registry import Installation, Registry, not_installed
 from .databases import AsyncDatabase, Database
-from .dependencies import DatabaseDependency, ReaderDependency
-from .exceptions import DatabaseDependencyError
+from .dependencies import DatabaseDependency, ReaderDependency, get_db
+from .exceptions import DatabaseDependencyError, DatabaseNotInstalledError
+
+# What our dependencies give, and so the only classes whose annotation can contradict them.
+_GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
 
 
 def mounted_applications(app: Starlette) -> list[Starlette]:
@@ -51,9 +54,7 @@ def check_routes(app: Starlette, registry: Registry, router: int) -> bool:
 class _Check:
     """Walk the dependencies of one application's routes."""
 
-    def __init__(
-        self, registry: Registry, router: int, overrides: dict[Callable[..., Any], Any]
-    ) -> None:
+    def __init__(self, registry: Registry, router: int, overrides: Mapping[Any, Any]) -> None:
         self._registry = registry
         self._router = router
         self._overrides = overrides
@@ -64,12 +65,20 @@ class _Check:
         """Look at what a callable depends on; `outlives` is a request-scoped generator above."""
         for child in dependant.dependencies:
             call: object = child.call
-            if call in self._overrides:
+            if self._is_overridden(call):
                 continue
             if isinstance(call, DatabaseDependency):
                 self._visit_ours(dependant, child, call, outlives)
             else:
                 self.visit(child, child if _is_request_scoped_generator(child) else outlives)
+
+    def _is_overridden(self, call: object) -> bool:
+        if call in self._overrides:
+            return True
+        if not isinstance(call, DatabaseDependency) or call.gives_handle:
+            return False
+        # transactional(name) and reader(name) hand out what get_db(name) gives them.
+        return get_db(call.name) in self._overrides
 
     def _visit_ours(
         self,
@@ -81,8 +90,7 @@ class _Check:
         installation = self._registry.find(call.name, self._router)
         if installation is None:
             error = not_installed(call.name, self._registry.names(self._router))
-            error.add_note(f"Found in route {self.route!r}.")
-            raise error
+            raise DatabaseNotInstalledError(f"Route {self.route!r}: {error}")
         if not call.gives_handle:
             self._check_scope(child, call, outlives)
         self._check_annotation(parent, child, call, installation)
@@ -117,19 +125,14 @@ class _Check:
         if database is None or annotation is None:
             return
         given = type(database) if call.gives_handle else database.session_type
-        kinds = (Database, AsyncDatabase) if call.gives_handle else (Session, AsyncSession)
-        named = [each for each in _classes(annotation) if issubclass(each, kinds)]
-        if named and not any(_may_be(each, given, kinds) for each in named):
+        named = [each for each in _classes(annotation) if issubclass(each, _GIVEN)]
+        if named and not any(issubclass(each, given) for each in named):
             raise DatabaseDependencyError(
                 f"Route {self.route!r}: parameter {child.name!r} of {_name_of(parent.call)} is "
                 f"annotated with {named[0].__name__}, but database {call.name!r} is installed with "
                 f"an {database.engine_type.__name__} and gives {_article(given)}. Mend the "
                 "annotation, or install the other kind of engine."
             )
-
-
-def _may_be(named: type, given: type, kinds: tuple[type, ...]) -> bool:
-    return next(kind for kind in kinds if issubclass(named, kind)) is given
 
 
 def _article(kind: type) -> str:
@@ -141,16 +144,19 @@ def _name_of(call: object) -> str:
 
 
 def _is_request_scoped_generator(dependant: Dependant) -> bool:
+    """Tell what FastAPI enters before the endpoint and leaves after the response."""
     if dependant.scope == "function" or dependant.call is None:
         return False
     call: Any = dependant.call
     while isinstance(call, functools.partial):
         call = call.func
-    call = inspect.unwrap(call)
-    function: object = call
-    if not inspect.isroutine(call):
-        function = getattr(call.__class__, "__call__", None)  # noqa: B004
-    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+    looked_at = [call, inspect.unwrap(call)]
+    if not inspect.isclass(looked_at[1]):
+        methods = [each.__call__ for each in looked_at]
+        looked_at += [*methods, *map(inspect.unwrap, methods)]
+    return any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in looked_at
+    )
 
 
 # -- annotations -----------------------------------------------------------------------------
@@ -161,8 +167,8 @@ def _annotation(call: Callable[..., Any] | None, parameter: str | None) -> objec
         return None
     try:
         parameters = inspect.signature(call, eval_str=True).parameters
-    except NameError:
-        return None  # a name that only the type checker knows: nothing visible contradicts
+    except Exception:  # noqa: BLE001 - often a name that only the type checker knows
+        return None  # nothing visible contradicts
     found = parameters.get(parameter)
     return None if found is None else found.annotation
 

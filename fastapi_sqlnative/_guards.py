@@ -142,6 +142,20 @@ class SessionGuard:
         self.committing = False
         self.transactions: dict[Connection, _Transaction] = {}
 
+    def discard_connections(self) -> None:
+        """Let go of what a session holds that could not be closed: SQLAlchemy has forgotten it."""
+        for connection in tuple(self.transactions):
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: the session's transaction has ended, and it holds no connection."""
+        self.committing = False
+        self.transactions.clear()
+        self.engines.busy.discard(self)
+
     @property
     def has_written(self) -> bool:
         """Tell whether a recognisable insert, update or delete waits for a commit."""
@@ -154,8 +168,8 @@ class SessionGuard:
             transaction.written or transaction.opaque for transaction in self.transactions.values()
         )
 
-    def check_usable(self) -> None:
-        """Refuse a session whose time is over, or that would block the event loop."""
+    def check_unfinished(self) -> None:
+        """Refuse a session whose time is over."""
         if self.finished:
             raise SessionFinishedError(
                 f"This session of database {self.engines.name!r} is finished: the request (or "
@@ -163,6 +177,10 @@ class SessionGuard:
                 "stream, a background task or any work that outlives the request, depend on "
                 f"get_database_handle({self.engines.name!r}) and open a session there."
             )
+
+    def check_usable(self) -> None:
+        """Refuse a session that is finished or stopped, or that would block the event loop."""
+        self.check_unfinished()
         if self.engines.stopped:
             raise DatabaseNotStartedError(
                 f"Database {self.engines.name!r} is stopped: the application's lifespan has "
@@ -213,11 +231,33 @@ class GuardedSession(Session):
             return self.sqlnative.engines.engine(bind, self.sqlnative.options)
         return bind
 
+    # What a background task calls first, without asking for an engine: SQLAlchemy would refuse a
+    # closed session too, but its message knows no remedy.
+
     def add(self, instance: object, **options: Any) -> None:
-        """Refuse a finished session by name: SQLAlchemy's own message knows no remedy."""
-        if self.sqlnative.finished:
-            self.sqlnative.check_usable()
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
         super().add(instance, **options)
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        return super().begin(nested)
+
+    def commit(self) -> None:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        super().commit()
+
+    def delete(self, instance: object) -> None:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        super().delete(instance)
+
+    def refresh(self, instance: object, *args: Any, **options: Any) -> None:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        super().refresh(instance, *args, **options)
 
     def rollback(self) -> None:
         """Refuse to wait for a ROLLBACK on the event loop's thread."""
@@ -253,18 +293,23 @@ def has_pending_changes(session: Session) -> bool:
 # -- what the session tells ------------------------------------------------------------------
 
 
-@event.listens_for(GuardedSession, "after_begin")
+# Before the application's own listeners: one that fails must not hide the connection from us.
+@event.listens_for(GuardedSession, "after_begin", insert=True)
 def _remember_connection(
     session: GuardedSession, _transaction: SessionTransaction, connection: Connection
 ) -> None:
     guard = session.sqlnative
     if connection in guard.transactions:
         return  # a savepoint on a connection that is known
-    if guard.options.read_only:
-        _set_read_only(connection)
     guard.engines.busy.add(guard)
     transaction = guard.transactions[connection] = _Transaction(guard)
+    if guard.finished:
+        # A task or thread that the request left behind has waited for the pool all the while.
+        guard.discard_connections()
+        guard.check_unfinished()
     connection.execution_options(**{_TRANSACTION: transaction})
+    if guard.options.read_only:
+        _set_read_only(connection)
 
 
 @event.listens_for(GuardedSession, "before_flush")
@@ -303,9 +348,7 @@ def check_committable(session: Session) -> None:
 @event.listens_for(GuardedSession, "after_transaction_end")
 def _forget_connections(session: GuardedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        session.sqlnative.committing = False
-        session.sqlnative.transactions.clear()
-        session.sqlnative.engines.busy.discard(session.sqlnative)
+        session.sqlnative.forget()
 
 
 def _read_only_session(guard: SessionGuard) -> ReadOnlySessionError:
@@ -357,7 +400,8 @@ def _on_statement(
     transaction.suspected, transaction.aborted = transaction.aborted, None
     compiled = context.compiled
     statement = None if compiled is None else compiled.statement
-    if not getattr(statement, "is_select", False):
+    # text(...).columns(...) is a select by its shape only.
+    if not getattr(statement, "is_select", False) or getattr(statement, "is_text", False):
         _on_other_than_select(transaction, context.root_connection, statement)
     elif compiled is not None and getattr(compiled, "ctes", None):
         _on_write(transaction, context.root_connection, _has_dml_cte(compiled))

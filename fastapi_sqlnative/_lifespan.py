@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import logging
 import math
 import random
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
-import anyio.to_thread
-from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
@@ -26,8 +27,12 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 # What a hook gets, in seconds, when others have used up the time for all of them.
 _LEAST: Final = 1.0
+# What one attempt of `startup_wait` gets: a port may accept and not answer, until it does.
+_ATTEMPT: Final = 5.0
 # asyncpg and asyncmy bind a connection to the event loop that made it; these do not.
 _LOOP_FREE: Final = frozenset({"psycopg", "psycopg_async", "aiosqlite"})
+# The execution option under which a ready engine knows the event loop it was last used on.
+_LOOP: Final = "fastapi_sqlnative_loop"
 
 
 def install_database(
@@ -83,7 +88,7 @@ def install_database(
 def _check_application(app: object) -> None:
     if not isinstance(app, Starlette):
         raise TypeError(f"install_database takes a FastAPI application, not {type(app).__name__}.")
-    if app.middleware_stack is not None:
+    if app.middleware_stack is not None or registry_of(app).starts:
         raise ApplicationAlreadyStartedError(
             "A database cannot be installed: the application has started. Call install_database "
             "where the application is made, before it is served; to build the engine late, give "
@@ -107,9 +112,9 @@ def _installation(
             f"shutdown of database {name!r} must be a function without parameters, such as "
             f"engine.dispose (no parentheses), not {type(shutdown).__name__}."
         )
-    for argument, seconds in ("startup_wait", startup_wait), ("shutdown_timeout", shutdown_timeout):
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"{argument} of database {name!r} must be above 0 seconds.")
+    if startup_wait is not None:
+        _check_seconds("startup_wait", name, startup_wait)
+    _check_seconds("shutdown_timeout", name, shutdown_timeout)
     installation = Installation(
         name=name,
         engine=engine,
@@ -126,6 +131,16 @@ def _installation(
             f"makes one, not {type(engine).__name__}."
         )
     return installation
+
+
+def _check_seconds(argument: str, name: str, seconds: object) -> None:
+    if not isinstance(seconds, int | float):
+        raise TypeError(
+            f"{argument} of database {name!r} must be a number of seconds, not "
+            f"{type(seconds).__name__}."
+        )
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{argument} of database {name!r} must be above 0 seconds, and finite.")
 
 
 def _wrap_lifespan(app: Starlette) -> None:
@@ -173,7 +188,7 @@ async def _start(registry: Registry) -> None:
     loop = asyncio.get_running_loop()
     registry.starts += 1
     if registry.starts > 1:
-        if registry.loop is not loop:
+        if registry.installations and registry.loop is not loop:
             raise ApplicationAlreadyStartedError(
                 "This application, or one it is mounted in, is running on another event loop. Make "
                 "one application per event loop: call the application factory again."
@@ -181,17 +196,22 @@ async def _start(registry: Registry) -> None:
         return
     registry.loop = loop
     for installation in registry.installations.values():
-        await _open(installation, loop)
+        if database_class(installation.engine) is None:
+            installation.database = await _build(installation)
+        else:
+            _check_loop(installation, loop)
+            installation.database = _handle(installation, installation.engine)
 
 
-async def _open(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
-    engine: object = installation.engine
-    if database_class(engine) is None:
-        engine = await _call(installation.engine)
-    else:
-        _check_loop(installation, loop)
-    installation.loop = loop
-    installation.database = _handle(installation, engine)
+async def _build(installation: Installation) -> AnyDatabase:
+    engine = await _call(installation.engine)
+    try:
+        return _handle(installation, engine)
+    except Exception:
+        kind = database_class(engine)
+        if kind is not None:
+            await kind(engine).dispose()  # nobody else knows of it
+        raise
 
 
 def _handle(installation: Installation, engine: Any) -> AnyDatabase:
@@ -210,18 +230,20 @@ def _handle(installation: Installation, engine: Any) -> AnyDatabase:
 
 
 def _check_loop(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
+    """Refuse an engine whose idle connections belong to another event loop."""
     engine = installation.engine
-    if (
-        isinstance(engine, AsyncEngine)
-        and installation.loop not in (None, loop)
-        and engine.driver not in _LOOP_FREE
-        and (getattr(engine.pool, "checkedin", int))()
-    ):
+    if not isinstance(engine, AsyncEngine) or engine.driver in _LOOP_FREE:
+        return
+    # Noted on the engine, which may have been installed on another application before.
+    last = engine.get_execution_options().get(_LOOP, loop)
+    if last is not loop and getattr(engine.pool, "checkedin", int)():
         raise DatabaseNotStartedError(
-            f"Database {installation.name!r} cannot start again: its engine ({engine.driver}) "
-            "holds connections that belong to the event loop of the last run. Install it with "
-            "shutdown=engine.dispose, or give install_database a function that makes the engine."
+            f"Database {installation.name!r} cannot start: its engine ({engine.driver}) holds "
+            "connections that belong to another event loop, where it was used before. Install it "
+            "with shutdown=engine.dispose, or give install_database a function that makes the "
+            "engine."
         )
+    engine.update_execution_options(**{_LOOP: loop})
 
 
 async def _check(
@@ -233,9 +255,9 @@ async def _check(
     installations = [each for one in registries for each in one.installations.values()]
     databases = [each.database for each in installations if each.database is not None]
     blocking = [database for database in databases if database.blocking]
-    gate = Gate(blocking, readers=readers) if blocking else None
-    for registry in registries:
-        registry.gate = gate
+    outermost = registries[0]
+    if blocking and outermost.gate is None:
+        outermost.gate = Gate(blocking, readers=readers)
     for installation in installations:
         if installation.database is not None and installation.startup_wait is not None:
             await _wait_for(installation.database, installation.startup_wait)
@@ -244,13 +266,18 @@ async def _check(
 async def _wait_for(database: AnyDatabase, seconds: float) -> None:
     """Ask until the database answers, or the time is up."""
     deadline = anyio.current_time() + seconds
-    for attempt in range(1_000_000):
+    pause = 0.1
+    while True:
         try:
-            await database.answer(max(deadline - anyio.current_time(), 0.1))
-        except (exc.OperationalError, exc.InterfaceError, OSError) as error:
-            delay = min(0.1 * 2**attempt, 2.0) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-            if anyio.current_time() + delay >= deadline:
+            left = deadline - anyio.current_time()
+            return await database.answer(max(min(left, _ATTEMPT), 0.1))
+        # Whatever it is: a server that starts may refuse, hang up, or not know a role yet.
+        except Exception as error:
+            left = deadline - anyio.current_time()
+            if left <= 0:
+                error.add_note(f"Database {database.name!r} did not answer in {seconds:g} s.")
                 raise
+            delay = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311 - jitter
             logger.warning(
                 "Database %r does not answer yet (%s); next try in %.1f s.",
                 database.name,
@@ -258,21 +285,14 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
                 delay,
             )
             await anyio.sleep(delay)
-        else:
-            return
+            pause = min(pause * 2, 2.0)
 
 
 # -- stop ------------------------------------------------------------------------------------
 
 
 async def _stop(registries: Sequence[Registry], router: int) -> None:
-    ending: list[Installation] = []
-    for registry in reversed(registries):
-        registry.parents.pop(router, None)
-        registry.starts -= 1
-        if registry.starts == 0:
-            registry.gate = None
-            ending += reversed(registry.installations.values())
+    ending = _ending(registries)
     running = [(each, each.database) for each in ending if each.database is not None]
     for _, database in running:
         database.refuse_sessions()
@@ -280,8 +300,22 @@ async def _stop(registries: Sequence[Registry], router: int) -> None:
     errors: list[Exception] = []
     for installation, database in running:
         await _close(installation, database, deadline, errors)
+    if registries and not registries[0].starts:
+        for registry in registries:
+            registry.parents.pop(router, None)
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
+
+
+def _ending(registries: Sequence[Registry]) -> list[Installation]:
+    """List what no other lifespan keeps open, the last installed first."""
+    ending: list[Installation] = []
+    for registry in reversed(registries):
+        registry.starts -= 1
+        if not registry.starts:
+            registry.gate = None
+            ending += reversed(registry.installations.values())
+    return ending
 
 
 async def _close(
@@ -298,11 +332,7 @@ async def _close(
         steps.append(("dispose", database.dispose))
     for step, function in steps:
         try:
-            with anyio.fail_after(max(deadline - anyio.current_time(), _LEAST)):
-                await _call_in_thread(function)
-        except TimeoutError as error:
-            error.args = (f"Database {database.name!r}: the {step} did not end in time.",)
-            errors.append(error)
+            await _call_within(max(deadline - anyio.current_time(), _LEAST), function)
         except Exception as error:  # noqa: BLE001 - raised with the others, after their turn
             error.add_note(f"In the {step} of database {database.name!r}.")
             errors.append(error)
@@ -322,18 +352,47 @@ async def _drain(database: AnyDatabase, deadline: float) -> None:
         )
 
 
+async def _call_within(seconds: float, function: Callable[[], Any]) -> None:
+    """Call a hook in a task of its own: one that will not be cancelled is left behind."""
+    task = asyncio.create_task(_call_off_loop(function))
+    await asyncio.wait({task}, timeout=seconds)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_LEAST)
+        raise TimeoutError(f"It did not end within {seconds:.1f} s.")
+    if task.cancelled():
+        # As an error like any other, or the cancellation would end the shutdown of the rest.
+        raise RuntimeError("It ended in a cancellation of its own making.")
+    task.result()
+
+
 async def _call(function: Any) -> Any:
     result = function()
     return await result if inspect.isawaitable(result) else result
 
 
-async def _call_in_thread(function: Callable[[], Any]) -> None:
-    """Call a hook; a blocking one may hang, but not the event loop, and not for ever."""
+async def _call_off_loop(function: Callable[[], Any]) -> None:
     if inspect.iscoroutinefunction(function):
         await function()
         return
-    result = await anyio.to_thread.run_sync(
-        function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-    )
+    result = await asyncio.wrap_future(_call_in_thread(function))
     if inspect.isawaitable(result):
         await result
+
+
+def _call_in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call a blocking hook in a daemon thread: should it hang, the process can still end."""
+    future = Future[Any]()
+    future.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            result = context.run(function)
+        except BaseException as error:  # noqa: BLE001 - raised where the hook is waited for
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="fastapi_sqlnative shutdown", daemon=True).start()
+    return future

@@ -31,11 +31,7 @@ _STATE: Final = "fastapi_sqlnative"
 
 @dataclass(eq=False, kw_only=True)
 class Installation:
-    """Hold what the application gave to `install_database`, and the handle while it runs.
-
-    Attributes:
-        loop: the event loop of the last run, to recognise pooled connections that belong to it.
-    """
+    """Hold what the application gave to `install_database`, and the handle while it runs."""
 
     name: str
     engine: AnyEngine | EngineFactory
@@ -44,7 +40,6 @@ class Installation:
     startup_wait: float | None
     shutdown_timeout: float
     database: AnyDatabase | None = None
-    loop: asyncio.AbstractEventLoop | None = None
 
 
 @dataclass(eq=False)
@@ -55,8 +50,9 @@ class Registry:
         parents: the registry to ask for names that are not installed here, for each outermost
             application that this one is mounted in, by the id of its router (a router has no
             hash). Known while that application runs.
-        gate: admits requests with synchronous sessions; shared with mounted applications.
+        gate: admits requests with synchronous sessions, those of mounted applications too.
         starts: how many lifespans, its own and its parents', keep the databases open.
+        loop: the event loop on which they do.
     """
 
     installations: dict[str, Installation] = field(default_factory=dict[str, Installation])
@@ -90,6 +86,11 @@ class Registry:
         """List the names that `find` knows, the nearest first."""
         parent = self.parents.get(router)
         return [*self.installations, *(parent.names(router) if parent is not None else ())]
+
+    def gate_for(self, router: int) -> Gate | None:
+        """Return the gate of the outermost application."""
+        parent = self.parents.get(router)
+        return self.gate if parent is None else parent.gate_for(router)
 
     def database(self, name: str, router: int = 0) -> AnyDatabase:
         """Return the handle of a running database.

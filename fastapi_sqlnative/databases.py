@@ -47,7 +47,7 @@ class PoolStatus:
     """Describe a connection pool at one moment; `None` is what this kind of pool does not know.
 
     Attributes:
-        size: connections the pool keeps.
+        size: connections the pool keeps, `None` also for "no limit".
         max_overflow: connections it opens beyond that, `None` also for "no limit".
         checked_out: connections in use.
         checked_in: connections that wait to be used.
@@ -132,13 +132,13 @@ class _Database(ABC, Generic[EngineT, SessionT]):
 
     def pool_status(self) -> PoolStatus:
         """Look into the connection pool, without touching the database."""
-        pool = self._pool_engine.pool
-        size, checked_out = _ask(pool, "size"), _ask(pool, "checkedout")
-        overflow = _ask(pool, "overflow")
+        pool = self.pool
+        size = _ask(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
+        overflow = None if size is None else _ask(pool, "overflow")
         return PoolStatus(
             size=size,
             max_overflow=_max_overflow(pool),
-            checked_out=checked_out,
+            checked_out=_ask(pool, "checkedout"),
             checked_in=_ask(pool, "checkedin"),
             overflow=None if overflow is None else max(overflow, 0),
         )
@@ -231,7 +231,8 @@ class Database(_Database[Engine, Session]):
         session = self.open(TransactionOptions.checked(isolation_level, read_only))
         try:
             yield session
-            session.commit()
+            if is_busy(session):
+                session.commit()
         finally:
             close(session)
 
@@ -255,7 +256,9 @@ class Database(_Database[Engine, Session]):
 
     async def answer(self, timeout: float) -> None:
         """Ask in a thread."""
-        await anyio.to_thread.run_sync(self.ping, timeout, limiter=anyio.CapacityLimiter(1))
+        await anyio.to_thread.run_sync(
+            self.ping, timeout, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
+        )
 
     async def dispose(self) -> None:
         """Close the connections in a thread."""
@@ -265,7 +268,7 @@ class Database(_Database[Engine, Session]):
         try:
             with self.engine.connect() as connection:
                 connection.scalar(select(1))
-        except (SQLAlchemyError, OSError) as error:
+        except BaseException as error:  # noqa: BLE001 - raised by the one who waits
             answer.append(error)
         else:
             answer.append(None)
@@ -389,11 +392,12 @@ def close(session: Session) -> None:
         session.close()
     except (SQLAlchemyError, OSError):
         logger.warning(
-            "A connection of database %r failed while it was given back; it is discarded.",
+            "A session of database %r could not give its connection back, which is discarded: "
+            "it was lost, or a task that the request left behind is still using it.",
             guard.engines.name,
             exc_info=True,
         )
-        session.invalidate()
+        guard.discard_connections()
 
 
 async def run_together(
@@ -472,7 +476,7 @@ async def to_completion(
             task.result()
         return
     if not task.cancelled() and (failure := task.exception()) is not None:
-        logger.error("A cancelled request could not finish its sessions.", exc_info=failure)
+        logger.error("What a cancelled caller was to wait for has failed.", exc_info=failure)
     raise cancellation
 
 

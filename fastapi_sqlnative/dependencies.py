@@ -1,6 +1,7 @@
 """The dependencies of a route, and the request's unit of work behind them."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: older versions of FastAPI cannot resolve the text
+# of an annotation on an object's `__call__`.
 
 import asyncio
 import functools
@@ -143,7 +144,7 @@ class UnitOfWork:
 
     async def _enter_gate(self, database: AnyDatabase) -> None:
         # A websocket would keep its place for as long as the client stays.
-        gate = self._registry.gate
+        gate = self._registry.gate_for(self._router)
         if gate is not None and self._gate is None and self._is_request:
             await gate.enter(self, database)
             self._gate = gate

@@ -5,10 +5,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, Pool, QueuePool, create_engine
+from sqlalchemy import Engine, Pool, QueuePool, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import WorkerPostgres
+from tests.proxy import Proxy
 from tests.serving import KINDS, Kind, Rows
 
 SCHEMA = """
@@ -76,3 +77,20 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
 def engine(make_engine: MakeEngine) -> Engine | AsyncEngine:
     """Build one engine with a pool of one, so that every request meets the same connection."""
     return make_engine(pool_size=1, max_overflow=0, pool_timeout=5)
+
+
+@pytest.fixture
+def proxy(postgres: WorkerPostgres) -> Iterator[Proxy]:
+    """Put a proxy in front of the server."""
+    url = make_url(postgres.dsn)
+    assert url.host is not None
+    with Proxy(url.host, url.port or 5432).listening() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def behind_proxy(kind: Kind, make_engine: MakeEngine, proxy: Proxy) -> Engine | AsyncEngine:
+    """Build an engine whose one connection goes through the proxy, in plain text."""
+    plain = {"ssl": False} if kind.driver == "asyncpg" else {"sslmode": "disable"}
+    connect_args = plain | {"host": "127.0.0.1", "port": proxy.own_port}
+    return make_engine(pool_size=1, max_overflow=0, connect_args=connect_args)

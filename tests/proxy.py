@@ -29,16 +29,18 @@ class Proxy:
     fault: Fault = Fault.NONE
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
+    own_port: int = 0
     _pairs: list["_Pair"] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[int]:
-        """Accept connections, each with two threads of its own; yield the port."""
+    def listening(self) -> Iterator["Proxy"]:
+        """Accept connections on a port of its own, each with two threads."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.own_port = listener.getsockname()[1]
             thread = threading.Thread(target=self._accept, args=(listener,), daemon=True)
             thread.start()
             try:
-                yield listener.getsockname()[1]
+                yield self
             finally:
                 self.go_on.set()
                 # close() alone would leave the thread in accept().

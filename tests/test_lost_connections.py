@@ -1,41 +1,19 @@
 """Rule 7: a connection lost during COMMIT is reported as what it is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
-from conftest import WorkerPostgres
 from fastapi_sqlnative import install_database, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.proxy import Fault, Proxy
 from tests.serving import Item, Kind, Rows, route, serve
-
-
-@pytest.fixture
-def proxy(postgres: WorkerPostgres) -> Iterator[tuple[Proxy, int]]:
-    """Put a proxy in front of the server."""
-    url = make_url(postgres.dsn)
-    assert url.host is not None
-    proxy = Proxy(url.host, url.port or 5432)
-    with proxy.listening() as port:
-        yield proxy, port
-
-
-@pytest.fixture
-def behind_proxy(
-    kind: Kind, postgres: WorkerPostgres, proxy: tuple[Proxy, int]
-) -> Engine | AsyncEngine:
-    """Build an engine whose connections go through the proxy, in plain text."""
-    plain = {"ssl": False} if kind.driver == "asyncpg" else {"sslmode": "disable"}
-    make = create_async_engine if kind.asynchronous else create_engine
-    url = make_url(postgres.url(kind.driver)).set(host="127.0.0.1", port=proxy[1])
-    return make(url, pool_size=1, max_overflow=0, connect_args=plain)
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -58,7 +36,7 @@ def add(session: Session) -> None:
 def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
     kind: Kind,
     behind_proxy: Engine,
-    proxy: tuple[Proxy, int],
+    proxy: Proxy,
     rows: Rows,
     fault: Fault,
 ) -> None:
@@ -67,10 +45,10 @@ def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
     route(app, kind, "/", transactional(), add)
     route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
     with serve(app) as served:
-        proxy[0].fault = fault
+        proxy.fault = fault
         assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
         assert rows.names == (["a"] if fault is Fault.ANSWER_LOST else [])
-        proxy[0].fault = Fault.NONE
+        proxy.fault = Fault.NONE
         assert served.post("/next").status_code == 201
     assert rows.backends("idle in transaction%") == 0
 
@@ -90,11 +68,11 @@ def kill_and_swallow(session: Session) -> None:
 
 @pytest.mark.parametrize("body", [kill_own_backend, kill_and_swallow])
 def test_a_connection_lost_before_commit_is_not_unknown(
-    kind: Kind, behind_proxy: Engine, rows: Rows, body: object
+    kind: Kind, behind_proxy: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:
     """Before COMMIT is sent nothing can be stored, and the error is another one."""
     app = make_app(behind_proxy)
-    route(app, kind, "/", transactional(), kill_own_backend)
+    route(app, kind, "/", transactional(), body)
     with serve(app) as served:
         response = served.post("/")
         assert response.status_code == 500

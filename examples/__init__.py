@@ -1,0 +1,1 @@
+"""Applications built on fastapi-sqlnative, each executed by a test beside it."""

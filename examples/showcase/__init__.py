@@ -1,0 +1,1 @@
+"""Serve accounts, transfers and a ledger on one database, and events on a second."""

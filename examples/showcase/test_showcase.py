@@ -1,0 +1,387 @@
+"""What the showcase promises, over HTTP."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from sqlalchemy import NullPool, create_engine
+
+from conftest import WorkerPostgres
+from examples.showcase.app import create_app
+from examples.showcase.models import AnalyticsBase, Base
+from examples.showcase.settings import Settings, read_settings
+from tests.serving import serve
+
+ROOT = Path(__file__).parents[2]
+START = {"ada-1": 1_000_00, "grace-1": 1_000_00}
+
+on_postgres = pytest.mark.parametrize("settings", ["psycopg", "asyncpg"], indirect=True)
+
+
+@pytest.fixture(params=["psycopg", "asyncpg", "postgresql-alone", "sqlite"])
+def settings(
+    request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path
+) -> Iterator[Settings]:
+    """Give two databases of each kind in turn, and leave nothing in them."""
+    match request.param:
+        case "sqlite":
+            yield read_settings({"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/demo.db"})
+            return
+        case "postgresql-alone":
+            settings = read_settings({"DATABASE_URL": postgres.dsn})
+        case driver:
+            first, second = postgres.url(driver), postgres.second.url(driver)
+            settings = read_settings({"DATABASE_URL": first, "ANALYTICS_DATABASE_URL": second})
+    yield settings
+    _drop_tables(settings)
+
+
+def _drop_tables(settings: Settings) -> None:
+    for base, url in (Base, settings.database), (AnalyticsBase, settings.analytics):
+        engine = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
+        base.metadata.drop_all(engine)
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator["Bank"]:
+    """Serve the showcase under uvicorn."""
+    with serve(create_app(settings)) as running:
+        yield Bank(running.client)
+
+
+class Bank:
+    """Speak to the showcase as its users do."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+
+    def get(self, path: str, user: str) -> Any:
+        """Read something, as that user."""
+        response = self.client.get(path, headers={"X-User": user})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def transfer(self, user: str, source: str, target: str, amount: int, **more: str) -> Any:
+        """Order a transfer, as that user."""
+        order = {"source": source, "target": target, "amount": amount} | more
+        return self.client.post("/transfers", headers={"X-User": user}, json=order)
+
+    @property
+    def balances(self) -> dict[str, int]:
+        """Read what is on every account."""
+        accounts = [*self.get("/accounts", "ada"), *self.get("/accounts", "grace")]
+        return {account["number"]: account["balance"] for account in accounts}
+
+    @property
+    def booked(self) -> list[tuple[str, int]]:
+        """Read every ledger entry."""
+        entries = [*self.get("/ledger", "ada"), *self.get("/ledger", "grace")]
+        return [(entry["account"], entry["amount"]) for entry in entries]
+
+    @property
+    def events(self) -> Any:
+        """Read what the second database has counted."""
+        return self.client.get("/statistics").json()
+
+
+def test_a_transfer_commits_everywhere(settings: Settings) -> None:
+    """A 201 means that both balances, both ledger entries and the event are stored."""
+    with served(settings) as bank:
+        assert (bank.balances, bank.booked, bank.events) == (START, [], [])
+        answer = bank.transfer("ada", "ada-1", "grace-1", 250, reference="rent")
+        assert answer.status_code == 201
+        shown = [(entry["account"], entry["reference"], entry["amount"]) for entry in answer.json()]
+        assert shown == [("ada-1", "rent", -250), ("grace-1", "rent", 250)]
+        assert bank.balances == {"ada-1": 997_50, "grace-1": 1_002_50}
+        assert bank.booked == [("ada-1", -250), ("grace-1", 250)]
+        assert bank.events == [{"name": "transfer", "events": 1, "amount": 250}]
+        ids = {entry["id"] for user in ("ada", "grace") for entry in bank.get("/ledger", user)}
+        assert {entry["id"] for entry in answer.json()} == ids
+
+
+def test_insufficient_funds_change_nothing(settings: Settings) -> None:
+    """A transfer of more than there is gets a 409 and leaves no trace in either database."""
+    with served(settings) as bank:
+        answer = bank.transfer("ada", "ada-1", "grace-1", 1_000_01)
+        assert (answer.status_code, answer.json()) == (409, {"detail": "Insufficient funds."})
+        assert (bank.balances, bank.booked, bank.events) == (START, [], [])
+
+
+def test_a_ledger_that_refuses_gives_the_money_back(settings: Settings) -> None:
+    """When a unique constraint refuses the ledger entry, the balances written before are undone."""
+    with served(settings) as bank:
+        assert bank.transfer("ada", "ada-1", "grace-1", 100, reference="rent").status_code == 201
+        before = (bank.balances, bank.booked, bank.events)
+        answer = bank.transfer("ada", "ada-1", "grace-1", 900, reference="rent")
+        assert answer.status_code == 409
+        assert answer.json() == {"detail": "This reference has been used."}
+        assert (bank.balances, bank.booked, bank.events) == before
+
+
+@on_postgres
+def test_a_second_database_that_refuses_gives_the_money_back(settings: Settings) -> None:
+    """When `analytics` cannot take the event, `default` has not committed the transfer."""
+    with served(settings) as bank:
+        _drop_tables(Settings(settings.analytics, settings.analytics))
+        assert bank.transfer("ada", "ada-1", "grace-1", 100).status_code == 500
+        assert (bank.balances, bank.booked) == (START, [])
+
+
+@on_postgres
+def test_opposite_transfers_do_not_deadlock(settings: Settings) -> None:
+    """Transfers in both directions at once all succeed, and no cent is lost."""
+    orders = [("ada", "ada-1", "grace-1", 3), ("grace", "grace-1", "ada-1", 2)] * 20
+    with served(settings) as bank, ThreadPoolExecutor(len(orders)) as threads:
+        answers = list(threads.map(lambda order: bank.transfer(*order), orders))
+        assert {answer.status_code for answer in answers} == {201}
+        assert bank.balances == {"ada-1": 999_80, "grace-1": 1_000_20}
+        assert sum(amount for _, amount in bank.booked) == 0
+        assert bank.events == [{"name": "transfer", "events": 40, "amount": 100}]
+
+
+@on_postgres
+def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
+    """A transfer that waits to lock a row has one connection: the user came through it too."""
+    dsn = settings.database.set(drivername="postgresql").render_as_string(hide_password=False)
+    with (
+        served(settings) as bank,
+        ThreadPoolExecutor(1) as thread,
+        psycopg.connect(dsn) as other,
+        psycopg.connect(dsn, autocommit=True) as watching,
+    ):
+        other.execute("SELECT FROM showcase_account WHERE number = 'ada-1' FOR UPDATE")
+        answer = thread.submit(bank.transfer, "ada", "ada-1", "grace-1", 1)
+        deadline = time.monotonic() + 10  # those of the last test may need a moment to end
+        while (backends := _backends(watching, besides=other)) != [("Lock", "FOR UPDATE")]:
+            assert time.monotonic() < deadline, backends
+        other.rollback()
+        assert answer.result().status_code == 201
+
+
+def _backends(
+    watching: psycopg.Connection, *, besides: psycopg.Connection
+) -> list[tuple[str, str]]:
+    """List what each connection waits for, and how its statement ends."""
+    return watching.execute(
+        "SELECT wait_event_type, right(query, 10) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid NOT IN (pg_backend_pid(), %s)",
+        (besides.info.backend_pid,),
+    ).fetchall()
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_sqlite_loses_no_update(settings: Settings) -> None:
+    """Without row locks, transfers at once still add up."""
+    with served(settings) as bank, ThreadPoolExecutor(10) as threads:
+        order = ("ada", "ada-1", "grace-1", 1)
+        answers = list(threads.map(lambda _: bank.transfer(*order), range(10)))
+        assert {answer.status_code for answer in answers} == {201}
+        assert bank.balances == {"ada-1": 999_90, "grace-1": 1_000_10}
+
+
+@on_postgres
+@pytest.mark.parametrize(
+    ("user", "source", "target", "amount", "status"),
+    [
+        pytest.param("nobody", "ada-1", "grace-1", 1, 401, id="unknown-user"),
+        pytest.param("", "ada-1", "grace-1", 1, 401, id="no-user"),
+        pytest.param("ada", "grace-1", "ada-1", 1, 404, id="not-the-owner"),
+        pytest.param("ada", "ada-9", "grace-1", 1, 404, id="unknown-source"),
+        pytest.param("ada", "ada-1", "grace-9", 1, 404, id="unknown-target"),
+        pytest.param("ada", "ada-1", "ada-1", 1, 422, id="same-account"),
+        pytest.param("ada", "ada-1", "grace-1", -1, 422, id="negative-amount"),
+        pytest.param("ada", "ada-1", "grace-1", 10**12, 422, id="absurd-amount"),
+        pytest.param("ada", "ada-1\0", "grace-1", 1, 422, id="no-account-number"),
+    ],
+)
+def test_refused_orders_change_nothing(
+    settings: Settings, user: str, source: str, target: str, amount: int, status: int
+) -> None:
+    """Whoever asks for what is not theirs, or makes no sense, is told so and moves nothing."""
+    with served(settings) as bank:
+        answer = bank.transfer(user, source, target, amount)
+        assert (answer.status_code, bank.balances, bank.booked) == (status, START, [])
+
+
+def test_readers_must_say_who_they_are(settings: Settings) -> None:
+    """An unknown user is shown neither accounts nor ledger, streamed or not."""
+    with served(settings) as bank:
+        for path in "/accounts", "/ledger", "/ledger/export":
+            assert bank.client.get(path).status_code == 401
+            assert bank.client.get(path, headers={"X-User": "nobody"}).status_code == 401
+
+
+def test_the_ledger_streams(settings: Settings) -> None:
+    """The export streams the user's own entries, all of them, the oldest first."""
+    with served(settings) as bank:
+        for amount in 1, 2, 3:
+            assert bank.transfer("ada", "ada-1", "grace-1", amount).status_code == 201
+        with bank.client.stream("GET", "/ledger/export", headers={"X-User": "grace"}) as body:
+            lines = [json.loads(line) for line in body.iter_lines()]
+        assert [line["amount"] for line in lines] == [1, 2, 3]
+        assert lines == bank.get("/ledger", "grace")[::-1]
+
+
+def test_a_second_start_seeds_nothing(settings: Settings) -> None:
+    """What was stored is there after a restart, and is not seeded over."""
+    for transfers in 1, 2:
+        with served(settings) as bank:
+            assert bank.transfer("ada", "ada-1", "grace-1", 100).status_code == 201
+            assert bank.balances["ada-1"] == START["ada-1"] - 100 * transfers
+
+
+def test_openapi_names_the_endpoints(settings: Settings) -> None:
+    """The interactive documentation loads, and no session shows in it."""
+    with served(settings) as bank:
+        assert bank.client.get("/docs").status_code == 200
+        schema = bank.client.get("/openapi.json").json()
+        assert {"/transfers", "/accounts", "/ledger", "/statistics"} < schema["paths"].keys()
+        (parameter,) = schema["paths"]["/transfers"]["post"]["parameters"]
+        assert parameter["name"] == "X-User"
+
+
+def test_addresses_come_from_the_environment() -> None:
+    """One address is enough; without any, the error says what to set."""
+    alone = read_settings({"DATABASE_URL": "sqlite+aiosqlite:///data/demo.db"})
+    assert alone.analytics.database == "data/demo-analytics.db"
+    plain = read_settings({"DATABASE_URL": "postgresql://me:secret@db/bank"})
+    assert plain.database.drivername == plain.analytics.drivername == "postgresql+psycopg"
+    assert "secret" not in repr(plain)
+    with pytest.raises(ValueError, match="DATABASE_URL is not set"):
+        read_settings({"DATABASE_URL": ""})
+
+
+# --- python -m examples.showcase ---
+
+
+@contextmanager
+def demo(directory: Path, stop: signal.Signals, **environment: str) -> Iterator[list[str]]:
+    """Run the demo as a process, give what it prints, and see it end as it should."""
+    unset = {"DATABASE_URL": "", "ANALYTICS_DATABASE_URL": "", "PORT": "0"}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "examples.showcase"],
+            cwd=directory,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **unset, **environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        try:
+            printed = _read_banner(process)
+            yield printed
+            process.send_signal(stop)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            errors.seek(0)
+            said = errors.read()
+            sys.stderr.write(said)  # shown with a failure
+    assert "Traceback" not in said
+
+
+def _read_banner(process: "subprocess.Popen[str]") -> list[str]:
+    assert process.stdout is not None
+    printed: list[str] = []
+    for line in process.stdout:
+        printed.append(line.strip())
+        if line.startswith("Ctrl-C"):
+            return printed
+    raise AssertionError(f"The demo ended while it was starting: {printed}")
+
+
+def _paste(command: str) -> tuple[int, Any]:
+    """Run a printed line with curl; without curl, send what it says with httpx."""
+    words = shlex.split(command)
+    if shutil.which("curl"):
+        words += ["-sS", "-w", "\n%{http_code}"]
+        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # ours
+        body, _, status = sent.stdout.rpartition("\n")
+        return int(status), json.loads(body)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("-w")
+    parser.add_argument("-d")
+    parser.add_argument("-H", action="append")
+    given = parser.parse_args(words[1:])
+    headers = dict(header.split(": ", 1) for header in given.H)
+    method = "POST" if given.d else "GET"
+    response = httpx.request(method, given.url, content=given.d, headers=headers)
+    return response.status_code, response.json()
+
+
+def _port(printed: list[str]) -> int:
+    (line,) = (line for line in printed if line.startswith("The showcase is served on"))
+    return int(line.rpartition(":")[2])
+
+
+def _is_free(port: int) -> bool:
+    with socket.create_server(("127.0.0.1", port)):
+        return True
+
+
+def _paste_all(printed: list[str], *, ada: int) -> None:
+    """Run the four printed lines; `ada` is the balance they begin with."""
+    accounts, small, large, ledger = (line for line in printed if line.startswith("curl"))
+    assert _paste(accounts) == (200, [{"number": "ada-1", "balance": ada}])
+    status, entries = _paste(small)
+    assert (status, [entry["amount"] for entry in entries]) == (201, [-500, 500])
+    assert _paste(large) == (409, {"detail": "Insufficient funds."})
+    assert _paste(accounts) == (200, [{"number": "ada-1", "balance": ada - 500}])
+    status, booked = _paste(ledger)
+    assert (status, booked[0]) == (200, entries[0])
+
+
+@on_postgres
+def test_the_demo_runs_on_a_given_postgres(settings: Settings, tmp_path: Path) -> None:
+    """On a taken port it takes another; its printed lines work; Ctrl-C ends it with exit code 0."""
+    addresses = {
+        "DATABASE_URL": settings.database.render_as_string(hide_password=False),
+        "ANALYTICS_DATABASE_URL": settings.analytics.render_as_string(hide_password=False),
+    }
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with demo(tmp_path, signal.SIGINT, PORT=str(port), **addresses) as printed:
+            assert _port(printed) != port
+            _paste_all(printed, ada=1_000_00)
+    assert _is_free(_port(printed))
+
+
+def test_the_demo_runs_twice_on_sqlite(tmp_path: Path) -> None:
+    """A file that is there is taken up again; SIGTERM ends it with exit code 0."""
+    for ada in 1_000_00, 995_00:
+        url = "sqlite+aiosqlite:///demo.db"
+        with demo(tmp_path, signal.SIGTERM, DATABASE_URL=url) as printed:
+            _paste_all(printed, ada=ada)
+    assert {file.name for file in tmp_path.iterdir()} == {"demo.db", "demo-analytics.db"}
+
+
+def test_the_demo_keeps_a_postgres_of_its_own() -> None:
+    """With no address it starts PostgreSQL, stops it too, and finds its data again."""
+    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for ada, stop in (1_000_00, signal.SIGINT), (995_00, signal.SIGTERM):
+            with demo(Path(folder), stop) as printed:
+                _paste_all(printed, ada=ada)
+            data = Path(folder, ".demo/postgres/data")
+            assert data.exists()
+            assert not (data / "postmaster.pid").exists()

@@ -1,0 +1,734 @@
+"""Section 4 and rule 10: what the start finds in the routes, before a request can."""
+
+import functools
+import sys
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Optional, Protocol, Union
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket
+from fastapi.security import SecurityScopes
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.routing import Host, Mount, Router
+from typing_extensions import TypeAliasType
+
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    get_database_handle,
+    get_db,
+    install_database,
+    reader,
+    transactional,
+)
+from fastapi_sqlnative.exceptions import DatabaseDependencyError, DatabaseNotInstalledError
+from tests.in_process import async_sqlite, running, sqlite, start_and_stop
+
+pytestmark = pytest.mark.anyio
+
+Dependency = Callable[..., Any]
+
+OURS: dict[str, Callable[[str], Dependency]] = {
+    "get_db": get_db,
+    "transactional": transactional,
+    "reader": reader,
+    "get_database_handle": get_database_handle,
+}
+
+
+def nothing() -> None:
+    """Be an endpoint that asks for nothing."""
+
+
+def with_route(app: FastAPI | APIRouter, *depends: Any) -> None:
+    app.get("/items", dependencies=depends)(nothing)
+
+
+# --- where a dependency can hide ---
+
+
+def in_the_route(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    with_route(app, Depends(dependency))
+    return app
+
+
+def as_an_annotation(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/items")
+    def endpoint(session: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    return app
+
+
+def as_a_default(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/items")
+    def endpoint(session: Any = Depends(dependency)) -> None: ...
+
+    return app
+
+
+def in_a_sub_dependency(dependency: Dependency) -> FastAPI:
+    def repository(session: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    async def service(repository: Annotated[None, Depends(repository)]) -> None: ...
+
+    return as_an_annotation(service)
+
+
+class Repository:
+    """Be a class that FastAPI builds."""
+
+    def __init__(self, session: Any) -> None: ...
+
+
+def in_a_class(dependency: Dependency) -> FastAPI:
+    class Injected(Repository):
+        def __init__(self, session: Annotated[Any, Depends(dependency)]) -> None:
+            super().__init__(session)
+
+    return as_an_annotation(Injected)
+
+
+def in_a_callable_object(dependency: Dependency) -> FastAPI:
+    class Injected:
+        def __call__(self, session: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    return as_an_annotation(Injected())
+
+
+def in_a_partial(dependency: Dependency) -> FastAPI:
+    def injected(number: int, session: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    return as_an_annotation(functools.partial(injected, 1))
+
+
+def in_a_security_dependency(dependency: Dependency) -> FastAPI:
+    def user(scopes: SecurityScopes, session: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    app = FastAPI()
+    with_route(app, Security(user, scopes=["read"]))
+    return app
+
+
+def on_the_application(dependency: Dependency) -> FastAPI:
+    app = FastAPI(dependencies=[Depends(dependency)])
+    with_route(app)
+    return app
+
+
+def on_a_router(dependency: Dependency) -> FastAPI:
+    app, router = FastAPI(), APIRouter(dependencies=[Depends(dependency)])
+    with_route(router)
+    app.include_router(router)
+    return app
+
+
+def on_an_inclusion(dependency: Dependency) -> FastAPI:
+    app, router = FastAPI(), APIRouter()
+    app.include_router(router, dependencies=[Depends(dependency)])
+    with_route(router)  # after the inclusion, which newer versions of FastAPI see too
+    with_route(app, Depends(dependency))
+    return app
+
+
+def in_nested_routers(dependency: Dependency) -> FastAPI:
+    app, outer, inner = FastAPI(), APIRouter(), APIRouter()
+    with_route(inner, Depends(dependency))
+    outer.include_router(inner)
+    app.include_router(outer)
+    return app
+
+
+def on_a_websocket(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+
+    @app.websocket("/items")
+    async def endpoint(socket: WebSocket, session: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    return app
+
+
+def on_an_included_websocket(dependency: Dependency) -> FastAPI:
+    app, router = FastAPI(), APIRouter(dependencies=[Depends(dependency)])
+
+    @router.websocket("/items")
+    async def endpoint(socket: WebSocket) -> None: ...
+
+    app.include_router(router)
+    return app
+
+
+def in_a_mounted_application(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    app.mount("/sub", in_the_route(dependency))
+    return app
+
+
+def in_a_mount_within_a_mount(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    app.mount("/outer", in_a_mounted_application(dependency))
+    return app
+
+
+def behind_middleware(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    app.mount("/sub", BaseHTTPMiddleware(in_the_route(dependency)))
+    return app
+
+
+def in_a_mount_with_middleware(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    middleware = [Middleware(BaseHTTPMiddleware)]
+    app.router.routes.append(Mount("/sub", in_the_route(dependency), middleware=middleware))
+    return app
+
+
+def mounted_in_an_included_router(dependency: Dependency) -> FastAPI:
+    app, router = FastAPI(), APIRouter()
+    router.mount("/sub", in_the_route(dependency))
+    app.include_router(router, prefix="/router")
+    return app
+
+
+def in_a_mounted_router(dependency: Dependency) -> FastAPI:
+    app, router = FastAPI(), APIRouter()
+    with_route(router, Depends(dependency))
+    app.mount("/sub", router)
+    return app
+
+
+def mounted_in_a_mounted_router(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    app.mount("/plain", Router([Mount("/sub", in_the_route(dependency))]))
+    return app
+
+
+def for_a_host(dependency: Dependency) -> FastAPI:
+    app = FastAPI()
+    app.router.routes.append(Host("api.example.org", in_the_route(dependency)))
+    return app
+
+
+PLACES = (
+    in_the_route,
+    as_an_annotation,
+    as_a_default,
+    in_a_sub_dependency,
+    in_a_class,
+    in_a_callable_object,
+    in_a_partial,
+    in_a_security_dependency,
+    on_the_application,
+    on_a_router,
+    on_an_inclusion,
+    in_nested_routers,
+    on_a_websocket,
+    on_an_included_websocket,
+    in_a_mounted_application,
+    in_a_mount_within_a_mount,
+    behind_middleware,
+    in_a_mount_with_middleware,
+    mounted_in_an_included_router,
+    in_a_mounted_router,
+    mounted_in_a_mounted_router,
+    for_a_host,
+)
+
+
+async def start(app: FastAPI, engine: Callable[[], Engine | AsyncEngine] = async_sqlite) -> None:
+    """Start with the databases "orders" and "users"."""
+    install_database(app, name="orders", engine=engine)
+    install_database(app, name="users", engine=engine)
+    await start_and_stop(app)
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+async def test_a_misspelt_name_fails_the_start(place: Callable[[Dependency], FastAPI]) -> None:
+    """Wherever a misspelt name stands, the start names its route and lists the names there are."""
+    message = r"'/items'.*'oders'.*Installed: 'orders', 'users'\."
+    with pytest.raises(DatabaseNotInstalledError, match=message):
+        await start(place(get_db("oders")))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+async def test_a_name_that_exists_starts(place: Callable[[Dependency], FastAPI]) -> None:
+    """In the same places a name that exists, however spelt, is no mistake."""
+    await start(place(get_db(" orders ")))
+
+
+@pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
+async def test_each_of_our_dependencies_is_checked(ours: Callable[[str], Dependency]) -> None:
+    """get_db, transactional, reader and get_database_handle all name a database that exists."""
+    with pytest.raises(DatabaseNotInstalledError, match=r"Route '/items'.*'oders'"):
+        await start(in_the_route(ours("oders")))
+
+
+async def test_a_start_that_is_refused_leaves_nothing_open() -> None:
+    """A start that a check refuses closes the databases again, and can be mended and repeated."""
+    app = FastAPI()
+    route = get_db("oders")
+    with_route(app, Depends(route))
+    with pytest.raises(DatabaseNotInstalledError):
+        await start(app)
+    app.dependency_overrides[route] = nothing
+    await start_and_stop(app)
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize("place", PLACES[:14], ids=lambda place: place.__name__)
+async def test_an_overridden_dependency_is_not_looked_into(
+    place: Callable[[Dependency], FastAPI],
+) -> None:
+    """What the application overrides may name whatever it likes."""
+    app = place(get_db("oders"))
+    app.dependency_overrides[get_db("oders")] = nothing
+    await start(app)
+
+
+async def test_a_mounted_application_has_its_own_overrides() -> None:
+    """For a mounted application its own overrides count, in FastAPI as in the check."""
+    app, sub = FastAPI(), in_the_route(get_db("oders"))
+    app.mount("/sub", sub)
+    app.dependency_overrides[get_db("oders")] = nothing
+    with pytest.raises(DatabaseNotInstalledError):
+        await start(app)
+    sub.dependency_overrides[get_db("oders")] = nothing
+    await start_and_stop(app)
+
+
+@pytest.mark.parametrize("ours", [transactional, reader])
+async def test_an_override_of_get_db_answers_for_the_others(
+    ours: Callable[[str], Dependency],
+) -> None:
+    """An override of get_db(name) is what transactional(name) and reader(name) hand out."""
+    app = FastAPI()
+
+    @app.get("/items")
+    def endpoint(session: Annotated[Any, Depends(ours("oders"))]) -> str:
+        return str(session)
+
+    app.dependency_overrides[get_db("oders")] = lambda: "the application's own"
+    install_database(app, name="orders", engine=async_sqlite)
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == "the application's own"
+
+
+async def test_an_override_of_get_db_does_not_answer_for_the_handle() -> None:
+    """A handle is no session: an override of get_db leaves its name to be checked."""
+    app = in_the_route(get_database_handle("oders"))
+    app.dependency_overrides[get_db("oders")] = nothing
+    with pytest.raises(DatabaseNotInstalledError):
+        await start(app)
+
+
+async def test_a_dependency_above_may_be_overridden() -> None:
+    """An overridden dependency is not entered, so neither is what it depends on."""
+
+    def service(session: Annotated[Any, Depends(get_db("oders"))]) -> None: ...
+
+    app = in_the_route(service)
+    app.dependency_overrides[service] = nothing
+    await start(app)
+
+
+# --- scopes ---
+
+
+Session_ = Annotated[Any, Depends(get_db("orders"))]
+
+
+def generator(session: Session_) -> Generator[None]:
+    yield
+
+
+async def async_generator(session: Session_) -> AsyncGenerator[None]:
+    yield
+
+
+def plain(session: Session_) -> None: ...
+
+
+def above_plain(inner: Annotated[None, Depends(plain)]) -> Generator[None]:
+    yield
+
+
+def between(inner: Annotated[None, Depends(above_plain)]) -> None: ...
+
+
+class CallableGenerator:
+    def __call__(self, session: Session_) -> Generator[None]:
+        yield
+
+
+class CallableAsyncGenerator:
+    async def __call__(self, session: Session_) -> AsyncGenerator[None]:
+        yield
+
+
+class BoundGenerator:
+    async def enter(self, session: Session_) -> AsyncGenerator[None]:
+        yield
+
+
+@functools.wraps(generator)
+def wrapping(*args: Any, **kwargs: Any) -> Any:
+    return generator(*args, **kwargs)
+
+
+@functools.wraps(plain)
+def wrapping_as_a_generator(*args: Any, **kwargs: Any) -> Generator[None]:
+    yield
+
+
+def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
+
+
+class WrappedCallableGenerator:
+    @wrapped
+    def __call__(self, session: Session_) -> Generator[None]:
+        yield
+
+
+def numbered(number: int, session: Session_) -> Generator[None]:
+    yield
+
+
+def in_a_transaction(
+    session: Annotated[Any, Depends(transactional("orders"))],
+) -> Generator[None]:
+    yield
+
+
+def reading(session: Annotated[Any, Depends(reader("orders"))]) -> Generator[None]:
+    yield
+
+
+OUTLIVING: dict[str, Dependency] = {
+    "generator": generator,
+    "async-generator": async_generator,
+    "through-a-function": above_plain,
+    "below-a-function": between,
+    "object": CallableGenerator(),
+    "async-object": CallableAsyncGenerator(),
+    "bound-method": BoundGenerator().enter,
+    "partial": functools.partial(numbered, 1),
+    "partial-of-a-partial": functools.partial(functools.partial(numbered), 1),
+    "wraps": wrapping,
+    "wraps-as-a-generator": wrapping_as_a_generator,
+    "wraps-in-a-class": WrappedCallableGenerator(),
+    "contextmanager": asynccontextmanager(async_generator),
+    "transactional": in_a_transaction,
+    "reader": reading,
+}
+
+
+@pytest.mark.parametrize("dependency", OUTLIVING.values(), ids=OUTLIVING)
+async def test_a_request_scoped_generator_cannot_hold_a_session(dependency: Dependency) -> None:
+    """A generator that runs on after the response fails the start, which says what to write."""
+    with pytest.raises(
+        DatabaseDependencyError,
+        match=r"Route '/items': the generator \S+ .*'orders'.*scope=\"function\"",
+    ):
+        await start(in_the_route(dependency))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+async def test_a_request_scoped_generator_is_found_everywhere(
+    place: Callable[[Dependency], FastAPI],
+) -> None:
+    """Wherever such a generator stands, the start finds it."""
+    with pytest.raises(DatabaseDependencyError, match=r"'/items': the generator generator "):
+        await start(place(generator))
+
+
+@pytest.mark.parametrize("ours", [get_db, transactional, reader])
+async def test_request_scope_around_ours_is_refused(ours: Callable[[str], Dependency]) -> None:
+    """`scope="request"` cannot hold for a session that ends before the response."""
+    app = FastAPI()
+    with_route(app, Depends(ours("orders"), scope="request"))
+    with pytest.raises(
+        DatabaseDependencyError,
+        match=r"'/items'.*'orders'.*scope=\"request\".*get_database_handle\('orders'\)",
+    ):
+        await start(app)
+
+
+def with_a_handle(
+    database: Annotated[Any, Depends(get_database_handle("orders"))],
+) -> Generator[None]:
+    yield
+
+
+def scoped(dependency: Dependency) -> Callable[..., None]:
+    def endpoint(value: Annotated[None, Depends(dependency, scope="function")]) -> None: ...
+
+    return endpoint
+
+
+def unrelated() -> Generator[None]:
+    yield
+
+
+def beside(value: Annotated[None, Depends(unrelated)], session: Session_) -> None: ...
+
+
+FINE: dict[str, Dependency] = {
+    "function-scope": scoped(generator),
+    "async-function-scope": scoped(async_generator),
+    "function-scope-explicit-below": scoped(
+        scoped(generator),
+    ),
+    "handle": with_a_handle,
+    "plain": plain,
+    "generator-beside": beside,
+    "handle-request-scope": get_database_handle("orders"),
+}
+
+
+@pytest.mark.parametrize("dependency", FINE.values(), ids=FINE)
+async def test_what_ends_with_the_session_may_hold_it(dependency: Dependency) -> None:
+    """Function-scoped generators, plain callables and handles are no mistake."""
+    await start(in_the_route(dependency))
+
+
+async def test_function_scope_around_ours_is_fine() -> None:
+    """`scope="function"` around ours says what is so anyway, and for a handle any scope will do."""
+    app = FastAPI()
+    with_route(
+        app,
+        Depends(get_db("orders"), scope="function"),
+        Depends(get_database_handle("orders"), scope="request"),
+    )
+    await start(app)
+
+
+# --- annotations ---
+
+
+class OwnSession(Session):
+    """Be an application's own session class."""
+
+
+class OwnAsyncSession(AsyncSession):
+    """Be an application's own asynchronous one."""
+
+
+class Executes(Protocol):
+    """Be a protocol that both sessions fulfil."""
+
+    def execute(self, statement: Any) -> Any: ...
+
+
+SYNC_ALIAS = TypeAliasType("SYNC_ALIAS", Session)
+DEPENDS_ALIAS = TypeAliasType("DEPENDS_ALIAS", Annotated[Session, Depends(get_db("orders"))])
+NESTED_ALIAS = TypeAliasType("NESTED_ALIAS", SYNC_ALIAS | None)
+
+
+def annotated(annotation: Any, ours: Callable[[str], Dependency] = get_db) -> FastAPI:
+    """Make an application whose endpoint annotates what it gets."""
+    app = FastAPI()
+
+    def endpoint(session: Any) -> None: ...
+
+    endpoint.__annotations__["session"] = Annotated[annotation, Depends(ours("orders"))]
+    app.get("/items")(endpoint)
+    return app
+
+
+CONTRADICTIONS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
+    "Session-AsyncEngine": (Session, async_sqlite),
+    "AsyncSession-Engine": (AsyncSession, sqlite),
+    "subclass-AsyncEngine": (OwnSession, async_sqlite),
+    "subclass-Engine": (OwnAsyncSession, sqlite),
+    "optional": (Optional[Session], async_sqlite),  # noqa: UP045 - the old spelling
+    "union": (Union[Session, int], async_sqlite),  # noqa: UP007 - the old spelling
+    "bar": (AsyncSession | None, sqlite),
+    "annotated": (Annotated[Session, "a note"], async_sqlite),
+    "alias": (SYNC_ALIAS, async_sqlite),
+    "nested-alias": (NESTED_ALIAS, async_sqlite),
+    "handle-for-session": (AsyncDatabase, async_sqlite),
+}
+
+
+@pytest.mark.parametrize(("annotation", "engine"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+async def test_an_annotation_that_contradicts_fails_the_start(
+    annotation: Any, engine: Callable[[], Engine | AsyncEngine]
+) -> None:
+    """An annotation of the other colour is found before it is an AttributeError in a request."""
+    kind = "AsyncEngine and gives an AsyncSession" if engine is async_sqlite else "Engine and gives"
+    with pytest.raises(
+        DatabaseDependencyError,
+        match=rf"'/items': parameter 'session' of .*endpoint is annotated with .*'orders'.*{kind}",
+    ):
+        await start(annotated(annotation), engine)
+
+
+HANDLES: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
+    "Database-AsyncEngine": (Database, async_sqlite),
+    "AsyncDatabase-Engine": (AsyncDatabase, sqlite),
+    "session-for-handle": (AsyncSession, async_sqlite),
+}
+
+
+@pytest.mark.parametrize(("annotation", "engine"), HANDLES.values(), ids=HANDLES)
+async def test_a_handle_s_annotation_is_checked(
+    annotation: Any, engine: Callable[[], Engine | AsyncEngine]
+) -> None:
+    """Database and AsyncDatabase are not taken for each other, or for a session."""
+    with pytest.raises(DatabaseDependencyError, match=r"gives an? (Async)?Database\."):
+        await start(annotated(annotation, get_database_handle), engine)
+
+
+AGREEMENTS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
+    "Session": (Session, sqlite),
+    "AsyncSession": (AsyncSession, async_sqlite),
+    "subclass": (OwnSession, sqlite),
+    "async-subclass": (OwnAsyncSession, async_sqlite),
+    "optional": (Session | None, sqlite),
+    "either": (Session | AsyncSession, async_sqlite),
+    "any": (Any, async_sqlite),
+    "object": (object, async_sqlite),
+    "protocol": (Executes, async_sqlite),
+    "own-class": (Repository, async_sqlite),
+    "list": (list[Session], async_sqlite),
+    "alias": (SYNC_ALIAS, sqlite),
+    "text": ("Session", async_sqlite),
+}
+
+
+@pytest.mark.parametrize(("annotation", "engine"), AGREEMENTS.values(), ids=AGREEMENTS)
+async def test_an_annotation_that_may_fit_is_left_alone(
+    annotation: Any, engine: Callable[[], Engine | AsyncEngine]
+) -> None:
+    """What fits, what could fit and what is nobody's session starts."""
+    await start(annotated(annotation), engine)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "engine"), [(Database, sqlite), (AsyncDatabase, async_sqlite), (Any, sqlite)]
+)
+async def test_a_handle_s_annotation_that_fits_starts(
+    annotation: Any, engine: Callable[[], Engine | AsyncEngine]
+) -> None:
+    """A handle may be annotated with its class, or with anything."""
+    await start(annotated(annotation, get_database_handle), engine)
+
+
+async def test_an_unannotated_parameter_starts() -> None:
+    """Nothing contradicts where nothing is said."""
+    app = as_an_annotation(get_db("orders"))
+    app.get("/unannotated")(lambda session=Depends(get_db("orders")): None)
+    await start(app)
+
+
+async def test_a_default_value_s_annotation_is_checked() -> None:
+    """The old style, `session: Session = Depends(...)`, is read like the new one."""
+    app = FastAPI()
+
+    @app.get("/items")
+    def endpoint(session: Session = Depends(get_db("orders"))) -> None: ...
+
+    with pytest.raises(DatabaseDependencyError, match="annotated with Session"):
+        await start(app)
+
+
+async def test_annotations_are_checked_at_every_depth() -> None:
+    """A repository's annotation counts like an endpoint's, and the error names the repository."""
+
+    class Orders:
+        def __init__(self, session: Annotated[Session, Depends(get_db("orders"))]) -> None: ...
+
+    with pytest.raises(DatabaseDependencyError, match=r"of .*Orders is annotated"):
+        await start(in_a_sub_dependency(Orders))
+
+
+FUTURE = """
+from __future__ import annotations
+from typing import TYPE_CHECKING, Annotated
+from fastapi import Depends, FastAPI
+from sqlalchemy.orm import Session
+from fastapi_sqlnative import get_db
+if TYPE_CHECKING:
+    from elsewhere import Unknown
+
+app = FastAPI()
+"""
+ENDPOINT = """
+@app.get("/items")
+def endpoint(session: Annotated[Session, Depends(get_db("orders"))]) -> None: ...
+"""
+UNREADABLE = """
+@app.get("/items")
+def endpoint(session: Annotated[Session, Depends(get_db("orders"))]) -> Unknown: ...
+"""
+ALIAS = """
+type Db = Annotated[Session, Depends(get_db("orders"))]
+
+@app.get("/items")
+def endpoint(session: Db) -> None: ...
+"""
+INNER_ALIAS = """
+type Kind = Session
+type Maybe = Kind | None
+
+@app.get("/items")
+def endpoint(session: Annotated[Maybe, Depends(get_db("orders"))]) -> None: ...
+"""
+
+
+def application_in(source: str) -> FastAPI:
+    """Run a module's source, and return its application."""
+    module: dict[str, Any] = {"__name__": "application"}
+    exec(compile(source, "application", "exec", dont_inherit=True), module)
+    app: FastAPI = module["app"]
+    return app
+
+
+SOURCES = {"future": FUTURE + ENDPOINT}
+if sys.version_info >= (3, 12):
+    SOURCES |= {"type-alias": FUTURE + ALIAS, "inner-type-alias": FUTURE + INNER_ALIAS}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+async def test_annotations_in_strings_are_read(source: str) -> None:
+    """`from __future__ import annotations` and `type` aliases hide no contradiction."""
+    with pytest.raises(DatabaseDependencyError, match="annotated with Session"):
+        await start(application_in(source))
+    await start(application_in(source), sqlite)
+
+
+async def test_an_alias_for_the_whole_dependency_is_read() -> None:
+    """An alias for `Annotated[Session, Depends(...)]` is read through."""
+    app = FastAPI()
+
+    def endpoint(session: Any) -> None: ...
+
+    endpoint.__annotations__["session"] = DEPENDS_ALIAS
+    app.get("/items")(endpoint)
+    with pytest.raises(DatabaseDependencyError, match="annotated with Session"):
+        await start(app)
+
+
+async def test_an_annotation_that_cannot_be_read_is_no_mistake() -> None:
+    """A name that only the type checker knows leaves the start alone."""
+    source = (FUTURE + UNREADABLE).replace('"/items"', '"/items", response_model=None')
+    await start(application_in(source))

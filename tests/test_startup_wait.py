@@ -1,0 +1,219 @@
+"""Section 4: `startup_wait` waits for a database that is not there yet, and not for ever."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import _lifespan, install_database, installed_databases
+from tests.in_process import async_sqlite, running, start_and_stop
+from tests.serving import Kind
+
+pytestmark = pytest.mark.anyio
+
+# --- a database that is not there yet ---
+
+CANNOT_CONNECT_NOW = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
+
+
+class LatePort:
+    """Be a port that first does something else, and from `come_up` on passes on to PostgreSQL."""
+
+    def __init__(self, before: str, target: tuple[str, int]) -> None:
+        self.before = before
+        self.target = target
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))  # nobody else gets it, and it refuses until it listens
+        self.silent: list[asyncio.StreamWriter] = []
+        self.server: asyncio.Server | None = None
+
+    async def listen(self) -> None:
+        self.server = await asyncio.start_server(self.serve, sock=self.socket)
+
+    async def come_up(self) -> None:
+        self.before = ""
+        for writer in self.silent:
+            writer.close()
+        if self.server is None:
+            await self.listen()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.before == "stays silent":
+            self.silent.append(writer)
+            return
+        if self.before == "is starting":
+            await self.answer_not_yet(reader, writer)
+        if not self.before:
+            await self.pass_on(reader, writer)
+        writer.close()
+
+    async def answer_not_yet(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        length, code = struct.unpack("!ii", await reader.readexactly(8))
+        if code == 80877103:  # SSLRequest
+            writer.write(b"N")
+            (length, _) = struct.unpack("!ii", await reader.readexactly(8))
+        await reader.readexactly(length - 8)
+        writer.write(b"E" + struct.pack("!i", 4 + len(CANNOT_CONNECT_NOW)) + CANNOT_CONNECT_NOW)
+        await writer.drain()
+
+    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(*self.target)
+        both = asyncio.gather(copy(reader, back), copy(there, writer))
+        with contextlib.suppress(ConnectionError):
+            await both
+
+
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()
+
+
+@asynccontextmanager
+async def late_port(before: str, postgres: WorkerPostgres) -> AsyncGenerator[LatePort]:
+    url = make_url(postgres.dsn)
+    assert url.host is not None
+    port = LatePort(before, (url.host, url.port or 5432))
+    if before != "refuses":
+        await port.listen()
+    try:
+        yield port
+    finally:
+        await port.come_up()
+        assert port.server is not None
+        port.server.close()
+        await port.server.wait_closed()
+
+
+def engine_at(port: LatePort, kind: Kind, postgres: WorkerPostgres) -> Engine | AsyncEngine:
+    """Build an engine that connects to the port, with a password to look for in the log."""
+    url = make_url(postgres.url(kind.driver)).set(
+        host="127.0.0.1", port=port.socket.getsockname()[1]
+    )
+    if url.password is None:
+        url = url.set(password="seldom-seen")
+    return (create_async_engine if kind.asynchronous else create_engine)(url)
+
+
+class Warnings(logging.Handler):
+    """Collect what the package logs, and wake whoever waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+        self.arrived = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        self.arrived.set()
+
+
+@pytest.fixture
+def warnings() -> Iterator[Warnings]:
+    handler = Warnings()
+    logger = logging.getLogger("fastapi_sqlnative")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+# --- the promises ---
+
+
+@pytest.mark.parametrize("before", ["refuses", "hangs up", "is starting", "stays silent"])
+async def test_a_start_waits_for_a_database_that_comes_up_late(
+    kind: Kind,
+    postgres: WorkerPostgres,
+    before: str,
+    warnings: Warnings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A start with `startup_wait` tries again until the database answers, one log line a time."""
+    monkeypatch.setattr(_lifespan, "_ATTEMPT", 0.3)
+    async with late_port(before, postgres) as port:
+        engine = engine_at(port, kind, postgres)
+        app = FastAPI()
+        install_database(app, name="late", engine=engine, shutdown=engine.dispose, startup_wait=20)
+        start = asyncio.create_task(start_and_stop(app))
+        await warnings.arrived.wait()
+        assert not start.done()
+        tried = len(warnings.messages)
+        await port.come_up()
+        await start
+    assert tried == 1
+    for message in warnings.messages:
+        assert message.startswith("Database 'late' does not answer yet (")
+        assert str(engine.url.password) not in message
+
+
+@pytest.mark.parametrize("before", ["refuses", "stays silent"])
+async def test_a_start_does_not_wait_for_ever(
+    kind: Kind, postgres: WorkerPostgres, before: str, warnings: Warnings
+) -> None:
+    """When the time is up, the start fails with the driver's error, and names the database."""
+    async with late_port(before, postgres) as port:
+        engine = engine_at(port, kind, postgres)
+        app = FastAPI()
+        install_database(
+            app,
+            name="late",
+            engine=engine,
+            shutdown=engine.dispose,
+            startup_wait=0.5,
+            shutdown_timeout=0.1,  # a thread that still connects is not waited for
+        )
+        began = time.monotonic()
+        with pytest.raises(Exception, match=r"Database 'late' did not answer in 0\.5 s"):
+            await start_and_stop(app)
+        assert 0.5 <= time.monotonic() - began < 2
+
+
+async def test_without_startup_wait_nothing_connects(
+    kind: Kind, postgres: WorkerPostgres, warnings: Warnings
+) -> None:
+    """An application starts while its database is away: nothing connects that was not asked to."""
+    async with late_port("refuses", postgres) as port:
+        engine = engine_at(port, kind, postgres)
+        app = FastAPI()
+        install_database(app, engine=engine, shutdown=engine.dispose)
+        async with running(app):
+            assert installed_databases(app)["default"].pool_status().checked_in == 0
+    assert warnings.messages == []
+
+
+async def test_a_database_that_answers_is_asked_once(warnings: Warnings) -> None:
+    """A database that is there costs one round trip, and no log line."""
+    app = FastAPI()
+    install_database(app, engine=async_sqlite, startup_wait=5)
+    await start_and_stop(app)
+    assert warnings.messages == []
+
+
+async def test_a_wait_can_be_cancelled(kind: Kind, postgres: WorkerPostgres) -> None:
+    """A server that gives up starting need not wait for the database, whatever it is doing."""
+    async with late_port("stays silent", postgres) as port:
+        engine = engine_at(port, kind, postgres)
+        app = FastAPI()
+        install_database(
+            app, engine=engine, shutdown=engine.dispose, startup_wait=60, shutdown_timeout=0.1
+        )
+        start = asyncio.create_task(start_and_stop(app))
+        while not port.silent:  # noqa: ASYNC110 - a socket that was accepted has no event
+            await asyncio.sleep(0.01)
+        began = time.monotonic()
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        assert time.monotonic() - began < 2

@@ -1,0 +1,263 @@
+"""Rule 13: synchronous engines neither starve nor deadlock, nor block the event loop."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import get_db, install_database, reader, transactional
+from fastapi_sqlnative.exceptions import BlockingSessionError
+from tests.conftest import MakeEngine
+from tests.serving import KINDS, Item, Rows, Served, serve
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id),
+]
+Db = Annotated[Session, Depends(get_db())]
+Transaction = Annotated[Session, Depends(transactional())]
+REQUESTS = 200
+
+
+class User(BaseModel):
+    name: str
+
+
+def current_user(session: Db) -> User:
+    """Read before the endpoint does, as a login would."""
+    return User(name=session.scalars(text("SELECT 'ada' FROM pg_sleep(0.005)")).one())
+
+
+async def flood(served: Served, path: str, times: int = REQUESTS) -> list[int]:
+    """Send many requests at once; return the status of each."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=50) as client:
+        responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
+    return [response.status_code for response in responses]
+
+
+def installed(engine: Engine, **others: Engine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    for name, other in others.items():
+        install_database(app, name=name, engine=other, shutdown=other.dispose)
+    return app
+
+
+async def test_many_requests_on_a_small_pool_all_succeed(
+    make_engine: MakeEngine, rows: Rows
+) -> None:
+    """200 concurrent requests with a response model and a querying sub-dependency: 200 answers."""
+    app = installed(make_engine(pool_size=5, max_overflow=10, pool_timeout=15))
+
+    @app.post("/", status_code=201)
+    def endpoint(session: Transaction, user: Annotated[User, Depends(current_user)]) -> User:
+        session.execute(text("SELECT pg_sleep(0.005)"))
+        session.add(Item(name=f"{threading.get_ident()}-{id(session)}-{len(rows.names)}"))
+        session.rollback()
+        return user
+
+    with serve(app) as served:
+        assert set(await flood(served, "/")) == {201}
+
+
+async def test_requests_with_two_databases_do_not_deadlock(
+    make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Requests that hold one database's connection and wait for the other's all come through."""
+    small = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 15}
+    app = installed(make_engine(**small), other=make_engine(second=True, **small))
+    Other = Annotated[Session, Depends(get_db("other"))]  # noqa: N806 - an alias
+
+    @app.post("/ab")
+    def first_then_other(first: Db, other: Other) -> None:
+        first.execute(text("SELECT pg_sleep(0.002)"))
+        other.execute(text("SELECT pg_sleep(0.002)"))
+
+    @app.post("/ba")
+    def other_then_first(first: Db, other: Other) -> None:
+        other.execute(text("SELECT pg_sleep(0.002)"))
+        first.execute(text("SELECT pg_sleep(0.002)"))
+
+    @app.post("/a")
+    def first_alone(first: Db) -> None:
+        first.execute(text("SELECT 1"))
+
+    with serve(app) as served:
+        found = await asyncio.gather(*(flood(served, path, 60) for path in ("/ab", "/ba", "/a")))
+    assert {status for one in found for status in one} == {200}
+
+
+@asynccontextmanager
+async def pool_held(engine: Engine) -> AsyncGenerator[None]:
+    """Hold every connection of a pool of one, as others would."""
+    connection = await run_in_threadpool(engine.connect)
+    try:
+        yield
+    finally:
+        connection.close()
+
+
+async def test_a_wait_for_the_pool_ends_as_the_pools_own_error(
+    make_engine: MakeEngine, rows: Rows
+) -> None:
+    """With the pool held by others, every request gets the pool's timeout error, gate or not."""
+    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.2)
+    assert isinstance(engine, Engine)
+    app = installed(engine)
+    codes: list[str | None] = []
+
+    def busy(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, PoolTimeoutError)
+        codes.append(error.code)
+        return JSONResponse({}, 503)
+
+    app.add_exception_handler(PoolTimeoutError, busy)
+
+    @app.post("/")
+    def endpoint(session: Db) -> None:
+        session.execute(text("SELECT 1"))
+
+    with serve(app) as served:
+        async with pool_held(engine):
+            assert set(await flood(served, "/", 60)) == {503}
+        assert await flood(served, "/", 1) == [200]
+    assert set(codes) == {"3o7r"}
+
+
+def query(session: Session) -> None:
+    session.execute(text("SELECT 1"))
+
+
+def add_and_flush(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.flush()
+
+
+def add_and_commit(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.commit()
+
+
+@pytest.mark.parametrize("use", [query, add_and_flush, add_and_commit])
+async def test_the_event_loop_is_not_blocked(
+    make_engine: MakeEngine, rows: Rows, use: Callable[[Session], None]
+) -> None:
+    """A sync session used in an async endpoint is refused before it waits, and says what to do."""
+    app = installed(make_engine())
+    messages: list[str] = []
+
+    def refused(_request: Request, error: Exception) -> JSONResponse:
+        messages.append(str(error))
+        return JSONResponse({}, 500)
+
+    app.add_exception_handler(BlockingSessionError, refused)
+
+    @app.post("/")
+    async def endpoint(session: Transaction) -> None:
+        use(session)
+
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+    assert "`def`" in messages[0]
+    assert "run_in_threadpool" in messages[0]
+    assert rows.names == []
+
+
+async def after_a_query(session: Session, end: str) -> None:
+    """Use the session rightly, then end its transaction on the event loop."""
+    await run_in_threadpool(session.execute, text("SELECT 1"))
+    getattr(session, end)()
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+async def test_a_transaction_is_not_ended_on_the_event_loop(
+    make_engine: MakeEngine, rows: Rows, end: str
+) -> None:
+    """commit(), rollback() and close() of a session with a connection are refused there too."""
+    app = installed(make_engine())
+    errors: list[Exception] = []
+
+    def refused(_request: Request, error: Exception) -> JSONResponse:
+        errors.append(error)
+        return JSONResponse({}, 500)
+
+    app.add_exception_handler(BlockingSessionError, refused)
+
+    @app.post("/")
+    async def endpoint(session: Db) -> None:
+        await after_a_query(session, end)
+
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+    assert len(errors) == 1
+    assert rows.backends("idle in transaction%") == 0
+
+
+async def test_a_sync_session_works_in_an_async_endpoint_through_threads(
+    make_engine: MakeEngine, rows: Rows
+) -> None:
+    """run_in_threadpool() is the way, and the transaction commits at the end as always."""
+    app = installed(make_engine())
+
+    @app.post("/", status_code=201)
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await run_in_threadpool(session.flush)
+
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["a"]
+
+
+async def test_the_applications_own_use_of_its_engine_is_untouched(
+    make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Only sessions of ours are watched: the engine itself works on the event loop as ever."""
+    engine = make_engine()
+    assert isinstance(engine, Engine)
+    app = installed(engine)
+
+    @app.post("/")
+    async def endpoint(session: Db) -> Any:
+        with engine.begin() as connection, Session(engine) as own:
+            own.scalar(select(1))
+            return connection.scalar(select(1))
+
+    with serve(app) as served:
+        assert served.post("/").json() == 1
+
+
+async def test_an_untouched_sync_session_costs_no_thread(
+    make_engine: MakeEngine, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that is not used is opened and finished on the event loop, without a hop."""
+    app = installed(make_engine())
+    hops: list[object] = []
+
+    @app.post("/")
+    async def endpoint(session: Transaction) -> None:
+        hops.append(session)
+
+    import anyio.to_thread
+
+    async def no_hop(*_: object, **__: object) -> None:
+        raise AssertionError("a thread hop")
+
+    with serve(app) as served:
+        monkeypatch.setattr(anyio.to_thread, "run_sync", no_hop)
+        assert served.post("/").status_code == 200
+        monkeypatch.undo()
+    assert len(hops) == 1

@@ -27,7 +27,7 @@ from fastapi_sqlnative import get_db, install_database, transactional
 from tests.postgres_choice import start_postgres
 
 Request = Callable[[], Awaitable[None]]
-ROUNDS = 25
+ROUNDS, CALLS = 25, 100
 # What the project promises: at most this ratio to the hand-written dependency.
 UNTOUCHED, READ = 0.75, 1.10
 
@@ -47,14 +47,12 @@ def asynchronous(engine: AsyncEngine) -> FastAPI:
         return Response()
 
     def routes(prefix: str, dependency: Callable[..., Any]) -> None:
-        Db = Annotated[AsyncSession, Depends(dependency)]  # noqa: N806 - an alias
-
         @app.get(f"/{prefix}/untouched")
-        async def untouched(session: Db) -> Response:
+        async def untouched(session: Annotated[AsyncSession, Depends(dependency)]) -> Response:
             return Response()
 
         @app.get(f"/{prefix}/read")
-        async def read(session: Db) -> Response:
+        async def read(session: Annotated[AsyncSession, Depends(dependency)]) -> Response:
             await session.scalar(select(1))
             return Response()
 
@@ -78,14 +76,12 @@ def synchronous(engine: Engine) -> FastAPI:
         return Response()
 
     def routes(prefix: str, dependency: Callable[..., Any]) -> None:
-        Db = Annotated[Session, Depends(dependency)]  # noqa: N806 - an alias
-
         @app.get(f"/{prefix}/untouched")
-        def untouched(session: Db) -> Response:
+        def untouched(session: Annotated[Session, Depends(dependency)]) -> Response:
             return Response()
 
         @app.get(f"/{prefix}/read")
-        def read(session: Db) -> Response:
+        def read(session: Annotated[Session, Depends(dependency)]) -> Response:
             session.scalar(select(1))
             return Response()
 
@@ -165,17 +161,12 @@ def main() -> int:
     with contextlib.ExitStack() as closing:
         url = start_postgres(None, closing).url.removeprefix("postgresql://")
         print(f"{'':16}{'':10}{'untouched':>12}{'one read':>12}   (hand-written = 1.00)")
-        for name, make in (
-            (
-                "psycopg async",
-                lambda: asynchronous(create_async_engine(f"postgresql+psycopg://{url}")),
-            ),
-            ("asyncpg", lambda: asynchronous(create_async_engine(f"postgresql+asyncpg://{url}"))),
-            ("psycopg sync", lambda: synchronous(create_engine(f"postgresql+psycopg://{url}"))),
+        for name, app in (
+            ("psycopg async", asynchronous(create_async_engine(f"postgresql+psycopg://{url}"))),
+            ("asyncpg", asynchronous(create_async_engine(f"postgresql+asyncpg://{url}"))),
+            ("psycopg sync", synchronous(create_engine(f"postgresql+psycopg://{url}"))),
         ):
-            found = asyncio.run(
-                compare(make(), 60 if "sync" == name[-4:] and "async" not in name else 100)
-            )
+            found = asyncio.run(compare(app, CALLS))
             for prefix in ("get_db", "tx"):
                 untouched, read = ratios(found, prefix)
                 print(f"{name:16}{prefix:10}{untouched:12.2f}{read:12.2f}")

@@ -61,8 +61,8 @@ class Surroundings(TypedDict):
 class PostgresServerError(RuntimeError):
     """Say why there is no server, and what to do about it."""
 
-    def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem}\n{REMEDIES}")
+    def __init__(self, problem: str, remedies: str = REMEDIES) -> None:
+        super().__init__(f"{problem}\n{remedies}")
 
 
 class PostgresServer:
@@ -133,7 +133,10 @@ class PostgresServer:
         while not self._launch():
             said = self._last_words()
             passing = "already exists" in said or "in use" in said
-            if not passing or time.monotonic() > give_up:
+            if passing and time.monotonic() > give_up:
+                problem = f"Another PostgreSQL runs on {self._data} (or on its port)."
+                raise PostgresServerError(problem, "Stop that one, or give another directory.")
+            if not passing:
                 raise PostgresServerError(f"PostgreSQL from {self.binaries} ended with:\n{said}")
             time.sleep(0.05)
         return self
@@ -202,11 +205,21 @@ class PostgresServer:
         command += ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
         if self._kept is None:
             command.append("--no-sync")
-        surroundings = _surroundings(self._account)
-        done = subprocess.run(command, capture_output=True, text=True, **surroundings)
-        if done.returncode != 0:
-            said = done.stderr.strip()
-            raise PostgresServerError(f"initdb from {self.binaries} failed:\n{said}")
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **_surroundings(self._account),
+        ) as initdb:
+            try:
+                _, said = initdb.communicate()
+            except BaseException:
+                # Its children too: they would go on writing what somebody may now remove.
+                os.killpg(initdb.pid, signal.SIGKILL)
+                raise
+        if initdb.returncode != 0:
+            raise PostgresServerError(f"initdb from {self.binaries} failed:\n{said.strip()}")
         unfinished.rename(self._data)
 
     def _launch(self) -> bool:

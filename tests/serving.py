@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -67,6 +68,11 @@ class Rows:
         found = self.connection.execute("SELECT name FROM item ORDER BY name").fetchall()
         return [name for (name,) in found]
 
+    @property
+    def positions(self) -> dict[str, int | None]:
+        """Give the position of each name stored."""
+        return dict(self.connection.execute("SELECT name, position FROM item").fetchall())
+
     def backends(self, state: str) -> int:
         """Count this database's other connections in a state, such as `idle in transaction`."""
         found = self.connection.execute(
@@ -78,6 +84,26 @@ class Rows:
         return int(found[0])
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for what the server, or another thread, does in its own time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def using(kind: Kind, marker: Any, body: Callable[[Session], Any]) -> Callable[..., Any]:
+    """Make a function with one session, in the kind's colour: a dependency or an endpoint."""
+
+    async def asynchronous(session: Annotated[AsyncSession, marker]) -> Any:
+        return await session.run_sync(body)
+
+    def synchronous(session: Annotated[Session, marker]) -> Any:
+        return body(session)
+
+    return asynchronous if kind.asynchronous else synchronous
+
+
 def route(
     app: FastAPI,
     kind: Kind,
@@ -87,16 +113,7 @@ def route(
     **options: Any,
 ) -> None:
     """Add `POST path`: an `async def` endpoint for async kinds, a `def` endpoint for sync ones."""
-    if kind.asynchronous:
-
-        async def endpoint(session: Annotated[AsyncSession, Depends(dependency)]) -> Any:
-            return await session.run_sync(body)
-
-    else:
-
-        def endpoint(session: Annotated[Session, Depends(dependency)]) -> Any:  # type: ignore[misc] # the other colour
-            return body(session)
-
+    endpoint = using(kind, Depends(dependency), body)
     app.post(path, **{"status_code": 201, **options})(endpoint)
 
 

@@ -12,12 +12,12 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
-from conftest import WorkerPostgres
-from fastapi_sqlnative import get_db, install_database, reader, transactional
+from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
 from tests.conftest import MakeEngine
 from tests.serving import KINDS, Item, Rows, Served, serve
@@ -28,6 +28,7 @@ pytestmark = [
 ]
 Db = Annotated[Session, Depends(get_db())]
 Transaction = Annotated[Session, Depends(transactional())]
+Other = Annotated[Session, Depends(get_db("other"))]
 REQUESTS = 200
 
 
@@ -48,7 +49,7 @@ async def flood(served: Served, path: str, times: int = REQUESTS) -> list[int]:
     return [response.status_code for response in responses]
 
 
-def installed(engine: Engine, **others: Engine) -> FastAPI:
+def installed(engine: Engine | AsyncEngine, **others: Engine | AsyncEngine) -> FastAPI:
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     for name, other in others.items():
@@ -79,7 +80,6 @@ async def test_requests_with_two_databases_do_not_deadlock(
     """Requests that hold one database's connection and wait for the other's all come through."""
     small = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 15}
     app = installed(make_engine(**small), other=make_engine(second=True, **small))
-    Other = Annotated[Session, Depends(get_db("other"))]  # noqa: N806 - an alias
 
     @app.post("/ab")
     def first_then_other(first: Db, other: Other) -> None:

@@ -1,13 +1,13 @@
 """Rules 1 and 4 to 8: what a response says about what is stored."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy import Engine, delete, insert, select, text, update
+from sqlalchemy import Engine, Executable, delete, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
@@ -19,7 +19,7 @@ from fastapi_sqlnative.exceptions import (
     UncommittedChangesError,
 )
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, items, route, serve
+from tests.serving import Item, Kind, Rows, items, route, serve, using
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -122,19 +122,12 @@ def test_an_invalid_request_rolls_back(kind: Kind, engine: Engine, rows: Rows) -
     """A 422 rolls back what a dependency wrote before the request was found invalid."""
     app = make_app(engine)
 
-    if kind.asynchronous:
+    def write(session: Session) -> None:
+        add("lost")(session)
+        session.flush()
 
-        async def write(session: Annotated[Any, Depends(transactional())]) -> None:
-            await session.run_sync(add("lost"))
-            await session.flush()
-
-    else:
-
-        def write(session: Annotated[Any, Depends(transactional())]) -> None:  # type: ignore[misc] # the other colour
-            add("lost")(session)
-            session.flush()
-
-    app.post("/", dependencies=[Depends(write)])(lambda number: number)
+    writing = using(kind, Depends(transactional()), write)
+    app.post("/", dependencies=[Depends(writing)])(lambda number: number)
     with serve(app) as served:
         assert served.post("/").status_code == 422
     assert rows.names == []
@@ -269,26 +262,27 @@ def flush_change(session: Session) -> None:
     session.flush()
 
 
+def run(statement: Executable) -> Callable[[Session], None]:
+    """Make a handler's body that sends one statement."""
+
+    def body(session: Session) -> None:
+        session.execute(statement).close()
+
+    return body
+
+
+new = insert(items).values(name="a")
 FORGOTTEN: dict[str, Callable[[Session], Any]] = {
     "orm-add": add("a"),
     "orm-change": lambda session: setattr(session.scalars(select(Item)).one(), "name", "b"),
     "orm-delete": lambda session: session.delete(session.scalars(select(Item)).one()),
     "flushed": flush_change,
-    "core-insert": lambda session: session.execute(insert(items).values(name="a")) and None,
-    "core-update": lambda session: session.execute(update(items).values(name="b")) and None,
-    "core-delete": lambda session: session.execute(delete(items)) and None,
-    "returning": lambda session: session.scalars(
-        insert(items).values(name="a").returning(items.c.id)
-    ).all(),
-    "through-the-connection": lambda session: (
-        session.connection().execute(insert(items).values(name="a")) and None
-    ),
-    "cte": lambda session: (
-        session.execute(
-            select(insert(items).values(name="a").returning(items.c.id).cte("new"))
-        ).all()
-        and None
-    ),
+    "core-insert": run(new),
+    "core-update": run(update(items).values(name="b")),
+    "core-delete": run(delete(items)),
+    "returning": run(new.returning(items.c.id)),
+    "cte": run(select(new.returning(items.c.id).cte("new"))),
+    "through-the-connection": lambda session: session.connection().execute(new).close(),
 }
 
 
@@ -369,17 +363,8 @@ def two_databases(kind: Kind, make_engine: MakeEngine, positions: tuple[int, int
     second = make_engine(second=True)
     install_database(app, name="second", engine=second, shutdown=second.dispose)
 
-    if kind.asynchronous:
-
-        async def write(session: Annotated[Any, Depends(transactional("second"))]) -> None:
-            await session.run_sync(add("b", positions[1]))
-
-    else:
-
-        def write(session: Annotated[Any, Depends(transactional("second"))]) -> None:  # type: ignore[misc] # the other colour
-            add("b", positions[1])(session)
-
-    depends = [Depends(write)]
+    second_write = using(kind, Depends(transactional("second")), add("b", positions[1]))
+    depends = [Depends(second_write)]
     route(app, kind, "/", transactional(), add("a", positions[0]), dependencies=depends)
     return app
 
@@ -387,7 +372,7 @@ def two_databases(kind: Kind, make_engine: MakeEngine, positions: tuple[int, int
 def test_two_databases_commit_in_the_order_of_installation(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """When the database installed second fails at COMMIT, the first has committed, and it says so."""
+    """When the second database fails at COMMIT, the first has committed, and the error says so."""
     second_rows.add("there", position=7)
     with serve(two_databases(kind, make_engine, (1, 7))) as served:
         response = served.post("/")

@@ -2,17 +2,36 @@
 
 from ._lifespan import install_database
 from ._registry import installed_databases
-from .databases import AsyncDatabase, Database, PoolStatus
+from ._pools import PoolStatus
+from .databases import AsyncDatabase, Database
 from .dependencies import get_database_handle, get_db, reader, transactional
+from .errors import (
+    DatabaseErrorDescription,
+    DatabaseErrorKind,
+    ErrorRule,
+    describe_database_error,
+    error_responses,
+    http_errors,
+    install_error_handlers,
+    map_database_error,
+)
 
 __all__ = [
     "AsyncDatabase",
     "Database",
+    "DatabaseErrorDescription",
+    "DatabaseErrorKind",
+    "ErrorRule",
     "PoolStatus",
+    "describe_database_error",
+    "error_responses",
     "get_database_handle",
     "get_db",
+    "http_errors",
     "install_database",
+    "install_error_handlers",
     "installed_databases",
+    "map_database_error",
     "reader",
     "transactional",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from fastapi import routing
@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Mount, Router
 
 from ._registry import Installation, Registry, not_installed
-from .databases import AsyncDatabase, Database
+from .databases import AnyDatabase, AsyncDatabase, Database
 from .dependencies import DatabaseDependency, ReaderDependency, get_db
 from .exceptions import DatabaseDependencyError, DatabaseNotInstalledError
 
@@ -30,36 +30,43 @@ def mounted_applications(app: Starlette) -> list[Starlette]:
     return list(dict.fromkeys(each for each in behind if isinstance(each, Starlette)))
 
 
-def check_routes(app: Starlette, registry: Registry, router: int) -> bool:
+def check_routes(
+    app: Starlette, registry: Registry, router: int
+) -> dict[object, Collection[AnyDatabase]]:
     """Refuse routes that depend on a database in a way that cannot work.
 
     An overridden dependency is the application's business, and is not looked into.
 
     Returns:
-        whether some route reads through `reader`, beside the request's session.
+        the endpoints that open more than one session, each with the databases they are of.
 
     Raises:
         DatabaseNotInstalledError: a name that is not installed.
         DatabaseDependencyError: a scope or an annotation that cannot work.
     """
-    check = _Check(registry, router, getattr(app, "dependency_overrides", {}))
+    several: dict[object, Collection[AnyDatabase]] = {}
     for route in _routes(app.routes):
         dependant = getattr(route, "dependant", None)
         if dependant is not None:
-            check.route = route.path
+            overrides = getattr(app, "dependency_overrides", {})
+            check = _Check(route.path, registry, router, overrides)
             check.visit(dependant)
-    return check.readers
+            if len(check.sessions) > 1:
+                several[dependant.call] = [database for database, _ in check.sessions]
+    return several
 
 
 class _Check:
-    """Walk the dependencies of one application's routes."""
+    """Walk the dependencies of one route, and note the sessions that a request opens."""
 
-    def __init__(self, registry: Registry, router: int, overrides: Mapping[Any, Any]) -> None:
+    def __init__(
+        self, route: str, registry: Registry, router: int, overrides: Mapping[Any, Any]
+    ) -> None:
+        self.route = route
+        self.sessions: set[tuple[AnyDatabase, bool]] = set()
         self._registry = registry
         self._router = router
         self._overrides = overrides
-        self.route = ""
-        self.readers = False
 
     def visit(self, dependant: Dependant, outlives: Dependant | None = None) -> None:
         """Look at what a callable depends on; `outlives` is a request-scoped generator above."""
@@ -94,7 +101,8 @@ class _Check:
         if not call.gives_handle:
             self._check_scope(child, call, outlives)
         self._check_annotation(parent, child, call, installation)
-        self.readers |= isinstance(call, ReaderDependency)
+        if installation.database is not None and not call.gives_handle:
+            self.sessions.add((installation.database, isinstance(call, ReaderDependency)))
 
     def _check_scope(
         self, child: Dependant, call: DatabaseDependency, outlives: Dependant | None

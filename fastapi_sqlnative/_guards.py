@@ -7,13 +7,15 @@ the application does with its engine elsewhere is its own.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.sql.expression import RollbackToSavepointClause, SavepointClause
 
@@ -62,9 +64,15 @@ class TransactionOptions:
     def __str__(self) -> str:
         return f"isolation_level={self.isolation_level!r}, read_only={self.read_only!r}"
 
-    def supported_by(self, dialect: Dialect) -> bool:
-        """Tell whether the database has what is asked for."""
-        return not self.read_only or dialect.name in _READ_ONLY
+    def lacking_in(self, dialect: Dialect) -> str | None:
+        """Say what is asked for and the database does not have."""
+        if self.read_only and dialect.name not in _READ_ONLY:
+            return "no read-only transactions that fastapi-sqlnative knows of: leave read_only out"
+        levels = _isolation_levels(dialect)
+        if self.isolation_level is None or self.isolation_level in levels:
+            return None
+        known = ", ".join(level for level in get_args(IsolationLevel) if level in levels)
+        return f"no isolation level {self.isolation_level!r}: choose one of {known}"
 
     def execution_options(self, dialect: Dialect) -> dict[str, Any]:
         """Translate to what the engine sets on a connection and resets when it goes back."""
@@ -74,6 +82,12 @@ class TransactionOptions:
         if self.read_only and dialect.name == "postgresql":
             options["postgresql_readonly"] = True
         return options
+
+
+def _isolation_levels(dialect: Dialect) -> Sequence[str]:
+    # SQLAlchemy would look only when it has a connection, and an async one is lost to the pool
+    # then. No dialect looks at the connection that it is asked to pass.
+    return dialect.get_isolation_level_values(cast("DBAPIConnection", None))
 
 
 NO_OPTIONS: Final = TransactionOptions()
@@ -130,7 +144,15 @@ class SessionGuard:
         loop_thread: the thread on which the session must not block, `None` for anywhere.
     """
 
-    __slots__ = ("committing", "engines", "finished", "loop_thread", "options", "transactions")
+    __slots__ = (
+        "asked",
+        "committing",
+        "engines",
+        "finished",
+        "loop_thread",
+        "options",
+        "transactions",
+    )
 
     def __init__(
         self, engines: EngineGuard, options: TransactionOptions, loop_thread: int | None
@@ -139,6 +161,7 @@ class SessionGuard:
         self.options = options
         self.loop_thread = loop_thread
         self.finished = False
+        self.asked = False  # for an engine: the transaction has a connection, or waits for one
         self.committing = False
         self.transactions: dict[Connection, _Transaction] = {}
 
@@ -150,8 +173,20 @@ class SessionGuard:
                 connection.close()
         self.forget()
 
+    def prepare_end(self) -> None:
+        """Get ready for COMMIT or ROLLBACK, after which the connection may be someone else's."""
+        if not self.transactions:
+            return
+        self.check_thread()
+        for transaction in self.transactions.values():
+            for cursor in transaction.cursors:
+                # A stream that was read to its end is closed, one on a lost connection fails.
+                with contextlib.suppress(Exception):
+                    cursor.close()
+
     def forget(self) -> None:
         """Start anew: the session's transaction has ended, and it holds no connection."""
+        self.asked = False
         self.committing = False
         self.transactions.clear()
         self.engines.busy.discard(self)
@@ -171,12 +206,16 @@ class SessionGuard:
     def check_unfinished(self) -> None:
         """Refuse a session whose time is over."""
         if self.finished:
-            raise SessionFinishedError(
-                f"This session of database {self.engines.name!r} is finished: the request (or "
-                "block) that it belongs to has ended, its connection went back to the pool. In a "
-                "stream, a background task or any work that outlives the request, depend on "
-                f"get_database_handle({self.engines.name!r}) and open a session there."
-            )
+            raise self.finished_error()
+
+    def finished_error(self) -> SessionFinishedError:
+        """Build the error that tells what to use instead."""
+        return SessionFinishedError(
+            f"This session of database {self.engines.name!r} is finished: the request (or block) "
+            "that it belongs to has ended, its connection went back to the pool. In a stream, a "
+            "background task or any work that outlives the request, depend on "
+            f"get_database_handle({self.engines.name!r}) and open a session there."
+        )
 
     def check_usable(self) -> None:
         """Refuse a session that is finished or stopped, or that would block the event loop."""
@@ -202,9 +241,10 @@ class SessionGuard:
 class _Transaction:
     """Remember what happened on one connection since its transaction began."""
 
-    __slots__ = ("aborted", "opaque", "savepoints", "session", "suspected", "written")
+    __slots__ = ("aborted", "cursors", "opaque", "savepoints", "session", "suspected", "written")
 
     def __init__(self, session: SessionGuard) -> None:
+        self.cursors: list[DBAPICursor] = []  # of streams, which fetch over the connection
         self.session = session
         self.written = False
         self.opaque = False
@@ -226,6 +266,7 @@ class GuardedSession(Session):
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Choose the engine: SQLAlchemy asks before every statement, flush and connection."""
         self.sqlnative.check_usable()
+        self.sqlnative.asked = True
         bind = super().get_bind(*args, **arguments)
         if isinstance(bind, Engine):
             return self.sqlnative.engines.engine(bind, self.sqlnative.options)
@@ -261,14 +302,12 @@ class GuardedSession(Session):
 
     def rollback(self) -> None:
         """Refuse to wait for a ROLLBACK on the event loop's thread."""
-        if self.sqlnative.transactions:
-            self.sqlnative.check_thread()
+        self.sqlnative.prepare_end()
         super().rollback()
 
     def close(self) -> None:
         """Refuse to wait for a ROLLBACK on the event loop's thread."""
-        if self.sqlnative.transactions:
-            self.sqlnative.check_thread()
+        self.sqlnative.prepare_end()
         super().close()
 
 
@@ -320,11 +359,10 @@ def _refuse_flush(session: GuardedSession, *_: object) -> None:
 
 @event.listens_for(GuardedSession, "before_commit")
 def _before_commit(session: GuardedSession) -> None:
-    if session.sqlnative.transactions:
-        session.sqlnative.check_thread()
     # RELEASE SAVEPOINT of an aborted transaction fails by itself, COMMIT does not.
     if not session.in_nested_transaction():
         check_committable(session)
+        session.sqlnative.prepare_end()
         session.sqlnative.committing = True
 
 
@@ -383,13 +421,13 @@ def _transaction_on(connection: Connection | None) -> _Transaction | None:
 
 
 def _on_statement_without_parameters(
-    cursor: object, statement: str, context: ExecutionContext
+    cursor: DBAPICursor, statement: str, context: ExecutionContext
 ) -> None:
     _on_statement(cursor, statement, None, context)
 
 
 def _on_statement(
-    _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
+    cursor: DBAPICursor, _statement: str, _parameters: object, context: ExecutionContext
 ) -> None:
     transaction = _transaction_on(context.root_connection)
     if transaction is None:
@@ -398,6 +436,8 @@ def _on_statement(
     # An aborted transaction answers nothing but errors, each of which says so again. When the
     # statement succeeds, the application has rolled back to a savepoint.
     transaction.suspected, transaction.aborted = transaction.aborted, None
+    if context.execution_options.get("stream_results"):
+        transaction.cursors.append(cursor)
     compiled = context.compiled
     statement = None if compiled is None else compiled.statement
     # text(...).columns(...) is a select by its shape only.
@@ -440,9 +480,8 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     committing, transaction.session.committing = transaction.session.committing, False
     if context.statement is not None:
         transaction.aborted = transaction.suspected
-        if context.is_disconnect or _server_aborts(context, error):
-            transaction.aborted = transaction.suspected or error
-        return None
+    if context.statement is not None or context.execution_context is not None:
+        return _on_failed_statement(transaction, context, error)
     if not committing or not _loses_outcome(context, error):
         return None
     # A raw OSError is no error of the driver's, so SQLAlchemy would keep the connection.
@@ -451,6 +490,17 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         f"The connection to database {transaction.session.engines.name!r} was lost during COMMIT: "
         "what was written may or may not be stored. Look before you repeat it."
     )
+
+
+def _on_failed_statement(
+    transaction: _Transaction, context: ExceptionContext, error: Exception
+) -> SessionFinishedError | None:
+    # Without the statement it is a fetch: a stream may fail long after it has begun.
+    if context.statement is None and transaction.session.finished:
+        return transaction.session.finished_error()
+    if context.is_disconnect or _server_aborts(context, error):
+        transaction.aborted = transaction.aborted or error
+    return None
 
 
 def _loses_outcome(context: ExceptionContext, error: Exception) -> bool:
@@ -464,8 +514,9 @@ def _server_aborts(context: ExceptionContext, error: Exception) -> bool:
     """Tell a failure that the server reported from one that the driver made by itself."""
     if context.dialect.name != "postgresql" or _autocommits(context.connection):
         return False
-    told = getattr(error, "diag", None) or error.__cause__  # psycopg, psycopg2; asyncpg
-    return getattr(told, "severity", None) is not None
+    # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
+    tellers = getattr(error, "diag", None), error.__cause__, error
+    return any(getattr(teller, "severity", None) is not None for teller in tellers)
 
 
 def _autocommits(connection: Connection | None) -> bool:

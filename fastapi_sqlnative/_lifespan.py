@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -19,7 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
 from ._checks import check_routes, mounted_applications
-from ._registry import EngineFactory, Gate, Installation, Registry, Shutdown, registry_of
+from ._gates import Gate
+from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of
 from .databases import AnyDatabase, AnyEngine, database_class, to_completion
 from .exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 
@@ -107,10 +108,10 @@ def _installation(
     if not isinstance(name, str):
         raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
     name = name.strip() or "default"
-    if shutdown is not None and not callable(shutdown):
+    if shutdown is not None and not _takes_nothing(shutdown):
         raise TypeError(
             f"shutdown of database {name!r} must be a function without parameters, such as "
-            f"engine.dispose (no parentheses), not {type(shutdown).__name__}."
+            f"engine.dispose (no parentheses), not {_shown(shutdown)}."
         )
     if startup_wait is not None:
         _check_seconds("startup_wait", name, startup_wait)
@@ -125,12 +126,29 @@ def _installation(
     )
     if database_class(engine) is not None:
         _handle(installation, engine)  # mistakes in the options show now, not at the start
-    elif not callable(engine):
+    elif not _takes_nothing(engine):
         raise TypeError(
-            f"engine of database {name!r} must be an Engine, an AsyncEngine or a function that "
-            f"makes one, not {type(engine).__name__}."
+            f"engine of database {name!r} must be an Engine, an AsyncEngine or a function without "
+            f"parameters that makes one, not {_shown(engine)}."
         )
     return installation
+
+
+def _takes_nothing(function: object) -> bool:
+    """Tell whether this can be called without arguments, before the day that it is."""
+    try:
+        inspect.signature(function).bind()  # type: ignore[arg-type] # a TypeError tells
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # written in C, without a signature
+    return True
+
+
+def _shown(value: object) -> str:
+    if not callable(value):
+        return type(value).__name__
+    return f"{getattr(value, '__qualname__', type(value).__name__)}{inspect.signature(value)}"
 
 
 def _check_seconds(argument: str, name: str, seconds: object) -> None:
@@ -249,15 +267,14 @@ def _check_loop(installation: Installation, loop: asyncio.AbstractEventLoop) -> 
 async def _check(
     applications: Sequence[Starlette], registries: Sequence[Registry], router: int
 ) -> None:
-    readers = False
+    several: dict[object, Collection[AnyDatabase]] = {}
     for app, registry in zip(applications, registries, strict=True):
-        readers |= check_routes(app, registry, router)
+        several |= check_routes(app, registry, router)
     installations = [each for one in registries for each in one.installations.values()]
     databases = [each.database for each in installations if each.database is not None]
-    blocking = [database for database in databases if database.blocking]
     outermost = registries[0]
-    if blocking and outermost.gate is None:
-        outermost.gate = Gate(blocking, readers=readers)
+    if outermost.gate is None and (several or any(each.blocking for each in databases)):
+        outermost.gate = Gate(several)
     for installation in installations:
         if installation.database is not None and installation.startup_wait is not None:
             await _wait_for(installation.database, installation.startup_wait)
@@ -330,9 +347,10 @@ async def _close(
         steps.append(("shutdown hook", installation.shutdown))
     if database_class(installation.engine) is None:
         steps.append(("dispose", database.dispose))
+    least = min(_LEAST, installation.shutdown_timeout)
     for step, function in steps:
         try:
-            await _call_within(max(deadline - anyio.current_time(), _LEAST), function)
+            await _call_within(max(deadline - anyio.current_time(), least), function)
         except Exception as error:  # noqa: BLE001 - raised with the others, after their turn
             error.add_note(f"In the {step} of database {database.name!r}.")
             errors.append(error)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import math
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-import anyio
-import anyio.to_thread
 from fastapi.requests import HTTPConnection
-from sqlalchemy import exc
 from starlette.applications import Starlette
 
-from .databases import AnyDatabase, AnyEngine, pool_capacity, pool_timeout
+from ._gates import Gate
+from .databases import AnyDatabase, AnyEngine
 from .exceptions import (
     DatabaseAlreadyInstalledError,
     DatabaseNotInstalledError,
@@ -182,56 +177,3 @@ def installed_databases(app: Starlette) -> Mapping[str, AnyDatabase]:
         DatabaseNotStartedError: when a handle is read and the lifespan is not running.
     """
     return InstalledDatabases(registry_of(app))
-
-
-class Gate:
-    """Admit requests with synchronous sessions while threads remain for them to finish.
-
-    A thread that waits for a pooled connection is lost to the request that holds one and needs
-    a thread to go on; with enough of them nobody moves. So at most three quarters of FastAPI's
-    threads may belong to such requests. And a request that needs two connections must find the
-    second while others hold one: there are never enough requests to hold them all.
-    """
-
-    def __init__(self, databases: list[AnyDatabase], *, readers: bool) -> None:
-        self._sessions = Counter(
-            database.pool for database in databases for _ in range(1 + readers)
-        )
-
-    @functools.cached_property
-    def _limiter(self) -> anyio.CapacityLimiter:
-        # At the first request, because an application sets its number of threads as it starts.
-        threads = anyio.to_thread.current_default_thread_limiter().total_tokens
-        limits = [math.floor(threads * 3 / 4)]
-        shares: list[int] = []
-        for pool, sessions in self._sessions.items():
-            capacity = pool_capacity(pool)
-            if capacity is None:
-                continue
-            shares.append(math.ceil(capacity / sessions))
-            if sessions > 1:
-                limits.append((capacity - 1) // (sessions - 1))
-        if len(shares) > 1:
-            limits.append(sum(sorted(shares)[:2]) - 1)
-        return anyio.CapacityLimiter(max(1, min(limits)))
-
-    async def enter(self, request: object, database: AnyDatabase) -> None:
-        """Wait for a place, for as long as the pool would make its callers wait.
-
-        Raises:
-            sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
-        """
-        timeout = pool_timeout(database.pool)
-        try:
-            with anyio.fail_after(timeout):
-                await self._limiter.acquire_on_behalf_of(request)
-        except TimeoutError:
-            raise exc.TimeoutError(
-                f"Database {database.name!r} is busy: {self._limiter.total_tokens:g} requests with "
-                f"synchronous sessions are running, and none ended within {timeout:g} s.",
-                code="3o7r",
-            ) from None
-
-    def leave(self, request: object) -> None:
-        """Give the place back."""
-        self._limiter.release_on_behalf_of(request)

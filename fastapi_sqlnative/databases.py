@@ -10,7 +10,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import anyio
@@ -31,6 +30,7 @@ from ._guards import (
     guarded_class,
     has_pending_changes,
 )
+from ._pools import PoolStatus, ask_pool, max_overflow
 from .exceptions import DatabaseNotStartedError, TransactionOptionsError
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -40,25 +40,6 @@ AnySession: TypeAlias = Session | AsyncSession
 EngineT = TypeVar("EngineT", Engine, AsyncEngine)
 SessionT = TypeVar("SessionT", Session, AsyncSession)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatus:
-    """Describe a connection pool at one moment; `None` is what this kind of pool does not know.
-
-    Attributes:
-        size: connections the pool keeps, `None` also for "no limit".
-        max_overflow: connections it opens beyond that, `None` also for "no limit".
-        checked_out: connections in use.
-        checked_in: connections that wait to be used.
-        overflow: connections open beyond `size`.
-    """
-
-    size: int | None
-    max_overflow: int | None
-    checked_out: int | None
-    checked_in: int | None
-    overflow: int | None
 
 
 class _Database(ABC, Generic[EngineT, SessionT]):
@@ -121,25 +102,25 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         """Refuse what the database cannot do, before anything is sent to it.
 
         Raises:
-            TransactionOptionsError: `read_only` on a database without read-only transactions.
+            TransactionOptionsError: an isolation level, or `read_only`, that there is not.
         """
         dialect = self._pool_engine.dialect
-        if not options.supported_by(dialect):
+        lacking = options.lacking_in(dialect)
+        if lacking is not None:
             raise TransactionOptionsError(
-                f"Database {self.name!r} ({dialect.name}) has no read-only transactions that "
-                "fastapi-sqlnative knows of. Leave read_only out."
+                f"Database {self.name!r} ({dialect.name}+{dialect.driver}) has {lacking}."
             )
 
     def pool_status(self) -> PoolStatus:
         """Look into the connection pool, without touching the database."""
         pool = self.pool
-        size = _ask(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
-        overflow = None if size is None else _ask(pool, "overflow")
+        size = ask_pool(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
+        overflow = None if size is None else ask_pool(pool, "overflow")
         return PoolStatus(
             size=size,
-            max_overflow=_max_overflow(pool),
-            checked_out=_ask(pool, "checkedout"),
-            checked_in=_ask(pool, "checkedin"),
+            max_overflow=max_overflow(pool),
+            checked_out=ask_pool(pool, "checkedout"),
+            checked_in=ask_pool(pool, "checkedin"),
             overflow=None if overflow is None else max(overflow, 0),
         )
 
@@ -150,7 +131,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
 
     def connections_in_use(self) -> int:
         """Count the connections that somebody holds, as far as pool and sessions know."""
-        checked_out = _ask(self.pool, "checkedout")
+        checked_out = ask_pool(self.pool, "checkedout")
         if checked_out is not None:
             return checked_out
         return sum(len(guard.transactions) for guard in tuple(self._guard.busy))
@@ -187,6 +168,9 @@ class _Database(ABC, Generic[EngineT, SessionT]):
                 f"{self.engine_type.__name__}; it is {class_!r}."
             )
         return class_
+
+    def _no_answer(self, timeout: float) -> TimeoutError:
+        return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
 
     def _check_alive(self) -> None:
         if self._guard.stopped:
@@ -250,7 +234,7 @@ class Database(_Database[Engine, Session]):
         thread.start()
         thread.join(timeout)
         if not answer:
-            raise TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
+            raise self._no_answer(timeout)
         if answer[0] is not None:
             raise answer[0]
 
@@ -330,8 +314,11 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
             TimeoutError: no answer came in time.
         """
         self._check_alive()
-        async with asyncio.timeout(timeout), self.engine.connect() as connection:
-            await connection.scalar(select(1))
+        try:
+            async with asyncio.timeout(timeout), self.engine.connect() as connection:
+                await connection.scalar(select(1))
+        except TimeoutError as error:
+            raise self._no_answer(timeout) from error
 
     async def answer(self, timeout: float) -> None:
         """Ask on the event loop."""
@@ -373,9 +360,7 @@ def sync_session(session: AnySession) -> Session:
 
 def is_busy(session: Session) -> bool:
     """Tell whether finishing the session needs the database."""
-    return session.in_transaction() and (
-        bool(guard_of(session).transactions) or has_pending_changes(session)
-    )
+    return session.in_transaction() and (guard_of(session).asked or has_pending_changes(session))
 
 
 def close(session: Session) -> None:
@@ -389,7 +374,10 @@ def close(session: Session) -> None:
     if not session.in_transaction() and not session.identity_map:
         return  # never used: there is nothing to roll back, to give back or to detach
     try:
-        session.close()
+        if guard.engines.stopped:
+            session.invalidate()  # no pool waits for the connection any more, to close it
+        else:
+            session.close()
     except (SQLAlchemyError, OSError):
         logger.warning(
             "A session of database %r could not give its connection back, which is discarded: "
@@ -534,33 +522,6 @@ def _commit_and_close(session: Session) -> None:
             session.commit()
     finally:
         close(session)
-
-
-# -- pools -----------------------------------------------------------------------------------
-
-
-def _ask(pool: Pool, method: str) -> int | None:
-    # NullPool, StaticPool and SingletonThreadPool have no such figures.
-    ask: Callable[[], int] | None = getattr(pool, method, None)
-    return ask() if callable(ask) else None
-
-
-def _max_overflow(pool: Pool) -> int | None:
-    # Private, because SQLAlchemy tells it nowhere else. Without it the limit is "unknown".
-    limit: int | None = getattr(pool, "_max_overflow", None)
-    return None if limit is None or limit < 0 else limit
-
-
-def pool_capacity(pool: Pool) -> int | None:
-    """Return the number of connections a pool hands out at a time; `None` for unlimited."""
-    size, overflow = _ask(pool, "size"), _max_overflow(pool)
-    return None if size is None or overflow is None or size == 0 else size + overflow
-
-
-def pool_timeout(pool: Pool) -> float:
-    """Return the seconds that a pool lets its callers wait; SQLAlchemy's default if unknown."""
-    ask: Callable[[], float] | None = getattr(pool, "timeout", None)
-    return 30.0 if ask is None else ask()
 
 
 def _refuse(options: Mapping[str, Any], name: str, *keywords: str) -> None:

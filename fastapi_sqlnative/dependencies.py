@@ -24,7 +24,7 @@ from ._guards import (
     guard_of,
     has_pending_changes,
 )
-from ._registry import Gate, registry_for
+from ._registry import registry_for
 from .databases import AnyDatabase, AnySession, Call, close, is_busy, run_together, sync_session
 from .exceptions import (
     PartialCommitError,
@@ -52,8 +52,8 @@ class UnitOfWork:
     """
 
     __slots__ = (
+        "_endpoint",
         "_gate",
-        "_is_request",
         "_members",
         "_readers",
         "_registry",
@@ -63,11 +63,13 @@ class UnitOfWork:
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._registry, self._router = registry_for(connection)
-        self._is_request = connection.scope["type"] == "http"
         self._sessions: dict[AnyDatabase, _Member] = {}
         self._readers: dict[AnyDatabase, _Member] = {}
         self._members: dict[int, _Member] = {}  # by the identity of the session handed out
-        self._gate: Gate | None = None
+        # A websocket would keep its place for as long as the client stays.
+        is_request = connection.scope["type"] == "http"
+        self._gate = self._registry.gate_for(self._router) if is_request else None
+        self._endpoint = connection.scope.get("endpoint")
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
@@ -134,20 +136,12 @@ class UnitOfWork:
         await self._finish(self._close_all, cancelled=cancelled)
 
     async def _open(self, database: AnyDatabase, options: TransactionOptions) -> _Member:
-        loop_thread = None
-        if database.blocking:
-            await self._enter_gate(database)
-            loop_thread = threading.get_ident()
+        if self._gate is not None:
+            await self._gate.enter(self, self._endpoint, database)
+        loop_thread = threading.get_ident() if database.blocking else None
         session = database.open(options, loop_thread=loop_thread)
         member = self._members[id(session)] = _Member(database, session, sync_session(session))
         return member
-
-    async def _enter_gate(self, database: AnyDatabase) -> None:
-        # A websocket would keep its place for as long as the client stays.
-        gate = self._registry.gate_for(self._router)
-        if gate is not None and self._gate is None and self._is_request:
-            await gate.enter(self, database)
-            self._gate = gate
 
     def _commit_all(self, call: Call) -> None:
         marked = [member for member in self._members.values() if member.commit]

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any, Optional, Protocol, Union
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket, routing
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -30,6 +30,10 @@ from fastapi_sqlnative.exceptions import DatabaseDependencyError, DatabaseNotIns
 from tests.in_process import async_sqlite, running, sqlite, start_and_stop
 
 pytestmark = pytest.mark.anyio
+
+# Older versions of FastAPI leave mounts in included routers out, and read neither a `type` alias
+# nor a signature with a name that only the type checker knows.
+OLD = not hasattr(routing, "iter_route_contexts")
 
 Dependency = Callable[..., Any]
 
@@ -237,7 +241,7 @@ PLACES = (
     in_a_mount_within_a_mount,
     behind_middleware,
     in_a_mount_with_middleware,
-    mounted_in_an_included_router,
+    *(() if OLD else (mounted_in_an_included_router,)),
     in_a_mounted_router,
     mounted_in_a_mounted_router,
     for_a_host,
@@ -432,6 +436,7 @@ OUTLIVING: dict[str, Dependency] = {
     "bound-method": BoundGenerator().enter,
     "partial": functools.partial(numbered, 1),
     "partial-of-a-partial": functools.partial(functools.partial(numbered), 1),
+    "partial-of-an-object": functools.partial(CallableGenerator()),
     "wraps": wrapping,
     "wraps-as-a-generator": wrapping_as_a_generator,
     "wraps-in-a-class": WrappedCallableGenerator(),
@@ -704,7 +709,7 @@ def application_in(source: str) -> FastAPI:
 
 
 SOURCES = {"future": FUTURE + ENDPOINT}
-if sys.version_info >= (3, 12):
+if sys.version_info >= (3, 12) and not OLD:
     SOURCES |= {"type-alias": FUTURE + ALIAS, "inner-type-alias": FUTURE + INNER_ALIAS}
 
 
@@ -716,6 +721,7 @@ async def test_annotations_in_strings_are_read(source: str) -> None:
     await start(application_in(source), sqlite)
 
 
+@pytest.mark.skipif(OLD, reason="this FastAPI refuses the route")
 async def test_an_alias_for_the_whole_dependency_is_read() -> None:
     """An alias for `Annotated[Session, Depends(...)]` is read through."""
     app = FastAPI()
@@ -728,6 +734,7 @@ async def test_an_alias_for_the_whole_dependency_is_read() -> None:
         await start(app)
 
 
+@pytest.mark.skipif(OLD, reason="this FastAPI refuses the route")
 async def test_an_annotation_that_cannot_be_read_is_no_mistake() -> None:
     """A name that only the type checker knows leaves the start alone."""
     source = (FUTURE + UNREADABLE).replace('"/items"', '"/items", response_model=None')

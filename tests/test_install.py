@@ -328,6 +328,30 @@ def test_databases_are_up_around_the_application(how: str) -> None:
         log.clear()
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_routers_startup_handlers_find_the_databases(before: bool) -> None:
+    """Handlers of a router, included before the install or after it, run between up and down."""
+    log: list[str] = []
+
+    async def note_answer(when: str) -> None:
+        await ask(installed_databases(app)["default"])
+        log.append(when)
+
+    app = FastAPI()
+    router = APIRouter(
+        on_startup=[functools.partial(note_answer, "start")],
+        on_shutdown=[functools.partial(note_answer, "stop")],
+    )
+    if before:
+        app.include_router(router)
+    install_database(app, engine=async_sqlite)
+    if not before:
+        app.include_router(router)
+    with TestClient(app):
+        assert set(log) == {"start"}
+    assert set(log) == {"start", "stop"}
+
+
 @pytest.mark.parametrize("how", ["lifespan", "async-generator", "router-before", "router-after"])
 def test_the_applications_state_passes_through(how: str) -> None:
     """What the application's lifespan yields is in `request.state`, and nothing else is."""
@@ -519,12 +543,19 @@ class Wrong(Exception):  # noqa: N818
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "engine-none": ({"engine": None}, TypeError, "'default' must be an Engine.*not NoneType"),
-    "engine-url": ({"engine": "sqlite://"}, TypeError, "function that makes one, not str"),
+    "engine-url": ({"engine": "sqlite://"}, TypeError, "parameters that makes one, not str"),
     "engine-url-object": ({"engine": make_url("sqlite://")}, TypeError, "not URL"),
     "engine-session": ({"engine": Session()}, TypeError, "not Session"),
+    "engine-class": ({"engine": AsyncEngine}, TypeError, r"not AsyncEngine\(sync_engine"),
+    "engine-parameter": (
+        {"engine": create_async_engine},
+        TypeError,
+        r"function without parameters that makes one, not create_async_engine\(url",
+    ),
     "name-number": ({"name": 7}, TypeError, "name of a database is a string, not int"),
     "name-none": ({"name": None}, TypeError, "not NoneType"),
     "shutdown-called": ({"shutdown": "closed"}, TypeError, r"such as engine\.dispose \(no paren"),
+    "shutdown-parameter": ({"shutdown": read_once}, TypeError, r"not read_once\(app: .*FastAPI"),
     "class-of-the-other-colour": (
         {"session_options": {"class_": Session}},
         TypeError,
@@ -573,7 +604,7 @@ async def test_a_hook_that_has_been_called_is_refused() -> None:
 async def test_a_factory_that_has_been_called_is_refused() -> None:
     """`engine=make_engine()` of an async factory is a coroutine; the error says what to give."""
     called = make_engine_later()
-    with pytest.raises(TypeError, match=r"function that makes one.*not coroutine"):
+    with pytest.raises(TypeError, match=r"parameters that makes one, not coroutine"):
         install_database(FastAPI(), engine=called)  # type: ignore[arg-type] # the mistake
     await called
 

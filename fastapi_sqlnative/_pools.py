@@ -1,0 +1,53 @@
+"""What a connection pool tells about itself, as far as its kind knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """Describe a connection pool at one moment; `None` is what this kind of pool does not know.
+
+    Attributes:
+        size: connections the pool keeps, `None` also for "no limit".
+        max_overflow: connections it opens beyond that, `None` also for "no limit".
+        checked_out: connections in use.
+        checked_in: connections that wait to be used.
+        overflow: connections open beyond `size`.
+    """
+
+    size: int | None
+    max_overflow: int | None
+    checked_out: int | None
+    checked_in: int | None
+    overflow: int | None
+
+
+def ask_pool(pool: Pool, method: str) -> int | None:
+    """Return one of the pool's figures; `None` where this kind of pool has none."""
+    # NullPool, StaticPool and SingletonThreadPool have no such figures.
+    answer: Callable[[], int] | None = getattr(pool, method, None)
+    return answer() if callable(answer) else None
+
+
+def max_overflow(pool: Pool) -> int | None:
+    """Return how many connections a pool opens beyond its size; `None` for "no limit"."""
+    # Private, because SQLAlchemy tells it nowhere else. Without it the limit is "unknown".
+    limit: int | None = getattr(pool, "_max_overflow", None)
+    return None if limit is None or limit < 0 else limit
+
+
+def pool_capacity(pool: Pool) -> int | None:
+    """Return the number of connections a pool hands out at a time; `None` for unlimited."""
+    size, overflow = ask_pool(pool, "size"), max_overflow(pool)
+    return None if size is None or overflow is None or size == 0 else size + overflow
+
+
+def pool_timeout(pool: Pool) -> float:
+    """Return the seconds that a pool lets its callers wait; SQLAlchemy's default if unknown."""
+    ask: Callable[[], float] | None = getattr(pool, "timeout", None)
+    return 30.0 if ask is None else ask()

@@ -1,0 +1,160 @@
+"""Section 5: how the house is laid out, as far as a machine can see it."""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastapi_sqlnative
+
+PACKAGE = Path(fastapi_sqlnative.__file__).parent
+MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
+
+# A module may import those of the rows above its own. Whatever a later issue adds finds its row.
+ORDER = (
+    {"exceptions"},
+    {"_failures", "_guards", "_pools"},
+    {"databases"},
+    {"_gates"},
+    {"_registry"},
+    {"dependencies"},
+    {"_checks"},
+    {"_lifespan"},
+    {"_rules"},
+    {"errors", "health", "migrations", "telemetry"},
+    {"__init__"},
+    {"testing"},
+)
+RANK = {module: rank for rank, row in enumerate(ORDER) for module in row}
+FRAMEWORKS = ("fastapi", "starlette", "sqlalchemy", "anyio", "asyncio")
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield (module, name) for whatever a module imports, at any depth; ours begin with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def own(tree: ast.Module) -> Iterator[str]:
+    """Yield the modules of this package that a module imports."""
+    for module, name in imports(tree):
+        if module == ".":
+            yield name if name in MODULES else "__init__"
+        elif module.startswith("."):
+            yield module[1:].partition(".")[0]
+        elif module.partition(".")[0] == "fastapi_sqlnative":
+            yield module.partition(".")[2].partition(".")[0] or "__init__"
+
+
+def is_private(dotted: str) -> bool:
+    return any(part.startswith("_") and part != "__future__" for part in dotted.split("."))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downward_only(module: str) -> None:
+    """A module imports only what stands below it in the house."""
+    assert module in RANK, f"{module} has no place in ORDER yet"
+    upward = {each for each in own(MODULES[module]) if RANK[each] >= RANK[module]}
+    assert not upward
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nobody_imports_what_is_for_tests(module: str) -> None:
+    """The testing toolkit is imported by nobody here."""
+    assert "testing" not in set(own(MODULES[module]))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_of_a_framework_is_imported(module: str) -> None:
+    """What the frameworks keep private is not imported."""
+    private = {
+        f"{origin}.{name}".strip(".")
+        for origin, name in imports(MODULES[module])
+        if origin.partition(".")[0] in FRAMEWORKS and is_private(f"{origin}.{name}".strip("."))
+    }
+    assert not private
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_attribute_of_another_object_is_used(module: str) -> None:
+    """Private attributes are read on `self` and `cls` only, by dot or by name."""
+    foreign = {
+        ast.unparse(node)
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
+    }
+    assert not foreign
+    by_name = {
+        ast.unparse(node)
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {"getattr", "setattr", "hasattr"}
+        and isinstance(node.args[1], ast.Constant)
+        and is_private(str(node.args[1].value))
+        and not str(node.args[1].value).startswith("__")
+    }
+    # DESIGN, constitution 9: in one named place, with a reason and a fallback.
+    assert by_name <= {"getattr(pool, '_max_overflow', None)"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_at_module_level_is_written_to(module: str) -> None:
+    """No function of the package rebinds a global or fills a container at module level."""
+    tree = MODULES[module]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    mutable = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+        and target.id != "__all__"
+        and isinstance(node.value, ast.Dict | ast.List | ast.Set)
+    }
+    written = {
+        node.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Store | ast.Del)
+        and isinstance(node.value, ast.Name)
+    }
+    called = {
+        node.func.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.attr in {"append", "add", "update", "setdefault", "extend", "pop", "clear"}
+    }
+    assert not mutable & (written | called)
+
+
+def test_the_face_is_sorted_and_complete() -> None:
+    """`__all__` is sorted, and is what the package imports for its users."""
+    exported = fastapi_sqlnative.__all__
+    assert exported == sorted(exported)
+    assert set(exported) == {name for _, name in imports(MODULES["__init__"])}
+
+
+def test_exceptions_are_all_exported() -> None:
+    """Every error stands in the sorted `__all__` of `exceptions`."""
+    from fastapi_sqlnative import exceptions
+
+    classes = [node.name for node in MODULES["exceptions"].body if isinstance(node, ast.ClassDef)]
+    assert exceptions.__all__ == sorted(classes)
+
+
+def test_there_are_two_hard_dependencies() -> None:
+    """An application gets FastAPI and SQLAlchemy with the package, and chooses the rest itself."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    names = [each.partition(">")[0] for each in project["dependencies"]]
+    assert names == ["fastapi", "sqlalchemy[asyncio]"]

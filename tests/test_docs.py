@@ -1,0 +1,347 @@
+"""README.md and docs/: every snippet runs, every link leads somewhere, every name is explained.
+
+The rules for whoever writes a page. None of its blocks is exempt:
+
+- ``python`` blocks run in order, in one module. Their PostgreSQL is at ``DATABASE_URL``, a second
+  one at ``ANALYTICS_DATABASE_URL``; at the top of a page both are empty.
+- ``text`` is what the python block before it has printed.
+- ``http`` starts the application that is called ``app`` by then, and stops it at the end. A line
+  is a request and its answer; a class at its end is the exception that the server gets to log:
+
+      POST /books {"title": "Emma"} -> 201 {"id": 1}
+      POST /forgotten -> 500 UncommittedChangesError
+      WS /echo hello -> "hello"
+
+  ``start -> DatabaseNotInstalledError`` stands alone: the application does not start.
+- Every endpoint that a page defines is requested in it.
+- ``console`` names targets of the Makefile, extras and an ``app`` that exist.
+"""
+
+import ast
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import fastapi_sqlnative
+from conftest import PostgresDatabase, WorkerPostgres
+from fastapi_sqlnative import exceptions
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GUIDE = sorted((ROOT / "docs").glob("**/*.md"))
+PAGES = [README, *GUIDE]
+LINKED = [*GUIDE, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+
+SCHEMA = "docs"
+METHODS = {"get", "post", "put", "patch", "delete", "websocket"}
+ANSWER = re.compile(r'(?P<status>\d{3})?(?P<body> ?["\[{\dntf].*?)?(?P<error> ?[A-Z]\w+)?')
+
+
+def parse(page: Path) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8"))
+
+
+def blocks(page: Path) -> list[Token]:
+    return [each for each in parse(page) if each.type in ("fence", "code_block")]
+
+
+def inline(page: Path, kind: str) -> list[Token]:
+    """List what stands inside of paragraphs, headings and cells."""
+    return [child for each in parse(page) for child in each.children or () if child.type == kind]
+
+
+def code(page: Path) -> str:
+    """Return the page's python as one module, each line with the number that it has there."""
+    lines: list[str] = []
+    for block in blocks(page):
+        if block.info == "python":
+            assert block.map is not None
+            lines += [""] * (block.map[0] + 1 - len(lines))
+            lines += block.content.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+# --- snippets -----------------------------------------------------------------------------------
+
+
+class Watched:
+    """Remember which endpoints answered, and what the server gets to log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.called: set[str] = set()
+        self.raised: BaseException | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.raised = None
+        try:
+            await self.app(scope, receive, send)
+        except BaseException as error:
+            self.raised = error
+            raise
+        finally:
+            self.called.add(getattr(scope.get("endpoint"), "__name__", ""))
+
+
+class Snippets:
+    """Run the blocks of one page, one after the other."""
+
+    def __init__(self, page: Path, module: ModuleType) -> None:
+        self.page = page
+        self.names = module.__dict__
+        self.printed = ""
+        self.called: set[str] = set()
+
+    def run(self, block: Token) -> None:
+        if block.info != "text":
+            assert not self.printed, f"printed, and no text block says so: {self.printed}"
+        runners = {
+            "python": self.python,
+            "text": self.text,
+            "http": self.http,
+            "console": self.console,
+        }
+        assert block.type == "fence", "an indented block says not what it is: use a fence"
+        assert block.info in runners, f"nothing here runs {block.info!r}"
+        assert block.map is not None
+        try:
+            runners[block.info](block)
+        except BaseException as error:
+            error.add_note(f"{self.page.name}:{block.map[0] + 1}")
+            raise
+
+    def python(self, block: Token) -> None:
+        assert block.map is not None
+        source = "\n" * (block.map[0] + 1) + block.content
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(source, self.page, "exec"), self.names)
+        self.printed = output.getvalue()
+
+    def text(self, block: Token) -> None:
+        assert self.printed == block.content
+        self.printed = ""
+
+    def http(self, block: Token) -> None:
+        app = self.names["app"]
+        assert isinstance(app, FastAPI)
+        watched = Watched(app)
+        client = TestClient(watched, raise_server_exceptions=False)
+        lines = [line.split(" -> ") for line in block.content.splitlines()]
+        if lines[0][0] == "start":
+            ((_, failure),) = lines
+            with pytest.raises((LookupError, RuntimeError)) as raised, client:
+                pass
+            assert type(raised.value).__name__ == failure
+            self.called |= {
+                each.name
+                for each in app.routes
+                if isinstance(each, APIRoute) and repr(each.path) in str(raised.value)
+            }
+            return
+        with client:
+            for request, answer in lines:
+                self.request(client, watched, request, answer)
+        self.called |= watched.called
+
+    def request(self, client: TestClient, watched: Watched, request: str, answer: str) -> None:
+        expected = ANSWER.fullmatch(answer)
+        assert expected is not None, f"not understood: {answer}"
+        method, path, *rest = request.split(" ", 2)
+        if method == "WS":
+            with client.websocket_connect(path) as socket:
+                socket.send_text(*rest)
+                assert socket.receive_text() == json.loads(expected["body"])
+            return
+        response = client.request(method, path, json=json.loads(*rest) if rest else None)
+        raised = "" if watched.raised is None else type(watched.raised).__name__
+        found = f"{request} -> {response.status_code} {response.text} {raised}"
+        assert str(response.status_code) == expected["status"], found
+        assert raised == (expected["error"] or "").strip(), found
+        if expected["body"]:
+            is_json = response.headers["content-type"] == "application/json"
+            body = response.json() if is_json else response.text
+            assert body == json.loads(expected["body"]), found
+
+    def console(self, block: Token) -> None:
+        for line in block.content.splitlines():
+            words = shlex.split(line, comments=True)
+            while "=" in words[0]:
+                assert words.pop(0).startswith("DATABASE_URL=")
+            match words:
+                case ["make", target]:
+                    assert f"\n{target}: " in (ROOT / "Makefile").read_text("utf-8")
+                case ["pip", "install", *packages]:
+                    for package in packages:
+                        check_package(package)
+                case ["uvicorn", application]:
+                    assert isinstance(self.names[application.removeprefix("main:")], FastAPI)
+                case _:
+                    raise AssertionError(f"nothing here checks {line!r}")
+
+
+def check_package(requirement: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found = re.fullmatch(r"([\w-]+)(?:\[([\w,]+)\])?", requirement)
+    assert found is not None
+    if found[1] == project["name"]:
+        extras = (found[2] or "").split(",")
+        assert set(filter(None, extras)) <= project["optional-dependencies"].keys()
+    else:
+        assert found[1] == "uvicorn"
+
+
+def endpoints(page: Path) -> set[str]:
+    """List the functions that are decorated as endpoints."""
+    return {
+        node.name
+        for node in ast.walk(ast.parse(code(page)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call)
+        and isinstance(decorator.func, ast.Attribute)
+        and decorator.func.attr in METHODS
+    }
+
+
+@contextlib.contextmanager
+def empty_schema(database: PostgresDatabase) -> Iterator[str]:
+    """Give the URL of a schema that is nobody else's."""
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")
+        connection.execute(f"CREATE SCHEMA {SCHEMA}")
+        url = database.url("psycopg")
+        separator = "&" if "?" in url else "?"
+        yield f"{url}{separator}options={quote(f'-csearch_path={SCHEMA}')}"
+        connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
+
+
+@each_page
+def test_snippets_run(
+    page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of a page runs, prints and answers as the page says."""
+    module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
+    snippets = Snippets(page, module)
+    with empty_schema(postgres) as url, empty_schema(postgres.second) as second_url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        monkeypatch.setenv("ANALYTICS_DATABASE_URL", second_url)
+        for block in blocks(page):
+            snippets.run(block)
+    assert not snippets.printed, "printed, and no text block says so"
+    assert endpoints(page) <= snippets.called, "endpoints that no http block requests"
+
+
+@pytest.mark.timeout(300)  # without a cache mypy reads all of FastAPI and SQLAlchemy first
+def test_snippets_type_check(tmp_path: Path) -> None:
+    """mypy --strict finds nothing in the README's application, nor in the pages."""
+    for page in PAGES:
+        module = page.stem.lower().replace("-", "_")
+        # SQLAlchemy 2.0 does not know the type of func.count(), 2.1 does.
+        option = "" if page == README else "# mypy: no-warn-return-any"
+        (tmp_path / f"docs_{module}.py").write_text(option + code(page), "utf-8")
+    checked = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"),
+            *sorted(tmp_path.glob("*.py")),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+# --- links and names ----------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """List a page's headings as the names that links give them."""
+    tokens = parse(page)
+    headings = [
+        tokens[place + 1] for place, each in enumerate(tokens) if each.type == "heading_open"
+    ]
+    plain = ["".join(child.content for child in each.children or ()) for each in headings]
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in plain}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    """A link inside the repository names a file that is there, and a heading in it."""
+    for link in inline(page, "link_open"):
+        href = str(link.attrs["href"])
+        if href.startswith("https://"):
+            continue
+        path, _, anchor = href.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), href
+        assert target.is_relative_to(ROOT), href
+        if anchor:
+            assert anchor in anchors(target), href
+
+
+def test_the_index_leads_to_every_page() -> None:
+    """Every page of the guide is linked from its first one."""
+    index = ROOT / "docs" / "index.md"
+    linked = {str(link.attrs["href"]).partition("#")[0] for link in inline(index, "link_open")}
+    assert {page.relative_to(index.parent).as_posix() for page in GUIDE} - linked == {"index.md"}
+
+
+def words(pages: list[Path]) -> set[str]:
+    """List the names that stand in `code`, without what follows them."""
+    found = (
+        re.match(r"\w+", each.content) for page in pages for each in inline(page, "code_inline")
+    )
+    return {each[0] for each in found if each}
+
+
+def test_every_public_name_is_documented() -> None:
+    """Whatever the package exports is explained in the guide."""
+    assert set(fastapi_sqlnative.__all__) <= words(GUIDE)
+
+
+def test_every_exception_is_documented() -> None:
+    """Whatever the package raises stands on the page about exceptions."""
+    assert set(exceptions.__all__) <= words([ROOT / "docs" / "exceptions.md"])
+
+
+def test_names_in_the_guide_exist() -> None:
+    """An import that a page shows gives what the page says, and nothing private."""
+    for page in PAGES:
+        for node in ast.walk(ast.parse(code(page))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "fastapi_sqlnative"
+            ):
+                public = importlib.import_module(node.module or "").__all__
+                assert {alias.name for alias in node.names} <= set(public), page.name
+
+
+def test_the_readme_is_short() -> None:
+    """The README has at most ninety lines, and its application at most twenty-five with text."""
+    assert len(README.read_text("utf-8").splitlines()) <= 90
+    (app,) = (block for block in blocks(README) if block.info == "python")
+    assert len([line for line in app.content.splitlines() if line.strip()]) <= 25

@@ -1,0 +1,410 @@
+"""Rule 14: mounted applications, where the nearest installation wins."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, WebSocket, routing
+from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.testclient import TestClient
+
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    get_database_handle,
+    get_db,
+    install_database,
+    installed_databases,
+    transactional,
+)
+from fastapi_sqlnative.exceptions import (
+    ApplicationAlreadyStartedError,
+    DatabaseNotInstalledError,
+    DatabaseNotStartedError,
+)
+from tests.in_process import (
+    async_sqlite,
+    client_of,
+    note_disposal,
+    running,
+    sqlite,
+    start_and_stop,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+def install(app: Starlette, place: str, name: str = "default") -> None:
+    """Install a database in memory that knows where it was installed."""
+
+    async def build() -> AsyncEngine:
+        engine = async_sqlite()
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE TABLE place (name TEXT)"))
+            await connection.execute(text("INSERT INTO place VALUES (:name)"), {"name": place})
+        return engine
+
+    install_database(app, name=name, engine=build)
+
+
+async def place_of(session: AsyncSession) -> str:
+    """Ask a session where its database was installed."""
+    return str(await session.scalar(text("SELECT name FROM place")))
+
+
+def showing(*names: str) -> FastAPI:
+    """Make an application with a route for each database that shows where it was installed."""
+    app = FastAPI()
+    for name in names or ("default",):
+
+        @app.get(f"/{name}")
+        async def show(session: Annotated[AsyncSession, Depends(get_db(name))]) -> str:
+            return await place_of(session)
+
+        @app.get(f"/{name}/handle")
+        async def show_with_handle(
+            database: Annotated[AsyncDatabase, Depends(get_database_handle(name))],
+        ) -> str:
+            async with database.session() as session:
+                return await place_of(session)
+
+    return app
+
+
+async def ask(app: FastAPI, *paths: str) -> list[Any]:
+    """Send requests to a running application."""
+    async with client_of(app) as client:
+        return [(await client.get(path)).json() for path in paths]
+
+
+async def test_a_mounted_application_sees_its_parents_database() -> None:
+    """Without an installation of its own a mounted application uses the one it is mounted in."""
+    app, sub = showing(), showing()
+    app.mount("/sub", sub)
+    install(app, "root")
+    async with running(app):
+        assert await ask(app, "/default", "/sub/default", "/sub/default/handle") == ["root"] * 3
+
+
+async def test_the_nearest_installation_wins() -> None:
+    """A name that both have is the mounted application's there, and the root's at the root."""
+    app, sub = showing("a", "b"), showing("a", "b")
+    app.mount("/sub", sub)
+    install(app, "root", "a")
+    install(app, "root", "b")
+    install(sub, "sub", "b")
+    async with running(app):
+        assert await ask(app, "/a", "/b") == ["root", "root"]
+        assert await ask(app, "/sub/a", "/sub/b", "/sub/b/handle") == ["root", "sub", "sub"]
+
+
+async def test_nested_mounts_look_upwards_one_by_one() -> None:
+    """From the innermost application the search goes to the next one out, to the root."""
+    apps = [showing("a", "b", "c") for _ in range(3)]
+    apps[0].mount("/one", apps[1])
+    apps[1].mount("/two", apps[2])
+    for name in "abc":
+        install(apps[0], "root", name)
+    install(apps[1], "one", "b")
+    install(apps[1], "one", "c")
+    install(apps[2], "two", "c")
+    async with running(apps[0]):
+        assert await ask(apps[0], "/a", "/b", "/c") == ["root", "root", "root"]
+        assert await ask(apps[0], "/one/a", "/one/b", "/one/c") == ["root", "one", "one"]
+        paths = [f"/one/two/{name}" for name in "abc"]
+        assert await ask(apps[0], *paths) == ["root", "one", "two"]
+
+
+async def test_a_mounted_application_starts_and_stops_with_its_root() -> None:
+    """A mounted application's own database is up while the root runs: after it, before its end."""
+    log: list[str] = []
+
+    def building(name: str) -> Any:
+        def build() -> AsyncEngine:
+            engine = async_sqlite()
+            log.append(f"{name} up")
+            note_disposal(engine, log, f"{name} down")
+            return engine
+
+        return build
+
+    app, sub, inner = FastAPI(), FastAPI(), FastAPI()
+    sub.mount("/inner", inner)
+    app.mount("/sub", sub)
+    for name, each in ("sub", sub), ("root", app), ("inner", inner):
+        install_database(each, engine=building(name))
+    for _ in range(2):
+        async with running(app):
+            assert log == ["root up", "sub up", "inner up"]
+            assert list(installed_databases(inner)) == ["default"]
+            assert isinstance(installed_databases(inner)["default"], AsyncDatabase)
+        assert log[3:] == ["inner down", "sub down", "root down"]
+        log.clear()
+
+
+async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
+
+
+def behind(app: FastAPI, how: str) -> FastAPI:
+    """Mount an application in another, in this way."""
+    root = FastAPI()
+    if how == "middleware":
+        root.mount("/sub", BaseHTTPMiddleware(app, pass_on))
+    elif how == "included-router":
+        router = APIRouter()
+        router.mount("/sub", app)
+        root.include_router(router)
+    elif how == "mounted-router":
+        router = APIRouter()
+        router.mount("/sub", app)
+        root.mount("/", router)
+    elif how == "starlette":
+        between = Starlette()
+        between.mount("/sub", app)
+        root.mount("/", between)
+    return root
+
+
+# Older versions of FastAPI leave mounts in included routers out.
+WAYS = ["middleware", "mounted-router", "starlette"]
+if hasattr(routing, "iter_route_contexts"):
+    WAYS.append("included-router")
+
+
+@pytest.mark.parametrize("how", WAYS)
+async def test_a_mount_is_found_wherever_it_is(how: str) -> None:
+    """Databases are shared with an application that is mounted in a less direct way."""
+    sub = showing("root", "own")
+    app = behind(sub, how)
+    install(app, "root", "root")
+    install(sub, "sub", "own")
+    async with running(app):
+        assert await ask(app, "/sub/root", "/sub/own") == ["root", "sub"]
+
+
+async def test_middleware_at_the_root_changes_nothing() -> None:
+    """Middleware of the root application does not come between."""
+    app, sub = FastAPI(), showing()
+    app.mount("/sub", sub)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    install(app, "root")
+    async with running(app):
+        assert await ask(app, "/sub/default") == ["root"]
+
+
+def test_a_websocket_of_a_mounted_application_finds_the_parents_database() -> None:
+    """A websocket route of a mounted application is no different from others."""
+    app, sub = FastAPI(), FastAPI()
+    app.mount("/sub", sub)
+    install(app, "root")
+
+    @sub.websocket("/")
+    async def talk(socket: WebSocket, session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        await socket.accept()
+        await socket.send_text(await place_of(session))
+        await socket.close()
+
+    with TestClient(app) as client, client.websocket_connect("/sub/") as connected:
+        assert connected.receive_text() == "root"
+
+
+async def test_an_application_may_be_mounted_twice() -> None:
+    """One application under two paths of a root is the same application under both."""
+    app, sub = FastAPI(), showing()
+    app.mount("/one", sub)
+    app.mount("/two", sub)
+    install(sub, "sub")
+    install(app, "root")
+    async with running(app):
+        assert await ask(app, "/one/default", "/two/default") == ["sub", "sub"]
+
+
+# --- served in several ways ---
+
+
+async def test_a_mounted_application_may_also_be_served_by_itself() -> None:
+    """Served alone it has its own databases; what it borrows from a root is not there."""
+    app, sub = FastAPI(), showing("own")
+    app.mount("/sub", sub)
+    install(app, "root", "shared")
+    install(sub, "sub", "own")
+
+    @sub.get("/shared")
+    async def show(
+        database: Annotated[AsyncDatabase, Depends(get_database_handle("shared"))],
+    ) -> str:
+        async with database.session() as session:
+            return await place_of(session)
+
+    async with running(app):
+        assert await ask(app, "/sub/own", "/sub/shared") == ["sub", "root"]
+    with pytest.raises(DatabaseNotInstalledError, match=r"Route '/shared'.*'shared'.*'own'"):
+        await start_and_stop(sub)
+
+
+async def test_a_database_stays_up_for_all_who_serve_it() -> None:
+    """Served alone and mounted at a time, its database is up until the last one ends."""
+    app, sub = FastAPI(), showing()
+    app.mount("/sub", sub)
+    install(app, "root", "other")
+    install(sub, "sub")
+    async with AsyncExitStack() as alone, AsyncExitStack() as mounted:
+        await mounted.enter_async_context(app.router.lifespan_context(app))
+        await alone.enter_async_context(sub.router.lifespan_context(sub))
+        assert await ask(app, "/sub/default") == await ask(sub, "/default") == ["sub"]
+        await mounted.aclose()
+        assert await ask(sub, "/default") == ["sub"]
+        await mounted.enter_async_context(app.router.lifespan_context(app))
+        await alone.aclose()
+        assert await ask(app, "/sub/default") == ["sub"]
+    with pytest.raises(DatabaseNotStartedError):
+        installed_databases(sub)["default"]
+
+
+async def test_two_roots_with_one_mounted_application() -> None:
+    """An application mounted in two running roots sees, through each, that root's databases."""
+    roots = [FastAPI(), FastAPI()]
+    sub = showing()
+    for number, root in enumerate(roots):
+        root.mount("/sub", sub)
+        install(root, f"root {number}")
+    async with running(roots[0]):
+        async with running(roots[1]):
+            assert await ask(roots[0], "/sub/default") == ["root 0"]
+            assert await ask(roots[1], "/sub/default") == ["root 1"]
+        assert await ask(roots[0], "/sub/default") == ["root 0"]
+
+
+def test_two_event_loops_with_one_mounted_application() -> None:
+    """One without databases of its own may be mounted in roots on several event loops."""
+    sub = showing()
+    roots = [FastAPI(), FastAPI()]
+    for number, root in enumerate(roots):
+        root.mount("/sub", sub)
+        install(root, f"root {number}")
+    with TestClient(roots[0]) as first, TestClient(roots[1]) as second:
+        assert first.get("/sub/default").json() == "root 0"
+        assert second.get("/sub/default").json() == "root 1"
+
+
+def test_a_mounted_database_belongs_to_one_event_loop() -> None:
+    """One with a database of its own cannot run on two event loops, and the error says so."""
+    sub = showing()
+    install(sub, "sub")
+    roots = [FastAPI(), FastAPI()]
+    for root in roots:
+        root.mount("/sub", sub)
+        install(root, "root")
+    with TestClient(roots[0]) as client:
+        with pytest.raises(ApplicationAlreadyStartedError, match=r"mounted in.*another event loop"):
+            asyncio.run(start_and_stop(roots[1]))
+        assert client.get("/sub/default").json() == "sub"
+
+
+async def test_a_root_without_installations_does_not_start_what_is_mounted() -> None:
+    """The error names the database, and that the root's lifespan does not start it."""
+    app, sub = FastAPI(), showing()
+    app.mount("/sub", sub)
+    install(sub, "sub")
+    async with running(app):
+        with pytest.raises(
+            DatabaseNotStartedError,
+            match=r"'default' is installed but not started.*mounted application starts with the",
+        ):
+            await ask(app, "/sub/default")
+
+
+async def test_a_root_without_installations_may_run_the_mounted_lifespan() -> None:
+    """A root that runs the mounted application's lifespan in its own starts its databases."""
+    sub = showing()
+    install(sub, "sub")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        async with sub.router.lifespan_context(sub):
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+    app.mount("/sub", sub)
+    async with running(app):
+        assert await ask(app, "/sub/default") == ["sub"]
+
+
+async def test_a_mounted_application_of_a_root_that_is_not_running() -> None:
+    """Where nobody's lifespan runs, the error tells a mounted application where to look."""
+    app, sub = FastAPI(), showing()
+    app.mount("/sub", sub)
+    install(app, "root")
+    for _ in range(2):
+        with pytest.raises(DatabaseNotInstalledError, match="the one it is mounted in"):
+            await ask(app, "/sub/default")
+        await start_and_stop(app)
+
+
+# --- commits, overrides, checks ---
+
+
+@pytest.mark.parametrize("first", ["root", "sub"])
+async def test_a_parents_database_commits_first(first: str) -> None:
+    """In a request to a mounted application the root's databases commit before its own."""
+    log: list[str] = []
+
+    def building(name: str) -> Any:
+        def build() -> Engine:
+            engine = create_engine("sqlite://")
+            event.listen(engine, "commit", lambda _connection: log.append(name))
+            return engine
+
+        return build
+
+    app, sub = FastAPI(), FastAPI()
+    app.mount("/sub", sub)
+    for place in (sub, app) if first == "sub" else (app, sub):
+        name = "root" if place is app else "sub"
+        install_database(place, name=name, engine=building(name))
+
+    other = "root" if first == "sub" else "sub"
+
+    @sub.post("/")
+    def write(
+        one: Annotated[Session, Depends(transactional(first))],
+        two: Annotated[Session, Depends(transactional(other))],
+    ) -> None:
+        for session in one, two:
+            session.execute(text("CREATE TABLE item (name TEXT)"))
+
+    async with running(app) as client:
+        assert (await client.post("/sub/")).status_code == 200
+    assert log == ["root", "sub"]
+
+
+async def test_a_mounted_applications_own_overrides_apply() -> None:
+    """`sub.dependency_overrides[get_db()]` reaches the mounted application's routes only."""
+    app, sub = showing(), FastAPI()
+    app.mount("/sub", sub)
+    install(app, "root")
+
+    @sub.get("/")
+    async def show(session: Annotated[Any, Depends(transactional())]) -> str:
+        return str(session)
+
+    sub.dependency_overrides[get_db()] = lambda: "overridden"
+    async with running(app):
+        assert await ask(app, "/default", "/sub/") == ["root", "overridden"]
+
+
+async def test_a_mounted_applications_annotation_is_checked_against_the_parents_engine() -> None:
+    """What a mounted application annotates must fit the engine that it finds at the root."""
+    app, sub = FastAPI(), showing()
+    app.mount("/sub", sub)
+    install_database(app, engine=sqlite())
+    with pytest.raises(Exception, match="annotated with AsyncSession, but database 'default'"):
+        await start_and_stop(app)

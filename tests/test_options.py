@@ -1,0 +1,605 @@
+"""Rules 3 and 9: isolation level, read-only and reader, as the server itself sees them."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import (
+    Engine,
+    create_engine,
+    delete,
+    event,
+    exists,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    get_db,
+    install_database,
+    reader,
+    transactional,
+)
+from fastapi_sqlnative.exceptions import ReadOnlySessionError, TransactionOptionsError
+from tests.conftest import MakeEngine
+from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using
+
+LEVELS: tuple[Any, ...] = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+
+
+def make_app(engine: Any, **options: Any) -> FastAPI:
+    """Build an application that answers our errors by class and message."""
+    app = FastAPI(**options)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__, "message": str(error)}, 409)
+
+    for error in ReadOnlySessionError, TransactionOptionsError:
+        app.add_exception_handler(error, answer)
+    return app
+
+
+SETTINGS = text(
+    "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only'),"
+    " pg_backend_pid()"
+)
+
+
+def settings(session: Session) -> list[Any]:
+    """Tell isolation level and read-only of the transaction, and the server process."""
+    return list(session.execute(SETTINGS).one())
+
+
+def raw_settings(engine: Any) -> Callable[[Any], Any]:
+    """Make a handler that asks the same through the application's own engine."""
+    if isinstance(engine, AsyncEngine):
+
+        async def asynchronous() -> list[Any]:
+            async with engine.connect() as connection:
+                return list((await connection.execute(SETTINGS)).one())
+
+        return asynchronous  # type: ignore[return-value] # FastAPI takes both
+
+    def synchronous() -> list[Any]:
+        with engine.connect() as connection:
+            return list(connection.execute(SETTINGS).one())
+
+    return synchronous  # type: ignore[return-value]
+
+
+# -- transactions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["writes", "read-only"])
+@pytest.mark.parametrize("level", [None, *LEVELS])
+def test_options_hold_for_one_transaction(
+    kind: Kind, engine: Engine, rows: Rows, level: Any, read_only: bool
+) -> None:
+    """The server shows them during the request, and the same connection none of them after it."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(isolation_level=level, read_only=read_only), settings)
+    route(app, kind, "/plain", transactional(), settings)
+    app.post("/raw")(raw_settings(engine))
+    with serve(app) as served:
+        level_seen, read_only_seen, backend = served.post("/").json()
+        assert level_seen == (level or "READ COMMITTED").lower()
+        assert read_only_seen == ("on" if read_only else "off")
+        for path in "/plain", "/raw":
+            assert served.post(path).json() == ["read committed", "off", backend]
+
+
+def test_options_are_gone_after_a_failure(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A transaction that was rolled back leaves as little behind as one that was committed."""
+    app = make_app(engine)
+    backends: list[int] = []
+
+    def body(session: Session) -> None:
+        backends.append(settings(session)[2])
+        session.execute(text("SELECT 1 / 0"))
+
+    route(app, kind, "/", transactional(isolation_level="SERIALIZABLE", read_only=True), body)
+    route(app, kind, "/plain", transactional(), settings)
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+        assert served.post("/plain").json() == ["read committed", "off", *backends]
+
+
+def test_options_hold_after_an_explicit_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """What follows a commit or a rollback inside the request is a transaction of the same kind."""
+    app = make_app(engine)
+
+    def body(session: Session) -> list[Any]:
+        found = [settings(session)[:2]]
+        session.commit()
+        found.append(settings(session)[:2])
+        session.rollback()
+        found.append(settings(session)[:2])
+        return found
+
+    route(app, kind, "/", transactional(isolation_level="REPEATABLE READ", read_only=True), body)
+    with serve(app) as served:
+        assert served.post("/").json() == [["repeatable read", "on"]] * 3
+
+
+def test_options_of_the_engine_come_back(kind: Kind, make_engine: MakeEngine) -> None:
+    """An engine with an isolation level of its own has it again when the transaction is over."""
+    engine = make_engine(pool_size=1, max_overflow=0, isolation_level="REPEATABLE READ")
+    app = make_app(engine)
+    route(app, kind, "/", transactional(isolation_level="SERIALIZABLE"), settings)
+    route(app, kind, "/plain", transactional(), settings)
+    route(app, kind, "/reader", reader(), settings)
+    app.post("/raw")(raw_settings(engine))
+    with serve(app) as served:
+        assert served.post("/").json()[0] == "serializable"
+        served.post("/reader")
+        for path in "/plain", "/raw":
+            assert served.post(path).json()[0] == "repeatable read"
+
+
+def test_the_server_refuses_a_write_in_read_only(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """In a read-only transaction the server answers a write, even a textual one, with 25006."""
+    app = make_app(engine)
+    states: list[str] = []
+
+    def write(session: Session) -> None:
+        try:
+            session.execute(text("INSERT INTO item (name) VALUES ('never')"))
+        except DBAPIError as error:
+            states.append(getattr(error.orig, "sqlstate", ""))
+            raise
+
+    read_only = transactional(read_only=True)
+    route(app, kind, "/", read_only, write)
+    route(app, kind, "/orm", read_only, lambda session: session.add(Item(name="never")))
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+        assert served.post("/orm").status_code == 500
+    assert states == ["25006"]
+    assert rows.names == []
+
+
+def test_serializable_is_the_servers(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """A conflict between serializable transactions fails the request that commits second."""
+    rows.add("a", position=1)
+    engine = make_engine(pool_size=2)
+    app = make_app(engine)
+
+    def read_and_write(session: Session) -> None:
+        count = len(session.scalars(select(Item)).all())
+        rows.connection.execute("BEGIN ISOLATION LEVEL SERIALIZABLE")
+        rows.connection.execute("SELECT * FROM item")
+        rows.connection.execute("INSERT INTO item (name) VALUES ('theirs')")
+        session.add(Item(name=f"ours after {count}"))
+        session.flush()
+        rows.connection.execute("COMMIT")
+
+    route(app, kind, "/", transactional(isolation_level="SERIALIZABLE"), read_and_write)
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+    assert rows.names == ["a", "theirs"]
+
+
+READ_ONLY = transactional(read_only=True)
+STRICT = transactional(isolation_level="SERIALIZABLE")
+
+
+def test_options_after_the_first_statement_are_refused(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Asked for too late, they fail the request and say where to declare the transaction."""
+    app = make_app(engine)
+    user = Depends(using(kind, Depends(get_db()), settings))
+    reached: list[object] = []
+    route(app, kind, "/late", STRICT, reached.append, dependencies=[user])
+    # The router's dependencies come first, the route's follow in their order.
+    route(app, kind, "/first", get_db(), settings, dependencies=[Depends(STRICT), user])
+    with serve(app) as served:
+        late = served.post("/late").json()
+        assert late["error"] == "TransactionOptionsError"
+        assert "dependencies=[Depends(transactional('default', ...))]" in late["message"]
+        assert reached == []
+        assert served.post("/first").json()[0] == "serializable"
+        assert rows.backends("idle in transaction%") == 0
+
+
+def test_options_declared_by_the_application_come_first(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Declared for the whole application they hold in every route, whatever reads there first."""
+    app = make_app(engine, dependencies=[Depends(READ_ONLY)])
+    user = Depends(using(kind, Depends(get_db()), settings))
+    route(app, kind, "/", transactional(), settings, dependencies=[user])
+    with serve(app) as served:
+        assert served.post("/").json()[1] == "on"
+
+
+def test_options_after_a_commit_are_in_time(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A dependency that has read and ended its transaction leaves room for options."""
+    app = make_app(engine)
+
+    def read(session: Session) -> None:
+        settings(session)
+        session.rollback()
+
+    user = Depends(using(kind, Depends(get_db()), read))
+    route(app, kind, "/", STRICT, settings, dependencies=[user])
+    with serve(app) as served:
+        assert served.post("/").json()[0] == "serializable"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "joins"),
+    [
+        (STRICT, transactional(), True),
+        (transactional(), STRICT, True),
+        (STRICT, STRICT, True),
+        (STRICT, READ_ONLY, False),
+        (STRICT, transactional(isolation_level="READ COMMITTED"), False),
+        (READ_ONLY, transactional(isolation_level="SERIALIZABLE", read_only=True), False),
+    ],
+)
+def test_a_request_has_one_set_of_options(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    first: Callable[..., Any],
+    second: Callable[..., Any],
+    joins: bool,
+) -> None:
+    """A plain transactional joins one with options; options that differ are refused, by name."""
+    app = make_app(engine)
+    route(app, kind, "/", second, settings, dependencies=[Depends(first)])
+    with serve(app) as served:
+        answer = served.post("/").json()
+    if joins:
+        assert answer[0] == "serializable"
+    else:
+        assert answer["error"] == "TransactionOptionsError"
+        assert "transactional('default') was asked for twice" in answer["message"]
+
+
+@pytest.mark.parametrize("level", ["serializable", "SNAPSHOT", "", 3])
+def test_a_wrong_isolation_level_fails_where_it_is_written(level: Any) -> None:
+    """What is no isolation level is a ValueError at import, which lists those there are."""
+    with pytest.raises(ValueError, match=r"READ COMMITTED, REPEATABLE READ, SERIALIZABLE"):
+        transactional(isolation_level=level)
+
+
+def test_autocommit_is_no_isolation_level_of_a_transaction() -> None:
+    """AUTOCOMMIT would be a transaction that commits nothing: the error names reader."""
+    autocommit: Any = "AUTOCOMMIT"
+    with pytest.raises(ValueError, match=r"depend on reader\(name\)"):
+        transactional(isolation_level=autocommit)
+
+
+# -- reader ----------------------------------------------------------------------------------
+
+
+def state_of(rows: Rows, pid: int) -> str:
+    found = rows.connection.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (pid,))
+    row = found.fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def test_a_reader_is_in_no_transaction(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Between its queries the server calls the connection idle, and each query sees what is new."""
+    app = make_app(engine)
+    states: list[str] = []
+    counts: list[int] = []
+
+    def body(session: Session) -> Any:
+        for name in "a", "b":
+            pid = settings(session)[2]
+            rows.add(name)
+            counts.append(len(session.scalars(select(Item)).all()))
+            states.append(state_of(rows, pid))
+        return pid
+
+    def plain(session: Session) -> Any:
+        pid = settings(session)[2]
+        states.append(state_of(rows, pid))
+        return pid
+
+    route(app, kind, "/", reader(), body)
+    route(app, kind, "/plain", transactional(), plain)
+    with serve(app) as served:
+        assert served.post("/").json() == served.post("/plain").json()
+    assert states == ["idle", "idle", "idle in transaction"]
+    assert counts == [1, 2]
+
+
+def test_a_reader_is_beside_the_transaction(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """It has a session and a connection of its own, and does not see what is not committed."""
+    app = make_app(make_engine(pool_size=2, max_overflow=0))
+    seen: list[Any] = []
+
+    def look(session: Session) -> None:
+        seen.append((session, settings(session)[2], session.scalars(select(Item.name)).all()))
+
+    def write(session: Session) -> None:
+        session.add(Item(name="pending"))
+        session.flush()
+        look(session)
+
+    writing = Depends(using(kind, Depends(transactional()), write))
+    reading = [Depends(using(kind, Depends(reader()), look)) for _ in range(2)]
+    route(app, kind, "/", reader(), look, dependencies=[writing, *reading])
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    (session, backend, found), *others = seen
+    assert found == ["pending"]
+    assert len({id(other) for other, _, _ in others}) == 1
+    assert all(
+        (other is not session, pid != backend, names) == (True, True, [])
+        for other, pid, names in others
+    )
+    assert rows.names == ["pending"]
+
+
+def flush(session: Session) -> None:
+    session.add(Item(name="never"))
+    session.flush()
+
+
+def autoflush(session: Session) -> None:
+    session.add(Item(name="never"))
+    settings(session)
+
+
+def commit(session: Session) -> None:
+    session.add(Item(name="never"))
+    session.commit()
+
+
+def save_in_bulk(session: Session) -> None:
+    session.bulk_save_objects([Item(name="never")])
+
+
+def change(session: Session) -> None:
+    session.scalars(select(Item)).one().name = "never"
+
+
+WRITES: dict[str, Callable[[Session], Any]] = {
+    "add": lambda session: session.add(Item(name="never")),
+    "change": change,
+    "delete": lambda session: session.delete(session.scalars(select(Item)).one()),
+    "flush": flush,
+    "autoflush": autoflush,
+    "commit": commit,
+    "bulk-save": save_in_bulk,
+    "connection": lambda session: session.connection().execute(delete(items)).rowcount,
+}
+STATEMENTS: dict[str, Any] = {
+    "orm-insert": insert(Item).values([{"name": "x"}, {"name": "y"}]),
+    "orm-update": update(Item).values(name="never"),
+    "orm-delete": delete(Item),
+    "core-insert": insert(items).values(name="never"),
+    "core-update": update(items).values(name="never"),
+    "core-delete": delete(items),
+    "returning": insert(items).values(name="never").returning(items.c.id),
+    "from-statement": select(Item).from_statement(
+        insert(Item).values(name="never").returning(Item)
+    ),
+    "cte": select(insert(items).values(name="never").returning(items.c.id).cte("new")),
+    "cte-inside": select(literal(1)).where(
+        exists(select(delete(items).returning(items.c.id).cte("gone").c.id))
+    ),
+}
+
+
+def executing(statement: Any) -> Callable[[Session], None]:
+    def body(session: Session) -> None:
+        session.execute(statement)
+
+    return body
+
+
+WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
+
+
+def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """What can be recognised as a write fails the request, names transactional, and is undone."""
+    rows.add("there")
+    app = make_app(engine)
+    for name, body in WRITES.items():
+        route(app, kind, f"/{name}", reader(), body)
+    route(app, kind, "/next", transactional(), settings)
+    with serve(app) as served:
+        for name in WRITES:
+            answer = served.post(f"/{name}")
+            assert (name, answer.status_code) == (name, 409)
+            assert answer.json()["error"] == "ReadOnlySessionError"
+            assert "transactional('default')" in answer.json()["message"]
+            assert rows.names == ["there"]
+        assert served.post("/next").json()[:2] == ["read committed", "off"]
+
+
+def test_an_error_in_a_reader_ends_nothing(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Outside a transaction a failed query aborts nothing: the next one works, and so does all."""
+    rows.add("there")
+    app = make_app(engine)
+
+    def body(session: Session) -> Any:
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1 / 0"))
+        return list(session.scalars(select(Item.name)))
+
+    route(app, kind, "/", reader(), body)
+    with serve(app) as served:
+        answer = served.post("/")
+        assert (answer.status_code, answer.json()) == (201, ["there"])
+
+
+# -- SQLite ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Engine]:
+    """Build a file with a pool of one, and a table in it."""
+    engine = create_engine(f"sqlite:///{tmp_path}/file.db", pool_size=1, max_overflow=0)
+    Item.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+async def async_sqlite(sqlite: Engine) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(
+        sqlite.url.set(drivername="sqlite+aiosqlite"), pool_size=1, max_overflow=0
+    )
+    yield engine
+    await engine.dispose()
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.flush()
+
+
+def swallow(session: Session) -> None:
+    with pytest.raises(OperationalError, match="readonly"):
+        add(session)
+    session.rollback()
+
+
+def fail(session: Session) -> None:
+    session.scalars(select(Item)).all()
+    raise ZeroDivisionError
+
+
+def look(session: Session) -> None:
+    session.scalars(select(Item)).all()
+
+
+def roll_back(session: Session) -> None:
+    look(session)
+    session.rollback()
+    look(session)
+    session.commit()
+    look(session)
+
+
+ENDS: dict[str, tuple[Callable[[Session], None], type[Exception] | None]] = {
+    "commit": (look, None),
+    "explicit": (roll_back, None),
+    "refused": (add, OperationalError),
+    "swallowed": (swallow, None),
+    "error": (fail, ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize(("body", "error"), ENDS.values(), ids=ENDS)
+def test_sqlite_is_read_only_for_one_transaction(
+    sqlite: Engine, body: Callable[[Session], None], error: type[Exception] | None
+) -> None:
+    """On SQLite query_only refuses writes, and ends with the transaction, however that ends."""
+    database = Database(sqlite)
+
+    def run() -> None:
+        with database.transaction(read_only=True) as session:
+            body(session)
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(error):
+            run()
+    with database.transaction() as session:
+        assert session.scalar(text("PRAGMA query_only")) == 0
+        add(session)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("body", "error"), ENDS.values(), ids=ENDS)
+async def test_async_sqlite_is_read_only_for_one_transaction(
+    async_sqlite: AsyncEngine, body: Callable[[Session], None], error: type[Exception] | None
+) -> None:
+    """With aiosqlite it is the same."""
+    database = AsyncDatabase(async_sqlite)
+
+    async def run() -> None:
+        async with database.transaction(read_only=True) as session:
+            await session.run_sync(body)
+
+    if error is None:
+        await run()
+    else:
+        with pytest.raises(error):
+            await run()
+    async with database.transaction() as session:
+        assert await session.scalar(text("PRAGMA query_only")) == 0
+        await session.run_sync(add)
+
+
+def test_a_reader_on_sqlite_refuses_to_write(sqlite: Engine) -> None:
+    """The reader's promise does not depend on the server."""
+    app = make_app(sqlite)
+
+    @app.get("/")
+    def endpoint(session: Any = Depends(reader())) -> Any:
+        session.add(Item(name="never"))
+
+    @app.get("/names")
+    def names(session: Any = Depends(reader())) -> Any:
+        return list(session.scalars(select(Item.name)))
+
+    with serve(app) as served:
+        assert served.client.get("/").json()["error"] == "ReadOnlySessionError"
+        assert served.client.get("/names").json() == []
+
+
+def test_a_level_that_the_database_lacks_is_told(sqlite: Engine) -> None:
+    """SQLite has no REPEATABLE READ: the error says which levels there are, before connecting."""
+    with (
+        pytest.raises(
+            TransactionOptionsError,
+            match=r"'default' \(sqlite\+pysqlite\) has no isolation level 'REPEATABLE READ': "
+            "choose one of READ UNCOMMITTED, SERIALIZABLE",
+        ),
+        Database(sqlite).transaction(isolation_level="REPEATABLE READ"),
+    ):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.driver == "asyncpg"])
+def test_a_level_that_the_driver_lacks_is_told(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """asyncpg has no READ UNCOMMITTED: the request fails, and its connection is not lost."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(isolation_level="READ UNCOMMITTED"), settings)
+    route(app, kind, "/next", transactional(), settings)
+    with serve(app) as served:
+        answer = served.post("/").json()
+        assert answer["error"] == "TransactionOptionsError"
+        assert "choose one of READ COMMITTED, REPEATABLE READ, SERIALIZABLE" in answer["message"]
+        assert served.post("/next").status_code == 201
+
+
+def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
+    """When a transaction cannot be made read-only, the connection goes back all the same."""
+
+    def refuse(_connection: Any, _cursor: Any, statement: str, *_: object) -> None:
+        if "query_only = ON" in statement:
+            raise ZeroDivisionError
+
+    event.listen(sqlite, "before_cursor_execute", refuse)
+    with (
+        pytest.raises(ZeroDivisionError),
+        Database(sqlite).transaction(read_only=True) as session,
+    ):
+        look(session)
+    assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's

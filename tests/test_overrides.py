@@ -1,0 +1,176 @@
+"""Rule 2: an application's override of a session reaches all who ask for it, and stays its own."""
+
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from typing import Annotated, Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from sqlalchemy import Engine, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import get_db, install_database, reader, transactional
+from tests.conftest import MakeEngine
+from tests.serving import Item, Kind, Rows, route, serve, using
+
+DEPENDENCIES = {
+    "get_db": get_db(),
+    "transactional": transactional(),
+    "with-options": transactional(isolation_level="SERIALIZABLE", read_only=True),
+    "reader": reader(),
+}
+
+
+@pytest.fixture
+def app(engine: Engine | AsyncEngine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    return app
+
+
+@pytest.fixture
+def own(kind: Kind, make_engine: MakeEngine) -> Iterator[Any]:
+    """Build a session of the application's own, with an engine that nobody installed."""
+    engine: Any = make_engine()
+    yield AsyncSession(engine) if kind.asynchronous else Session(engine)
+    if not kind.asynchronous:
+        engine.dispose()
+
+
+def as_function(own: Any) -> Callable[..., Any]:
+    return lambda: own
+
+
+def as_coroutine_function(own: Any) -> Callable[..., Any]:
+    async def override() -> Any:
+        return own
+
+    return override
+
+
+def as_generator(own: Any) -> Callable[..., Any]:
+    def override() -> Generator[Any]:
+        yield own
+
+    return override
+
+
+def as_async_generator(own: Any) -> Callable[..., Any]:
+    async def override() -> AsyncGenerator[Any]:
+        yield own
+
+    return override
+
+
+STYLES = [as_function, as_coroutine_function, as_generator, as_async_generator]
+
+
+def add(name: str) -> Callable[[Session], None]:
+    def body(session: Session) -> None:
+        session.add(Item(name=name))
+        session.flush()
+
+    return body
+
+
+def add_and_fail(name: str) -> Callable[[Session], None]:
+    def body(session: Session) -> None:
+        add(name)(session)
+        raise ZeroDivisionError
+
+    return body
+
+
+def route_the_end(app: FastAPI, kind: Kind, own: Any) -> None:
+    """Add `POST /end`: the application looks at its own session, commits and closes it."""
+
+    def body(session: Session) -> bool:
+        untouched = session.in_transaction() and session.is_active
+        session.commit()
+        session.close()
+        return untouched
+
+    async def dispose() -> None:
+        if kind.asynchronous:
+            await own.bind.dispose()
+
+    app.post("/end")(using(kind, Depends(as_function(own)), body))
+    app.post("/dispose")(dispose)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
+def test_an_overriding_session_is_the_applications(
+    kind: Kind, app: FastAPI, rows: Rows, own: Any, style: Callable[[Any], Callable[..., Any]]
+) -> None:
+    """What overrides get_db reaches all, and is not committed, rolled back or closed for it."""
+    app.dependency_overrides[get_db(" default")] = style(own)
+    for name, dependency in DEPENDENCIES.items():
+        route(app, kind, f"/{name}/returns", dependency, add(f"{name} returned"))
+        route(app, kind, f"/{name}/raises", dependency, add_and_fail(f"{name} raised"))
+    route_the_end(app, kind, own)
+    stored: list[str] = []
+    with serve(app) as served:
+        for name in DEPENDENCIES:
+            for end, status in ("returns", 201), ("raises", 500):
+                assert served.post(f"/{name}/{end}").status_code == status
+                assert rows.names == stored
+                assert rows.backends("idle in transaction%") == 1
+                assert served.post("/end").json() is True
+                stored = rows.names
+        served.post("/dispose")
+    assert len(stored) == 2 * len(DEPENDENCIES)
+
+
+def test_an_override_by_another_database_is_a_transaction_there(
+    kind: Kind, app: FastAPI, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Overriding get_db by another name's gives that one's session, transaction and reader."""
+    second = make_engine(second=True)
+    install_database(app, name="second", engine=second, shutdown=second.dispose)
+    app.dependency_overrides[get_db()] = get_db("second")
+    second_rows.add("there")
+    found: list[str] = []
+
+    def read(session: Session) -> None:
+        found.extend(session.scalars(select(Item.name)))
+
+    looking = [Depends(using(kind, Depends(reader()), read))]
+    route(app, kind, "/", transactional(), add("a"), dependencies=looking)
+    route(app, kind, "/fails", transactional(), add_and_fail("b"))
+    with serve(app) as served:
+        assert served.post("/fails").status_code == 500
+        assert second_rows.names == ["there"]
+        assert served.post("/").status_code == 201
+    assert (rows.names, second_rows.names) == ([], ["a", "there"])
+    assert found == ["there"]
+
+
+@pytest.mark.parametrize("dependency", [transactional(), reader()])
+def test_transactional_and_reader_can_be_overridden_alone(
+    kind: Kind, app: FastAPI, rows: Rows, dependency: Callable[..., Any]
+) -> None:
+    """An override of transactional or reader itself is used as it is, and get_db is not asked."""
+    app.dependency_overrides[dependency] = lambda: "mine"
+    given: list[Any] = []
+
+    @app.post("/")
+    async def endpoint(
+        mine: Annotated[Any, Depends(dependency)], db: Annotated[Any, Depends(get_db())]
+    ) -> None:
+        given.extend((mine, db))
+
+    with serve(app) as served:
+        assert served.post("/").status_code == 200
+    assert given[0] == "mine"
+    assert isinstance(given[1], AsyncSession if kind.asynchronous else Session)
+
+
+def test_an_override_ends_with_its_removal(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """Without the override the next request has a session of ours again, and commits it."""
+    app.dependency_overrides[get_db()] = lambda: None
+    route(app, kind, "/", transactional(), add("a"))
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+        app.dependency_overrides.clear()
+        assert served.post("/").status_code == 201
+    assert rows.names == ["a"]

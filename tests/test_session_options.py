@@ -1,0 +1,256 @@
+"""Constitution 2: a `Session` is a `Session`, with whatever class and options it was installed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import Engine, delete, event, insert, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
+
+from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
+from tests.conftest import MakeEngine
+from tests.serving import Item, Kind, Rows, items, route, serve
+
+
+class Own(Session):
+    """Be an application's own session class."""
+
+
+class OwnAsync(AsyncSession):
+    sync_session_class = Own
+
+
+class Routing(Own):
+    """Write to one engine and read from another, as SQLAlchemy's documentation shows."""
+
+    def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
+        if self._flushing or getattr(clause, "is_dml", False):
+            return self.info["writer"]
+        return super().get_bind(mapper=mapper, clause=clause, **options)
+
+
+class RoutingAsync(AsyncSession):
+    sync_session_class = Routing
+
+
+def class_options(kind: Kind, sync: type[Session], asynchronous: type[AsyncSession]) -> Any:
+    return {"class_": asynchronous if kind.asynchronous else sync}
+
+
+def make_app(engine: Any, **options: Any) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, 409)
+
+    for error in TransactionAbortedError, UncommittedChangesError:
+        app.add_exception_handler(error, answer)
+    return app
+
+
+@contextmanager
+def listening(
+    target: Any, name: str, function: Callable[..., Any], *, insert: bool = False
+) -> Iterator[None]:
+    """Listen to an event of sessions for as long as the block lasts."""
+    event.listen(target, name, function, insert=insert)
+    try:
+        yield
+    finally:
+        event.remove(target, name, function)
+
+
+# -- options ---------------------------------------------------------------------------------
+
+
+def test_sessions_have_the_options_of_the_installation(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """class_, autoflush, expire_on_commit and info are what the application says."""
+    rows.add("there")
+    options = class_options(kind, Own, OwnAsync)
+    app = make_app(engine, autoflush=False, expire_on_commit=True, info={"tenant": 7}, **options)
+
+    def body(session: Session) -> None:
+        assert isinstance(session, Own)
+        assert type(session).__name__ == "Own"
+        assert session.info == {"tenant": 7}
+        session.info["tenant"] = 8
+        row = session.scalars(select(Item)).one()
+        session.add(Item(name="pending"))
+        assert len(session.scalars(select(Item)).all()) == 1
+        session.commit()
+        assert "name" not in vars(row)
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        rows.connection.execute("DELETE FROM item WHERE name = 'pending'")
+        assert served.post("/").status_code == 201
+
+
+def test_objects_are_usable_after_a_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Without a word about it, a commit expires nothing: an async handler could not reload."""
+    app = make_app(engine)
+
+    def body(session: Session) -> dict[str, Any]:
+        row = Item(name="a")
+        session.add(row)
+        session.commit()
+        return {"id": row.id, "name": row.name}
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").json() == {"id": 1, "name": "a"}
+
+
+@pytest.mark.parametrize("way", ["class_", "sync_session_class"])
+def test_an_async_session_keeps_its_sync_class(
+    make_engine: MakeEngine, kind: Kind, way: str
+) -> None:
+    """The class that does an AsyncSession's work is the application's, whichever way it is told."""
+    if not kind.asynchronous:
+        with pytest.raises(TypeError, match="'sync_session_class' is not for you to give"):
+            make_app(make_engine(), sync_session_class=Own)
+        return
+    options = {"class_": OwnAsync} if way == "class_" else {"sync_session_class": Own}
+    app = make_app(make_engine(), **options)
+    kinds: list[type[Session]] = []
+    route(app, kind, "/", get_db(), lambda session: kinds.append(type(session)))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert issubclass(kinds[0], Own)
+
+
+# -- two engines behind one session ----------------------------------------------------------
+
+
+@pytest.fixture
+def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
+    """Install a session class that reads from the first database and writes to the second."""
+    reading, writing = make_engine(pool_size=1), make_engine(second=True, pool_size=1)
+    writer = getattr(writing, "sync_engine", writing)
+    app = make_app(reading, info={"writer": writer}, **class_options(kind, Routing, RoutingAsync))
+    app.router.add_event_handler("shutdown", writing.dispose)
+    return app
+
+
+def test_a_class_of_the_applications_routes(
+    kind: Kind, routing: FastAPI, rows: Rows, second_rows: Rows
+) -> None:
+    """get_bind of the application chooses among its engines, and all of them commit."""
+    rows.add("read")
+
+    def body(session: Session) -> list[str]:
+        session.add(Item(name="orm"))
+        session.flush()
+        session.execute(insert(items).values(name="core"))
+        return list(session.scalars(select(Item.name)))
+
+    route(routing, kind, "/", transactional(), body)
+    with serve(routing) as served:
+        assert served.post("/").json() == ["read"]
+        assert rows.backends("idle in transaction%") == 0
+        assert second_rows.backends("idle in transaction%") == 0
+    assert (rows.names, second_rows.names) == (["read"], ["core", "orm"])
+
+
+def test_the_guards_hold_on_every_engine(
+    kind: Kind, routing: FastAPI, rows: Rows, second_rows: Rows
+) -> None:
+    """A swallowed error and a forgotten commit are no success on a routed engine either."""
+    second_rows.add("taken")
+
+    def swallow(session: Session) -> None:
+        session.execute(select(items))
+        with pytest.raises(IntegrityError):
+            session.execute(insert(items).values(name="taken"))
+
+    def forget(session: Session) -> None:
+        session.execute(select(items))
+        session.execute(delete(items))
+
+    route(routing, kind, "/swallow", transactional(), swallow)
+    route(routing, kind, "/forget", get_db(), forget)
+    with serve(routing) as served:
+        assert served.post("/swallow").json() == {"error": "TransactionAbortedError"}
+        assert served.post("/forget").json() == {"error": "UncommittedChangesError"}
+        assert rows.backends("idle in transaction%") == 0
+        assert second_rows.backends("idle in transaction%") == 0
+    assert second_rows.names == ["taken"]
+
+
+# -- the application's events ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [Session, Own])
+def test_the_applications_listeners_are_called(
+    kind: Kind, engine: Engine, rows: Rows, target: type[Session]
+) -> None:
+    """Listeners on Session or on the application's class hear of commits, and may add to them."""
+    app = make_app(engine, **class_options(kind, Own, OwnAsync))
+    heard: list[str] = []
+
+    def outbox(session: Session) -> None:
+        heard.append("before")
+        session.add(Item(name="outbox"))
+
+    def after(_session: Session) -> None:
+        heard.append("after")
+
+    route(app, kind, "/", transactional(), lambda session: session.add(Item(name="a")))
+    with (
+        serve(app) as served,
+        listening(target, "before_commit", outbox),
+        listening(target, "after_commit", after),
+    ):
+        assert served.post("/").status_code == 201
+    assert heard == ["before", "after"]
+    assert rows.names == ["a", "outbox"]
+
+
+def test_a_listener_may_filter_what_is_read(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """do_orm_execute with loader criteria, the way to filter by tenant, works unchanged."""
+    rows.add("mine", position=1)
+    rows.add("theirs", position=2)
+    app = make_app(engine, **class_options(kind, Own, OwnAsync))
+
+    def mine(state: ORMExecuteState) -> None:
+        state.statement = state.statement.options(with_loader_criteria(Item, Item.position == 1))
+
+    route(app, kind, "/", get_db(), lambda session: list(session.scalars(select(Item.name))))
+    with serve(app) as served, listening(Own, "do_orm_execute", mine):
+        assert served.post("/").json() == ["mine"]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after-ours", "before-ours"])
+def test_a_listener_sets_up_the_transaction(
+    kind: Kind, engine: Engine, rows: Rows, first: bool
+) -> None:
+    """after_begin can set what row security reads, and a failure there frees the connection."""
+    app = make_app(engine, **class_options(kind, Own, OwnAsync))
+
+    def fail(_session: Session, _transaction: Any, connection: Any) -> None:
+        connection.execute(text("SELECT set_config('app.tenant', '7', true)"))
+        if rows.names:
+            connection.execute(text("SELECT 1 / 0"))
+
+    def body(session: Session) -> Any:
+        return session.execute(text("SELECT current_setting('app.tenant', true)")).scalar()
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        with listening(Session, "after_begin", fail, insert=first):
+            assert served.post("/").json() == "7"
+            rows.add("fails")
+            assert served.post("/").status_code == 500
+            assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+            assert rows.backends("idle in transaction%") == 0
+        assert served.post("/").json() == ""

@@ -1,0 +1,559 @@
+"""Rules 2, 3 and 9: a request has one session for a database, and holds only what it uses."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, Request, Security
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import SecurityScopes
+from sqlalchemy import Engine, insert, select, text
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_sqlnative import (
+    get_database_handle,
+    get_db,
+    install_database,
+    reader,
+    transactional,
+)
+from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
+from tests.conftest import MakeEngine
+from tests.in_process import running
+from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using, wait_until
+
+
+def make_app(engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, **options)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, 409)
+
+    for error in IntegrityError, UncommittedChangesError:
+        app.add_exception_handler(error, answer)
+    return app
+
+
+def add(name: str) -> Callable[[Session], None]:
+    return lambda session: session.add(Item(name=name))
+
+
+# -- one session -----------------------------------------------------------------------------
+
+
+def test_whoever_asks_gets_the_same_session(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Sub-dependencies, repositories and security dependencies, however declared, share one."""
+    seen: list[Session] = []
+    app = make_app(engine)
+
+    class Repository:
+        def __init__(self, session: Annotated[Any, Depends(get_db())]) -> None:
+            seen.append(session.sync_session if kind.asynchronous else session)
+
+    async def user(
+        scopes: SecurityScopes, session: Annotated[Any, Security(get_db(), scopes=["mine"])]
+    ) -> None:
+        assert scopes.scopes
+        seen.append(session.sync_session if kind.asynchronous else session)
+
+    asking: list[Any] = [
+        Depends(Repository),
+        Security(user, scopes=["a"]),
+        Security(user, scopes=["b", "c"]),
+        Depends(using(kind, Depends(get_db(), use_cache=False), seen.append)),
+        Depends(using(kind, Depends(get_db(" "), scope="function"), seen.append)),
+        Depends(using(kind, Depends(get_db(" default\n")), seen.append)),
+        Depends(using(kind, Depends(transactional(), use_cache=False), seen.append)),
+    ]
+    route(app, kind, "/", get_db(), seen.append, dependencies=asking)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        assert len(seen) == len(asking) + 1
+        assert len(set(map(id, seen))) == 1
+        assert served.post("/").status_code == 201
+        assert len(set(map(id, seen))) == 2
+
+
+@pytest.mark.parametrize("dependency", [get_db, transactional, reader, get_database_handle])
+def test_a_name_has_one_spelling(dependency: Callable[..., Any]) -> None:
+    """Names are trimmed and blank is `default`, so that every spelling is one object."""
+    assert dependency() is dependency("") is dependency(" \t") is dependency(" default ")
+    assert dependency("sales ") is dependency("sales")
+    assert dependency("sales") is not dependency("Sales")
+    with pytest.raises(TypeError, match="is a string, not int"):
+        dependency(1)
+
+
+def test_options_make_another_dependency() -> None:
+    """The same options are one object, others are another: an override names what it replaces."""
+    assert transactional("a", read_only=True) is transactional(" a", read_only=True)
+    assert transactional("a", read_only=False) is transactional("a")
+    assert transactional("a", read_only=True) is not transactional("a")
+    assert transactional("a", isolation_level="SERIALIZABLE") is not transactional("a")
+
+
+def test_a_session_that_was_read_with_becomes_transactional(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A current-user dependency reads through get_db, and the endpoint commits all in one."""
+    rows.add("user")
+    app = make_app(engine)
+    users: list[str] = []
+
+    def read_user(session: Session) -> None:
+        user = session.scalars(select(Item)).one()
+        users.append(user.name)
+        user.position = 7
+
+    current_user = Depends(using(kind, Depends(get_db()), read_user))
+    route(app, kind, "/", transactional(), add("new"), dependencies=[current_user])
+    route(app, kind, "/taken", transactional(), add("user"), dependencies=[current_user])
+    with serve(app) as served:
+        assert served.post("/taken").json() == {"error": "IntegrityError"}
+        assert rows.positions == {"user": None}
+        assert served.post("/").status_code == 201
+    assert users == ["user", "user"]
+    assert rows.positions == {"user": 7, "new": None}
+
+
+def test_what_a_repository_writes_belongs_to_the_service(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A repository's get_db alone is refused; where the service is transactional, it commits."""
+    app = make_app(engine)
+    repository = Depends(using(kind, Depends(get_db()), add("a")))
+    route(app, kind, "/alone", get_db(), lambda _: None, dependencies=[repository])
+    route(app, kind, "/service", transactional(), lambda _: None, dependencies=[repository])
+    with serve(app) as served:
+        assert served.post("/alone").json() == {"error": "UncommittedChangesError"}
+        assert rows.names == []
+        assert served.post("/service").status_code == 201
+    assert rows.names == ["a"]
+
+
+def test_requests_at_the_same_time_have_sessions_of_their_own(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Requests that overlap share neither session nor connection, and each commits its own."""
+    engine = make_engine(pool_size=5, max_overflow=0)
+    app = make_app(engine)
+    seen: list[tuple[Session, int]] = []
+
+    def body(session: Session) -> None:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        seen.append((session, pid))
+        session.add(Item(name=str(pid)))
+        session.flush()
+        session.execute(text("SELECT pg_advisory_xact_lock_shared(1)"))
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served, ThreadPoolExecutor(5) as clients:
+        rows.connection.execute("SELECT pg_advisory_lock(1)")
+        try:
+            answers = [clients.submit(served.client.post, "/") for _ in range(5)]
+            wait_until(lambda: rows.backends("active") == 5)
+        finally:
+            rows.connection.execute("SELECT pg_advisory_unlock(1)")
+        assert [answer.result().status_code for answer in answers] == [201] * 5
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+    assert len({id(session) for session, _ in seen}) == 5
+    assert rows.names == sorted(str(pid) for _, pid in seen)
+
+
+# -- nothing is held that is not used --------------------------------------------------------
+
+
+def begin(session: Session) -> None:
+    session.begin()
+
+
+def select_one(session: Session) -> None:
+    session.execute(text("SELECT 1"))
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional(), reader()])
+def test_an_untouched_session_connects_to_nothing(
+    kind: Kind, make_engine: MakeEngine, dependency: Callable[..., Any]
+) -> None:
+    """A session that is only declared, or begun, opens no connection at all."""
+    engine: Any = make_engine()
+    app = make_app(engine)
+    route(app, kind, "/", dependency, lambda _: None)
+    route(app, kind, "/begin", dependency, begin)
+    with serve(app) as served:
+        for path in "/", "/begin":
+            assert served.post(path).status_code == 201
+            assert (engine.pool.checkedin(), engine.pool.checkedout()) == (0, 0)
+
+
+@pytest.mark.anyio
+async def test_an_untouched_session_costs_neither_task_nor_thread(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """A request that does not use its sessions runs on the event loop, in the request's task."""
+    app = make_app(make_engine())
+
+    @app.get("/")
+    async def endpoint(
+        _db: Annotated[Any, Depends(get_db())],
+        _transaction: Annotated[Any, Depends(transactional())],
+        _reader: Annotated[Any, Depends(reader())],
+    ) -> None: ...
+
+    loop = asyncio.get_running_loop()
+    tasks: list[object] = []
+
+    def note(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> "asyncio.Task[Any]":
+        tasks.append(work)
+        return asyncio.Task(work, loop=loop, **options)
+
+    async with running(app) as client:
+        threads = threading.active_count()
+        loop.set_task_factory(note)
+        try:
+            assert (await client.get("/")).status_code == 200
+        finally:
+            loop.set_task_factory(None)
+        assert (tasks, threading.active_count()) == ([], threads)
+
+
+def test_a_connection_is_taken_at_the_first_statement(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Until something is sent to the database the request holds nothing, even with work pending."""
+    app = make_app(engine)
+    held: list[int] = []
+    pool: Any = engine.pool
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        held.append(pool.checkedout())
+        session.flush()
+        held.append(pool.checkedout())
+        session.commit()
+        held.append(pool.checkedout())
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert held == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("dependency", "expected"),
+    [
+        (get_db(), ["BEGIN", "SELECT", "ROLLBACK"]),
+        (transactional(), ["BEGIN", "SELECT", "COMMIT"]),
+        (reader(), ["SELECT"]),
+    ],
+    ids=["get_db", "transactional", "reader"],
+)
+def test_a_read_costs_what_it_must(
+    kind: Kind,
+    make_engine: MakeEngine,
+    server_log: Callable[[], str] | None,
+    dependency: Callable[..., Any],
+    expected: list[str],
+) -> None:
+    """The server sees the query and the transaction around it, and nothing else."""
+    if server_log is None:
+        pytest.skip("TEST_DATABASE_URL has no log to read")
+    name = f"costs {kind.id} {'-'.join(expected)}"
+    arguments = {"application_name": name}
+    connect_args = {"server_settings": arguments} if kind.driver == "asyncpg" else arguments
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=connect_args)
+    app = make_app(engine)
+    route(app, kind, "/", dependency, select_one)
+
+    def statements() -> list[str]:
+        lines = [line for line in server_log().splitlines() if f" {name} LOG: " in line]
+        sent = [line.rpartition(": ")[2].strip(" ;") for line in lines]
+        return [statement.split()[0].upper() for statement in sent if statement]
+
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        wait_until(lambda: statements()[-len(expected) :] == expected)
+        before = len(statements())
+        assert served.post("/").status_code == 201
+        wait_until(lambda: len(statements()) >= before + len(expected))
+        assert statements()[before:] == expected
+
+
+def test_nothing_is_held_while_the_body_streams(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """After COMMIT the response streams and background tasks run with the connection returned."""
+    app = make_app(engine)
+    held: list[tuple[int, int, list[str]]] = []
+    pool: Any = engine.pool
+
+    def look() -> None:
+        held.append((pool.checkedout(), rows.backends("idle in transaction%"), rows.names))
+
+    def body(session: Session) -> Response:
+        session.add(Item(name="a"))
+
+        def stream() -> Any:
+            look()
+            yield b"done"
+
+        tasks = BackgroundTasks()
+        tasks.add_task(look)
+        return StreamingResponse(stream(), background=tasks)
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").text == "done"
+    assert held == [(0, 0, ["a"])] * 2
+
+
+# -- work that the request leaves behind -----------------------------------------------------
+
+
+def in_a_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Run work in a thread that nobody waits for."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            future.set_exception(error)
+
+    threading.Thread(target=run).start()
+    return future
+
+
+def leave_behind(
+    app: FastAPI, kind: Kind, statement: Any, sent: Callable[[Any], bool], left: list[Any]
+) -> None:
+    """Add `GET /`, which fails while a statement that nobody waits for is on its way."""
+    marker = Depends(get_db())
+
+    async def asynchronous(session: Annotated[AsyncSession, marker]) -> None:
+        left.append(asyncio.create_task(session.execute(statement)))
+        while not sent(session):  # noqa: ASYNC110 - another task, or the server, has no event
+            await asyncio.sleep(0.01)
+        raise ZeroDivisionError
+
+    def synchronous(session: Annotated[Session, marker]) -> None:
+        left.append(in_a_thread(lambda: session.execute(statement)))
+        wait_until(lambda: sent(session))
+        raise ZeroDivisionError
+
+    app.get("/")(asynchronous if kind.asynchronous else synchronous)
+
+
+def test_a_statement_left_behind_in_the_queue_of_the_pool(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that ends while its session waits for the pool gives back what comes too late."""
+    engine: Any = make_engine(pool_size=1, max_overflow=0, pool_timeout=20)
+    app = make_app(engine)
+    left: list[Any] = []
+    hold = insert(items).values(name="never")
+    leave_behind(app, kind, hold, lambda session: session.in_transaction(), left)
+
+    def holder(session: Session) -> None:
+        session.execute(text("SELECT pg_advisory_xact_lock(2)"))
+
+    route(app, kind, "/hold", get_db(), holder)
+    with serve(app) as served, ThreadPoolExecutor(1) as client:
+        rows.connection.execute("SELECT pg_advisory_lock(2)")
+        try:
+            holding = client.submit(served.client.post, "/hold")
+            wait_until(lambda: rows.backends("active") == 1)
+            assert served.client.get("/").status_code == 500
+        finally:
+            rows.connection.execute("SELECT pg_advisory_unlock(2)")
+        assert holding.result().status_code == 201
+        wait_until(left[0].done)
+        assert isinstance(left[0].exception(), SessionFinishedError)
+        assert engine.pool.checkedout() == 0
+    assert rows.names == []
+    assert "a task that the request left behind" in caplog.text
+
+
+def test_a_statement_left_behind_on_the_server(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A request that ends while its session is busy elsewhere stores nothing, and holds nothing."""
+    engine: Any = make_engine(pool_size=1, max_overflow=0)
+    app = make_app(engine)
+    left: list[Any] = []
+    statement = text("WITH new AS (INSERT INTO item (name) VALUES ('never')) SELECT pg_sleep(0.5)")
+    leave_behind(app, kind, statement, lambda _: rows.backends("active") == 1, left)
+    route(app, kind, "/next", transactional(), add("next"))
+    with serve(app) as served:
+        assert served.client.get("/").status_code == 500
+        wait_until(left[0].done)
+        left[0].exception()
+        assert engine.pool.checkedout() == 0
+        assert served.post("/next").status_code == 201
+    assert rows.names == ["next"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.asynchronous], ids=lambda k: k.id)
+def test_two_databases_at_once(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Where `gather` asks two databases and one fails, the other's connection is not lost."""
+    engines: list[Any] = [make_engine(pool_size=1), make_engine(second=True, pool_size=1)]
+    app = make_app(engines[0])
+    install_database(app, name="second", engine=engines[1], shutdown=engines[1].dispose)
+
+    @app.get("/")
+    async def endpoint(
+        first: Annotated[AsyncSession, Depends(transactional())],
+        second: Annotated[AsyncSession, Depends(transactional("second"))],
+    ) -> None:
+        await second.execute(insert(items).values(name="never"))
+        await asyncio.gather(
+            first.execute(text("SELECT 1 / 0")), second.execute(text("SELECT pg_sleep(0.3)"))
+        )
+
+    with serve(app) as served:
+        assert served.client.get("/").status_code == 500
+        wait_until(lambda: second_rows.backends("active") == 0)
+        assert [engine.pool.checkedout() for engine in engines] == [0, 0]
+        assert second_rows.backends("idle in transaction%") == 0
+    assert second_rows.names == []
+
+
+# -- in whatever surroundings ----------------------------------------------------------------
+
+
+class Passing:
+    """Be a pure ASGI middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marking(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"passed", b"yes")]
+            await send(message)
+
+        await self.app(dict(scope), receive, marking)
+
+
+class Awaiting(BaseHTTPMiddleware):
+    """Run the application in a task of its own, as Starlette's base class does."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+
+@pytest.mark.parametrize("middleware", [Passing, Awaiting])
+def test_middleware_changes_nothing(
+    kind: Kind, engine: Engine, rows: Rows, middleware: Any
+) -> None:
+    """Behind pure ASGI middleware and BaseHTTPMiddleware a request commits, or fails, as ever."""
+    rows.add("taken", position=1)
+    app = make_app(engine)
+    app.add_middleware(middleware)
+    route(app, kind, "/", transactional(), add("a"))
+    route(app, kind, "/taken", transactional(), lambda s: s.add(Item(name="b", position=1)))
+    route(app, kind, "/forgotten", get_db(), add("c"))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        assert served.post("/taken").json() == {"error": "IntegrityError"}
+        assert served.post("/forgotten").json() == {"error": "UncommittedChangesError"}
+        assert rows.backends("idle in transaction%") == 0
+    assert rows.names == ["a", "taken"]
+
+
+# -- the raw session -------------------------------------------------------------------------
+
+
+def test_the_connection_is_the_transactions(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """`connection()` gives the transaction's own connection: its writes commit with the rest."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        session.add(Item(name="orm"))
+        session.flush()
+        connection = session.connection()
+        assert connection is session.connection()
+        names = connection.execute(select(items.c.name)).scalars().all()
+        connection.execute(insert(items).values(name=f"beside {names}"))
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["beside ['orm']", "orm"]
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()])
+def test_a_block_of_the_applications_own_commits(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
+) -> None:
+    """`with session.begin()` in a handler commits at its end, and rolls back when it fails."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        with session.begin():
+            session.add(Item(name="kept"))
+        with contextlib.suppress(ZeroDivisionError), session.begin():
+            session.add(Item(name="lost"))
+            session.flush()
+            raise ZeroDivisionError
+
+    route(app, kind, "/", dependency, body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["kept"]
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()])
+def test_without_autobegin_the_application_begins(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
+) -> None:
+    """With autobegin=False nothing begins by itself, and an untouched session ends in peace."""
+    app = make_app(engine, session_options={"autobegin": False})
+
+    def write(session: Session) -> None:
+        with pytest.raises(InvalidRequestError, match=r"call session\.begin\(\)"):
+            session.execute(text("SELECT 1"))
+        with session.begin():
+            session.add(Item(name="block"))
+
+    def begin_and_add(session: Session) -> None:
+        session.begin()
+        session.add(Item(name="begun"))
+
+    route(app, kind, "/untouched", dependency, lambda _: None)
+    route(app, kind, "/block", dependency, write)
+    route(app, kind, "/begun", dependency, begin_and_add)
+    with serve(app) as served:
+        assert served.post("/untouched").status_code == 201
+        assert served.post("/block").status_code == 201
+        assert served.post("/begun").status_code == (201 if dependency is transactional() else 409)
+    assert rows.names == (["begun", "block"] if dependency is transactional() else ["block"])
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()])
+def test_a_session_closed_by_the_application_is_no_failure(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
+) -> None:
+    """A handler that commits and closes its session, as `with session` does, has succeeded."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        with session:
+            session.add(Item(name="kept"))
+            session.commit()
+            session.add(Item(name="dropped by close"))
+
+    route(app, kind, "/", dependency, body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["kept"]

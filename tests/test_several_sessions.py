@@ -1,0 +1,67 @@
+"""Rule 13, for both colours: requests with several sessions do not wait for each other for ever."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import get_db, install_database, reader
+from tests.conftest import MakeEngine
+from tests.serving import Kind, Rows, Served, route, serve, using
+
+pytestmark = pytest.mark.anyio
+SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 15}
+
+
+async def flood(served: Served, path: str, times: int = 60) -> list[int]:
+    """Send many requests at once; return the status of each."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=50) as client:
+        responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
+    return [response.status_code for response in responses]
+
+
+async def every_answer(*floods: Awaitable[list[int]]) -> set[int]:
+    """Run floods side by side; return the statuses seen."""
+    return {status for found in await asyncio.gather(*floods) for status in found}
+
+
+def sleep(session: Session) -> None:
+    session.execute(text("SELECT pg_sleep(0.002)"))
+
+
+def ask(kind: Kind, dependency: Callable[..., object]) -> object:
+    """Depend on a query that comes before the endpoint's own."""
+    return Depends(using(kind, Depends(dependency), sleep))
+
+
+async def test_a_login_through_get_db_and_a_list_through_reader(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Requests that need two connections of one small pool, and others with one, all succeed."""
+    app = FastAPI()
+    engine = make_engine(**SMALL)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/both", reader(), sleep, dependencies=[ask(kind, get_db())])
+    route(app, kind, "/one", get_db(), sleep)
+    with serve(app) as served:
+        assert await every_answer(flood(served, "/both"), flood(served, "/one")) == {201}
+
+
+async def test_two_databases_in_both_orders(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Requests that hold one database's connection and wait for the other's all come through."""
+    app = FastAPI()
+    for name, engine in ("a", make_engine(**SMALL)), ("b", make_engine(second=True, **SMALL)):
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/ab", get_db("b"), sleep, dependencies=[ask(kind, get_db("a"))])
+    route(app, kind, "/ba", get_db("a"), sleep, dependencies=[ask(kind, get_db("b"))])
+    route(app, kind, "/a", get_db("a"), sleep)
+    with serve(app) as served:
+        floods = (flood(served, path) for path in ("/ab", "/ba", "/a"))
+        assert await every_answer(*floods) == {201}

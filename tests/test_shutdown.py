@@ -1,0 +1,625 @@
+"""Section 4, the end: what a shutdown closes, in which order, and how long it may take."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
+
+import anyio
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    _lifespan,
+    get_database_handle,
+    get_db,
+    install_database,
+    installed_databases,
+)
+from fastapi_sqlnative.exceptions import DatabaseNotStartedError
+from tests.conftest import MakeEngine
+from tests.in_process import async_sqlite, client_of, note_disposal, running, sqlite, start_and_stop
+from tests.serving import Kind, Rows, serve
+
+pytestmark = pytest.mark.anyio
+
+
+class HookError(Exception):
+    """Be what a hook fails with."""
+
+
+# --- seen from outside ---
+
+
+def named(driver: str, application: str) -> dict[str, Any]:
+    """Return the connect_args that name a driver's connections to the server."""
+    settings = {"application_name": application}
+    return {"server_settings": settings} if driver == "asyncpg" else settings
+
+
+def states(rows: Rows, application: str) -> list[str]:
+    """List what the connections of this name are doing, as the server sees it."""
+    found = rows.connection.execute(
+        "SELECT state FROM pg_stat_activity WHERE application_name = %s", (application,)
+    ).fetchall()
+    return [str(state) for (state,) in found]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+# --- order, and every one of them ---
+
+
+async def test_databases_close_in_reverse_order() -> None:
+    """The last installed is closed first, each with its hook and then its engine."""
+    log: list[str] = []
+
+    def build(name: str) -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log, f"{name} engine")
+        return engine
+
+    app = FastAPI()
+    for name in "first", "second", "third":
+        install_database(
+            app,
+            name=name,
+            engine=lambda name=name: build(name),  # type: ignore[misc] # a default binds the name
+            shutdown=lambda name=name: log.append(f"{name} hook"),  # type: ignore[misc] # so does this
+        )
+    await start_and_stop(app)
+    assert log == [
+        f"{name} {part}" for name in ("third", "second", "first") for part in ("hook", "engine")
+    ]
+
+
+def fail() -> None:
+    raise HookError("sync")
+
+
+async def fail_later() -> None:
+    await asyncio.sleep(0)
+    raise HookError("async")
+
+
+async def time_out_by_itself() -> None:
+    raise TimeoutError("the flush of the outbox")
+
+
+async def await_what_was_cancelled() -> None:
+    task = asyncio.create_task(asyncio.sleep(60))
+    task.cancel()
+    await task
+
+
+async def fail_as_a_group() -> None:
+    raise ExceptionGroup("several", [HookError("in a group")])
+
+
+FAILURES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "sync": (fail, HookError, "sync"),
+    "async": (fail_later, HookError, "async"),
+    "its-own-timeout": (time_out_by_itself, TimeoutError, "the flush of the outbox"),
+    "cancelled-task": (await_what_was_cancelled, RuntimeError, "cancellation of its own"),
+    "group": (fail_as_a_group, ExceptionGroup, "several"),
+}
+
+
+@pytest.mark.parametrize(("hook", "kind", "message"), FAILURES.values(), ids=FAILURES)
+async def test_a_hook_that_fails_does_not_stop_the_others(
+    hook: Callable[[], object], kind: type[Exception], message: str
+) -> None:
+    """Every database is closed, whatever happens to the others, and the failure names its own."""
+    log: list[str] = []
+    app = FastAPI()
+    install_database(app, name="first", engine=sqlite(), shutdown=lambda: log.append("first"))
+    install_database(app, name="bad", engine=sqlite(), shutdown=hook)
+    install_database(app, name="last", engine=sqlite(), shutdown=lambda: log.append("last"))
+    with pytest.raises(ExceptionGroup, match="Databases failed to shut down") as raised:
+        await start_and_stop(app)
+    assert log == ["last", "first"]
+    [error] = raised.value.exceptions
+    assert isinstance(error, kind)
+    assert message in str(error)
+    assert error.__notes__ == ["In the shutdown hook of database 'bad'."]
+    with pytest.raises(DatabaseNotStartedError):
+        installed_databases(app)["bad"]
+
+
+async def test_all_failures_are_raised_together() -> None:
+    """Several failures come as one group, in the order in which they happened."""
+    app = FastAPI()
+    for name, hook in ("first", fail), ("second", fail_later), ("third", fail):
+        install_database(app, name=name, engine=sqlite(), shutdown=hook)
+    with pytest.raises(ExceptionGroup) as raised:
+        await start_and_stop(app)
+    assert [str(error) for error in raised.value.exceptions] == ["sync", "async", "sync"]
+
+
+async def test_a_failed_hook_leaves_no_engine_open() -> None:
+    """The engine that a factory built is disposed of, though the hook before it has failed."""
+    log: list[str] = []
+
+    def build() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log)
+        return engine
+
+    app = FastAPI()
+    install_database(app, engine=build, shutdown=fail)
+    with pytest.raises(ExceptionGroup):
+        await start_and_stop(app)
+    assert log == ["disposed"]
+
+
+async def test_an_application_starts_again_after_a_failed_shutdown() -> None:
+    """A hook that failed once leaves nothing behind that stops the next start."""
+    failures = [fail]
+    app = FastAPI()
+    install_database(
+        app,
+        engine=async_sqlite(),
+        shutdown=lambda: failures and failures.pop()(),
+    )
+    with pytest.raises(ExceptionGroup):
+        await start_and_stop(app)
+    await start_and_stop(app)
+
+
+async def test_an_error_of_the_application_is_not_lost() -> None:
+    """When both the application's lifespan and a hook fail, both can be read."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        yield
+        raise ZeroDivisionError
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=sqlite(), shutdown=fail)
+    with pytest.raises(ExceptionGroup) as raised:
+        await start_and_stop(app)
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
+
+
+# --- deadlines ---
+
+
+class Hanging:
+    """Be a hook that does not end by itself."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.cancelled = 0
+
+    def block(self) -> None:
+        self.go_on.wait()
+
+    async def sleep(self) -> None:
+        await asyncio.Event().wait()
+
+    async def sleep_whatever_comes(self) -> None:
+        while not self.go_on.is_set():
+            try:
+                await asyncio.sleep(0.05)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+
+    async def sleep_shielded(self) -> None:
+        with anyio.CancelScope(shield=True):
+            while not self.go_on.is_set():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.05)
+
+    def wait_for_a_coroutine(self) -> Any:
+        return self.sleep()
+
+
+HANGING: dict[str, Callable[[Hanging], Callable[[], object]]] = {
+    "sync": lambda hook: hook.block,
+    "async": lambda hook: hook.sleep,
+    "lambda-of-a-coroutine": lambda hook: hook.wait_for_a_coroutine,
+    "refuses-to-be-cancelled": lambda hook: hook.sleep_whatever_comes,
+    "shielded": lambda hook: hook.sleep_shielded,
+}
+
+
+@pytest.mark.parametrize("chosen", HANGING.values(), ids=HANGING)
+async def test_a_hook_that_hangs_ends_at_its_deadline(
+    chosen: Callable[[Hanging], Callable[[], object]],
+) -> None:
+    """At the deadline a hook is given up, named, and the others still run."""
+    log: list[str] = []
+    hook = Hanging()
+    app = FastAPI()
+    install_database(app, name="first", engine=sqlite(), shutdown=lambda: log.append("first"))
+    install_database(
+        app, name="hanging", engine=sqlite(), shutdown=chosen(hook), shutdown_timeout=0.1
+    )
+    began = time.monotonic()
+    with pytest.raises(ExceptionGroup) as raised:
+        await start_and_stop(app)
+    assert time.monotonic() - began < 2
+    hook.go_on.set()
+    [error] = raised.value.exceptions
+    assert isinstance(error, TimeoutError)
+    assert "did not end within" in str(error)
+    assert error.__notes__ == ["In the shutdown hook of database 'hanging'."]
+    assert log == ["first"]
+    await asyncio.sleep(0.1)  # lets what was left behind end with the test
+
+
+async def test_a_hook_within_its_deadline_is_awaited() -> None:
+    """A hook that takes its time within the deadline ends."""
+    log: list[str] = []
+
+    async def slow() -> None:
+        await asyncio.sleep(0.3)
+        log.append("ended")
+
+    app = FastAPI()
+    install_database(app, engine=sqlite(), shutdown=slow, shutdown_timeout=5)
+    await start_and_stop(app)
+    assert log == ["ended"]
+
+
+async def test_the_time_for_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hanging hooks share one time, the longest of all; those beyond it get a little each."""
+    monkeypatch.setattr(_lifespan, "_LEAST", 0.1)
+    hook = Hanging()
+    app = FastAPI()
+    for name, seconds in ("a", 0.5), ("b", 0.6), ("c", 0.5):
+        install_database(
+            app, name=name, engine=sqlite(), shutdown=hook.sleep, shutdown_timeout=seconds
+        )
+    began = time.monotonic()
+    with pytest.raises(ExceptionGroup) as raised:
+        await start_and_stop(app)
+    assert len(raised.value.exceptions) == 3
+    assert 0.69 < time.monotonic() - began < 1.1  # 0.5, then 0.1 that is left, then 0.1
+
+
+def test_a_hook_that_hangs_does_not_keep_the_process() -> None:
+    """A blocking hook that never returns is left behind, and the process ends."""
+    program = """
+        import asyncio, threading
+        from fastapi import FastAPI
+        from sqlalchemy import create_engine
+        from fastapi_sqlnative import install_database
+
+        app = FastAPI()
+        engine, hang = create_engine("sqlite://"), threading.Event().wait
+        install_database(app, engine=engine, shutdown=hang, shutdown_timeout=0.1)
+
+        async def main():
+            async with app.router.lifespan_context(app):
+                pass
+
+        try:
+            asyncio.run(main())
+        except* TimeoutError:
+            print("given up")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        timeout=20,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout == "given up\n"
+
+
+# --- what is still in use ---
+
+
+async def hold(database: object, entered: asyncio.Event, go_on: asyncio.Event) -> None:
+    """Keep a connection of the database in use, in a task of the application's own."""
+    assert isinstance(database, AsyncDatabase)
+    async with database.session() as session:
+        await session.execute(text("SELECT 1"))
+        entered.set()
+        await go_on.wait()
+        await session.execute(text("SELECT 2"))
+
+
+class Held:
+    """Hold a session open in a task, across the end of the lifespan."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def start(self, app: FastAPI) -> None:
+        database = installed_databases(app)["default"]
+        self.task = asyncio.create_task(hold(database, self.entered, self.go_on))
+        await self.entered.wait()
+
+
+async def test_a_shutdown_waits_for_connections_in_use(postgres: WorkerPostgres) -> None:
+    """While a connection is in use the hook waits, and the work that uses it goes on."""
+    engine = create_async_engine(postgres.url("psycopg"))
+    log: list[str] = []
+    held = Held()
+
+    async def shutdown() -> None:
+        log.append("hook")
+        await engine.dispose()
+
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=shutdown)
+    async with running(app):
+        await held.start(app)
+        held.task.add_done_callback(lambda _task: log.append("work"))
+        asyncio.get_running_loop().call_later(0.2, held.go_on.set)
+    assert log == ["work", "hook"]
+    await held.task
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+async def test_a_stranded_connection_is_logged(
+    postgres: WorkerPostgres, rows: Rows, caplog: pytest.LogCaptureFixture, driver: str
+) -> None:
+    """Past the deadline a session in use is counted in the log, refuses to go on, and is closed."""
+    name = f"stranded-{driver}-{threading.get_native_id()}"
+    engine = create_async_engine(postgres.url(driver), connect_args=named(driver, name))
+    held = Held()
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, shutdown_timeout=0.1)
+    with caplog.at_level(logging.WARNING, "fastapi_sqlnative"):
+        async with running(app):
+            await held.start(app)
+    assert "Database 'default' is closed with 1 connection(s) still in use" in caplog.text
+    held.go_on.set()
+    with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
+        await held.task
+    wait_until(lambda: states(rows, name) == [], 2)
+
+
+async def test_a_session_asked_for_during_a_shutdown_is_refused(postgres: WorkerPostgres) -> None:
+    """From the first moment of a shutdown nothing new is handed out, by request or handle."""
+    engine = create_async_engine(postgres.url("psycopg"))
+    held = Held()
+    app = FastAPI()
+    app.get("/")(reading)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    stopping = asyncio.create_task(stop_when_held(app, held))
+    await held.entered.wait()
+    kept = installed_databases(app)["default"]
+    assert isinstance(kept, AsyncDatabase)
+    while not is_refusing(kept):  # noqa: ASYNC110 - the shutdown announces itself nowhere
+        await asyncio.sleep(0.01)
+    async with client_of(app) as client:
+        with pytest.raises(DatabaseNotStartedError, match="'default' is shutting down"):
+            await client.get("/")
+    with pytest.raises(DatabaseNotStartedError, match="'default' is shutting down"):
+        async with kept.transaction():
+            pytest.fail("it was handed out")
+    held.go_on.set()
+    await stopping
+    await held.task
+    with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
+        async with kept.session():
+            pytest.fail("it was handed out")
+    with pytest.raises(DatabaseNotStartedError):
+        await kept.ping()
+
+
+async def reading(session: Annotated[AsyncSession, Depends(get_db())]) -> int:
+    await session.execute(text("SELECT 1"))
+    return 1
+
+
+async def stop_when_held(app: FastAPI, held: Held) -> None:
+    async with app.router.lifespan_context(app):
+        await held.start(app)
+
+
+def is_refusing(database: AsyncDatabase) -> bool:
+    try:
+        database.open()
+    except DatabaseNotStartedError:
+        return True
+    return False
+
+
+async def test_a_mounted_application_is_told_of_the_shutdown(postgres: WorkerPostgres) -> None:
+    """A request to a mounted application during a shutdown hears of it, not of a missing name."""
+    engine = create_async_engine(postgres.url("psycopg"))
+    held = Held()
+    app, sub = FastAPI(), FastAPI()
+    sub.get("/")(reading)
+    app.mount("/sub", sub)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    stopping = asyncio.create_task(stop_when_held(app, held))
+    await held.entered.wait()
+    kept = installed_databases(app)["default"]
+    assert isinstance(kept, AsyncDatabase)
+    while not is_refusing(kept):  # noqa: ASYNC110 - the shutdown announces itself nowhere
+        await asyncio.sleep(0.01)
+    async with client_of(app) as client:
+        with pytest.raises(DatabaseNotStartedError, match="'default' is shutting down"):
+            await client.get("/sub/")
+    held.go_on.set()
+    await stopping
+    await held.task
+
+
+# --- cancelled while it shuts down ---
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again-and-again"])
+async def test_a_cancelled_shutdown_still_closes(again: bool) -> None:
+    """A cancellation during the shutdown is passed on after everything is closed."""
+    log: list[str] = []
+    started = asyncio.Event()
+
+    async def slow() -> None:
+        started.set()
+        await asyncio.sleep(0.2)
+        log.append("hook")
+
+    app = FastAPI()
+    install_database(app, name="first", engine=sqlite(), shutdown=lambda: log.append("first"))
+    install_database(app, engine=async_sqlite(), shutdown=slow)
+    stopping = asyncio.create_task(start_and_stop(app))
+    await started.wait()
+    stopping.cancel()
+    while again and not stopping.done():
+        await asyncio.sleep(0.02)
+        stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert log == ["hook", "first"]
+
+
+async def test_a_cancelled_scope_still_closes() -> None:
+    """An anyio scope that ends during the shutdown lets everything be closed, without spinning."""
+    log: list[str] = []
+    app = FastAPI()
+
+    async def slow() -> None:
+        await asyncio.sleep(0.3)
+        log.append("hook")
+
+    install_database(app, engine=async_sqlite(), shutdown=slow)
+    began = time.process_time()
+    with anyio.move_on_after(0.05) as scope:
+        await start_and_stop(app)
+    assert scope.cancelled_caught
+    assert log == ["hook"]
+    assert time.process_time() - began < 0.2
+
+
+@pytest.mark.parametrize("when", ["factory", "lifespan", "running"])
+async def test_a_cancelled_lifespan_closes_what_was_open(when: str) -> None:
+    """A server that gives up at the start, or while it runs, leaves no database open."""
+    log: list[str] = []
+    reached = asyncio.Event()
+
+    async def stay(here: str) -> None:
+        if when == here:
+            reached.set()
+            await asyncio.Event().wait()
+
+    def build() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log)
+        return engine
+
+    async def build_later() -> AsyncEngine:
+        await stay("factory")
+        return async_sqlite()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        await stay("lifespan")
+        yield
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            await stay("running")
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=build)
+    install_database(app, name="second", engine=build_later)
+    serving = asyncio.create_task(run())
+    await reached.wait()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert log == ["disposed"]
+
+
+# --- a server that cancels its requests and shuts down at once ---
+
+
+@pytest.mark.parametrize("clients", [1, 20])
+@pytest.mark.parametrize("handle", [False, True], ids=["get_db", "handle"])
+def test_a_server_that_cancels_strands_no_connection(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, clients: int, handle: bool
+) -> None:
+    """uvicorn cancels its requests and shuts down at once: no server-side connection stays."""
+    name = f"stranded-{kind.id}-{threading.get_native_id()}"
+    connect_args = named(kind.driver, name)
+    engine = make_engine(pool_size=20, max_overflow=0, connect_args=connect_args)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    add_waiting_route(app, kind, handle)
+
+    key = 4711
+    rows.connection.execute("SELECT pg_advisory_lock(%s)", (key,))
+    requests: list[threading.Thread] = []
+    try:
+        with serve(app, timeout_graceful_shutdown=0.1) as served:
+
+            def call() -> None:
+                with suppress(httpx.HTTPError):
+                    httpx.get(f"{served.url}/wait/{key}", timeout=20)
+
+            requests = [threading.Thread(target=call) for _ in range(clients)]
+            for request in requests:
+                request.start()
+            wait_until(lambda: states(rows, name) == ["active"] * clients)
+            if not kind.asynchronous:
+                # A thread cannot be cancelled: its statement ends after the server has given up.
+                threading.Timer(
+                    0.6,
+                    lambda: rows.connection.execute("SELECT pg_advisory_unlock(%s)", (key,)),
+                ).start()
+        wait_until(lambda: states(rows, name) == [], 2)
+    finally:
+        rows.connection.execute("SELECT pg_advisory_unlock_all()")
+        for request in requests:
+            request.join(20)
+
+
+def add_waiting_route(app: FastAPI, kind: Kind, handle: bool) -> None:
+    """Add a route that waits in the database for a lock that is not given."""
+    lock = text("SELECT pg_advisory_xact_lock_shared(:key)")
+    if kind.asynchronous and handle:
+
+        @app.get("/wait/{key}")
+        async def wait_with_handle(
+            key: int, database: Annotated[AsyncDatabase, Depends(get_database_handle())]
+        ) -> None:
+            async with database.transaction() as session:
+                await session.execute(lock, {"key": key})
+
+    elif kind.asynchronous:
+
+        @app.get("/wait/{key}")
+        async def wait(key: int, session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+            await session.execute(lock, {"key": key})
+
+    elif handle:
+
+        @app.get("/wait/{key}")
+        def wait_with_sync_handle(
+            key: int, database: Annotated[Database, Depends(get_database_handle())]
+        ) -> None:
+            with database.transaction() as session:
+                session.execute(lock, {"key": key})
+
+    else:
+
+        @app.get("/wait/{key}")
+        def wait_sync(key: int, session: Annotated[Session, Depends(get_db())]) -> None:
+            session.execute(lock, {"key": key})

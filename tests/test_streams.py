@@ -1,0 +1,388 @@
+"""Rules 10 and 11: work that outlives the response gets a clear error, or uses the handle."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Annotated, Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import EventSourceResponse
+from sqlalchemy import Engine, ForeignKey, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from starlette.background import BackgroundTask
+
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    get_database_handle,
+    get_db,
+    install_database,
+    transactional,
+)
+from tests.conftest import MakeEngine
+from tests.serving import Item, Kind, Rows, items, route, serve, using, wait_until
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Node(Base):
+    """Map the tests' table once more, with something to load lazily."""
+
+    __tablename__ = "item"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(deferred=True)
+    position: Mapped[int | None] = mapped_column(ForeignKey("item.id"))
+    parts: Mapped[list["Node"]] = relationship(viewonly=True)
+
+
+def make_app(engine: Engine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, 409)
+
+    app.add_exception_handler(IntegrityError, answer)
+    return app
+
+
+# -- the finished session --------------------------------------------------------------------
+
+LATE: dict[str, Callable[[Session, Node], Any]] = {
+    "execute": lambda session, _: session.execute(text("SELECT 1")),
+    "scalars": lambda session, _: session.scalars(select(Item)).all(),
+    "get": lambda session, _: session.get(Item, 1),
+    "connection": lambda session, _: session.connection(),
+    "add": lambda session, _: session.add(Item(name="late")),
+    "add_all": lambda session, _: session.add_all([Item(name="late")]),
+    "merge": lambda session, row: session.merge(row),
+    "delete": lambda session, row: session.delete(row),
+    "refresh": lambda session, row: session.refresh(row),
+    "begin": lambda session, _: session.begin(),
+    "begin_nested": lambda session, _: session.begin_nested(),
+    "commit": lambda session, _: session.commit(),
+}
+DETACHED: dict[str, Callable[[Session, Node], Any]] = {
+    "relationship": lambda _, row: row.parts,
+    "deferred": lambda _, row: row.name,
+}
+
+
+def errors_of(session: Session, row: Node) -> dict[str, list[str]]:
+    """Try everything with a finished session, and note what it says."""
+    found: dict[str, list[str]] = {}
+    for name, attempt in (LATE | DETACHED).items():
+        try:
+            attempt(session, row)
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            found[name] = [type(error).__name__, str(error)]
+        else:
+            found[name] = ["nothing", ""]
+    return found
+
+
+Found = dict[str, list[str]]
+Answer = Callable[[Session, Node, "list[Found]"], Any]
+
+
+def by_stream(session: Session, row: Node, found: list[Found]) -> Any:
+    """Try it in the generator of a StreamingResponse, which runs in a thread."""
+
+    def body() -> Iterator[bytes]:
+        found.append(errors_of(session, row))
+        yield b"end"
+
+    return StreamingResponse(body())
+
+
+def by_async_stream(session: Session, row: Node, found: list[Found]) -> Any:
+    """Try it in an async generator."""
+
+    async def body() -> AsyncIterator[bytes]:
+        found.append(errors_of(session, row))
+        yield b"end"
+
+    return StreamingResponse(body())
+
+
+def by_background_task(session: Session, row: Node, found: list[Found]) -> Any:
+    """Try it in a task that runs after the response, in a thread."""
+    task = BackgroundTask(lambda: found.append(errors_of(session, row)))
+    return JSONResponse({}, background=task)
+
+
+def by_async_background_task(session: Session, row: Node, found: list[Found]) -> Any:
+    """Try it in a task on the event loop."""
+
+    async def task() -> None:
+        found.append(errors_of(session, row))
+
+    return JSONResponse({}, background=BackgroundTask(task))
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+@pytest.mark.parametrize(
+    "answer", [by_stream, by_async_stream, by_background_task, by_async_background_task]
+)
+def test_a_finished_session_says_what_to_use(
+    kind: Kind, engine: Engine, rows: Rows, answer: Answer, dependency: Callable[..., Any]
+) -> None:
+    """Whatever is tried with a finished session fails, names the handle, and leaks nothing."""
+    rows.add("there")
+    app = make_app(engine)
+    found: list[Found] = []
+
+    def body(session: Session) -> Any:
+        return answer(session, session.scalars(select(Node)).one(), found)
+
+    route(app, kind, "/", dependency, body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 200
+        wait_until(lambda: bool(found))
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        assert rows.backends("idle in transaction%") == 0
+    for name in LATE:
+        assert found[0][name][0] == "SessionFinishedError"
+        assert "get_database_handle('default')" in found[0][name][1]
+    # The objects are detached: SQLAlchemy's own error, with its link, and no session behind it.
+    assert {name: found[0][name][0] for name in DETACHED} == dict.fromkeys(
+        DETACHED, "DetachedInstanceError"
+    )
+    assert rows.names == ["there"]
+
+
+def test_a_session_that_was_never_used_is_finished_too(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A session that the request did not touch is as finished as any other after it."""
+    app = make_app(engine)
+    found: list[Found] = []
+
+    def body(session: Session) -> Any:
+        return by_stream(session, Node(id=1), found)
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 200
+    assert {found[0][name][0] for name in LATE} == {"SessionFinishedError"}
+    assert rows.backends("idle in transaction%") == 0
+
+
+def add_generator_endpoints(app: FastAPI, kind: Kind, tell: Callable[[Any], Any]) -> None:
+    """Add endpoints that are generators themselves: as JSON lines and as server-sent events."""
+
+    async def asynchronous(session: Annotated[AsyncSession, Depends(get_db())]) -> Any:
+        yield await session.run_sync(tell)
+
+    def synchronous(session: Annotated[Session, Depends(get_db())]) -> Any:
+        yield tell(session)
+
+    endpoint = asynchronous if kind.asynchronous else synchronous
+    app.get("/lines")(endpoint)
+    app.get("/events", response_class=EventSourceResponse)(endpoint)
+
+
+def test_a_generator_endpoint_runs_after_its_session(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """An endpoint that yields, server-sent events included, gets the same clear error."""
+    app = make_app(engine)
+
+    def tell(session: Session) -> dict[str, str]:
+        try:
+            session.execute(text("SELECT 1"))
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            return {"error": str(error)}
+        return {}
+
+    add_generator_endpoints(app, kind, tell)
+    with serve(app) as served:
+        for path in "/lines", "/events":
+            told = served.client.get(path).text
+            assert "get_database_handle('default')" in told
+            assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+            assert rows.backends("idle in transaction%") == 0
+
+
+SERIES = text("SELECT * FROM generate_series(1, 5000)")
+
+
+def test_a_result_does_not_outlive_its_session(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Rows fetched after the end touch no connection: another request's transaction is safe."""
+    app = make_app(engine)
+    told: list[str] = []
+
+    def body(session: Session) -> Any:
+        result = session.execute(SERIES, execution_options={"yield_per": 5})
+        partitions = result.scalars().partitions(5)
+        assert next(partitions) == [1, 2, 3, 4, 5]
+        late.append(partitions)
+        return JSONResponse({})
+
+    late: list[Any] = []
+
+    def interfere(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.flush()
+        try:
+            next(late[0])
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            told.append(f"{type(error).__name__}: {error}")
+        session.add(Item(name="b"))
+
+    route(app, kind, "/", get_db(), body)
+    route(app, kind, "/next", transactional(), interfere)
+    with serve(app) as served:
+        assert served.post("/").status_code == 200
+        assert served.post("/next").status_code == 201
+    assert told[0].startswith("SessionFinishedError")
+    assert "get_database_handle('default')" in told[0]
+    assert rows.names == ["a", "b"]
+
+
+def test_an_error_in_the_middle_of_a_stream_aborts(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A server error while rows are fetched, if swallowed, is no success either (rule 5)."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def body(session: Session) -> None:
+        session.add(Item(name="lost"))
+        session.flush()
+        statement = text("SELECT 1 / (300 - n) FROM generate_series(1, 5000) n")
+        result = session.execute(statement, execution_options={"yield_per": 100})
+        with pytest.raises(Exception, match="division by zero"):
+            result.all()
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+    assert rows.names == []
+
+
+def test_a_stream_inside_the_request_commits(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A result that is read, or left half read, before the end is no hindrance to the commit."""
+    app = make_app(engine)
+
+    def half(session: Session) -> int:
+        result = session.execute(SERIES, execution_options={"yield_per": 5})
+        for count, _ in enumerate(result, 1):
+            if count % 4 == 0:
+                with session.begin_nested():
+                    session.add(Item(name=str(count)))
+            if count == 12:
+                return count
+        return 0
+
+    route(app, kind, "/", transactional(), half)
+    with serve(app) as served:
+        assert served.post("/").json() == 12
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+    assert rows.names == ["12", "4", "8"]
+
+
+# -- with the handle -------------------------------------------------------------------------
+
+
+def names_by_handle(kind: Kind, database: Any) -> Any:
+    """Stream the names stored, from a session of the handle's."""
+
+    async def asynchronous(database: AsyncDatabase) -> AsyncIterator[str]:
+        async with database.session() as session:
+            for name in await session.scalars(select(Item.name).order_by(Item.name)):
+                yield f"{name} "
+
+    def synchronous(database: Database) -> Iterator[str]:
+        with database.session() as session:
+            for name in session.scalars(select(Item.name).order_by(Item.name)):
+                yield f"{name} "
+
+    return asynchronous(database) if kind.asynchronous else synchronous(database)
+
+
+def test_the_handle_serves_streams(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """With the handle a stream, a generator endpoint and server-sent events read what is stored."""
+    app = make_app(make_engine(pool_size=1, max_overflow=0))  # type: ignore[arg-type] # either
+    handle = Annotated[Any, Depends(get_database_handle())]
+
+    @app.post("/stream")
+    async def stream(
+        database: handle, session: Annotated[Any, Depends(transactional())]
+    ) -> StreamingResponse:
+        session.add(Item(name="b"))
+        return StreamingResponse(names_by_handle(kind, database))
+
+    async def asynchronous(database: handle) -> Any:
+        async for name in names_by_handle(kind, database):
+            yield name
+
+    def synchronous(database: handle) -> Any:
+        yield from names_by_handle(kind, database)
+
+    endpoint = asynchronous if kind.asynchronous else synchronous
+    app.post("/lines")(endpoint)
+    app.post("/events", response_class=EventSourceResponse)(endpoint)
+    rows.add("a")
+    with serve(app) as served:
+        assert served.post("/stream").text == "a b "
+        assert served.post("/lines").text.split() == ['"a', '"', '"b', '"']
+        assert served.post("/events").text.count("data:") == 2
+        assert rows.backends("idle in transaction%") == 0
+
+
+def test_the_handle_serves_background_tasks(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A background task sees the committed row, and stores more in a transaction of its own."""
+    app = make_app(engine)
+
+    async def asynchronous(database: AsyncDatabase) -> None:
+        async with database.transaction() as session:
+            (row,) = await session.scalars(select(Item))
+            session.add(Item(name=f"after {row.name}"))
+
+    def synchronous(database: Database) -> None:
+        with database.transaction() as session:
+            (row,) = session.scalars(select(Item))
+            session.add(Item(name=f"after {row.name}"))
+
+    def enqueue(
+        tasks: BackgroundTasks, database: Annotated[Any, Depends(get_database_handle())]
+    ) -> None:
+        tasks.add_task(asynchronous if kind.asynchronous else synchronous, database)
+
+    def add(session: Session) -> None:
+        session.add(Item(name="a"))
+
+    depends = [Depends(enqueue)]
+    route(app, kind, "/", transactional(), add, dependencies=depends)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        wait_until(lambda: rows.names == ["a", "after a"])
+        assert served.post("/").status_code == 409
+    assert rows.names == ["a", "after a"]
+
+
+def test_a_task_of_the_response_waits_for_the_commit(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A task that a returned response carries runs after the commit, and not when that fails."""
+    rows.add("taken", position=1)
+    app = make_app(engine)
+    seen: list[list[str]] = []
+
+    def body(position: int) -> Callable[[Session], Any]:
+        def add(session: Session) -> Any:
+            session.execute(items.insert().values(name=str(position), position=position))
+            return JSONResponse({}, background=BackgroundTask(lambda: seen.append(rows.names)))
+
+        return add
+
+    for position in 1, 2:
+        app.post(f"/{position}")(using(kind, Depends(transactional()), body(position)))
+    with serve(app) as served:
+        assert served.post("/1").status_code == 409
+        assert served.post("/2").status_code == 200
+    assert seen == [["2", "taken"]]

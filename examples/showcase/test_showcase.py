@@ -177,10 +177,11 @@ def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
 def _backends(
     watching: psycopg.Connection, *, besides: psycopg.Connection
 ) -> list[tuple[str, str]]:
-    """List what each connection waits for, and how its statement ends."""
+    """List what each transaction waits for, and how its statement ends."""
     return watching.execute(
         "SELECT wait_event_type, right(query, 10) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid NOT IN (pg_backend_pid(), %s)",
+        " WHERE datname = current_database() AND state <> 'idle'"
+        " AND pid NOT IN (pg_backend_pid(), %s)",
         (besides.info.backend_pid,),
     ).fetchall()
 

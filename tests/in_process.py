@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import httpx
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, StaticPool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.applications import Starlette
 
@@ -28,8 +28,9 @@ async def start_and_stop(app: Starlette) -> None:
 
 
 def sqlite() -> Engine:
-    """Build a synchronous engine in memory."""
-    return create_engine("sqlite://")
+    """Build a synchronous engine in memory, whose one connection any thread may use and close."""
+    options = {"check_same_thread": False}
+    return create_engine("sqlite://", connect_args=options, poolclass=StaticPool)
 
 
 def async_sqlite() -> AsyncEngine:

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import pytest
@@ -384,21 +384,28 @@ async def test_the_applications_state_is_its_own_object() -> None:
         assert state is given
 
 
-async def test_a_server_without_lifespan_state_will_do() -> None:
-    """An application that yields no state starts on a server that knows of none."""
-    app = FastAPI()
-    install_database(app, engine=async_sqlite())
+async def told_by(app: FastAPI) -> list[tuple[str, str]]:
+    """Start and stop an application as a server does that knows of no lifespan state."""
     messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-    sent: list[str] = []
+    sent: list[tuple[str, str]] = []
 
     async def receive() -> Any:
         return next(messages)
 
     async def send(message: Any) -> None:
-        sent.append(message["type"])
+        sent.append((message["type"], message.get("message", "")))
 
-    await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
-    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    with suppress(Exception):
+        await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+    return sent
+
+
+async def test_a_server_without_lifespan_state_will_do() -> None:
+    """An application that yields no state starts on a server that knows of none."""
+    app = FastAPI()
+    install_database(app, engine=async_sqlite())
+    told = await told_by(app)
+    assert told == [("lifespan.startup.complete", ""), ("lifespan.shutdown.complete", "")]
 
 
 # --- again, and on another event loop ---
@@ -641,7 +648,7 @@ def test_an_install_into_a_served_application_is_refused() -> None:
         install_database(app, engine=sqlite())
 
 
-def test_an_install_in_the_lifespan_is_refused() -> None:
+async def test_an_install_in_the_lifespan_is_refused() -> None:
     """An install in the application's own lifespan body comes too late, and fails the start."""
 
     @asynccontextmanager
@@ -649,11 +656,21 @@ def test_an_install_in_the_lifespan_is_refused() -> None:
         install_database(app, engine=async_sqlite())
         yield
 
-    with (
-        pytest.raises(ApplicationAlreadyStartedError, match="give install_database a function"),
-        TestClient(FastAPI(lifespan=lifespan)),
-    ):
-        pytest.fail("it started")
+    [(kind, traceback)] = await told_by(FastAPI(lifespan=lifespan))
+    assert kind == "lifespan.startup.failed"
+    assert "ApplicationAlreadyStartedError" in traceback
+    assert "to build the engine late, give install_database a function" in traceback
+
+
+async def test_a_server_is_told_what_fails_the_start() -> None:
+    """What a check refuses stands in the message that the server logs."""
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(get_db("oders"))])(lambda: None)
+    install_database(app, name="orders", engine=async_sqlite())
+    [(kind, traceback)] = await told_by(app)
+    assert kind == "lifespan.startup.failed"
+    assert "Route '/': No database named 'oders' is installed" in traceback
+    assert "Installed: 'orders'." in traceback
 
 
 @pytest.mark.parametrize("mounted", [False, True], ids=["the-application", "a-mounted-one"])

@@ -19,9 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
 from ._checks import check_routes, mounted_applications
+from ._completion import to_completion
 from ._gates import Gate
 from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of
-from .databases import AnyDatabase, AnyEngine, database_class, to_completion
+from .databases import AnyDatabase, AnyEngine, database_class
 from .exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 
 logger = logging.getLogger("fastapi_sqlnative")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -20,17 +18,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from ._guards import (
-    NO_OPTIONS,
-    EngineGuard,
-    IsolationLevel,
-    SessionGuard,
-    TransactionOptions,
-    guard_of,
-    guarded_class,
-    has_pending_changes,
-)
+from ._completion import abandoning, to_completion
+from ._guards import EngineGuard, SessionGuard
+from ._options import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._pools import PoolStatus, ask_pool, max_overflow
+from ._sessions import guard_of, guarded_class, has_pending_changes
+from ._statements import listen
 from .exceptions import DatabaseNotStartedError, TransactionOptionsError
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -67,7 +60,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         self.engine: EngineT = engine
         self.shutdown_timeout = shutdown_timeout
         self._refusal: str | None = None
-        self._guard = EngineGuard(name)
+        self._guard = EngineGuard(name, listen)
         options = {"expire_on_commit": False, "close_resets_only": False} | dict(
             session_options or {}
         )
@@ -423,7 +416,7 @@ async def run_together(
         # connection, which this work is about to give back.
         running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
     names = ", ".join(repr(guard_of(session).engines.name) for session in inner)
-    abandon = _abandon(names, timeout) if len(asynchronous) == len(sessions) else None
+    abandon = abandoning(names, timeout) if len(asynchronous) == len(sessions) else None
     await to_completion(running, timeout=timeout, cancelled=cancelled, abandon=abandon)
 
 
@@ -436,64 +429,6 @@ def _across_threads(session: AnySession, operation: Callable[[Session], None]) -
         anyio.from_thread.run(session.run_sync, operation)
     else:
         operation(session)
-
-
-async def to_completion(
-    running: Coroutine[Any, Any, None],
-    *,
-    timeout: float = math.inf,
-    cancelled: bool = False,
-    abandon: Callable[[asyncio.Task[None]], None] | None = None,
-) -> None:
-    """Await work in a task of its own, which a cancellation reaches only after its deadline.
-
-    Both shields are needed: a task of its own against asyncio's one-time cancellation, a
-    shielded scope against anyio's, which comes back at every await and would spin.
-    """
-    task = asyncio.create_task(running)
-    cancellation: asyncio.CancelledError | None = None
-    try:
-        if not cancelled:
-            await asyncio.shield(task)
-            return
-    except asyncio.CancelledError as error:
-        cancellation = error
-    await _outlast_cancellation(task, timeout, abandon)
-    if cancellation is None:
-        if not task.cancelled():
-            task.result()
-        return
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        logger.error("What a cancelled caller was to wait for has failed.", exc_info=failure)
-    raise cancellation
-
-
-async def _outlast_cancellation(
-    task: asyncio.Task[None], timeout: float, abandon: Callable[[asyncio.Task[None]], None] | None
-) -> None:
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + timeout
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            remaining = None if abandon is None else max(deadline - clock(), 0)
-            with contextlib.suppress(asyncio.CancelledError):  # raised again by the caller
-                await asyncio.wait({task}, timeout=remaining)
-            if abandon is not None and not task.done() and clock() >= deadline:
-                abandon(task)
-                abandon = None
-
-
-def _abandon(names: str, timeout: float) -> Callable[[asyncio.Task[None]], None]:
-    def abandon(task: asyncio.Task[None]) -> None:
-        logger.error(
-            "Database %s did not finish within %s s of a cancellation: the connection is "
-            "discarded, and whether a COMMIT took effect is unknown.",
-            names,
-            timeout,
-        )
-        task.cancel()  # SQLAlchemy invalidates a connection that is cancelled in mid-flight
-
-    return abandon
 
 
 @asynccontextmanager

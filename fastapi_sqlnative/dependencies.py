@@ -15,16 +15,9 @@ from fastapi import Depends
 from fastapi.requests import HTTPConnection
 from sqlalchemy.orm import Session
 
-from ._guards import (
-    AUTOCOMMIT,
-    NO_OPTIONS,
-    IsolationLevel,
-    TransactionOptions,
-    check_committable,
-    guard_of,
-    has_pending_changes,
-)
+from ._options import AUTOCOMMIT, NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._registry import registry_for
+from ._sessions import guard_of, has_pending_changes
 from .databases import AnyDatabase, AnySession, Call, close, is_busy, run_together, sync_session
 from .exceptions import (
     PartialCommitError,
@@ -202,7 +195,7 @@ def _set_options(member: _Member, options: TransactionOptions) -> None:
 def _prepare(session: Session) -> None:
     if is_busy(session):
         session.flush()
-        check_committable(session)
+        guard_of(session).check_committable()
 
 
 def _commit(call: Call, member: _Member, committed: list[str]) -> None:

@@ -1,19 +1,22 @@
 """Rule 7: a connection lost during COMMIT is reported as what it is."""
 
+import asyncio
+import contextlib
 from collections.abc import Callable
+from typing import Annotated
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import install_database, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.proxy import Fault, Proxy
-from tests.serving import Item, Kind, Rows, route, serve
+from tests.serving import KINDS, Item, Kind, Rows, route, serve
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -77,4 +80,28 @@ def test_a_connection_lost_before_commit_is_not_unknown(
         response = served.post("/")
         assert response.status_code == 500
         assert response.json()["error"] != "CommitOutcomeUnknownError"
+    assert rows.names == []
+
+
+def sleep_long(session: Session) -> None:
+    session.execute(text("SELECT pg_sleep(10)"))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+def test_a_query_that_was_given_up_is_not_committed_around(
+    kind: Kind, behind_proxy: Engine, rows: Rows
+) -> None:
+    """A handler that cancels a query with a timeout and goes on cannot commit what came before."""
+    app = make_app(behind_proxy)
+
+    @app.post("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await session.run_sync(sleep_long)
+
+    with serve(app) as served:
+        assert served.post("/").json() == {"error": "TransactionAbortedError"}
     assert rows.names == []

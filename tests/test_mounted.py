@@ -3,8 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, WebSocket, routing
 from sqlalchemy import Engine, create_engine, event, text
@@ -384,6 +387,37 @@ async def test_a_parents_database_commits_first(first: str) -> None:
     async with running(app) as client:
         assert (await client.post("/sub/")).status_code == 200
     assert log == ["root", "sub"]
+
+
+async def test_the_roots_gate_stands_before_what_is_mounted(tmp_path: Path) -> None:
+    """Requests to a mounted application do not starve the root's synchronous pool (rule 13)."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        tokens, limiter.total_tokens = limiter.total_tokens, 4
+        yield
+        limiter.total_tokens = tokens
+
+    app, sub = FastAPI(lifespan=lifespan), FastAPI()
+    app.mount("/sub", sub)
+    engine = create_engine(
+        f"sqlite:///{tmp_path}/file", pool_size=1, max_overflow=0, pool_timeout=5
+    )
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def user(session: Annotated[Session, Depends(get_db())]) -> int:
+        return session.scalar(text("SELECT 1")) or 0
+
+    @sub.get("/")
+    def show(
+        user: Annotated[int, Depends(user)], session: Annotated[Session, Depends(get_db())]
+    ) -> int:
+        return user + (session.scalar(text("SELECT 1")) or 0)
+
+    async with running(app) as client:
+        answers = await asyncio.gather(*(client.get("/sub/") for _ in range(20)))
+    assert [each.json() for each in answers] == [2] * 20
 
 
 async def test_a_mounted_applications_own_overrides_apply() -> None:

@@ -330,34 +330,33 @@ def test_a_hook_that_hangs_does_not_keep_the_process() -> None:
 # --- what is still in use ---
 
 
-async def hold(database: object, entered: asyncio.Event, go_on: asyncio.Event) -> None:
-    """Keep a connection of the database in use, in a task of the application's own."""
-    assert isinstance(database, AsyncDatabase)
-    async with database.session() as session:
-        await session.execute(text("SELECT 1"))
-        entered.set()
-        await go_on.wait()
-        await session.execute(text("SELECT 2"))
-
-
 class Held:
-    """Hold a session open in a task, across the end of the lifespan."""
+    """Hold a connection in a task of the application's own, across the end of the lifespan."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: list[str] | None = None) -> None:
         self.entered = asyncio.Event()
         self.go_on = asyncio.Event()
+        self.log = [] if log is None else log
 
     async def start(self, app: FastAPI) -> None:
-        database = installed_databases(app)["default"]
-        self.task = asyncio.create_task(hold(database, self.entered, self.go_on))
+        self.task = asyncio.create_task(self.hold(installed_databases(app)["default"]))
         await self.entered.wait()
+
+    async def hold(self, database: object) -> None:
+        assert isinstance(database, AsyncDatabase)
+        async with database.session() as session:
+            await session.execute(text("SELECT 1"))
+            self.entered.set()
+            await self.go_on.wait()
+            await session.execute(text("SELECT 2"))
+            self.log.append("work")
 
 
 async def test_a_shutdown_waits_for_connections_in_use(postgres: WorkerPostgres) -> None:
     """While a connection is in use the hook waits, and the work that uses it goes on."""
     engine = create_async_engine(postgres.url("psycopg"))
     log: list[str] = []
-    held = Held()
+    held = Held(log)
 
     async def shutdown() -> None:
         log.append("hook")
@@ -367,7 +366,6 @@ async def test_a_shutdown_waits_for_connections_in_use(postgres: WorkerPostgres)
     install_database(app, engine=engine, shutdown=shutdown)
     async with running(app):
         await held.start(app)
-        held.task.add_done_callback(lambda _task: log.append("work"))
         asyncio.get_running_loop().call_later(0.2, held.go_on.set)
     assert log == ["work", "hook"]
     await held.task

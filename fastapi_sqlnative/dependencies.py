@@ -162,13 +162,17 @@ class UnitOfWork:
     async def _finish(self, work: Callable[[Call], None], *, cancelled: bool = False) -> None:
         members = self._members.values()
         try:
-            if members:
+            # Sessions that nobody used are the most common: they take the shortest way.
+            if any(member.inner.in_transaction() for member in members):
                 await run_together(
                     [member.session for member in members],
                     work,
                     timeout=max(member.database.shutdown_timeout for member in members),
                     cancelled=cancelled,
                 )
+            else:
+                for member in members:
+                    close(member.inner)
         finally:
             if self._gate is not None:
                 self._gate.leave(self)

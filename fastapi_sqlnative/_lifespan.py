@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import logging
 import math
 import random
-import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -22,13 +19,12 @@ from ._checks import check_routes, mounted_applications
 from ._completion import to_completion
 from ._gates import Gate
 from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of
+from ._shutdown import stop
 from .databases import AnyDatabase, AnyEngine, database_class
 from .exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 
 logger = logging.getLogger("fastapi_sqlnative")
 
-# What a hook gets, in seconds, when others have used up the time for all of them.
-_LEAST: Final = 1.0
 # What one attempt of `startup_wait` gets: a port may accept and not answer, until it does.
 _ATTEMPT: Final = 5.0
 # asyncpg and asyncmy bind a connection to the event loop that made it; these do not.
@@ -174,9 +170,6 @@ def _wrap_lifespan(app: Starlette) -> None:
     app.router.lifespan_context = lifespan
 
 
-# -- start -----------------------------------------------------------------------------------
-
-
 @asynccontextmanager
 async def _running(app: Starlette) -> AsyncGenerator[None]:
     applications = _share(app)
@@ -189,7 +182,7 @@ async def _running(app: Starlette) -> AsyncGenerator[None]:
         await _check(applications, registries, id(app.router))
         yield
     finally:
-        await to_completion(_stop(shared, id(app.router)))
+        await to_completion(stop(shared, id(app.router)))
 
 
 def _share(app: Starlette) -> list[Starlette]:
@@ -306,112 +299,6 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
             pause = min(pause * 2, 2.0)
 
 
-# -- stop ------------------------------------------------------------------------------------
-
-
-async def _stop(registries: Sequence[Registry], router: int) -> None:
-    ending = _ending(registries)
-    running = [(each, each.database) for each in ending if each.database is not None]
-    for _, database in running:
-        database.refuse_sessions()
-    deadline = anyio.current_time() + max((each.shutdown_timeout for each, _ in running), default=0)
-    errors: list[Exception] = []
-    for installation, database in running:
-        await _close(installation, database, deadline, errors)
-    if registries and not registries[0].starts:
-        for registry in registries:
-            registry.parents.pop(router, None)
-    if errors:
-        raise ExceptionGroup("Databases failed to shut down", errors)
-
-
-def _ending(registries: Sequence[Registry]) -> list[Installation]:
-    """List what no other lifespan keeps open, the last installed first."""
-    ending: list[Installation] = []
-    for registry in reversed(registries):
-        registry.starts -= 1
-        if not registry.starts:
-            registry.gate = None
-            ending += reversed(registry.installations.values())
-    return ending
-
-
-async def _close(
-    installation: Installation, database: AnyDatabase, total: float, errors: list[Exception]
-) -> None:
-    deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
-    await _drain(database, deadline)
-    database.refuse_statements()
-    installation.database = None
-    steps: list[tuple[str, Callable[[], Any]]] = []
-    if installation.shutdown is not None:
-        steps.append(("shutdown hook", installation.shutdown))
-    if database_class(installation.engine) is None:
-        steps.append(("dispose", database.dispose))
-    least = min(_LEAST, installation.shutdown_timeout)
-    for step, function in steps:
-        try:
-            await _call_within(max(deadline - anyio.current_time(), least), function)
-        except Exception as error:  # noqa: BLE001 - raised with the others, after their turn
-            error.add_note(f"In the {step} of database {database.name!r}.")
-            errors.append(error)
-
-
-async def _drain(database: AnyDatabase, deadline: float) -> None:
-    """Wait for cancelled requests to give their connections back."""
-    # Pools have no event to await for the last connection of all.
-    while database.connections_in_use() and anyio.current_time() < deadline:  # noqa: ASYNC110
-        await anyio.sleep(0.01)
-    if left := database.connections_in_use():
-        logger.warning(
-            "Database %r is closed with %d connection(s) still in use; whoever holds them finds "
-            "the session refusing to work.",
-            database.name,
-            left,
-        )
-
-
-async def _call_within(seconds: float, function: Callable[[], Any]) -> None:
-    """Call a hook in a task of its own: one that will not be cancelled is left behind."""
-    task = asyncio.create_task(_call_off_loop(function))
-    await asyncio.wait({task}, timeout=seconds)
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_LEAST)
-        raise TimeoutError(f"It did not end within {seconds:.1f} s.")
-    if task.cancelled():
-        # As an error like any other, or the cancellation would end the shutdown of the rest.
-        raise RuntimeError("It ended in a cancellation of its own making.")
-    task.result()
-
-
 async def _call(function: Any) -> Any:
     result = function()
     return await result if inspect.isawaitable(result) else result
-
-
-async def _call_off_loop(function: Callable[[], Any]) -> None:
-    if inspect.iscoroutinefunction(function):
-        await function()
-        return
-    result = await asyncio.wrap_future(_call_in_thread(function))
-    if inspect.isawaitable(result):
-        await result
-
-
-def _call_in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Call a blocking hook in a daemon thread: should it hang, the process can still end."""
-    future = Future[Any]()
-    future.set_running_or_notify_cancel()
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            result = context.run(function)
-        except BaseException as error:  # noqa: BLE001 - raised where the hook is waited for
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, name="fastapi_sqlnative shutdown", daemon=True).start()
-    return future

@@ -23,7 +23,7 @@ ORDER = (
     {"_gates"},
     {"_registry"},
     {"dependencies"},
-    {"_checks"},
+    {"_checks", "_shutdown"},
     {"_lifespan"},
     {"_rules"},
     {"errors", "health", "migrations", "telemetry"},

@@ -23,7 +23,7 @@ from conftest import WorkerPostgres
 from fastapi_sqlnative import (
     AsyncDatabase,
     Database,
-    _lifespan,
+    _shutdown,
     get_database_handle,
     get_db,
     install_database,
@@ -282,7 +282,7 @@ async def test_a_hook_within_its_deadline_is_awaited() -> None:
 
 async def test_the_time_for_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hanging hooks share one time, the longest of all; those beyond it get a little each."""
-    monkeypatch.setattr(_lifespan, "_LEAST", 0.1)
+    monkeypatch.setattr(_shutdown, "_LEAST", 0.1)
     hook = Hanging()
     app = FastAPI()
     for name, seconds in ("a", 0.5), ("b", 0.6), ("c", 0.5):

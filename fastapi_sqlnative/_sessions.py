@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._guards import SessionGuard
-from ._options import AUTOCOMMIT, begin_with
+from ._options import begin_with
 from ._statements import mark
 
 
@@ -103,12 +103,6 @@ def _remember_connection(
         guard.discard_connections()
         guard.check_unfinished()
     begin_with(connection, guard.options)
-
-
-@event.listens_for(GuardedSession, "before_flush")
-def _refuse_flush(session: GuardedSession, *_: object) -> None:
-    if session.sqlnative.options == AUTOCOMMIT:
-        raise session.sqlnative.read_only_error()
 
 
 @event.listens_for(GuardedSession, "before_commit")

@@ -415,7 +415,7 @@ def deadlock(session: Session, server: Server) -> None:
         if server.dialect == "postgresql":
             other.execute(text("SET LOCAL deadlock_timeout = '20s'"))
         else:
-            other.execute(insert(locked), [{"id": number} for number in range(100)])
+            other.execute(insert(locked), [{"id": number} for number in range(1, 100)])
         change(other)
         session.execute(update(parents).where(parents.c.id == 2).values(id=20))
         with in_a_thread(lambda: other.execute(delete(parents).where(parents.c.id == 2))):

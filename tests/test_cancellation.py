@@ -167,6 +167,39 @@ async def test_a_handles_commit_is_awaited_until_the_deadline(
     await database.dispose()
 
 
+@pytest.mark.parametrize("kind", KINDS[:1], indirect=True, ids=lambda kind: kind.id)
+async def test_waiting_for_a_commit_does_not_spin(
+    behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anyio cancels again at every await: the wait for the COMMIT is shielded from that."""
+    database = AsyncDatabase(behind_proxy)
+    proxy.fault = Fault.STALLED
+    waits: list[object] = []
+    wait = asyncio.wait
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        waits.append(arguments)
+        return await wait(*arguments, **options)
+
+    async with anyio.create_task_group() as tasks:
+
+        async def work() -> None:
+            async with database.transaction() as session:
+                session.add(Item(name="a"))
+
+        tasks.start_soon(work)
+        assert await anyio.to_thread.run_sync(proxy.reached.wait, 10)
+        monkeypatch.setattr(asyncio, "wait", counted)
+        tasks.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            for _ in range(50):  # turns of the event loop
+                await asyncio.sleep(0)
+        proxy.go_on.set()
+    assert len(waits) == 1
+    assert rows.names == ["a"]
+    await database.dispose()
+
+
 # -- clients that disconnect -----------------------------------------------------------------
 
 CLIENTS = 100

@@ -182,7 +182,11 @@ def canary_on_postgres(dsn: str) -> Iterator[Server]:
     """Create the tables and roles in a PostgreSQL database, and remove the roles at the end."""
     url = make_url(dsn)
     role, limited = f"canary_{url.database}", f"canary_limited_{url.database}"
-    outside = create_engine(url.set(drivername="postgresql+psycopg"))
+    outside = create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        # A test that has left a transaction behind is not to stop the rest.
+        connect_args={"options": "-c lock_timeout=10s"},
+    )
     with disposing(outside):
         server = Server("postgresql", _as(dsn, role), _as(dsn, limited), outside)
         with outside.begin() as connection:
@@ -229,7 +233,7 @@ def canary_on_mariadb(url: str, name: str) -> Iterator[Server]:
                 for statement in (
                     f"CREATE OR REPLACE USER {user}@'%' IDENTIFIED BY '{PASSWORD}'"
                     f" WITH MAX_CONNECTIONS_PER_HOUR {limit}",
-                    f"GRANT CREATE ON {name}.* TO {user}@'%'",
+                    f"GRANT SELECT ON {name}.* TO {user}@'%'",
                     *(
                         f"GRANT ALL ON {table.name} TO {user}@'%'"
                         for table in (parents, children, versioned)
@@ -419,7 +423,9 @@ def deadlock(session: Session, server: Server) -> None:
         change(other)
         session.execute(update(parents).where(parents.c.id == 2).values(id=20))
         with in_a_thread(lambda: other.execute(delete(parents).where(parents.c.id == 2))):
+            give_up = time.monotonic() + 10
             while not watching.scalar(text(WAITING[server.dialect]), {"pid": pid}):
+                assert time.monotonic() < give_up, "the other transaction does not wait"
                 watching.rollback()  # InnoDB shows the same picture throughout a transaction
                 time.sleep(0.02)
             session.execute(update(children).where(children.c.id == 1).values(amount=5))
@@ -512,7 +518,7 @@ def read_only(session: Session, server: Server) -> None:
 def permission_denied(session: Session, server: Server) -> None:
     if server.dialect == "sqlite":
         on_driver(session, lambda connection: connection.set_authorizer(lambda *_: 1))
-    session.execute(select(locked)).all()
+    session.execute(insert(locked).values(id=1))
 
 
 # --- sessions and bugs --------------------------------------------------------------------------

@@ -17,11 +17,20 @@ from starlette.routing import BaseRoute, Host, Mount, Router
 
 from ._registry import Installation, Registry, not_installed
 from .databases import AnyDatabase, AsyncDatabase, Database
-from .dependencies import DatabaseDependency, ReaderDependency, get_db
+from .dependencies import (
+    DatabaseDependency,
+    ReaderDependency,
+    get_database_handle,
+    get_db,
+    reader,
+    transactional,
+)
 from .exceptions import DatabaseDependencyError, DatabaseNotInstalledError
 
 # What our dependencies give, and so the only classes whose annotation can contradict them.
 _GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
+# They make dependencies, and are easily taken for ones.
+_MAKERS: Final = (get_db, transactional, reader, get_database_handle)
 
 
 def mounted_applications(app: Starlette) -> list[Starlette]:
@@ -74,6 +83,11 @@ class _Check:
             call: object = child.call
             if self._is_overridden(call):
                 continue
+            if call in _MAKERS:
+                raise DatabaseDependencyError(
+                    f"Route {self.route!r}: Depends({_name_of(call)}) gives no session. Write "
+                    f"Depends({_name_of(call)}(name)): the call makes the dependency."
+                )
             if isinstance(call, DatabaseDependency):
                 self._visit_ours(dependant, child, call, outlives)
             else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -22,6 +23,7 @@ from ._completion import abandoning, to_completion
 from ._guards import EngineGuard, SessionGuard
 from ._options import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._pools import PoolStatus, ask_pool, max_overflow
+from ._retries import Retries, refuse_coroutine
 from ._sessions import guard_of, guarded_class, has_pending_changes
 from ._statements import listen
 from .exceptions import DatabaseNotStartedError, TransactionOptionsError
@@ -213,6 +215,57 @@ class Database(_Database[Engine, Session]):
         finally:
             close(session)
 
+    def run_in_transaction(
+        self,
+        work: Callable[[Session], T],
+        *,
+        attempts: int = 3,
+        isolation_level: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float = 10.0,
+        backoff: float = 0.05,
+    ) -> T:
+        """Run work in a transaction, and all of it again after a failure that may pass by itself.
+
+        Each attempt has a session and transaction of its own. It is repeated after a
+        serialization failure, that of a COMMIT too, a deadlock and a connection lost before
+        COMMIT; never where the server is busy or away, nor where the outcome is unknown. The last
+        error is raised as it is.
+
+        Args:
+            work: called with the session, once for each attempt; its result is returned. What it
+                does besides, such as sending mail, it does again.
+            attempts: how many in all.
+            isolation_level: as for `transaction`.
+            read_only: as for `transaction`.
+            timeout: seconds after which no attempt is begun; a running one is not interrupted.
+            backoff: seconds, the most that the first pause takes. The limit doubles, up to 2 s,
+                and a pause is any part of it.
+
+        Raises:
+            ValueError: for fewer than one attempt.
+            TypeError: the work is `async def`.
+            CommitOutcomeUnknownError: the connection was lost during COMMIT.
+
+        Example:
+            database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
+        """
+        retries = Retries(self.name, attempts, timeout, backoff)
+        while True:
+            try:
+                with self.transaction(
+                    isolation_level=isolation_level, read_only=read_only
+                ) as session:
+                    result = work(session)
+                    refuse_coroutine(self.name, result)
+            except Exception as error:
+                pause = retries.pause_after(error)
+                if pause is None:
+                    raise
+            else:
+                return result
+            time.sleep(pause)
+
     def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.
 
@@ -299,6 +352,40 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
         session = self.open(TransactionOptions.checked(isolation_level, read_only))
         async with _finishing(self, session, _commit_and_close):
             yield session
+
+    async def run_in_transaction(
+        self,
+        work: Callable[[AsyncSession], Awaitable[T]],
+        *,
+        attempts: int = 3,
+        isolation_level: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float = 10.0,
+        backoff: float = 0.05,
+    ) -> T:
+        """Do what `Database.run_in_transaction` does, with an `async def`.
+
+        Raises:
+            ValueError: for fewer than one attempt.
+            CommitOutcomeUnknownError: the connection was lost during COMMIT.
+
+        Example:
+            await database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
+        """
+        retries = Retries(self.name, attempts, timeout, backoff)
+        while True:
+            try:
+                async with self.transaction(
+                    isolation_level=isolation_level, read_only=read_only
+                ) as session:
+                    result = await work(session)
+            except Exception as error:
+                pause = retries.pause_after(error)
+                if pause is None:
+                    raise
+            else:
+                return result
+            await asyncio.sleep(pause)
 
     async def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.

@@ -4,6 +4,7 @@
 # of an annotation on an object's `__call__`.
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import threading
@@ -156,8 +157,10 @@ class UnitOfWork:
             self._close_all(call)
 
     def _close_all(self, call: Call) -> None:
-        for member in self._members.values():
-            call(member.session, close)
+        # All of them, also when the deadline of a cancellation cuts one short.
+        with contextlib.ExitStack() as closing:
+            for member in self._members.values():
+                closing.callback(call, member.session, close)
 
     async def _finish(self, work: Callable[[Call], None], *, cancelled: bool = False) -> None:
         members = self._members.values()

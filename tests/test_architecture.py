@@ -16,7 +16,7 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glo
 ORDER = (
     {"exceptions"},
     {"_completion", "_failures", "_options", "_pools"},
-    {"_guards"},
+    {"_guards", "_retries"},
     {"_statements"},
     {"_sessions"},
     {"databases"},

@@ -515,6 +515,15 @@ async def test_what_ends_with_the_session_may_hold_it(dependency: Dependency) ->
     await start(in_the_route(dependency))
 
 
+@pytest.mark.parametrize("maker", OURS.values(), ids=OURS)
+async def test_a_forgotten_call_fails_the_start(maker: Dependency) -> None:
+    """`Depends(get_db)` without the call is refused, and the error shows how to write it."""
+    app = FastAPI()
+    with_route(app, Depends(maker))
+    with pytest.raises(DatabaseDependencyError, match=rf"Depends\({maker.__name__}\(name\)\)"):
+        await start(app)
+
+
 async def test_function_scope_around_ours_is_fine() -> None:
     """`scope="function"` around ours says what is so anyway, and for a handle any scope will do."""
     app = FastAPI()

@@ -343,7 +343,16 @@ def engine(driver: Driver, server: Server, row: Row) -> Engine | AsyncEngine:
     return engine_for(driver, url, pool_size=1, max_overflow=0, pool_timeout=0.1)
 
 
-def failure_of(engine: Engine | AsyncEngine, server: Server, provoke: Provocation) -> Exception:
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """Keep one event loop: aiosqlite's threads have something to say after a failed connect."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+def failure_of(
+    engine: Engine | AsyncEngine, server: Server, provoke: Provocation, runner: asyncio.Runner
+) -> Exception:
     """Provoke it in a transaction of a handle's."""
 
     async def provoke_and_dispose(engine: AsyncEngine) -> None:
@@ -355,7 +364,7 @@ def failure_of(engine: Engine | AsyncEngine, server: Server, provoke: Provocatio
 
     try:
         if isinstance(engine, AsyncEngine):
-            asyncio.run(provoke_and_dispose(engine))
+            runner.run(provoke_and_dispose(engine))
         else:
             with failing.disposing(engine), Database(engine).transaction() as session:
                 provoke(session, server)
@@ -369,10 +378,15 @@ def failure_of(engine: Engine | AsyncEngine, server: Server, provoke: Provocatio
 
 @pytest.mark.parametrize(("row", "driver", "cell"), cells(failures_only=False))
 def test_a_failure_is_described_by_its_code(
-    row: Row, driver: Driver, cell: Cell | None, engine: Engine, server: Server
+    row: Row,
+    driver: Driver,
+    cell: Cell | None,
+    engine: Engine,
+    server: Server,
+    runner: asyncio.Runner,
 ) -> None:
     """Kind, code and names are what the driver states, and nothing else is there."""
-    found = describe_database_error(failure_of(engine, server, row.provoke))
+    found = describe_database_error(failure_of(engine, server, row.provoke, runner))
     if cell is None:
         assert found is None
         return

@@ -47,7 +47,9 @@ Body = Callable[[Session], Any]
 
 
 def handle_of(engine: Any, **options: Any) -> Any:
-    return (AsyncDatabase if isinstance(engine, AsyncEngine) else Database)(engine, **options)
+    if isinstance(engine, AsyncEngine):
+        return AsyncDatabase(engine, **options)
+    return Database(engine, **options)
 
 
 async def dispose(engine: Any) -> None:

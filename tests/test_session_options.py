@@ -247,6 +247,8 @@ def test_a_listener_sets_up_the_transaction(
 
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
+        # The class knows the order of its listeners from its first use.
+        assert served.post("/").json() is None
         with listening(Session, "after_begin", fail, insert=first):
             assert served.post("/").json() == "7"
             rows.add("fails")

@@ -196,18 +196,21 @@ def test_an_untouched_session_connects_to_nothing(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("begun", [False, True], ids=["declared", "begun"])
 async def test_an_untouched_session_costs_neither_task_nor_thread(
-    kind: Kind, make_engine: MakeEngine
+    kind: Kind, make_engine: MakeEngine, begun: bool
 ) -> None:
     """A request that does not use its sessions runs on the event loop, in the request's task."""
     app = make_app(make_engine())
 
     @app.get("/")
     async def endpoint(
-        _db: Annotated[Any, Depends(get_db())],
+        db: Annotated[Any, Depends(get_db())],
         _transaction: Annotated[Any, Depends(transactional())],
         _reader: Annotated[Any, Depends(reader())],
-    ) -> None: ...
+    ) -> None:
+        if begun:
+            getattr(db, "sync_session", db).begin()
 
     loop = asyncio.get_running_loop()
     tasks: list[object] = []

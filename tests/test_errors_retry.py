@@ -1,0 +1,402 @@
+"""`run_in_transaction`: what is repeated, how often, and what never is."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url, select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import AsyncDatabase, Database, describe_database_error, http_errors
+from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
+from tests.conftest import MakeEngine
+from tests.failing import disposing
+from tests.proxy import Fault, Proxy
+from tests.serving import Item, Kind, Rows, items
+
+Work = Callable[[Session], Any]
+
+
+def run(engine: Engine | AsyncEngine, work: Work, **options: Any) -> Any:
+    """Run plain work through the handle of either colour."""
+    if isinstance(engine, Engine):
+        with disposing(engine):
+            return Database(engine).run_in_transaction(work, **options)
+
+    async def with_async_session(session: AsyncSession) -> Any:
+        return await session.run_sync(work)
+
+    async def main() -> Any:
+        try:
+            database = AsyncDatabase(engine)
+            return await database.run_in_transaction(with_async_session, **options)
+        finally:
+            await engine.dispose()
+
+    return asyncio.run(main())
+
+
+def fail_with(sqlstate: str) -> str:
+    """Make a statement that the server answers with this code."""
+    return f"DO $$ BEGIN RAISE SQLSTATE '{sqlstate}'; END $$"
+
+
+class Failing:
+    """Add a row, and fail with a server's code the first so many times."""
+
+    def __init__(self, sqlstate: str, times: int) -> None:
+        self.sqlstate = sqlstate
+        self.times = times
+        self.sessions: list[Session] = []
+
+    def __call__(self, session: Session) -> str:
+        assert not session.in_transaction()
+        self.sessions.append(session)
+        session.add(Item(name="a"))
+        session.flush()
+        if len(self.sessions) <= self.times:
+            session.execute(text(fail_with(self.sqlstate)))
+        return f"after {len(self.sessions)}"
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+def test_work_is_repeated_until_it_succeeds(
+    kind: Kind, engine: Engine, rows: Rows, sqlstate: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each attempt has a fresh session, only the last one's work is stored and returned."""
+    work = Failing(sqlstate, times=2)
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
+        assert run(engine, work) == "after 3"
+    assert rows.names == ["a"]
+    assert len(set(map(id, work.sessions))) == 3
+    assert len(caplog.records) == 2
+
+
+def test_the_last_error_is_kept(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """When no attempt is left the last failure is raised as it is, and nothing is stored."""
+    work = Failing("40001", times=9)
+    with pytest.raises(DBAPIError) as raised:
+        run(engine, work, attempts=4)
+    failure = describe_database_error(raised.value)
+    assert failure is not None
+    assert failure.code == "40001"
+    assert len(work.sessions) == 4
+    assert rows.names == []
+
+
+@pytest.mark.parametrize(
+    "sqlstate", ["23505", "55P03", "57014", "53300", "08007", "40003", "25P02", "P0001", "22012"]
+)
+def test_nothing_else_is_repeated(kind: Kind, engine: Engine, rows: Rows, sqlstate: str) -> None:
+    """A conflict, overload, a bug or an unknown outcome ends it at the first attempt."""
+    work = Failing(sqlstate, times=9)
+    with pytest.raises(DBAPIError):
+        run(engine, work)
+    assert len(work.sessions) == 1
+
+
+def test_an_exhausted_pool_is_not_tried_again(kind: Kind, make_engine: MakeEngine) -> None:
+    """Who waits for a connection in vain makes room, and does not wait again."""
+    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
+    calls = 0
+
+    def work(session: Session) -> None:
+        nonlocal calls
+        calls += 1
+        session.execute(select(items))
+        bind = session.get_bind()
+        assert isinstance(bind, Engine)
+        bind.connect()
+
+    with pytest.raises(PoolTimeoutError):
+        run(engine, work)
+    assert calls == 1
+
+
+def test_a_connection_lost_before_commit_is_replaced(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Nothing can have been stored, so the work runs again on another connection."""
+    calls = 0
+
+    def work(session: Session) -> None:
+        nonlocal calls
+        calls += 1
+        session.add(Item(name="a"))
+        session.flush()
+        if calls == 1:
+            session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    run(engine, work)
+    assert (calls, rows.names) == (2, ["a"])
+
+
+@pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
+def test_an_unknown_outcome_is_never_repeated(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, fault: Fault
+) -> None:
+    """A connection lost during COMMIT may have stored the work: it runs once."""
+    calls = 0
+
+    def work(session: Session) -> None:
+        nonlocal calls
+        calls += 1
+        session.add(Item(name="a"))
+
+    proxy.fault = fault
+    with pytest.raises(CommitOutcomeUnknownError):
+        run(behind_proxy, work)
+    assert calls == 1
+    assert rows.names == (["a"] if fault is Fault.ANSWER_LOST else [])
+
+
+def test_a_cause_that_may_pass_is_enough(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Work that turns its failures into other errors is repeated for what caused them."""
+    work = Failing("40001", times=1)
+
+    def mapping(session: Session) -> str:
+        with http_errors(unique="Taken."):
+            return work(session)
+
+    assert run(engine, mapping) == "after 2"
+
+
+def test_options_apply_to_every_attempt(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """The second attempt has the isolation level and the read-only of the first."""
+    seen: list[tuple[str, str]] = []
+
+    def work(session: Session) -> None:
+        level = session.scalar(text("SHOW transaction_isolation"))
+        seen.append((str(level), str(session.scalar(text("SHOW transaction_read_only")))))
+        if len(seen) == 1:
+            session.execute(text(fail_with("40001")))
+
+    run(engine, work, isolation_level="SERIALIZABLE", read_only=True)
+    assert seen == [("serializable", "on")] * 2
+
+
+def test_pauses_grow_up_to_a_limit_and_jitter(
+    monkeypatch: pytest.MonkeyPatch, postgres: WorkerPostgres, rows: Rows
+) -> None:
+    """A pause is any part of a limit that doubles, and never more than two seconds."""
+    limits: list[float] = []
+    slept: list[float] = []
+
+    def longest(low: float, high: float) -> float:
+        assert low == 0
+        limits.append(high)
+        return high / 100
+
+    monkeypatch.setattr(random, "uniform", longest)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    engine = create_engine(postgres.url("psycopg"))
+    Database(engine).run_in_transaction(Failing("40001", times=5), attempts=6, backoff=0.25)
+    engine.dispose()
+    assert limits == [0.25, 0.5, 1, 2, 2]
+    assert slept == [limit / 100 for limit in limits]
+
+
+def test_no_attempt_is_begun_after_the_deadline(
+    kind: Kind, engine: Engine, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pause that would end too late is not begun either: the failure is raised at once."""
+    monkeypatch.setattr(random, "uniform", lambda _low, high: high)
+    work = Failing("40001", times=9)
+    began = time.monotonic()
+    with pytest.raises(DBAPIError):
+        run(engine, work, attempts=9, timeout=0.3, backoff=0.1)  # pauses: 0.1 and 0.2, in all 0.3
+    assert time.monotonic() - began < 0.3
+    assert len(work.sessions) == 2
+
+
+def test_a_cancelled_pause_ends_the_work(
+    postgres: WorkerPostgres, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cancels the task between two attempts has no second one run."""
+    monkeypatch.setattr(random, "uniform", lambda _low, high: high)
+    work = Failing("40001", times=9)
+
+    async def main() -> None:
+        engine = create_async_engine(postgres.url("psycopg"))
+        database = AsyncDatabase(engine)
+
+        async def with_async_session(session: AsyncSession) -> str:
+            return await session.run_sync(work)
+
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await database.run_in_transaction(with_async_session, attempts=9, backoff=2)
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert len(work.sessions) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"attempts": 0}, ValueError),
+        ({"attempts": -1}, ValueError),
+        ({"attempts": 1.5}, TypeError),
+        ({"timeout": -1}, ValueError),
+        ({"backoff": float("nan")}, ValueError),
+        ({"isolation_level": "SERIALISABLE"}, ValueError),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_before_the_work(
+    kind: Kind, engine: Engine, options: dict[str, Any], error: type[Exception]
+) -> None:
+    """A wrong option is named at the call, and nothing runs."""
+    work = Failing("40001", times=0)
+    with pytest.raises(error, match=str(next(iter(options.values())))):
+        run(engine, work, **options)
+    assert work.sessions == []
+
+
+def test_a_synchronous_handle_refuses_a_coroutine(postgres: WorkerPostgres) -> None:
+    """An `async def` would do nothing and be committed: the error says what to write."""
+    engine = create_engine(postgres.url("psycopg"))
+
+    async def work(session: Session) -> None:
+        raise AssertionError
+
+    with pytest.raises(TypeError, match="AsyncDatabase"):
+        Database(engine).run_in_transaction(work)
+    engine.dispose()
+
+
+# --- real contention ----------------------------------------------------------------------------
+
+WRITERS = 20
+
+
+def take_if_two_are_left(number: int) -> Work:
+    """Make work that is right alone: it leaves one of the items, whoever else takes one."""
+
+    def work(session: Session) -> bool:
+        left = session.scalars(select(Item.name).where(Item.position > 0)).all()
+        if len(left) < 2:
+            return False
+        session.execute(update(items).where(items.c.name == f"item-{number}").values(position=None))
+        return True
+
+    return work
+
+
+def run_all(engine: Engine | AsyncEngine, works: list[Work], **options: Any) -> list[Any]:
+    """Run all at once: tasks on one event loop, or threads."""
+    if isinstance(engine, Engine):
+        database = Database(engine)
+        with disposing(engine), ThreadPoolExecutor(len(works)) as threads:
+            futures = [
+                threads.submit(database.run_in_transaction, work, **options) for work in works
+            ]
+        return [future.result() for future in futures]
+
+    def asynchronous(work: Work) -> Callable[[AsyncSession], Awaitable[Any]]:
+        return lambda session: session.run_sync(work)
+
+    async def main() -> list[Any]:
+        database = AsyncDatabase(engine)
+        running = [database.run_in_transaction(asynchronous(work), **options) for work in works]
+        try:
+            return await asyncio.gather(*running)
+        finally:
+            await engine.dispose()
+
+    return asyncio.run(main())
+
+
+def test_write_skew_ends_right(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twenty that each leave one item behind do leave one, and every one of them succeeds."""
+    for number in range(WRITERS):
+        rows.add(f"item-{number}", number + 1)
+    engine = make_engine(pool_size=WRITERS)
+    works = [take_if_two_are_left(number) for number in range(WRITERS)]
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
+        taken = run_all(
+            engine, works, isolation_level="SERIALIZABLE", attempts=100, timeout=40, backoff=0.02
+        )
+    found = rows.connection.execute("SELECT count(*) FROM item WHERE position > 0").fetchone()
+    assert found == (1,)
+    assert sum(taken) == WRITERS - 1
+    assert [each for each in caplog.records if "repeated" in each.message], "nobody collided"
+
+
+class Crossing:
+    """Change two rows, each of two works in an order of its own, so that they meet in between."""
+
+    def __init__(self, pause: str) -> None:
+        self.pause = text(pause)
+        self.halfway: set[str] = set()
+        self.attempts = 0
+
+    def work(self, first: str, second: str) -> Work:
+        def work(session: Session) -> None:
+            self.attempts += 1
+            session.execute(text(f"UPDATE crossing SET n = n + 1 WHERE name = '{first}'"))
+            self.halfway.add(first)
+            give_up = time.monotonic() + 10
+            while len(self.halfway) < 2:  # by then each has its row, and waits for the other's
+                assert time.monotonic() < give_up
+                session.execute(self.pause)
+            session.execute(text(f"UPDATE crossing SET n = n + 1 WHERE name = '{second}'"))
+
+        return work
+
+    def works(self) -> list[Work]:
+        return [self.work("a", "b"), self.work("b", "a")]
+
+
+CROSSING = (
+    "DROP TABLE IF EXISTS crossing",
+    "CREATE TABLE crossing (name varchar(9) PRIMARY KEY, n int)",
+    "INSERT INTO crossing VALUES ('a', 0), ('b', 0)",
+)
+
+
+def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: Engine) -> None:
+    with outside.begin() as connection:
+        for statement in CROSSING:
+            connection.execute(text(statement))
+    run_all(engine, crossing.works())
+    assert crossing.attempts == 3
+    with outside.connect() as connection:
+        assert connection.execute(text("SELECT n FROM crossing")).scalars().all() == [2, 2]
+    outside.dispose()
+
+
+def test_a_deadlock_ends_right(
+    kind: Kind, make_engine: MakeEngine, postgres: WorkerPostgres
+) -> None:
+    """Two that lock the same rows the other way round both succeed, one at its second attempt."""
+    outside = create_engine(postgres.url("psycopg"))
+    check_crossing(make_engine(), Crossing("SELECT pg_sleep(0.01)"), outside)
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_a_deadlock_on_mariadb_ends_right(mariadb: str, driver: str) -> None:
+    """The same on MariaDB, whose code is another."""
+    admin = make_url(mariadb).set(drivername="mysql+pymysql")
+    server = create_engine(admin)
+    with server.begin() as connection:
+        connection.execute(text(f"CREATE OR REPLACE DATABASE sqlnative_crossing_{driver}"))
+    server.dispose()
+    url = admin.set(database=f"sqlnative_crossing_{driver}")
+    crossing = Crossing("DO SLEEP(0.01)")
+    create = create_async_engine if driver == "asyncmy" else create_engine
+    engine = create(url.set(drivername=f"mysql+{driver}"))
+    check_crossing(engine, crossing, create_engine(url))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from fastapi import routing
@@ -41,7 +42,7 @@ def mounted_applications(app: Starlette) -> list[Starlette]:
 
 def check_routes(
     app: Starlette, registry: Registry, router: int
-) -> dict[object, Collection[AnyDatabase]]:
+) -> dict[object, Counter[AnyDatabase]]:
     """Refuse routes that depend on a database in a way that cannot work.
 
     An overridden dependency is the application's business, and is not looked into.
@@ -53,7 +54,7 @@ def check_routes(
         DatabaseNotInstalledError: a name that is not installed.
         DatabaseDependencyError: a scope or an annotation that cannot work.
     """
-    several: dict[object, Collection[AnyDatabase]] = {}
+    several: dict[object, Counter[AnyDatabase]] = {}
     for route in _routes(app.routes):
         dependant = getattr(route, "dependant", None)
         if dependant is not None:
@@ -61,7 +62,9 @@ def check_routes(
             check = _Check(route.path, registry, router, overrides)
             check.visit(dependant)
             if len(check.sessions) > 1:
-                several[dependant.call] = [database for database, _ in check.sessions]
+                # One function may serve several routes: what any of them opens counts.
+                opened = Counter(database for database, _ in check.sessions)
+                several[dependant.call] = several.get(dependant.call, Counter()) | opened
     return several
 
 

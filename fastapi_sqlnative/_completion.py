@@ -56,17 +56,4 @@ async def _outlast_cancellation(
                 await asyncio.wait({task}, timeout=remaining)
             if abandon is not None and not task.done() and clock() >= deadline:
                 abandon(task)
-                abandon = None
-
-
-def abandoning(names: str, timeout: float) -> Callable[[asyncio.Task[None]], None]:
-    def abandon(task: asyncio.Task[None]) -> None:
-        logger.error(
-            "Database %s did not finish within %s s of a cancellation: the connection is "
-            "discarded, and whether a COMMIT took effect is unknown.",
-            names,
-            timeout,
-        )
-        task.cancel()  # SQLAlchemy invalidates a connection that is cancelled in mid-flight
-
-    return abandon
+                deadline = clock() + timeout  # what it does then may hang as well

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import anyio
 import anyio.to_thread
@@ -29,7 +29,7 @@ class Gate:
         several: what the endpoints with more than one session open, known from their routes.
     """
 
-    def __init__(self, several: Mapping[object, Collection[AnyDatabase]]) -> None:
+    def __init__(self, several: Mapping[object, Counter[AnyDatabase]]) -> None:
         self._several = several
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
@@ -58,6 +58,19 @@ class Gate:
             return
         timeout = pool_timeout(database.pool)
         try:
+            limiter.acquire_on_behalf_of_nowait(request)
+        except anyio.WouldBlock:
+            await self._wait(request, limiter, database, timeout)
+        self._places[request] = [*places, limiter]
+
+    async def _wait(
+        self,
+        request: object,
+        limiter: anyio.CapacityLimiter,
+        database: AnyDatabase,
+        timeout: float,
+    ) -> None:
+        try:
             with anyio.fail_after(timeout):
                 await limiter.acquire_on_behalf_of(request)
         except TimeoutError:
@@ -66,7 +79,6 @@ class Gate:
                 f"work with such sessions, and none ended within {timeout:g} s.",
                 code="3o7r",
             ) from None
-        self._places[request] = [*places, limiter]
 
     @functools.cached_property
     def _threads(self) -> anyio.CapacityLimiter:
@@ -78,7 +90,7 @@ class Gate:
     def _connections(self) -> anyio.CapacityLimiter:
         sessions: Counter[Pool] = Counter()
         for databases in self._several.values():
-            sessions |= Counter(database.pool for database in databases)
+            sessions |= Counter(database.pool for database in databases.elements())
         capacities = {pool: pool_capacity(pool) for pool in sessions}
         limits: list[float] = [math.inf]
         # What one request can hold of each pool at most, when all wait for one more.

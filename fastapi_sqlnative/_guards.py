@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 
 from ._options import NO_OPTIONS, TransactionOptions, engine_with
@@ -20,6 +21,7 @@ from .exceptions import (
     ReadOnlySessionError,
     SessionFinishedError,
     TransactionAbortedError,
+    UncommittedChangesError,
 )
 
 
@@ -31,32 +33,42 @@ class EngineGuard:
     the sessions that have a connection.
 
     Args:
-        listen: called once for every engine that sessions run on.
+        name: the database's.
+        root: its engine. A session class of the application's may choose others.
+        listen: called once for every dialect that sessions run on.
     """
 
-    def __init__(self, name: str, listen: Callable[[Engine], None]) -> None:
+    def __init__(self, name: str, root: Engine, listen: Callable[[Engine], None]) -> None:
         self.name = name
         self.stopped = False
         self.busy: set[SessionGuard] = set()
+        self._root = root
         self._listen = listen
         self._lock = threading.Lock()
-        self._known: set[Engine] = set()
-        self._engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
+        self._heard: set[Dialect] = set()
+        self._with_options: dict[TransactionOptions, Engine] = {}
 
-    def engine(self, engine: Engine, options: TransactionOptions) -> Engine:
-        """Return the engine itself, or one that shares its pool and sets the options."""
-        if engine not in self._known:
+    def engine(self, engine: Engine, session: SessionGuard) -> Engine:
+        """Return the engine itself, or one that shares its pool and sets the session's options.
+
+        A session sees one engine for one engine, or it would open a second connection.
+        """
+        if engine.dialect not in self._heard:
             with self._lock:
                 self._listen(engine)
-                self._known.add(engine)
-        if options is NO_OPTIONS:
+                self._heard.add(engine.dialect)
+        if session.options is NO_OPTIONS:
             return engine
-        # A session must see one engine, or it would open a second connection; sync sessions
-        # ask from several threads.
-        with self._lock:
-            found = self._engines.get((engine, options))
+        if engine is not self._root:
+            # It may have been made for this request alone: remembered no longer than that.
+            found = session.engines_with_options.get(engine)
             if found is None:
-                found = self._engines[engine, options] = engine_with(engine, options)
+                found = session.engines_with_options[engine] = engine_with(engine, session.options)
+            return found
+        with self._lock:
+            found = self._with_options.get(session.options)
+            if found is None:
+                found = self._with_options[session.options] = engine_with(engine, session.options)
         return found
 
 
@@ -72,7 +84,9 @@ class SessionGuard:
     __slots__ = (
         "asked",
         "committing",
+        "discarded",
         "engines",
+        "engines_with_options",
         "finished",
         "loop_thread",
         "options",
@@ -86,6 +100,8 @@ class SessionGuard:
         self.options = options
         self.loop_thread = loop_thread
         self.finished = False
+        self.discarded = False  # the application closed it over changes that were not committed
+        self.engines_with_options: dict[Engine, Engine] = {}
         self.asked = False  # for an engine: the transaction has a connection, or waits for one
         self.committing = False
         self.transactions: dict[Connection, Transaction] = {}
@@ -128,6 +144,19 @@ class SessionGuard:
             transaction.written or transaction.opaque for transaction in self.transactions.values()
         )
 
+    def check_discarded(self) -> None:
+        """Refuse a success when a close() has thrown away what was to be stored.
+
+        Raises:
+            UncommittedChangesError: it was neither commit() nor rollback() that ended it.
+        """
+        if self.discarded:
+            raise UncommittedChangesError(
+                f"The session of database {self.engines.name!r} was closed over changes that had "
+                "not been committed, and they are lost. Leave closing it to whoever opened it: no "
+                "`with session`, no close(). To give changes up call rollback()."
+            )
+
     def check_unfinished(self) -> None:
         """Refuse a session whose time is over."""
         if self.finished:
@@ -168,8 +197,8 @@ class SessionGuard:
         Raises:
             TransactionAbortedError: an error inside the transaction was swallowed.
         """
-        for transaction in self.transactions.values():
-            if transaction.aborted is not None:
+        for connection, transaction in self.transactions.items():
+            if transaction.aborted is not None or _is_in_error(connection):
                 raise TransactionAbortedError(
                     f"The transaction on database {self.engines.name!r} cannot be committed: an "
                     "error inside it was caught and ignored, and the server has given the "
@@ -189,13 +218,32 @@ class SessionGuard:
 class Transaction:
     """Remember what happened on one connection since its transaction began."""
 
-    __slots__ = ("aborted", "cursors", "opaque", "savepoints", "session", "suspected", "written")
+    __slots__ = (
+        "aborted",
+        "aborted_before",
+        "cursors",
+        "opaque",
+        "savepoints",
+        "session",
+        "statement",
+        "written",
+    )
 
     def __init__(self, session: SessionGuard) -> None:
-        self.cursors: list[DBAPICursor] = []  # of streams, which fetch over the connection
         self.session = session
         self.written = False
         self.opaque = False
+        self.statement: ExecutionContext | None = None  # the last one that was sent
         self.aborted: BaseException | None = None
-        self.suspected: BaseException | None = None  # what `aborted` was before this statement
+        self.aborted_before: BaseException | None = None  # when that statement was sent
         self.savepoints: dict[str, bool] = {}  # what `written` was when each began
+        self.cursors: list[DBAPICursor] = []  # of streams, which fetch over the connection
+
+
+def _is_in_error(connection: Connection) -> bool:
+    """Ask the driver, which knows of errors on its own connection too; asyncpg cannot tell."""
+    if connection.closed or connection.invalidated:
+        return False
+    info = getattr(connection.connection.driver_connection, "info", None)
+    # libpq's PQTRANS_INERROR, the same number in psycopg and psycopg2.
+    return getattr(info, "transaction_status", None) == 3

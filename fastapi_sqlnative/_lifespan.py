@@ -7,7 +7,8 @@ import inspect
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -149,7 +150,7 @@ def _shown(value: object) -> str:
 
 
 def _check_seconds(argument: str, name: str, seconds: object) -> None:
-    if not isinstance(seconds, int | float):
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
         raise TypeError(
             f"{argument} of database {name!r} must be a number of seconds, not "
             f"{type(seconds).__name__}."
@@ -261,7 +262,7 @@ def _check_loop(installation: Installation, loop: asyncio.AbstractEventLoop) -> 
 async def _check(
     applications: Sequence[Starlette], registries: Sequence[Registry], router: int
 ) -> None:
-    several: dict[object, Collection[AnyDatabase]] = {}
+    several: dict[object, Counter[AnyDatabase]] = {}
     for app, registry in zip(applications, registries, strict=True):
         several |= check_routes(app, registry, router)
     installations = [each for one in registries for each in one.installations.values()]

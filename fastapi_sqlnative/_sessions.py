@@ -28,7 +28,7 @@ class GuardedSession(Session):
         self.sqlnative.asked = True
         bind = super().get_bind(*args, **arguments)
         if isinstance(bind, Engine):
-            return self.sqlnative.engines.engine(bind, self.sqlnative.options)
+            return self.sqlnative.engines.engine(bind, self.sqlnative)
         return bind
 
     # What a background task calls first, without asking for an engine: SQLAlchemy would refuse a
@@ -59,15 +59,34 @@ class GuardedSession(Session):
         self.sqlnative.check_unfinished()
         super().refresh(instance, *args, **options)
 
+    def merge(self, instance: Any, **options: Any) -> Any:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        return super().merge(instance, **options)
+
     def rollback(self) -> None:
         """Refuse to wait for a ROLLBACK on the event loop's thread."""
         self.sqlnative.prepare_end()
         super().rollback()
 
+    # They roll back too, and nobody who writes `with session:` means that.
+
     def close(self) -> None:
-        """Refuse to wait for a ROLLBACK on the event loop's thread."""
+        """Note what is thrown away; refuse to wait on the event loop's thread."""
+        self._note_discarded()
         self.sqlnative.prepare_end()
         super().close()
+
+    def reset(self) -> None:
+        """Note what is thrown away; refuse to wait on the event loop's thread."""
+        self._note_discarded()
+        self.sqlnative.prepare_end()
+        super().reset()
+
+    def _note_discarded(self) -> None:
+        guard = self.sqlnative
+        if not guard.finished and (guard.has_written or has_pending_changes(self)):
+            guard.discarded = True
 
 
 def guard_of(session: Session) -> SessionGuard:
@@ -109,6 +128,8 @@ def _remember_connection(
 def _before_commit(session: GuardedSession) -> None:
     # RELEASE SAVEPOINT of an aborted transaction fails by itself, COMMIT does not.
     if not session.in_nested_transaction():
+        # First what commit() would flush after this, with listeners that may swallow an error.
+        session.flush()
         session.sqlnative.check_committable()
         session.sqlnative.prepare_end()
         session.sqlnative.committing = True

@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.sql.expression import RollbackToSavepointClause, SavepointClause
 
 from ._guards import SessionGuard, Transaction
@@ -19,6 +19,8 @@ from .exceptions import CommitOutcomeUnknownError, SessionFinishedError
 _TRANSACTION: Final = "fastapi_sqlnative_transaction"
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
+# Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
+_TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 
 
 def listen(engine: Engine) -> None:
@@ -27,11 +29,12 @@ def listen(engine: Engine) -> None:
     These events belong to the dialect, and so to all of the application's engine; events of the
     engine itself would cost each connection far more.
     """
-    if not event.contains(engine, "handle_error", _on_error):
-        event.listen(engine, "do_execute", _on_statement)
-        event.listen(engine, "do_executemany", _on_statement)
-        event.listen(engine, "do_execute_no_params", _on_statement_without_parameters)
-        event.listen(engine, "handle_error", _on_error)
+    # SQLAlchemy keeps one listener of a kind for a dialect, however often it is asked. It keeps
+    # them by the address of the object given, and an engine's address may be another's before.
+    event.listen(engine.dialect, "do_execute", _on_statement)
+    event.listen(engine.dialect, "do_executemany", _on_statement)
+    event.listen(engine.dialect, "do_execute_no_params", _on_statement_without_parameters)
+    event.listen(engine.dialect, "handle_error", _on_error)
 
 
 def mark(connection: Connection, session: SessionGuard) -> None:
@@ -60,9 +63,10 @@ def _on_statement(
     if transaction is None:
         return
     transaction.session.check_thread()
-    # An aborted transaction answers nothing but errors, each of which says so again. When the
-    # statement succeeds, the application has rolled back to a savepoint.
-    transaction.suspected, transaction.aborted = transaction.aborted, None
+    # An aborted transaction answers nothing but errors. If this statement is none, the
+    # application has rolled back to a savepoint; if it fails, `_on_error` restores the mark.
+    transaction.statement = context
+    transaction.aborted_before, transaction.aborted = transaction.aborted, None
     if context.execution_options.get("stream_results"):
         transaction.cursors.append(cursor)
     compiled = context.compiled
@@ -104,14 +108,15 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if transaction is None:
         return None
     committing, transaction.session.committing = transaction.session.committing, False
-    if context.statement is not None:
-        transaction.aborted = transaction.suspected
     if context.statement is not None or context.execution_context is not None:
         return _on_failed_statement(transaction, context, error)
-    if not committing or not _loses_outcome(context, error):
+    lost = committing and _loses_outcome(context, error)
+    if lost or (context.dialect.name == "postgresql" and not _server_says(context, error)):
+        # COMMIT or ROLLBACK did not get through, or was not even sent: SQLAlchemy would keep a
+        # connection that may still be in its transaction.
+        context.is_disconnect = True
+    if not lost:
         return None
-    # A raw OSError is no error of the driver's, so SQLAlchemy would keep the connection.
-    context.is_disconnect = True
     return CommitOutcomeUnknownError(
         f"The connection to database {transaction.session.engines.name!r} was lost during COMMIT: "
         "what was written may or may not be stored. Look before you repeat it."
@@ -124,6 +129,9 @@ def _on_failed_statement(
     # Without the statement it is a fetch: a stream may fail long after it has begun.
     if context.statement is None and transaction.session.finished:
         return transaction.session.finished_error()
+    if context.execution_context is transaction.statement:
+        # It was sent, and has failed: what the transaction was before it, it still is.
+        transaction.aborted = transaction.aborted_before
     if context.is_disconnect or _server_aborts(context, error):
         transaction.aborted = transaction.aborted or error
     return None
@@ -140,9 +148,15 @@ def _loses_outcome(context: ExceptionContext, error: BaseException) -> bool:
 
 
 def _server_aborts(context: ExceptionContext, error: BaseException) -> bool:
-    """Tell a failure that the server reported from one that the driver made by itself."""
     if context.dialect.name != "postgresql" or _autocommits(context.connection):
         return False
+    return _server_says(context, error)
+
+
+def _server_says(context: ExceptionContext, error: BaseException) -> bool:
+    """Tell a failure that the server reported from one that the driver made by itself."""
+    if context.dialect.driver not in _TELLING:
+        return isinstance(context.sqlalchemy_exception, DBAPIError)  # to be safe
     # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
     tellers = getattr(error, "diag", None), error.__cause__, error
     return any(getattr(teller, "severity", None) is not None for teller in tellers)

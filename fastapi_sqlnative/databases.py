@@ -15,11 +15,10 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 from sqlalchemy import Engine, Pool, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from ._completion import abandoning, to_completion
+from ._completion import to_completion
 from ._guards import EngineGuard, SessionGuard
 from ._options import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._pools import PoolStatus, ask_pool, max_overflow
@@ -62,17 +61,23 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         self.engine: EngineT = engine
         self.shutdown_timeout = shutdown_timeout
         self._refusal: str | None = None
-        self._guard = EngineGuard(name, listen)
+        self._guard = EngineGuard(name, self._pool_engine, listen)
         options = {"expire_on_commit": False, "close_resets_only": False} | dict(
             session_options or {}
         )
         self._session_class = self._check_session_class(options.pop("class_", self.session_type))
         self._session_options = self._guarded(options)
-        # Mistakes in the options show now, not in the first request.
-        close(sync_session(self.open()))
+        self._check_options()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self.engine!r}>"
+
+    def _check_options(self) -> None:
+        """Open a session: mistakes in its options show now, not in the first request."""
+        try:
+            close(sync_session(self.open()))
+        except TypeError as error:
+            raise TypeError(f"session_options of database {self.name!r}: {error}") from error
 
     def open(
         self, options: TransactionOptions = NO_OPTIONS, *, loop_thread: int | None = None
@@ -210,8 +215,7 @@ class Database(_Database[Engine, Session]):
         session = self.open(TransactionOptions.checked(isolation_level, read_only))
         try:
             yield session
-            if is_busy(session):
-                session.commit()
+            commit(session)
         finally:
             close(session)
 
@@ -352,6 +356,7 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
         session = self.open(TransactionOptions.checked(isolation_level, read_only))
         async with _finishing(self, session, _commit_and_close):
             yield session
+            guard_of(session.sync_session).check_discarded()
 
     async def run_in_transaction(
         self,
@@ -443,6 +448,13 @@ def is_busy(session: Session) -> bool:
     return session.in_transaction() and (guard_of(session).asked or has_pending_changes(session))
 
 
+def commit(session: Session) -> None:
+    """Commit, where there is something to commit or to refuse."""
+    guard_of(session).check_discarded()
+    if is_busy(session):
+        session.commit()
+
+
 def close(session: Session) -> None:
     """Roll back what is not committed, give the connection back, refuse further use.
 
@@ -458,14 +470,16 @@ def close(session: Session) -> None:
             session.invalidate()  # no pool waits for the connection any more, to close it
         else:
             session.close()
-    except (SQLAlchemyError, OSError):
+    except BaseException as error:
+        guard.discard_connections()
+        if not isinstance(error, Exception):
+            raise  # the deadline of a cancellation
         logger.warning(
             "A session of database %r could not give its connection back, which is discarded: "
             "it was lost, or a task that the request left behind is still using it.",
             guard.engines.name,
             exc_info=True,
         )
-        guard.discard_connections()
 
 
 async def run_together(
@@ -495,27 +509,57 @@ async def run_together(
             close(session)
         return
     asynchronous = [session for session in sessions if isinstance(session, AsyncSession)]
+    bridge = _Bridge()
     if len(asynchronous) == len(sessions):
         running = asynchronous[0].run_sync(lambda _: work(_directly))
     else:
-        call = _across_threads if asynchronous else _directly
+        call = bridge.call if asynchronous else _directly
         # A limiter of its own: the default one may be full of threads that wait for a
         # connection, which this work is about to give back.
         running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
-    names = ", ".join(repr(guard_of(session).engines.name) for session in inner)
-    abandon = abandoning(names, timeout) if len(asynchronous) == len(sessions) else None
-    await to_completion(running, timeout=timeout, cancelled=cancelled, abandon=abandon)
+
+    def abandon(task: asyncio.Task[None]) -> None:
+        logger.error(
+            "Database %s did not finish within %s s of a cancellation: the connection is "
+            "discarded, and whether a COMMIT took effect is unknown.",
+            ", ".join(repr(guard_of(session).engines.name) for session in inner),
+            timeout,
+        )
+        # SQLAlchemy invalidates a connection that is cancelled in mid-flight.
+        bridge.cancel() if len(asynchronous) < len(sessions) else task.cancel()
+
+    await to_completion(
+        running, timeout=timeout, cancelled=cancelled, abandon=abandon if asynchronous else None
+    )
 
 
 def _directly(session: AnySession, operation: Callable[[Session], None]) -> None:
     operation(sync_session(session))
 
 
-def _across_threads(session: AnySession, operation: Callable[[Session], None]) -> None:
-    if isinstance(session, AsyncSession):
-        anyio.from_thread.run(session.run_sync, operation)
-    else:
-        operation(session)
+class _Bridge:
+    """Touch sessions of both kinds from one thread, the asynchronous ones on the event loop."""
+
+    def __init__(self) -> None:
+        self._crossing: asyncio.Task[Any] | None = None
+
+    def call(self, session: AnySession, operation: Callable[[Session], None]) -> None:
+        if isinstance(session, AsyncSession):
+            anyio.from_thread.run(self._cross, session, operation)
+        else:
+            operation(session)
+
+    def cancel(self) -> None:
+        """Give up what runs on the event loop now; the thread goes on with the rest."""
+        if self._crossing is not None:
+            self._crossing.cancel()
+
+    async def _cross(self, session: AsyncSession, operation: Callable[[Session], None]) -> None:
+        self._crossing = asyncio.current_task()
+        try:
+            await session.run_sync(operation)
+        finally:
+            self._crossing = None
 
 
 @asynccontextmanager
@@ -540,8 +584,7 @@ async def _finishing(
 
 def _commit_and_close(session: Session) -> None:
     try:
-        if is_busy(session):
-            session.commit()
+        commit(session)
     finally:
         close(session)
 

@@ -19,7 +19,16 @@ from sqlalchemy.orm import Session
 from ._options import AUTOCOMMIT, NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._registry import registry_for
 from ._sessions import guard_of, has_pending_changes
-from .databases import AnyDatabase, AnySession, Call, close, is_busy, run_together, sync_session
+from .databases import (
+    AnyDatabase,
+    AnySession,
+    Call,
+    close,
+    commit,
+    is_busy,
+    run_together,
+    sync_session,
+)
 from .exceptions import (
     PartialCommitError,
     ReadOnlySessionError,
@@ -105,6 +114,7 @@ class UnitOfWork:
             ReadOnlySessionError: through `reader`.
         """
         for member in self._members.values():
+            guard_of(member.inner).check_discarded()
             if not is_busy(member.inner):
                 continue
             guard, name = guard_of(member.inner), member.database.name
@@ -207,8 +217,7 @@ def _prepare(session: Session) -> None:
 
 def _commit(call: Call, member: _Member, committed: list[str]) -> None:
     try:
-        if is_busy(member.inner):
-            call(member.session, Session.commit)
+        call(member.session, commit)
     except Exception as error:
         if committed:
             raise PartialCommitError(tuple(committed), member.database.name) from error

@@ -96,7 +96,7 @@ def http_errors(
     metadata: MetaData | None = ...,
     constraints: Mapping[str, str | ErrorRule] | None = ...,
     **kinds: Unpack[ErrorRules],
-) -> AbstractContextManager[None]: ...
+) -> AbstractContextManager[None, None]: ...
 @overload
 def http_errors(
     session: Session,
@@ -105,7 +105,7 @@ def http_errors(
     metadata: MetaData | None = ...,
     constraints: Mapping[str, str | ErrorRule] | None = ...,
     **kinds: Unpack[ErrorRules],
-) -> AbstractContextManager[None]: ...
+) -> AbstractContextManager[None, None]: ...
 @overload
 def http_errors(
     session: AsyncSession,
@@ -114,7 +114,7 @@ def http_errors(
     metadata: MetaData | None = ...,
     constraints: Mapping[str, str | ErrorRule] | None = ...,
     **kinds: Unpack[ErrorRules],
-) -> AbstractAsyncContextManager[None]: ...
+) -> AbstractAsyncContextManager[None, None]: ...
 def http_errors(
     session: Session | AsyncSession | None = None,
     /,
@@ -122,7 +122,7 @@ def http_errors(
     metadata: MetaData | None = None,
     constraints: Mapping[str, str | ErrorRule] | None = None,
     **kinds: Unpack[ErrorRules],
-) -> AbstractContextManager[None] | AbstractAsyncContextManager[None]:
+) -> AbstractContextManager[None, None] | AbstractAsyncContextManager[None, None]:
     """Map the database failures of a block, as `map_database_error` does.
 
     With a session the block is a savepoint, which is flushed at the block's end: an `add()`
@@ -140,10 +140,12 @@ def http_errors(
     mapping = ErrorMapping(kinds, constraints, metadata)
     if session is None:
         return mapping
+    # The second None says that no error ends here, so that a block may end with a `return`.
     if isinstance(session, AsyncSession):
-        return _async_savepoint(session, mapping)
+        block = _async_savepoint(session, mapping)
+        return cast("AbstractAsyncContextManager[None, None]", block)
     if isinstance(cast("object", session), Session):
-        return _savepoint(session, mapping)
+        return cast("AbstractContextManager[None, None]", _savepoint(session, mapping))
     raise TypeError(f"http_errors takes a Session or an AsyncSession, not {session!r}.")
 
 

@@ -554,9 +554,43 @@ def test_a_session_closed_by_the_application_is_no_failure(
         with session:
             session.add(Item(name="kept"))
             session.commit()
-            session.add(Item(name="dropped by close"))
 
     route(app, kind, "/", dependency, body)
     with serve(app) as served:
         assert served.post("/").status_code == 201
     assert rows.names == ["kept"]
+
+
+def close_over_pending(session: Session) -> None:
+    with session:
+        session.add(Item(name="lost"))
+
+
+def close_over_flushed(session: Session) -> None:
+    session.add(Item(name="lost"))
+    session.flush()
+    session.close()
+
+
+def reset_over_flushed(session: Session) -> None:
+    session.add(Item(name="lost"))
+    session.flush()
+    session.reset()
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+@pytest.mark.parametrize("body", [close_over_pending, close_over_flushed, reset_over_flushed])
+def test_a_session_closed_over_changes_is_no_success(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    dependency: Callable[..., Any],
+    body: Callable[[Session], None],
+) -> None:
+    """`with session`, close() and reset() throw changes away, which nobody means: no 2xx."""
+    app = make_app(engine)
+    route(app, kind, "/", dependency, body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 409
+    assert rows.names == []
+    assert rows.backends("idle in transaction%") == 0

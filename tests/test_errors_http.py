@@ -1,0 +1,496 @@
+"""`http_errors` around a block, `install_error_handlers` around an application, and OpenAPI."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from fastapi import Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.responses import JSONResponse
+from openapi_spec_validator import validate
+from sqlalchemy import Engine, insert, select, text
+from sqlalchemy.exc import IntegrityError, NoResultFound
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
+
+from fastapi_sqlnative import (
+    DatabaseErrorKind,
+    ErrorRule,
+    error_responses,
+    get_db,
+    http_errors,
+    install_database,
+    install_error_handlers,
+    map_database_error,
+    transactional,
+)
+from fastapi_sqlnative._rules import ErrorRules
+from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
+from tests.conftest import MakeEngine
+from tests.proxy import Fault, Proxy
+from tests.serving import KINDS, Item, Kind, Rows, items, route
+
+UNIQUE_NAME = "item_name_key"
+Body = Callable[[Session], Any]
+
+
+def make_app(engine: Engine | AsyncEngine, **handlers: Any) -> FastAPI:
+    """Build an application with one database, and error handlers unless it is `handlers=None`."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    if handlers.pop("handlers", True):
+        install_error_handlers(app, **handlers)
+    return app
+
+
+def call(app: FastAPI, kind: Kind, body: Body, dependency: Any = None) -> Any:
+    """Run a body in a route of its own."""
+    route(app, kind, "/", dependency or transactional(), body)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        return client.post("/")
+
+
+def add(name: str, position: int | None = None) -> Body:
+    def body(session: Session) -> None:
+        session.add(Item(name=name, position=position))
+
+    return body
+
+
+def add_and_flush(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.flush()
+
+
+# --- http_errors --------------------------------------------------------------------------------
+
+
+def test_a_block_answers_in_the_applications_words(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """What fails inside is an HTTPException with the block's message; the failure is its cause."""
+    rows.add("a")
+    causes: list[BaseException | None] = []
+
+    def body(session: Session) -> None:
+        try:
+            with http_errors(unique="Taken."):
+                add_and_flush(session)
+        except HTTPException as error:
+            causes.append(error.__cause__)
+            raise
+
+    response = call(make_app(engine, handlers=False), kind, body)
+    assert (response.status_code, response.json()) == (409, {"detail": "Taken."})
+    assert isinstance(causes[0], IntegrityError)
+
+
+def test_a_block_lets_everything_else_through(kind: Kind, engine: Engine) -> None:
+    """An error that is no failure leaves the block as the object it was."""
+    mistake = LookupError()
+
+    def body(_session: Session) -> None:
+        with pytest.raises(LookupError) as raised, http_errors(unique="Taken."):
+            raise mistake
+        assert raised.value is mistake
+        assert mistake.__context__ is None
+        raise mistake
+
+    app = make_app(engine, handlers=False)
+    app.add_exception_handler(LookupError, lambda *_: JSONResponse(None, 418))
+    assert call(app, kind, body).status_code == 418
+
+
+def test_a_block_can_stand_where_it_is_imported() -> None:
+    """Without a session it keeps no state: one object serves any number of blocks at once."""
+    block = http_errors(unique="Taken.")
+    with block, block:
+        pass
+    with pytest.raises(ValueError, match="inner"), block, block:
+        raise ValueError("inner")
+
+
+def in_a_savepoint(session: Session, work: Body, **rules: Any) -> None:
+    with http_errors(session, **rules):
+        work(session)
+
+
+def test_an_addition_fails_at_the_end_of_its_block(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Nobody has to flush: what a block has added fails there, and not at COMMIT."""
+    rows.add("a")
+    reached: list[str] = []
+
+    def body(session: Session) -> None:
+        in_a_savepoint(session, add("a"), unique="Taken.")
+        reached.append("the line after it")
+
+    response = call(make_app(engine, handlers=False), kind, body)
+    assert (response.status_code, response.json()) == (409, {"detail": "Taken."})
+    assert reached == []
+
+
+@pytest.mark.parametrize("failing", [add("a"), add_and_flush], ids=["at-the-end", "inside"])
+def test_a_transaction_goes_on_after_a_block_that_failed(
+    kind: Kind, engine: Engine, rows: Rows, failing: Body
+) -> None:
+    """The savepoint takes back what the block did, and the rest of the request is stored."""
+    rows.add("a")
+
+    def body(session: Session) -> None:
+        session.add(Item(name="before"))
+        with pytest.raises(HTTPException):
+            in_a_savepoint(session, failing, unique="Taken.")
+        in_a_savepoint(session, add("in another block"))
+        session.add(Item(name="behind"))
+
+    assert call(make_app(engine, handlers=False), kind, body).status_code == 201
+    assert rows.names == ["a", "before", "behind", "in another block"]
+
+
+def test_a_block_is_not_blamed_for_what_was_added_before(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """What waits for a flush when the block begins fails with the default words."""
+    rows.add("a")
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        in_a_savepoint(session, add("b"), unique="The name b is taken.")
+
+    response = call(make_app(engine, handlers=False), kind, body)
+    assert (response.status_code, response.json()["detail"]) == (
+        409,
+        "This conflicts with something that exists.",
+    )
+
+
+def of(colour: bool) -> pytest.MarkDecorator:
+    kinds = [kind for kind in KINDS if kind.asynchronous == colour]
+    return pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.id)
+
+
+@of(True)
+def test_a_block_of_an_async_session_is_async(kind: Kind, engine: AsyncEngine, rows: Rows) -> None:
+    """`async with` flushes, maps and goes on, as `with` does for a Session."""
+    rows.add("a")
+    app = make_app(engine, handlers=False)
+
+    @app.post("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> str:
+        with pytest.raises(HTTPException, match="Taken"):
+            async with http_errors(session, unique="Taken."):
+                session.add(Item(name="a"))
+        async with http_errors(session):
+            session.add(Item(name="b"))
+        return "done"
+
+    with TestClient(app) as client:
+        assert client.post("/").json() == "done"
+    assert rows.names == ["a", "b"]
+
+
+@of(True)
+def test_a_block_of_the_other_colour_is_refused(kind: Kind, engine: AsyncEngine) -> None:
+    """Neither `with` an AsyncSession nor `async with` a Session nor anything else begins."""
+    session = AsyncSession(engine)
+    with pytest.raises(TypeError, match="context manager"), http_errors(session):  # type: ignore[attr-defined] # what is tested
+        pass
+    not_a_session: Any = engine
+    with pytest.raises(TypeError, match="Session or an AsyncSession"):
+        http_errors(not_a_session)
+
+
+# --- app-wide -----------------------------------------------------------------------------------
+
+
+def test_a_failed_commit_is_answered(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A constraint that waits for COMMIT is answered as if it had failed at once."""
+    rows.add("a", position=1)
+    response = call(make_app(engine), kind, add("b", position=1))
+    assert response.status_code == 409
+    assert rows.names == ["a"]
+
+
+def test_a_forgotten_commit_is_a_500(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Our own errors are answered and logged too; what to do about it is for the log alone."""
+    response = call(make_app(engine), kind, add("b"), get_db())
+    assert (response.status_code, "get_db" in response.text) == (500, False)
+    assert "get_db" in caplog.text
+
+
+def test_a_swallowed_failure_is_a_500_and_no_conflict(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """The nearest error counts: not the conflict that the application has ignored."""
+    rows.add("a")
+
+    def body(session: Session) -> None:
+        with contextlib.suppress(IntegrityError):
+            session.execute(insert(items).values(name="a"))
+
+    assert call(make_app(engine), kind, body).status_code == 500
+
+
+@pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
+def test_an_unknown_outcome_tells_nobody_to_repeat(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, fault: Fault
+) -> None:
+    """A connection lost during COMMIT is a 500 without Retry-After, stored or not."""
+    proxy.fault = fault
+    response = call(make_app(behind_proxy), kind, add("a"))
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert "may or may not" in response.json()["detail"]
+
+
+def test_a_partial_commit_tells_nobody_to_repeat(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """What is half stored is a 500 without Retry-After, whatever the second COMMIT failed with."""
+    second_rows.add("a", position=1)
+    app = make_app(make_engine())
+    second = make_engine(second=True)
+    install_database(app, name="second", engine=second, shutdown=second.dispose)
+
+    @app.post("/")
+    async def endpoint(
+        first: Annotated[Any, Depends(transactional())],
+        other: Annotated[Any, Depends(transactional("second"))],
+    ) -> None:
+        first.add(Item(name="a"))
+        other.add(Item(name="b", position=1))
+
+    with TestClient(app) as client:
+        response = client.post("/")
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert "part" in response.json()["detail"]
+    assert (rows.names, second_rows.names) == (["a"], ["a"])
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), NoResultFound("bug")], ids=repr)
+def test_what_is_no_failure_is_raised_again(
+    kind: Kind, engine: Engine, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An OSError of the application's, or a bug, still reaches the server as the same object."""
+
+    def body(_session: Session) -> None:
+        raise error
+
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), body)
+    with TestClient(app) as client, pytest.raises(type(error)) as raised:
+        client.post("/")
+    assert raised.value is error
+    assert caplog.records == []
+
+
+@of(True)
+def test_a_connection_that_asyncpg_cannot_make_is_a_503(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """Away is away: the driver's bare OSError is answered as the others' errors are."""
+    engine = make_engine(connect_args={"host": "127.0.0.1", "port": 1})
+    response = call(make_app(engine), kind, lambda session: session.execute(select(items)))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+
+
+@of(True)
+def test_a_failure_in_a_stream_from_the_server_is_answered(kind: Kind, engine: AsyncEngine) -> None:
+    """SQLAlchemy lets asyncpg's errors through while rows are fetched: they are answered too."""
+    app = make_app(engine)
+
+    @app.get("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        stream = await session.stream(
+            text("SELECT 100 / (5000 - n) FROM generate_series(1, 9999) n")
+        )
+        async for _ in stream:
+            pass
+
+    with TestClient(app) as client:
+        response = client.get("/")
+    assert (response.status_code, list(response.json())) == (500, ["detail"])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_handlers_of_the_application_stay(
+    kind: Kind, engine: Engine, rows: Rows, first: bool
+) -> None:
+    """A handler for the same class or a more particular one goes first, whenever registered."""
+    rows.add("a")
+    app = make_app(engine, handlers=False)
+
+    async def own(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(type(error).__name__, 418)
+
+    if first:
+        app.add_exception_handler(IntegrityError, own)
+        app.add_exception_handler(CommitOutcomeUnknownError, own)
+    install_error_handlers(app)
+    if not first:
+        app.add_exception_handler(IntegrityError, own)
+        app.add_exception_handler(CommitOutcomeUnknownError, own)
+
+    def lose(_session: Session) -> None:
+        raise CommitOutcomeUnknownError
+
+    route(app, kind, "/lose", transactional(), lose)
+    route(app, kind, "/add", transactional(), add_and_flush)
+    with TestClient(app) as client:
+        assert client.post("/lose").json() == "CommitOutcomeUnknownError"
+        assert client.post("/add").json() == "IntegrityError"
+
+
+@pytest.mark.parametrize("key", [409, HTTPException], ids=["status", "class"])
+def test_failures_look_like_the_applications_other_errors(
+    kind: Kind, engine: Engine, rows: Rows, key: Any
+) -> None:
+    """An application that words its HTTPExceptions itself has failures worded so, too."""
+    rows.add("a")
+    app = make_app(engine)
+
+    @app.exception_handler(key)
+    def worded(_request: Request, error: Any) -> JSONResponse:
+        return JSONResponse({"error": {"message": error.detail}}, error.status_code)
+
+    assert call(app, kind, add_and_flush).json() == {
+        "error": {"message": "This conflicts with something that exists."}
+    }
+
+
+@of(True)
+def test_a_websocket_is_left_alone(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """There is nothing to answer there: the failure goes on as if there were no handlers."""
+    rows.add("a")
+    app = make_app(engine)
+
+    @app.websocket("/")
+    async def endpoint(
+        socket: WebSocket, session: Annotated[AsyncSession, Depends(transactional())]
+    ) -> None:
+        await socket.accept()
+        await session.run_sync(add_and_flush)
+
+    with (
+        TestClient(app) as client,
+        pytest.raises(IntegrityError),
+        client.websocket_connect("/") as ws,
+    ):
+        ws.receive_text()
+
+
+def test_handlers_are_installed_once_and_before_the_start(kind: Kind, engine: Engine) -> None:
+    """Too late, or twice, they would silently do nothing."""
+    app = make_app(engine)
+    with pytest.raises(RuntimeError, match="once"):
+        install_error_handlers(app)
+    app = make_app(engine, handlers=False)
+    with TestClient(app), pytest.raises(ApplicationAlreadyStartedError):
+        install_error_handlers(app)
+
+
+# --- problem details ----------------------------------------------------------------------------
+
+E_MAIL = ErrorRule("E-mail already registered.", pointer="#/email")
+
+
+@pytest.mark.parametrize("where", ["app", "route"])
+def test_problem_details_name_the_field_that_the_application_has_named(
+    kind: Kind, engine: Engine, rows: Rows, where: str
+) -> None:
+    """A constraint that is mapped to a field has a pointer, where it is mapped and app-wide."""
+    rows.add("a")
+    constraints = {UNIQUE_NAME: E_MAIL}
+
+    def body(session: Session) -> None:
+        with http_errors(constraints=constraints):
+            add_and_flush(session)
+
+    on_app = constraints if where == "app" else None
+    app = make_app(engine, problem_details=True, constraints=on_app)
+    response = call(app, kind, add_and_flush if where == "app" else body)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json() == {
+        "type": "about:blank",
+        "title": "Conflict",
+        "status": 409,
+        "detail": "E-mail already registered.",
+        "errors": [{"detail": "E-mail already registered.", "pointer": "#/email"}],
+    }
+
+
+def test_problem_details_guess_no_field(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Without the application's word there is no `errors`, even where the columns are known."""
+    rows.add("a")
+    app = make_app(engine, problem_details=True, metadata=Item.metadata)
+    assert "errors" not in call(app, kind, add_and_flush).json()
+
+
+def test_other_errors_are_no_problem_details(kind: Kind, engine: Engine) -> None:
+    """An HTTPException that no failure was mapped to stays FastAPI's."""
+
+    def body(_session: Session) -> None:
+        raise HTTPException(404, "nowhere")
+
+    response = call(make_app(engine, problem_details=True), kind, body)
+    assert (response.headers["content-type"], response.json()) == (
+        "application/json",
+        {"detail": "nowhere"},
+    )
+
+
+def test_a_failure_that_is_mapped_at_a_route_is_logged_once(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks within blocks, and handlers around them, log it where it is mapped."""
+    rows.add("a")
+
+    def body(session: Session) -> None:
+        with http_errors(), http_errors(unique="Taken."):
+            try:
+                add_and_flush(session)
+            except IntegrityError as error:
+                raise map_database_error(error) from error
+
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
+        assert call(make_app(engine, problem_details=True), kind, body).status_code == 409
+    assert len(caplog.records) == 1
+
+
+# --- OpenAPI ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
+def test_the_document_with_error_responses_is_valid(problem_details: bool) -> None:
+    """Every status, with its media type, its header and both kinds of 422, is valid OpenAPI."""
+    app = FastAPI()
+
+    @app.post("/", responses=error_responses(problem_details=problem_details))
+    def endpoint(number: int) -> None: ...
+
+    document = app.openapi()
+    validate(document)
+    responses = document["paths"]["/"]["post"]["responses"]
+    assert set(responses) == {"200", "409", "422", "500", "503", "504"}
+    media = "application/problem+json" if problem_details else "application/json"
+    assert set(responses["409"]["content"]) == {media}
+    assert set(responses["422"]["content"]) == {media, "application/json"}
+    assert "Retry-After" in responses["503"]["headers"]
+    assert "headers" not in responses["409"]
+
+
+def test_error_responses_are_those_asked_for() -> None:
+    """Only the statuses that these kinds have here are documented, replaced rows too."""
+    rule = ErrorRule("Later.", 429, retry_after=3)
+    found = error_responses("unique", DatabaseErrorKind.CHECK, deadlock=rule)
+    assert list(found) == [409, 422, 429]
+    with pytest.raises(TypeError, match="uniqe"):
+        error_responses("uniqe")
+
+
+def test_every_kind_has_a_rule_and_a_keyword() -> None:
+    """No kind can be forgotten in the table or in the signature."""
+    for kind in DatabaseErrorKind:
+        assert len(error_responses(kind)) == 1
+    assert set(ErrorRules.__annotations__) == set(DatabaseErrorKind)

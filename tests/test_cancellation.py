@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
@@ -12,11 +12,12 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Engine, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from conftest import WorkerPostgres
 from fastapi_sqlnative import (
     AsyncDatabase,
     get_database_handle,
@@ -198,6 +199,50 @@ async def test_waiting_for_a_commit_does_not_spin(
     assert len(waits) == 1
     assert rows.names == ["a"]
     await database.dispose()
+
+
+@pytest.mark.parametrize("second", ["asynchronous", "synchronous"])
+@pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
+async def test_a_database_that_hangs_holds_no_other(
+    make_engine: MakeEngine,
+    behind_proxy: AsyncEngine,
+    proxy: Proxy,
+    postgres: WorkerPostgres,
+    rows: Rows,
+    second: str,
+) -> None:
+    """When one database of a cancelled request hangs in COMMIT, the others get theirs back."""
+    app = FastAPI()
+    other: Any = make_engine()
+    if second == "synchronous":
+        other = create_engine(postgres.url("psycopg"))
+    hanging = {"shutdown_timeout": 0.2, "engine": behind_proxy, "shutdown": behind_proxy.dispose}
+    install_database(app, name="hanging", **hanging)  # type: ignore[arg-type] # mixed values
+    install_database(app, engine=other, shutdown=other.dispose, shutdown_timeout=0.2)
+
+    @app.post("/")
+    async def endpoint(
+        hanging: Annotated[AsyncSession, Depends(transactional("hanging"))],
+        session: Annotated[Any, Depends(transactional())],
+    ) -> None:
+        hanging.add(Item(name="a"))
+        inner = getattr(session, "sync_session", session)
+        inner.add(Item(name="b"))
+        run = session.run_sync if session is not inner else None
+        flush = run(Session.flush) if run else anyio.to_thread.run_sync(session.flush)
+        await flush
+
+    proxy.fault = Fault.STALLED
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        task = await cancelled_request(client, proxy.reached, CANCELS["asyncio"])
+        await asyncio.wait({task}, timeout=10)
+        assert task.done()
+        assert other.pool.checkedout() == 0
+    assert rows.names == []
 
 
 # -- clients that disconnect -----------------------------------------------------------------

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from fastapi_sqlnative import install_database, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve
+from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -105,3 +105,26 @@ def test_a_query_that_was_given_up_is_not_committed_around(
     with serve(app) as served:
         assert served.post("/").json() == {"error": "TransactionAbortedError"}
     assert rows.names == []
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+def test_a_session_in_use_at_the_commit_poisons_nothing(
+    kind: Kind, behind_proxy: Engine, rows: Rows
+) -> None:
+    """When a task that was left behind is in mid-query, the next request is well all the same."""
+    app = make_app(behind_proxy)
+    left: list[object] = []
+
+    @app.post("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        left.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)"))))
+        await asyncio.to_thread(wait_until, lambda: rows.backends("active") == 1)
+
+    route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
+    with serve(app) as served:
+        served.client.post("/")
+        assert served.client.post("/next").status_code == 201
+        assert rows.backends("idle in transaction%") == 0
+    assert "b" in rows.names

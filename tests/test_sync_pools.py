@@ -232,3 +232,17 @@ async def test_an_untouched_sync_session_costs_no_thread(
         assert served.post("/").status_code == 200
         monkeypatch.undo()
     assert len(hops) == 1
+
+
+async def test_a_pool_that_lets_nobody_wait_admits_who_need_not(
+    make_engine: MakeEngine, rows: Rows
+) -> None:
+    """With pool_timeout=0 a request is served while there is a place for it."""
+    app = installed(make_engine(pool_timeout=0))
+
+    @app.post("/")
+    def endpoint(session: Db) -> None:
+        session.execute(text("SELECT 1"))
+
+    with serve(app) as served:
+        assert served.post("/").status_code == 200

@@ -1,5 +1,7 @@
 """Rules 1 and 4 to 8: what a response says about what is stored."""
 
+import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -7,19 +9,30 @@ import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy import Engine, Executable, delete, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import (
+    Engine,
+    Executable,
+    StaticPool,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative import Database, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import (
     PartialCommitError,
     TransactionAbortedError,
     UncommittedChangesError,
 )
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, items, route, serve, using
+from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -398,3 +411,98 @@ def test_a_flush_that_fails_leaves_nothing_anywhere(
     with serve(two_databases(kind, make_engine, (1, 1))) as served:
         assert served.post("/").json() == {"error": "IntegrityError"}
     assert (rows.names, second_rows.names) == ([], ["b"])
+
+
+def fail_before_sending(session: Session) -> None:
+    """Have SQLAlchemy refuse a statement by itself: a parameter is missing."""
+    with pytest.raises(StatementError):
+        session.execute(text("SELECT :number"), {})
+
+
+def swallow_two(session: Session) -> None:
+    swallow(session)
+    fail_before_sending(session)
+
+
+def swallow_in_a_listener(session: Session) -> None:
+    """Write through a listener that hides its failure, as an audit log might."""
+
+    def audit(session: Session, _context: object) -> None:
+        with contextlib.suppress(IntegrityError):
+            session.execute(insert(items).values(id=100, name="again"))
+
+    event.listen(session, "after_flush", audit)
+    session.execute(insert(items).values(id=100, name="a"))
+    session.add(Item(name="b"))
+    session.commit()
+
+
+@pytest.mark.parametrize("body", [swallow_two, swallow_in_a_listener])
+def test_a_swallowed_error_is_remembered(
+    kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
+) -> None:
+    """Neither a later error that was never sent nor a listener's silence hides the first."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").json() == {"error": "TransactionAbortedError"}
+    assert rows.names == []
+
+
+def test_an_error_that_was_never_sent_does_not_count(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """After a savepoint has mended the transaction, SQLAlchemy's own refusal does not abort it."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        swallow_in_savepoint(session)
+        fail_before_sending(session)
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["twice"]
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True, ids=lambda kind: kind.id)
+def test_an_error_on_the_drivers_own_connection_counts(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Psycopg tells that its transaction is lost, whoever sent the statement that failed."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        session.execute(insert(items).values(name="a"))
+        cursor = session.connection().connection.cursor()
+        with contextlib.suppress(Exception):
+            cursor.execute("SELECT 1 / 0")
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").json() == {"error": "TransactionAbortedError"}
+    assert rows.names == []
+
+
+def write_unseen(engine: Engine) -> None:
+    """Write with Core and close the session over it: only a listener can know of the write."""
+    with Database(engine).transaction() as session:
+        session.execute(text("CREATE TABLE item (id integer PRIMARY KEY, name text)"))
+        session.execute(insert(items).values(name="a"))
+        session.close()
+
+
+def test_every_new_engine_is_watched() -> None:
+    """A new engine is watched, though its address may be that of one that has gone."""
+    dialects: list[object] = []  # SQLAlchemy's caches may keep them longer than their engine
+    addresses: list[int] = []
+    for _ in range(30):
+        engine = create_engine("sqlite://", poolclass=StaticPool)
+        dialects.append(engine.dialect)
+        addresses.append(id(engine))
+        with pytest.raises(UncommittedChangesError):
+            write_unseen(engine)
+        engine.dispose()
+        del engine
+        gc.collect()
+    assert len(set(addresses)) < len(addresses)

@@ -3,9 +3,10 @@
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import event, make_url
+from sqlalchemy import Connection, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from examples.error_mapping.models import Base
@@ -19,12 +20,8 @@ def create_app_with_database(database_url: str | None = None) -> FastAPI:
     )
     engine = create_async_engine(url)
     if url.get_backend_name() == "sqlite":
-        # Without it SQLite takes a booking for an event that does not exist.
-        event.listen(
-            engine.sync_engine,
-            "connect",
-            lambda connection, _: connection.execute("PRAGMA foreign_keys = ON"),
-        )
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_on_sqlite)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -36,3 +33,14 @@ def create_app_with_database(database_url: str | None = None) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     install_database(app, engine=engine, shutdown=engine.dispose)
     return app
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # Otherwise SQLite takes a booking for an event that does not exist, and its driver begins no
+    # transaction before a savepoint: the savepoint's end would be a COMMIT.
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.isolation_level = None
+
+
+def _begin_on_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # one writer after the other

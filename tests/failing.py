@@ -4,6 +4,7 @@ What must not leak is called `canary`: tables, constraints, values, roles and pa
 """
 
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -426,9 +427,10 @@ def deadlock(session: Session, server: Server) -> None:
             give_up = time.monotonic() + 10
             while not watching.scalar(text(WAITING[server.dialect]), {"pid": pid}):
                 assert time.monotonic() < give_up, "the other transaction does not wait"
-                # InnoDB shows the same picture throughout a transaction, and for 0.1 s after.
+                # InnoDB shows the same picture throughout a transaction, and for 0.1 s after
+                # anybody has looked: others may be looking, too.
                 watching.rollback()
-                time.sleep(0.15 if server.dialect == "mysql" else 0.01)
+                time.sleep(random.uniform(0.11, 0.5) if server.dialect == "mysql" else 0.01)
             session.execute(update(children).where(children.c.id == 1).values(amount=5))
 
 

@@ -32,7 +32,7 @@ STOP_TIMEOUT = 20.0
 REMEDIES = """Either of these helps:
   - install MariaDB: apt-get install mariadb-server
   - point TEST_MARIADB_URL at a server that runs already, as in mysql://root@127.0.0.1:3306/,
-    with a role that may create databases and set global variables"""
+    with a role that may create databases and users, and kill queries"""
 
 SETTINGS = {
     "bind-address": "127.0.0.1",

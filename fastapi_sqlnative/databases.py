@@ -237,8 +237,9 @@ class Database(_Database[Engine, Session]):
         error is raised as it is.
 
         Args:
-            work: called with the session, once for each attempt; its result is returned. What it
-                does besides, such as sending mail, it does again.
+            work: called with the session, once for each attempt; its result is returned. It leaves
+                the commit to the handle. What it does besides, such as sending mail, it does
+                again.
             attempts: how many in all.
             isolation_level: as for `transaction`.
             read_only: as for `transaction`.

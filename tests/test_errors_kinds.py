@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import asyncpg
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine, make_url
@@ -367,7 +368,7 @@ def failure_of(
         else:
             with failing.disposing(engine), Database(engine).transaction() as session:
                 provoke(session, server)
-    except (SQLAlchemyError, OSError, ValueError) as error:
+    except (SQLAlchemyError, asyncpg.PostgresError, OSError, ValueError) as error:
         return error
     raise AssertionError("nothing went wrong")
 

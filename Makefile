@@ -58,6 +58,8 @@ build: .venv/ready-lint ## build the wheel and look into it
 	@grep -qx fastapi_sqlnative/py.typed dist/contents
 	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' dist/contents
 
+# Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
+check: export CI := true
 check: lint types test test-lowest benchmark build ## run everything CI runs
 
 demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL

@@ -120,6 +120,8 @@ class SessionGuard:
             return
         self.check_thread()
         for connection, transaction in self.transactions.items():
+            if not transaction.cursors:
+                continue
             # A stream that was read to its end is closed, one on a lost connection fails.
             with contextlib.suppress(connection.dialect.loaded_dbapi.Error, OSError):
                 for cursor in transaction.cursors:
@@ -129,6 +131,8 @@ class SessionGuard:
         """Start anew: the session's transaction has ended, and it holds no connection."""
         self.asked = False
         self.committing = False
+        for transaction in self.transactions.values():
+            transaction.statement = None  # it knows its connection: a cycle for the collector
         self.transactions.clear()
         self.engines.busy.discard(self)
 
@@ -173,13 +177,15 @@ class SessionGuard:
 
     def check_usable(self) -> None:
         """Refuse a session that is finished or stopped, or that would block the event loop."""
-        self.check_unfinished()
+        if self.finished:
+            raise self.finished_error()
         if self.engines.stopped:
             raise DatabaseNotStartedError(
                 f"Database {self.engines.name!r} is stopped: the application's lifespan has "
                 "ended. Finish work with the database before the application shuts down."
             )
-        self.check_thread()
+        if self.loop_thread is not None:
+            self.check_thread()
 
     def check_thread(self) -> None:
         """Refuse to wait for the database on the event loop's own thread."""

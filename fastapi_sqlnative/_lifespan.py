@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from ._checks import check_routes, mounted_applications
 from ._completion import to_completion
 from ._gates import Gate
-from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of
+from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of, trimmed
 from ._shutdown import stop
 from .databases import AnyDatabase, AnyEngine, database_class
 from .exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
@@ -103,9 +103,7 @@ def _installation(
     startup_wait: float | None,
     shutdown_timeout: float,
 ) -> Installation:
-    if not isinstance(name, str):
-        raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
-    name = name.strip() or "default"
+    name = trimmed(name)
     if shutdown is not None and not _takes_nothing(shutdown):
         raise TypeError(
             f"shutdown of database {name!r} must be a function without parameters, such as "

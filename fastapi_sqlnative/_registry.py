@@ -114,6 +114,13 @@ class Registry:
         return [*(parent.databases(router) if parent is not None else ()), *own]
 
 
+def trimmed(name: object) -> str:
+    """Return a database's name as it is kept, however it was spelt; blank is `default`."""
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
+    return name.strip() or "default"
+
+
 def registry_of(app: Starlette) -> Registry:
     """Return an application's registry, made at the first call."""
     registry = getattr(app.state, _STATE, None)

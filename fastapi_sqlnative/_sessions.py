@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._guards import SessionGuard
-from ._options import begin_with
+from ._options import NO_OPTIONS, begin_with
 from ._statements import mark
 
 
@@ -24,12 +24,11 @@ class GuardedSession(Session):
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Choose the engine: SQLAlchemy asks before every statement, flush and connection."""
-        self.sqlnative.check_usable()
-        self.sqlnative.asked = True
+        guard = self.sqlnative
+        guard.check_usable()
+        guard.asked = True
         bind = super().get_bind(*args, **arguments)
-        if isinstance(bind, Engine):
-            return self.sqlnative.engines.engine(bind, self.sqlnative)
-        return bind
+        return guard.engines.engine(bind, guard) if isinstance(bind, Engine) else bind
 
     # What a background task calls first, without asking for an engine: SQLAlchemy would refuse a
     # closed session too, but its message knows no remedy.
@@ -121,7 +120,8 @@ def _remember_connection(
         # A task or thread that the request left behind has waited for the pool all the while.
         guard.discard_connections()
         guard.check_unfinished()
-    begin_with(connection, guard.options)
+    if guard.options is not NO_OPTIONS:
+        begin_with(connection, guard.options)
 
 
 @event.listens_for(GuardedSession, "before_commit")

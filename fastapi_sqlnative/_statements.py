@@ -62,7 +62,8 @@ def _on_statement(
     transaction = _transaction_on(context.root_connection)
     if transaction is None:
         return
-    transaction.session.check_thread()
+    if transaction.session.loop_thread is not None:
+        transaction.session.check_thread()
     # An aborted transaction answers nothing but errors. If this statement is none, the
     # application has rolled back to a savepoint; if it fails, `_on_error` restores the mark.
     transaction.statement = context

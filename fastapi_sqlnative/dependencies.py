@@ -17,7 +17,7 @@ from fastapi.requests import HTTPConnection
 from sqlalchemy.orm import Session
 
 from ._options import AUTOCOMMIT, NO_OPTIONS, IsolationLevel, TransactionOptions
-from ._registry import registry_for
+from ._registry import registry_for, trimmed
 from ._sessions import guard_of, has_pending_changes
 from .databases import (
     AnyDatabase,
@@ -318,7 +318,7 @@ def get_db(name: str = "default") -> Callable[..., Awaitable[Any]]:
     Example:
         Db = Annotated[AsyncSession, Depends(get_db("analytics"))]
     """
-    return _session_dependency(_trimmed(name))
+    return _session_dependency(trimmed(name))
 
 
 def transactional(
@@ -350,7 +350,7 @@ def transactional(
             failed.
     """
     options = TransactionOptions.checked(isolation_level, read_only)
-    return _transaction_dependency(_trimmed(name), options)
+    return _transaction_dependency(trimmed(name), options)
 
 
 def reader(name: str = "default") -> Callable[..., Awaitable[Any]]:
@@ -363,7 +363,7 @@ def reader(name: str = "default") -> Callable[..., Awaitable[Any]]:
         ReadOnlySessionError: in the request, for a flush, an ORM write or a Core insert, update
             or delete. Textual SQL is not recognised, and is committed at once.
     """
-    return _reader_dependency(_trimmed(name))
+    return _reader_dependency(trimmed(name))
 
 
 def get_database_handle(name: str = "default") -> Callable[..., Awaitable[Any]]:
@@ -375,7 +375,7 @@ def get_database_handle(name: str = "default") -> Callable[..., Awaitable[Any]]:
         async def rows(database: Annotated[AsyncDatabase, Depends(get_database_handle())]):
             async with database.session() as session: ...
     """
-    return _handle_dependency(_trimmed(name))
+    return _handle_dependency(trimmed(name))
 
 
 def _after_get_db(name: str) -> inspect.Signature:
@@ -387,12 +387,6 @@ def _after_get_db(name: str) -> inspect.Signature:
             inspect.Parameter("unit", keyword, annotation=_Unit),
         ]
     )
-
-
-def _trimmed(name: object) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
-    return name.strip() or "default"
 
 
 _session_dependency = functools.cache(SessionDependency)

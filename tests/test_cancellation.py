@@ -248,10 +248,15 @@ async def test_a_database_that_hangs_holds_no_other(
 # -- clients that disconnect -----------------------------------------------------------------
 
 CLIENTS = 100
+SERIES = text("SELECT generate_series(:page * 100, :page * 100 + 99)")
 
 
-def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind) -> FastAPI:
-    """Build an application with a slow query, a slow commit and a slow stream."""
+def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) -> FastAPI:
+    """Build an application with a slow query, a slow commit and a slow stream.
+
+    A paged stream holds no session while it is suspended. A generator that is abandoned there is
+    closed when it is collected: some day for a sync one, and under BaseHTTPMiddleware.
+    """
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
 
@@ -275,21 +280,22 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind) -> FastAPI:
                 async for row in rows:
                     yield f"{row[0]}\n" * 50
 
-        return StreamingResponse(numbers())
-
-    def synchronous(database: Any = handle) -> StreamingResponse:
-        # An abandoned sync generator is not closed, only collected some day: it must not hold a
-        # session while it is suspended.
-        def numbers() -> Generator[str]:
+        async def pages() -> AsyncGenerator[str]:
             for page in range(200):
-                with database.session() as session:
-                    rows = session.scalars(
-                        text("SELECT generate_series(:page * 100, :page * 100 + 99)"),
-                        {"page": page},
-                    ).all()
+                async with database.session() as session:
+                    rows = (await session.scalars(SERIES, {"page": page})).all()
                 yield "\n".join(map(str, rows)) * 50
 
-        return StreamingResponse(numbers())
+        return StreamingResponse(pages() if paged else numbers())
+
+    def synchronous(database: Any = handle) -> StreamingResponse:
+        def pages() -> Generator[str]:
+            for page in range(200):
+                with database.session() as session:
+                    rows = session.scalars(SERIES, {"page": page}).all()
+                yield "\n".join(map(str, rows)) * 50
+
+        return StreamingResponse(pages())
 
     app.post("/stream")(asynchronous if kind.asynchronous else synchronous)
     return app
@@ -331,8 +337,8 @@ async def test_clients_that_disconnect_leave_nothing(
 ) -> None:
     """A hundred clients go away in the middle; then nothing is in use or in a transaction."""
     rows.connection.execute(SLOW_COMMIT)
-    engine = make_engine(pool_size=5, max_overflow=10, pool_timeout=2)
-    app = disconnecting_app(engine, kind)
+    engine = make_engine(pool_size=5, max_overflow=10)
+    app = disconnecting_app(engine, kind, paged=middleware)
     if middleware:
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     with serve(app) as served:

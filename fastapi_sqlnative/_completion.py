@@ -1,17 +1,21 @@
-"""Work that a cancellation does not interrupt (rule 12)."""
+"""Work that a cancellation does not interrupt (rule 12), and work that may hang."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import math
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import anyio
 
 logger = logging.getLogger("fastapi_sqlnative")
+T = TypeVar("T")
 
 
 async def to_completion(
@@ -57,3 +61,53 @@ async def _outlast_cancellation(
             if abandon is not None and not task.done() and clock() >= deadline:
                 abandon(task)
                 deadline = clock() + timeout  # what it does then may hang as well
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Call what may hang in a daemon thread of its own: the process can end all the same."""
+    future = Future[T]()
+    future.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            result = context.run(function)
+        except BaseException as error:  # noqa: BLE001 - raised where the future is waited for
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="fastapi_sqlnative", daemon=True).start()
+    return future
+
+
+async def outlasting(future: Future[T]) -> T:
+    """Wait for a thread, to its end: a cancellation is raised no sooner, for it stops no thread."""
+    waiting = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        waiting.add_done_callback(_nobody_listens)
+        await asyncio.wait({waiting})
+        raise
+
+
+async def ended_within(seconds: float, task: asyncio.Task[Any]) -> bool:
+    """Wait so long for a task, and tell whether it has ended; else cancel it and leave it behind.
+
+    A cancellation of the caller cancels it too. It is not waited for: a driver may take its own
+    time to let go of a server that hangs.
+    """
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.add_done_callback(_nobody_listens)
+            task.cancel()
+    return task.done()
+
+
+def _nobody_listens(late: asyncio.Future[Any]) -> None:
+    # Else asyncio would report a failure that came too late as one that was forgotten.
+    if not late.cancelled():
+        late.exception()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Final
 
 import anyio
 
+from ._completion import in_thread
 from ._registry import Installation, Registry
 from .databases import AnyDatabase, database_class
 
@@ -107,24 +105,6 @@ async def _call_off_loop(function: Callable[[], Any]) -> None:
     if inspect.iscoroutinefunction(function):
         await function()
         return
-    result = await asyncio.wrap_future(_call_in_thread(function))
+    result = await asyncio.wrap_future(in_thread(function))
     if inspect.isawaitable(result):
         await result
-
-
-def _call_in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Call a blocking hook in a daemon thread: should it hang, the process can still end."""
-    future = Future[Any]()
-    future.set_running_or_notify_cancel()
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            result = context.run(function)
-        except BaseException as error:  # noqa: BLE001 - raised where the hook is waited for
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, name="fastapi_sqlnative shutdown", daemon=True).start()
-    return future

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -18,7 +18,7 @@ from sqlalchemy import Engine, Pool, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from ._completion import to_completion
+from ._completion import ended_within, in_thread, outlasting, to_completion
 from ._guards import EngineGuard, SessionGuard
 from ._options import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._pools import PoolStatus, ask_pool, max_overflow
@@ -145,9 +145,23 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         self._refusal = "stopped"
         self._guard.stopped = True
 
-    @abstractmethod
     async def answer(self, timeout: float) -> None:
-        """Do what `ping` does, without blocking the event loop, whichever kind this is."""
+        """Do what `ping` does, without blocking the event loop, whichever kind this is.
+
+        What does not end in time is left behind.
+        """
+        asking = asyncio.create_task(self.run_sync(_ask_for_one_row))
+        if not await ended_within(timeout, asking):
+            raise self._no_answer(timeout)
+        asking.result()
+
+    @abstractmethod
+    async def run_sync(self, work: Callable[[Engine], T]) -> T:
+        """Give the engine to plain code, without blocking the event loop, whichever kind this is.
+
+        In the greenlet of an `AsyncEngine`, which a cancellation reaches, or in a daemon thread of
+        its own, which none does: only the driver's timeouts bound that one.
+        """
 
     @abstractmethod
     async def dispose(self) -> None:
@@ -280,33 +294,20 @@ class Database(_Database[Engine, Session]):
             TimeoutError: no answer came in time.
         """
         self._check_alive()
-        answer: list[BaseException | None] = []
-        thread = threading.Thread(target=self._ask_for_one_row, args=(answer,), daemon=True)
-        thread.start()
-        thread.join(timeout)
-        if not answer:
+        asking = in_thread(lambda: _ask_for_one_row(self.engine))
+        wait({asking}, timeout)
+        if not asking.done():
             raise self._no_answer(timeout)
-        if answer[0] is not None:
-            raise answer[0]
+        asking.result()
 
-    async def answer(self, timeout: float) -> None:
-        """Ask in a thread."""
-        await anyio.to_thread.run_sync(
-            self.ping, timeout, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-        )
+    async def run_sync(self, work: Callable[[Engine], T]) -> T:
+        """Run it in a thread."""
+        self._check_alive()
+        return await outlasting(in_thread(lambda: work(self.engine)))
 
     async def dispose(self) -> None:
         """Close the connections in a thread."""
         await anyio.to_thread.run_sync(self.engine.dispose, limiter=anyio.CapacityLimiter(1))
-
-    def _ask_for_one_row(self, answer: list[BaseException | None]) -> None:
-        try:
-            with self.engine.connect() as connection:
-                connection.scalar(select(1))
-        except BaseException as error:  # noqa: BLE001 - raised by the one who waits
-            answer.append(error)
-        else:
-            answer.append(None)
 
     @property
     def _pool_engine(self) -> Engine:
@@ -401,14 +402,15 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
         """
         self._check_alive()
         try:
-            async with asyncio.timeout(timeout), self.engine.connect() as connection:
-                await connection.scalar(select(1))
+            async with asyncio.timeout(timeout):
+                await self.run_sync(_ask_for_one_row)
         except TimeoutError as error:
             raise self._no_answer(timeout) from error
 
-    async def answer(self, timeout: float) -> None:
-        """Ask on the event loop."""
-        await self.ping(timeout)
+    async def run_sync(self, work: Callable[[Engine], T]) -> T:
+        """Run it in a greenlet, of a session that is there for nothing else."""
+        self._check_alive()
+        return await AsyncSession(self.engine).run_sync(lambda _: work(self.engine.sync_engine))
 
     async def dispose(self) -> None:
         """Close the connections on the event loop."""
@@ -425,6 +427,11 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
 
 
 AnyDatabase: TypeAlias = Database | AsyncDatabase
+
+
+def _ask_for_one_row(engine: Engine) -> None:
+    with engine.connect() as connection:
+        connection.scalar(select(1))
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:

@@ -15,6 +15,7 @@ from .errors import (
     install_error_handlers,
     map_database_error,
 )
+from .health import health_router, start_draining
 
 __all__ = [
     "AsyncDatabase",
@@ -27,11 +28,13 @@ __all__ = [
     "error_responses",
     "get_database_handle",
     "get_db",
+    "health_router",
     "http_errors",
     "install_database",
     "install_error_handlers",
     "installed_databases",
     "map_database_error",
     "reader",
+    "start_draining",
     "transactional",
 ]

@@ -81,17 +81,6 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-async def outlasting(future: Future[T]) -> T:
-    """Wait for a thread, to its end: a cancellation is raised no sooner, for it stops no thread."""
-    waiting = asyncio.wrap_future(future)
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        waiting.add_done_callback(_nobody_listens)
-        await asyncio.wait({waiting})
-        raise
-
-
 async def ended_within(seconds: float, task: asyncio.Task[Any]) -> bool:
     """Wait so long for a task, and tell whether it has ended; else cancel it and leave it behind.
 

@@ -1,7 +1,7 @@
 """What a database failure is, read from the codes that drivers and servers state.
 
-Text that a server wrote decides nothing here: it is translated on some servers, and holds what
-users have stored.
+Text that a server wrote decides nothing here, where there is a code: it is translated on some
+servers, and holds what users have stored.
 """
 
 from __future__ import annotations
@@ -87,6 +87,19 @@ _CODES: Final[Mapping[Kind, str]] = {
     Kind.OUTCOME_UNKNOWN: "08007 40003",
 }
 _KINDS: Final = {code: kind for kind, codes in _CODES.items() for code in codes.split()}
+
+# libpq hands on no code of a server that refused a connection, only its words. In another
+# language than English they are not understood, and the server is taken to be away.
+_REFUSALS: Final = {
+    Kind.TOO_MANY_CONNECTIONS: re.compile(
+        r"FATAL:  (sorry, too many clients|remaining connection slots|too many connections for) "
+    ),
+    Kind.PERMISSION_DENIED: re.compile(
+        r"FATAL:  (.* authentication failed for user |no pg_hba\.conf entry for |permission denied "
+        r'|role ".*" (does not exist|is not permitted to log in))|no password supplied'
+    ),
+    Kind.OTHER: re.compile(r'FATAL:  database ".*" does not exist'),
+}
 
 # Classes of SQLAlchemy's and of ours, each of which means one thing.
 _CLASSES: Final[Mapping[Kind, type[Exception]]] = {
@@ -251,10 +264,15 @@ def _kind(error: BaseException, code: str | None, disconnected: bool) -> Kind:
         # No server has said anything: it could not be reached, or was never asked.
         names = {class_.__name__ for class_ in type(error).__mro__}
         if "OperationalError" in names:
-            return Kind.UNAVAILABLE
+            return _refusal(str(error))
         if "DataError" in names:
             return Kind.BAD_VALUE
     return Kind.OTHER
+
+
+def _refusal(text: str) -> Kind:
+    said = (kind for kind, words in _REFUSALS.items() if words.search(text))
+    return next(said, Kind.UNAVAILABLE)
 
 
 def _code_class(code: str) -> str:

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 
 from ._checks import check_routes, mounted_applications
 from ._completion import to_completion
+from ._failures import DatabaseErrorKind, describe_database_error
 from ._gates import Gate
 from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of, trimmed
 from ._shutdown import stop
@@ -60,7 +61,8 @@ def install_database(
             a sync one runs in a thread.
         session_options: keyword arguments for the sessions, as for `sessionmaker`.
             `expire_on_commit` is `False` unless you say otherwise.
-        startup_wait: seconds to wait for the database to answer before the start fails.
+        startup_wait: seconds to wait for the database to answer before the start fails. One that
+            answers and refuses, a wrong password say, fails it at once.
         shutdown_timeout: seconds for connections in use to come back and for `shutdown` to end.
             Also how long a cancelled request may go on with its COMMIT.
 
@@ -188,9 +190,11 @@ def _share(app: Starlette) -> list[Starlette]:
     """Let mounted applications, at any depth, find the databases of the ones above them."""
     applications = [app]
     for above in applications:
+        children = registry_of(above).children[id(app.router)] = []
         for mounted in mounted_applications(above):
             if mounted not in applications:
                 registry_of(mounted).parents[id(app.router)] = registry_of(above)
+                children.append(registry_of(mounted))
                 applications.append(mounted)
     return applications
 
@@ -206,6 +210,7 @@ async def _start(registry: Registry) -> None:
             )
         return
     registry.loop = loop
+    registry.draining = False
     for installation in registry.installations.values():
         if database_class(installation.engine) is None:
             installation.database = await _build(installation)
@@ -281,11 +286,13 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
         try:
             left = deadline - anyio.current_time()
             return await database.answer(max(min(left, _ATTEMPT), 0.1))
-        # Whatever it is: a server that starts may refuse, hang up, or not know a role yet.
         except Exception as error:
             left = deadline - anyio.current_time()
             if left <= 0:
                 error.add_note(f"Database {database.name!r} did not answer in {seconds:g} s.")
+                raise
+            if not _may_pass(error):
+                error.add_note(f"Database {database.name!r} answered, and waiting will not help.")
                 raise
             delay = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311 - jitter
             logger.warning(
@@ -296,6 +303,15 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
             )
             await anyio.sleep(delay)
             pause = min(pause * 2, 2.0)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell a database that is away, or full, from one that says no."""
+    if isinstance(error, OSError):
+        return True  # asyncpg's, and the end of an attempt
+    failure = describe_database_error(error)
+    passing = (DatabaseErrorKind.UNAVAILABLE, DatabaseErrorKind.TOO_MANY_CONNECTIONS)
+    return failure is not None and failure.kind in passing
 
 
 async def _call(function: Any) -> Any:

@@ -45,6 +45,9 @@ class Registry:
         parents: the registry to ask for names that are not installed here, for each outermost
             application that this one is mounted in, by the id of its router (a router has no
             hash). Known while that application runs.
+        children: the registries of the applications mounted in this one, for each outermost
+            application, likewise.
+        draining: the application is not to be sent any more requests.
         gate: admits requests with synchronous sessions, those of mounted applications too.
         starts: how many lifespans, its own and its parents', keep the databases open.
         loop: the event loop on which they do.
@@ -52,6 +55,8 @@ class Registry:
 
     installations: dict[str, Installation] = field(default_factory=dict[str, Installation])
     parents: dict[int, Registry] = field(default_factory=dict[int, "Registry"])
+    children: dict[int, list[Registry]] = field(default_factory=dict[int, "list[Registry]"])
+    draining: bool = False
     gate: Gate | None = None
     starts: int = 0
     loop: asyncio.AbstractEventLoop | None = None
@@ -112,6 +117,22 @@ class Registry:
         parent = self.parents.get(router)
         own = [item.database for item in self.installations.values() if item.database is not None]
         return [*(parent.databases(router) if parent is not None else ()), *own]
+
+    def all_databases(self, router: int) -> list[AnyDatabase]:
+        """List the running databases of this application, of those above and of those mounted."""
+        return [*self.databases(router), *self.databases_below(router)]
+
+    def is_draining(self, router: int) -> bool:
+        """Tell whether this application, or one that it is mounted in, drains."""
+        parent = self.parents.get(router)
+        return self.draining or (parent is not None and parent.is_draining(router))
+
+    def databases_below(self, router: int) -> Iterator[AnyDatabase]:
+        """Yield the running databases of the applications mounted in this one, at any depth."""
+        for child in self.children.get(router, ()):
+            running = (each.database for each in child.installations.values())
+            yield from (each for each in running if each is not None)
+            yield from child.databases_below(router)
 
 
 def trimmed(name: object) -> str:

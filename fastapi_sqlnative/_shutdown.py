@@ -37,6 +37,7 @@ async def stop(registries: Sequence[Registry], router: int) -> None:
     if registries and not registries[0].starts:
         for registry in registries:
             registry.parents.pop(router, None)
+            registry.children.pop(router, None)
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 
@@ -48,6 +49,7 @@ def _ending(registries: Sequence[Registry]) -> list[Installation]:
         registry.starts -= 1
         if not registry.starts:
             registry.gate = None
+            registry.draining = True
             ending += reversed(registry.installations.values())
     return ending
 

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, Pool, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from ._completion import ended_within, in_thread, outlasting, to_completion
+from ._completion import ended_within, in_thread, to_completion
 from ._guards import EngineGuard, SessionGuard
 from ._options import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ._pools import PoolStatus, ask_pool, max_overflow
@@ -160,7 +160,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         """Give the engine to plain code, without blocking the event loop, whichever kind this is.
 
         In the greenlet of an `AsyncEngine`, which a cancellation reaches, or in a daemon thread of
-        its own, which none does: only the driver's timeouts bound that one.
+        its own, which it leaves behind: only the driver's timeouts bound that one.
         """
 
     @abstractmethod
@@ -303,7 +303,7 @@ class Database(_Database[Engine, Session]):
     async def run_sync(self, work: Callable[[Engine], T]) -> T:
         """Run it in a thread."""
         self._check_alive()
-        return await outlasting(in_thread(lambda: work(self.engine)))
+        return await asyncio.wrap_future(in_thread(lambda: work(self.engine)))
 
     async def dispose(self) -> None:
         """Close the connections in a thread."""

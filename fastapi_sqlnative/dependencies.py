@@ -304,6 +304,15 @@ class HandleDependency(DatabaseDependency):
         return registry.database(self.name, router)
 
 
+class InstalledDependency(DatabaseDependency):
+    """Want a database to be installed, which the start looks at, and hand out nothing."""
+
+    gives_handle = True
+
+    async def __call__(self) -> None:
+        """Need nothing of the request."""
+
+
 def get_db(name: str = "default") -> Callable[..., Awaitable[Any]]:
     """Depend on the request's one session for a database.
 

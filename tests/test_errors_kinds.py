@@ -223,8 +223,8 @@ TABLE = (
     Row(
         failing.connect,
         {
-            # libpq does not tell why a connection was refused.
-            POSTGRES: Cell(Kind.UNAVAILABLE, None),
+            # libpq hands on words, and no code.
+            POSTGRES: Cell(Kind.TOO_MANY_CONNECTIONS, None),
             ASYNCPG.id: Cell(Kind.TOO_MANY_CONNECTIONS, "53300"),
             SQLITE: Cell(Kind.UNAVAILABLE, "SQLITE_CANTOPEN"),
             MYSQL: Cell(Kind.TOO_MANY_CONNECTIONS, "1226"),

@@ -180,6 +180,7 @@ async def _running(app: Starlette) -> AsyncGenerator[None]:
         for registry in registries:
             shared.append(registry)
             await _start(registry)
+        _show_observers(registries, id(app.router))
         await _check(applications, registries, id(app.router))
         yield
     finally:
@@ -212,11 +213,26 @@ async def _start(registry: Registry) -> None:
     registry.loop = loop
     registry.draining = False
     for installation in registry.installations.values():
-        if database_class(installation.engine) is None:
-            installation.database = await _build(installation)
-        else:
-            _check_loop(installation, loop)
-            installation.database = _handle(installation, installation.engine)
+        await start_installation(installation)
+
+
+async def start_installation(installation: Installation) -> None:
+    """Make the handle of one database, on the event loop that is to use it."""
+    if database_class(installation.engine) is None:
+        installation.database = await _build(installation)
+    else:
+        _check_loop(installation, asyncio.get_running_loop())
+        installation.database = _handle(installation, installation.engine)
+    for overridden in installation.chain()[1:]:
+        if database_class(overridden.engine) is not None:
+            overridden.database = _handle(overridden, overridden.engine)
+
+
+def _show_observers(registries: Sequence[Registry], router: int) -> None:
+    for registry in registries:
+        for observer in registry.observers:
+            for database in registry.databases_from_here(router):
+                observer(database)
 
 
 async def _build(installation: Installation) -> AnyDatabase:

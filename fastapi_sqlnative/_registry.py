@@ -20,13 +20,20 @@ from .exceptions import (
 
 EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
 Shutdown: TypeAlias = Callable[[], object]
+Observer: TypeAlias = Callable[[AnyDatabase], None]
 
 _STATE: Final = "fastapi_sqlnative"
 
 
 @dataclass(eq=False, kw_only=True)
 class Installation:
-    """Hold what the application gave to `install_database`, and the handle while it runs."""
+    """Hold what the application gave to `install_database`, and the handle while it runs.
+
+    Attributes:
+        overridden: what a test has put this one in front of: started with it where that costs
+            nothing, and closed with it.
+        at_end: what a test has to end while the event loop is there, before `shutdown`.
+    """
 
     name: str
     engine: AnyEngine | EngineFactory
@@ -35,6 +42,14 @@ class Installation:
     startup_wait: float | None
     shutdown_timeout: float
     database: AnyDatabase | None = None
+    overridden: Installation | None = None
+    at_end: list[Callable[[], Awaitable[None]]] = field(
+        default_factory=list[Callable[[], Awaitable[None]]]
+    )
+
+    def chain(self) -> list[Installation]:
+        """List this one and what it overrides, the nearest first."""
+        return [self, *(self.overridden.chain() if self.overridden is not None else ())]
 
 
 @dataclass(eq=False)
@@ -47,19 +62,24 @@ class Registry:
             hash). Known while that application runs.
         children: the registries of the applications mounted in this one, for each outermost
             application, likewise.
+        observers: called with every database of this application and of those mounted in it, at
+            each start.
         draining: the application is not to be sent any more requests.
         gate: admits requests with synchronous sessions, those of mounted applications too.
         starts: how many lifespans, its own and its parents', keep the databases open.
         loop: the event loop on which they do.
+        around_gate: puts a gate of a test's in front of this one.
     """
 
     installations: dict[str, Installation] = field(default_factory=dict[str, Installation])
     parents: dict[int, Registry] = field(default_factory=dict[int, "Registry"])
     children: dict[int, list[Registry]] = field(default_factory=dict[int, "list[Registry]"])
+    observers: list[Observer] = field(default_factory=list[Observer])
     draining: bool = False
     gate: Gate | None = None
     starts: int = 0
     loop: asyncio.AbstractEventLoop | None = None
+    around_gate: Callable[[Gate | None], Gate] | None = None
 
     def add(self, installation: Installation) -> None:
         """Keep an installation.
@@ -90,7 +110,8 @@ class Registry:
     def gate_for(self, router: int) -> Gate | None:
         """Return the gate of the outermost application."""
         parent = self.parents.get(router)
-        return self.gate if parent is None else parent.gate_for(router)
+        gate = self.gate if parent is None else parent.gate_for(router)
+        return gate if self.around_gate is None else self.around_gate(gate)
 
     def database(self, name: str, router: int = 0) -> AnyDatabase:
         """Return the handle of a running database.
@@ -120,19 +141,22 @@ class Registry:
 
     def all_databases(self, router: int) -> list[AnyDatabase]:
         """List the running databases of this application, of those above and of those mounted."""
-        return [*self.databases(router), *self.databases_below(router)]
+        parent = self.parents.get(router)
+        above = parent.databases(router) if parent is not None else ()
+        return [*above, *self.databases_from_here(router)]
 
     def is_draining(self, router: int) -> bool:
         """Tell whether this application, or one that it is mounted in, drains."""
         parent = self.parents.get(router)
         return self.draining or (parent is not None and parent.is_draining(router))
 
-    def databases_below(self, router: int) -> Iterator[AnyDatabase]:
-        """Yield the running databases of the applications mounted in this one, at any depth."""
+    def databases_from_here(self, router: int) -> Iterator[AnyDatabase]:
+        """Yield the running databases of this application and of those mounted in it."""
+        for installation in self.installations.values():
+            if installation.database is not None:
+                yield installation.database
         for child in self.children.get(router, ()):
-            running = (each.database for each in child.installations.values())
-            yield from (each for each in running if each is not None)
-            yield from child.databases_below(router)
+            yield from child.databases_from_here(router)
 
 
 def trimmed(name: object) -> str:

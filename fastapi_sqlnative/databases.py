@@ -61,7 +61,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         self.engine: EngineT = engine
         self.shutdown_timeout = shutdown_timeout
         self._refusal: str | None = None
-        self._guard = EngineGuard(name, self._pool_engine, listen)
+        self._guard = EngineGuard(name, self.sync_engine, listen)
         options = {"expire_on_commit": False, "close_resets_only": False} | dict(
             session_options or {}
         )
@@ -104,7 +104,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
         Raises:
             TransactionOptionsError: an isolation level, or `read_only`, that there is not.
         """
-        dialect = self._pool_engine.dialect
+        dialect = self.sync_engine.dialect
         lacking = options.lacking_in(dialect)
         if lacking is not None:
             raise TransactionOptionsError(
@@ -127,7 +127,7 @@ class _Database(ABC, Generic[EngineT, SessionT]):
     @property
     def pool(self) -> Pool:
         """The pool that the engine has now; disposing of the engine replaces it."""
-        return self._pool_engine.pool
+        return self.sync_engine.pool
 
     def connections_in_use(self) -> int:
         """Count the connections that somebody holds, as far as pool and sessions know."""
@@ -169,7 +169,8 @@ class _Database(ABC, Generic[EngineT, SessionT]):
 
     @property
     @abstractmethod
-    def _pool_engine(self) -> Engine: ...
+    def sync_engine(self) -> Engine:
+        """The engine that has the pool: an `AsyncEngine` is a proxy for one."""
 
     @abstractmethod
     def _guarded(self, options: dict[str, Any]) -> dict[str, Any]: ...
@@ -310,7 +311,8 @@ class Database(_Database[Engine, Session]):
         await anyio.to_thread.run_sync(self.engine.dispose, limiter=anyio.CapacityLimiter(1))
 
     @property
-    def _pool_engine(self) -> Engine:
+    def sync_engine(self) -> Engine:
+        """The engine itself."""
         return self.engine
 
     def _guarded(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -417,7 +419,8 @@ class AsyncDatabase(_Database[AsyncEngine, AsyncSession]):
         await self.engine.dispose()
 
     @property
-    def _pool_engine(self) -> Engine:
+    def sync_engine(self) -> Engine:
+        """The engine behind the asynchronous one."""
         return self.engine.sync_engine
 
     def _guarded(self, options: dict[str, Any]) -> dict[str, Any]:

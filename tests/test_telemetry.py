@@ -1,0 +1,285 @@
+"""The pools' metrics say what the pools and the server say."""
+
+import contextlib
+import importlib
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from sqlalchemy import Engine, NullPool, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import health_router, install_database, installed_databases
+from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
+from fastapi_sqlnative.telemetry import instrument_pools
+from tests.conftest import MakeEngine
+from tests.in_process import async_sqlite, running, sqlite, start_and_stop
+
+pytestmark = pytest.mark.anyio
+
+PREFIX = "db.client.connection"
+
+
+class Reader:
+    """Read the metrics of one application."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._reader = InMemoryMetricReader()
+        instrument_pools(app, meter_provider=MeterProvider([self._reader]))
+
+    def points(self, metric: str) -> dict[tuple[str, ...], Any]:
+        """Give the data points of a metric by pool, and by state where there is one."""
+        data = self._reader.get_metrics_data()
+        found = [
+            each
+            for resource in (data.resource_metrics if data else ())
+            for scope in resource.scope_metrics
+            for each in scope.metrics
+            if each.name == f"{PREFIX}.{metric}"
+        ]
+        return {
+            tuple(str(value) for _, value in sorted((point.attributes or {}).items())): point
+            for each in found
+            for point in each.data.data_points
+        }
+
+    def values(self, metric: str) -> dict[tuple[str, ...], int]:
+        """Give what is counted."""
+        return {key: point.value for key, point in self.points(metric).items()}
+
+    def recorded(self, metric: str) -> dict[tuple[str, ...], int]:
+        """Give how often a duration was recorded."""
+        return {key: point.count for key, point in self.points(metric).items()}
+
+
+@contextlib.asynccontextmanager
+async def held(app: FastAPI, name: str = "default", *, lose: bool = False) -> AsyncGenerator[None]:
+    """Hold one connection of a database, whichever its colour; in the end it may be lost."""
+    database: Any = installed_databases(app)[name]
+
+    def work(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        if lose:
+            session.connection().invalidate()
+
+    if isinstance(database.engine, AsyncEngine):
+        async with database.session() as session:
+            await session.run_sync(work)
+            yield
+    else:
+        with database.session() as session:
+            work(session)
+            yield
+
+
+def instrumented(engine: Engine | AsyncEngine, name: str = "default") -> tuple[FastAPI, Reader]:
+    app = FastAPI()
+    install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    return app, Reader(app)
+
+
+# --- counts ---
+
+
+async def test_connections_are_counted_by_state(make_engine: MakeEngine) -> None:
+    """`count` has the pool's connections in use and its idle ones, whenever it is collected."""
+    app, reader = instrumented(make_engine(), "books")
+    used, idle = ("books", "used"), ("books", "idle")
+    async with running(app):
+        assert reader.values("count") == {used: 0, idle: 0}
+        async with held(app, "books"):
+            async with held(app, "books"):
+                assert reader.values("count") == {used: 2, idle: 0}
+            assert reader.values("count") == {used: 1, idle: 1}
+        assert reader.values("count") == {used: 0, idle: 2}
+    assert reader.values("count") == {}, "a database that does not run has no pool to speak of"
+
+
+async def test_the_limit_is_size_and_overflow(make_engine: MakeEngine) -> None:
+    """`max` is the number of connections that the pool opens at the most."""
+    app, reader = instrumented(make_engine(pool_size=2, max_overflow=3))
+    async with running(app):
+        assert reader.values("max") == {("default",): 5}
+
+
+async def test_what_is_unknown_is_not_reported(make_engine: MakeEngine) -> None:
+    """A pool without a limit has no `max`, NullPool no `count`: never a wrong zero."""
+    app = FastAPI()
+    for name, engine in (
+        ("unlimited", make_engine(max_overflow=-1)),
+        ("unpooled", make_engine(poolclass=NullPool)),
+    ):
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    reader = Reader(app)
+    async with running(app):
+        async with held(app, "unpooled"):
+            assert {name for name, _ in reader.values("count")} == {"unlimited"}
+            assert reader.values("max") == {}
+        assert reader.recorded("use_time") == {("unpooled",): 1}
+
+
+async def test_an_engine_under_two_names_is_one_pool(make_engine: MakeEngine) -> None:
+    """An engine that is installed twice is reported once, under the first of its names."""
+    app = FastAPI()
+    engine = make_engine()
+    for name in "first", "second":
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    reader = Reader(app)
+    async with running(app):
+        async with held(app, "second"):
+            assert reader.values("count") == {("first", "used"): 1, ("first", "idle"): 0}
+        assert reader.recorded("use_time") == {("first",): 1}
+
+
+async def test_mounted_applications_are_reported(make_engine: MakeEngine) -> None:
+    """Databases of an application mounted below count with those of the instrumented one."""
+    app, below = FastAPI(), FastAPI()
+    install_database(app, name="above", engine=async_sqlite)
+    engine = make_engine()
+    install_database(below, name="below", engine=engine, shutdown=engine.dispose)
+    app.mount("/below", below)
+    reader = Reader(app)
+    async with running(app):
+        async with held(below, "below"):
+            assert reader.values("count")["below", "used"] == 1
+        assert reader.recorded("use_time") == {("below",): 1}
+
+
+# --- durations ---
+
+
+async def test_every_connection_and_every_use_is_recorded(make_engine: MakeEngine) -> None:
+    """`create_time` has one record a connection made, `use_time` one a return to the pool."""
+    app, reader = instrumented(make_engine())
+    async with running(app):
+        async with held(app):
+            assert reader.recorded("create_time") == {("default",): 1}
+            assert reader.recorded("use_time") == {}
+            async with held(app):
+                pass
+        async with held(app):
+            pass
+        assert reader.recorded("create_time") == {("default",): 2}
+        assert reader.recorded("use_time") == {("default",): 3}
+
+
+async def test_a_use_lasts_from_taking_to_giving_back(make_engine: MakeEngine) -> None:
+    """What one connection is used for lies within the use of another that began sooner."""
+    app = FastAPI()
+    for name in "outer", "inner":
+        engine = make_engine()
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    reader = Reader(app)
+    async with running(app):
+        async with held(app, "outer"), held(app, "inner"):
+            pass
+        points = reader.points("use_time")
+        assert 0 < points["inner",].sum < points["outer",].sum
+        assert 0 < reader.points("create_time")["inner",].sum < points["outer",].sum
+
+
+async def test_a_lost_connection_was_used_too(make_engine: MakeEngine) -> None:
+    """A use that ends with the connection is recorded, and so is the connection made anew."""
+    app, reader = instrumented(make_engine(pool_size=1, max_overflow=0))
+    async with running(app):
+        async with held(app, lose=True):
+            pass
+        async with held(app):
+            pass
+        assert reader.recorded("create_time") == {("default",): 2}
+        assert reader.recorded("use_time") == {("default",): 2}
+        assert reader.values("count")["default", "used"] == 0
+
+
+async def test_more_uses_than_are_kept_are_recorded() -> None:
+    """However many connections come back between two collections, none is forgotten."""
+    app, reader = instrumented(sqlite())
+    async with running(app):
+        database = installed_databases(app)["default"]
+        for _ in range(2_500):
+            with database.sync_engine.connect():
+                pass
+        assert reader.recorded("use_time") == {("default",): 2_500}
+
+
+async def test_readiness_is_not_counted(make_engine: MakeEngine) -> None:
+    """A connection that readiness opens outside the pool is no connection of the pool."""
+    app, reader = instrumented(make_engine(pool_size=1, max_overflow=0))
+    app.include_router(health_router(max_age=0.001))
+    async with running(app) as client:
+        assert (await client.get("/health/ready")).json()["databases"] == {"default": "up"}
+        assert reader.recorded("create_time") == reader.recorded("use_time") == {}
+        async with held(app):
+            ready = await client.get("/health/ready")
+            assert ready.json()["databases"] == {"default": "saturated"}
+            assert reader.values("count") == {("default", "used"): 1, ("default", "idle"): 0}
+        assert reader.recorded("create_time") == reader.recorded("use_time") == {("default",): 1}
+
+
+# --- starts ---
+
+
+async def test_a_second_start_records_nothing_twice(make_engine: MakeEngine) -> None:
+    """A ready engine that is started again is heard once."""
+    app, reader = instrumented(make_engine())
+    await start_and_stop(app)
+    async with running(app):
+        async with held(app):
+            pass
+        assert reader.recorded("use_time") == {("default",): 1}
+
+
+async def test_an_engine_of_a_factory_is_heard(build: Callable[[], Engine | AsyncEngine]) -> None:
+    """The engine that a factory makes at the start is instrumented like a ready one."""
+    app = FastAPI()
+    reader = Reader(app)
+    install_database(app, engine=build)
+    for start in 1, 2:
+        async with running(app):
+            async with held(app):
+                pass
+            assert reader.recorded("use_time") == {("default",): start}
+
+
+@pytest.fixture(params=["sync", "async"])
+def build(request: pytest.FixtureRequest) -> Callable[[], Engine | AsyncEngine]:
+    return async_sqlite if request.param == "async" else sqlite
+
+
+async def test_a_running_application_is_not_instrumented() -> None:
+    """Instrumenting an application that has started is an error, and not a silence."""
+    app = FastAPI()
+    install_database(app, engine=async_sqlite)
+    async with running(app):
+        with pytest.raises(ApplicationAlreadyStartedError, match="before it is served"):
+            instrument_pools(app)
+
+
+# --- what is imported ---
+
+
+def test_nothing_is_imported_unless_asked_for() -> None:
+    """The package imports neither its telemetry nor its Alembic readiness nor its testing."""
+    code = (
+        "import sys, fastapi_sqlnative;"
+        "print([each for each in ('telemetry', 'migrations', 'testing')"
+        " if f'fastapi_sqlnative.{each}' in sys.modules], 'alembic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] False"
+
+
+def test_without_opentelemetry_the_import_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where OpenTelemetry's API is missing, the error names the extra."""
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "fastapi_sqlnative.telemetry")
+    with pytest.raises(ImportError, match=r'pip install "fastapi-sqlnative\[telemetry\]"'):
+        importlib.import_module("fastapi_sqlnative.telemetry")

@@ -39,7 +39,8 @@ class Probe:
 
     Attributes:
         asking: a question has not ended yet: the database hangs, or the pool does.
-        waiting: that question waits for the pool, and not for the database.
+        waiting: that question waits for the pool, or for the database to show that the
+            connection from it is alive.
     """
 
     def __init__(self) -> None:

@@ -57,10 +57,12 @@ class DatabaseQuestion:
         Raises:
             TimeoutError: it has not answered the last time yet.
         """
-        # Waiting for the pool, the last question says nothing about the database.
-        if self._last.asking and not self._last.waiting:
-            raise TimeoutError("It has not answered the last question yet.")
         database, probe = self._database, Probe()
+        # While sessions hold every connection, the last question may wait for one of those, and
+        # say nothing about the database.
+        for_the_pool = self._last.waiting and database.sessions_hold_all()
+        if self._last.asking and not for_the_pool:
+            raise TimeoutError("It has not answered the last question yet.")
         self._last = probe
         state = await database.run_sync(
             lambda engine: probe.ask(engine, database.connections_in_use)

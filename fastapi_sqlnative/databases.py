@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from ._completion import ended_within, in_thread, to_completion
 from ._guards import EngineGuard, SessionGuard
 from ._options import NO_OPTIONS, IsolationLevel, TransactionOptions
-from ._pools import PoolStatus, ask_pool, max_overflow
+from ._pools import PoolStatus, ask_pool, max_overflow, pool_capacity
 from ._retries import Retries, refuse_coroutine
 from ._sessions import guard_of, guarded_class, has_pending_changes
 from ._statements import listen
@@ -132,8 +132,14 @@ class _Database(ABC, Generic[EngineT, SessionT]):
     def connections_in_use(self) -> int:
         """Count the connections that somebody holds, as far as pool and sessions know."""
         checked_out = ask_pool(self.pool, "checkedout")
-        if checked_out is not None:
-            return checked_out
+        return self._held_by_sessions() if checked_out is None else checked_out
+
+    def sessions_hold_all(self) -> bool:
+        """Tell whether sessions hold every connection that the pool hands out."""
+        capacity = pool_capacity(self.pool)
+        return capacity is not None and self._held_by_sessions() >= capacity
+
+    def _held_by_sessions(self) -> int:
         return sum(len(guard.transactions) for guard in tuple(self._guard.busy))
 
     def refuse_sessions(self) -> None:

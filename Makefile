@@ -17,7 +17,7 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest lint types benchmark build check demo constraints clean
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,7 +66,10 @@ check: export CI := true
 check: lint types test test-lowest benchmark build ## run everything CI runs
 
 demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
-	@$(RUN) -m examples.showcase
+	@$(RUN) -m examples showcase
+
+example: .venv/ready ## serve one of the examples: make example NAME=quick_start
+	@$(RUN) -m examples $(NAME)
 
 constraints: .venv/ready ## pin the newest versions of the development environment
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \

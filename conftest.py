@@ -1,8 +1,9 @@
-"""Serve tests/ and examples/ alike: one PostgreSQL for the whole run, a database pair per worker.
+"""Serve tests/ and examples/ alike: one PostgreSQL for a run, a database pair per worker; MariaDB.
 
 It stands here because pytest shows a conftest's fixtures only to the folders below it.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
+from tests.mariadb_server import REMEDIES, MariadbServer, MariadbServerError, find_server
 from tests.postgres_choice import CHOICES, RunningPostgres, start_postgres
 from tests.postgres_server import PostgresServerError
 
@@ -32,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "mariadb: needs a MariaDB server")
     handed_over: dict[str, str] | None = getattr(config, "workerinput", {}).get("postgres")
     if handed_over:
         config.stash[SERVER] = RunningPostgres(**handed_over)
@@ -116,6 +119,45 @@ def server_log(pytestconfig: pytest.Config) -> Callable[[], str] | None:
         return None
     mark = len(server.read_log())
     return lambda: server.read_log()[mark:]
+
+
+# --- MariaDB, for the tests marked `mariadb` ---
+
+
+def _leaves_mariadb_out() -> bool:
+    """Tell whether there is no server, and nobody has said that there has to be one."""
+    if os.environ.get("TEST_MARIADB_URL") or os.environ.get("CI"):
+        return False
+    try:
+        find_server()
+    except MariadbServerError:
+        return True
+    return False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _leaves_mariadb_out():
+        needing = [item for item in items if item.get_closest_marker("mariadb")]
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _leaves_mariadb_out():
+        terminalreporter.section("MariaDB was not found: its tests were left out", yellow=True)
+        terminalreporter.line(REMEDIES)
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[str]:
+    """Give the URL of a MariaDB server, without a driver; one is started unless it is given."""
+    given = os.environ.get("TEST_MARIADB_URL")
+    if given:
+        yield given
+        return
+    with MariadbServer() as server:
+        yield server.url
 
 
 # --- async tests ---

@@ -1,6 +1,5 @@
 """Fixtures for the package's own tests: one parameter for colours and drivers, two databases."""
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,6 @@ from sqlalchemy import Engine, Pool, QueuePool, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import WorkerPostgres
-from tests.mariadb_server import REMEDIES, MariadbServer, MariadbServerError, find_server
 from tests.proxy import Proxy
 from tests.serving import KINDS, Kind, Rows
 
@@ -96,46 +94,3 @@ def behind_proxy(kind: Kind, make_engine: MakeEngine, proxy: Proxy) -> Engine | 
     plain = {"ssl": False} if kind.driver == "asyncpg" else {"sslmode": "disable"}
     connect_args = plain | {"host": "127.0.0.1", "port": proxy.own_port}
     return make_engine(pool_size=1, max_overflow=0, connect_args=connect_args)
-
-
-# --- MariaDB, for the tests marked `mariadb` ---
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "mariadb: needs a MariaDB server")
-
-
-def _leaves_mariadb_out() -> bool:
-    """Tell whether there is no server, and nobody has said that there has to be one."""
-    if os.environ.get("TEST_MARIADB_URL") or os.environ.get("CI"):
-        return False
-    try:
-        find_server()
-    except MariadbServerError:
-        return True
-    return False
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _leaves_mariadb_out():
-        needing = [item for item in items if item.get_closest_marker("mariadb")]
-        items[:] = [item for item in items if item not in needing]
-        config.hook.pytest_deselected(items=needing)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _leaves_mariadb_out():
-        terminalreporter.section("MariaDB was not found: its tests were left out", yellow=True)
-        terminalreporter.line(REMEDIES)
-
-
-@pytest.fixture(scope="session")
-def mariadb() -> Iterator[str]:
-    """Give the URL of a MariaDB server, without a driver; one is started unless it is given."""
-    given = os.environ.get("TEST_MARIADB_URL")
-    if given:
-        yield given
-        return
-    with MariadbServer() as server:
-        yield server.url

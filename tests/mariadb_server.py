@@ -29,10 +29,11 @@ from tests.postgres_server import (
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
 
-REMEDIES = """Either of these helps:
+REMEDIES = """Any one of these helps:
   - install MariaDB: apt-get install mariadb-server
-  - point TEST_MARIADB_URL at a server that runs already, as in mysql://root@127.0.0.1:3306/,
-    with a role that may create databases and users, and kill queries"""
+  - point TEST_MARIADB_URL (tests) at a server that runs already, as in mysql://root@127.0.0.1:3306/,
+    with a role that may create databases and users, and kill queries
+  - point DATABASE_URL (the example) at a database of its own, as in mysql+asyncmy://me@db/shop"""
 
 SETTINGS = {
     "bind-address": "127.0.0.1",

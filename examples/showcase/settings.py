@@ -16,15 +16,15 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Read DATABASE_URL and ANALYTICS_DATABASE_URL; without the second, derive it from the first.
+    """Read DATABASE_URL and SECOND_DATABASE_URL; without the second, derive it from the first.
 
     Raises:
         ValueError: DATABASE_URL is not set.
     """
     if not environment.get("DATABASE_URL"):
-        raise ValueError("DATABASE_URL is not set. Set it, or run: python -m examples.showcase")
+        raise ValueError("DATABASE_URL is not set. Set it, or run: make demo")
     database = _read_url(environment["DATABASE_URL"])
-    analytics = environment.get("ANALYTICS_DATABASE_URL")
+    analytics = environment.get("SECOND_DATABASE_URL")
     return Settings(database, _read_url(analytics) if analytics else _beside(database))
 
 

@@ -1,15 +1,6 @@
 """What the showcase promises, over HTTP."""
 
-import argparse
 import json
-import os
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +19,6 @@ from examples.showcase.models import AnalyticsBase, Base
 from examples.showcase.settings import Settings, read_settings
 from tests.serving import serve
 
-ROOT = Path(__file__).parents[2]
 START = {"ada-1": 1_000_00, "grace-1": 1_000_00}
 
 on_postgres = pytest.mark.parametrize("settings", ["psycopg", "asyncpg"], indirect=True)
@@ -47,7 +37,7 @@ def settings(
             settings = read_settings({"DATABASE_URL": postgres.dsn})
         case driver:
             first, second = postgres.url(driver), postgres.second.url(driver)
-            settings = read_settings({"DATABASE_URL": first, "ANALYTICS_DATABASE_URL": second})
+            settings = read_settings({"DATABASE_URL": first, "SECOND_DATABASE_URL": second})
     yield settings
     _drop_tables(settings)
 
@@ -266,123 +256,3 @@ def test_addresses_come_from_the_environment() -> None:
     assert "secret" not in repr(plain)
     with pytest.raises(ValueError, match="DATABASE_URL is not set"):
         read_settings({"DATABASE_URL": ""})
-
-
-# --- python -m examples.showcase ---
-
-
-@contextmanager
-def demo(directory: Path, stop: signal.Signals, **environment: str) -> Iterator[list[str]]:
-    """Run the demo as a process, give what it prints, and see it end as it should."""
-    unset = {"DATABASE_URL": "", "ANALYTICS_DATABASE_URL": "", "PORT": "0"}
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", "examples.showcase"],
-            cwd=directory,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **unset, **environment},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as process,
-    ):
-        try:
-            printed = _read_banner(process)
-            yield printed
-            process.send_signal(stop)
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
-            errors.seek(0)
-            said = errors.read()
-            sys.stderr.write(said)  # shown with a failure
-    assert "Traceback" not in said
-
-
-def _read_banner(process: "subprocess.Popen[str]") -> list[str]:
-    assert process.stdout is not None
-    printed: list[str] = []
-    for line in process.stdout:
-        printed.append(line.strip())
-        if line.startswith("Ctrl-C"):
-            return printed
-    raise AssertionError(f"The demo ended while it was starting: {printed}")
-
-
-def _paste(command: str) -> tuple[int, Any]:
-    """Run a printed line with curl; without curl, send what it says with httpx."""
-    words = shlex.split(command)
-    if shutil.which("curl"):
-        words += ["-sS", "-w", "\n%{http_code}"]
-        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # ours
-        body, _, status = sent.stdout.rpartition("\n")
-        return int(status), json.loads(body)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("url")
-    parser.add_argument("-w")
-    parser.add_argument("-d")
-    parser.add_argument("-H", action="append")
-    given = parser.parse_args(words[1:])
-    headers = dict(header.split(": ", 1) for header in given.H)
-    method = "POST" if given.d else "GET"
-    response = httpx.request(method, given.url, content=given.d, headers=headers)
-    return response.status_code, response.json()
-
-
-def _port(printed: list[str]) -> int:
-    (line,) = (line for line in printed if line.startswith("The showcase is served on"))
-    return int(line.rpartition(":")[2])
-
-
-def _is_free(port: int) -> bool:
-    with socket.create_server(("127.0.0.1", port)):
-        return True
-
-
-def _paste_all(printed: list[str], *, ada: int) -> None:
-    """Run the four printed lines; `ada` is the balance they begin with."""
-    accounts, small, large, ledger = (line for line in printed if line.startswith("curl"))
-    assert _paste(accounts) == (200, [{"number": "ada-1", "balance": ada}])
-    status, entries = _paste(small)
-    assert (status, [entry["amount"] for entry in entries]) == (201, [-500, 500])
-    assert _paste(large) == (409, {"detail": "Insufficient funds."})
-    assert _paste(accounts) == (200, [{"number": "ada-1", "balance": ada - 500}])
-    status, booked = _paste(ledger)
-    assert (status, booked[0]) == (200, entries[0])
-
-
-@on_postgres
-def test_the_demo_runs_on_a_given_postgres(settings: Settings, tmp_path: Path) -> None:
-    """On a taken port it takes another; its printed lines work; Ctrl-C ends it with exit code 0."""
-    addresses = {
-        "DATABASE_URL": settings.database.render_as_string(hide_password=False),
-        "ANALYTICS_DATABASE_URL": settings.analytics.render_as_string(hide_password=False),
-    }
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with demo(tmp_path, signal.SIGINT, PORT=str(port), **addresses) as printed:
-            assert _port(printed) != port
-            _paste_all(printed, ada=1_000_00)
-    assert _is_free(_port(printed))
-
-
-def test_the_demo_runs_twice_on_sqlite(tmp_path: Path) -> None:
-    """A file that is there is taken up again; SIGTERM ends it with exit code 0."""
-    for ada in 1_000_00, 995_00:
-        url = "sqlite+aiosqlite:///demo.db"
-        with demo(tmp_path, signal.SIGTERM, DATABASE_URL=url) as printed:
-            _paste_all(printed, ada=ada)
-    assert {file.name for file in tmp_path.iterdir()} == {"demo.db", "demo-analytics.db"}
-
-
-def test_the_demo_keeps_a_postgres_of_its_own() -> None:
-    """With no address it starts PostgreSQL, stops it too, and finds its data again."""
-    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        for ada, stop in (1_000_00, signal.SIGINT), (995_00, signal.SIGTERM):
-            with demo(Path(folder), stop) as printed:
-                _paste_all(printed, ada=ada)
-            data = Path(folder, ".demo/postgres/data")
-            assert data.exists()
-            assert not (data / "postmaster.pid").exists()

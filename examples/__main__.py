@@ -1,0 +1,171 @@
+"""Serve an example: on DATABASE_URL, or on a database of its own.
+
+    python -m examples quick_start
+
+It sets DATABASE_URL and SECOND_DATABASE_URL, two databases kept in `.demo`, and serves
+`examples.quick_start.app:create_app()`. What it prints to try are the `sh` blocks of the
+example's README.md, where the address is always http://127.0.0.1:8000.
+"""
+
+import errno
+import importlib
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from sqlalchemy import URL, NullPool, create_engine, make_url, text
+
+from tests.mariadb_server import MariadbServer, MariadbServerError
+from tests.postgres_server import PostgresServer, PostgresServerError
+
+say = partial(print, flush=True)
+
+HERE = Path(__file__).parent
+KEPT = Path(".demo")
+ADDRESS = "http://127.0.0.1:8000"
+TO_TRY = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Server(uvicorn.Server):
+    """Say what to try once requests are answered."""
+
+    commands: str
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()
+        address = f"http://{host}:{port}"
+        say(f"\nThe example is served on {address}\nEvery endpoint, to try out: {address}/docs\n")
+        say(self.commands.replace(ADDRESS, address))
+        say("Ctrl-C stops everything.")
+
+
+def main(arguments: list[str]) -> None:
+    """Run until SIGINT or SIGTERM."""
+    name = _example(arguments)
+    for each in signal.SIGINT, signal.SIGTERM:
+        signal.signal(each, _stop)
+    with ExitStack() as closing:
+        listener = closing.enter_context(_listen(int(os.environ.get("PORT") or 8000)))
+        os.environ.update(_addresses(name, closing))
+        say(f"Starting {name} on {make_url(os.environ['DATABASE_URL']).get_backend_name()} ...")
+        app = _build(name)
+        # Somebody who still reads a stream cannot keep the example from stopping.
+        server = Server(uvicorn.Config(app, timeout_graceful_shutdown=3))
+        readme = (HERE / name / "README.md").read_text("utf-8")
+        server.commands = "\n".join(TO_TRY.findall(readme))
+        server.run(sockets=[listener])
+
+
+def _example(arguments: list[str]) -> str:
+    names = sorted(path.parent.name for path in HERE.glob("*/app.py"))
+    match arguments:
+        case [name] if name in names:
+            return name
+    raise SystemExit("Which one? make example NAME=..., one of:\n  " + "\n  ".join(names))
+
+
+def _build(name: str) -> FastAPI:
+    try:
+        app: FastAPI = importlib.import_module(f"examples.{name}.app").create_app()
+    except KeyError as missing:
+        if missing.args != ("SECOND_DATABASE_URL",):
+            raise
+        raise SystemExit(f"{name} has two databases: set SECOND_DATABASE_URL too.") from missing
+    return app
+
+
+def _stop(*_: object) -> None:
+    # Uvicorn shuts down by itself and then raises the signal again: leave through every `with`,
+    # undisturbed by an impatient second Ctrl-C.
+    for each in signal.SIGINT, signal.SIGTERM:
+        signal.signal(each, signal.SIG_IGN)
+    say("Stopping ...")
+    raise SystemExit(0)
+
+
+def _listen(port: int) -> socket.socket:
+    """Take the port, or the next that is free."""
+    while True:
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            say(f"Port {port} is taken, trying the next ...")
+            port += 1
+
+
+# --- where the databases are ---
+
+
+def _addresses(name: str, closing: ExitStack) -> Mapping[str, str]:
+    if os.environ.get("DATABASE_URL"):
+        return _given()
+    try:
+        return OF_THEIR_OWN.get(name, _postgres)(name, closing)
+    except (PostgresServerError, MariadbServerError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def _given() -> Mapping[str, str]:
+    """Pass on the addresses that the environment has; a plain one gets a driver."""
+    names = "DATABASE_URL", "SECOND_DATABASE_URL"
+    urls = {name: make_url(os.environ[name]) for name in names if os.environ.get(name)}
+    return {name: _text(_with_driver(url)) for name, url in urls.items()}
+
+
+def _with_driver(url: URL) -> URL:
+    # SQLAlchemy 2.0 would take psycopg2 here, which has no asyncio.
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+
+def _text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+def _postgres(name: str, closing: ExitStack) -> Mapping[str, str]:
+    directory = KEPT / "postgres"
+    say(f"Starting PostgreSQL in {directory} (the first time takes a few seconds) ...")
+    server = closing.enter_context(PostgresServer(directory))
+    url = make_url(server.url).set(drivername="postgresql+psycopg")
+    databases = {"DATABASE_URL": name, "SECOND_DATABASE_URL": f"{name}_second"}
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        existing = connection.scalars(text("SELECT datname FROM pg_database")).all()
+        for database in databases.values():
+            if database not in existing:
+                connection.execute(text(f"CREATE DATABASE {database}"))
+    return {variable: _text(url.set(database=each)) for variable, each in databases.items()}
+
+
+def _mariadb(name: str, closing: ExitStack) -> Mapping[str, str]:
+    say("Starting a MariaDB that keeps nothing ...")
+    url = make_url(closing.enter_context(MariadbServer()).url)
+    engine = create_engine(url.set(drivername="mysql+pymysql"), poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    return {"DATABASE_URL": _text(url.set(drivername="mysql+asyncmy", database=name))}
+
+
+def _sqlite(name: str, _closing: ExitStack) -> Mapping[str, str]:
+    KEPT.mkdir(exist_ok=True)
+    return {"DATABASE_URL": f"sqlite+aiosqlite:///{KEPT / name}.db"}
+
+
+# All others are served on PostgreSQL.
+OF_THEIR_OWN: Mapping[str, Callable[[str, ExitStack], Mapping[str, str]]] = {
+    "mariadb": _mariadb,
+    "sqlite": _sqlite,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

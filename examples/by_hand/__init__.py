@@ -1,0 +1,1 @@
+"""The transaction by hand: its end, a row lock, savepoints."""

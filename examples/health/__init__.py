@@ -1,0 +1,1 @@
+"""Liveness, readiness and draining, in an application factory."""

@@ -1,0 +1,132 @@
+"""A shop that says when it should get requests: two databases, a marker row, a slow goodbye."""
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy import delete, literal, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    health_router,
+    install_database,
+    install_error_handlers,
+    installed_databases,
+    reader,
+    start_draining,
+    transactional,
+)
+
+Reader = Annotated[AsyncSession, Depends(reader())]
+AnalyticsReader = Annotated[AsyncSession, Depends(reader("analytics"))]
+Transaction = Annotated[AsyncSession, Depends(transactional())]
+Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
+
+
+class Base(DeclarativeBase): ...
+
+
+class Marker(Base):
+    """Say that the shop is open: an operator takes the row away to close it."""
+
+    __tablename__ = "health_marker"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+async def build_engine() -> AsyncEngine:
+    """Build the engine, with a table that a release step would have made."""
+    engine = create_async_engine(os.environ["DATABASE_URL"])
+    async with engine.begin() as connection:  # in production: Alembic, before the start
+        await connection.run_sync(Base.metadata.create_all)
+    return engine
+
+
+def build_analytics_engine() -> AsyncEngine:
+    """Build the engine of a database that the shop can do without."""
+    return create_async_engine(os.environ["SECOND_DATABASE_URL"])
+
+
+async def is_open(app: FastAPI) -> bool:
+    """Look for the marker row, through the application's own pool."""
+    database = installed_databases(app)["default"]
+    assert isinstance(database, AsyncDatabase)  # for the type checker: it may be a Database
+    async with database.session() as session:
+        return await session.get(Marker, 1) is not None
+
+
+def require_operator(credentials: Credentials) -> None:
+    """Refuse everybody who does not know OPERATOR_TOKEN, and everybody while there is none."""
+    token = os.environ.get("OPERATOR_TOKEN", "")
+    given = credentials.credentials
+    if not token or not secrets.compare_digest(given.encode(), token.encode()):
+        raise HTTPException(403, "For operators only.")
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    """Answer SIGTERM with 503 at /health/ready, and let the server stop some seconds later."""
+    seconds = float(os.environ.get("DRAIN_SECONDS", "5"))
+    loop = asyncio.get_running_loop()
+    stop = signal.getsignal(signal.SIGTERM)  # the server's own handler
+    if callable(stop):  # in a test nobody handles it
+
+        def drain(signum: int, frame: FrameType | None) -> None:
+            start_draining(app)
+            loop.call_soon_threadsafe(loop.call_later, seconds, stop, signum, frame)
+
+        signal.signal(signal.SIGTERM, drain)
+    yield
+
+
+router = APIRouter()
+
+
+@router.get("/stock")
+async def count_stock(session: Reader) -> int:
+    """Ask the shop's own database."""
+    return (await session.scalars(select(literal(3)))).one()
+
+
+@router.get("/report")
+async def write_report(session: AnalyticsReader) -> int:
+    """Ask the other one; while it is away this is a 503, and nothing else is."""
+    return (await session.scalars(select(literal(7)))).one()
+
+
+@router.put("/marker", status_code=204, dependencies=[Depends(require_operator)])
+async def open_shop(session: Transaction) -> None:
+    """Let requests come."""
+    await session.merge(Marker(id=1))
+
+
+@router.delete("/marker", status_code=204, dependencies=[Depends(require_operator)])
+async def close_shop(session: Transaction) -> None:
+    """Keep requests away, from every process at once."""
+    await session.execute(delete(Marker))
+
+
+def create_app() -> FastAPI:
+    """Build the application; DATABASE_URL and SECOND_DATABASE_URL say where its databases are."""
+    app = FastAPI(title="Health", lifespan=lifespan)
+    install_database(app, engine=build_engine)
+    install_database(app, name="analytics", engine=build_analytics_engine)
+    install_error_handlers(app)
+    app.include_router(
+        health_router(
+            databases={"analytics": "degraded"},
+            checks={"open": is_open},
+            details=require_operator,
+        )
+    )
+    app.include_router(router)
+    return app

@@ -1,0 +1,136 @@
+"""What a load balancer and an operator read while databases come and go."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import make_url
+
+from conftest import PostgresDatabase, WorkerPostgres
+from examples.health.app import create_app
+from tests.serving import Served, free_port, launch, serve, wait_until
+
+ROOT = Path(__file__).parents[2]
+OPERATOR = {"Authorization": "Bearer let-me-in"}
+
+
+@pytest.fixture
+def served(databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """Serve a shop that has been opened."""
+    monkeypatch.setenv("OPERATOR_TOKEN", "let-me-in")
+    with serve(create_app()) as served:
+        assert served.client.put("/marker", headers=OPERATOR).status_code == 204
+        yield served
+
+
+def ready(served: Served) -> tuple[int, dict[str, Any]]:
+    """Ask for readiness."""
+    response = served.client.get("/health/ready")
+    return response.status_code, response.json()
+
+
+def answers(served: Served, status: int, overall: str) -> Callable[[], bool]:
+    """Tell whether readiness has become this; an answer may be a second old."""
+
+    def condition() -> bool:
+        found, body = ready(served)
+        return (found, body["status"]) == (status, overall)
+
+    return condition
+
+
+@contextmanager
+def away(database: PostgresDatabase) -> Iterator[None]:
+    """Let a database refuse everybody, and end the connections that it has."""
+    url = make_url(database.dsn)
+    assert url.database is not None
+    server = url.set(database="postgres").render_as_string(hide_password=False)
+    allow = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+    with psycopg.connect(server, autocommit=True) as connection:
+        name = sql.Identifier(url.database)
+        connection.execute(allow.format(name, sql.SQL("false")))
+        connection.execute(end, [url.database])
+        try:
+            yield
+        finally:
+            connection.execute(allow.format(name, sql.SQL("true")))
+
+
+def test_readiness_follows_the_marker_row(served: Served) -> None:
+    """Without the row no requests should come, with it they should, and nobody restarts."""
+    both = {"default": "up", "analytics": "up"}
+    assert ready(served) == (200, {"status": "ready", "databases": both, "checks": {"open": "up"}})
+    assert served.client.delete("/marker", headers=OPERATOR).status_code == 204
+    wait_until(answers(served, 503, "not_ready"))
+    assert ready(served)[1] == {
+        "status": "not_ready",
+        "databases": both,
+        "checks": {"open": "down"},
+    }
+    assert served.client.put("/marker", headers=OPERATOR).status_code == 204
+    wait_until(answers(served, 200, "ready"))
+
+
+def test_a_required_database_takes_readiness_with_it(
+    served: Served, databases: WorkerPostgres
+) -> None:
+    """While it is away the process is alive and not ready; when it is back, ready again."""
+    with away(databases):
+        wait_until(answers(served, 503, "not_ready"))
+        body = served.client.get("/health/ready").text
+        assert served.client.get("/health/live").status_code == 200
+        assert served.client.get("/stock").status_code == 503
+    wait_until(answers(served, 200, "ready"))
+    assert served.client.get("/stock").json() == 3
+    assert '"default":"down"' in body
+    url = make_url(databases.dsn)
+    for secret in url.database, url.host, "FATAL", "connection", "psycopg":
+        assert secret is not None
+        assert secret not in body
+
+
+def test_a_degraded_database_is_reported_only(served: Served, databases: WorkerPostgres) -> None:
+    """Without it the application is degraded, still ready, and fails only where it is asked."""
+    with away(databases.second):
+        wait_until(answers(served, 200, "degraded"))
+        assert ready(served)[1]["databases"] == {"default": "up", "analytics": "down"}
+        assert served.client.get("/stock").json() == 3
+        assert served.client.get("/report").status_code == 503
+    wait_until(answers(served, 200, "ready"))
+    assert served.client.get("/report").json() == 7
+
+
+def test_details_are_for_operators(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools and durations want the token, and nobody has it while none is configured."""
+    assert served.client.get("/health/details").status_code == 401
+    wrong = {"Authorization": "Bearer guessed"}
+    assert served.client.get("/health/details", headers=wrong).status_code == 403
+    assert served.client.delete("/marker", headers=wrong).status_code == 403
+    found = served.client.get("/health/details", headers=OPERATOR).json()
+    assert found["databases"]["default"]["pool"]["size"] == 5
+    assert found["checks"]["open"]["state"] == "up"
+    monkeypatch.setenv("OPERATOR_TOKEN", "")
+    assert served.client.get("/health/details", headers=OPERATOR).status_code == 403
+
+
+@pytest.mark.usefixtures("databases")
+def test_sigterm_drains_before_it_stops() -> None:
+    """The process says that it is draining, and serves until the time is up."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "--factory", "examples.health.app:create_app"]
+    with launch([*command, "--port", str(port)], port, ROOT, DRAIN_SECONDS="3") as (
+        process,
+        client,
+    ):
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/stock").json() == 3
+        assert process.wait(20) == -signal.SIGTERM

@@ -1,0 +1,1 @@
+"""MariaDB or MySQL with asyncmy and PyMySQL, without relying on RETURNING."""

@@ -1,0 +1,1 @@
+"""An OpenAPI document that says what is answered when the database says no."""

@@ -1,0 +1,1 @@
+"""PostgreSQL with psycopg or asyncpg, and limits that the server itself keeps."""

@@ -1,0 +1,1 @@
+"""The smallest application: one table, one session, three endpoints."""

@@ -1,0 +1,1 @@
+"""The smallest application with `def` endpoints and a synchronous engine."""

@@ -1,0 +1,1 @@
+"""SQL as text, with everything that a request says bound and never written into it."""

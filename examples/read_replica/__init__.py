@@ -1,0 +1,1 @@
+"""A read replica as a database of another name."""

@@ -1,0 +1,1 @@
+"""A repository injected by FastAPI, and an id that does not exist."""

@@ -1,0 +1,1 @@
+"""Two services in one transaction, and no session passed between them."""

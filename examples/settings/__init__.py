@@ -1,0 +1,1 @@
+"""An engine out of settings: built once, disposed of once."""

@@ -1,0 +1,1 @@
+"""A large result and an event stream, each holding a connection only while it must."""

@@ -1,0 +1,164 @@
+"""What a stream holds, and what it gives back, on a real server."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import psycopg
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import NullPool, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from conftest import WorkerPostgres
+from examples.streaming.app import create_app
+from examples.streaming.models import Base
+from fastapi_sqlnative import installed_databases
+from tests.serving import Served, serve, wait_until
+
+needs_events = pytest.mark.skipif(
+    find_spec("fastapi.sse") is None, reason="this FastAPI has no server-sent events"
+)
+MANY = 20_000  # more than the sockets' buffers hold
+
+
+@pytest.fixture(params=["psycopg", "asyncpg"])
+def owner(
+    request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[psycopg.Connection]:
+    """Name the database to the example, look into it, and leave nothing behind."""
+    monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
+    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
+        yield connection
+    Base.metadata.drop_all(create_engine(postgres.url("psycopg"), poolclass=NullPool))
+
+
+class Streaming:
+    """Look at the example from both ends."""
+
+    def __init__(self, served: Served, app: FastAPI, owner: psycopg.Connection) -> None:
+        self.client = served.client
+        self.app = app
+        self.owner = owner
+
+    def add(self, *values: int) -> None:
+        assert self.client.post("/measurements", json=values).status_code == 201
+
+    def add_many(self) -> None:
+        self.owner.execute(
+            "INSERT INTO streaming_measurement (value) SELECT * FROM generate_series(1, %s)",
+            (MANY,),
+        )
+
+    def is_quiet(self) -> bool:
+        """Tell whether nothing is sent to the database for longer than a look for events takes."""
+        engine = installed_databases(self.app)["default"].engine
+        assert isinstance(engine, AsyncEngine)
+        sent: list[str] = []
+
+        def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            sent.append(statement)
+
+        event.listen(engine.sync_engine, "before_cursor_execute", note)
+        time.sleep(1)
+        event.remove(engine.sync_engine, "before_cursor_execute", note)
+        return not sent
+
+    @property
+    def checked_out(self) -> int | None:
+        """Count the connections in use."""
+        return installed_databases(self.app)["default"].pool_status().checked_out
+
+    def in_transaction(self) -> int:
+        """Count what the server still keeps open for the example."""
+        row = self.owner.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+@contextmanager
+def served(owner: psycopg.Connection) -> Iterator[Streaming]:
+    """Serve the example with one connection for all."""
+    app = create_app(pool_size=1)
+    with serve(app) as running:
+        yield Streaming(running, app, owner)
+
+
+def follow(streaming: Streaming, following: ExitStack, **headers: str) -> Iterator[int]:
+    """Begin to follow the events, and yield the id of each."""
+    request = streaming.client.stream("GET", "/events", headers=headers)
+    response = following.enter_context(request)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return ids(response.iter_lines())
+
+
+def ids(lines: Iterator[str]) -> Iterator[int]:
+    for line in lines:
+        if line.startswith("id: "):
+            yield int(line.removeprefix("id: "))
+
+
+def test_everything_is_exported(owner: psycopg.Connection) -> None:
+    """An export has a line of JSON for every row, and its connection is back at the end."""
+    with served(owner) as streaming:
+        streaming.add_many()
+        with streaming.client.stream("GET", "/measurements") as response:
+            assert response.headers["content-type"] == "application/x-ndjson"
+            found: list[Any] = [json.loads(line) for line in response.iter_lines()]
+        assert [each["value"] for each in found] == list(range(1, MANY + 1))
+        wait_until(lambda: streaming.checked_out == 0)
+
+
+def test_a_client_that_leaves_an_export_gives_its_connection_back(
+    owner: psycopg.Connection,
+) -> None:
+    """An export holds one connection while it is read, and none when nobody reads it any more."""
+    with served(owner) as streaming:
+        streaming.add_many()
+        with streaming.client.stream("GET", "/measurements") as response:
+            reading = response.iter_lines()  # collected, it would close the response
+            assert next(reading) == '{"id":1,"value":1}'
+            assert streaming.checked_out == 1
+            wait_until(lambda: streaming.in_transaction() == 1)  # in the middle of its cursor
+        wait_until(lambda: streaming.checked_out == 0)
+        assert streaming.in_transaction() == 0
+        streaming.add(1)  # the pool of one is free
+
+
+@needs_events
+def test_events_hold_no_connection_while_they_wait(owner: psycopg.Connection) -> None:
+    """Twenty clients follow the events through a pool of one, and writers get it too."""
+    with served(owner) as streaming, ExitStack() as following:
+        streaming.add(7)
+        streams = [follow(streaming, following) for _ in range(20)]
+        assert [next(stream) for stream in streams] == [1] * 20
+        streaming.add(8)
+        assert [next(stream) for stream in streams] == [2] * 20
+
+
+@needs_events
+def test_a_client_that_leaves_the_events_leaves_nothing(owner: psycopg.Connection) -> None:
+    """When every client has gone nobody looks for events any more, and nothing is in use."""
+    with served(owner) as streaming:
+        streaming.add(7)
+        with ExitStack() as following:
+            streams = [follow(streaming, following) for _ in range(5)]
+            assert [next(stream) for stream in streams] == [1] * 5
+            assert not streaming.is_quiet()
+        wait_until(streaming.is_quiet)
+        assert streaming.checked_out == 0
+        assert streaming.in_transaction() == 0
+
+
+@needs_events
+def test_a_client_that_comes_back_goes_on(owner: psycopg.Connection) -> None:
+    """With the id of the last event it has seen, a client gets those that came after it."""
+    with served(owner) as streaming, ExitStack() as following:
+        streaming.add(7, 8, 9)
+        assert next(follow(streaming, following, **{"Last-Event-ID": "2"})) == 3

@@ -1,0 +1,1 @@
+"""A database for each tenant, chosen by name."""

@@ -1,0 +1,1 @@
+"""Tenants in one database, kept apart by a predicate that every query gets."""

@@ -1,0 +1,51 @@
+"""Who asks, for which tenant, and the session that serves this tenant."""
+
+import hashlib
+from typing import Annotated
+
+from fastapi import Depends, Header, HTTPException
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from examples.tenants_by_predicate.models import User
+from fastapi_sqlnative import get_db, transactional
+
+Db = Annotated[AsyncSession, Depends(get_db())]
+Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
+
+
+async def current_user(session: Db, credentials: Credentials) -> User:
+    """Know the user by a token that only they have."""
+    user = await session.get(User, digest(credentials.credentials))
+    if user is None:
+        raise HTTPException(401, "Unknown token.")
+    return user
+
+
+def digest(token: str) -> str:
+    """Return what is stored of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+CurrentUser = Annotated[User, Depends(current_user)]
+
+
+async def current_tenant(
+    user: CurrentUser, claimed: Annotated[str | None, Header(alias="X-Tenant")] = None
+) -> str:
+    """Know the tenant by the user. A header may repeat it, and decides nothing."""
+    if not user.tenant:
+        raise HTTPException(403, "You belong to no tenant.")
+    if claimed not in (None, user.tenant):
+        raise HTTPException(403, "This is not your tenant.")
+    return user.tenant
+
+
+async def tenant_db(session: Db, tenant: Annotated[str, Depends(current_tenant)]) -> AsyncSession:
+    """Give the request's session to the tenant; `transactional` and the rest have the same."""
+    session.info["tenant"] = tenant
+    return session
+
+
+TenantDb = Annotated[AsyncSession, Depends(tenant_db)]
+Transaction = Annotated[AsyncSession, Depends(transactional())]

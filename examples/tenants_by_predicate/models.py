@@ -1,0 +1,53 @@
+"""The tables: users of several tenants, and what belongs to a tenant."""
+
+from datetime import datetime
+
+from sqlalchemy import DateTime, ForeignKeyConstraint, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    """Collect the tables."""
+
+
+class User(Base):
+    """Know somebody by a token, and the tenant that they belong to."""
+
+    __tablename__ = "tenants_by_predicate_user"
+
+    token_digest: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    tenant: Mapped[str | None]
+
+
+class OwnedByTenant:
+    """Mark a class whose rows belong to a tenant."""
+
+    tenant: Mapped[str] = mapped_column()
+
+
+class Project(OwnedByTenant, Base):
+    """Hold a project until it is archived."""
+
+    __tablename__ = "tenants_by_predicate_project"
+    __table_args__ = (UniqueConstraint("tenant", "id"), UniqueConstraint("tenant", "name"))
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    archived_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class AuditEntry(OwnedByTenant, Base):
+    """Record who did something to a project, once for each thing done."""
+
+    __tablename__ = "tenants_by_predicate_audit"
+    # Both columns: an entry cannot point at a project of another tenant.
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant", "project_id"], [Project.tenant, Project.id]),
+        UniqueConstraint("project_id", "action"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int]
+    action: Mapped[str]
+    by: Mapped[str]

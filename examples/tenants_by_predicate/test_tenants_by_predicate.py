@@ -1,0 +1,289 @@
+"""What the predicate promises, over HTTP, against somebody who tries to get around it."""
+
+# ruff: noqa: S608 # the names of tables are ours
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Annotated, Any, Final
+
+import httpx
+import psycopg
+import pytest
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import (
+    NullPool,
+    create_engine,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    union_all,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, aliased
+
+from conftest import WorkerPostgres
+from examples.tenants_by_predicate.app import create_app
+from examples.tenants_by_predicate.dependencies import Db, TenantDb, Transaction
+from examples.tenants_by_predicate.models import Base, Project, User
+from examples.tenants_by_predicate.tenancy import OtherTenantError, TenantMissingError
+from fastapi_sqlnative import AsyncDatabase, installed_databases, reader
+from tests.serving import Served, serve
+
+PROJECT: Final = "tenants_by_predicate_project"
+AUDIT: Final = "tenants_by_predicate_audit"
+START = [("acme", "rocket", False), ("globex", "volcano", False)]
+
+
+@pytest.fixture
+def owner(
+    postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[psycopg.Connection]:
+    """Name the database to the example, look into it, and leave nothing behind."""
+    monkeypatch.setenv("DATABASE_URL", postgres.url("psycopg"))
+    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
+        yield connection
+    engine = create_engine(postgres.url("psycopg"), poolclass=NullPool)
+    Base.metadata.drop_all(engine)
+
+
+def stored(owner: psycopg.Connection) -> list[tuple[Any, ...]]:
+    """List every project, and whether it is archived."""
+    return owner.execute(
+        f"SELECT tenant, name, archived_at IS NOT NULL FROM {PROJECT} ORDER BY id"
+    ).fetchall()
+
+
+class Tenant:
+    """Speak to the example with somebody's token."""
+
+    def __init__(self, client: httpx.Client, token: str) -> None:
+        self.client = client
+        self.headers = {"Authorization": f"Bearer {token}"}
+
+    def call(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
+        return self.client.request(method, path, json=body, headers=self.headers | headers)
+
+    @property
+    def names(self) -> list[str]:
+        return [each["name"] for each in self.call("GET", "/projects").json()]
+
+
+@contextmanager
+def served(app: FastAPI | None = None) -> Iterator[tuple[Served, Tenant, Tenant]]:
+    """Serve the example, with a project of each tenant."""
+    with serve(app or create_app()) as running:
+        ada, grace = Tenant(running.client, "ada"), Tenant(running.client, "grace")
+        assert ada.call("POST", "/projects", {"name": "rocket"}).json()["tenant"] == "acme"
+        assert grace.call("POST", "/projects", {"name": "volcano"}).json()["id"] == 2
+        yield running, ada, grace
+
+
+def test_each_tenant_has_its_own(owner: psycopg.Connection) -> None:
+    """A list, a row and a name that is taken are those of the user's tenant."""
+    with served() as (_, ada, grace):
+        assert (ada.names, grace.names) == (["rocket"], ["volcano"])
+        assert ada.call("POST", "/projects", {"name": "rocket"}).status_code == 409
+        assert grace.call("POST", "/projects", {"name": "rocket"}).status_code == 201
+
+
+def test_a_foreign_row_is_none(owner: psycopg.Connection) -> None:
+    """Whoever reads or archives a foreign project is told what is said of one that is not there."""
+    with served() as (_, ada, _):
+        for method, path in ("GET", "/projects/{}"), ("POST", "/projects/{}/archive"):
+            foreign, missing = (ada.call(method, path.format(number)) for number in (2, 9))
+            assert (foreign.status_code, foreign.json()) == (404, {"detail": "No such project."})
+            assert missing.json() == foreign.json()
+        assert ada.call("GET", "/audit").json() == []
+    assert stored(owner) == START
+
+
+@pytest.mark.parametrize(
+    ("token", "headers", "status"),
+    [
+        pytest.param("' OR true --", {}, 401, id="injection"),
+        pytest.param("unknown", {}, 401, id="unknown-token"),
+        pytest.param("unknown", {"X-Tenant": "acme"}, 401, id="unknown-token-with-a-tenant"),
+        pytest.param("nobody", {}, 403, id="no-tenant"),
+        pytest.param("nobody", {"X-Tenant": "acme"}, 403, id="no-tenant-but-claimed"),
+        pytest.param("ada", {"X-Tenant": "globex"}, 403, id="foreign-tenant-claimed"),
+        pytest.param("ada", {"X-Tenant": ""}, 403, id="blank-tenant-claimed"),
+        pytest.param("ada", {"X-Tenant": "acme"}, 200, id="own-tenant-claimed"),
+    ],
+)
+def test_only_the_user_decides_on_the_tenant(
+    owner: psycopg.Connection, token: str, headers: dict[str, str], status: int
+) -> None:
+    """A tenant that is missing or spoofed is refused before any query of it."""
+    with served() as (running, _, _):
+        asking = Tenant(running.client, token)
+        answer = asking.call("GET", "/projects", **headers)
+        assert answer.status_code == status
+        written = asking.call("POST", "/projects", {"name": "moon"}, **headers)
+        assert written.status_code == (201 if status == 200 else status)
+        spoofed = {"name": "mars", "tenant": "globex"}
+        assert asking.call("POST", "/projects", spoofed).status_code in (401, 403, 422)
+    assert stored(owner) == [*START, *([("acme", "moon", False)] if status == 200 else [])]
+
+
+def test_archive_and_audit_are_one(owner: psycopg.Connection) -> None:
+    """A project is archived with its audit entry, or, where that is refused, not at all."""
+    with served() as (_, ada, grace):
+        assert ada.call("POST", "/projects/1/archive").json()["archived_at"] is not None
+        assert ada.call("GET", "/audit").json() == ["ada archived 1"]
+        entry: Final = (
+            f"INSERT INTO {AUDIT} (tenant, project_id, action, by) VALUES (%s, 2, %s, 'me')"
+        )
+        owner.execute(entry, ("globex", "archived"))
+        assert grace.call("POST", "/projects/2/archive").status_code == 409
+        assert grace.call("GET", "/audit").json() == ["me archived 2"]
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            owner.execute(entry, ("acme", "seen"))
+    assert stored(owner) == [("acme", "rocket", True), START[1]]
+
+
+# -- whoever forgets the tenant ----------------------------------------------------------------
+
+OTHER = aliased(Project)
+SUBQUERY = select(Project).subquery()
+CTE = select(Project.name).cte()
+QUERIES: dict[str, Any] = {
+    "entity": select(Project.name),
+    "or-true": select(Project.name).where((Project.tenant == "globex") | (Project.id > 0)),
+    "alias": select(OTHER.name),
+    "subquery": select(SUBQUERY.c.name),
+    "subquery-as-entity": select(aliased(Project, SUBQUERY).name),
+    "cte": select(CTE.c.name),
+    "scalar-subquery": select(select(func.max(Project.name)).scalar_subquery()),
+    "in": select(Project.name).where(Project.id.in_(select(OTHER.id))),
+    "union": union_all(select(Project.name)),
+    "aggregate": select(func.max(Project.name)).select_from(Project),
+    "join": select(Project.name).join(OTHER, OTHER.id >= Project.id),
+    "join-of-a-user": select(Project.name).join(User, User.name != Project.name).distinct(),
+    "for-update": select(Project.name).with_for_update(),
+}
+
+
+def probe(app: FastAPI, work: Callable[[Session], Any]) -> None:
+    """Add endpoints that do something in a session with a tenant, and in sessions without."""
+
+    @app.post("/as-tenant")
+    async def do_with_a_tenant(session: TenantDb, _: Transaction) -> Any:
+        return await session.run_sync(work)
+
+    @app.post("/as-nobody")
+    async def do_without_a_tenant(session: Db, _: Transaction) -> Any:
+        return await session.run_sync(work)
+
+    @app.post("/as-reader")
+    async def do_in_a_reader(session: Annotated[AsyncSession, Depends(reader())]) -> Any:
+        return await session.run_sync(work)
+
+    @app.post("/as-task")
+    async def do_from_the_handle() -> Any:
+        database = installed_databases(app)["default"]
+        assert isinstance(database, AsyncDatabase)
+        async with database.transaction() as session:
+            return await session.run_sync(work)
+
+    @app.exception_handler(TenantMissingError)
+    @app.exception_handler(OtherTenantError)
+    async def tell(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(type(error).__name__, 500)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_query_that_forgets_the_tenant_gets_it(owner: psycopg.Connection, query: str) -> None:
+    """However a class stands in a query, only rows of the request's tenant are found."""
+    app = create_app()
+    probe(app, lambda session: list(session.scalars(QUERIES[query])))
+    with served(app) as (running, ada, grace):
+        assert ada.call("POST", "/as-tenant").json() == ["rocket"]
+        assert grace.call("POST", "/as-tenant").json() == ["volcano"]
+        for path in "/as-nobody", "/as-reader", "/as-task":
+            assert running.client.post(path).json() in ("TenantMissingError", [], [None])
+
+
+def give_away(session: Session) -> None:
+    session.get_one(Project, 1).tenant = "globex"
+
+
+def delete_foreign(session: Session) -> None:
+    with Session(session.get_bind()) as other:
+        foreign = other.get_one(Project, 2)
+    session.delete(foreign)
+
+
+def change_foreign(session: Session) -> None:
+    with Session(session.get_bind()) as other:
+        foreign = other.get_one(Project, 2)
+    session.add(foreign)
+    foreign.tenant = "acme"
+
+
+VALUES = {"tenant": "globex", "name": "mole"}
+WRITES: dict[str, Callable[[Session], Any]] = {
+    "add": lambda session: session.add(Project(**VALUES)),
+    "give-away": give_away,
+    "delete-foreign": delete_foreign,
+    "change-foreign": change_foreign,
+    "insert": lambda session: session.execute(insert(Project).values(VALUES)),
+    "insert-many": lambda session: session.execute(insert(Project), [VALUES]),
+    "core-insert": lambda session: session.execute(
+        insert(Base.metadata.tables[PROJECT]).values(VALUES)
+    ),
+    "update": lambda session: session.execute(update(Project).values(tenant="globex")),
+    "update-by-id": lambda session: session.execute(update(Project), [{"id": 2, "name": "x"}]),
+    "delete": lambda session: session.execute(delete(Project).where(Project.id == 2)),
+    "text": lambda session: session.execute(text(f"DELETE FROM {PROJECT}")),
+    "core-select": lambda session: session.execute(select(Base.metadata.tables[PROJECT])).all(),
+    "from-text": lambda session: session.scalars(
+        select(Project).from_statement(text(f"SELECT * FROM {PROJECT}"))
+    ).all(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_the_tenant_cannot_be_added_to_is_refused(
+    owner: psycopg.Connection, write: str
+) -> None:
+    """A statement that no predicate fits, or an object of another tenant, fails the request."""
+    app = create_app()
+
+    def work(session: Session) -> None:
+        WRITES[write](session)
+        session.flush()
+
+    probe(app, work)
+    with served(app) as (running, ada, _):
+        assert ada.call("POST", "/as-tenant").json() == "OtherTenantError"
+        for path in "/as-nobody", "/as-task":
+            answer = running.client.post(path).json()
+            assert answer in ("OtherTenantError", "TenantMissingError")
+    assert stored(owner) == START
+
+
+def test_writing_without_a_tenant_is_refused(owner: psycopg.Connection) -> None:
+    """An object that names its tenant itself is not written by a session that has none."""
+    app = create_app()
+
+    def work(session: Session) -> None:
+        session.add(Project(tenant="acme", name="mole"))
+        session.flush()
+
+    probe(app, work)
+    with served(app) as (running, _, _):
+        for path in "/as-nobody", "/as-task":
+            assert running.client.post(path).json() == "TenantMissingError"
+    assert stored(owner) == START
+
+
+def test_tenants_at_once_do_not_mix(owner: psycopg.Connection) -> None:
+    """Many requests of both tenants each see their own rows only."""
+    with served() as (_, ada, grace), ThreadPoolExecutor(12) as threads:
+        seen = list(threads.map(lambda number: (ada, grace)[number % 2].names, range(60)))
+    assert seen == [["rocket"], ["volcano"]] * 30

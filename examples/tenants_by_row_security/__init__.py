@@ -1,0 +1,1 @@
+"""Tenants in one database, kept apart by PostgreSQL's row-level security."""

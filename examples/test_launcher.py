@@ -1,0 +1,235 @@
+"""`python -m examples NAME`, and what every example's README says that it answers."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from conftest import WorkerPostgres
+from examples.__main__ import ADDRESS, TO_TRY
+from tests.serving import serve
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/app.py"))
+ANSWER = re.compile(r"# (?P<status>\d{3})(?: (?P<body>.+))?")
+
+
+# --- what the READMEs say ---
+
+
+@pytest.fixture
+def sqlite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the address of a file that is not there yet into the environment."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/example.db")
+
+
+def commands(readme: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each command with the status and the body that stand below it."""
+    for block in TO_TRY.findall(readme.read_text("utf-8")):
+        lines = block.splitlines()
+        for place, line in enumerate(lines):
+            if line.startswith("curl "):
+                answer = ANSWER.fullmatch("".join(lines[place + 1 : place + 2]))
+                assert answer is not None, f"nothing says what it answers: {line}"
+                yield line, answer["status"], answer["body"]
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(each, id=each.name, marks=[pytest.mark.mariadb] * (each.name == "mariadb"))
+        for each in EXAMPLES
+    ],
+)
+def test_a_readme_says_what_is_answered(example: Path, request: pytest.FixtureRequest) -> None:
+    """On an empty database each line of a README is answered as the README says."""
+    own = {"mariadb": "mariadb_database", "sqlite": "sqlite_file"}
+    request.getfixturevalue(own.get(example.name, "databases"))
+    given = list(commands(example / "README.md"))
+    assert given, "the README has no line to try"
+    with serve(importlib.import_module(f"examples.{example.name}.app").create_app()) as served:
+        for command, status, body in given:
+            found, text = paste(command.replace(ADDRESS, served.url))
+            assert str(found) == status, f"{command}\n{text}"
+            assert body is None or value(text) == value(body), command
+
+
+def value(body: str) -> Any:
+    """Read a body as JSON where it is."""
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError:
+        return body.strip()
+
+
+def paste(command: str) -> tuple[int, str]:
+    """Run a line with curl; without curl, send what it says with httpx."""
+    words = shlex.split(command)
+    if shutil.which("curl"):
+        words += ["-sS", "-w", "\n%{http_code}"]
+        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # ours
+        body, _, status = sent.stdout.rpartition("\n")
+        return int(status), body
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("-w")
+    parser.add_argument("-X", default="")
+    parser.add_argument("--json")
+    parser.add_argument("-H", action="append", default=[])
+    given = parser.parse_args(words[1:])
+    headers = dict(header.split(": ", 1) for header in given.H)
+    if given.json:
+        headers["Content-Type"] = "application/json"
+    method = given.X or ("POST" if given.json else "GET")
+    response = httpx.request(method, given.url, content=given.json, headers=headers)
+    return response.status_code, response.text
+
+
+# --- python -m examples ---
+
+
+@contextmanager
+def launched(
+    name: str, directory: Path, stop: signal.Signals, **environment: str
+) -> Iterator[list[str]]:
+    """Launch an example as a process, give what it prints, and see it end as it should."""
+    unset = {"DATABASE_URL": "", "SECOND_DATABASE_URL": "", "PORT": "0"}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(  # noqa: S603 # ours
+            [sys.executable, "-m", "examples", name],
+            cwd=directory,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **unset, **environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        try:
+            yield read_banner(process)
+            process.send_signal(stop)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            errors.seek(0)
+            said = errors.read()
+            sys.stderr.write(said)  # shown with a failure
+    assert "Traceback" not in said
+
+
+def read_banner(process: "subprocess.Popen[str]") -> list[str]:
+    assert process.stdout is not None
+    printed: list[str] = []
+    for line in process.stdout:
+        printed.append(line.strip())
+        if line.startswith("Ctrl-C"):
+            return printed
+    raise AssertionError(f"The example ended while it was starting: {printed}")
+
+
+def port_of(printed: list[str]) -> int:
+    (line,) = (line for line in printed if line.startswith("The example is served on"))
+    return int(line.rpartition(":")[2])
+
+
+def is_free(port: int) -> bool:
+    with socket.create_server(("127.0.0.1", port)):
+        return True
+
+
+def paste_all(printed: list[str], *, ada: int) -> None:
+    """Run the showcase's four printed lines; `ada` is the balance they begin with."""
+    accounts, small, large, ledger = (line for line in printed if line.startswith("curl"))
+    assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada}])
+    status, entries = answer_of(small)
+    assert (status, [entry["amount"] for entry in entries]) == (201, [-500, 500])
+    assert answer_of(large) == (409, {"detail": "Insufficient funds."})
+    assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada - 500}])
+    status, booked = answer_of(ledger)
+    assert (status, booked[0]) == (200, entries[0])
+
+
+def answer_of(command: str) -> tuple[int, Any]:
+    status, body = paste(command)
+    return status, json.loads(body)
+
+
+def test_an_example_runs_on_a_given_postgres(databases: WorkerPostgres, tmp_path: Path) -> None:
+    """On a taken port it takes another; its printed lines work; Ctrl-C ends it with exit code 0."""
+    given = {"DATABASE_URL": databases.dsn, "SECOND_DATABASE_URL": databases.second.dsn}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with launched("showcase", tmp_path, signal.SIGINT, PORT=str(port), **given) as printed:
+            assert port_of(printed) != port
+            paste_all(printed, ada=1_000_00)
+    assert is_free(port_of(printed))
+
+
+def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
+    """A file that is there is taken up again; SIGTERM ends it with exit code 0."""
+    for ada in 1_000_00, 995_00:
+        url = "sqlite+aiosqlite:///demo.db"
+        with launched("showcase", tmp_path, signal.SIGTERM, DATABASE_URL=url) as printed:
+            paste_all(printed, ada=ada)
+    assert {file.name for file in tmp_path.iterdir()} == {"demo.db", "demo-analytics.db"}
+
+
+def test_an_example_keeps_a_postgres_of_its_own() -> None:
+    """With no address it starts PostgreSQL, stops it too, and finds its data again."""
+    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for ada, stop in (1_000_00, signal.SIGINT), (995_00, signal.SIGTERM):
+            with launched("showcase", Path(folder), stop) as printed:
+                paste_all(printed, ada=ada)
+            data = Path(folder, ".demo/postgres/data")
+            assert data.exists()
+            assert not (data / "postmaster.pid").exists()
+
+
+def refusal(directory: Path, *arguments: str, **environment: str) -> str:
+    """Launch what cannot be, and return what it says."""
+    done = subprocess.run(  # noqa: S603 # ours
+        [sys.executable, "-m", "examples", *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    return done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["quick_strat"], ["showcase", "quick_start"]])
+def test_a_name_that_is_none_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    """Without the name of an example nothing is started, and the message lists the names."""
+    said = refusal(tmp_path, *arguments)
+    assert re.findall(r"^  (\w+)$", said, re.MULTILINE) == [each.name for each in EXAMPLES]
+
+
+def test_a_second_address_that_is_missing_is_asked_for(tmp_path: Path) -> None:
+    """An example with two databases that is given one says which variable to set."""
+    said = refusal(tmp_path, "named_databases", DATABASE_URL="postgresql://me@127.0.0.1/shop")
+    assert said == "named_databases has two databases: set SECOND_DATABASE_URL too.\n"
+
+
+def test_the_index_leads_to_every_example() -> None:
+    """Every folder with an application has its row in the index."""
+    index = (ROOT / "examples" / "README.md").read_text("utf-8")
+    assert [each.name for each in EXAMPLES if f"({each.name}/README.md)" not in index] == []

@@ -1,0 +1,1 @@
+"""What goes wrong when transactions meet, and what prevents it."""

@@ -1,0 +1,123 @@
+"""Validation over HTTP, and the agreement of model and table."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NamedTuple
+
+import pytest
+from pydantic import BaseModel, Field, create_model
+from sqlalchemy import Engine, String, event, inspect
+
+from examples.validation.app import NewProduct, Product, create_app
+from tests.serving import serve
+
+LAMP = {"sku": "LAMP-7", "name": "Lamp", "price": 30}
+
+
+@pytest.mark.usefixtures("databases")
+def test_known_fields_are_coerced() -> None:
+    """Spaces, capitals and a number in quotes are brought into shape, and stored so."""
+    with serve(create_app()) as served:
+        sent = {"sku": " lamp-7 ", "name": "Lamp ", "price": "30"}
+        answer = served.client.post("/products", json=sent)
+        assert answer.status_code == 201
+        assert answer.json() == LAMP | {"id": 1, "note": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"id": 99}, id="a field that is the server's"),
+        pytest.param({"colour": "red"}, id="a field that nobody knows"),
+        pytest.param({"price": 0}, id="too little"),
+        pytest.param({"price": 2**31}, id="more than the column holds"),
+        pytest.param({"price": "a lot"}, id="no number"),
+        pytest.param({"sku": "LAMP-7; --"}, id="no such pattern"),
+        pytest.param({"name": "L" * 41}, id="longer than the column"),
+        pytest.param({"name": None}, id="null where the column has none"),
+    ],
+)
+@pytest.mark.usefixtures("databases")
+def test_a_422_sends_the_database_nothing(change: dict[str, Any]) -> None:
+    """A request that is refused is not stored, and its session has not sent a statement."""
+    statements: list[str] = []
+    with serve(create_app()) as served, listening(statements):
+        assert served.client.post("/products", json=LAMP | change).status_code == 422
+        assert statements == []
+        assert served.client.get("/products/count").json() == 0
+        assert len(statements) == 1  # so the silence above says something
+
+
+@contextmanager
+def listening(statements: list[str]) -> Iterator[None]:
+    """Write down what any engine sends."""
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    yield
+    event.remove(Engine, "before_cursor_execute", note)
+
+
+# --- the agreement of model and table ---
+
+JSON_TYPES = {str: "string", int: "integer"}
+
+
+class Shape(NamedTuple):
+    """Say what model and column have to agree on."""
+
+    type: str
+    max_length: int | None
+    nullable: bool
+    required: bool
+
+
+def sent(model: type[BaseModel]) -> dict[str, Shape]:
+    """Read the shapes that clients may send, out of what the model tells OpenAPI."""
+    schema = model.model_json_schema()
+    shapes = {}
+    for name, described in schema["properties"].items():
+        options = {each["type"]: each for each in described.get("anyOf", [described])}
+        nullable = options.pop("null", None) is not None
+        ((type_, option),) = options.items()
+        required = name in schema["required"]
+        shapes[name] = Shape(type_, option.get("maxLength"), nullable, required)
+    return shapes
+
+
+def stored() -> dict[str, Shape]:
+    """Read the shapes that the table stores; the key is the server's."""
+    return {
+        column.name: Shape(
+            JSON_TYPES[column.type.python_type],
+            column.type.length if isinstance(column.type, String) else None,
+            bool(column.nullable),
+            not column.nullable and column.default is None and column.server_default is None,
+        )
+        for column in inspect(Product).columns
+        if not column.primary_key
+    }
+
+
+def test_model_and_table_agree() -> None:
+    """What clients may send is what the table can store, field by field."""
+    assert sent(NewProduct) == stored()
+
+
+@pytest.mark.parametrize(
+    "drifted",
+    [
+        pytest.param({"colour": (str, ...)}, id="a field too many"),
+        pytest.param({"price": (str, ...)}, id="another type"),
+        pytest.param({"price": (int | None, ...)}, id="null"),
+        pytest.param({"price": (int, 0)}, id="not required"),
+        pytest.param({"name": (Annotated[str, Field(max_length=41)], ...)}, id="a length"),
+        pytest.param({"name": (str, ...)}, id="no length"),
+        pytest.param({"note": (str, ...)}, id="no null"),
+    ],
+)
+def test_drift_is_found(drifted: dict[str, Any]) -> None:
+    """A model that says anything else does not agree."""
+    assert sent(create_model("Drifted", __base__=NewProduct, **drifted)) != stored()

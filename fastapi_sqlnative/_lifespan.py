@@ -221,11 +221,16 @@ async def start_installation(installation: Installation) -> None:
     if database_class(installation.engine) is None:
         installation.database = await _build(installation)
     else:
-        _check_loop(installation, asyncio.get_running_loop())
-        installation.database = _handle(installation, installation.engine)
+        start_with_engine(installation, asyncio.get_running_loop())
     for overridden in installation.chain()[1:]:
-        if database_class(overridden.engine) is not None:
+        if overridden.database is None and database_class(overridden.engine) is not None:
             overridden.database = _handle(overridden, overridden.engine)
+
+
+def start_with_engine(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
+    """Make the handle of a database whose engine is ready, for an event loop."""
+    _check_loop(installation, loop)
+    installation.database = _handle(installation, installation.engine)
 
 
 def _show_observers(registries: Sequence[Registry], router: int) -> None:

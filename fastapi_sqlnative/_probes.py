@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from enum import StrEnum
+from traceback import clear_frames
 from typing import Final
 
 from sqlalchemy import (
     Engine,
     Pool,
     QueuePool,
-    SingletonThreadPool,
     StaticPool,
     event,
     exc,
@@ -52,12 +53,17 @@ class Probe:
         self.asking = True
         try:
             return self._ask(engine, in_use)
+        except asyncio.CancelledError as error:
+            # SQLAlchemy's greenlet holds on to them: a half-open connection would stay open
+            # until the garbage collector comes by.
+            clear_frames(error.__traceback__)
+            raise
         finally:
             self.asking = self.waiting = False
 
     def _ask(self, engine: Engine, in_use: Callable[[], int]) -> DatabaseState:
         pool = engine.pool
-        if isinstance(pool, StaticPool | SingletonThreadPool):
+        if isinstance(pool, StaticPool):
             # One connection for everybody, in memory as a rule: giving it back would roll back
             # what a session has begun.
             if not in_use():

@@ -88,7 +88,6 @@ class CheckQuestion:
         """
         if self._calling:
             raise TimeoutError("It has not returned from the last call yet.")
-        self._calling = True
         if _is_async(self._check):
             result = await self._call_async()
         else:
@@ -97,12 +96,14 @@ class CheckQuestion:
         return self._understood(result)
 
     def _call(self) -> Any:
+        self._calling = True
         try:
             return self._check(*self._arguments)
         finally:
             self._calling = False
 
     async def _call_async(self) -> Any:
+        self._calling = True
         try:
             return await self._check(*self._arguments)
         finally:
@@ -111,12 +112,16 @@ class CheckQuestion:
     def _understood(self, result: object) -> CheckResult:
         if isinstance(result, bool):
             return UP if result else DOWN
-        if isinstance(result, CheckResult):
+        if isinstance(result, CheckResult) and _is_sensible(result.ready, result.state):
             return result
         raise TypeError(
             f"Check {self._name!r} returned {type(result).__name__}: return True, False or a "
-            "CheckResult."
+            "CheckResult of a bool and a word."
         )
+
+
+def _is_sensible(ready: object, state: object) -> bool:
+    return isinstance(ready, bool) and isinstance(state, str)
 
 
 def arguments_of(name: str, check: object) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
@@ -25,6 +25,13 @@ Observer: TypeAlias = Callable[[AnyDatabase], None]
 _STATE: Final = "fastapi_sqlnative"
 
 
+class Isolation(Protocol):
+    """Be a block of a test that holds connections of its own."""
+
+    async def leave_loop(self) -> None:
+        """Close what belongs to the event loop that is about to end."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Installation:
     """Hold what the application gave to `install_database`, and the handle while it runs.
@@ -32,7 +39,7 @@ class Installation:
     Attributes:
         overridden: what a test has put this one in front of: started with it where that costs
             nothing, and closed with it.
-        at_end: what a test has to end while the event loop is there, before `shutdown`.
+        isolations: blocks of a test that it is isolated in, the innermost last.
     """
 
     name: str
@@ -43,9 +50,7 @@ class Installation:
     shutdown_timeout: float
     database: AnyDatabase | None = None
     overridden: Installation | None = None
-    at_end: list[Callable[[], Awaitable[None]]] = field(
-        default_factory=list[Callable[[], Awaitable[None]]]
-    )
+    isolations: list[Isolation] = field(default_factory=list["Isolation"])
 
     def chain(self) -> list[Installation]:
         """List this one and what it overrides, the nearest first."""

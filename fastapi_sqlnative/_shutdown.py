@@ -50,7 +50,8 @@ def _ending(registries: Sequence[Registry]) -> list[Installation]:
         if not registry.starts:
             registry.gate = None
             registry.draining = True
-            ending += reversed(registry.installations.values())
+            for installation in reversed(registry.installations.values()):
+                ending += installation.chain()
     return ending
 
 
@@ -61,7 +62,9 @@ async def _close(
     await _drain(database, deadline)
     database.refuse_statements()
     installation.database = None
-    steps: list[tuple[str, Callable[[], Any]]] = []
+    steps: list[tuple[str, Callable[[], Any]]] = [
+        ("isolation", isolation.leave_loop) for isolation in installation.isolations
+    ]
     if installation.shutdown is not None:
         steps.append(("shutdown hook", installation.shutdown))
     if database_class(installation.engine) is None:

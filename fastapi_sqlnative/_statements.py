@@ -17,6 +17,8 @@ from .exceptions import CommitOutcomeUnknownError, SessionFinishedError
 
 # The execution option under which a connection knows the transaction that runs on it.
 _TRANSACTION: Final = "fastapi_sqlnative_transaction"
+# Under this key of its `info` a connection knows that a test has it do AUTOCOMMIT by savepoints.
+AUTOCOMMITS: Final = "fastapi_sqlnative_autocommits"
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
 # Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
@@ -95,7 +97,7 @@ def _on_other_than_select(
 def _on_write(transaction: Transaction, connection: Connection, is_dml: bool) -> None:
     if is_dml and transaction.session.options == AUTOCOMMIT:
         raise transaction.session.read_only_error()
-    if is_dml and not _autocommits(connection):
+    if is_dml and not autocommits(connection):
         transaction.written = True
 
 
@@ -149,7 +151,7 @@ def _loses_outcome(context: ExceptionContext, error: BaseException) -> bool:
 
 
 def _server_aborts(context: ExceptionContext, error: BaseException) -> bool:
-    if context.dialect.name != "postgresql" or _autocommits(context.connection):
+    if context.dialect.name != "postgresql" or autocommits(context.connection):
         return False
     return _server_says(context, error)
 
@@ -163,8 +165,11 @@ def _server_says(context: ExceptionContext, error: BaseException) -> bool:
     return any(getattr(teller, "severity", None) is not None for teller in tellers)
 
 
-def _autocommits(connection: Connection | None) -> bool:
+def autocommits(connection: Connection | None) -> bool:
+    """Tell whether what is sent over a connection is stored at once."""
     if connection is None or connection.invalidated or connection.closed:
         return False
+    if connection.info.get(AUTOCOMMITS):
+        return True
     # A method on some drivers (PyMySQL), which is not the setting.
     return getattr(connection.connection.dbapi_connection, "autocommit", False) is True

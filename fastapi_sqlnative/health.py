@@ -280,6 +280,8 @@ class _Readiness:
             # Another run of the application, or another database in the place of one.
             watch = self._watches[registry] = self._watch(request.app, databases)
         findings = await watch.look()
+        if registry.is_draining(router):
+            return "draining", ()  # since the question was put
         return self._status(findings), findings
 
     def _watch(self, app: Starlette, databases: Sequence[AnyDatabase]) -> Watch:

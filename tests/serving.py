@@ -1,10 +1,14 @@
 """An application under test, written once for both colours and served by a real uvicorn."""
 
 import contextlib
+import os
+import socket
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import httpx
@@ -90,6 +94,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def probing_threads() -> set[threading.Thread]:
+    """List the threads in which the package waits for what may hang."""
+    return {each for each in threading.enumerate() if each.name == "fastapi_sqlnative"}
 
 
 def using(kind: Kind, marker: Any, body: Callable[[Session], Any]) -> Callable[..., Any]:
@@ -189,3 +198,33 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join(20)
     assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def launch(
+    command: Sequence[str], port: int, directory: Path, **environment: str
+) -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client]]:
+    """Run a server as a process, from its first answer at `/health/live` on."""
+    with (
+        subprocess.Popen(command, cwd=directory, env=os.environ | environment) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+    ):
+
+        def is_alive() -> bool:
+            assert process.poll() is None, "the server did not start"
+            with contextlib.suppress(httpx.ConnectError):
+                return client.get("/health/live").is_success
+            return False
+
+        try:
+            wait_until(is_alive, 30)
+            yield process, client
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    """Find a port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+    return port

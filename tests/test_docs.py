@@ -15,6 +15,10 @@ The rules for whoever writes a page. None of its blocks is exempt:
   ``start -> DatabaseNotInstalledError`` stands alone: the application does not start.
 - Every endpoint that a page defines is requested in it.
 - ``console`` names targets of the Makefile, extras and an ``app`` that exist.
+- ``sql`` runs in one transaction that is rolled back. A statement that ends with ``-- refused`` is
+  one for which the role lacks the privilege.
+- ``dockerfile``, ``yaml`` (Kubernetes), ``ini`` (systemd) and the commands that go with them are
+  held against the page's ``app``: tests/deployments.py.
 """
 
 import ast
@@ -22,12 +26,14 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote
@@ -38,12 +44,15 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from sqlalchemy import make_url
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import fastapi_sqlnative
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import exceptions
+from tests.deployments import Deployments
+from tests.serving import free_port, launch, wait_until
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -56,6 +65,7 @@ each_page = pytest.mark.parametrize(
 
 SCHEMA = "docs"
 METHODS = {"get", "post", "put", "patch", "delete", "websocket"}
+STATEMENT = re.compile(r"(.+?); *(?:-- *(.*?))?\n", re.DOTALL)
 ANSWER = re.compile(r'(?P<status>\d{3})?(?P<body> ?["\[{\dntf].*?)?(?P<error> ?[A-Z]\w+)?')
 
 
@@ -113,15 +123,20 @@ class Snippets:
         self.names = module.__dict__
         self.printed = ""
         self.called: set[str] = set()
+        self.deployments = Deployments(self.names)
 
     def run(self, block: Token) -> None:
         if block.info != "text":
             assert not self.printed, f"printed, and no text block says so: {self.printed}"
-        runners = {
+        runners: dict[str, Callable[[Token], None]] = {
             "python": self.python,
             "text": self.text,
             "http": self.http,
             "console": self.console,
+            "sql": self.sql,
+            "dockerfile": lambda block: self.deployments.dockerfile(block.content),
+            "yaml": lambda block: self.deployments.kubernetes(block.content),
+            "ini": lambda block: self.deployments.systemd(block.content),
         }
         assert block.type == "fence", "an indented block says not what it is: use a fence"
         assert block.info in runners, f"nothing here runs {block.info!r}"
@@ -196,10 +211,20 @@ class Snippets:
                 case ["pip", "install", *packages]:
                     for package in packages:
                         check_package(package)
-                case ["uvicorn", application]:
-                    assert isinstance(self.names[application.removeprefix("main:")], FastAPI)
                 case _:
-                    raise AssertionError(f"nothing here checks {line!r}")
+                    self.deployments.run(words)
+
+    def sql(self, block: Token) -> None:
+        url = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql")
+        with (
+            psycopg.connect(url.render_as_string(hide_password=False)) as connection,
+            connection.transaction(force_rollback=True),
+        ):
+            for statement, comment in STATEMENT.findall(block.content):
+                lacking = pytest.raises(psycopg.errors.InsufficientPrivilege)
+                expected = lacking if comment == "refused" else contextlib.nullcontext()
+                with expected, connection.transaction():
+                    connection.execute(statement)
 
 
 def check_package(requirement: str) -> None:
@@ -253,6 +278,34 @@ def test_snippets_run(
             snippets.run(block)
     assert not snippets.printed, "printed, and no text block says so"
     assert endpoints(page) <= snippets.called, "endpoints that no http block requests"
+
+
+@pytest.mark.parametrize("page", ["deployment.md", "health.md"])
+def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_path: Path) -> None:
+    """A page's application, started as its container starts it, drains before it stops."""
+    (dockerfile,) = (
+        each for each in blocks(ROOT / "docs" / "deployment.md") if each.info == "dockerfile"
+    )
+    port = free_port()
+    command = json.loads(dockerfile.content.rpartition("CMD ")[2].replace("8000", str(port)))
+    first, *others = (
+        each.content for each in blocks(ROOT / "docs" / page) if each.info == "python"
+    )
+    draining = [each for each in others if "def drain(" in each]
+    (tmp_path / "main.py").write_text(first + "".join(draining), "utf-8")
+    with launch(
+        [sys.executable, "-m", *command],
+        port,
+        tmp_path,
+        DATABASE_URL=postgres.url("psycopg"),
+        DRAIN_SECONDS="3",
+    ) as (process, client):
+        assert client.get("/health/ready").json()["status"] == "ready"
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/answer").json() == 42
+        assert process.wait(20) == -signal.SIGTERM
 
 
 @pytest.mark.timeout(300)  # without a cache mypy reads all of FastAPI and SQLAlchemy first

@@ -1,0 +1,155 @@
+"""Readiness by Alembic's revisions: has the database what this version of the application wants?
+
+Nothing here migrates. What is read is the version table that `alembic upgrade` keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine
+from starlette.applications import Starlette
+
+from ._registry import registry_of, trimmed
+from .databases import AnyDatabase
+from .health import CheckResult
+
+try:
+    from alembic.config import Config
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+except ImportError as error:
+    raise ImportError(
+        'fastapi_sqlnative.migrations needs Alembic: pip install "fastapi-sqlnative[alembic]"'
+    ) from error
+
+__all__ = ["alembic_check"]
+
+logger = logging.getLogger("fastapi_sqlnative")
+
+_CURRENT: Final = CheckResult(ready=True, state="current")
+_AHEAD: Final = CheckResult(ready=True, state="ahead")
+_BEHIND: Final = CheckResult(ready=False, state="behind")
+
+
+def alembic_check(
+    config: Config | str | os.PathLike[str],
+    *,
+    database: str = "default",
+    version_table: str = "alembic_version",
+    version_table_schema: str | None = None,
+) -> Callable[[Starlette], Awaitable[CheckResult]]:
+    """Make a check for `health_router` that is ready once the database is migrated.
+
+    The script directory is read now, and never again: a mistake in the configuration fails the
+    start, and what a newer release adds beside a running one is not seen. env.py does not run.
+    The database is read, never written to, until the check has passed; from then on, for as long
+    as that lifespan runs, nothing is sent.
+
+    - `current`, ready: its revisions are the heads of the script directory.
+    - `ahead`, ready: it has a revision that this release does not know, and none older than its
+      heads. A newer release has migrated it; this one is still being replaced.
+    - `behind`, not ready: anything else. `alembic upgrade` has not run, or not to the end.
+
+    Args:
+        config: Alembic's `Config`, or the path of an ini file.
+        database: the name given to `install_database`.
+        version_table: as env.py gives it to `context.configure`; it cannot be read from there.
+        version_table_schema: likewise.
+
+    Raises:
+        FileNotFoundError: there is no such ini file.
+        ValueError: the script directory has no revisions.
+        alembic.util.CommandError: Alembic cannot read it.
+
+    Example:
+        app.include_router(health_router(checks={"migrations": alembic_check("alembic.ini")}))
+    """
+    name = trimmed(database)
+    wanted = _Revisions.read(config)
+    options = {"version_table": version_table, "version_table_schema": version_table_schema}
+    seen = WeakKeyDictionary[AnyDatabase, CheckResult]()
+
+    def read(engine: Engine) -> frozenset[str]:
+        with engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts=options)
+            return frozenset(context.get_current_heads())
+
+    async def check(app: Starlette) -> CheckResult:
+        handle = _handle(app, name)
+        before = seen.get(handle)
+        if before is not None and before.ready:
+            return before
+        found = await handle.run_sync(read)
+        result = wanted.compare(found)
+        if result is not before:
+            wanted.log(name, found, result)
+        seen[handle] = result
+        return result
+
+    return check
+
+
+def _handle(app: Starlette, name: str) -> AnyDatabase:
+    registry = registry_of(app)
+    # A mounted application finds the databases of whichever it is mounted in.
+    routers = [router for router in (0, *registry.parents) if registry.find(name, router)]
+    return registry.database(name, *routers[:1])
+
+
+@dataclass(frozen=True)
+class _Revisions:
+    """Hold what a script directory knows, and which of it a migrated database has."""
+
+    known: frozenset[str]
+    heads: frozenset[str]
+
+    @classmethod
+    def read(cls, config: Config | str | os.PathLike[str]) -> _Revisions:
+        if not isinstance(config, Config):
+            if not Path(config).is_file():
+                raise FileNotFoundError(
+                    f"There is no Alembic configuration {os.fspath(config)!r}, seen from "
+                    f"{Path.cwd()}: give alembic_check a path that holds wherever it is started."
+                )
+            config = Config(config)
+        script = ScriptDirectory.from_config(config)
+        heads = frozenset(script.get_heads())
+        if not heads:
+            raise ValueError(
+                f"The script directory {script.dir!r} has no revisions, so nothing would tell that "
+                "a database is migrated: mend script_location or version_locations, or make the "
+                "first revision before asking for alembic_check."
+            )
+        known = frozenset(each.revision for each in script.walk_revisions())
+        # The version table leaves out a head that another branch depends on.
+        effective = {head for head in heads if head not in _below(script, heads - {head})}
+        return cls(known, frozenset(effective))
+
+    def compare(self, found: frozenset[str]) -> CheckResult:
+        if found == self.heads:
+            return _CURRENT
+        unknown = found - self.known
+        return _AHEAD if unknown and found - unknown <= self.heads else _BEHIND
+
+    def log(self, name: str, found: frozenset[str], result: CheckResult) -> None:
+        """Say what stands where, once for each change: the answer over HTTP does not."""
+        logger.log(
+            logging.INFO if result is _CURRENT else logging.WARNING,
+            "Migrations of database %r are %s: it has %s, this release wants %s.",
+            name,
+            result.state,
+            ", ".join(sorted(found)) or "none",
+            ", ".join(sorted(self.heads)),
+        )
+
+
+def _below(script: ScriptDirectory, heads: frozenset[str]) -> set[str]:
+    """List the revisions that a database at these heads has."""
+    return {each.revision for each in script.get_all_current(tuple(heads))}

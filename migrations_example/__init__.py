@@ -1,0 +1,1 @@
+"""A complete Alembic project, to copy: see README.md."""

@@ -1,0 +1,18 @@
+"""Expand: add `title`, which nobody has to write yet.
+
+Nullable and without a default: no row is rewritten, and the table is locked for a moment only.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.add_column("book", sa.Column("title", sa.String(200), nullable=True))
+
+
+def downgrade() -> None:
+    op.drop_column("book", "title")

@@ -1,0 +1,86 @@
+"""Run by Alembic for every command: migrate the database that the section of alembic.ini names.
+
+On a connection of its own, synchronous or asynchronous as the address says; on the one that
+`config.attributes["connection"]` holds; or, with `--sql`, on none.
+"""
+
+import asyncio
+from logging.config import fileConfig
+from typing import Any
+
+from alembic import context
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from migrations_example.locking import one_at_a_time
+from migrations_example.models import METADATA
+from migrations_example.settings import migration_engine, migration_url
+
+config = context.config
+database = config.get_main_option("database", "default")
+options: dict[str, Any] = {
+    "target_metadata": METADATA[database],
+    # What has been done stays done, and no lock on a table is held over the next revision.
+    "transaction_per_migration": True,
+}
+
+# A change that cannot have its table gives up, rather than let every request queue behind it.
+GIVE_UP_ON_LOCKS = {
+    "postgresql": "SET lock_timeout = '5s'",
+    "mariadb": "SET SESSION lock_wait_timeout = 5",
+    "mysql": "SET SESSION lock_wait_timeout = 5",
+}
+
+
+def migrate(connection: Connection) -> None:
+    """Do what the command asks, alone."""
+    wait = float(config.get_main_option("lock_wait", "300"))
+    with one_at_a_time(connection, "bookshop migrations", wait):
+        connection.execute(text(GIVE_UP_ON_LOCKS[connection.dialect.name]))
+        connection.commit()
+        context.configure(connection=connection, **options)
+        with context.begin_transaction():
+            context.run_migrations()
+
+
+async def migrate_asynchronously(engine: AsyncEngine) -> None:
+    """Do the same with an asynchronous driver."""
+    async with engine.connect() as connection:
+        await connection.run_sync(migrate)
+    await engine.dispose()
+
+
+def migrate_synchronously() -> None:
+    """Connect, and migrate."""
+    engine = migration_engine(database)
+    if isinstance(engine, AsyncEngine):
+        asyncio.run(migrate_asynchronously(engine))
+        return
+    with engine.connect() as connection:
+        migrate(connection)
+    engine.dispose()
+
+
+def write_sql() -> None:
+    """Write what would be done."""
+    context.configure(
+        url=migration_url(database),
+        literal_binds=True,
+        dialect_opts={"paramstyle": "named"},
+        **options,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+# Only the command `alembic` has these options: in a process of somebody else's, logging is theirs.
+if config.cmd_opts is not None and config.config_file_name is not None:
+    fileConfig(config.config_file_name, disable_existing_loggers=False)
+
+given: Connection | None = config.attributes.get("connection")
+if context.is_offline_mode():
+    write_sql()
+elif given is not None:
+    migrate(given)
+else:
+    migrate_synchronously()

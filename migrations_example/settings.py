@@ -1,0 +1,47 @@
+"""Where the databases are and how to connect to them: the same for the application and Alembic."""
+
+import os
+from typing import Any
+
+from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+VARIABLES = {"default": "DATABASE_URL", "analytics": "ANALYTICS_DATABASE_URL"}
+
+# One set, in the words of each driver; TLS would stand here too.
+CONNECT_ARGS: dict[str, dict[str, Any]] = {
+    "psycopg": {"connect_timeout": 5, "application_name": "bookshop"},
+    "asyncpg": {"timeout": 5, "server_settings": {"application_name": "bookshop"}},
+    "pymysql": {"connect_timeout": 5},
+    "asyncmy": {"connect_timeout": 5},
+}
+
+
+def application_engine(name: str) -> AsyncEngine:
+    """Build the engine of a database for the application."""
+    url = _url(VARIABLES[name])
+    return create_async_engine(url, connect_args=_connect_args(url), pool_size=5, max_overflow=10)
+
+
+def migration_engine(name: str) -> Engine | AsyncEngine:
+    """Build the engine of a database for one run of Alembic, with the same driver and settings."""
+    url = migration_url(name)
+    create = create_async_engine if url.get_dialect().is_async else create_engine
+    return create(url, connect_args=_connect_args(url), poolclass=NullPool)
+
+
+def migration_url(name: str) -> URL:
+    """Find the address for migrations: its own where they need another role, or no PgBouncer."""
+    variable = VARIABLES[name]
+    own = f"MIGRATION_{variable}"
+    return _url(own if os.environ.get(own) else variable)
+
+
+def _url(variable: str) -> URL:
+    if not os.environ.get(variable):
+        raise ValueError(f"{variable} is not set, as in postgresql+psycopg://user@host/bookshop")
+    return make_url(os.environ[variable])
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    return CONNECT_ARGS.get(url.get_driver_name(), {})

@@ -1,0 +1,584 @@
+"""What README.md promises, on PostgreSQL and MariaDB."""
+
+import asyncio
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    NullPool,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    make_url,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from conftest import SERVER, fresh_database
+from fastapi_sqlnative import AsyncDatabase
+from migrations_example.app import ALEMBIC, create_app
+from migrations_example.backfill import backfill
+from migrations_example.locking import one_at_a_time
+from migrations_example.releases import RELEASES, RUNNING, book
+from tests.serving import Served, serve, wait_until
+
+LOCK = "bookshop migrations"
+ROOT = Path(__file__).parents[1]
+REVISIONS = list(RUNNING)
+SYNCHRONOUS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+
+
+@dataclass
+class Place:
+    """Know the database that a test migrates, and look at it from outside."""
+
+    url: URL
+    outside: Engine
+
+    @property
+    def name(self) -> str:
+        return self.url.get_backend_name()
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Connect with every statement a transaction of its own."""
+        with self.outside.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    def others(self) -> int:
+        """Count the connections of others to the database."""
+        others = {
+            "postgresql": "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            "mysql": "SELECT count(*) FROM information_schema.processlist"
+            " WHERE db = database() AND id <> connection_id()",
+        }
+        with self.connection() as connection:
+            return int(connection.scalar(text(others[self.name])) or 0)
+
+    def tables(self) -> set[str]:
+        with self.connection() as connection:
+            return set(inspect(connection).get_table_names())
+
+    def version(self) -> str:
+        with self.connection() as connection:
+            return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+
+    def titles(self, release: int = 4) -> list[str]:
+        with self.connection() as connection:
+            return list(connection.scalars(RELEASES[release].titles()))
+
+
+@contextmanager
+def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Iterator[tuple[URL, URL]]:
+    worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
+    first, second = f"sqlnative_{worker}_bookshop", f"sqlnative_{worker}_bookshop_analytics"
+    if kind == "postgresql":
+        server = request.config.stash[SERVER].url
+        with fresh_database(server, first) as one, fresh_database(server, second) as two:
+            yield make_url(one), make_url(two)
+        return
+    url = make_url(request.getfixturevalue("mariadb"))
+    engine = create_engine(url.set(drivername=SYNCHRONOUS["mysql"]), poolclass=NullPool)
+    with engine.connect() as connection:
+        for name in first, second:
+            connection.execute(text(f"CREATE OR REPLACE DATABASE {name}"))
+        yield url.set(database=first), url.set(database=second)
+        for name in first, second:
+            connection.execute(text(f"DROP DATABASE {name}"))
+
+
+@contextmanager
+def placed(
+    driver: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    """Create both databases, and put their addresses into the environment."""
+    kind = driver.partition("+")[0]
+    with fresh_pair(kind, request) as pair:
+        for variable, url in zip(("DATABASE_URL", "ANALYTICS_DATABASE_URL"), pair, strict=True):
+            address = url.set(drivername=driver).render_as_string(hide_password=False)
+            monkeypatch.setenv(variable, address)
+        outside = create_engine(pair[0].set(drivername=SYNCHRONOUS[kind]), poolclass=NullPool)
+        yield Place(pair[0].set(drivername=driver), outside)
+
+
+def with_marks(*drivers: str) -> list[Any]:
+    """Mark the drivers that need MariaDB."""
+    return [
+        pytest.param(each, id=each, marks=[pytest.mark.mariadb] * each.startswith("mysql"))
+        for each in drivers
+    ]
+
+
+@pytest.fixture(
+    params=with_marks("postgresql+psycopg", "postgresql+asyncpg", "mysql+pymysql", "mysql+asyncmy")
+)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Give each driver that Alembic may be run with in turn."""
+    with placed(request.param, request, monkeypatch) as place:
+        yield place
+
+
+@pytest.fixture(params=with_marks("postgresql+psycopg", "postgresql+asyncpg", "mysql+asyncmy"))
+def served_place(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    """Give each driver that the application may be run with in turn."""
+    with placed(request.param, request, monkeypatch) as place:
+        yield place
+
+
+@pytest.fixture
+def postgresql(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Give a PostgreSQL, where one is enough to show it."""
+    with placed("postgresql+psycopg", request, monkeypatch) as place:
+        yield place
+
+
+def config(section: str = "alembic", **options: Any) -> Config:
+    """Read the configuration, as a process that embeds Alembic does."""
+    found = Config(ALEMBIC, ini_section=section, stdout=io.StringIO(), **options)
+    found.set_main_option("lock_wait", "10")
+    return found
+
+
+def alembic(*words: str) -> list[str]:
+    """Give the words of a command as the README has it."""
+    return [sys.executable, "-m", "alembic", "-c", "migrations_example/alembic.ini", *words]
+
+
+# --- up, down, check ---
+
+
+@pytest.mark.parametrize("section", ["alembic", "analytics"])
+def test_up_and_down(place: Place, section: str) -> None:
+    """Every revision goes up, down and up again, and then the models agree with the database."""
+    for _ in range(2):
+        command.upgrade(config(section), "head")
+        command.check(config(section))
+        command.downgrade(config(section), "base")
+    assert place.tables() <= {"alembic_version"}
+
+
+def test_databases_are_apart(place: Place) -> None:
+    """A section migrates its own database, with its own revisions."""
+    command.upgrade(config("analytics"), "head")
+    assert place.tables() == set()
+    command.upgrade(config(), "head")
+    assert place.tables() == {"book", "alembic_version"}
+
+
+def test_a_model_without_a_revision_fails_the_check(postgresql: Place) -> None:
+    """`alembic check` sees what the models have and the database lacks."""
+    command.upgrade(config(), "head")
+    with postgresql.connection() as connection:
+        connection.execute(text("DROP INDEX ix_book_title"))
+    with pytest.raises(CommandError, match="New upgrade operations detected"):
+        command.check(config())
+
+
+def test_offline_sql(place: Place) -> None:
+    """What `--sql` writes does the same when somebody else applies it."""
+    buffer = io.StringIO()
+    command.upgrade(config(output_buffer=buffer), "head", sql=True)
+    assert place.tables() == set()
+    with place.connection() as connection:
+        for statement in filter(str.strip, buffer.getvalue().split(";\n")):
+            connection.exec_driver_sql(statement)
+    assert place.version() == REVISIONS[-1]
+    command.check(config())
+
+
+# --- several runners ---
+
+
+def hold_the_lock(place: Place) -> ExitStack:
+    """Do as one more runner does, until this is closed."""
+    held = ExitStack()
+    connection = held.enter_context(place.outside.connect())
+    held.enter_context(one_at_a_time(connection, LOCK, 0))
+    return held
+
+
+@pytest.mark.timeout(240)  # nine processes, on a machine that may be busy
+@pytest.mark.parametrize("place", with_marks("postgresql+psycopg", "mysql+asyncmy"), indirect=True)
+def test_eight_runners(place: Place) -> None:
+    """Eight processes that migrate at once apply each revision once, and all of them succeed."""
+    with hold_the_lock(place) as held:
+        runners = [
+            subprocess.Popen(  # noqa: S603 # ours
+                alembic("upgrade", "head"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+            )
+            for _ in range(8)
+        ]
+        wait_until(lambda: place.others() == 9, seconds=120)
+        assert place.tables() == set()
+        held.close()
+        said = "".join(runner.communicate(timeout=60)[1] for runner in runners)
+    assert [runner.returncode for runner in runners] == [0] * 8, said
+    assert re.findall(r"Running upgrade \S* ?-> (\d+)", said) == REVISIONS, said
+    command.check(config())
+
+
+def test_a_runner_gives_up(place: Place) -> None:
+    """A runner waits for another one, though not for ever, and then says what it waited for."""
+    impatient = config()
+    impatient.set_main_option("lock_wait", "0.2")
+    with (
+        hold_the_lock(place),
+        pytest.raises(CommandError, match=r"more than 0\.2 s, and holds the lock 'bookshop mig"),
+    ):
+        command.upgrade(impatient, "head")
+    command.upgrade(config(), "head")
+
+
+def test_a_table_in_use_is_not_queued_for(postgresql: Place) -> None:
+    """A change that cannot have its table gives up after seconds; nobody waits behind it longer."""
+    command.upgrade(config(), "0001")
+    with postgresql.outside.begin() as reader:
+        reader.execute(RELEASES[1].titles())
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            command.upgrade(config(), "head")
+    command.upgrade(config(), "head")
+
+
+def test_a_failed_revision(place: Place) -> None:
+    """A revision that fails stays undone, those before it stay done, and the lock is free."""
+    command.upgrade(config(), "0002")
+    with place.connection() as connection:
+        connection.execute(RELEASES[1].add("Emma"))
+    given = config()
+    with place.outside.connect() as connection:
+        given.attributes["connection"] = connection
+        with pytest.raises(DBAPIError):
+            command.upgrade(given, "head")
+        # The connection is still open, as one that a pool keeps would be.
+        hold_the_lock(place).close()
+    assert place.version() == "0002"
+    backfill_all(place)
+    command.upgrade(config(), "head")
+
+
+# --- embedded in another process ---
+
+
+@pytest.mark.anyio
+async def test_on_a_connection_that_is_given(served_place: Place) -> None:
+    """A running event loop gives Alembic a connection of its own; its loggers stay as they were."""
+    before = {name: logging.getLogger(name).disabled for name in ("mine", "sqlalchemy")}
+    handlers = list(logging.getLogger().handlers)
+    engine = create_async_engine(served_place.url, poolclass=NullPool)
+    async with engine.connect() as connection:
+        await run(connection, command.upgrade, "head")
+        await run(connection, command.downgrade, "0003")
+        assert not connection.in_transaction()
+    await engine.dispose()
+    assert {name: logging.getLogger(name).disabled for name in before} == before
+    assert logging.getLogger().handlers == handlers
+    assert "book" in served_place.tables()
+
+
+async def run(
+    connection: AsyncConnection, do: Callable[[Config, str], None], revision: str
+) -> None:
+    def work(given: Connection) -> None:
+        do(config(attributes={"connection": given}), revision)
+
+    await connection.run_sync(work)
+
+
+def test_a_transaction_is_refused(postgresql: Place) -> None:
+    """A connection that has begun a transaction is refused: an index could not be built."""
+    with postgresql.outside.begin() as connection:
+        connection.execute(text("SELECT 1"))
+        given = config(attributes={"connection": connection})
+        with pytest.raises(CommandError, match=r"give Alembic `engine\.connect"):
+            command.upgrade(given, "head")
+
+
+def test_the_command_leaves_loggers_enabled(postgresql: Place) -> None:
+    """The command `alembic` sets up logging, and silences no logger that is there already."""
+    source = (
+        "import logging; mine = logging.getLogger('mine'); from alembic.config import main; "
+        "main(argv=['-c', 'migrations_example/alembic.ini', 'current']); print(mine.disabled)"
+    )
+    done = subprocess.run(  # noqa: S603 # ours
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+# --- expand and contract ---
+
+
+def test_both_releases_work_on_every_revision(place: Place) -> None:
+    """Whatever either release writes, the other reads, on every revision, up and down."""
+    for revision in REVISIONS:
+        command.upgrade(config(), revision)
+        work_together(place, revision)
+        if revision == "0002":
+            backfill_all(place)
+    for revision in reversed(REVISIONS[:-1]):
+        command.downgrade(config(), revision)
+        work_together(place, revision)
+    assert len(set(place.titles(1))) == 2 * (len(REVISIONS) + len(REVISIONS) - 1)
+
+
+def work_together(place: Place, revision: str) -> None:
+    """Let each of two releases add a title, both of them change it, and both see all of it."""
+    running = [RELEASES[number] for number in RUNNING[revision]]
+    with place.connection() as connection:
+
+        def seen() -> list[list[str]]:
+            return [list(connection.scalars(each.titles())) for each in running]
+
+        for number, writer in enumerate(running):
+            title = f"{revision} {number} {len(seen()[0])}"
+            connection.execute(writer.add(title))
+            # Each is once the last to change it.
+            for renamer in running[::-1] if number else running:
+                assert [each[-1] for each in seen()] == [title] * 2
+                connection.execute(renamer.rename(title, f"{title}!"))
+                title += "!"
+            old, new = seen()
+            assert old == new
+            assert new[-1] == title
+
+
+# --- the backfill ---
+
+
+def asynchronous(place: Place) -> AsyncEngine:
+    driver = {"postgresql": "postgresql+psycopg", "mysql": "mysql+asyncmy"}[place.name]
+    return create_async_engine(place.url.set(drivername=driver), poolclass=NullPool)
+
+
+def backfill_all(place: Place) -> int:
+    async def run() -> int:
+        return await backfill(AsyncDatabase(asynchronous(place)), size=7, pause=0)
+
+    return asyncio.run(run())
+
+
+def add_books(place: Place, number: int) -> None:
+    command.upgrade(config(), "0002")
+    with place.connection() as connection:
+        rows = [{"name": f"title {each}"} for each in range(number)]
+        connection.execute(insert(book), rows)
+
+
+def copied(place: Place) -> int:
+    with place.connection() as connection:
+        same = select(func.count()).select_from(book).where(book.c.title == book.c.name)
+        return connection.scalar(same) or 0
+
+
+# A batch stops in the middle of its UPDATE, at the row with this id, while a test has the lock.
+STOP_AT = {
+    "postgresql": (
+        "SELECT pg_advisory_lock(1)",
+        "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_advisory_lock_shared(1); RETURN NEW; END $$",
+        "CREATE TRIGGER stop BEFORE UPDATE ON book FOR EACH ROW WHEN (NEW.id = 15)"
+        " EXECUTE FUNCTION stop()",
+    ),
+    "mysql": (
+        "SELECT GET_LOCK('stop', 0)",
+        "CREATE TRIGGER stop BEFORE UPDATE ON book FOR EACH ROW"
+        " DO IF(NEW.id = 15, GET_LOCK('stop', 60), 0)",
+    ),
+}
+STOPPED = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory'"
+    " AND datname = current_database()",
+    "mysql": "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"
+    " AND db = database()",
+}
+
+
+def test_a_backfill_that_is_killed(served_place: Place) -> None:
+    """Killed in the middle of a batch, it leaves the batches before; the next run does the rest."""
+    add_books(served_place, 25)
+    words = [sys.executable, "-m", "migrations_example.backfill", "--size", "10", "--pause", "0"]
+    with served_place.connection() as holder:
+        for statement in STOP_AT[served_place.name]:
+            holder.execute(text(statement))
+        with subprocess.Popen(words, cwd=ROOT) as process:  # noqa: S603 # ours
+            stopped = text(STOPPED[served_place.name])
+            wait_until(lambda: bool(holder.scalar(stopped)), seconds=30)
+            process.kill()
+    wait_until(lambda: served_place.others() == 0)
+    assert copied(served_place) == 10
+    assert backfill_all(served_place) == 15
+    command.upgrade(config(), "head")
+
+
+def test_two_backfills_at_once(served_place: Place) -> None:
+    """Two at once share the rows, and neither copies what the other has copied."""
+    add_books(served_place, 200)
+
+    async def two() -> list[int]:
+        engine = asynchronous(served_place)
+        runs = [backfill(AsyncDatabase(engine), size=7, pause=0) for _ in range(2)]
+        return await asyncio.gather(*runs)
+
+    assert sum(asyncio.run(two())) == 200
+    assert copied(served_place) == 200
+
+
+@pytest.mark.anyio
+async def test_a_backfill_goes_round_what_is_locked(served_place: Place) -> None:
+    """A row that somebody has locked keeps nobody waiting, and is copied in the end."""
+    await asyncio.to_thread(add_books, served_place, 25)
+    engine, batches = asynchronous(served_place), Counter[str]()
+
+    @event.listens_for(engine.sync_engine, "before_cursor_execute")
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "SKIP LOCKED" in statement:
+            batches["asked"] += 1
+
+    with served_place.outside.connect() as somebody:
+        somebody.execute(update(book).where(book.c.id == 3).values(name="locked"))
+        running = asyncio.create_task(backfill(AsyncDatabase(engine), size=10, pause=0))
+        # Three hold all the others; it has found nothing, and has begun again, more than once.
+        await asyncio.to_thread(wait_until, lambda: batches["asked"] > 10)
+        assert copied(served_place) == 24
+        assert not running.done()
+        somebody.commit()
+        assert await running == 25
+    assert copied(served_place) == 25
+
+
+# --- readiness ---
+
+
+def test_an_application_that_starts_too_early(served_place: Place) -> None:
+    """It is alive and not ready before the release step, and ready after it without a restart."""
+    with serve(create_app()) as served:
+        assert served.client.get("/health/live").status_code == 200
+        expect_checks(served, 503, "behind", "behind")
+        command.upgrade(config(), "head")
+        expect_checks(served, 503, "current", "behind")
+        command.upgrade(config("analytics"), "head")
+        expect_checks(served, 200, "current", "current")
+        assert served.client.post("/books?title=Emma").status_code == 201
+        assert served.client.get("/books").json() == ["Emma"]
+
+
+def test_an_application_that_is_being_replaced(served_place: Place) -> None:
+    """A database that a newer release has migrated is ahead, and the old one still serves."""
+    for section in "alembic", "analytics":
+        command.upgrade(config(section), "head")
+    with served_place.connection() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0007'"))
+    with serve(create_app()) as served:
+        expect_checks(served, 200, "ahead", "current")
+        assert served.client.get("/books").json() == []
+
+
+def expect_checks(served: Served, status: int, default: str, analytics: str) -> None:
+    checks = {"migrations": default, "analytics migrations": analytics}
+
+    def answered() -> bool:
+        response = served.client.get("/health/ready")
+        return (response.status_code, response.json()["checks"]) == (status, checks)
+
+    wait_until(answered)
+
+
+# --- the README ---
+
+
+@pytest.mark.timeout(180)  # five processes, on a machine that may be busy
+def test_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever pastes what the README's command prints is answered as the README says."""
+    for variable in ("DATABASE_URL", "ANALYTICS_DATABASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        with started(folder) as printed:
+            for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
+                monkeypatch.setenv(name, value)
+            answers = paste(printed)
+        assert not Path(folder, ".demo/migrations/data/postmaster.pid").exists()
+    assert answers == 4
+
+
+@contextmanager
+def started(folder: str) -> Iterator[str]:
+    """Run `python -m migrations_example`, and give what it has printed once it serves."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0"}
+    with subprocess.Popen(  # ours
+        [sys.executable, "-m", "migrations_example"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        printed = ""
+        try:
+            while not printed.endswith("# 201 1\n"):
+                printed += (line := process.stdout.readline())
+                assert line, printed
+            yield printed
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def paste(printed: str) -> int:
+    """Do what the lines say, and count the answers that were as the line below says."""
+    answers = 0
+    lines = printed.splitlines()
+    for place, line in enumerate(lines):
+        if line.startswith(".venv/bin/alembic "):
+            words = alembic()[:3] + shlex.split(line)[1:]
+            subprocess.run(words, cwd=ROOT, check=True)  # noqa: S603 # ours
+        if line.startswith("curl "):
+            method = "POST" if "-X POST" in line else "GET"
+            _, status, body = lines[place + 1].split(" ", 2)
+            expect(method, shlex.split(line)[-1], (int(status), json.loads(body)))
+            answers += 1
+    return answers
+
+
+def expect(method: str, url: str, answer: tuple[int, Any]) -> None:
+    """Ask until the answer is the one that is expected: at first nobody listens."""
+
+    def answered() -> bool:
+        try:
+            response = httpx.request(method, url, timeout=10)
+        except httpx.ConnectError:
+            return False
+        return (response.status_code, response.json()) == answer
+
+    wait_until(answered)

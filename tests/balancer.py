@@ -1,0 +1,86 @@
+"""A load balancer on loopback that sends requests to whoever is ready, and forgives nothing."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+PROBE = b"GET /health/ready HTTP/1.1\r\nHost: balancer\r\nConnection: close\r\n\r\n"
+
+
+@dataclass
+class Balancer:
+    """Pass each connection on to the next backend that said it is ready when it was last asked.
+
+    A backend is asked every `interval` seconds. A connection that cannot be passed on is closed,
+    and not tried elsewhere: whoever sent the request finds it failed.
+    """
+
+    interval: float = 0.05
+    port: int = 0
+    backends: dict[int, bool] = field(default_factory=dict)
+    _turns: "itertools.count[int]" = field(default_factory=itertools.count)
+    _passing: set["asyncio.Task[None] | None"] = field(default_factory=set)
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator["Balancer"]:
+        """Accept connections on a port of its own."""
+        asking = asyncio.create_task(self._ask_for_ever())
+        async with await asyncio.start_server(self._pass_on, "127.0.0.1", 0) as listener:
+            self.port = listener.sockets[0].getsockname()[1]
+            try:
+                yield self
+            finally:
+                asking.cancel()
+                await asyncio.wait([asking])
+                await asyncio.gather(*filter(None, self._passing))
+
+    async def comes_to(self, port: int, ready: bool) -> None:
+        """Wait until a backend has been found to be ready, or not to be."""
+        while self.backends[port] is not ready:  # noqa: ASYNC110 - a test is no server
+            await asyncio.sleep(self.interval)
+
+    async def _ask_for_ever(self) -> None:
+        while True:
+            for port in tuple(self.backends):
+                ready = (await exchange(port, PROBE)).startswith(b"HTTP/1.1 200 ")
+                if port in self.backends:
+                    self.backends[port] = ready
+            await asyncio.sleep(self.interval)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._passing.add(asyncio.current_task())
+        ready = [port for port, is_ready in self.backends.items() if is_ready]
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError, IndexError):
+            port = ready[next(self._turns) % max(len(ready), 1)]
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(back):
+                answering = asyncio.create_task(_copy(there, writer))
+                asking = asyncio.create_task(_copy(reader, back))
+                await answering
+                asking.cancel()
+                await asyncio.wait([asking])
+        self._passing.discard(asyncio.current_task())
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+
+
+async def exchange(port: int, request: bytes) -> bytes:
+    """Send one request on a connection of its own; what could not be answered is empty."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionError:
+        return b""
+    with contextlib.closing(writer):
+        try:
+            writer.write(request)
+            return await reader.read()
+        except ConnectionError:
+            return b""

@@ -1,0 +1,189 @@
+"""Draining with real processes: SIGTERM, and a rolling restart under load."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+import httpx
+import pytest
+
+from conftest import WorkerPostgres
+from tests.balancer import Balancer, exchange
+from tests.serving import KINDS, Kind, Rows, wait_until
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True, ids=lambda kind: kind.id),
+]
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Process:
+    """Hold a uvicorn process, and where it listens."""
+
+    popen: "subprocess.Popen[bytes]"
+    log: Path
+    port: int = 0
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def listens(self) -> bool:
+        """Tell whether it has found its port, and which."""
+        assert self.popen.poll() is None, self.said
+        found = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.said)
+        self.port = int(found[1]) if found else 0
+        return found is not None
+
+    async def ended(self) -> int:
+        return await anyio.to_thread.run_sync(self.popen.wait, 20)
+
+
+class Processes:
+    """Start uvicorn processes, and leave none behind."""
+
+    def __init__(self, kind: Kind, postgres: WorkerPostgres, folder: Path) -> None:
+        self.kind = kind
+        self.url = postgres.url(kind.driver)
+        self.folder = folder
+        self.started: list[Process] = []
+
+    async def start(self, drain_seconds: float) -> Process:
+        log = self.folder / f"{len(self.started)}.log"
+        environment = {"DATABASE_URL": self.url, "DRAIN_SECONDS": str(drain_seconds)}
+        command = [sys.executable, "-m", "uvicorn", "tests.draining_app:app", "--port", "0"]
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                [*command, "--no-access-log"],
+                cwd=ROOT,
+                env={**os.environ, **environment, "KIND": self.kind.id},
+                stdout=output,
+                stderr=output,
+            )
+        process = Process(popen, log)
+        self.started.append(process)
+        await anyio.to_thread.run_sync(wait_until, process.listens, 30)
+        return process
+
+
+@pytest.fixture
+async def processes(
+    kind: Kind, postgres: WorkerPostgres, tmp_path: Path
+) -> AsyncGenerator[Processes]:
+    processes = Processes(kind, postgres, tmp_path)
+    yield processes
+    for process in processes.started:
+        with process.popen:
+            process.popen.kill()
+
+
+async def test_a_process_that_is_told_to_end_drains_first(
+    processes: Processes, rows: Rows
+) -> None:
+    """On SIGTERM it is not ready at once, serves on for a while, finishes its work and ends."""
+    process = await processes.start(1)
+    url = f"http://127.0.0.1:{process.port}"
+    async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+        assert (await client.get("/health/ready")).status_code == 200
+        slow = asyncio.create_task(client.post("/slow"))
+        await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("active") == 1)
+        process.popen.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(0.9):
+            while (await client.get("/health/ready")).status_code == 200:
+                pass  # the signal is on its way
+        draining = await client.get("/health/ready")
+        assert (draining.status_code, draining.json()["status"]) == (503, "draining")
+        assert (await client.get("/health/live")).status_code == 200
+        assert (await client.post("/items/late")).status_code == 201
+        assert (await slow).json() == "done"
+    assert await process.ended() == -signal.SIGTERM
+    assert rows.names == ["late"]
+    assert "Application shutdown complete" in process.said
+    assert "Traceback" not in process.said
+    await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("%") == 0)
+
+
+@dataclass
+class Load:
+    """Send requests through the balancer without a pause, and remember each answer."""
+
+    port: int
+    answers: list[bytes]
+
+    async def send(self, worker: int) -> None:
+        number = 0
+        while True:
+            number += 1
+            request = (
+                f"POST /items/{worker}-{number} HTTP/1.1\r\nHost: app\r\nContent-Length: 0\r\n"
+                "Connection: close\r\n\r\n"
+            )
+            self.answers.append(await exchange(self.port, request.encode()))
+
+    async def goes_on(self, count: int) -> None:
+        """Wait for so many more answers."""
+        until = len(self.answers) + count
+        while len(self.answers) < until:  # noqa: ASYNC110 - a test is no server
+            await asyncio.sleep(0.01)
+
+    @property
+    def failed(self) -> list[bytes]:
+        return [each for each in self.answers if not each.startswith(b"HTTP/1.1 201 ")]
+
+    @property
+    def served_by(self) -> Counter[int]:
+        """Count the answers of each process, whose id is their body."""
+        return Counter(int(each.rpartition(b"\r\n")[2]) for each in self.answers)
+
+
+@asynccontextmanager
+async def load(port: int, workers: int = 8) -> AsyncGenerator[Load]:
+    sending = Load(port, [])
+    tasks = [asyncio.create_task(sending.send(number)) for number in range(workers)]
+    try:
+        yield sending
+    finally:
+        for each in tasks:
+            each.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(ended, asyncio.CancelledError)
+
+
+async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Rows) -> None:
+    """Two processes are replaced one by one under load: every request is answered and stored."""
+    async with Balancer().listening() as balancer:
+        old = [await processes.start(0.5) for _ in range(2)]
+        for each in old:
+            balancer.backends[each.port] = False
+            await balancer.comes_to(each.port, True)
+        async with load(balancer.port) as sending:
+            await sending.goes_on(50)
+            for each in old:
+                new = await processes.start(0.5)
+                balancer.backends[new.port] = False
+                await balancer.comes_to(new.port, True)
+                await sending.goes_on(20)
+                each.popen.send_signal(signal.SIGTERM)
+                await balancer.comes_to(each.port, False)
+                assert await each.ended() == -signal.SIGTERM
+                del balancer.backends[each.port]
+                await sending.goes_on(20)
+            answers = list(sending.answers)
+    assert [each for each in answers if not each.startswith(b"HTTP/1.1 201 ")] == []
+    assert set(sending.served_by) == {each.popen.pid for each in processes.started}
+    assert len(rows.names) >= len(answers)
+    for each in processes.started:
+        assert "Traceback" not in each.said

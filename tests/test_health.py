@@ -1,0 +1,1084 @@
+"""Liveness and readiness: what is asked, how often, what is answered, and what the log gets."""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import logging
+import socket
+import threading
+import time
+import warnings
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio.to_thread
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, Header, HTTPException, Security
+from openapi_spec_validator import validate
+from sqlalchemy import (
+    Engine,
+    NullPool,
+    SingletonThreadPool,
+    StaticPool,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+from starlette.applications import Starlette
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import (
+    get_db,
+    health_router,
+    install_database,
+    installed_databases,
+    start_draining,
+)
+from fastapi_sqlnative._probes import OUTSIDE
+from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
+from fastapi_sqlnative.health import CheckResult, ReadinessCheck
+from tests.conftest import MakeEngine
+from tests.in_process import async_sqlite, client_of, running, sqlite, start_and_stop
+from tests.serving import Kind, Rows, probing_threads, wait_until
+
+pytestmark = pytest.mark.anyio
+
+# No answer stands for longer than it takes to send it.
+FRESH = 1e-9
+AnyEngine = Engine | AsyncEngine
+
+
+def healthy(engine: AnyEngine | None = None, **options: Any) -> FastAPI:
+    """Make an application with one database and the router."""
+    app = FastAPI()
+    if engine is None:
+        install_database(app, engine=sqlite)
+    else:
+        install_database(app, engine=engine, shutdown=engine.dispose)
+    app.include_router(health_router(**{"max_age": FRESH, **options}))
+    return app
+
+
+async def ready(client: httpx.AsyncClient, path: str = "/health/ready") -> tuple[int, Any]:
+    """Ask whether it is ready, and insist that nobody stores the answer."""
+    response = await client.get(path)
+    assert response.headers["cache-control"] == "no-store"
+    return response.status_code, response.json()
+
+
+def report(
+    status: str = "ready", databases: Mapping[str, str] | None = None, **checks: str
+) -> dict[str, Any]:
+    """Write down a report; one database is up unless it says otherwise."""
+    return {"status": status, "databases": databases or {"default": "up"}, "checks": checks}
+
+
+def inner(engine: AnyEngine) -> Engine:
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+@asynccontextmanager
+async def held(engine: AnyEngine) -> AsyncGenerator[None]:
+    """Hold a connection of the engine's pool, as a request does."""
+    if isinstance(engine, AsyncEngine):
+        async with engine.connect() as asynchronous:
+            await asynchronous.execute(text("SELECT 1"))
+            yield
+    else:
+        with engine.connect() as synchronous:
+            synchronous.execute(text("SELECT 1"))
+            yield
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Collect what the package logs."""
+    caplog.set_level(logging.INFO, "fastapi_sqlnative")
+    return caplog
+
+
+# --- what is asked ---
+
+
+async def test_ready_and_live_answer_get_and_head(engine: AnyEngine) -> None:
+    """Both paths answer GET with a body and HEAD without, on every colour and driver."""
+    async with running(healthy(engine)) as client:
+        assert await ready(client) == (200, report())
+        assert await ready(client, "/health/live") == (200, {"status": "alive"})
+        for path in "/health/ready", "/health/live":
+            response = await client.head(path)
+            assert (response.status_code, response.content) == (200, b"")
+            assert response.headers["cache-control"] == "no-store"
+            assert (await client.post(path)).status_code == 405
+
+
+def memory_per_thread() -> Engine:
+    """Build what `create_engine("sqlite://")` gives: a database for each thread."""
+    return create_engine("sqlite://", poolclass=SingletonThreadPool)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        sqlite,
+        async_sqlite,
+        memory_per_thread,
+        lambda: create_engine("sqlite:///{file}"),
+        lambda: create_async_engine("sqlite+aiosqlite:///{file}"),
+        lambda: create_async_engine("sqlite+aiosqlite:///{file}", poolclass=NullPool),
+    ],
+    ids=["memory", "memory-async", "memory-per-thread", "file", "file-async", "file-without-pool"],
+)
+async def test_sqlite_is_ready(
+    build: Callable[[], AnyEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SQLite is up in memory and in a file, in both colours, and held connections change nothing."""
+    monkeypatch.chdir(tmp_path)
+    engine = build()
+    async with running(healthy(engine)) as client:
+        assert await ready(client) == (200, report())
+        async with held(engine):
+            assert await ready(client) == (200, report())
+        assert await ready(client) == (200, report())
+
+
+async def test_probes_leave_databases_of_threads_alone() -> None:
+    """Where each thread has a database in memory of its own, any number of probes drops none."""
+    engine = memory_per_thread()
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (id INTEGER)"))
+    async with running(healthy(engine)) as client:
+        for _ in range(12):
+            assert await ready(client) == (200, report())
+        with engine.connect() as connection:
+            assert connection.scalar(text("SELECT count(*) FROM kept")) == 0
+
+
+@pytest.mark.parametrize("build", [sqlite, async_sqlite])
+async def test_a_transaction_on_the_only_connection_survives_a_probe(
+    build: Callable[[], AnyEngine],
+) -> None:
+    """What a session has begun on the one connection of a database in memory is not rolled back."""
+    app = healthy(build())
+
+    async with running(app) as client:
+        database = installed_databases(app)["default"]
+
+        def insert(engine: Engine) -> None:
+            with engine.begin() as connection:
+                connection.execute(text("CREATE TABLE kept (id INTEGER)"))
+
+        await database.run_sync(insert)
+        session = database.open()
+        await as_coroutine(session.execute(text("INSERT INTO kept VALUES (1)")))
+        assert await ready(client) == (200, report())
+        await as_coroutine(session.commit())
+        await as_coroutine(session.close())
+        session = database.open()
+        assert await as_coroutine(session.scalar(text("SELECT count(*) FROM kept"))) == 1
+        await as_coroutine(session.close())
+
+
+async def as_coroutine(result: Any) -> Any:
+    return await result if asyncio.iscoroutine(result) else result
+
+
+async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
+    make_engine: MakeEngine, rows: Rows
+) -> None:
+    """With NullPool a probe connects, asks and leaves nothing behind."""
+    engine = make_engine(poolclass=NullPool, connect_args={})
+    opened: list[object] = []
+    event.listen(inner(engine), "connect", lambda _connection, record: opened.append(record))
+    before = rows.backends("%")
+    async with running(healthy(engine)) as client:
+        assert await ready(client) == (200, report())
+        async with held(engine):
+            assert await ready(client) == (200, report())
+    assert len(opened) == 3
+    await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("%") == before)
+
+
+async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
+    """Where the pool has an idle connection the probe opens none, and gives that one back."""
+    opened: list[object] = []
+    event.listen(inner(engine), "connect", lambda _connection, record: opened.append(record))
+    app = healthy(engine)
+    async with running(app) as client:
+        async with held(engine):
+            pass
+        for _ in range(3):
+            assert await ready(client) == (200, report())
+        status = installed_databases(app)["default"].pool_status()
+        assert (status.checked_in, status.checked_out) == (1, 0)
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("saturated_is_ready", "expected"), [(True, (200, "ready")), (False, (503, "not_ready"))]
+)
+async def test_a_pool_held_by_others_is_saturated(
+    engine: AnyEngine,
+    saturated_is_ready: bool,
+    expected: tuple[int, str],
+    log: pytest.LogCaptureFixture,
+) -> None:
+    """A database that answers while others hold the whole pool is saturated, and not down."""
+    app = healthy(engine, saturated_is_ready=saturated_is_ready, timeout=5)
+    code, status = expected
+    async with running(app) as client:
+        async with held(engine):
+            for _ in range(3):
+                assert await ready(client) == (code, report(status, {"default": "saturated"}))
+            held_now = installed_databases(app)["default"].pool_status()
+            assert (held_now.checked_in, held_now.checked_out) == (0, 1)
+        assert await ready(client) == (200, report())
+    assert [(each.levelname, each.getMessage()) for each in log.records] == [
+        ("WARNING", "Database 'default' is saturated."),
+        ("INFO", "Database 'default' is up."),
+    ]
+
+
+async def test_an_unlimited_pool_is_never_saturated(make_engine: MakeEngine) -> None:
+    """A pool that opens as many connections as are asked for is up, however many are in use."""
+    engine = make_engine(pool_size=1, max_overflow=-1)
+    async with running(healthy(engine, timeout=5)) as client:
+        async with held(engine), held(engine):
+            assert await ready(client) == (200, report())
+
+
+@pytest.fixture
+def own_port() -> Iterator[int]:
+    """Keep a port that refuses connections."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.fixture
+def refused(kind: Kind, postgres: WorkerPostgres, own_port: int) -> AnyEngine:
+    """Build an engine for a port that refuses connections, with a password to look for."""
+    url = make_url(postgres.url(kind.driver)).set(
+        host="127.0.0.1", port=own_port, username="grace", password="seldom-seen"
+    )
+    return (create_async_engine if kind.asynchronous else create_engine)(url)
+
+
+async def test_a_refused_connection_is_down(refused: AnyEngine) -> None:
+    """A database that refuses connections is down, and the application is not ready but alive."""
+    async with running(healthy(refused)) as client:
+        assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+        assert await ready(client, "/health/live") == (200, {"status": "alive"})
+        assert (await client.head("/health/ready")).status_code == 503
+
+
+async def test_the_log_has_the_cause_once(
+    refused: AnyEngine, log: pytest.LogCaptureFixture
+) -> None:
+    """Ten probes of a database that is away log one line, with its cause and no password."""
+    async with running(healthy(refused)) as client:
+        for _ in range(10):
+            assert (await ready(client))[0] == 503
+    [record] = log.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "Database 'default' is down."
+    assert record.exc_info is not None
+    assert "seldom-seen" not in log.text
+    assert "Connect" in log.text or "connect" in log.text
+
+
+async def test_the_body_tells_nobody_where_the_database_is(
+    refused: AnyEngine, own_port: int, postgres: WorkerPostgres
+) -> None:
+    """The body has names and states: no host, port, user, error text, SQL, driver or version."""
+
+    def broken() -> bool:
+        raise RuntimeError("connection to 10.1.2.3 as grace failed")
+
+    app = healthy(refused, checks={"broken": broken, "odd": lambda: "SELECT 1"})
+    async with running(app) as client:
+        response = await client.get("/health/ready")
+    assert response.json() == report(
+        "not_ready", {"default": "down"}, broken="down", odd="down"
+    )
+    everything = response.text.lower() + str(response.headers).lower()
+    secrets = "127.0.0.1", str(own_port), "grace", "seldom", "select", "error", "10.1.2", "psycopg"
+    for secret in *secrets, "asyncpg", "postgres", str(make_url(postgres.dsn).database):
+        assert secret not in everything
+
+
+# --- how often ---
+
+
+@pytest.mark.parametrize("build", [sqlite, async_sqlite])
+async def test_a_thousand_probes_cost_one_question(build: Callable[[], AnyEngine]) -> None:
+    """Probes that come together, or shortly after one another, wait for one and the same answer."""
+    engine = build()
+    statements: list[str] = []
+    event.listen(
+        inner(engine), "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+    called: list[int] = []
+
+    async def check() -> bool:
+        called.append(1)
+        await asyncio.sleep(0)
+        return True
+
+    app = healthy(engine, max_age=60, timeout=20, checks={"check": check})
+    async with running(app) as client:
+        answers = await asyncio.gather(*(client.get("/health/ready") for _ in range(1000)))
+        assert {each.status_code for each in answers} == {200}
+        assert (await client.head("/health/ready")).status_code == 200
+    assert len(statements) == len(called) == 1
+
+
+async def test_an_answer_stands_for_as_long_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer, good or bad, is given again until `max_age` is over."""
+    answers = [True, False, True]
+    asked: list[bool] = []
+
+    def check() -> bool:
+        asked.append(answers[len(asked)])
+        return asked[-1]
+
+    now = 100.0
+    async with running(healthy(max_age=30, checks={"check": check})) as client:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        assert await ready(client) == (200, report(check="up"))
+        now += 29
+        assert await ready(client) == (200, report(check="up"))
+        now += 2
+        assert await ready(client) == (503, report("not_ready", check="down"))
+        now += 29
+        assert await ready(client) == (503, report("not_ready", check="down"))
+        now += 2
+        assert await ready(client) == (200, report(check="up"))
+    assert len(asked) == 3
+
+
+async def test_a_prober_that_goes_away_takes_nobodys_answer() -> None:
+    """The question goes on for the others when whoever put it hangs up."""
+    started, go_on = asyncio.Event(), asyncio.Event()
+    called: list[int] = []
+
+    async def check() -> bool:
+        called.append(1)
+        started.set()
+        await go_on.wait()
+        return True
+
+    async with running(healthy(timeout=20, max_age=20, checks={"check": check})) as client:
+        first = asyncio.create_task(client.get("/health/ready"))
+        await started.wait()
+        second = asyncio.create_task(client.get("/health/ready"))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        go_on.set()
+        assert (await second).status_code == 200
+    assert first.cancelled()
+    assert len(called) == 1
+
+
+# --- the connection outside the pool ---
+
+
+async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
+    make_engine: MakeEngine, rows: Rows, kind: Kind
+) -> None:
+    """It has the engine's connect arguments and goes through the application's listeners."""
+    named = (
+        {"server_settings": {"application_name": "seen"}}
+        if kind.driver == "asyncpg"
+        else {"application_name": "seen"}
+    )
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=named)
+    made: list[str] = []
+    outside: list[bool] = []
+
+    def do_connect(_dialect: object, _record: object, _arguments: object, keywords: Any) -> None:
+        given = keywords.get("server_settings", keywords)
+        made.append(given["application_name"])
+
+    def connect(_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        outside.append(OUTSIDE in record.info)
+
+    event.listen(inner(engine), "do_connect", do_connect)
+    event.listen(inner(engine), "connect", connect)
+    async with running(healthy(engine, timeout=5)) as client:
+        async with held(engine):
+            pool = inner(engine).pool
+            before = pool.status()
+            for _ in range(3):
+                assert await ready(client) == (200, report(databases={"default": "saturated"}))
+            assert inner(engine).pool is pool
+            assert pool.status() == before
+        async with held(engine):
+            assert pool.status() == before
+    assert made == ["seen"] * 4
+    # The pool's own listeners did not learn the mark.
+    assert outside == [False, True, True, True]
+    await anyio.to_thread.run_sync(wait_until, lambda: not named_backends(rows))
+
+
+def named_backends(rows: Rows) -> int:
+    found = rows.connection.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'seen'"
+    ).fetchone()
+    assert found is not None
+    return int(found[0])
+
+
+async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeEngine) -> None:
+    """Where the application's own listener fails, requests would too: the database is down."""
+    engine = make_engine()
+
+    def refuse(_connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+        raise LookupError("no token")
+
+    event.listen(inner(engine), "connect", refuse)
+    async with running(healthy(engine)) as client:
+        assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+
+
+# --- which databases count ---
+
+
+def broken_sqlite() -> Engine:
+    """Build an engine for a file that cannot be."""
+    return create_engine("sqlite:////proc/nowhere/at.all")
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("required", (503, report("not_ready", {"default": "up", "reports": "down"}))),
+        ("degraded", (200, report("degraded", {"default": "up", "reports": "down"}))),
+        ("ignored", (200, report())),
+    ],
+)
+async def test_a_database_counts_as_the_application_says(
+    policy: Any, expected: tuple[int, Any], log: pytest.LogCaptureFixture
+) -> None:
+    """One that is down makes the application not ready, is reported only, or is left out."""
+    app = healthy(databases={" reports ": policy})
+    install_database(app, name="reports", engine=broken_sqlite)
+    async with running(app) as client:
+        assert await ready(client) == expected
+    assert ("Database 'reports' is down." in log.text) == (policy != "ignored")
+
+
+async def test_all_databases_are_required_by_default() -> None:
+    """Nothing has to be said for every database to count."""
+    app = healthy()
+    install_database(app, name="reports", engine=broken_sqlite)
+    async with running(app) as client:
+        assert await ready(client) == (
+            503,
+            report("not_ready", {"default": "up", "reports": "down"}),
+        )
+
+
+async def test_a_saturated_pool_that_is_degraded_stays_ready(make_engine: MakeEngine) -> None:
+    """Saturation that counts as not ready makes a `degraded` database degrade, and no more."""
+    engine = make_engine(pool_size=1, max_overflow=0)
+    app = healthy(
+        engine, databases={"default": "degraded"}, saturated_is_ready=False, timeout=5
+    )
+    async with running(app) as client, held(engine):
+        assert await ready(client) == (200, report("degraded", {"default": "saturated"}))
+
+
+async def test_an_unknown_name_fails_the_boot() -> None:
+    """A policy for a database that is not installed fails the start, and names route and names."""
+    app = healthy(databases={"report": "degraded"})
+    install_database(app, name="reports", engine=async_sqlite)
+    expected = r"Route '/health/ready': No database named 'report' .*'default', 'reports'"
+    with pytest.raises(DatabaseNotInstalledError, match=expected):
+        await start_and_stop(app)
+
+
+def test_what_cannot_be_meant_is_refused_at_once() -> None:
+    """A wrong policy, time or check fails where the router is made, with a message that says so."""
+    unknown: Any = "optional"
+    with pytest.raises(ValueError, match="'optional' of database 'reports' is no policy"):
+        health_router(databases={"reports ": unknown})
+    for seconds in 0, -1, float("inf"), float("nan"):
+        with pytest.raises(ValueError, match="timeout"):
+            health_router(timeout=seconds)
+        with pytest.raises(ValueError, match="max_age"):
+            health_router(max_age=seconds)
+        with pytest.raises(ValueError, match="timeout"):
+            health_router(checks={"x": ReadinessCheck(lambda: True, timeout=seconds)})
+    nothing: Any = True
+    with pytest.raises(TypeError, match="Check 'x' must be a function .* not bool"):
+        health_router(checks={"x": nothing})
+    two: Any = lambda app, other: True  # noqa: E731
+    with pytest.raises(TypeError, match=r"Check 'x' .*parameters are \(app, other\)"):
+        health_router(checks={"x": two})
+
+
+# --- checks of the application's own ---
+
+
+class Callable_:
+    """Be a check that is an object."""
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+
+    async def __call__(self) -> Any:
+        await asyncio.sleep(0)
+        return self.result
+
+
+async def asynchronous(app: Starlette) -> bool:
+    return isinstance(app, FastAPI) and app.title == "mine"
+
+
+def synchronous(app: Starlette) -> bool:
+    return isinstance(app, FastAPI) and app.title == "mine" and not on_the_loop()
+
+
+def on_the_loop() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+async def equal(one: object, other: object) -> bool:
+    return one == other
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        asynchronous,
+        synchronous,
+        lambda: not on_the_loop(),
+        lambda: asynchronous(FastAPI(title="mine")),
+        Callable_(True),
+        functools.partial(equal, 1, 1),
+        functools.partial(Callable_(True)),
+        functools.partial(synchronous),
+        lambda: CheckResult(True, "up"),
+        ReadinessCheck(synchronous, timeout=5),
+    ],
+    ids=[
+        "async",
+        "sync",
+        "of-nothing",
+        "coroutine-from-lambda",
+        "object",
+        "partial",
+        "partial-of-object",
+        "partial-of-sync",
+        "result",
+        "readiness-check",
+    ],
+)
+async def test_a_check_may_be_any_callable(check: Any) -> None:
+    """A check is a function, method, object or partial, of the application or of nothing."""
+    app = healthy(checks={"mine": check})
+    app.title = "mine"
+    async with running(app) as client:
+        assert await ready(client) == (200, report(mine="up"))
+
+
+def raising() -> bool:
+    raise RuntimeError("the cache is away")
+
+
+async def raising_async() -> bool:
+    raise RuntimeError("the cache is away")
+
+
+async def cancelling() -> bool:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("check", "cause"),
+    [
+        (raising, "RuntimeError: the cache is away"),
+        (raising_async, "RuntimeError: the cache is away"),
+        (cancelling, "cancellation of its own"),
+        (lambda: None, "Check 'mine' returned NoneType"),
+        (lambda: 1, "Check 'mine' returned int"),
+        (lambda: "yes", "Check 'mine' returned str"),
+        (lambda: {"ready": True}, "Check 'mine' returned dict"),
+        (Callable_(None), "Check 'mine' returned NoneType"),
+        (lambda: CheckResult("no", "fine"), "Check 'mine' returned"),  # type: ignore[arg-type]
+        (lambda: CheckResult(True, None), "Check 'mine' returned"),  # type: ignore[arg-type]
+        (lambda: False, None),
+    ],
+)
+async def test_a_check_that_says_nothing_sensible_is_down(
+    check: Any, cause: str | None, log: pytest.LogCaptureFixture
+) -> None:
+    """Only `True` and a `CheckResult` count; the log has why anything else does not, once."""
+    async with running(healthy(checks={"mine": check})) as client:
+        for _ in range(3):
+            assert await ready(client) == (503, report("not_ready", mine="down"))
+    [record] = log.records
+    assert record.getMessage() == "Check 'mine' is down."
+    assert (record.exc_info is not None) == (cause is not None)
+    assert cause is None or cause in log.text
+
+
+async def test_a_check_tells_its_state_in_a_word() -> None:
+    """A `CheckResult` shows its word, whichever way it decides."""
+    results = [CheckResult(False, "behind"), CheckResult(True, "warming")]
+    async with running(healthy(checks={"marker": results.pop})) as client:
+        assert await ready(client) == (200, report(marker="warming"))
+        assert await ready(client) == (503, report("not_ready", marker="behind"))
+
+
+async def test_a_check_that_is_not_required_is_reported() -> None:
+    """With `required=False` a failing check degrades the application, which stays ready."""
+    check = ReadinessCheck(raising, required=False)
+    async with running(healthy(checks={"cache": check})) as client:
+        assert await ready(client) == (200, report("degraded", cache="down"))
+
+
+async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
+    """However often it is asked, a hanging sync check is called once, until it has returned."""
+    go_on = threading.Event()
+    called: list[int] = []
+
+    def hanging() -> bool:
+        called.append(1)
+        return go_on.wait(20)
+
+    before = probing_threads()
+    async with running(healthy(timeout=0.1, checks={"cache": hanging})) as client:
+        for _ in range(5):
+            assert await ready(client) == (503, report("not_ready", cache="down"))
+        assert len(called) == 1
+        assert len(probing_threads() - before) <= 1
+        go_on.set()
+        await anyio.to_thread.run_sync(wait_until, lambda: probing_threads() <= before)
+        assert await ready(client) == (200, report(cache="up"))
+    assert len(called) == 2
+
+
+async def test_an_async_check_that_hangs_is_cancelled() -> None:
+    """It is given up at the deadline and called anew by the next probe; no task is left."""
+    cancelled: list[int] = []
+
+    async def hanging() -> bool:
+        try:
+            return await asyncio.Event().wait()
+        finally:
+            cancelled.append(1)
+
+    async with running(healthy(timeout=0.05, checks={"cache": hanging})) as client:
+        before = asyncio.all_tasks()
+        for _ in range(3):
+            assert await ready(client) == (503, report("not_ready", cache="down"))
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
+    assert len(cancelled) == 3
+
+
+async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> None:
+    """One that swallows its cancellation does not pile up."""
+    go_on = asyncio.Event()
+    called: list[int] = []
+
+    async def stubborn() -> bool:
+        called.append(1)
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go_on.wait()
+        return True
+
+    async with running(healthy(timeout=0.05, checks={"cache": stubborn})) as client:
+        for _ in range(4):
+            assert await ready(client) == (503, report("not_ready", cache="down"))
+        assert len(called) == 1
+        go_on.set()
+        await asyncio.sleep(0)
+        assert await ready(client) == (200, report(cache="up"))
+
+
+async def test_a_check_has_a_time_of_its_own() -> None:
+    """A check's own timeout ends it long before the router's, and the rest is well."""
+
+    async def hanging() -> bool:
+        return await asyncio.Event().wait()
+
+    check = ReadinessCheck(hanging, timeout=0.05)
+    async with running(healthy(timeout=30, checks={"slow": check})) as client:
+        async with asyncio.timeout(10):
+            assert await ready(client) == (503, report("not_ready", slow="down"))
+
+
+async def test_the_deadline_is_one_for_everything() -> None:
+    """Twenty checks that hang are waited for together: a check cannot have more than the router."""
+
+    async def hanging() -> bool:
+        return await asyncio.Event().wait()
+
+    checks: dict[str, Any] = {
+        str(number): ReadinessCheck(hanging, timeout=60) for number in range(20)
+    }
+    async with running(healthy(timeout=0.3, checks=checks)) as client:
+        async with asyncio.timeout(3):
+            assert (await ready(client))[0] == 503
+
+
+async def test_a_check_survives_a_process_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When no thread can be started the check is down, and up again when one can."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    app = healthy(async_sqlite(), checks={"cache": lambda: True})
+    async with running(app) as client:
+        assert await ready(client) == (200, report(cache="up"))  # its connection has a thread
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            assert (await ready(client))[1]["checks"] == {"cache": "down"}
+        assert await ready(client) == (200, report(cache="up"))
+
+
+async def test_a_check_is_logged_when_it_changes(log: pytest.LogCaptureFixture) -> None:
+    """There is one line for each change of state, and none for a state that stays."""
+    results = [True, True, False, False, True, CheckResult(True, "warm"), CheckResult(True, "warm")]
+    following = iter(results)
+    async with running(healthy(checks={"mine": lambda: next(following)})) as client:
+        for _ in results:
+            await ready(client)
+    assert [(each.levelname, each.getMessage()) for each in log.records] == [
+        ("WARNING", "Check 'mine' is down."),
+        ("INFO", "Check 'mine' is up."),
+        ("INFO", "Check 'mine' is warm."),
+    ]
+
+
+# --- details ---
+
+
+def admin(x_token: Annotated[str, Header()] = "") -> None:
+    if x_token != "secret":
+        raise HTTPException(403)
+
+
+@pytest.mark.parametrize("guard", [admin, Depends(admin), Security(admin, scopes=["ops"])])
+async def test_details_are_for_whoever_the_application_lets_in(
+    guard: Any, make_engine: MakeEngine
+) -> None:
+    """Durations and pools are given behind the application's dependency, and to nobody else."""
+    engine = make_engine(pool_size=2, max_overflow=1)
+    app = healthy(engine, details=guard, checks={"cache": lambda: True})
+    async with running(app) as client:
+        refused = await client.get("/health/details")
+        assert refused.status_code == 403
+        assert (await client.head("/health/details")).status_code == 403
+        async with held(engine):
+            response = await client.get("/health/details", headers={"x-token": "secret"})
+    assert (response.status_code, response.headers["cache-control"]) == (200, "no-store")
+    found = response.json()
+    assert found["status"] == "ready"
+    assert found["databases"]["default"].pop("seconds") > 0
+    pool = {"size": 2, "max_overflow": 1, "checked_out": 1, "checked_in": 0, "overflow": 0}
+    assert found["databases"] == {"default": {"state": "up", "pool": pool}}
+    assert found["checks"]["cache"].pop("seconds") >= 0
+    assert found["checks"] == {"cache": {"state": "up"}}
+
+
+async def test_without_a_guard_there_are_no_details() -> None:
+    """An application that has not asked for details has no such path."""
+    async with running(healthy()) as client:
+        assert (await client.get("/health/details")).status_code == 404
+
+
+# --- OpenAPI ---
+
+
+async def test_the_openapi_document_has_typed_answers() -> None:
+    """The document is valid, its operations are told apart, and both answers have a schema."""
+    app = healthy(details=admin)
+    app.include_router(health_router(prefix="/internal"))
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always")
+        document = app.openapi()
+    assert noticed == []
+    validate(document)
+    paths = document["paths"]
+    prefixed = [f"{prefix}/{each}" for prefix in ("/health", "/internal") for each in ("live", "ready")]
+    assert set(paths) == {*prefixed, "/health/details"}
+    assert all(set(each) == {"get"} for each in paths.values())
+    for code in "200", "503":
+        answer = paths["/health/ready"]["get"]["responses"][code]
+        schema = answer["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ReadinessReport"}
+    states = document["components"]["schemas"]["DatabaseState"]["enum"]
+    assert states == ["up", "saturated", "down"]
+
+
+async def test_the_routes_can_be_hidden() -> None:
+    """With `include_in_schema=False` the document knows nothing of them, and they answer."""
+    app = healthy(include_in_schema=False, details=admin, prefix="/-")
+    assert app.openapi()["paths"] == {}
+    async with running(app) as client:
+        assert await ready(client, "/-/ready") == (200, report())
+
+
+# --- applications: mounted, several, started twice, not started ---
+
+
+async def test_mounted_databases_count_above_and_below() -> None:
+    """An application is ready with the databases of those mounted in it, and of those above it."""
+    inmost, middle = healthy(), FastAPI()
+    install_database(inmost, name="deep", engine=broken_sqlite)
+    middle.mount("/inmost", inmost)
+    app = FastAPI()
+    install_database(app, name="top", engine=async_sqlite)
+    app.include_router(health_router(max_age=FRESH))
+    app.mount("/middle", middle)
+    expected = (503, report("not_ready", {"top": "up", "default": "up", "deep": "down"}))
+    async with running(app) as client:
+        assert await ready(client) == expected
+        assert await ready(client, "/middle/inmost/health/ready") == expected
+
+
+async def test_the_worst_of_one_name_is_reported() -> None:
+    """Where a mounted application has a database of the same name, the one that is down shows."""
+    for above, below in (sqlite, broken_sqlite), (broken_sqlite, sqlite):
+        app, mounted = FastAPI(), FastAPI()
+        install_database(app, engine=above)
+        install_database(mounted, engine=below)
+        app.include_router(health_router())
+        app.mount("/sub", mounted)
+        async with running(app) as client:
+            assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+
+
+async def test_one_router_serves_two_applications() -> None:
+    """A router that two applications include answers for each of them."""
+    called: list[str] = []
+
+    def check(app: FastAPI) -> bool:
+        called.append(app.title)
+        return True
+
+    router = health_router(checks={"mine": check}, max_age=60)
+    well, ill = FastAPI(title="well"), FastAPI(title="ill")
+    for app, engine in (well, sqlite), (ill, broken_sqlite):
+        install_database(app, engine=engine)
+        app.include_router(router)
+    async with running(well) as one, running(ill) as other:
+        for _ in range(2):
+            assert await ready(one) == (200, report(mine="up"))
+            assert (await ready(other))[0] == 503
+    assert called == ["well", "ill"]
+
+
+async def test_two_routers_of_one_application_answer_each_in_its_way() -> None:
+    """A strict router for a load balancer and a lenient one for a dashboard do not mix."""
+    app = healthy()
+    install_database(app, name="reports", engine=broken_sqlite)
+    app.include_router(health_router(prefix="/lenient", databases={"reports": "ignored"}))
+    async with running(app) as client:
+        assert (await ready(client))[0] == 503
+        assert (await ready(client, "/lenient/ready"))[0] == 200
+
+
+async def test_an_application_that_starts_again_is_asked_again() -> None:
+    """A stopped application is not ready; the next run gets an answer of its own, not a stored one."""
+    opened: list[int] = []
+
+    def build() -> AsyncEngine:
+        opened.append(1)
+        return async_sqlite()
+
+    app = FastAPI()
+    install_database(app, engine=build)
+    app.include_router(health_router(max_age=60))
+    for run in 1, 2, 3:
+        async with running(app) as client:
+            assert await ready(client) == (200, report())
+        async with client_of(app) as client:
+            code, body = await ready(client)
+            assert (code, body["databases"]) == (503, {})
+        assert len(opened) == run
+
+
+def test_an_application_runs_on_another_event_loop() -> None:
+    """The router has no event loop of its own: a second run may have another one."""
+    app = healthy(max_age=60)
+
+    async def ask() -> tuple[int, Any]:
+        async with running(app) as client:
+            return await ready(client)
+
+    for _ in range(2):
+        assert asyncio.run(ask()) == (200, report())
+
+
+async def test_an_application_that_has_not_started_is_not_ready() -> None:
+    """Without a lifespan, as behind a bare ASGITransport, it is alive and not ready."""
+    async with client_of(healthy(details=lambda: None)) as client:
+        assert await ready(client) == (
+            503,
+            {"status": "not_started", "databases": {}, "checks": {}},
+        )
+        assert await ready(client, "/health/live") == (200, {"status": "alive"})
+        assert (await ready(client, "/health/details"))[1]["status"] == "not_started"
+
+
+async def test_an_application_without_a_database_is_not_ready() -> None:
+    """Where nothing is installed, nothing was checked: not ready, and the checks are not called."""
+    app = FastAPI()
+    app.include_router(health_router(checks={"mine": lambda: True}))
+    async with running(app) as client:
+        assert (await ready(client))[0] == 503
+
+
+async def test_an_application_that_failed_to_start_is_not_ready() -> None:
+    """A start that fails in the application's own lifespan leaves nothing that looks ready."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        raise RuntimeError("no")
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=async_sqlite)
+    app.include_router(health_router())
+    with pytest.raises(RuntimeError, match="no"):
+        await start_and_stop(app)
+    async with client_of(app) as client:
+        assert (await ready(client))[0] == 503
+
+
+async def test_a_run_that_has_ended_is_not_remembered() -> None:
+    """The router keeps no application alive that nobody else keeps."""
+    router = health_router(max_age=60)
+    gone: list[bool] = []
+
+    class Gone(FastAPI):
+        def __del__(self) -> None:
+            gone.append(True)
+
+    async def run() -> None:
+        app = Gone()
+        install_database(app, engine=async_sqlite)
+        app.include_router(router)
+        async with running(app) as client:
+            assert await ready(client) == (200, report())
+
+    await run()
+    await asyncio.sleep(0)
+    gc.collect()
+    assert gone == [True]
+
+
+# --- draining, in this process ---
+
+
+async def test_draining_shows_at_once(log: pytest.LogCaptureFixture) -> None:
+    """From the call on it is not ready, whatever answer still stands, and serves everything."""
+    app = healthy(max_age=60)
+
+    @app.get("/work")
+    async def work(session: Annotated[Any, Depends(get_db())]) -> int:
+        return int(session.scalar(text("SELECT 7"))) if on_the_loop() is False else 7
+
+    async with running(app) as client:
+        assert await ready(client) == (200, report())
+        start_draining(app)
+        start_draining(app)
+        draining = {"status": "draining", "databases": {}, "checks": {}}
+        assert await ready(client) == (503, draining)
+        assert await ready(client, "/health/live") == (200, {"status": "alive"})
+        assert (await client.get("/work")).json() == 7
+    assert len(log.records) == 1
+    async with running(app) as client:
+        assert await ready(client) == (200, report())
+
+
+async def test_draining_while_probes_wait() -> None:
+    """A probe that began before the draining does not say ready after it."""
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def check() -> bool:
+        started.set()
+        return await go_on.wait()
+
+    app = healthy(timeout=20, checks={"check": check})
+    async with running(app) as client:
+        probe = asyncio.create_task(ready(client))
+        await started.wait()
+        start_draining(app)
+        go_on.set()
+        code, body = await probe
+        assert (code, body["status"]) == (503, "draining")
+
+
+async def test_mounted_applications_drain_with_the_one_above() -> None:
+    """Draining reaches downward: one that is mounted can drain alone, the one above takes all."""
+    app, mounted = healthy(), healthy()
+    app.mount("/sub", mounted)
+    async with running(app) as client:
+        start_draining(mounted)
+        assert (await ready(client))[0] == 200
+        assert (await ready(client, "/sub/health/ready"))[0] == 503
+    async with running(app) as client:
+        assert (await ready(client, "/sub/health/ready"))[0] == 200
+        start_draining(app)
+        assert (await ready(client))[0] == 503
+        assert (await ready(client, "/sub/health/ready"))[0] == 503
+
+
+async def test_draining_before_the_start_is_forgotten() -> None:
+    """The start is a new beginning, also for an application that was told to drain before it."""
+    app = healthy()
+    start_draining(app)
+    async with client_of(app) as client:
+        assert (await ready(client))[0] == 503
+    async with running(app) as client:
+        assert await ready(client) == (200, report())
+
+
+# --- live ---
+
+
+async def test_live_needs_neither_thread_nor_connection(make_engine: MakeEngine) -> None:
+    """With every thread and every connection in use live answers, and ready says saturated."""
+    engine = make_engine(pool_size=1, max_overflow=0)
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    async with running(healthy(engine, timeout=5)) as client, held(engine):
+        holders = [object() for _ in range(int(limiter.available_tokens))]
+        for holder in holders:
+            limiter.acquire_on_behalf_of_nowait(holder)
+        try:
+            async with asyncio.timeout(10):
+                assert await ready(client, "/health/live") == (200, {"status": "alive"})
+                assert await ready(client) == (200, report(databases={"default": "saturated"}))
+        finally:
+            for holder in holders:
+                limiter.release_on_behalf_of(holder)
+
+
+async def test_live_asks_no_database_and_no_check() -> None:
+    """Live sends nothing and calls nothing."""
+    called: list[object] = []
+    engine = async_sqlite()
+    event.listen(engine.sync_engine, "connect", lambda *_arguments: called.append(1))
+    app = healthy(engine, checks={"mine": lambda: bool(called.append(1))})
+    async with running(app) as client:
+        for _ in range(3):
+            assert (await ready(client, "/health/live"))[0] == 200
+    assert called == []

@@ -1,0 +1,478 @@
+"""Readiness while the server is killed, stopped, full, slow or out of reach, and under storms."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import httpx
+import psycopg
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Engine, QueuePool, create_engine, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from conftest import PostgresDatabase
+from fastapi_sqlnative import health_router, install_database
+from tests.in_process import running
+from tests.postgres_server import PostgresServer
+from tests.serving import KINDS, Kind, probing_threads, serve, wait_until
+
+pytestmark = pytest.mark.anyio
+
+AnyEngine = Engine | AsyncEngine
+UP = (200, {"default": "up"})
+SATURATED = (200, {"default": "saturated"})
+DOWN = (503, {"default": "down"})
+
+# Seconds in which these routers answer, and what is taken for "within": the machine is shared.
+TIMEOUT = 0.25
+WITHIN = 2.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """Run a server of our own, with few connections and a talkative log."""
+    settings = {
+        "max_connections": "8",
+        "superuser_reserved_connections": "0",
+        "log_connections": "on",
+        "log_statement": "all",
+    }
+    with PostgresServer(settings=settings) as server:
+        yield server
+
+
+@pytest.fixture
+def threads_before() -> set[threading.Thread]:
+    return probing_threads()
+
+
+def engine_at(
+    server: PostgresServer, kind: Kind, port: int | None = None, **options: Any
+) -> AnyEngine:
+    """Build an engine for the server, or for a port in front of it, in plain text."""
+    url = make_url(PostgresDatabase(server.url).url(kind.driver)).set(port=port or server.port)
+    plain: dict[str, Any] = (
+        {"ssl": False} if kind.driver == "asyncpg" else {"sslmode": "disable", "connect_timeout": 5}
+    )
+    return (create_async_engine if kind.asynchronous else create_engine)(
+        url, **{"connect_args": plain, **options}
+    )
+
+
+def healthy(engine: AnyEngine, **options: Any) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, shutdown_timeout=0.5)
+    app.include_router(health_router(**{"timeout": TIMEOUT, "max_age": 1e-9, **options}))
+    return app
+
+
+async def ready(client: httpx.AsyncClient) -> tuple[int, dict[str, str]]:
+    """Ask whether it is ready; the answer comes in time whatever the server does."""
+    began = time.monotonic()
+    response = await client.get("/health/ready")
+    assert time.monotonic() - began < TIMEOUT + WITHIN
+    return response.status_code, response.json()["databases"]
+
+
+async def becomes(expected: tuple[int, dict[str, str]], client: httpx.AsyncClient) -> None:
+    """Ask until the server has got there."""
+    async with asyncio.timeout(15):
+        while await ready(client) != expected:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def held(engine: AnyEngine, count: int = 1) -> AsyncGenerator[None]:
+    """Hold connections of the engine's pool, as requests do."""
+    async with AsyncExitStack() as holding:
+        for _ in range(count):
+            if isinstance(engine, AsyncEngine):
+                asynchronous = await holding.enter_async_context(engine.connect())
+                await asynchronous.execute(text("SELECT 1"))
+            else:
+                synchronous = await anyio.to_thread.run_sync(engine.connect)
+                holding.push_async_callback(anyio.to_thread.run_sync, synchronous.close)
+                await anyio.to_thread.run_sync(synchronous.execute, text("SELECT 1"))
+        yield
+
+
+def pool_of(engine: AnyEngine) -> QueuePool:
+    pool = (engine.sync_engine if isinstance(engine, AsyncEngine) else engine).pool
+    assert isinstance(pool, QueuePool)
+    return pool
+
+
+async def nobody_is_connected(server: PostgresServer) -> None:
+    """Wait until the server has no connection but the one that asks."""
+    async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
+        async with asyncio.timeout(10):
+            while True:
+                cursor = await connection.execute(
+                    "SELECT FROM pg_stat_activity"
+                    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+                )
+                if not await cursor.fetchall():
+                    return
+                await asyncio.sleep(0.02)
+
+
+async def eventually(condition: Any) -> None:
+    await anyio.to_thread.run_sync(wait_until, condition)
+
+
+# --- killed, stopped ---
+
+
+async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, kind: Kind) -> None:
+    """A crash shows, and the first probe after the restart is up, over the pool's dead connections."""
+    engine = engine_at(server, kind)
+    async with running(healthy(engine)) as client:
+        async with held(engine, 2):
+            pass
+        assert await ready(client) == UP
+        server.kill()
+        try:
+            await becomes(DOWN, client)
+            assert (await client.get("/health/live")).status_code == 200
+        finally:
+            server.start()
+        assert await ready(client) == UP
+        assert pool_of(engine).checkedout() == 0
+    await nobody_is_connected(server)
+
+
+@contextlib.contextmanager
+def stopped(server: PostgresServer) -> Iterator[None]:
+    """Stop the server and its children where they are: its port accepts, and nobody answers."""
+    process = server._process
+    assert process is not None
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    everyone = [process.pid, *map(int, found)]
+    for each in everyone:
+        os.kill(each, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in reversed(everyone):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("idle", [0, 3], ids=["empty-pool", "idle-connections"])
+@pytest.mark.parametrize("pre_ping", [False, True], ids=["plain", "pre-ping"])
+async def test_a_server_that_hangs_is_down_and_costs_one_thread(
+    server: PostgresServer,
+    kind: Kind,
+    idle: int,
+    pre_ping: bool,
+    threads_before: set[threading.Thread],
+) -> None:
+    """Every probe of a stopped server is answered in time, by one stuck thread at most, no leaks."""
+    engine = engine_at(server, kind, pool_pre_ping=pre_ping)
+    async with running(healthy(engine)) as client:
+        async with held(engine, idle):
+            pass
+        if idle:
+            assert await ready(client) == UP
+        tasks = asyncio.all_tasks()
+        with stopped(server):
+            for _ in range(6):
+                assert await ready(client) == DOWN
+                assert (await client.get("/health/live")).status_code == 200
+                assert len(probing_threads() - threads_before) <= (0 if kind.asynchronous else 1)
+        await becomes(UP, client)
+        await eventually(lambda: probing_threads() <= threads_before)
+        async with asyncio.timeout(10):
+            while asyncio.all_tasks() > tasks:  # noqa: ASYNC110 - a driver's own take their time
+                await asyncio.sleep(0.02)
+        assert pool_of(engine).checkedout() == 0
+    await nobody_is_connected(server)
+
+
+async def test_a_server_that_hangs_leaves_nothing_running(server: PostgresServer) -> None:
+    """After three probes of an async engine nothing of them is left, though the server still hangs."""
+    for kind in KINDS:
+        if not kind.asynchronous:
+            continue
+        engine = engine_at(server, kind)
+        async with running(healthy(engine)) as client:
+            async with held(engine):
+                pass
+            tasks = asyncio.all_tasks()
+            with stopped(server):
+                for _ in range(3):
+                    assert await ready(client) == DOWN
+                async with asyncio.timeout(10):
+                    while asyncio.all_tasks() > tasks:  # noqa: ASYNC110 - nothing tells
+                        await asyncio.sleep(0.02)
+                assert pool_of(engine).checkedout() == 0
+            await becomes(UP, client)
+
+
+# --- full ---
+
+
+@contextlib.contextmanager
+def full(server: PostgresServer) -> Iterator[None]:
+    """Take every connection that the server has left."""
+    with contextlib.ExitStack() as taken:
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                taken.enter_context(psycopg.connect(server.url))
+        yield
+
+
+async def test_a_full_server_is_not_down_while_the_pool_works(
+    server: PostgresServer, kind: Kind
+) -> None:
+    """Full is up where the pool has an idle connection, and saturated where requests hold all."""
+    engine = engine_at(server, kind, pool_size=2, max_overflow=3)
+    async with running(healthy(engine)) as client:
+        async with held(engine, 2):
+            with full(server):
+                assert await ready(client) == SATURATED
+                assert (pool_of(engine).checkedout(), pool_of(engine).checkedin()) == (2, 0)
+        with full(server):
+            assert await ready(client) == UP
+    await nobody_is_connected(server)
+
+
+async def test_a_full_server_is_down_for_whoever_has_no_connection(
+    server: PostgresServer, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An application without a connection cannot get one: it is not ready, and the log says why."""
+    engine = engine_at(server, kind)
+    async with running(healthy(engine)) as client:
+        with full(server):
+            assert await ready(client) == DOWN
+        assert "too many clients already" in caplog.text
+        await becomes(UP, client)
+    await nobody_is_connected(server)
+
+
+@pytest.mark.parametrize("role_limit", [True, False], ids=["role", "database"])
+async def test_a_limit_of_the_role_or_database_is_full_too(
+    server: PostgresServer, kind: Kind, role_limit: bool
+) -> None:
+    """A role or database that may have no more connections is saturated while its pool works."""
+    limited = "ROLE clerk" if role_limit else "DATABASE desk"
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE clerk LOGIN")
+        connection.execute("CREATE DATABASE desk")
+        connection.execute(f"ALTER {limited} CONNECTION LIMIT 1".encode())
+    url = make_url(PostgresDatabase(server.url).url(kind.driver))
+    engine = (create_async_engine if kind.asynchronous else create_engine)(
+        url.set(username="clerk", database="desk")
+    )
+    try:
+        async with running(healthy(engine)) as client, held(engine):
+            assert await ready(client) == SATURATED
+    finally:
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute("DROP DATABASE desk WITH (FORCE)")
+            connection.execute("DROP ROLE clerk")
+
+
+# --- out of reach, slow ---
+
+
+@contextlib.contextmanager
+def out_of_reach(way: str) -> Iterator[int]:
+    """Be a port that takes a connection and says nothing, or one that does not even take it."""
+    with contextlib.ExitStack() as open_sockets:
+        listener = open_sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0 if way == "unanswered" else 100)
+        port: int = listener.getsockname()[1]
+        if way == "unanswered":
+            # With its backlog full, the kernel drops what else arrives: like a host that is off.
+            for _ in range(2):
+                filler = open_sockets.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(("127.0.0.1", port))
+        yield port
+
+
+@pytest.mark.parametrize("way", ["silent", "unanswered"])
+async def test_a_host_out_of_reach_is_down_in_time(
+    server: PostgresServer, kind: Kind, way: str, threads_before: set[threading.Thread]
+) -> None:
+    """A port that never answers costs the deadline, one stuck thread at most, and no task."""
+    with out_of_reach(way) as port:
+        engine = engine_at(server, kind, port)
+        async with running(healthy(engine)) as client:
+            tasks = asyncio.all_tasks()
+            for _ in range(5):
+                assert await ready(client) == DOWN
+                assert len(probing_threads() - threads_before) <= (0 if kind.asynchronous else 1)
+            async with asyncio.timeout(10):
+                while asyncio.all_tasks() > tasks:  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(0.02)
+    await eventually(lambda: probing_threads() <= threads_before)
+
+
+@asynccontextmanager
+async def slow_port(server: PostgresServer, delay: list[float]) -> AsyncGenerator[int]:
+    """Pass on what the server says, each piece so many seconds later."""
+
+    ends: list[asyncio.StreamWriter] = []
+    passing: set[asyncio.Task[Any] | None] = set()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                await asyncio.sleep(delay[0])
+                writer.write(data)
+        writer.close()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passing.add(asyncio.current_task())
+        there, back = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+    async with await asyncio.start_server(pass_on, "127.0.0.1", 0) as listener:
+        yield listener.sockets[0].getsockname()[1]
+        delay[0] = 0
+        for each in ends:
+            each.transport.abort()
+        await asyncio.gather(*filter(None, passing))
+
+
+async def test_a_slow_server_is_up_while_it_is_faster_than_the_deadline(
+    server: PostgresServer, kind: Kind, threads_before: set[threading.Thread]
+) -> None:
+    """Slower than the deadline is down, faster is up, in the pool and outside of it."""
+    delay = [0.0]
+    async with slow_port(server, delay) as port:
+        engine = engine_at(server, kind, port, pool_size=1, max_overflow=0)
+        async with running(healthy(engine, timeout=1.5)) as client:
+            # Connecting says more than one thing, and so does asking.
+            delay[0] = 0.02
+            assert (await client.get("/health/ready")).json()["databases"] == UP[1]
+        async with running(healthy(engine)) as client:
+            delay[0] = 0
+            async with held(engine):
+                pass
+            delay[0] = 0.01
+            assert await ready(client) == UP
+            delay[0] = 2 * TIMEOUT
+            for _ in range(2):
+                assert await ready(client) == DOWN
+            delay[0] = 0
+            await becomes(UP, client)
+            await eventually(lambda: probing_threads() <= threads_before)
+            assert pool_of(engine).checkedout() == 0
+    await nobody_is_connected(server)
+
+
+async def test_two_servers_are_asked_together(server: PostgresServer, kind: Kind) -> None:
+    """One that hangs hides nothing of one that is well, and their times are not added up."""
+    engine = engine_at(server, kind)
+    with contextlib.ExitStack() as ports:
+        app = healthy(engine)
+        for name in "first", "second", "third":
+            away = engine_at(server, kind, ports.enter_context(out_of_reach("silent")))
+            install_database(
+                app, name=name, engine=away, shutdown=away.dispose, shutdown_timeout=0.1
+            )
+        async with running(app) as client:
+            states = {"default": "up", "first": "down", "second": "down", "third": "down"}
+            assert await ready(client) == (503, states)
+
+
+# --- storms ---
+
+
+async def test_a_storm_of_probes_is_one_question_in_the_servers_log(
+    server: PostgresServer, kind: Kind
+) -> None:
+    """A thousand probes over HTTP are one statement in the pool, or one connection outside it."""
+    engine = engine_at(server, kind, pool_size=1, max_overflow=0)
+    app = healthy(engine, timeout=30, max_age=60)
+    app.include_router(health_router(prefix="/again", timeout=30, max_age=60))
+
+    @app.get("/hold")
+    async def hold() -> None:
+        holding = held(engine)
+        await holding.__aenter__()
+        app.state.release = lambda: holding.__aexit__(None, None, None)
+
+    @app.get("/release")
+    async def release() -> None:
+        await app.state.release()
+
+    with serve(app) as served:
+        served.client.get("/hold")
+        served.client.get("/release")
+        mark = len(server.log.read_text())
+        await storm(served.url, "/health/ready", "up")
+        said = server.log.read_text()[mark:]
+        assert said.count(": SELECT 1") == 1
+        assert said.count("connection authorized") == 0
+        served.client.get("/hold")
+        mark = len(server.log.read_text())
+        await storm(served.url, "/again/ready", "saturated")
+        assert server.log.read_text()[mark:].count("connection authorized") == 1
+        served.client.get("/release")
+
+
+async def storm(url: str, path: str, state: str) -> None:
+    """Send a thousand probes, fifty at a time, each on a connection of its own."""
+    address = httpx.URL(url)
+    request = f"GET {path} HTTP/1.1\r\nHost: app\r\nConnection: close\r\n\r\n".encode()
+    at_a_time = asyncio.Semaphore(50)
+
+    async def probe() -> bool:
+        async with at_a_time:
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(request)
+            answer = await reader.read()
+            writer.close()
+        return answer.startswith(b"HTTP/1.1 200 OK") and f'"default":"{state}"'.encode() in answer
+
+    assert all(await asyncio.gather(*(probe() for _ in range(1000))))
+
+
+async def test_live_answers_while_every_request_hangs(server: PostgresServer, kind: Kind) -> None:
+    """With the server stopped and all its threads and connections waiting, the process is alive."""
+    engine = engine_at(server, kind, pool_size=1, max_overflow=0, pool_timeout=2)
+    app = healthy(engine)
+
+    if isinstance(engine, AsyncEngine):
+
+        @app.get("/work")
+        async def work_async() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+
+    else:
+
+        @app.get("/work")
+        def work() -> None:
+            with engine.connect() as connection:
+                connection.execute(text("SELECT 1"))
+
+    with serve(app) as served:
+        assert served.client.get("/work").status_code == 200
+        with stopped(server):
+            async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+                hanging = [asyncio.create_task(client.get("/work")) for _ in range(60)]
+                await eventually(lambda: pool_of(engine).checkedout() == 1)
+                assert (await client.get("/health/live")).status_code == 200
+                assert await ready(client) == DOWN
+                assert (await client.get("/health/live")).status_code == 200
+                for each in hanging:
+                    each.cancel()
+                await asyncio.wait(hanging)
+    await nobody_is_connected(server)

@@ -1,0 +1,446 @@
+"""Readiness by Alembic's revisions: `alembic_check`, on real databases."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from fastapi import FastAPI
+from psycopg import sql
+from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import install_database, installed_databases
+from fastapi_sqlnative.health import CheckResult, health_router
+from fastapi_sqlnative.migrations import alembic_check
+from tests.conftest import MakeEngine
+from tests.in_process import running, sqlite
+from tests.serving import serve
+
+ENV = """
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"])
+with context.begin_transaction():
+    context.run_migrations()
+"""
+CURRENT = CheckResult(ready=True, state="current")
+AHEAD = CheckResult(ready=True, state="ahead")
+BEHIND = CheckResult(ready=False, state="behind")
+
+
+class Scripts:
+    """Write a script directory, whose revisions do nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "versions").mkdir(parents=True)
+        (folder / "env.py").write_text(ENV)
+
+    def add(self, revision: str, down: str | None = None, depends_on: str | None = None) -> None:
+        (self.folder / "versions" / f"{revision}.py").write_text(
+            f"revision = {revision!r}\ndown_revision = {down!r}\ndepends_on = {depends_on!r}\n"
+            "def upgrade(): ...\ndef downgrade(): ...\n"
+        )
+
+    @property
+    def config(self) -> Config:
+        config = Config()
+        config.set_main_option("script_location", str(self.folder))
+        config.set_main_option("path_separator", "os")
+        return config
+
+    def run(self, alembic: Callable[..., Any], dsn: str, revision: str) -> None:
+        """Run one of Alembic's commands."""
+        config = self.config
+        engine = create_engine(make_url(dsn).set(drivername="postgresql+psycopg"))
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            alembic(config, revision)
+        engine.dispose()
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Scripts:
+    """Give a script directory with one line of two revisions."""
+    scripts = Scripts(tmp_path / "migrations")
+    scripts.add("one")
+    scripts.add("two", "one")
+    return scripts
+
+
+class Version:
+    """Write a version table as Alembic leaves it, and look at the catalog, from outside."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self.connection = connection
+
+    def set(self, *revisions: str, table: str = "alembic_version") -> None:
+        name = sql.Identifier(*table.split("."))
+        create = sql.SQL("CREATE TABLE IF NOT EXISTS {} (version_num varchar(32))")
+        self.connection.execute(create.format(name))
+        self.connection.execute(sql.SQL("TRUNCATE {}").format(name))
+        for each in revisions:
+            self.connection.execute(sql.SQL("INSERT INTO {} VALUES (%s)").format(name), [each])
+
+    def catalog(self) -> list[tuple[Any, ...]]:
+        return self.connection.execute(
+            "SELECT oid, relname, relfilenode, reltuples FROM pg_class"
+            " WHERE relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_')"
+            " UNION ALL SELECT oid, nspname, 0, 0 FROM pg_namespace WHERE nspname !~ '^pg_'"
+            " ORDER BY 1"
+        ).fetchall()
+
+
+@pytest.fixture
+def version(postgres: WorkerPostgres) -> Iterator[Version]:
+    """Give a database without a version table."""
+    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
+        drop = "DROP TABLE IF EXISTS alembic_version"
+        connection.execute(drop)
+        yield Version(connection)
+        connection.execute(drop)
+
+
+def installed(engine: Engine | AsyncEngine, name: str = "default") -> FastAPI:
+    app = FastAPI()
+    install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    return app
+
+
+def note_statements(engine: Engine | AsyncEngine) -> list[str]:
+    """List what is sent from now on."""
+    sent: list[str] = []
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    event.listen(inner, "before_cursor_execute", note)
+    return sent
+
+
+# --- the states ---
+
+
+@pytest.mark.anyio
+async def test_ready_once_migrated(scripts: Scripts, version: Version, engine: Engine) -> None:
+    """A database is behind until it has the head, on every driver; then nothing more is sent."""
+    check = alembic_check(scripts.config)
+    app = installed(engine)
+    async with running(app):
+        assert await check(app) == BEHIND
+        version.set()
+        assert await check(app) == BEHIND
+        version.set("one")
+        assert await check(app) == BEHIND
+        version.set("two")
+        assert await check(app) == CURRENT
+        sent = note_statements(engine)
+        version.set("one")
+        assert await check(app) == CURRENT
+        assert not sent
+
+
+@pytest.mark.parametrize(
+    ("found", "state"),
+    [
+        ([], BEHIND),
+        (["two"], BEHIND),
+        (["two", "side"], CURRENT),
+        (["one", "side"], BEHIND),
+        (["side"], BEHIND),
+        (["two", "side", "newer"], AHEAD),
+        (["newer"], AHEAD),
+        (["two", "newer"], AHEAD),
+        (["one", "newer"], BEHIND),
+    ],
+    ids=lambda value: "-".join(value) or "none" if isinstance(value, list) else value.state,
+)
+@pytest.mark.anyio
+async def test_two_heads(
+    scripts: Scripts,
+    version: Version,
+    postgres: WorkerPostgres,
+    found: list[str],
+    state: CheckResult,
+) -> None:
+    """All heads are wanted; an unknown revision is ahead unless an old one stands beside it."""
+    scripts.add("side")
+    version.set(*found)
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    async with running(app):
+        assert await alembic_check(scripts.config)(app) == state
+
+
+@pytest.mark.parametrize("alembic", [command.upgrade, command.stamp])
+@pytest.mark.anyio
+async def test_heads_that_depend_on_each_other(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres, alembic: Callable[..., Any]
+) -> None:
+    """A head that another branch depends on is not in the version table, and is not missed."""
+    scripts.add("side", depends_on="two")
+    check = alembic_check(scripts.config)
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    async with running(app):
+        scripts.run(alembic, postgres.dsn, "two")
+        assert await check(app) == BEHIND
+        scripts.run(alembic, postgres.dsn, "heads")
+        assert await check(app) == CURRENT
+
+
+@pytest.mark.anyio
+async def test_heads_are_read_once(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres
+) -> None:
+    """A revision file that appears beside a running application changes nothing for it."""
+    check = alembic_check(scripts.config)
+    scripts.add("three", "two")
+    version.set("two")
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    async with running(app):
+        assert await check(app) == CURRENT
+
+
+@pytest.mark.anyio
+async def test_the_next_run_asks_again(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres
+) -> None:
+    """What has passed is known for one run of the application."""
+    check = alembic_check(scripts.config)
+    app = FastAPI()
+    install_database(app, engine=lambda: create_async_engine(postgres.url("psycopg")))
+    handles: list[object] = []  # kept, so that none is forgotten because it is gone
+    for revision, state in ("two", CURRENT), ("one", BEHIND), ("newer", AHEAD):
+        version.set(revision)
+        async with running(app):
+            assert await check(app) == state
+            handles.append(installed_databases(app)["default"])
+
+
+# --- where it looks ---
+
+
+@pytest.mark.anyio
+async def test_a_version_table_of_another_name(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres
+) -> None:
+    """The version table may have another name, and stand in another schema."""
+    version.connection.execute("CREATE SCHEMA versions")
+    version.set("two", table="versions.release")
+    where = {"version_table": "release", "version_table_schema": "versions"}
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    async with running(app):
+        assert await alembic_check(scripts.config)(app) == BEHIND
+        assert await alembic_check(scripts.config, **where)(app) == CURRENT
+        version.connection.execute("DROP SCHEMA versions CASCADE")
+        assert await alembic_check(scripts.config, **where)(app) == BEHIND
+
+
+@pytest.mark.anyio
+async def test_several_databases(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres, tmp_path: Path
+) -> None:
+    """Each database has a check and a script directory of its own, the name as it is spelt."""
+    others = Scripts(tmp_path / "analytics")
+    others.add("first")
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    second = create_async_engine(postgres.second.url("psycopg"))
+    install_database(app, name="analytics", engine=second, shutdown=second.dispose)
+    version.set("two")
+    async with running(app):
+        assert await alembic_check(scripts.config, database=" default ")(app) == CURRENT
+        assert await alembic_check(others.config, database="analytics")(app) == BEHIND
+
+
+@pytest.mark.anyio
+async def test_a_mounted_application(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres
+) -> None:
+    """A mounted application's check looks at the database of the one it is mounted in."""
+    version.set("two")
+    check = alembic_check(scripts.config)
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    mounted = FastAPI()
+    mounted.include_router(health_router(checks={"migrations": check}))
+    app.mount("/mounted", mounted)
+    async with running(app) as client:
+        response = await client.get("/mounted/health/ready")
+        assert response.json()["checks"] == {"migrations": "current"}
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+@pytest.mark.anyio
+async def test_on_mariadb(scripts: Scripts, mariadb: str, driver: str) -> None:
+    """It is the same on MariaDB."""
+    url = make_url(mariadb)
+    outside = create_engine(url.set(drivername="mysql+pymysql"), poolclass=NullPool)
+    url = url.set(drivername=f"mysql+{driver}", database="migrated")
+    engine: Engine | AsyncEngine = (
+        create_async_engine(url) if driver == "asyncmy" else create_engine(url)
+    )
+    app, check = installed(engine), alembic_check(scripts.config)
+    with outside.connect() as connection:
+        connection.execute(text("CREATE OR REPLACE DATABASE migrated"))
+        async with running(app):
+            assert await check(app) == BEHIND
+            connection.execute(text("CREATE TABLE migrated.alembic_version (version_num text)"))
+            connection.execute(text("INSERT INTO migrated.alembic_version VALUES ('two')"))
+            connection.commit()
+            assert await check(app) == CURRENT
+        connection.execute(text("DROP DATABASE migrated"))
+
+
+# --- what it leaves alone ---
+
+
+@pytest.mark.anyio
+async def test_nothing_is_written(
+    scripts: Scripts, version: Version, postgres: WorkerPostgres
+) -> None:
+    """A role that may only read the version table is enough, and nothing is created."""
+    connection = version.connection
+    connection.execute("CREATE ROLE sqlnative_reader LOGIN")
+    try:
+        url = make_url(postgres.url("psycopg")).set(username="sqlnative_reader")
+        app, check = installed(create_async_engine(url)), alembic_check(scripts.config)
+        before = version.catalog()
+        async with running(app):
+            assert await check(app) == BEHIND
+            assert version.catalog() == before
+            version.set("two")
+            connection.execute("GRANT SELECT ON alembic_version TO sqlnative_reader")
+            before = version.catalog()
+            assert await check(app) == CURRENT
+            assert version.catalog() == before
+    finally:
+        connection.execute("DROP OWNED BY sqlnative_reader; DROP ROLE sqlnative_reader")
+
+
+@pytest.mark.anyio
+async def test_a_failure_leaves_the_connection_clean(
+    scripts: Scripts, version: Version, engine: Engine | AsyncEngine
+) -> None:
+    """A table that cannot be read fails the check, and the pooled connection works on."""
+    version.connection.execute("CREATE TABLE alembic_version (other int)")
+    check = alembic_check(scripts.config)
+    app = installed(engine)
+    async with running(app):
+        for _ in range(2):
+            with pytest.raises(Exception, match="version_num"):
+                await check(app)
+        idle = "SELECT count(*) FROM pg_stat_activity WHERE state ~ 'transaction'"
+        assert version.connection.execute(idle).fetchall() == [(0,)]
+        version.connection.execute("DROP TABLE alembic_version")
+        version.set("two")
+        assert await check(app) == CURRENT
+
+
+# --- the router, and what is said ---
+
+
+def test_ready_over_http(
+    scripts: Scripts,
+    version: Version,
+    make_engine: MakeEngine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An application that starts too early is ready once it is migrated; the log says why not."""
+    app = installed(make_engine())
+    checks = {"migrations": alembic_check(scripts.config)}
+    app.include_router(health_router(checks=checks, timeout=10, max_age=0.001))
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"), serve(app) as served:
+        for _ in range(3):
+            early = served.client.get("/health/ready")
+            assert (early.status_code, early.json()["checks"]) == (503, {"migrations": "behind"})
+        version.set("two")
+        response = served.client.get("/health/ready")
+        assert (response.status_code, response.json()["checks"]) == (200, {"migrations": "current"})
+    said = [each.getMessage() for each in caplog.records if "Migrations of" in each.getMessage()]
+    assert said == [
+        "Migrations of database 'default' are behind: it has none, this release wants two.",
+        "Migrations of database 'default' are current: it has two, this release wants two.",
+    ]
+
+
+# --- what fails at once ---
+
+
+@pytest.mark.parametrize("spelt", [Path, str])
+@pytest.mark.anyio
+async def test_a_path(
+    scripts: Scripts,
+    version: Version,
+    postgres: WorkerPostgres,
+    tmp_path: Path,
+    spelt: Callable[[Path], Path | str],
+) -> None:
+    """The configuration may be given as the path of an ini file."""
+    ini = tmp_path / "alembic.ini"
+    ini.write_text(f"[alembic]\nscript_location = {scripts.folder}\npath_separator = os\n")
+    version.set("two")
+    app = installed(create_async_engine(postgres.url("psycopg")))
+    async with running(app):
+        assert await alembic_check(spelt(ini))(app) == CURRENT
+
+
+def test_a_missing_file_fails_at_once(tmp_path: Path) -> None:
+    """A wrong path fails where the check is made, and says where it was looked for."""
+    with pytest.raises(FileNotFoundError, match=r"no Alembic configuration 'nowhere\.ini'"):
+        alembic_check("nowhere.ini")
+
+
+def test_a_missing_script_directory_fails_at_once(scripts: Scripts) -> None:
+    """A wrong script location is Alembic's own error."""
+    config = scripts.config
+    config.set_main_option("script_location", "nowhere")
+    with pytest.raises(CommandError, match="nowhere"):
+        alembic_check(config)
+
+
+def test_no_revisions_fail_at_once(tmp_path: Path) -> None:
+    """A script directory without revisions would always be behind, so it is refused."""
+    with pytest.raises(ValueError, match="has no revisions"):
+        alembic_check(Scripts(tmp_path / "empty").config)
+
+
+def test_a_database_that_is_not_installed(scripts: Scripts) -> None:
+    """A name that is not installed is down, and the log has the names that are."""
+    app = installed(sqlite())
+    checks = {"migrations": alembic_check(scripts.config, database="analitics")}
+    app.include_router(health_router(checks=checks))
+    with serve(app) as served:
+        response = served.client.get("/health/ready")
+        assert (response.status_code, response.json()["checks"]) == (503, {"migrations": "down"})
+
+
+# --- the extra ---
+
+
+def imported(source: str) -> str:
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_without_alembic() -> None:
+    """Without the extra, the import says what to install."""
+    said = imported(
+        "import sys; sys.modules['alembic'] = None; import fastapi_sqlnative.migrations"
+    )
+    assert 'ImportError: fastapi_sqlnative.migrations needs Alembic: pip install "fastapi' in said
+    assert "fastapi-sqlnative[alembic]" in said
+
+
+def test_alembic_is_imported_by_who_asks() -> None:
+    """The package itself does not import Alembic."""
+    said = imported("import sys, fastapi_sqlnative; print('alembic' in sys.modules)")
+    assert said == "False\n"

@@ -1,0 +1,217 @@
+"""Failures that a test asks for: those of the driver in use, once, and never silently missed."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    exc,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
+
+from fastapi_sqlnative import (
+    DatabaseErrorKind,
+    describe_database_error,
+    install_database,
+    installed_databases,
+    transactional,
+)
+from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
+from fastapi_sqlnative.testing import (
+    fail_next_checkout,
+    fail_next_commit,
+    fail_next_statement,
+    isolated,
+)
+from tests.failing import DRIVERS, Driver, disposing, engine_for
+from tests.serving import Kind, route
+
+notes = Table(
+    "sqlnative_note",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("name", String(20), unique=True),
+)
+
+
+def _params() -> Iterator[Any]:
+    for driver in DRIVERS:
+        marks = [pytest.mark.mariadb] if driver.dialect == "mysql" else []
+        yield pytest.param(driver, id=driver.id, marks=marks)
+
+
+@pytest.fixture(params=_params())
+def driver(request: pytest.FixtureRequest) -> Driver:
+    found: Driver = request.param
+    return found
+
+
+def _mariadb_database(server: str, worker: str) -> str:
+    name = f"sqlnative_testing_{worker}"
+    url = make_url(server).set(drivername="mysql")
+    admin = create_engine(url.set(drivername="mysql+pymysql"))
+    with disposing(admin), admin.begin() as connection:
+        connection.execute(text(f"CREATE OR REPLACE DATABASE {name}"))
+    return url.set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def url(driver: Driver, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Give a database with the table in it, without a driver."""
+    if driver.dialect == "postgresql":
+        found = request.getfixturevalue("postgres").dsn
+    elif driver.dialect == "mysql":
+        worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
+        found = _mariadb_database(request.getfixturevalue("mariadb"), worker)
+    else:
+        found = f"sqlite:///{tmp_path}/file.db"
+    sync = {"postgresql": "psycopg", "mysql": "pymysql", "sqlite": "pysqlite"}[driver.dialect]
+    outside = engine_for(Driver("", driver.dialect, sync, False), found)
+    assert isinstance(outside, Engine)
+    with disposing(outside):
+        notes.metadata.drop_all(outside)
+        notes.metadata.create_all(outside)
+        yield found
+        notes.metadata.drop_all(outside)
+
+
+@pytest.fixture
+def app(driver: Driver, url: str) -> FastAPI:
+    """Make an application that adds notes: with retries, and without."""
+    engine = engine_for(driver, url, pool_size=1, max_overflow=0, pool_timeout=1)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    kind = Kind(driver.id, driver.name, driver.asynchronous)
+
+    def add(session: Session) -> None:
+        session.execute(notes.insert().values(name="note"))
+
+    def names(session: Session) -> list[str]:
+        return list(session.scalars(select(notes.c.name)))
+
+    def swallow(session: Session) -> None:
+        with contextlib.suppress(exc.DBAPIError):
+            add(session)
+
+    async def retried_async() -> None:
+        async def work(session: Any) -> None:
+            await session.run_sync(add)
+
+        await installed_databases(app)["default"].run_in_transaction(work, backoff=0)
+
+    def retried_sync() -> None:
+        database: Any = installed_databases(app)["default"]
+        database.run_in_transaction(add, backoff=0)
+
+    route(app, kind, "/add", transactional(), add)
+    route(app, kind, "/swallow", transactional(), swallow)
+    route(app, kind, "/names", transactional(), names)
+    app.post("/retried")(retried_async if driver.asynchronous else retried_sync)
+    return app
+
+
+@pytest.fixture(params=[False, True], ids=["", "isolated"])
+def client(app: FastAPI, request: pytest.FixtureRequest) -> Iterator[TestClient]:
+    around: AbstractContextManager[object] = isolated(app) if request.param else nullcontext()
+    with TestClient(app) as client, around:
+        yield client
+
+
+Fail = Callable[..., AbstractContextManager[None]]
+
+
+def without_deadlock(driver: Driver, failure: str) -> bool:
+    return driver.dialect == "sqlite" and failure == "deadlock"
+
+
+@pytest.mark.parametrize("failure", ["serialization", "deadlock"])
+@pytest.mark.parametrize("fail", [fail_next_statement, fail_next_commit])
+def test_a_failure_that_passes(
+    app: FastAPI, client: TestClient, driver: Driver, fail: Fail, failure: str
+) -> None:
+    """It is what the driver reports, nothing is stored, and running it again succeeds."""
+    if without_deadlock(driver, failure):
+        with pytest.raises(ValueError, match="knows no deadlock"), fail(app, failure):
+            pass
+        return
+    with pytest.raises(exc.DBAPIError) as raised, fail(app, failure):
+        client.post("/add")
+    description = describe_database_error(raised.value)
+    assert description is not None
+    assert (description.kind, description.retryable) == (DatabaseErrorKind(failure), True)
+    assert client.post("/names").json() == []
+    with fail(app, failure):
+        assert client.post("/retried").status_code == 200
+    assert client.post("/names").json() == ["note"]
+
+
+def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient) -> None:
+    """The transaction is gone, and the next request has another connection."""
+    with pytest.raises(exc.DBAPIError) as raised, fail_next_statement(app, "connection_lost"):
+        client.post("/add")
+    assert raised.value.connection_invalidated
+    description = describe_database_error(raised.value)
+    assert description is not None
+    assert (description.kind, description.retryable) == (DatabaseErrorKind.UNAVAILABLE, True)
+    with fail_next_statement(app, "connection_lost", containing="INSERT"):
+        assert client.post("/retried").status_code == 200
+    assert client.post("/names").json() == ["note"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_connection_lost_in_commit(app: FastAPI, client: TestClient, when: Any) -> None:
+    """Before COMMIT nothing is stored, after it all is, and the application cannot know."""
+    failure: Any = f"connection_lost_{when}"
+    with pytest.raises(CommitOutcomeUnknownError), fail_next_commit(app, failure):
+        client.post("/add")
+    assert client.post("/names").json() == ([] if when == "before" else ["note"])
+
+
+def test_a_failure_that_is_swallowed(app: FastAPI, client: TestClient, driver: Driver) -> None:
+    """The server has given the transaction up, where it does so, and the commit is refused."""
+    with fail_next_statement(app, "serialization"):
+        if driver.dialect == "postgresql":
+            with pytest.raises(TransactionAbortedError):
+                client.post("/swallow")
+        else:
+            assert client.post("/swallow").status_code == 201
+    assert client.post("/names").json() == []
+
+
+def test_an_exhausted_pool(app: FastAPI, client: TestClient) -> None:
+    """It is SQLAlchemy's own error, at once and once."""
+    with pytest.raises(exc.TimeoutError) as raised, fail_next_checkout(app):
+        client.post("/add")
+    description = describe_database_error(raised.value)
+    assert description is not None
+    assert description.kind is DatabaseErrorKind.POOL_TIMEOUT
+    assert client.post("/add").status_code == 201
+
+
+def test_what_was_never_hit_fails_the_test(app: FastAPI, client: TestClient) -> None:
+    """A failure that nothing ran into is an error of the test's, and is gone after its block."""
+    with pytest.raises(AssertionError, match="committed"), fail_next_commit(app, "serialization"):
+        pass
+    with (
+        pytest.raises(AssertionError, match="containing 'DELETE'"),
+        fail_next_statement(app, "serialization", containing="DELETE"),
+    ):
+        client.post("/add")
+    with pytest.raises(AssertionError, match="for a connection"), fail_next_checkout(app):
+        pass
+    assert client.post("/names").json() == ["note"]

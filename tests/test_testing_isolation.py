@@ -1,0 +1,634 @@
+"""`isolated`: what a test does is gone afterwards, and the application cannot tell."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI, HTTPException
+from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.testclient import TestClient
+
+from fastapi_sqlnative import (
+    get_database_handle,
+    get_db,
+    install_database,
+    installed_databases,
+    reader,
+    transactional,
+)
+from fastapi_sqlnative._registry import registry_of
+from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
+from fastapi_sqlnative.testing import (
+    IsolationError,
+    async_client,
+    isolated,
+    override_database,
+)
+from tests.conftest import MakeEngine
+from tests.serving import Base, Item, Kind, Rows, items, route
+
+
+def add(name: str, **columns: Any) -> Callable[[Session], None]:
+    def body(session: Session) -> None:
+        session.add(Item(name=name, **columns))
+
+    return body
+
+
+def names(session: Session) -> list[str]:
+    return list(session.scalars(select(Item.name).order_by(Item.name)))
+
+
+def fail(session: Session) -> None:
+    add("failed")(session)
+    session.flush()
+    raise HTTPException(409)
+
+
+def explicit(session: Session) -> None:
+    add("kept")(session)
+    session.commit()
+    add("given-up")(session)
+    session.flush()
+    session.rollback()
+    with session.begin_nested():
+        add("nested")(session)
+    inner = session.begin_nested()
+    add("undone")(session)
+    session.flush()
+    inner.rollback()
+    session.commit()
+
+
+def make_app(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/add", transactional(), add("added"))
+    route(app, kind, "/late", transactional(), add("late", position=1))
+    route(app, kind, "/again", transactional(), add("again", position=1))
+    route(app, kind, "/fail", transactional(), fail)
+    route(app, kind, "/explicit", get_db(), explicit)
+    route(app, kind, "/names", reader(), names)
+    route(app, kind, "/db-names", get_db(), names)
+    return app
+
+
+@pytest.fixture
+def app(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
+    return make_app(kind, engine)
+
+
+@pytest.fixture(params=["running", "before"])
+def client(app: FastAPI, request: pytest.FixtureRequest) -> Iterator[TestClient]:
+    """Isolate the database while the application runs, or before it starts."""
+    if request.param == "running":
+        with TestClient(app, raise_server_exceptions=False) as client, isolated(app):
+            yield client
+    else:
+        with isolated(app), TestClient(app, raise_server_exceptions=False) as client:
+            yield client
+
+
+def test_what_is_committed_is_gone_afterwards(app: FastAPI, rows: Rows) -> None:
+    """A request's commit is seen by the next one, by nobody else, and not after the block."""
+    with TestClient(app) as client:
+        with isolated(app):
+            assert client.post("/add").status_code == 201
+            assert client.post("/names").json() == ["added"]
+            assert rows.names == []
+        assert client.post("/names").json() == []
+        assert client.post("/add").status_code == 201
+    assert rows.names == ["added"]
+
+
+def test_the_applications_own_commits(client: TestClient, rows: Rows) -> None:
+    """Commits, rollbacks and savepoints of the application's do what they always do."""
+    assert client.post("/explicit").status_code == 201
+    assert client.post("/db-names").json() == ["kept", "nested"]
+    assert rows.names == []
+
+
+def test_an_error_takes_back_its_own_transaction_alone(client: TestClient) -> None:
+    """A database error and a raised HTTPException leave what was committed before."""
+    assert client.post("/add").status_code == 201
+    assert client.post("/add").status_code == 500  # the name is unique
+    assert client.post("/fail").status_code == 409
+    assert client.post("/names").json() == ["added"]
+
+
+def test_a_deferred_constraint_shows_at_the_commit(client: TestClient) -> None:
+    """What PostgreSQL checks at COMMIT fails the request that broke it, and no other."""
+    assert client.post("/late").status_code == 201
+    assert client.post("/again").status_code == 500
+    assert client.post("/names").json() == ["late"]
+    assert client.post("/add").status_code == 201
+
+
+# --- whatever goes past the sessions of a request ---
+
+
+def both(handle: Any, sync_work: Callable[[Session], Any]) -> Callable[[], Any]:
+    """Make a function that runs work in a transaction of a handle's, in the handle's colour."""
+
+    async def asynchronous() -> Any:
+        async with handle.transaction() as session:
+            return await session.run_sync(sync_work)
+
+    def synchronous() -> Any:
+        with handle.transaction() as session:
+            return sync_work(session)
+
+    return asynchronous if isinstance(handle.engine, AsyncEngine) else synchronous
+
+
+def in_test(client: TestClient, app: FastAPI, work: Callable[[Session], Any]) -> Any:
+    """Do something in the test itself, through the handle."""
+    function = both(installed_databases(app)["default"], work)
+    assert client.portal is not None
+    return client.portal.call(function)
+
+
+def test_the_tests_own_rows_outlast_a_rolled_back_request(app: FastAPI) -> None:
+    """What the test has stored through the handle is seen by requests, and survives their end."""
+    with TestClient(app, raise_server_exceptions=False) as client, isolated(app):
+        in_test(client, app, add("mine"))
+        assert client.post("/fail").status_code == 409
+        assert client.post("/names").json() == ["mine"]
+        assert in_test(client, app, names) == ["mine"]
+
+
+def test_core_is_isolated_too(kind: Kind, engine: Engine | AsyncEngine, rows: Rows) -> None:
+    """The engine itself, and one with options that was made before, commit into the test alone."""
+    autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def core(session: Session) -> list[str]:
+        connection = session.connection()
+        connection.execute(items.insert().values(name="unseen"))
+        session.rollback()
+        return []
+
+    async def asynchronous() -> None:
+        assert isinstance(engine, AsyncEngine)
+        assert isinstance(autocommit, AsyncEngine)
+        async with engine.begin() as connection:
+            await connection.execute(items.insert().values(name="core"))
+        async with engine.connect() as connection:
+            await connection.execute(items.insert().values(name="never"))
+        async with autocommit.connect() as connection:
+            await connection.execute(items.insert().values(name="single"))
+            with pytest.raises(IntegrityError):
+                await connection.execute(items.insert().values(name="single"))
+            assert (await connection.execute(select(items.c.name))).all()
+
+    def synchronous() -> None:
+        assert isinstance(engine, Engine)
+        assert isinstance(autocommit, Engine)
+        with engine.begin() as connection:
+            connection.execute(items.insert().values(name="core"))
+        with engine.connect() as connection:
+            connection.execute(items.insert().values(name="never"))
+        with autocommit.connect() as connection:
+            connection.execute(items.insert().values(name="single"))
+            with pytest.raises(IntegrityError):
+                connection.execute(items.insert().values(name="single"))
+            assert connection.execute(select(items.c.name)).all()
+
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/core", get_db(), core)
+    route(app, kind, "/names", reader(), names)
+    app.post("/engine")(asynchronous if kind.asynchronous else synchronous)
+    with TestClient(app) as client, isolated(app):
+        client.post("/engine")
+        client.post("/core")
+        assert client.post("/names").json() == ["core", "single"]
+        assert rows.names == []
+    assert rows.names == []
+
+
+def test_a_swallowed_error_is_refused_as_always(kind: Kind, engine: Engine | AsyncEngine) -> None:
+    """The package's own rules see what they see in production."""
+
+    def swallow(session: Session) -> None:
+        add("first")(session)
+        session.flush()
+        with contextlib.suppress(DBAPIError):
+            session.execute(text("SELECT 1/0"))
+
+    app = make_app(kind, engine)
+    route(app, kind, "/swallow", transactional(), swallow)
+    route(app, kind, "/forgotten", get_db(), add("forgotten"))
+    with TestClient(app, raise_server_exceptions=True) as client, isolated(app):
+        with pytest.raises(RuntimeError, match="cannot be committed"):
+            client.post("/swallow")
+        with pytest.raises(RuntimeError, match="without a commit"):
+            client.post("/forgotten")
+        assert client.post("/names").json() == []
+
+
+def test_options_of_a_transaction(kind: Kind, engine: Engine | AsyncEngine) -> None:
+    """`read_only` is the server's own, for one transaction; another isolation level is refused."""
+    app = make_app(kind, engine)
+    route(app, kind, "/read-only", transactional(read_only=True), add("refused"))
+    route(app, kind, "/level", transactional(isolation_level="SERIALIZABLE"), names)
+    route(app, kind, "/own-level", transactional(isolation_level="READ COMMITTED"), names)
+    with TestClient(app) as client, isolated(app):
+        with pytest.raises(Exception, match="read-only transaction"):
+            client.post("/read-only")
+        assert client.post("/add").status_code == 201
+        with pytest.raises(IsolationError, match="'SERIALIZABLE' was asked for"):
+            client.post("/level")
+        assert client.post("/own-level").json() == ["added"]
+        assert client.post("/names").json() == ["added"]
+
+
+def test_a_second_session_is_refused_at_once(kind: Kind, engine: Engine | AsyncEngine) -> None:
+    """Two at a time would be two connections: the message says so, and what to do."""
+    app = make_app(kind, engine)
+
+    first, second, handle = map(Depends, (get_db(), reader(), get_database_handle()))
+
+    def writes(session: Session) -> None:
+        add("beside")(session)
+        session.flush()
+
+    async def login_async(session: Any = first, other: Any = second) -> None:
+        await other.run_sync(names)
+        await session.run_sync(writes)
+        await session.commit()
+        assert await other.run_sync(names) == ["beside"]
+
+    def login_sync(session: Any = first, other: Any = second) -> None:
+        names(other)
+        writes(session)
+        session.commit()
+        assert names(other) == ["beside"]
+
+    async def unseen_async(session: Any = first, other: Any = second) -> None:
+        await other.run_sync(names)
+        await session.run_sync(writes)
+        await other.run_sync(names)
+
+    def unseen_sync(session: Any = first, other: Any = second) -> None:
+        names(other)
+        writes(session)
+        names(other)
+
+    app.post("/login")(login_async if kind.asynchronous else login_sync)
+    app.post("/unseen")(unseen_async if kind.asynchronous else unseen_sync)
+
+    async def reader_async(session: Any = first, other: Any = second) -> None:
+        await session.run_sync(names)
+        await other.run_sync(names)
+
+    def reader_sync(session: Any = first, other: Any = second) -> None:
+        names(session)
+        names(other)
+
+    async def handle_async(session: Any = first, database: Any = handle) -> None:
+        await session.run_sync(names)
+        await both(database, names)()
+
+    def handle_sync(session: Any = first, database: Any = handle) -> None:
+        names(session)
+        both(database, names)()
+
+    app.post("/reader")(reader_async if kind.asynchronous else reader_sync)
+    app.post("/handle")(handle_async if kind.asynchronous else handle_sync)
+    with TestClient(app) as client, isolated(app):
+        for path in "/reader", "/handle", "/unseen":
+            with pytest.raises(IsolationError, match="beside one that is in a transaction"):
+                client.post(path)
+        assert client.post("/login").status_code == 200
+        assert client.post("/names").json() == ["beside"]
+
+
+def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """Many at once are served one after the other, each of them whole."""
+    engine = make_engine(pool_size=5, max_overflow=0)
+    app = make_app(kind, engine)
+
+    def numbered(session: Session) -> int:
+        before = len(names(session))
+        session.execute(text("SELECT pg_sleep(0.002)"))
+        add(f"row-{before:03}")(session)
+        session.flush()
+        return before
+
+    route(app, kind, "/numbered", transactional(), numbered)
+    with TestClient(app) as client, isolated(app), ThreadPoolExecutor(20) as threads:
+        answers = threads.map(lambda _: client.post("/numbered").json(), range(60))
+        assert sorted(answers) == list(range(60))
+    assert rows.names == []
+
+
+def test_whoever_waits_too_long_is_refused(kind: Kind, make_engine: MakeEngine) -> None:
+    """A request that waits for another one is told so, instead of waiting for ever."""
+    engine = make_engine(pool_size=5, pool_timeout=0.2)
+    app = make_app(kind, engine)
+    entered, leave = threading.Event(), threading.Event()
+
+    async def hold_async(session: Any = Depends(get_db())) -> None:
+        await session.run_sync(names)
+        entered.set()
+        await run_in_threadpool(leave.wait, 20)
+
+    def hold_sync(session: Any = Depends(get_db())) -> None:
+        names(session)
+        entered.set()
+        leave.wait(20)
+
+    app.post("/hold")(hold_async if kind.asynchronous else hold_sync)
+    with TestClient(app) as client, isolated(app), ThreadPoolExecutor(1) as threads:
+        holding = threads.submit(client.post, "/hold")
+        entered.wait(20)
+        try:
+            with pytest.raises(IsolationError, match="requests take turns"):
+                client.post("/names")
+            with pytest.raises(IsolationError, match="requests take turns"):
+                in_test(client, app, names)
+        finally:
+            leave.set()
+        assert holding.result().status_code == 200
+        assert client.post("/names").json() == []
+
+
+def test_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
+    """An inner block keeps what the outer one has, and takes back only its own."""
+    with TestClient(app, raise_server_exceptions=False) as client, isolated(app):
+        assert client.post("/add").status_code == 201
+        with isolated(app):
+            assert client.post("/explicit").status_code == 201
+            assert client.post("/add").status_code == 500
+            assert client.post("/names").json() == ["added", "kept", "nested"]
+        assert client.post("/names").json() == ["added"]
+        assert client.post("/again").status_code == 201
+        assert client.post("/names").json() == ["added", "again"]
+    assert rows.names == []
+
+
+def test_a_factorys_engine(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """An engine that is built at the start is isolated as soon as there is one."""
+    app = FastAPI()
+    install_database(app, engine=lambda: make_engine(pool_size=1, max_overflow=0))
+    route(app, kind, "/add", transactional(), add("added"))
+    route(app, kind, "/names", reader(), names)
+    for _ in range(2):
+        with isolated(app), TestClient(app) as client:
+            assert client.post("/add").status_code == 201
+            assert client.post("/names").json() == ["added"]
+        with TestClient(app) as client, isolated(app):
+            assert client.post("/add").status_code == 201
+            assert client.post("/names").json() == ["added"]
+        assert rows.names == []
+
+
+def test_a_start_again_within_a_block(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A synchronous engine keeps what it has; an event loop's connection ends with the loop."""
+    with isolated(app):
+        with TestClient(app) as client:
+            assert client.post("/add").status_code == 201
+        with TestClient(app) as client:
+            assert client.post("/names").json() == ([] if kind.asynchronous else ["added"])
+            assert client.post("/late").status_code == 201
+    assert rows.names == []
+
+
+def test_several_databases(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """All of them are isolated, those of mounted applications too, or those that are named."""
+    app, mounted = FastAPI(), FastAPI()
+    app.mount("/mounted", mounted)
+    first, second = make_engine(), make_engine(second=True)
+    install_database(app, name="first", engine=first, shutdown=first.dispose)
+    install_database(app, name="alias", engine=first)
+    install_database(mounted, name="second", engine=second, shutdown=second.dispose)
+    route(app, kind, "/first", transactional("first"), add("first"))
+    route(app, kind, "/alias", transactional("alias"), names)
+    route(mounted, kind, "/second", transactional("second"), add("second"))
+    with TestClient(app) as client:
+        with isolated(app):
+            client.post("/first")
+            client.post("/mounted/second")
+            assert client.post("/alias").json() == ["first"]
+        assert (rows.names, second_rows.names) == ([], [])
+        with isolated(app, "second"):
+            client.post("/first")
+            client.post("/mounted/second")
+        assert (rows.names, second_rows.names) == (["first"], [])
+
+
+def test_two_engines_on_one_database_are_refused(kind: Kind, make_engine: MakeEngine) -> None:
+    """They would not see each other's commits; nothing is left behind by the refusal."""
+    app = FastAPI()
+    for name in "one", "two":
+        engine = make_engine()
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/one", transactional("one"), add("one"))
+    route(app, kind, "/two", transactional("two"), names)
+    with TestClient(app) as client:
+        with pytest.raises(IsolationError, match="one database with two engines"), isolated(app):
+            pass
+        one = installed_databases(app)["one"].engine
+        with isolated(app, "one"), override_database(app, "two", one):
+            client.post("/one")
+            assert client.post("/two").json() == ["one"]
+        assert client.post("/two").json() == []
+
+
+def test_what_would_end_the_block_is_refused(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """COMMIT as text, and a connection that is lost for real, do not pass for isolated."""
+
+    def commit(session: Session) -> None:
+        session.execute(text(" commit; "))
+
+    def lose(session: Session) -> None:
+        session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    route(app, kind, "/commit", transactional(), commit)
+    route(app, kind, "/lose", transactional(), lose)
+    with TestClient(app, raise_server_exceptions=True) as client:
+        with isolated(app):
+            with pytest.raises(IsolationError, match="sent as text"):
+                client.post("/commit")
+            assert client.post("/add").status_code == 201
+        block = isolated(app).__enter__()
+        with pytest.raises(DBAPIError):
+            client.post("/lose")
+        with pytest.raises(IsolationError, match="connection was lost"):
+            client.post("/names")
+        with pytest.raises(IsolationError, match="connection was lost"):
+            block.__exit__(None, None, None)
+        assert client.post("/names").json() == []
+    assert rows.names == []
+
+
+def test_a_session_that_is_left_open_is_cut_off(
+    kind: Kind, app: FastAPI, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """What outlives the block cannot go on to commit, and the block says so."""
+    with TestClient(app) as client:
+        assert client.portal is not None
+        database: Any = installed_databases(app)["default"]
+        session = database.open()
+
+        async def use() -> None:
+            await session.run_sync(add("left"))
+            await session.flush()
+
+        async def commit() -> None:
+            await session.commit()
+
+        def use_sync() -> None:
+            add("left")(session)
+            session.flush()
+
+        with pytest.raises(IsolationError, match="still in use"), isolated(app):
+            client.portal.call(use if kind.asynchronous else use_sync)
+        with contextlib.suppress(CommitOutcomeUnknownError):  # asyncpg's adapter has no transaction
+            client.portal.call(commit if kind.asynchronous else session.commit)
+        client.portal.call(session.close)
+        assert client.post("/names").json() == []
+    assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_on_the_tests_own_event_loop(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """`async with` goes around an async client or into it; `with` is refused where it must wait."""
+    async with async_client(app) as client:
+        async with isolated(app):
+            assert (await client.post("/add")).status_code == 201
+            assert (await client.post("/names")).json() == ["added"]
+        assert (await client.post("/names")).json() == []
+        if kind.asynchronous:
+            with pytest.raises(RuntimeError, match="write `async with"):
+                isolated(app).__enter__()
+        else:
+            with isolated(app):
+                assert (await client.post("/add")).status_code == 201
+    async with isolated(app):
+        async with async_client(app) as client:
+            assert (await client.post("/add")).status_code == 201
+        async with async_client(app) as client:
+            assert (await client.post("/names")).json() == ["added"]
+    assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_concurrent_requests_on_one_loop(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Requests that are sent together wait for each other; the test's own transaction does not."""
+    app = make_app(kind, make_engine(pool_size=5))
+    async with async_client(app) as client, isolated(app):
+        answers = await asyncio.gather(*(client.post("/names") for _ in range(20)))
+        assert [each.json() for each in answers] == [[]] * 20
+        if kind.asynchronous:
+            database: Any = installed_databases(app)["default"]
+            async with database.transaction() as session:
+                await session.run_sync(names)
+                with pytest.raises(IsolationError, match="would wait for itself"):
+                    await client.post("/names")
+        assert (await client.post("/add")).status_code == 201
+    await installed_engine_disposed(app)
+    assert rows.names == []
+
+
+async def installed_engine_disposed(app: FastAPI) -> None:
+    """Nothing is left of the isolation: the engine is what it was."""
+    engine: Any = registry_of(app).installations["default"].engine
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    assert type(inner.pool).__module__.startswith("sqlalchemy.")
+    assert type(inner.dialect).__module__.startswith("sqlalchemy.")
+
+
+def test_the_applications_pool_listeners_are_told(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """What an application does at each checkout and checkin is still done."""
+    engine = make_engine()
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    log: list[str] = []
+    event.listen(inner, "checkout", lambda *_: log.append("checkout"))
+    event.listen(inner, "checkin", lambda *_: log.append("checkin"))
+    app = make_app(kind, engine)
+    with TestClient(app) as client, isolated(app):
+        client.post("/add")
+        log.clear()
+        client.post("/names")
+        assert log == ["checkout", "checkin"]
+
+
+# --- SQLite ---
+
+
+def _begin(connection: Any) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _no_begin(connection: Any, _record: object) -> None:
+    connection.isolation_level = None
+
+
+def create_tables(session: Session) -> None:
+    Base.metadata.create_all(session.connection())
+
+
+@pytest.mark.parametrize("recipe", [False, True], ids=["", "with-recipe"])
+@pytest.mark.parametrize("where", ["file", "memory"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
+def test_sqlite(asynchronous: bool, where: str, recipe: bool, tmp_path: Path) -> None:
+    """SQLite is isolated whichever way its driver begins transactions."""
+    path = "" if where == "memory" else f"/{tmp_path}/file.db"
+    if asynchronous:
+        engine: Any = create_async_engine(f"sqlite+aiosqlite://{path}")
+    elif where == "memory":
+        engine = create_engine(
+            "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+        )
+    else:
+        engine = create_engine(f"sqlite://{path}")
+    inner: Engine = engine.sync_engine if asynchronous else engine
+    if recipe:
+        event.listen(inner, "connect", _no_begin)
+        event.listen(inner, "begin", _begin)
+    kind = Kind("", "", asynchronous)
+    app = make_app(kind, engine)
+    route(app, kind, "/create", transactional(), create_tables)
+    route(app, kind, "/read-only", transactional(read_only=True), add("refused"))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        client.post("/create")
+        for _ in range(2):
+            with isolated(app):
+                assert client.post("/add").status_code == 201
+                assert client.post("/explicit").status_code == 201
+                assert client.post("/fail").status_code == 409
+                assert client.post("/read-only").status_code == 500
+                assert client.post("/names").json() == ["added", "kept", "nested"]
+            assert client.post("/names").json() == []
+        assert client.post("/add").status_code == 201
+        assert client.post("/names").json() == ["added"]
+
+
+def test_sqlite_that_only_one_thread_may_use() -> None:
+    """It is refused by name, with the engine that can be isolated."""
+    app = FastAPI()
+    install_database(app, engine=create_engine("sqlite://"))
+    with pytest.raises(IsolationError, match="StaticPool"), isolated(app):
+        pass
+    other = FastAPI()
+    install_database(other, engine=create_engine("sqlite://", poolclass=StaticPool))
+    route(other, Kind("", "", False), "/names", transactional(), names)
+    refused = pytest.raises(IsolationError, match="StaticPool")
+    with TestClient(other) as client, isolated(other), refused:
+        client.post("/names")

@@ -1,0 +1,175 @@
+"""The small tools: captured statements, the async client and the fixtures."""
+
+# ruff: noqa: F811 - a parameter is called as the fixture that stands for it
+
+import contextlib
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from sqlalchemy import Engine, select
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
+
+from fastapi_sqlnative import get_db, install_database, installed_databases, reader, transactional
+from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
+from fastapi_sqlnative.testing import (
+    CapturedStatements,
+    async_client,
+    capture_statements,
+    isolated,
+)
+from fastapi_sqlnative.testing.fixtures import (  # noqa: F401 - used by their names
+    isolated_async_client,
+    isolated_client,
+    statements,
+)
+from tests.in_process import async_sqlite
+from tests.serving import Item, Kind, Rows, route
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="added"))
+
+
+def names(session: Session) -> list[str]:
+    return list(session.scalars(select(Item.name)))
+
+
+@pytest.fixture
+def app(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/add", transactional(), add)
+    route(app, kind, "/names", reader(), names)
+    route(app, kind, "/db-names", get_db(), names)
+    return app
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_statements_of_a_route(app: FastAPI, isolate: bool, rows: Rows) -> None:
+    """They stand in order, with those of transactions, whether isolated or not."""
+    block: Any = isolated(app) if isolate else contextlib.nullcontext()
+    with TestClient(app) as client, block:
+        client.post("/names")  # SQLAlchemy's own questions at the first connect
+        with capture_statements(app) as captured:
+            client.post("/add")
+        assert [each.split()[0] for each in captured.texts] == ["BEGIN", "INSERT", "COMMIT"]
+        assert len(captured.queries) == 1
+        assert captured[1].database == "default"
+        with capture_statements(app) as captured:
+            client.post("/names")
+            assert [each.split()[0] for each in captured.texts] == ["SELECT"]
+            captured.clear()
+            client.post("/db-names")
+        assert [each.split()[0] for each in captured.texts] == ["BEGIN", "SELECT", "ROLLBACK"]
+        assert "1 queries" in repr(captured)
+        client.post("/names")
+        assert len(captured) == 3
+
+
+def test_statements_of_one_engine(engine: Engine | AsyncEngine, app: FastAPI, rows: Rows) -> None:
+    """An engine or a handle may be meant as well; an application without an engine is refused."""
+    with TestClient(app) as client:
+        database = installed_databases(app)["default"]
+        with capture_statements(engine) as one, capture_statements(database) as other:
+            client.post("/add")
+    assert one.texts == other.texts != []
+    with pytest.raises(DatabaseNotInstalledError), capture_statements(FastAPI()):
+        pass
+
+
+def test_the_fixtures(
+    isolated_client: TestClient, statements: CapturedStatements, rows: Rows
+) -> None:
+    """A client of the running, isolated application, and what is sent during the test."""
+    assert isolated_client.post("/add").status_code == 201
+    assert isolated_client.post("/names").json() == ["added"]
+    assert rows.names == []
+    assert [each.sql.split()[0] for each in statements.queries[-2:]] == ["INSERT", "SELECT"]
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_fixture(
+    isolated_async_client: httpx.AsyncClient, rows: Rows
+) -> None:
+    """The same on the event loop."""
+    assert (await isolated_async_client.post("/add")).status_code == 201
+    assert (await isolated_async_client.post("/names")).json() == ["added"]
+    assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_the_async_client_runs_the_lifespan() -> None:
+    """It is up before the first request and down after the block, and its state arrives."""
+    log: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[dict[str, str]]:
+        log.append("up")
+        yield {"greeting": "hello"}
+        log.append("down")
+
+    app = FastAPI(lifespan=lifespan)
+    engine = async_sqlite()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    @app.get("/")
+    async def greet(request: Request) -> str:
+        greeting: str = request.state.greeting
+        return greeting
+
+    @app.get("/wrong")
+    async def wrong() -> None:
+        raise ZeroDivisionError
+
+    async with async_client(app, headers={"x-test": "1"}) as client:
+        assert log == ["up"]
+        assert (await client.get("/")).json() == "hello"
+        assert client.headers["x-test"] == "1"
+        with pytest.raises(ZeroDivisionError):
+            await client.get("/wrong")
+    assert log == ["up", "down"]
+    async with async_client(app, raise_app_exceptions=False) as client:
+        assert (await client.get("/wrong")).status_code == 500
+
+
+@pytest.mark.anyio
+async def test_a_lifespan_that_fails_fails_the_client() -> None:
+    """What the start, the block or the end raises is raised in the test."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        if app.state.fails == "start":
+            raise ZeroDivisionError
+        yield
+        if app.state.fails == "end":
+            raise ZeroDivisionError
+
+    for fails in "start", "end":
+        app = FastAPI(lifespan=lifespan)
+        app.state.fails = fails
+        with pytest.raises(ZeroDivisionError):
+            async with async_client(app):
+                assert fails == "end"
+    app = FastAPI(lifespan=lifespan)
+    app.state.fails = ""
+    with pytest.raises(LookupError):
+        async with async_client(app):
+            raise LookupError
+
+
+@pytest.mark.anyio
+async def test_httpx2_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where httpx is not installed, its successor is taken."""
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    app = FastAPI()
+    app.get("/")(lambda: "hello")
+    async with async_client(app) as client:
+        assert type(client).__module__.startswith("httpx2")
+        assert (await client.get("/")).json() == "hello"

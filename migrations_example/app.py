@@ -9,8 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_sqlnative import install_database, reader, transactional
-from fastapi_sqlnative.health import health_router
+from fastapi_sqlnative import health_router, install_database, reader, transactional
 from fastapi_sqlnative.migrations import alembic_check
 from migrations_example.models import Book
 from migrations_example.settings import application_engine

@@ -285,6 +285,24 @@ def test_a_failed_revision(place: Place) -> None:
     command.upgrade(config(), "head")
 
 
+def test_a_revision_that_stopped_half_way(postgresql: Place) -> None:
+    """What a revision outside of a transaction has left behind does not hinder the next try."""
+    command.upgrade(config(), "0002")
+    with postgresql.connection() as connection:
+        connection.execute(insert(book), [{"name": "Emma", "title": "Emma"}] * 2)
+        connection.execute(
+            text("ALTER TABLE book ADD CONSTRAINT book_title_is_backfilled CHECK (false) NOT VALID")
+        )
+        with pytest.raises(DBAPIError, match="could not create unique index"):
+            connection.execute(
+                text("CREATE UNIQUE INDEX CONCURRENTLY ix_book_title ON book (title)")
+            )
+        command.upgrade(config(), "head")
+        valid = text("SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix_book_title'::regclass")
+        assert connection.scalar(valid) is True
+    command.check(config())
+
+
 # --- embedded in another process ---
 
 

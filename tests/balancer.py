@@ -37,7 +37,12 @@ class Balancer:
                 await asyncio.wait([asking])
                 await asyncio.gather(*filter(None, self._passing))
 
-    async def comes_to(self, port: int, ready: bool) -> None:
+    async def add(self, port: int) -> None:
+        """Ask one more backend, and wait until it is ready."""
+        self.backends[port] = False
+        await self.finds(port, ready=True)
+
+    async def finds(self, port: int, *, ready: bool) -> None:
         """Wait until a backend has been found to be ready, or not to be."""
         while self.backends[port] is not ready:  # noqa: ASYNC110 - a test is no server
             await asyncio.sleep(self.interval)
@@ -45,9 +50,8 @@ class Balancer:
     async def _ask_for_ever(self) -> None:
         while True:
             for port in tuple(self.backends):
-                ready = (await exchange(port, PROBE)).startswith(b"HTTP/1.1 200 ")
-                if port in self.backends:
-                    self.backends[port] = ready
+                answer = await exchange(port, PROBE)
+                self.backends[port] = answer.startswith(b"HTTP/1.1 200 ")
             await asyncio.sleep(self.interval)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,11 +61,15 @@ class Balancer:
             port = ready[next(self._turns) % max(len(ready), 1)]
             there, back = await asyncio.open_connection("127.0.0.1", port)
             with contextlib.closing(back):
-                answering = asyncio.create_task(_copy(there, writer))
-                asking = asyncio.create_task(_copy(reader, back))
-                await answering
-                asking.cancel()
-                await asyncio.wait([asking])
+                both = {
+                    asyncio.create_task(_copy(reader, back)),
+                    asyncio.create_task(_copy(there, writer)),
+                }
+                # Whoever hangs up first, nobody is left to say anything to.
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                for each in both:
+                    each.cancel()
+                await asyncio.wait(both)
         self._passing.discard(asyncio.current_task())
 
 

@@ -60,8 +60,7 @@ else:
         return os.getpid()
 
 
+SLOW = text("SELECT 'done' FROM pg_sleep(1.3)")
 app.post("/slow")(
-    using(kind, Depends(transactional()), lambda session: session.scalar(text(
-        "SELECT 'done' FROM pg_sleep(1.5)"
-    )))
+    using(kind, Depends(transactional()), lambda session: session.scalar(SLOW))
 )

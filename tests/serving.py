@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import socket
+import re
 import subprocess
 import threading
 import time
@@ -126,6 +126,9 @@ def route(
     app.post(path, **{"status_code": 201, **options})(endpoint)
 
 
+RUNNING = re.compile(r"http://127\.0\.0\.1:\d+")
+
+
 @dataclass
 class Served:
     """Hold a running server's address, and how often each response was started."""
@@ -202,29 +205,20 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
 
 @contextlib.contextmanager
 def launch(
-    command: Sequence[str], port: int, directory: Path, **environment: str
-) -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client]]:
-    """Run a server as a process, from its first answer at `/health/live` on."""
-    with (
-        subprocess.Popen(command, cwd=directory, env=os.environ | environment) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
-    ):
-
-        def is_alive() -> bool:
-            assert process.poll() is None, "the server did not start"
-            with contextlib.suppress(httpx.ConnectError):
-                return client.get("/health/live").is_success
-            return False
-
+    command: Sequence[str], directory: Path, **environment: str
+) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
+    """Run uvicorn as a process, at the port that it finds where it is told to take port 0."""
+    with subprocess.Popen(
+        command, cwd=directory, env=os.environ | environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = ""
         try:
-            wait_until(is_alive, 30)
-            yield process, client
+            while (found := RUNNING.search(said)) is None:
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            with httpx.Client(base_url=found[0], timeout=10) as client:
+                yield process, client
         finally:
             process.kill()
-
-
-def free_port() -> int:
-    """Find a port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port

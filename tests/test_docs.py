@@ -52,7 +52,7 @@ import fastapi_sqlnative
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import exceptions
 from tests.deployments import Deployments
-from tests.serving import free_port, launch, wait_until
+from tests.serving import launch, wait_until
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -286,20 +286,15 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
     (dockerfile,) = (
         each for each in blocks(ROOT / "docs" / "deployment.md") if each.info == "dockerfile"
     )
-    port = free_port()
-    command = json.loads(dockerfile.content.rpartition("CMD ")[2].replace("8000", str(port)))
+    listening = dockerfile.content.replace("0.0.0.0", "127.0.0.1").replace("8000", "0")
+    command: list[str] = json.loads(listening.rpartition("CMD ")[2])
     first, *others = (
         each.content for each in blocks(ROOT / "docs" / page) if each.info == "python"
     )
     draining = [each for each in others if "def drain(" in each]
     (tmp_path / "main.py").write_text(first + "".join(draining), "utf-8")
-    with launch(
-        [sys.executable, "-m", *command],
-        port,
-        tmp_path,
-        DATABASE_URL=postgres.url("psycopg"),
-        DRAIN_SECONDS="3",
-    ) as (process, client):
+    environment = {"DATABASE_URL": postgres.url("psycopg"), "DRAIN_SECONDS": "3"}
+    with launch([sys.executable, "-m", *command], tmp_path, **environment) as (process, client):
         assert client.get("/health/ready").json()["status"] == "ready"
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")

@@ -1,7 +1,6 @@
 """Draining with real processes: SIGTERM, and a rolling restart under load."""
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -21,11 +20,9 @@ from conftest import WorkerPostgres
 from tests.balancer import Balancer, exchange
 from tests.serving import KINDS, Kind, Rows, wait_until
 
-pytestmark = [
-    pytest.mark.anyio,
-    pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True, ids=lambda kind: kind.id),
-]
+pytestmark = pytest.mark.anyio
 
+WORKERS = 6
 ROOT = Path(__file__).parents[1]
 
 
@@ -75,7 +72,7 @@ class Processes:
             )
         process = Process(popen, log)
         self.started.append(process)
-        await anyio.to_thread.run_sync(wait_until, process.listens, 30)
+        await anyio.to_thread.run_sync(wait_until, process.listens, 90)
         return process
 
 
@@ -90,6 +87,8 @@ async def processes(
             process.popen.kill()
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True, ids=lambda kind: kind.id)
 async def test_a_process_that_is_told_to_end_drains_first(
     processes: Processes, rows: Rows
 ) -> None:
@@ -118,20 +117,22 @@ async def test_a_process_that_is_told_to_end_drains_first(
 
 @dataclass
 class Load:
-    """Send requests through the balancer without a pause, and remember each answer."""
+    """Send requests through the balancer one after another, and remember each answer."""
 
     port: int
     answers: list[bytes]
+    ending: bool = False
 
     async def send(self, worker: int) -> None:
         number = 0
-        while True:
+        while not self.ending:
             number += 1
             request = (
                 f"POST /items/{worker}-{number} HTTP/1.1\r\nHost: app\r\nContent-Length: 0\r\n"
                 "Connection: close\r\n\r\n"
             )
             self.answers.append(await exchange(self.port, request.encode()))
+            await asyncio.sleep(0.02)  # whoever else is at work on this machine
 
     async def goes_on(self, count: int) -> None:
         """Wait for so many more answers."""
@@ -140,50 +141,45 @@ class Load:
             await asyncio.sleep(0.01)
 
     @property
-    def failed(self) -> list[bytes]:
-        return [each for each in self.answers if not each.startswith(b"HTTP/1.1 201 ")]
-
-    @property
     def served_by(self) -> Counter[int]:
         """Count the answers of each process, whose id is their body."""
         return Counter(int(each.rpartition(b"\r\n")[2]) for each in self.answers)
 
 
 @asynccontextmanager
-async def load(port: int, workers: int = 8) -> AsyncGenerator[Load]:
+async def load(port: int) -> AsyncGenerator[Load]:
     sending = Load(port, [])
-    tasks = [asyncio.create_task(sending.send(number)) for number in range(workers)]
+    tasks = [asyncio.create_task(sending.send(number)) for number in range(WORKERS)]
     try:
         yield sending
     finally:
-        for each in tasks:
-            each.cancel()
-        for ended in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(ended, asyncio.CancelledError)
+        sending.ending = True
+        await asyncio.gather(*tasks)
 
 
+@pytest.mark.timeout(180)  # four processes start, and the machine may be busy
+@pytest.mark.parametrize("kind", KINDS[:1], indirect=True, ids=lambda kind: kind.id)
 async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Rows) -> None:
     """Two processes are replaced one by one under load: every request is answered and stored."""
     async with Balancer().listening() as balancer:
-        old = [await processes.start(0.5) for _ in range(2)]
-        for each in old:
-            balancer.backends[each.port] = False
-            await balancer.comes_to(each.port, True)
+        # All four are started before the load, which they would share two processors with.
+        first, second, third, fourth = await asyncio.gather(
+            *(processes.start(0.8) for _ in range(4))
+        )
+        await balancer.add(first.port)
+        await balancer.add(second.port)
         async with load(balancer.port) as sending:
             await sending.goes_on(50)
-            for each in old:
-                new = await processes.start(0.5)
-                balancer.backends[new.port] = False
-                await balancer.comes_to(new.port, True)
+            for old, new in (first, third), (second, fourth):
+                await balancer.add(new.port)
                 await sending.goes_on(20)
-                each.popen.send_signal(signal.SIGTERM)
-                await balancer.comes_to(each.port, False)
-                assert await each.ended() == -signal.SIGTERM
-                del balancer.backends[each.port]
+                old.popen.send_signal(signal.SIGTERM)
+                await balancer.finds(old.port, ready=False)
+                assert await old.ended() == -signal.SIGTERM
                 await sending.goes_on(20)
-            answers = list(sending.answers)
+    answers = sending.answers
     assert [each for each in answers if not each.startswith(b"HTTP/1.1 201 ")] == []
     assert set(sending.served_by) == {each.popen.pid for each in processes.started}
-    assert len(rows.names) >= len(answers)
+    assert len(rows.names) == len(answers)
     for each in processes.started:
         assert "Traceback" not in each.said

@@ -10,15 +10,17 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 
 import anyio
+import psycopg
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from conftest import WorkerPostgres
+from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import _lifespan, install_database, installed_databases
 from tests.in_process import async_sqlite, running, start_and_stop
-from tests.serving import Kind
+from tests.postgres_server import PostgresServer
+from tests.serving import KINDS, Kind, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -217,3 +219,124 @@ async def test_a_wait_can_be_cancelled(kind: Kind, postgres: WorkerPostgres) -> 
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(start_and_stop(app), 0.3)
         assert time.monotonic() - began < 3
+
+
+# --- a database that says no, or that is full ---
+
+RULES = """
+host  all  barred    127.0.0.1/32  reject
+host  all  clerk     127.0.0.1/32  scram-sha-256
+host  all  stranger  127.0.0.2/32  trust
+host  all  postgres,ghost,retired  127.0.0.1/32  trust
+host  all  porter    127.0.0.1/32  trust
+"""
+PREPARATION = """
+CREATE ROLE clerk LOGIN PASSWORD 'right';
+CREATE ROLE stranger LOGIN;
+CREATE ROLE barred LOGIN;
+CREATE ROLE porter LOGIN;
+CREATE ROLE retired;
+CREATE DATABASE closed;
+REVOKE CONNECT ON DATABASE closed FROM PUBLIC;
+"""
+DRIVERS = (*KINDS, Kind("psycopg2", "psycopg2", False))
+each_driver = pytest.mark.parametrize("driver", DRIVERS, ids=lambda kind: kind.id)
+
+
+@pytest.fixture(scope="module")
+def strict_server() -> Iterator[PostgresServer]:
+    """Run a server that lets few in, and not everybody."""
+    settings = {"max_connections": "4", "superuser_reserved_connections": "0"}
+    with PostgresServer(settings=settings) as server:
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            for statement in PREPARATION.strip().splitlines():
+                connection.execute(statement.encode())
+            (server._data / "pg_hba.conf").write_text(RULES)
+            connection.execute("SELECT pg_reload_conf()")
+        wait_until(lambda: not lets_in(server, "barred"))
+        yield server
+
+
+def lets_in(server: PostgresServer, user: str) -> bool:
+    try:
+        psycopg.connect(server.url, user=user).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def strict_engine(
+    server: PostgresServer, driver: Kind, **parts: str | None
+) -> Engine | AsyncEngine:
+    url = make_url(PostgresDatabase(server.url).url(driver.driver)).set(**parts)
+    return (create_async_engine if driver.asynchronous else create_engine)(url)
+
+
+@each_driver
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"username": "clerk", "password": "seldom-seen"},
+        {"username": "clerk"},
+        {"username": "ghost"},
+        {"username": "retired"},
+        {"username": "stranger"},
+        {"username": "barred"},
+        {"database": "nowhere"},
+        {"username": "porter", "database": "closed"},
+    ],
+    ids=[
+        "wrong-password",
+        "no-password",
+        "unknown-role",
+        "no-login",
+        "no-rule",
+        "rejected-by-rule",
+        "unknown-database",
+        "no-privilege",
+    ],
+)
+async def test_a_refusal_fails_the_start_at_once(
+    strict_server: PostgresServer, driver: Kind, parts: dict[str, str], warnings: Warnings
+) -> None:
+    """What no wait can mend fails the start at the first attempt, and the error says so."""
+    engine = strict_engine(strict_server, driver, **parts)
+    app = FastAPI()
+    install_database(app, name="desk", engine=engine, shutdown=engine.dispose, startup_wait=60)
+    expected = "Database 'desk' answered, and waiting will not help"
+    async with asyncio.timeout(20):
+        with pytest.raises(Exception, match=expected) as failed:
+            await start_and_stop(app)
+    assert "seldom-seen" not in str(failed.value)
+    assert warnings.messages == []
+
+
+@each_driver
+async def test_a_right_password_starts(
+    strict_server: PostgresServer, driver: Kind, warnings: Warnings
+) -> None:
+    """The same server lets in whoever has the password."""
+    engine = strict_engine(strict_server, driver, username="clerk", password="right")
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=60)
+    await start_and_stop(app)
+    assert warnings.messages == []
+
+
+@each_driver
+async def test_a_start_waits_for_a_full_server(
+    strict_server: PostgresServer, driver: Kind, warnings: Warnings
+) -> None:
+    """A server that has no connection to give may have one soon: that is worth the wait."""
+    engine = strict_engine(strict_server, driver)
+    app = FastAPI()
+    install_database(app, name="desk", engine=engine, shutdown=engine.dispose, startup_wait=60)
+    with contextlib.ExitStack() as taken:
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                taken.enter_context(psycopg.connect(strict_server.url))
+        start = asyncio.create_task(start_and_stop(app))
+        await warnings.arrived.wait()
+        assert not start.done()
+    await start
+    assert warnings.messages[0].startswith("Database 'desk' does not answer yet (")

@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
-from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
+from fastapi.responses import StreamingResponse
+from sqlalchemy import Engine, NullPool, StaticPool, create_engine, event, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
@@ -34,7 +35,7 @@ from fastapi_sqlnative.testing import (
     override_database,
 )
 from tests.conftest import MakeEngine
-from tests.serving import Base, Item, Kind, Rows, items, route
+from tests.serving import Base, Item, Kind, Rows, items, route, serve
 
 
 def add(name: str, **columns: Any) -> Callable[[Session], None]:
@@ -552,6 +553,46 @@ async def installed_engine_disposed(app: FastAPI) -> None:
     assert type(inner.dialect).__module__.startswith("sqlalchemy.")
 
 
+def test_a_served_application(app: FastAPI, rows: Rows) -> None:
+    """It is the same over HTTP, with the application in another thread."""
+    with serve(app) as served:
+        with isolated(app):
+            assert served.client.post("/add").status_code == 201
+            assert served.client.post("/add").status_code == 500
+            assert served.client.post("/names").json() == ["added"]
+            assert rows.names == []
+        assert served.client.post("/names").json() == []
+
+
+@pytest.mark.anyio
+async def test_an_application_on_another_loop(app: FastAPI, rows: Rows) -> None:
+    """An asynchronous test may isolate an application that runs in another thread."""
+    with TestClient(app) as client:
+        async with isolated(app):
+            assert (await run_in_threadpool(client.post, "/add")).status_code == 201
+            assert (await run_in_threadpool(client.post, "/names")).json() == ["added"]
+        assert (await run_in_threadpool(client.post, "/names")).json() == []
+
+
+def test_code_on_another_loop_is_refused(kind: Kind, app: FastAPI) -> None:
+    """The connection belongs to the application's event loop: the message has the remedy."""
+    if not kind.asynchronous:
+        return
+
+    async def use() -> None:
+        database: Any = installed_databases(app)["default"]
+        async with database.session() as session:
+            await session.run_sync(names)
+
+    with TestClient(app) as client, isolated(app):
+        with pytest.raises(IsolationError, match=r"client\.portal\.call"):
+            asyncio.run(use())
+        assert client.post("/add").status_code == 201
+        with pytest.raises(IsolationError, match=r"client\.portal\.call"):
+            asyncio.run(use())
+        assert client.post("/names").json() == ["added"]
+
+
 def test_the_applications_pool_listeners_are_told(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
@@ -567,6 +608,146 @@ def test_the_applications_pool_listeners_are_told(
         log.clear()
         client.post("/names")
         assert log == ["checkout", "checkin"]
+
+
+LOCAL = (
+    text("SET LOCAL app.tenant = 'ada'"),
+    text("SELECT set_config('app.tenant', 'ada', true)"),
+    select(func.set_config("app.tenant", "ada", True)),
+    text("SELECT set_config(:name, :value, true)").bindparams(name="app.tenant", value="ada"),
+)
+
+
+@pytest.mark.parametrize("statement", LOCAL, ids=range(len(LOCAL)))
+def test_a_transactions_settings_end_with_it(
+    kind: Kind, engine: Engine | AsyncEngine, statement: Any
+) -> None:
+    """A tenant or a role that a transaction has set is not the next one's."""
+    app = make_app(kind, engine)
+
+    def set_tenant(session: Session) -> list[Any]:
+        session.execute(statement)
+        session.execute(text("SET LOCAL statement_timeout = '7s'"))
+        return settings(session)
+
+    def settings(session: Session) -> list[Any]:
+        names = "app.tenant", "statement_timeout", "app.kept"
+        return [session.scalar(select(func.current_setting(name, True))) or "" for name in names]
+
+    def keep(session: Session) -> None:
+        session.execute(select(func.set_config("app.kept", "kept", False)))
+
+    route(app, kind, "/set", transactional(), set_tenant)
+    route(app, kind, "/keep", transactional(), keep)
+    route(app, kind, "/settings", transactional(), settings)
+    with TestClient(app) as client:
+        before = client.post("/settings").json()
+        for _ in range(2):
+            with isolated(app):
+                client.post("/keep")
+                assert client.post("/set").json() == ["ada", "7s", "kept"]
+                assert client.post("/settings").json() == [before[0], before[1], "kept"]
+            assert client.post("/settings").json() == before
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "null-pool": {"poolclass": NullPool},
+    "pre-ping": {"pool_pre_ping": True},
+    "recycle": {"pool_recycle": 0},
+    "no-reset": {"pool_reset_on_return": None},
+    "level": {"isolation_level": "SERIALIZABLE"},
+    "level-option": {"execution_options": {"isolation_level": "REPEATABLE READ"}},
+    "autocommit": {"isolation_level": "AUTOCOMMIT"},
+    "autocommit-option": {"execution_options": {"isolation_level": "AUTOCOMMIT"}},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_engines_of_every_setting(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, setting: str
+) -> None:
+    """Whatever the application has its engine do, it does in the block and after it."""
+    app = make_app(kind, make_engine(**SETTINGS[setting]))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for _ in range(2):
+            with isolated(app):
+                assert client.post("/add").status_code == 201
+                assert client.post("/add").status_code == 500
+                assert client.post("/fail").status_code == 409
+                failed = ["failed"] if setting.startswith("autocommit") else []
+                assert client.post("/names").json() == ["added", *failed]
+                assert client.post("/late").status_code == 201
+                assert client.post("/again").status_code == 500
+            assert rows.names == []
+        assert client.post("/add").status_code == 201
+        assert rows.names == ["added"]
+
+
+def test_streams(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """Rows are streamed from a handle's session, and in AUTOCOMMIT."""
+    app = make_app(kind, make_engine())
+    query = select(Item.name).order_by(Item.name).execution_options(yield_per=1)
+
+    async def stream_async(session: Any = Depends(reader())) -> list[str]:
+        return [name async for name in await session.stream_scalars(query)]
+
+    def stream_sync(session: Any = Depends(reader())) -> list[str]:
+        return list(session.scalars(query))
+
+    async def body_async(database: Any = Depends(get_database_handle())) -> StreamingResponse:
+        async def lines() -> AsyncGenerator[str]:
+            async with database.session() as session:
+                async for name in await session.stream_scalars(query):
+                    yield f"{name}\n"
+
+        return StreamingResponse(lines())
+
+    def body_sync(database: Any = Depends(get_database_handle())) -> StreamingResponse:
+        def lines() -> Iterator[str]:
+            with database.session() as session:
+                yield from (f"{name}\n" for name in session.scalars(query))
+
+        return StreamingResponse(lines())
+
+    app.get("/stream")(stream_async if kind.asynchronous else stream_sync)
+    app.get("/body", response_class=StreamingResponse)(
+        body_async if kind.asynchronous else body_sync
+    )
+    with TestClient(app) as client, isolated(app):
+        client.post("/explicit")
+        assert client.get("/body").text == "kept\nnested\n"
+        assert client.get("/stream").json() == ["kept", "nested"]
+        assert client.post("/add").status_code == 201
+    assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_transaction_takes_back_its_own(
+    make_engine: MakeEngine, kind: Kind, rows: Rows
+) -> None:
+    """A connection that SQLAlchemy discards keeps what was committed before."""
+    if not kind.asynchronous:
+        return
+    app = make_app(kind, make_engine())
+
+    async def slow() -> None:
+        database: Any = installed_databases(app)["default"]
+        async with database.transaction() as session:
+            await session.run_sync(add("slow"))
+            await session.flush()
+            flushed.set()
+            await session.execute(text("SELECT pg_sleep(30)"))
+
+    async with async_client(app) as client, isolated(app):
+        assert (await client.post("/add")).status_code == 201
+        flushed = asyncio.Event()
+        running = asyncio.create_task(slow())
+        await flushed.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert (await client.post("/names")).json() == ["added"]
+    assert rows.names == []
 
 
 # --- SQLite ---

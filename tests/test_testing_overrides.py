@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from fastapi_sqlnative import (
     get_database_handle,
+    health_router,
     install_database,
     installed_databases,
     transactional,
@@ -265,3 +266,18 @@ def test_handles_fetched_before_do_not_follow(
         with override_database(app, "default", build):
             assert installed_databases(app)["default"] is not before
         assert installed_databases(app)["default"] is before
+
+
+def test_health_follows(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """Readiness asks the engine that stands in."""
+    app.include_router(health_router(max_age=0.001))
+
+    def nowhere() -> Any:
+        make = create_async_engine if kind.asynchronous else create_engine
+        return make(f"postgresql+{kind.driver}://nobody@127.0.0.1:1/none")
+
+    with TestClient(app) as client:
+        assert client.get("/health/ready").status_code == 200
+        with override_database(app, "default", nowhere):
+            assert client.get("/health/ready").status_code == 503
+        assert client.get("/health/ready").status_code == 200

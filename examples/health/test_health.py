@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 
 from conftest import PostgresDatabase, WorkerPostgres
 from examples.health.app import create_app
-from tests.serving import Served, free_port, launch, serve, wait_until
+from tests.serving import Served, launch, serve, wait_until
 
 ROOT = Path(__file__).parents[2]
 OPERATOR = {"Authorization": "Bearer let-me-in"}
@@ -118,17 +118,15 @@ def test_details_are_for_operators(served: Served, monkeypatch: pytest.MonkeyPat
     assert found["checks"]["open"]["state"] == "up"
     monkeypatch.setenv("OPERATOR_TOKEN", "")
     assert served.client.get("/health/details", headers=OPERATOR).status_code == 403
+    nothing = {"Authorization": "Bearer"}
+    assert served.client.get("/health/details", headers=nothing).status_code == 401
 
 
 @pytest.mark.usefixtures("databases")
 def test_sigterm_drains_before_it_stops() -> None:
     """The process says that it is draining, and serves until the time is up."""
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "--factory", "examples.health.app:create_app"]
-    with launch([*command, "--port", str(port)], port, ROOT, DRAIN_SECONDS="3") as (
-        process,
-        client,
-    ):
+    command = ["-m", "uvicorn", "--factory", "examples.health.app:create_app", "--port", "0"]
+    with launch([sys.executable, *command], ROOT, DRAIN_SECONDS="3") as (process, client):
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")
         assert client.get("/health/ready").status_code == 503

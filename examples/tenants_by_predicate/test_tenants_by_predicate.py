@@ -151,6 +151,7 @@ def test_archive_and_audit_are_one(owner: psycopg.Connection) -> None:
 OTHER = aliased(Project)
 SUBQUERY = select(Project).subquery()
 CTE = select(Project.name).cte()
+UNION = union_all(select(Project.name), select(Project.name).where(Project.id < 0)).subquery()
 QUERIES: dict[str, Any] = {
     "entity": select(Project.name),
     "or-true": select(Project.name).where((Project.tenant == "globex") | (Project.id > 0)),
@@ -160,7 +161,7 @@ QUERIES: dict[str, Any] = {
     "cte": select(CTE.c.name),
     "scalar-subquery": select(select(func.max(Project.name)).scalar_subquery()),
     "in": select(Project.name).where(Project.id.in_(select(OTHER.id))),
-    "union": union_all(select(Project.name)),
+    "union-in-a-subquery": select(UNION.c.name),
     "aggregate": select(func.max(Project.name)).select_from(Project),
     "join": select(Project.name).join(OTHER, OTHER.id >= Project.id),
     "join-of-a-user": select(Project.name).join(User, User.name != Project.name).distinct(),
@@ -202,8 +203,9 @@ def test_a_query_that_forgets_the_tenant_gets_it(owner: psycopg.Connection, quer
     app = create_app()
     probe(app, lambda session: list(session.scalars(QUERIES[query])))
     with served(app) as (running, ada, grace):
-        assert ada.call("POST", "/as-tenant").json() == ["rocket"]
-        assert grace.call("POST", "/as-tenant").json() == ["volcano"]
+        for _ in range(3):  # SQLAlchemy keeps what it has compiled for the one
+            assert ada.call("POST", "/as-tenant").json() == ["rocket"]
+            assert grace.call("POST", "/as-tenant").json() == ["volcano"]
         for path in "/as-nobody", "/as-reader", "/as-task":
             assert running.client.post(path).json() in ("TenantMissingError", [], [None])
 
@@ -240,6 +242,7 @@ WRITES: dict[str, Callable[[Session], Any]] = {
     "update-by-id": lambda session: session.execute(update(Project), [{"id": 2, "name": "x"}]),
     "delete": lambda session: session.execute(delete(Project).where(Project.id == 2)),
     "text": lambda session: session.execute(text(f"DELETE FROM {PROJECT}")),
+    "union": lambda session: session.scalars(union_all(select(Project.name))).all(),
     "core-select": lambda session: session.execute(select(Base.metadata.tables[PROJECT])).all(),
     "from-text": lambda session: session.scalars(
         select(Project).from_statement(text(f"SELECT * FROM {PROJECT}"))

@@ -48,7 +48,11 @@ class Outer(ABC):
 
     @abstractmethod
     def execute(
-        self, holder: PoolProxiedConnection, send: Callable[[], None], statement: str
+        self,
+        holder: PoolProxiedConnection,
+        send: Callable[[], None],
+        statement: str,
+        parameters: object,
     ) -> None:
         """Send a statement of the application's."""
 
@@ -162,21 +166,23 @@ class TestedDialect(DefaultDialect):
         self, cursor: DBAPICursor, statement: str, parameters: Any, context: Any = None
     ) -> None:
         send = functools.partial(super().do_execute, cursor, statement, parameters, context)
-        self._send(send, statement, context)
+        self._send(send, statement, parameters, context)
 
     def do_executemany(
         self, cursor: DBAPICursor, statement: str, parameters: Any, context: Any = None
     ) -> None:
         send = functools.partial(super().do_executemany, cursor, statement, parameters, context)
-        self._send(send, statement, context)
+        self._send(send, statement, parameters, context)
 
     def do_execute_no_params(
         self, cursor: DBAPICursor, statement: str, context: Any = None
     ) -> None:
         send = functools.partial(super().do_execute_no_params, cursor, statement, context)
-        self._send(send, statement, context)
+        self._send(send, statement, None, context)
 
-    def _send(self, send: Callable[[], None], statement: str, context: Any) -> None:
+    def _send(
+        self, send: Callable[[], None], statement: str, parameters: object, context: Any
+    ) -> None:
         holder: PoolProxiedConnection = context.root_connection.connection
         raw = raw_connection(holder)
         # What SQLAlchemy asks for itself, at the first connect, is in no transaction.
@@ -187,7 +193,7 @@ class TestedDialect(DefaultDialect):
         if outer is None:
             send()
         else:
-            outer.execute(holder, send, statement)
+            outer.execute(holder, send, statement, parameters)
 
     def set_isolation_level(self, dbapi_connection: DBAPIConnection, level: Any) -> None:
         outer = self.outer_on(dbapi_connection)
@@ -277,5 +283,15 @@ def run(connection: DBAPIConnection, statements: Sequence[str]) -> None:
     try:
         for statement in statements:
             cursor.execute(statement)
+    finally:
+        cursor.close()
+
+
+def ask(connection: DBAPIConnection, statement: str) -> Any:
+    """Return the one value of a query of the test's own."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute(statement)
+        return cast("Any", cursor.fetchone())[0]
     finally:
         cursor.close()

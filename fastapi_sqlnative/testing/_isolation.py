@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from .._gates import Gate
 from .._registry import Installation, Registry
 from ..databases import AnyDatabase, AnyEngine, database_class
-from ._outer import REQUEST, IsolatedPool, IsolationError, OuterTransaction
+from ._outer import REQUEST, IsolatedPool, IsolationError, OuterTransaction, other_loop
 from ._targets import inner, is_one_database, is_running, known_engine, place, registries
 
 GateAround = Callable[[Gate | None], Gate]
@@ -46,20 +46,20 @@ def isolated(app: Starlette, *names: str) -> Isolation:
       the background. Whoever waits longer than the pool's timeout, 10 seconds at most, is
       refused.
     - A second session beside one that is in a transaction is refused at once: `reader(name)`
-      beside `get_db(name)` once both have been used, a handle's session in a request that has
-      begun, a transaction of the test's own around a request. Two sessions one after the other
-      work.
+      after `get_db(name)` has been used, a handle's session in a request that has begun, a
+      transaction of the test's own around a request. Two sessions one after the other work, and
+      so does `reader` before the transaction begins and after it has ended.
     - An isolation level of its own, for a request or a connection, is refused; AUTOCOMMIT, which
       `reader` uses, works, and so does `read_only` on PostgreSQL and SQLite.
     - Two-phase commits, and COMMIT or ROLLBACK sent as text, are refused.
     - A SQLite connection that one thread alone may use is refused; the message has the remedy.
     - Two engines on one database are refused: they could not see each other's commits.
 
-    And it is silent about: `now()`, which stands still on PostgreSQL; `SET LOCAL`, advisory and
-    row locks, which last until the end of the block; NOTIFY, which is never sent; what a deferred
-    trigger writes, which is undone after the check; sequences, which go on; deferred constraints
-    of other databases than PostgreSQL. MySQL commits at every CREATE, ALTER and DROP: that is an
-    `IsolationError` at the end.
+    And it is silent about: `now()`, which stands still on PostgreSQL; locks, which last until the
+    end of the block, and tables with ON COMMIT, for which it never comes; NOTIFY, which is never
+    sent; what a deferred trigger writes, which is undone after the check; sequences, which go on;
+    deferred constraints of other databases than PostgreSQL. MySQL commits at every CREATE, ALTER
+    and DROP: that is an `IsolationError` at the end.
 
     Args:
         app: the application, or the outermost of those mounted in each other.
@@ -209,7 +209,7 @@ class Isolation:
             return
         loop = asyncio.get_running_loop()
         if loop is not self._loop and not (is_running(registry) and loop is registry.loop):
-            raise _other_loop(name)
+            raise other_loop(name)
 
     async def leave_loop(self) -> None:
         """Close, as the lifespan ends, what nobody could close afterwards."""
@@ -284,14 +284,6 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def _other_loop(name: str) -> IsolationError:
-    return IsolationError(
-        f"Database {name!r} is isolated, on a connection that belongs to one event loop, and was "
-        "used on another: the application's is meant, and that of `async with isolated(app)`. "
-        "From a synchronous test run code on the application's: client.portal.call(function)."
-    )
-
-
 async def _in_greenlet(function: Callable[[], None]) -> None:
     # A session without an engine, for SQLAlchemy's way to run what awaits inside.
     await AsyncSession().run_sync(lambda _: function())
@@ -302,8 +294,8 @@ async def _end_on_its_loop(outer: OuterTransaction) -> None:
 
 
 def _end(outer: OuterTransaction) -> None:
-    if outer.loop is None:
-        outer.end()
+    if outer.loop is None or not outer.loop.is_running():
+        outer.end()  # of a loop that has ended it says that the connection is lost
     else:
         asyncio.run_coroutine_threadsafe(_end_on_its_loop(outer), outer.loop).result()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import Engine, Pool, QueuePool, SingletonThreadPool, event, exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -24,6 +24,7 @@ from sqlalchemy.sql.expression import (
 from .._pools import pool_timeout
 from .._statements import AUTOCOMMITS
 from ._dialect import Outer, leave, raw_connection, run, tested
+from ._settings import LocalSettings
 
 # Seconds that one waits for another's turn, unless the application's pool is less patient.
 _PATIENCE: Final = 10.0
@@ -95,8 +96,10 @@ class IsolatedPool(QueuePool):
         """Wait for the connection, where somebody else has it.
 
         Raises:
-            IsolationError: who asks has it, or nobody has given it back in time.
+            IsolationError: who asks has it already, runs on another event loop, or has waited
+                too long.
         """
+        self.outer.check_loop()
         flow = Flow.current()
         holder = self._holder
         if holder is not None and self.checkedout() and flow.waits_for_itself(holder):
@@ -160,6 +163,7 @@ class OuterTransaction(Outer):
         self._read_only = False
         self._begun = False
         self._reset_level = False
+        self._settings = LocalSettings()
         self._disposed = False
         tests = tested(engine.dialect).sqlnative_tests
         self._savepoint = f"sqlnative_test_{len(tests.outers)}"
@@ -232,6 +236,11 @@ class OuterTransaction(Outer):
         assert found is not None
         return found
 
+    def check_loop(self) -> None:
+        """Refuse to use the connection on another event loop than its own."""
+        if self.loop is not None and self.loop is not asyncio.get_running_loop():
+            raise other_loop(self.name)
+
     def _open(self) -> None:
         self._may_open()
         if self.engine.dialect.is_async:
@@ -247,23 +256,28 @@ class OuterTransaction(Outer):
     def _begin_outer(self, proxied: PoolProxiedConnection) -> None:
         connection = proxied.dbapi_connection
         assert connection is not None
-        dialect = self.engine.dialect
         asked = self.engine.get_execution_options().get("isolation_level")
-        level = dialect.default_isolation_level if asked in (None, "AUTOCOMMIT") else asked
-        self._level = level
+        asked = None if asked == "AUTOCOMMIT" else asked
+        self._level = asked or self.engine.dialect.default_isolation_level
         if isinstance(self.pool, IsolatedPool):
             self.autocommits_by_default = self.pool.outer.autocommits_by_default
         else:
-            if dialect.name == "sqlite" and not dialect.is_async:
-                self._check_threads(connection)
-            self.autocommits_by_default = getattr(connection, "autocommit", False) is True
-            if level is not None and (self.autocommits_by_default or level is asked):
-                dialect.set_isolation_level(connection, level)
-                self._reset_level = True
-            begin = _BEGIN.get(dialect.name)
-            if begin and not getattr(proxied.driver_connection, "in_transaction", False):
-                run(connection, [begin])
+            self._begin_on_own_connection(proxied, connection, asked)
         run(connection, [self._sql(SavepointClause, self._savepoint)])
+
+    def _begin_on_own_connection(
+        self, proxied: PoolProxiedConnection, connection: DBAPIConnection, asked: str | None
+    ) -> None:
+        dialect = self.engine.dialect
+        if dialect.name == "sqlite" and not dialect.is_async:
+            self._check_threads(connection)
+        self.autocommits_by_default = getattr(connection, "autocommit", False) is True
+        if self._level is not None and (asked or self.autocommits_by_default):
+            dialect.set_isolation_level(connection, cast("Any", self._level))
+            self._reset_level = True
+        begin = _BEGIN.get(dialect.name)
+        if begin and not getattr(proxied.driver_connection, "in_transaction", False):
+            run(connection, [begin])
 
     def _check_threads(self, connection: DBAPIConnection) -> None:
         """Refuse a SQLite connection that only one thread may use."""
@@ -390,6 +404,7 @@ class OuterTransaction(Outer):
         else:
             self._run(ReleaseSavepointClause, self._transaction)
             self._begun = False
+            self._settings.restore(self._connection)
 
     def rollback(self, holder: PoolProxiedConnection) -> None:
         """Pretend ROLLBACK."""
@@ -401,9 +416,14 @@ class OuterTransaction(Outer):
             self._run(RollbackToSavepointClause, self._transaction)
             self._run(ReleaseSavepointClause, self._transaction)
             self._begun = False
+            self._settings.forget()
 
     def execute(
-        self, holder: PoolProxiedConnection, send: Callable[[], None], statement: str
+        self,
+        holder: PoolProxiedConnection,
+        send: Callable[[], None],
+        statement: str,
+        parameters: object,
     ) -> None:
         """Send a statement of the application's.
 
@@ -418,6 +438,8 @@ class OuterTransaction(Outer):
         if self.engine.dialect.name == "sqlite" and _BEGINS.match(statement):
             return  # SQLAlchemy's recipe for savepoints: the transaction has begun
         if not holder.info.get(AUTOCOMMITS):
+            if self.engine.dialect.name == "postgresql":
+                self._settings.remember(self._connection, statement, parameters)
             send()
             return
         if self._begun:
@@ -486,6 +508,15 @@ class OuterTransaction(Outer):
 
     def _sql(self, clause: Callable[..., Any], savepoint: str) -> str:
         return str(clause(savepoint).compile(dialect=self.engine.dialect))
+
+
+def other_loop(name: str) -> IsolationError:
+    """Build the error for code on an event loop where the connection cannot be used."""
+    return IsolationError(
+        f"Database {name!r} is isolated, on a connection that belongs to one event loop, and was "
+        "used on another: the application's is meant, or that of `async with isolated(app)`. "
+        "From a synchronous test run code on the application's: client.portal.call(function)."
+    )
 
 
 def _no_threads(name: str) -> str:

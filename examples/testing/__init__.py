@@ -1,0 +1,1 @@
+"""An application with the test-suite that its users would write."""

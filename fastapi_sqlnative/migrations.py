@@ -59,7 +59,8 @@ def alembic_check(
 
     Args:
         config: Alembic's `Config`, or the path of an ini file.
-        database: the name given to `install_database`.
+        database: the name given to `install_database`, on the application that includes the
+            router or on one that it is mounted in.
         version_table: as env.py gives it to `context.configure`; it cannot be read from there.
         version_table_schema: likewise.
 

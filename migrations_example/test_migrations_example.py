@@ -215,6 +215,34 @@ def test_offline_sql(place: Place) -> None:
     command.check(config())
 
 
+# --- where to ---
+
+
+def test_the_same_settings(postgresql: Place) -> None:
+    """Alembic connects with the settings of the application."""
+    shown = text("SHOW application_name")
+
+    async def of_the_application() -> str | None:
+        engine = application_engine("default")
+        async with engine.connect() as connection:
+            name: str | None = await connection.scalar(shown)
+        await engine.dispose()
+        return name
+
+    engine = migration_engine("default")
+    assert isinstance(engine, Engine)
+    with engine.connect() as connection:
+        assert connection.scalar(shown) == asyncio.run(of_the_application()) == "bookshop"
+
+
+def test_an_address_for_migrations(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alembic may have an address of its own, past a PgBouncer or with another role."""
+    monkeypatch.setenv("MIGRATION_DATABASE_URL", os.environ["DATABASE_URL"])
+    monkeypatch.setenv("DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/nowhere")
+    command.upgrade(config(), "0001")
+    assert "book" in place.tables()
+
+
 # --- several runners ---
 
 

@@ -61,6 +61,4 @@ else:
 
 
 SLOW = text("SELECT 'done' FROM pg_sleep(1.3)")
-app.post("/slow")(
-    using(kind, Depends(transactional()), lambda session: session.scalar(SLOW))
-)
+app.post("/slow")(using(kind, Depends(transactional()), lambda session: session.scalar(SLOW)))

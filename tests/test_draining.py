@@ -59,21 +59,25 @@ class Processes:
         self.started: list[Process] = []
 
     async def start(self, drain_seconds: float) -> Process:
+        """Start one more, which drains for so long, and wait until it has its port."""
+        process = self._launch({"DRAIN_SECONDS": str(drain_seconds)})
+        self.started.append(process)
+        await anyio.to_thread.run_sync(wait_until, process.listens, 90)
+        return process
+
+    def _launch(self, environment: dict[str, str]) -> Process:
         log = self.folder / f"{len(self.started)}.log"
-        environment = {"DATABASE_URL": self.url, "DRAIN_SECONDS": str(drain_seconds)}
         command = [sys.executable, "-m", "uvicorn", "tests.draining_app:app", "--port", "0"]
+        environment |= {"DATABASE_URL": self.url, "KIND": self.kind.id}
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 [*command, "--no-access-log"],
                 cwd=ROOT,
-                env={**os.environ, **environment, "KIND": self.kind.id},
+                env=os.environ | environment,
                 stdout=output,
                 stderr=output,
             )
-        process = Process(popen, log)
-        self.started.append(process)
-        await anyio.to_thread.run_sync(wait_until, process.listens, 90)
-        return process
+        return Process(popen, log)
 
 
 @pytest.fixture
@@ -89,9 +93,7 @@ async def processes(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True, ids=lambda kind: kind.id)
-async def test_a_process_that_is_told_to_end_drains_first(
-    processes: Processes, rows: Rows
-) -> None:
+async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, rows: Rows) -> None:
     """On SIGTERM it is not ready at once, serves on for a while, finishes its work and ends."""
     process = await processes.start(1)
     url = f"http://127.0.0.1:{process.port}"

@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import (
+    DatabaseErrorKind,
+    describe_database_error,
     get_database_handle,
     get_db,
     install_database,
@@ -313,6 +316,35 @@ def test_a_second_session_is_refused_at_once(kind: Kind, engine: Engine | AsyncE
         assert client.post("/names").json() == ["beside"]
 
 
+def test_a_second_session_is_refused_in_other_threads_and_tasks(
+    kind: Kind, engine: Engine | AsyncEngine
+) -> None:
+    """A request is one, whatever it is spread over: it is not kept waiting for itself."""
+    app = make_app(kind, engine)
+    session, handle = map(Depends, (get_db(), get_database_handle()))
+
+    async def in_task(session: Any = session, database: Any = handle) -> None:
+        await session.run_sync(names)
+        await asyncio.create_task(both(database, names)())
+
+    async def in_thread(session: Any = session, database: Any = handle) -> None:
+        await run_in_threadpool(names, session)
+        leave = threading.Event()
+        # The thread that was used last is taken first: now it is not there.
+        holding = asyncio.create_task(run_in_threadpool(leave.wait, 20))
+        try:
+            await run_in_threadpool(both(database, names))
+        finally:
+            leave.set()
+            await holding
+
+    app.post("/elsewhere")(in_task if kind.asynchronous else in_thread)
+    with TestClient(app) as client, isolated(app):
+        with pytest.raises(IsolationError, match="beside one that is in a transaction"):
+            client.post("/elsewhere")
+        assert client.post("/names").json() == []
+
+
 def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
     """Many at once are served one after the other, each of them whole."""
     engine = make_engine(pool_size=5, max_overflow=0)
@@ -330,6 +362,38 @@ def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) ->
         answers = threads.map(lambda _: client.post("/numbered").json(), range(60))
         assert sorted(answers) == list(range(60))
     assert rows.names == []
+
+
+def test_requests_on_two_databases_take_turns(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Requests that use two databases in opposite order do not wait for each other for ever."""
+    app = FastAPI()
+    for name, second in ("a", False), ("b", True):
+        engine = make_engine(second=second, pool_timeout=5)
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+
+    def use(session: Session) -> None:
+        session.execute(text("SELECT pg_sleep(0.01)"))
+
+    def endpoint(one: str, other: str) -> Callable[..., Any]:
+        first, then = Depends(get_db(one)), Depends(get_db(other))
+
+        async def asynchronous(session: Any = first, second: Any = then) -> None:
+            await session.run_sync(use)
+            await second.run_sync(use)
+
+        def synchronous(session: Any = first, second: Any = then) -> None:
+            use(session)
+            use(second)
+
+        return asynchronous if kind.asynchronous else synchronous
+
+    app.post("/0")(endpoint("a", "b"))
+    app.post("/1")(endpoint("b", "a"))
+    with TestClient(app) as client, isolated(app), ThreadPoolExecutor(8) as threads:
+        answers = threads.map(lambda number: client.post(f"/{number % 2}").status_code, range(24))
+        assert list(answers) == [200] * 24
 
 
 def test_whoever_waits_too_long_is_refused(kind: Kind, make_engine: MakeEngine) -> None:
@@ -551,6 +615,40 @@ async def installed_engine_disposed(app: FastAPI) -> None:
     inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
     assert type(inner.pool).__module__.startswith("sqlalchemy.")
     assert type(inner.dialect).__module__.startswith("sqlalchemy.")
+
+
+@pytest.mark.anyio
+async def test_nobody_comes_between(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """Whoever waits gets the connection when the last of those who share it has given it back."""
+    app = make_app(kind, make_engine(pool_size=5))
+    async with async_client(app), isolated(app):
+        database: Any = installed_databases(app)["default"]
+        autocommit = database.engine.execution_options(isolation_level="AUTOCOMMIT")
+        if not kind.asynchronous:
+            with ThreadPoolExecutor(1) as thread:
+                with autocommit.connect() as single:
+                    single.execute(select(1))
+                    transaction = database.engine.begin()
+                    connection = transaction.__enter__()
+                    connection.execute(items.insert().values(name="beside"))
+                waiting = thread.submit(both(database, names))
+                with contextlib.suppress(FuturesTimeoutError):
+                    waiting.result(0.2)
+                assert not waiting.done()
+                transaction.__exit__(None, None, None)
+                assert waiting.result() == ["beside"]
+            return
+        async with autocommit.connect() as single:
+            await single.execute(select(1))
+            transaction = database.engine.begin()
+            connection = await transaction.__aenter__()
+            await connection.execute(items.insert().values(name="beside"))
+        task = asyncio.create_task(both(database, names)())
+        await asyncio.wait({task}, timeout=0.2)
+        assert not task.done()
+        await transaction.__aexit__(None, None, None)
+        assert await task == ["beside"]
+    assert rows.names == []
 
 
 def test_a_served_application(app: FastAPI, rows: Rows) -> None:
@@ -813,3 +911,49 @@ def test_sqlite_that_only_one_thread_may_use() -> None:
     refused = pytest.raises(IsolationError, match="StaticPool")
     with TestClient(other) as client, isolated(other), refused:
         client.post("/names")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
+def test_a_deferred_foreign_key_of_sqlite(asynchronous: bool, tmp_path: Path) -> None:
+    """It is checked at the commit, with the error that SQLite has for it."""
+    driver = "aiosqlite" if asynchronous else "pysqlite"
+    engine: Any = (create_async_engine if asynchronous else create_engine)(
+        f"sqlite+{driver}:///{tmp_path}/file.db"
+    )
+    kind, app = Kind("", driver, asynchronous), FastAPI()
+    event.listen(engine.sync_engine if asynchronous else engine, "connect", _enforce)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def create(session: Session) -> None:
+        session.execute(text("CREATE TABLE parent (id INTEGER PRIMARY KEY)"))
+        reference = "REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED"
+        session.execute(text(f"CREATE TABLE child (parent_id INTEGER {reference})"))
+
+    def orphan(session: Session) -> None:
+        session.execute(text("INSERT INTO child VALUES (7)"))
+
+    def family(session: Session) -> None:
+        orphan(session)
+        session.execute(text("INSERT INTO parent VALUES (7)"))
+
+    def count(session: Session) -> Any:
+        return session.scalar(text("SELECT count(*) FROM child"))
+
+    for path, body in (("/create", create), ("/orphan", orphan), ("/family", family)):
+        route(app, kind, path, transactional(), body)
+    route(app, kind, "/count", transactional(), count)
+    with TestClient(app) as client:
+        client.post("/create")
+        with isolated(app):
+            with pytest.raises(IntegrityError) as raised:
+                client.post("/orphan")
+            failure = describe_database_error(raised.value)
+            assert failure is not None
+            assert failure.kind is DatabaseErrorKind.FOREIGN_KEY
+            assert client.post("/family").status_code == 201
+            assert client.post("/count").json() == 1
+        assert client.post("/count").json() == 0
+
+
+def _enforce(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA foreign_keys = ON")

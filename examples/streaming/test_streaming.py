@@ -15,14 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from conftest import WorkerPostgres
 from examples.streaming.app import create_app
-from examples.streaming.models import Base
+from examples.streaming.models import Base, Measurement
 from fastapi_sqlnative import installed_databases
 from tests.serving import Served, serve, wait_until
 
 needs_events = pytest.mark.skipif(
     find_spec("fastapi.sse") is None, reason="this FastAPI has no server-sent events"
 )
-MANY = 20_000  # more than the sockets' buffers hold
+MANY = 20_000
 
 
 @pytest.fixture(params=["psycopg", "asyncpg"])
@@ -47,10 +47,10 @@ class Streaming:
     def add(self, *values: int) -> None:
         assert self.client.post("/measurements", json=values).status_code == 201
 
-    def add_many(self) -> None:
+    def add_many(self, number: int = MANY) -> None:
         self.owner.execute(
             "INSERT INTO streaming_measurement (value) SELECT * FROM generate_series(1, %s)",
-            (MANY,),
+            (number,),
         )
 
     def is_quiet(self) -> bool:
@@ -118,28 +118,48 @@ def test_everything_is_exported(owner: psycopg.Connection) -> None:
 def test_a_client_that_leaves_an_export_gives_its_connection_back(
     owner: psycopg.Connection,
 ) -> None:
-    """An export holds one connection while it is read, and none when nobody reads it any more."""
+    """An export is read as it is sent; nothing is in use any more when its client has gone."""
+    loaded: list[Measurement] = []
+
+    def note(measurement: Measurement, _context: object) -> None:
+        loaded.append(measurement)
+
+    event.listen(Measurement, "load", note)
     with served(owner) as streaming:
-        streaming.add_many()
+        streaming.add_many(10 * MANY)
         with streaming.client.stream("GET", "/measurements") as response:
             reading = response.iter_lines()  # collected, it would close the response
             assert next(reading) == '{"id":1,"value":1}'
+            assert len(loaded) < MANY
             assert streaming.checked_out == 1
             wait_until(lambda: streaming.in_transaction() == 1)  # in the middle of its cursor
         wait_until(lambda: streaming.checked_out == 0)
         assert streaming.in_transaction() == 0
         streaming.add(1)  # the pool of one is free
+    event.remove(Measurement, "load", note)
 
 
 @needs_events
-def test_events_hold_no_connection_while_they_wait(owner: psycopg.Connection) -> None:
-    """Twenty clients follow the events through a pool of one, and writers get it too."""
+def test_events_hold_no_connection_while_they_wait(
+    owner: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty clients that wait for an event leave a pool of one to others."""
+    monkeypatch.setattr("examples.streaming.events.PAUSE", 60)
     with served(owner) as streaming, ExitStack() as following:
         streaming.add(7)
         streams = [follow(streaming, following) for _ in range(20)]
         assert [next(stream) for stream in streams] == [1] * 20
+        wait_until(lambda: streaming.checked_out == 0)
         streaming.add(8)
-        assert [next(stream) for stream in streams] == [2] * 20
+
+
+@needs_events
+def test_what_is_new_reaches_everybody(owner: psycopg.Connection) -> None:
+    """Who follows gets what is stored afterwards."""
+    with served(owner) as streaming, ExitStack() as following:
+        streams = [follow(streaming, following) for _ in range(5)]
+        streaming.add(7, 8)
+        assert [(next(stream), next(stream)) for stream in streams] == [(1, 2)] * 5
 
 
 @needs_events

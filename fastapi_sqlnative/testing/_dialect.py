@@ -287,11 +287,11 @@ def run(connection: DBAPIConnection, statements: Sequence[str]) -> None:
         cursor.close()
 
 
-def ask(connection: DBAPIConnection, statement: str) -> Any:
-    """Return the one value of a query of the test's own."""
+def ask(connection: DBAPIConnection, query: str) -> Sequence[Any]:
+    """Return the rows of a query of the test's own."""
     cursor = connection.cursor()
     try:
-        cursor.execute(statement)
-        return cast("Any", cursor.fetchone())[0]
+        cursor.execute(query)
+        return cursor.fetchall()
     finally:
         cursor.close()

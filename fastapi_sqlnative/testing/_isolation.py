@@ -57,9 +57,8 @@ def isolated(app: Starlette, *names: str) -> Isolation:
 
     And it is silent about: `now()`, which stands still on PostgreSQL; locks, which last until the
     end of the block, and tables with ON COMMIT, for which it never comes; NOTIFY, which is never
-    sent; what a deferred trigger writes, which is undone after the check; sequences, which go on;
-    deferred constraints of other databases than PostgreSQL. MySQL commits at every CREATE, ALTER
-    and DROP: that is an `IsolationError` at the end.
+    sent; what a deferred trigger writes, which is undone after the check; sequences, which go on.
+    MySQL commits at every CREATE, ALTER and DROP: that is an `IsolationError` at the end.
 
     Args:
         app: the application, or the outermost of those mounted in each other.

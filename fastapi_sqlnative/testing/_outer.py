@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sqlite3
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from sqlalchemy.sql.expression import (
 
 from .._pools import pool_timeout
 from .._statements import AUTOCOMMITS
-from ._dialect import Outer, leave, raw_connection, run, tested
+from ._dialect import Outer, ask, leave, raw_connection, run, tested
 from ._settings import LocalSettings
 
 # Seconds that one waits for another's turn, unless the application's pool is less patient.
@@ -113,8 +114,18 @@ class IsolatedPool(QueuePool):
             connection = super().connect()
         except exc.TimeoutError:
             raise self.outer.busy() from None
+        if self.beside is not None and self.beside.in_use():
+            self._wait_for(self.beside, connection)
         self._holder = flow
         return connection
+
+    def _wait_for(self, beside: IsolatedPool, connection: PoolProxiedConnection) -> None:
+        """Wait for who has had a transaction beside the one that has given the connection back."""
+        try:
+            beside.connect().close()
+        except IsolationError:
+            connection.close()
+            raise
 
     def in_use(self) -> int:
         """Count those who have the connection."""
@@ -164,6 +175,7 @@ class OuterTransaction(Outer):
         self._begun = False
         self._reset_level = False
         self._settings = LocalSettings()
+        self._broken_before: set[Any] = set()
         self._disposed = False
         tests = tested(engine.dialect).sqlnative_tests
         self._savepoint = f"sqlnative_test_{len(tests.outers)}"
@@ -264,6 +276,8 @@ class OuterTransaction(Outer):
         else:
             self._begin_on_own_connection(proxied, connection, asked)
         run(connection, [self._sql(SavepointClause, self._savepoint)])
+        if self.engine.dialect.name == "sqlite":
+            self._broken_before = self._broken_foreign_keys(connection)
 
     def _begin_on_own_connection(
         self, proxied: PoolProxiedConnection, connection: DBAPIConnection, asked: str | None
@@ -488,6 +502,8 @@ class OuterTransaction(Outer):
 
     def _check_deferred(self) -> None:
         """Check the constraints that wait for COMMIT."""
+        if self.engine.dialect.name == "sqlite":
+            self._check_foreign_keys()
         if self.engine.dialect.name != "postgresql":
             return
         name = f"{self._transaction}_check"
@@ -496,6 +512,20 @@ class OuterTransaction(Outer):
         # Rolled back, or the setting would outlive this transaction.
         self._run(RollbackToSavepointClause, name)
         self._run(ReleaseSavepointClause, name)
+
+    def _check_foreign_keys(self) -> None:
+        """Raise what SQLite would: it checks at COMMIT only, but lists what it would find."""
+        if self._broken_foreign_keys(self._connection) <= self._broken_before:
+            return
+        errors = self.engine.dialect.loaded_dbapi
+        error = cast("Any", errors.IntegrityError("FOREIGN KEY constraint failed"))
+        error.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
+        error.sqlite_errorname = "SQLITE_CONSTRAINT_FOREIGNKEY"
+        raise error
+
+    def _broken_foreign_keys(self, connection: DBAPIConnection) -> set[Any]:
+        ((enforced,),) = ask(connection, "PRAGMA foreign_keys")
+        return set(map(tuple, ask(connection, "PRAGMA foreign_key_check"))) if enforced else set()
 
     @property
     def _connection(self) -> DBAPIConnection:

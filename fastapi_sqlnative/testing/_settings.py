@@ -28,7 +28,7 @@ class LocalSettings:
         """Look up what a statement will change, before it is sent."""
         for name in _named(statement, parameters):
             if name not in self._before:
-                value = ask(connection, f"SELECT current_setting('{name}', true)")
+                ((value,),) = ask(connection, f"SELECT current_setting('{name}', true)")
                 # One with a dot may be the application's own, and is made by setting it.
                 if value is not None or "." in name:
                     self._before[name] = value or ""
@@ -46,7 +46,8 @@ class LocalSettings:
 
 
 def _named(statement: str, parameters: object) -> Iterator[str]:
-    for name in _SET_LOCAL.findall(statement):
+    local: list[str] = _SET_LOCAL.findall(statement)
+    for name in local:
         yield _CALLED.get(name.lower(), name)
     if _SET_CONFIG.search(statement) is None:
         return

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from examples.showcase.models import Account, AnalyticsBase, Base, User
 from examples.showcase.routes import router
 from examples.showcase.settings import Settings, read_settings
-from fastapi_sqlnative import install_database
+from fastapi_sqlnative import health_router, install_database, install_error_handlers
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -35,6 +35,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app, name="analytics", engine=analytics, shutdown=analytics.dispose, startup_wait=10
     )
     app.include_router(router)
+    # A failure that no service has words for: a 503 where it may pass, and never what it said.
+    install_error_handlers(app)
+    # Without the second database no money is moved, and accounts are still shown.
+    app.include_router(health_router(databases={"analytics": "degraded"}))
     return app
 
 

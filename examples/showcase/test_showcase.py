@@ -11,12 +11,20 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import NullPool, create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from conftest import WorkerPostgres
 from examples.showcase.app import create_app
 from examples.showcase.models import AnalyticsBase, Base
 from examples.showcase.settings import Settings, read_settings
+from fastapi_sqlnative.testing import (
+    capture_statements,
+    fail_next_commit,
+    isolated,
+    override_database,
+)
 from tests.serving import serve
 
 START = {"ada-1": 1_000_00, "grace-1": 1_000_00}
@@ -256,3 +264,52 @@ def test_addresses_come_from_the_environment() -> None:
     assert "secret" not in repr(plain)
     with pytest.raises(ValueError, match="DATABASE_URL is not set"):
         read_settings({"DATABASE_URL": ""})
+
+
+@on_postgres
+def test_a_second_database_that_is_away_is_reported(settings: Settings) -> None:
+    """Without `analytics` the showcase is degraded, ready, and still shows accounts."""
+    app = create_app(settings)
+    nobody = create_async_engine(settings.analytics.set(host="127.0.0.1", port=1, query={}))
+    with TestClient(app) as client:
+        with override_database(app, "analytics", nobody):
+            ready = client.get("/health/ready")
+            assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+            assert ready.json()["databases"] == {"default": "up", "analytics": "down"}
+            assert client.get("/accounts", headers={"X-User": "ada"}).status_code == 200
+        assert client.get("/health/ready").json()["status"] == "ready"
+
+
+@on_postgres
+def test_a_deadlock_at_the_commit_moves_nothing(settings: Settings) -> None:
+    """A COMMIT that fails is a 503 with Retry-After, and the money is where it was."""
+    app = create_app(settings)
+    with TestClient(app) as client, isolated(app):
+        bank = Bank(client)
+        with fail_next_commit(app, "deadlock"):
+            refused = bank.transfer("ada", "ada-1", "grace-1", 250)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert (bank.balances, bank.booked, bank.events) == (START, [], [])
+        assert bank.transfer("ada", "ada-1", "grace-1", 250).status_code == 201
+
+
+@on_postgres
+def test_a_transfer_is_one_transaction_on_each_database(settings: Settings) -> None:
+    """Everything is sent before the first COMMIT, and the first database commits first."""
+    app = create_app(settings)
+    with TestClient(app) as client, isolated(app):
+        with capture_statements(app) as statements:
+            assert Bank(client).transfer("ada", "ada-1", "grace-1", 250).status_code == 201
+        sent = [(each.database, each.sql.split()[0]) for each in statements]
+    assert sent == [
+        ("default", "BEGIN"),
+        ("default", "SELECT"),  # the user
+        ("default", "SELECT"),  # both accounts, locked
+        ("default", "UPDATE"),  # each of them
+        ("default", "UPDATE"),
+        ("default", "INSERT"),
+        ("analytics", "BEGIN"),
+        ("analytics", "INSERT"),
+        ("default", "COMMIT"),
+        ("analytics", "COMMIT"),
+    ]

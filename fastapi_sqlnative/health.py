@@ -142,7 +142,9 @@ def start_draining(app: Starlette) -> None:
 
 
 def _checked_policies(databases: Mapping[str, DatabasePolicy]) -> dict[str, DatabasePolicy]:
-    policies = {trimmed(name): policy for name, policy in databases.items()}
+    policies: dict[str, DatabasePolicy] = {
+        trimmed(name): policy for name, policy in databases.items()
+    }
     for name, policy in policies.items():
         if policy not in ("required", "degraded", "ignored"):
             raise ValueError(

@@ -46,6 +46,7 @@ from migrations_example.app import ALEMBIC, create_app
 from migrations_example.backfill import backfill
 from migrations_example.locking import one_at_a_time
 from migrations_example.releases import RELEASES, RUNNING, book
+from migrations_example.settings import application_engine, migration_engine
 from tests.serving import Served, serve, wait_until
 
 LOCK = "bookshop migrations"

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Engine, NullPool, StaticPool, create_engine, event, func, select, text
+from sqlalchemy import (
+    Engine,
+    NullPool,
+    StaticPool,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
@@ -38,7 +48,11 @@ from fastapi_sqlnative.testing import (
     override_database,
 )
 from tests.conftest import MakeEngine
-from tests.serving import Base, Item, Kind, Rows, items, route, serve
+from tests.serving import KINDS, Base, Item, Kind, Rows, items, route, serve
+
+on_a_loop = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.asynchronous], ids=lambda kind: kind.id
+)
 
 
 def add(name: str, **columns: Any) -> Callable[[Session], None]:
@@ -672,10 +686,9 @@ async def test_an_application_on_another_loop(app: FastAPI, rows: Rows) -> None:
         assert (await run_in_threadpool(client.post, "/names")).json() == []
 
 
+@on_a_loop
 def test_code_on_another_loop_is_refused(kind: Kind, app: FastAPI) -> None:
     """The connection belongs to the application's event loop: the message has the remedy."""
-    if not kind.asynchronous:
-        return
 
     async def use() -> None:
         database: Any = installed_databases(app)["default"]
@@ -819,13 +832,12 @@ def test_streams(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
     assert rows.names == []
 
 
+@on_a_loop
 @pytest.mark.anyio
 async def test_a_cancelled_transaction_takes_back_its_own(
     make_engine: MakeEngine, kind: Kind, rows: Rows
 ) -> None:
     """A connection that SQLAlchemy discards keeps what was committed before."""
-    if not kind.asynchronous:
-        return
     app = make_app(kind, make_engine())
 
     async def slow() -> None:
@@ -957,3 +969,58 @@ def test_a_deferred_foreign_key_of_sqlite(asynchronous: bool, tmp_path: Path) ->
 
 def _enforce(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_mariadb_commits_at_every_create(
+    mariadb: str, driver: str, request: pytest.FixtureRequest
+) -> None:
+    """What cannot be taken back is an error at the end of the block; all else is taken back."""
+    worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
+    server = make_url(mariadb).set(drivername=f"mysql+{driver}")
+    name = f"sqlnative_isolation_{worker}"
+    admin = create_engine(server.set(drivername="mysql+pymysql"))
+    with admin.begin() as connection:
+        connection.execute(text(f"CREATE OR REPLACE DATABASE {name}"))
+        connection.execute(text(f"CREATE TABLE {name}.note (name VARCHAR(20)) ENGINE=InnoDB"))
+    admin.dispose()
+    url = server.set(database=name)
+    engine: Any = (create_async_engine if driver == "asyncmy" else create_engine)(url)
+    kind, app = Kind("", driver, driver == "asyncmy"), FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def write(session: Session) -> None:
+        session.execute(text("INSERT INTO note VALUES ('note')"))
+
+    def count(session: Session) -> Any:
+        return session.scalar(text("SELECT count(*) FROM note"))
+
+    def create(session: Session) -> None:
+        session.execute(text("CREATE TABLE another (id INT)"))
+
+    for path, body in (("/write", write), ("/count", count), ("/create", create)):
+        route(app, kind, path, transactional(), body)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        with isolated(app):
+            assert client.post("/write").status_code == 201
+            assert client.post("/count").json() == 1
+        assert client.post("/count").json() == 0
+        block = isolated(app).__enter__()
+        client.post("/create")
+        with pytest.raises(IsolationError, match="has committed by itself"):
+            block.__exit__(None, None, None)
+        assert client.post("/count").json() == 0
+
+
+def test_two_phases_are_refused(make_engine: MakeEngine, kind: Kind) -> None:
+    """A prepared transaction would outlive the block; it is refused before it begins."""
+    app = FastAPI()
+    engine = make_engine()
+    install_database(
+        app, engine=engine, shutdown=engine.dispose, session_options={"twophase": True}
+    )
+    route(app, kind, "/names", transactional(), names)
+    refused = pytest.raises(IsolationError, match="two-phase")
+    with TestClient(app) as client, isolated(app), refused:
+        client.post("/names")

@@ -66,7 +66,7 @@ def served(settings: Settings) -> Iterator["Bank"]:
 class Bank:
     """Speak to the showcase as its users do."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx.Client | TestClient) -> None:
         self.client = client
 
     def get(self, path: str, user: str) -> Any:

@@ -153,13 +153,14 @@ def is_free(port: int) -> bool:
 
 
 def paste_all(printed: list[str], *, ada: int) -> None:
-    """Run the showcase's four printed lines; `ada` is the balance they begin with."""
-    accounts, small, large, ledger = (line for line in printed if line.startswith("curl"))
+    """Run the showcase's five printed lines; `ada` is the balance they begin with."""
+    accounts, small, large, ready, ledger = (line for line in printed if line.startswith("curl"))
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada}])
     status, entries = answer_of(small)
     assert (status, [entry["amount"] for entry in entries]) == (201, [-500, 500])
     assert answer_of(large) == (409, {"detail": "Insufficient funds."})
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada - 500}])
+    assert answer_of(ready)[0] == 200
     status, booked = answer_of(ledger)
     assert (status, booked[0]) == (200, entries[0])
 

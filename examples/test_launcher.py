@@ -190,6 +190,7 @@ def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"demo.db", "demo-analytics.db"}
 
 
+@pytest.mark.timeout(180)  # two clusters' worth of starting, on a machine that does more
 def test_an_example_keeps_a_postgres_of_its_own() -> None:
     """With no address it starts PostgreSQL, stops it too, and finds its data again."""
     # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.

@@ -14,7 +14,6 @@ from sqlalchemy import (
     QueuePool,
     StaticPool,
     event,
-    exc,
     select,
 )
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -76,8 +75,8 @@ class Probe:
     def _ask_idle(self, engine: Engine) -> bool:
         try:
             self._ask_pooled(engine)
-        except (exc.SQLAlchemyError, OSError):
-            return False  # lost with a server that may be back
+        except Exception:  # noqa: BLE001 - old versions let asyncpg's own errors through
+            return False  # lost with a server that may be back, as will show
         return True
 
     def _ask_pooled(self, engine: Engine) -> None:

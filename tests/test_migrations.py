@@ -338,7 +338,10 @@ async def test_a_failure_leaves_the_connection_clean(
         for _ in range(2):
             with pytest.raises(Exception, match="version_num"):
                 await check(app)
-        idle = "SELECT count(*) FROM pg_stat_activity WHERE state ~ 'transaction'"
+        idle = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND state ~ 'transaction'"
+        )
         assert version.connection.execute(idle).fetchall() == [(0,)]
         version.connection.execute("DROP TABLE alembic_version")
         version.set("two")

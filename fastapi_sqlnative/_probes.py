@@ -12,6 +12,7 @@ from sqlalchemy import (
     Engine,
     Pool,
     QueuePool,
+    SingletonThreadPool,
     StaticPool,
     event,
     select,
@@ -68,7 +69,16 @@ class Probe:
             if not in_use():
                 self._ask_pooled(engine)
             return DatabaseState.UP
-        if isinstance(pool, QueuePool) and pool.checkedin() and self._ask_idle(engine):
+        if isinstance(pool, SingletonThreadPool):
+            # A database for each thread: ours would take the place of one that is in use.
+            _connect_outside(engine, pool)
+            return DatabaseState.UP
+        if not isinstance(pool, QueuePool) or not (pool.checkedin() or pool.checkedout()):
+            # The first connection readies the dialect, and only those of its own pool wait for
+            # that. An empty pool makes nobody wait for a connection.
+            self._ask_pooled(engine)
+            return DatabaseState.UP
+        if pool.checkedin() and self._ask_idle(engine):
             return DatabaseState.UP
         return _ask_outside(engine, pool)
 
@@ -87,8 +97,8 @@ class Probe:
             connection.scalar(select(1))
 
 
-def _ask_outside(engine: Engine, pool: Pool) -> DatabaseState:
-    capacity, in_use = pool_capacity(pool), _checked_out(pool)
+def _ask_outside(engine: Engine, pool: QueuePool) -> DatabaseState:
+    capacity, in_use = pool_capacity(pool), pool.checkedout()
     try:
         _connect_outside(engine, pool)
     except Exception as error:
@@ -99,10 +109,6 @@ def _ask_outside(engine: Engine, pool: Pool) -> DatabaseState:
         raise
     at_capacity = capacity is not None and in_use >= capacity
     return DatabaseState.SATURATED if at_capacity else DatabaseState.UP
-
-
-def _checked_out(pool: Pool) -> int:
-    return pool.checkedout() if isinstance(pool, QueuePool) else 0
 
 
 def _connect_outside(engine: Engine, pool: Pool) -> None:

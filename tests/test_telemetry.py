@@ -213,8 +213,6 @@ async def test_readiness_is_not_counted(make_engine: MakeEngine) -> None:
     app, reader = instrumented(make_engine(pool_size=1, max_overflow=0))
     app.include_router(health_router(max_age=0.001))
     async with running(app) as client:
-        assert (await client.get("/health/ready")).json()["databases"] == {"default": "up"}
-        assert reader.recorded("create_time") == reader.recorded("use_time") == {}
         async with held(app):
             ready = await client.get("/health/ready")
             assert ready.json()["databases"] == {"default": "saturated"}

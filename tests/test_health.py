@@ -1092,3 +1092,31 @@ async def test_live_asks_no_database_and_no_check() -> None:
         for _ in range(3):
             assert (await ready(client, "/health/live"))[0] == 200
     assert called == []
+
+
+async def test_a_first_probe_leaves_no_dialect_half_ready(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """A query beside the very first probe finds a dialect that knows its server."""
+    engine = make_engine()
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    app.include_router(health_router())
+
+    def ask(inner: Engine) -> object:
+        with inner.connect():
+            return inner.dialect.default_schema_name
+
+    loop, connecting = asyncio.get_running_loop(), asyncio.Event()
+
+    def note(*_arguments: object) -> None:
+        loop.call_soon_threadsafe(connecting.set)
+
+    async with running(app) as client:
+        database = installed_databases(app)["default"]
+        event.listen(database.sync_engine, "do_connect", note)
+        probe = asyncio.create_task(client.get("/health/ready"))
+        await connecting.wait()
+        asked = [asyncio.create_task(database.run_sync(ask)) for _ in range(3)]
+        assert await asyncio.gather(*asked) == ["public"] * 3
+        assert (await probe).status_code == 200

@@ -32,7 +32,7 @@ test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
 # cost a connection there, in one run of several. Not traced yet; both frameworks have mended
 # leaks of that kind since (FastAPI 0.162.7, SQLAlchemy 2.1.4).
 test-lowest: .venv-lowest/ready ## run the tests on the lowest supported versions
-	@for sqlalchemy in sqlalchemy sqlalchemy==2.1.0; do \
+	@for sqlalchemy in sqlalchemy sqlalchemy==2.1.6; do \
 		$(LOWEST) -m uv pip install --quiet --python $(LOWEST) --resolution lowest-direct \
 			-P fastapi -P starlette -P sqlalchemy --editable . starlette $$sqlalchemy && \
 		$(LOWEST) -m uv --quiet pip list --python $(LOWEST) --format freeze \

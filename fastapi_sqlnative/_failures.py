@@ -95,7 +95,8 @@ _REFUSALS: Final = {
         r"FATAL:  (sorry, too many clients|remaining connection slots|too many connections for) "
     ),
     Kind.PERMISSION_DENIED: re.compile(
-        r"FATAL:  (.* authentication failed for user |no pg_hba\.conf entry for |permission denied "
+        r"FATAL:  (.* authentication failed for user |no pg_hba\.conf entry for |"
+        r"pg_hba\.conf rejects connection for |permission denied "
         r'|role ".*" (does not exist|is not permitted to log in))|no password supplied'
     ),
     Kind.OTHER: re.compile(r'FATAL:  database ".*" does not exist'),

@@ -20,6 +20,7 @@ from ._registry import Installation, Registry, not_installed
 from .databases import AnyDatabase, AsyncDatabase, Database
 from .dependencies import (
     DatabaseDependency,
+    InstalledDependency,
     ReaderDependency,
     get_database_handle,
     get_db,
@@ -112,6 +113,8 @@ class _Check:
         outlives: Dependant | None,
     ) -> None:
         installation = self._registry.find(call.name, self._router)
+        if isinstance(call, InstalledDependency) and self._is_mounted(call.name):
+            return  # readiness counts the databases of mounted applications too
         if installation is None:
             error = not_installed(call.name, self._registry.names(self._router))
             raise DatabaseNotInstalledError(f"Route {self.route!r}: {error}")
@@ -120,6 +123,10 @@ class _Check:
         self._check_annotation(parent, child, call, installation)
         if installation.database is not None and not call.gives_handle:
             self.sessions.add((installation.database, isinstance(call, ReaderDependency)))
+
+    def _is_mounted(self, name: str) -> bool:
+        databases = self._registry.databases_from_here(self._router)
+        return any(database.name == name for database in databases)
 
     def _check_scope(
         self, child: Dependant, call: DatabaseDependency, outlives: Dependant | None

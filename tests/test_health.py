@@ -1121,3 +1121,16 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
         asked = [asyncio.create_task(database.run_sync(ask)) for _ in range(3)]
         assert await asyncio.gather(*asked) == ["public"] * 3
         assert (await probe).status_code == 200
+
+
+async def test_a_policy_may_name_a_database_of_a_mounted_application() -> None:
+    """What counts for readiness can be told how, also where it is installed below."""
+    mounted = FastAPI()
+    install_database(mounted, name="reports", engine=broken_sqlite)
+    app = healthy(databases={"reports": "degraded"})
+    app.mount("/sub", mounted)
+    async with running(app) as client:
+        assert await ready(client) == (
+            200,
+            report("degraded", {"default": "up", "reports": "down"}),
+        )

@@ -74,12 +74,7 @@ def _example(arguments: list[str]) -> str:
 
 
 def _build(name: str) -> FastAPI:
-    try:
-        app: FastAPI = importlib.import_module(f"examples.{name}.app").create_app()
-    except KeyError as missing:
-        if missing.args != ("SECOND_DATABASE_URL",):
-            raise
-        raise SystemExit(f"{name} has two databases: set SECOND_DATABASE_URL too.") from missing
+    app: FastAPI = importlib.import_module(f"examples.{name}.app").create_app()
     return app
 
 
@@ -109,15 +104,19 @@ def _listen(port: int) -> socket.socket:
 
 def _addresses(name: str, closing: ExitStack) -> Mapping[str, str]:
     if os.environ.get("DATABASE_URL"):
-        return _given()
+        return _given(name)
     try:
         return OF_THEIR_OWN.get(name, _postgres)(name, closing)
     except (PostgresServerError, MariadbServerError) as error:
         raise SystemExit(str(error)) from error
 
 
-def _given() -> Mapping[str, str]:
+def _given(name: str) -> Mapping[str, str]:
     """Pass on the addresses that the environment has; a plain one gets a driver."""
+    # Some read it when the application is built, others when their engine is.
+    wanted = "SECOND_DATABASE_URL" in (HERE / name / "app.py").read_text("utf-8")
+    if wanted and not os.environ.get("SECOND_DATABASE_URL"):
+        raise SystemExit(f"{name} has two databases: set SECOND_DATABASE_URL too.")
     names = "DATABASE_URL", "SECOND_DATABASE_URL"
     urls = {name: make_url(os.environ[name]) for name in names if os.environ.get(name)}
     return {name: _text(_with_driver(url)) for name, url in urls.items()}

@@ -58,7 +58,14 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDE = sorted((ROOT / "docs").glob("**/*.md"))
 PAGES = [README, *GUIDE]
-LINKED = [*GUIDE, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
+LINKED = [
+    *GUIDE,
+    *(
+        page
+        for where in ("", "examples/**/", "migrations_example/")
+        for page in sorted(ROOT.glob(f"{where}*.md"))
+    ),
+]
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
 )

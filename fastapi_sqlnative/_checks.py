@@ -6,17 +6,16 @@ import functools
 import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
-from fastapi import routing
 from fastapi.dependencies.models import Dependant
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute, Host, Mount, Router
 
 from ._registry import Installation, Registry, not_installed
+from ._routes import routes_of
 from .databases import AnyDatabase, AsyncDatabase, Database
 from .dependencies import (
     DatabaseDependency,
@@ -35,12 +34,6 @@ _GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
 _MAKERS: Final = (get_db, transactional, reader, get_database_handle)
 
 
-def mounted_applications(app: Starlette) -> list[Starlette]:
-    """List the applications mounted directly in this one, behind whatever middleware."""
-    behind = map(_mounted, _routes(app.routes))
-    return list(dict.fromkeys(each for each in behind if isinstance(each, Starlette)))
-
-
 def check_routes(
     app: Starlette, registry: Registry, router: int
 ) -> dict[object, Counter[AnyDatabase]]:
@@ -56,7 +49,7 @@ def check_routes(
         DatabaseDependencyError: a scope or an annotation that cannot work.
     """
     several: dict[object, Counter[AnyDatabase]] = {}
-    for route in _routes(app.routes):
+    for route in routes_of(app.routes):
         dependant = getattr(route, "dependant", None)
         if dependant is not None:
             overrides = getattr(app, "dependency_overrides", {})
@@ -219,30 +212,3 @@ def _classes(annotation: object) -> list[type]:
     if origin in (Union, types.UnionType):
         return [each for part in get_args(annotation) for each in _classes(part)]
     return _classes(origin) if origin is not None else []
-
-
-# -- routes ----------------------------------------------------------------------------------
-
-
-def _routes(routes: Sequence[BaseRoute]) -> Iterator[Any]:
-    """Yield every route, with what include_router made of it, and those of mounted routers."""
-    for route in _contexts(routes):
-        yield route
-        behind = _mounted(route)
-        if isinstance(behind, Router):
-            yield from _routes(behind.routes)
-
-
-def _contexts(routes: Sequence[BaseRoute]) -> Iterable[Any]:
-    # Older versions of FastAPI flatten an included router where newer ones keep it.
-    walk = getattr(routing, "iter_route_contexts", None)
-    return routes if walk is None else walk(routes)
-
-
-def _mounted(route: Any) -> Starlette | Router | None:
-    if not isinstance(getattr(route, "original_route", route), Mount | Host):
-        return None
-    app = route.app
-    while app is not None and not isinstance(app, Starlette | Router):
-        app = getattr(app, "app", None)  # the way middleware keeps what it wraps
-    return app

@@ -5,6 +5,7 @@ contains SQL, parameters or what the driver said: those stay in ``__cause__``, f
 """
 
 __all__ = [
+    "AfterCommitError",
     "ApplicationAlreadyStartedError",
     "BlockingSessionError",
     "CommitOutcomeUnknownError",
@@ -67,6 +68,14 @@ class TransactionAbortedError(RuntimeError):
 
 class CommitOutcomeUnknownError(RuntimeError):
     """The connection was lost during COMMIT: what was written may or may not be stored."""
+
+
+class AfterCommitError(RuntimeError):
+    """The transaction is stored, and something that ran after its COMMIT has failed.
+
+    The failure, of an ``after_commit`` listener for example, is the ``__cause__``. Repeating the
+    work would store it twice.
+    """
 
 
 class PartialCommitError(RuntimeError):

@@ -18,7 +18,7 @@ MODULES = {
 # A module may import those of the rows above its own. Whatever a later issue adds finds its row.
 ORDER = (
     {"exceptions"},
-    {"_completion", "_failures", "_options", "_pools"},
+    {"_completion", "_failures", "_options", "_pools", "_routes"},
     {"_guards", "_probes", "_retries"},
     {"_statements"},
     {"_sessions"},

@@ -9,8 +9,8 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
-from .._checks import mounted_applications
 from .._registry import Installation, Registry, not_installed, registry_of, trimmed
+from .._routes import mounted_applications
 from ..databases import AnyDatabase, AnyEngine
 
 Target: TypeAlias = Starlette | AnyDatabase | AnyEngine

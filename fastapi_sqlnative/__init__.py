@@ -1,8 +1,8 @@
 """A thin, native bridge between FastAPI and SQLAlchemy 2."""
 
-from ._lifespan import install_database
-from ._pools import PoolStatus
-from ._registry import installed_databases
+from ._drivers.pools import PoolStatus
+from ._lifespan.install import install_database
+from ._lifespan.running import installed_databases
 from .databases import AsyncDatabase, Database
 from .dependencies import get_database_handle, get_db, reader, transactional
 from .errors import (

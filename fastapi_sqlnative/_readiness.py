@@ -11,9 +11,10 @@ from typing import Any, Protocol, TypeAlias
 
 from starlette.applications import Starlette
 
-from ._completion import ended_within, in_thread
 from ._probes import DatabaseState, Probe
-from .databases import AnyDatabase
+from ._sessions.completion import ended_within, in_thread
+from ._sessions.engines import run_on_engine
+from .databases import AnyDatabase, sessions_of
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -60,12 +61,13 @@ class DatabaseQuestion:
         database, probe = self._database, Probe()
         # While sessions hold every connection, the last question may wait for one of those, and
         # say nothing about the database.
-        for_the_pool = self._last.waiting and database.sessions_hold_all()
+        for_the_pool = self._last.waiting and sessions_of(database).hold_all()
         if self._last.asking and not for_the_pool:
             raise TimeoutError("It has not answered the last question yet.")
         self._last = probe
-        state = await database.run_sync(
-            lambda engine: probe.ask(engine, database.connections_in_use)
+        state = await run_on_engine(
+            database.engine,
+            lambda engine: probe.ask(engine, sessions_of(database).connections_in_use),
         )
         return CheckResult(True, state.value)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import random
 import time
-from typing import cast
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from typing import TypeVar, cast
 
 from ._failures import describe_database_error
+from ._sessions.record import Record
 
+T = TypeVar("T")
 logger = logging.getLogger("fastapi_sqlnative")
 
 
@@ -44,11 +46,15 @@ class Retries:
         self._longest = backoff
         self._made = 0
 
-    def pause_after(self, error: Exception) -> float | None:
-        """Return the seconds to wait before the next attempt; `None` if there is to be none."""
+    def pause_after(self, error: Exception, record: Record | None) -> float | None:
+        """Return the seconds to wait before the next attempt; `None` if there is to be none.
+
+        Work that has stored something, or may have, would do so again: it is not repeated.
+        """
         self._made += 1
         failure = describe_database_error(error)
-        if failure is None or not failure.retryable or self._made >= self._attempts:
+        stored = record is not None and record.stored
+        if stored or failure is None or not failure.retryable or self._made >= self._attempts:
             return None
         # Full jitter: those that ran into each other are not to meet again.
         pause = random.uniform(0, min(self._longest, self.MAX_PAUSE))  # noqa: S311 - no secret
@@ -64,16 +70,18 @@ class Retries:
         )
         return pause
 
+    def checked(self, result: T) -> T:
+        """Refuse work that has not run yet: committed, it would be a lie.
 
-def refuse_coroutine(database: str, result: object) -> None:
-    """Refuse what an `async def` returns: it has done nothing yet, and would be committed.
-
-    Raises:
-        TypeError: the result is a coroutine.
-    """
-    if inspect.iscoroutine(result):
-        result.close()
+        Raises:
+            TypeError: the result is a coroutine or a generator.
+        """
+        if not isinstance(result, Coroutine | Generator | AsyncGenerator):
+            return result
+        if isinstance(result, Coroutine | Generator):
+            result.close()
         raise TypeError(
-            f"Database {database!r} is synchronous and runs plain functions: write the work with "
-            "`def`, or use an AsyncDatabase."
+            f"The work on database {self._name!r} returned a {type(result).__name__}, which has "
+            "done nothing yet. Write it as a function that returns when it is done: with `def` "
+            "for a Database, with `async def` for an AsyncDatabase, and without `yield`."
         )

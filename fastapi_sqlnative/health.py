@@ -18,7 +18,9 @@ from fastapi.params import Depends as DependsParameter
 from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 
-from ._pools import PoolStatus
+from ._drivers.pools import PoolStatus
+from ._lifespan.installations import Installations, installations_of, trimmed
+from ._lifespan.running import running_for
 from ._probes import DatabaseState
 from ._readiness import (
     Check,
@@ -30,7 +32,6 @@ from ._readiness import (
     Watch,
     arguments_of,
 )
-from ._registry import Registry, registry_for, registry_of, trimmed
 from .databases import AnyDatabase
 from .dependencies import InstalledDependency
 
@@ -135,7 +136,7 @@ def start_draining(app: Starlette) -> None:
     noticed. Applications mounted in this one drain with it. It can be called from a signal
     handler, and more than once; the next start of the application is a new beginning.
     """
-    registry = registry_of(app)
+    registry = installations_of(app)
     if not registry.draining:
         registry.draining = True
         logger.info("The application drains: it is not ready any more, and still serves.")
@@ -240,7 +241,7 @@ class _Readiness:
         self._timeout = timeout
         self._max_age = max_age
         self._saturated_is_ready = saturated_is_ready
-        self._watches: WeakKeyDictionary[Registry, Watch] = WeakKeyDictionary()
+        self._watches: WeakKeyDictionary[Installations, Watch] = WeakKeyDictionary()
 
     async def report(self, request: Request, response: Response) -> ReadinessReport:
         """Tell whether the application can do its work, database by database and check by check."""
@@ -271,10 +272,11 @@ class _Readiness:
         )
 
     async def _look(self, request: Request) -> tuple[ReadinessStatus, Sequence[Finding]]:
-        registry, router = registry_for(request)
-        if registry.is_draining(router):
+        running = running_for(request)
+        registry = running.installed
+        if running.is_draining():
             return "draining", ()
-        databases = registry.all_databases(router)
+        databases = running.all_databases()
         if not databases:
             return "not_started", ()
         watch = self._watches.get(registry)
@@ -282,7 +284,7 @@ class _Readiness:
             # Another run of the application, or another database in the place of one.
             watch = self._watches[registry] = self._watch(request.app, databases)
         findings = await watch.look()
-        if registry.is_draining(router):
+        if running.is_draining():
             return "draining", ()  # since the question was put
         return self._status(findings), findings
 

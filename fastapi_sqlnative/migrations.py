@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine
 from starlette.applications import Starlette
 
-from ._registry import registry_of, trimmed
+from ._lifespan.installations import trimmed
+from ._lifespan.running import running_of
+from ._sessions.engines import run_on_engine
 from .databases import AnyDatabase
 from .health import CheckResult
 
@@ -83,11 +85,11 @@ def alembic_check(
             return frozenset(context.get_current_heads())
 
     async def check(app: Starlette) -> CheckResult:
-        handle = _handle(app, name)
+        handle = running_of(app).database(name)
         before = seen.get(handle)
         if before is not None and before.ready:
             return before
-        found = await handle.run_sync(read)
+        found = await run_on_engine(handle.engine, read)
         result = wanted.compare(found)
         if result is not before:
             wanted.log(name, found, result)
@@ -95,13 +97,6 @@ def alembic_check(
         return result
 
     return check
-
-
-def _handle(app: Starlette, name: str) -> AnyDatabase:
-    registry = registry_of(app)
-    # A mounted application finds the databases of whichever it is mounted in.
-    routers = [router for router in (0, *registry.parents) if registry.find(name, router)]
-    return registry.database(name, *routers[:1])
 
 
 @dataclass(frozen=True)

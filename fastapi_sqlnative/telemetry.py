@@ -15,9 +15,11 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
-from ._pools import ask_pool, pool_capacity
+from ._drivers.pools import ask_pool, pool_capacity
+from ._lifespan.installations import installations_of
+from ._lifespan.running import running_of
 from ._probes import OUTSIDE
-from ._registry import registry_of
+from ._sessions.engines import sync_engine
 from .databases import AnyDatabase
 from .exceptions import ApplicationAlreadyStartedError
 
@@ -62,15 +64,15 @@ def instrument_pools(
     Example:
         instrument_pools(app)
     """
-    registry = registry_of(app)
-    if app.middleware_stack is not None or registry.starts:
+    registry = installations_of(app)
+    if app.middleware_stack is not None or registry.runs:
         raise ApplicationAlreadyStartedError(
             "Pools cannot be instrumented: the application has started. Call instrument_pools "
             "where the application is made, before it is served."
         )
     meter = metrics.get_meter("fastapi_sqlnative", meter_provider=meter_provider)
     use_times = _UseTimes(_seconds(meter, "use_time", "The time until a connection came back."))
-    pools = _Pools(lambda: registry.databases_from_here(id(app.router)), use_times)
+    pools = _Pools(lambda: running_of(app).databases_from_here(), use_times)
     meter.create_observable_up_down_counter(
         "db.client.connection.count",
         [pools.count],
@@ -88,9 +90,9 @@ def instrument_pools(
 
     def observe(database: AnyDatabase) -> None:
         # A ready engine may have been seen at an earlier start, or under another name.
-        if database.sync_engine not in timed:
-            timed.add(database.sync_engine)
-            _Times(database.name, create_time, use_times).listen(database.sync_engine)
+        if sync_engine(database.engine) not in timed:
+            timed.add(sync_engine(database.engine))
+            _Times(database.name, create_time, use_times).listen(sync_engine(database.engine))
 
     registry.observers.append(observe)
 
@@ -132,9 +134,9 @@ class _Pools:
     def _named(self) -> Iterator[tuple[str, Pool]]:
         seen: set[Pool] = set()
         for database in self._databases():
-            if database.pool not in seen:
-                seen.add(database.pool)
-                yield database.name, database.pool
+            if sync_engine(database.engine).pool not in seen:
+                seen.add(sync_engine(database.engine).pool)
+                yield database.name, sync_engine(database.engine).pool
 
 
 class _UseTimes:

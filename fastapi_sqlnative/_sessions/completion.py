@@ -81,19 +81,22 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-async def ended_within(seconds: float, task: asyncio.Task[Any]) -> bool:
+async def ended_within(seconds: float, task: asyncio.Task[Any], *, grace: float = 0) -> bool:
     """Wait so long for a task, and tell whether it has ended; else cancel it and leave it behind.
 
-    A cancellation of the caller cancels it too. It is not waited for: a driver may take its own
-    time to let go of a server that hangs.
+    A cancellation of the caller cancels it too. It gets so many seconds of grace to end: a driver
+    may take its own time to let go of a server that hangs.
     """
     try:
         await asyncio.wait({task}, timeout=seconds)
+        return task.done()
     finally:
         if not task.done():
             task.add_done_callback(_nobody_listens)
             task.cancel()
-    return task.done()
+            if grace:
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({task}, timeout=grace)
 
 
 def _nobody_listens(late: asyncio.Future[Any]) -> None:

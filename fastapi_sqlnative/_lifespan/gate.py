@@ -5,18 +5,33 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 import anyio.to_thread
 from sqlalchemy import Pool, exc
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from ._pools import pool_capacity, pool_timeout
-from .databases import AnyDatabase
+from .._drivers.pools import pool_capacity, pool_timeout
+from .._sessions.engines import sync_engine
+from ..databases import AnyDatabase
+
+if TYPE_CHECKING:
+    from .running import Running
+
+# What the requests of a route open, by the route. A route has no hash; a method bound to it has
+# one, by identity.
+Opened: TypeAlias = Counter[AnyDatabase]
+
+
+def key_of(route: object) -> object:
+    """Return what stands for a route in a dictionary."""
+    return getattr(route, "matches", None)
 
 
 class Gate:
-    """Admit a request before it opens its first session, where it could come to wait for ever.
+    """The admission of requests, before their first session, where they could wait for ever.
 
     Two waits would not end by themselves. A thread that waits for a connection is lost to the
     request that holds one and needs a thread to go on: so synchronous sessions belong to three
@@ -26,24 +41,44 @@ class Gate:
     Lives as long as the application runs, for all applications mounted in it.
 
     Args:
-        several: what the endpoints with more than one session open, known from their routes.
+        examine: says what a route opens that start-up has not seen.
     """
 
-    def __init__(self, several: Mapping[object, Counter[AnyDatabase]]) -> None:
-        self._several = several
+    def __init__(self, examine: Callable[[Running, object], Opened]) -> None:
+        self._examine = examine
+        self._opened: dict[object, Opened] = {}
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
-    async def enter(self, request: object, endpoint: object, database: AnyDatabase) -> None:
+    def learn(self, route: object, opened: Opened) -> None:
+        """Remember what the requests of a route open, the most where it was included twice."""
+        key = key_of(route)
+        self._opened[key] = self._opened.get(key, Counter()) | opened
+        if self._opened[key].total() > 1:
+            self._connections.total_tokens = self._fewest()
+
+    def knows(self, route: object) -> bool:
+        """Tell whether the route has been looked at; one that was added later has not."""
+        return key_of(route) in self._opened
+
+    async def enter(
+        self, request: object, running: Running, route: object, database: AnyDatabase
+    ) -> bool:
         """Wait for a place, for as long as the pool would make its callers wait.
+
+        Returns:
+            whether the request has a place, to be left.
 
         Raises:
             sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
         """
+        if not self.knows(route):
+            self.learn(route, self._examine(running, route))
         # In this order for everybody: two limiters taken crosswise would be a deadlock again.
-        if endpoint in self._several:
+        if self._opened[key_of(route)].total() > 1:
             await self._take(request, self._connections, database)
-        if database.blocking:
+        if not isinstance(database.engine, AsyncEngine):
             await self._take(request, self._threads, database)
+        return request in self._places
 
     def leave(self, request: object) -> None:
         """Give back what the request has."""
@@ -56,20 +91,16 @@ class Gate:
         places = self._places.get(request, [])
         if limiter in places:
             return
-        timeout = pool_timeout(database.pool)
         try:
             limiter.acquire_on_behalf_of_nowait(request)
         except anyio.WouldBlock:
-            await self._wait(request, limiter, database, timeout)
+            await self._wait(request, limiter, database)
         self._places[request] = [*places, limiter]
 
     async def _wait(
-        self,
-        request: object,
-        limiter: anyio.CapacityLimiter,
-        database: AnyDatabase,
-        timeout: float,
+        self, request: object, limiter: anyio.CapacityLimiter, database: AnyDatabase
     ) -> None:
+        timeout = pool_timeout(sync_engine(database.engine).pool)
         try:
             with anyio.fail_after(timeout):
                 await limiter.acquire_on_behalf_of(request)
@@ -88,19 +119,23 @@ class Gate:
 
     @functools.cached_property
     def _connections(self) -> anyio.CapacityLimiter:
-        sessions: Counter[Pool] = Counter()
-        for databases in self._several.values():
-            sessions |= Counter(database.pool for database in databases.elements())
-        capacities = {pool: pool_capacity(pool) for pool in sessions}
+        return anyio.CapacityLimiter(math.inf)
+
+    def _fewest(self) -> float:
+        """Return how many requests with several sessions can never hold all connections."""
+        wanted: Counter[Pool] = Counter()
+        for opened in self._opened.values():
+            if opened.total() > 1:
+                wanted |= Counter(sync_engine(each.engine).pool for each in opened.elements())
         limits: list[float] = [math.inf]
         # What one request can hold of each pool at most, when all wait for one more.
         shares: list[int] = []
-        for pool, wanted in sessions.items():
-            capacity = capacities[pool]
+        for pool, sessions in wanted.items():
+            capacity = pool_capacity(pool)
             if capacity is not None:
-                shares.append(math.ceil(capacity / wanted))
-                if wanted > 1:
-                    limits.append((capacity - 1) // (wanted - 1))
+                shares.append(math.ceil(capacity / sessions))
+                if sessions > 1:
+                    limits.append((capacity - 1) // (sessions - 1))
         if len(shares) > 1:
             limits.append(sum(sorted(shares)[:2]) - 1)
-        return anyio.CapacityLimiter(max(1, min(limits)))
+        return max(1, min(limits))

@@ -10,9 +10,12 @@ from typing import Any, Final
 
 import anyio
 
-from ._completion import in_thread
-from ._registry import Installation, Registry
-from .databases import AnyDatabase, database_class
+from .._sessions.completion import in_thread
+from .._sessions.engines import dispose
+from .._sessions.factory import SessionFactory
+from ..databases import AnyDatabase, database_class, sessions_of
+from .installations import Installation
+from .running import Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -20,37 +23,33 @@ logger = logging.getLogger("fastapi_sqlnative")
 _LEAST: Final = 1.0
 
 
-async def stop(registries: Sequence[Registry], router: int) -> None:
+async def stop(runs: Sequence[Running]) -> None:
     """End one lifespan's hold on these databases, and close those that nobody else holds.
 
     Raises:
         ExceptionGroup: of whatever the hooks and disposals raised, after all had their turn.
     """
-    ending = _ending(registries)
+    ending = _ending(runs)
     running = [(each, each.database) for each in ending if each.database is not None]
     for _, database in running:
-        database.refuse_sessions()
+        sessions_of(database).refusal = "shutting down"
     deadline = anyio.current_time() + max((each.shutdown_timeout for each, _ in running), default=0)
     errors: list[Exception] = []
     for installation, database in running:
         await _close(installation, database, deadline, errors)
-    if registries and not registries[0].starts:
-        for registry in registries:
-            registry.parents.pop(router, None)
-            registry.children.pop(router, None)
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 
 
-def _ending(registries: Sequence[Registry]) -> list[Installation]:
+def _ending(runs: Sequence[Running]) -> list[Installation]:
     """List what no other lifespan keeps open, the last installed first."""
     ending: list[Installation] = []
-    for registry in reversed(registries):
-        registry.starts -= 1
-        if not registry.starts:
-            registry.gate = None
-            registry.draining = True
-            for installation in reversed(registry.installations.values()):
+    for running in reversed(runs):
+        installed = running.installed
+        installed.runs.remove(running)
+        if not installed.runs:
+            installed.draining = True
+            for installation in reversed(installed.by_name.values()):
                 ending += installation.chain()
     return ending
 
@@ -59,8 +58,9 @@ async def _close(
     installation: Installation, database: AnyDatabase, total: float, errors: list[Exception]
 ) -> None:
     deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
-    await _drain(database, deadline)
-    database.refuse_statements()
+    sessions = sessions_of(database)
+    await _drain(sessions, deadline)
+    sessions.refusal, sessions.stopped = "stopped", True
     installation.database = None
     steps: list[tuple[str, Callable[[], Any]]] = [
         ("isolation", isolation.leave_loop) for isolation in installation.isolations
@@ -68,7 +68,7 @@ async def _close(
     if installation.shutdown is not None:
         steps.append(("shutdown hook", installation.shutdown))
     if database_class(installation.engine) is None:
-        steps.append(("dispose", database.dispose))
+        steps.append(("dispose", lambda: dispose(database.engine)))
     least = min(_LEAST, installation.shutdown_timeout)
     for step, function in steps:
         try:
@@ -78,16 +78,16 @@ async def _close(
             errors.append(error)
 
 
-async def _drain(database: AnyDatabase, deadline: float) -> None:
-    """Wait for cancelled requests to give their connections back."""
-    # Pools have no event to await for the last connection of all.
-    while database.connections_in_use() and anyio.current_time() < deadline:  # noqa: ASYNC110
+async def _drain(sessions: SessionFactory, deadline: float) -> None:
+    """Wait for cancelled requests to give their connections back; not for those of others."""
+    # The last session to end may do so in a thread: there is no event to await for all.
+    while sessions.busy and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
-    if left := database.connections_in_use():
+    if left := len(sessions.busy):
         logger.warning(
-            "Database %r is closed with %d connection(s) still in use; whoever holds them finds "
-            "the session refusing to work.",
-            database.name,
+            "Database %r is closed with %d session(s) still at work; whoever holds them finds "
+            "that they refuse to go on.",
+            sessions.name,
             left,
         )
 

@@ -27,6 +27,19 @@ class PoolStatus:
     overflow: int | None
 
 
+def pool_status(pool: Pool) -> PoolStatus:
+    """Look into a pool."""
+    size = ask_pool(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
+    overflow = None if size is None else ask_pool(pool, "overflow")
+    return PoolStatus(
+        size=size,
+        max_overflow=max_overflow(pool),
+        checked_out=ask_pool(pool, "checkedout"),
+        checked_in=ask_pool(pool, "checkedin"),
+        overflow=None if overflow is None else max(overflow, 0),
+    )
+
+
 def ask_pool(pool: Pool, method: str) -> int | None:
     """Return one of the pool's figures; `None` where this kind of pool has none."""
     # NullPool, StaticPool and SingletonThreadPool have no such figures.

@@ -1,0 +1,1 @@
+"""Everything the package knows about drivers, dialects and pools."""

@@ -1,0 +1,227 @@
+"""What a driver knows of its connection's transaction, and what only the server can tell.
+
+A question goes over a cursor of the driver's own, so that no listener of the application hears or
+changes it.
+"""
+
+from __future__ import annotations
+
+from traceback import walk_tb
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+# libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
+_IN_TRANSACTION: Final = 2
+_IN_ERROR: Final = 3
+# Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
+_TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
+# Drivers that fetch a whole result before they hand it on, unless they are asked to stream.
+_BUFFERING: Final = _TELLING | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
+# transaction_resolution_unknown and statement_completion_unknown.
+_OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
+# idle_in_transaction_session_timeout and transaction_timeout: ended before the COMMIT came.
+_ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
+_MYSQL_DEADLOCK: Final = 1213
+
+
+def autocommits(connection: Connection) -> bool:
+    """Tell whether what is sent over a connection is stored at once."""
+    if connection.closed or connection.invalidated:
+        return False
+    dbapi = connection.connection.dbapi_connection
+    if connection.dialect.name == "sqlite":
+        # Also None where the application sends BEGIN by itself, which has been sent by now.
+        return (
+            getattr(dbapi, "isolation_level", "") is None and not _sqlite(connection).in_transaction
+        )
+    ask = getattr(dbapi, "get_autocommit", None)  # PyMySQL's `autocommit` is a setter
+    return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
+
+
+def returns_undisturbed(engine: Engine, isolated: bool) -> bool:
+    """Tell whether nothing but a ROLLBACK happens when a connection goes back to the pool.
+
+    SQLAlchemy resets an isolation level then, and where that talks to the driver (psycopg's
+    `set_autocommit`) a cancellation in the middle would keep the pool's place for ever.
+    """
+    return engine.dialect.driver == "asyncpg" or not (isolated or engine.get_execution_options())
+
+
+def is_lost(connection: Connection) -> bool:
+    """Tell whether the driver knows by now that the connection is gone."""
+    if connection.closed or connection.invalidated:
+        return True
+    driver: Any = connection.connection.driver_connection
+    closed = getattr(driver, "is_closed", None) or getattr(driver, "closed", False)
+    return bool(closed() if callable(closed) else closed)
+
+
+def reads_later(context: ExecutionContext) -> bool:
+    """Tell whether a result may fetch over the connection after it was handed on."""
+    if context.execution_options.get("stream_results"):
+        return True
+    return context.dialect.driver not in _BUFFERING
+
+
+def changes(connection: Connection) -> int:
+    """Count the rows that SQLite has changed over a connection; 0 for other databases."""
+    return _sqlite(connection).total_changes if connection.dialect.name == "sqlite" else 0
+
+
+def _sqlite(connection: Connection) -> Any:
+    return connection.connection.driver_connection
+
+
+# -- would a COMMIT be a lie? ------------------------------------------------------------------
+
+
+def has_rolled_back(connection: Connection, error: BaseException) -> bool:
+    """Tell whether the database has given up a whole transaction, silently, with this failure."""
+    if connection.closed or connection.invalidated:
+        return True
+    if connection.dialect.name == "sqlite":
+        return _sqlite(connection).in_transaction is False
+    if connection.dialect.name in {"mysql", "mariadb"}:
+        return _driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
+    return False
+
+
+def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
+    """Tell whether PostgreSQL would answer COMMIT with a silent ROLLBACK.
+
+    Args:
+        connection: one that holds a transaction.
+        doubtful: something has happened that may have aborted it: a driver that cannot tell the
+            transaction's status then has to ask the server.
+    """
+    if connection.dialect.name != "postgresql" or is_lost(connection):
+        return False  # a lost connection fails by itself
+    status = _status(connection)
+    if status is not None:
+        return status == _IN_ERROR
+    return doubtful and not autocommits(connection) and _ask(connection, "SELECT 1") is None
+
+
+def _status(connection: Connection) -> int | None:
+    info = getattr(connection.connection.driver_connection, "info", None)
+    status = getattr(info, "transaction_status", None)
+    return None if status is None else int(status)
+
+
+def _ask(connection: Connection, question: str) -> Any:
+    """Return the row that answers, `None` where the transaction is aborted."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(question)
+        return cursor.fetchone()
+    except connection.dialect.loaded_dbapi.Error as error:
+        if _sqlstate(error) == "25P02":
+            return None
+        raise
+    finally:
+        cursor.close()
+
+
+# -- would a COMMIT store something? -----------------------------------------------------------
+
+# A transaction id is assigned to what writes, but also to what locks rows, fills a temporary
+# table, moves a sequence on or was undone with a savepoint. A write to a permanent table holds a
+# lock on it as well. Where there is an id and no lock at all it was DDL without a table, a
+# function say.
+_UNSTORED: Final = """
+SELECT txid_current_if_assigned() IS NOT NULL,
+       coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
+       coalesce(bool_or(explains), false)
+FROM (SELECT mode, mode = 'RowShareLock' OR relpersistence = 't' OR relkind = 'S' AS explains
+      FROM pg_catalog.pg_locks
+      JOIN pg_catalog.pg_class ON pg_class.oid = relation
+      WHERE locktype = 'relation' AND pid = pg_backend_pid()
+        AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+        AND relnamespace <> 'pg_catalog'::regnamespace) AS held
+"""
+
+
+def would_store(connection: Connection, *, wrote: bool, since: int, undone: bool) -> bool:
+    """Tell whether a COMMIT would change the database.
+
+    Args:
+        connection: one that holds a transaction.
+        wrote: a statement that writes was let through: the answer where nobody knows better.
+        since: what `changes` said when the transaction began.
+        undone: a savepoint was rolled back, which explains a transaction id.
+    """
+    if not connection.in_transaction() or autocommits(connection):
+        return False
+    if is_lost(connection) or connection.in_nested_transaction():
+        return wrote  # a savepoint of a test's: the transaction around it is not ours
+    if connection.dialect.name == "sqlite":
+        # The count stays when a savepoint is rolled back; `wrote` goes back with it.
+        return changes(connection) != since and (wrote or not undone)
+    if connection.dialect.name != "postgresql":
+        return wrote
+    if _status(connection) not in (None, _IN_TRANSACTION):
+        return False
+    return _ask_unstored(connection, undone=undone)
+
+
+def _ask_unstored(connection: Connection, *, undone: bool) -> bool:
+    answer = _ask(connection, _UNSTORED)
+    if answer is None:
+        return False  # aborted
+    assigned, written, explained = answer
+    return bool(assigned and (written or not (explained or undone)))
+
+
+# -- what has a failure to say? ----------------------------------------------------------------
+
+
+def leaves_outcome_unknown(error: BaseException) -> bool:
+    """Tell whether a COMMIT that failed with this error may have taken effect."""
+    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+        return False  # SQLAlchemy's own refusal never reached the server
+    state = _sqlstate(_driver_error(error))
+    if state in _ENDED_BEFORE or _was_never_sent(error):
+        return False
+    if state in _OUTCOME_UNKNOWN:
+        return True
+    # A driver's error that SQLAlchemy did not recognise is one of the connection's.
+    return not isinstance(error, DBAPIError) or error.connection_invalidated
+
+
+def _was_never_sent(error: BaseException) -> bool:
+    # asyncpg's InterfaceError: it refuses to send anything over a connection that is closed.
+    cause = _driver_error(error).__cause__
+    return type(cause).__module__.startswith("asyncpg.") and (
+        type(cause).__name__ == "InterfaceError"
+    )
+
+
+def is_servers_word(error: BaseException, connection: Connection) -> bool:
+    """Tell a failure that the server reported from one that the driver made by itself."""
+    if connection.dialect.driver not in _TELLING:
+        return isinstance(error, DBAPIError) and not error.connection_invalidated
+    raw = _driver_error(error)
+    # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
+    tellers = getattr(raw, "diag", None), raw.__cause__, raw
+    return any(getattr(teller, "severity", None) is not None for teller in tellers)
+
+
+def _driver_error(error: BaseException) -> BaseException:
+    original = error.orig if isinstance(error, DBAPIError) else None
+    return original or error
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    tellers = (error, "sqlstate"), (error, "pgcode"), (error.__cause__, "sqlstate")
+    return next(filter(None, (getattr(*teller, None) for teller in tellers)), None)
+
+
+def failed_to_connect(error: BaseException) -> bool:
+    """Tell whether an error was raised while the pool or the driver made a connection."""
+    # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
+    # application's own, in a listener say, has not passed there.
+    entrance = Engine.raw_connection.__code__
+    return any(frame.f_code is entrance for frame, _ in walk_tb(error.__traceback__))

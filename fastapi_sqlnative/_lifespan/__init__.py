@@ -1,0 +1,1 @@
+"""An application's databases: installed, started, checked, shut down."""

@@ -1,0 +1,335 @@
+"""What start-up sees of an application's routes, where FastAPI sees nothing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Annotated, Any, Final, Union, get_args, get_origin
+
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from .._routes import routes_of
+from ..databases import AsyncDatabase, Database
+from ..dependencies import (
+    DatabaseDependency,
+    HandleDependency,
+    InstalledDependency,
+    ReaderDependency,
+    TransactionDependency,
+    get_database_handle,
+    get_db,
+    reader,
+    transactional,
+)
+from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError
+from .gate import Opened
+from .installations import Installation, not_installed
+from .running import Running
+
+logger = logging.getLogger("fastapi_sqlnative")
+
+# What our dependencies give, and so the only classes whose annotation can contradict them.
+_GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
+# They make dependencies, and are easily taken for ones.
+_MAKERS: Final = (get_db, transactional, reader, get_database_handle)
+# What a function that is not `async def` cannot wait for. Without `get`, a name of many things.
+_AWAITED: Final = frozenset(
+    name for name, each in vars(AsyncSession).items() if inspect.iscoroutinefunction(each)
+) - {"get"}
+
+
+def check_application(running: Running) -> None:
+    """Refuse overrides that can never match.
+
+    Raises:
+        DatabaseDependencyError: `dependency_overrides[get_db]`, say, without the call.
+    """
+    for maker in _MAKERS:
+        if maker in getattr(running.app, "dependency_overrides", {}):
+            raise DatabaseDependencyError(
+                f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
+                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)], with the "
+                "name of the database; without one it is 'default'."
+            )
+
+
+def examine_all(running: Running) -> None:
+    """Check the routes that nobody has looked at yet, and tell the gate what they open."""
+    for context in routes_of(running.app.routes):
+        if not running.gate.knows(_original(context)):
+            running.gate.learn(_original(context), _examine(running, context))
+
+
+def examine_late(running: Running, route: object) -> Opened:
+    """Check a route that was added after start-up, when its first request is there."""
+    opened: Opened = Counter()
+    for context in routes_of(running.app.routes):
+        if _original(context) is route:
+            opened |= _examine(running, context)
+    return opened
+
+
+def _original(context: object) -> object:
+    return getattr(context, "original_route", context)
+
+
+def _examine(running: Running, context: Any) -> Opened:
+    """Refuse a route that depends on a database in a way that cannot work.
+
+    An overridden dependency is the application's business, and is not looked into.
+
+    Returns:
+        the databases that a request opens sessions of, with how many.
+
+    Raises:
+        DatabaseNotInstalledError: a name that is not installed.
+        DatabaseDependencyError: a scope, an annotation or a function that cannot work.
+    """
+    dependant = getattr(context, "dependant", None)
+    if dependant is None:
+        return Counter()
+    check = _Check(context.path, running, dependant)
+    check.visit(dependant)
+    if check.opened:
+        _report_route_class(_original(context))
+    return Counter(database for database, _ in check.opened)
+
+
+def _report_route_class(route: object) -> None:
+    if not isinstance(route, APIRoute):
+        return
+    if type(route).get_route_handler is not APIRoute.get_route_handler:
+        logger.warning(
+            "Route %r has a class of its own, %s, whose get_route_handler() runs around the "
+            "commit: if it turns an exception into a response, the request is rolled back and "
+            "answered as that response says.",
+            route.path,
+            type(route).__qualname__,
+        )
+
+
+class _Check:
+    """A walk through the dependencies of one route."""
+
+    def __init__(self, route: str, running: Running, endpoint: Dependant) -> None:
+        self.opened: set[tuple[Any, type]] = set()
+        self._route = route
+        self._running = running
+        self._endpoint = endpoint
+        self._overrides = getattr(running.app, "dependency_overrides", {})
+
+    def visit(self, dependant: Dependant, outlives: Dependant | None = None) -> None:
+        """Look at what a callable depends on; `outlives` is a request-scoped generator above."""
+        for child in dependant.dependencies:
+            call: object = child.call
+            if self._is_overridden(call):
+                continue
+            if any(call is maker for maker in _MAKERS):
+                raise self._mistake(
+                    f"Depends({_name_of(call)}) gives no session. Write "
+                    f"Depends({_name_of(call)}(name)): the call makes the dependency."
+                )
+            if isinstance(call, DatabaseDependency):
+                self._visit_ours(dependant, child, call, outlives)
+            else:
+                self.visit(child, child if _is_request_scoped_generator(child) else outlives)
+
+    def _mistake(self, what: str) -> DatabaseDependencyError:
+        return DatabaseDependencyError(f"Route {self._route!r}: {what}")
+
+    def _is_overridden(self, call: object) -> bool:
+        if isinstance(call, Hashable) and call in self._overrides:
+            return True
+        if not isinstance(call, DatabaseDependency) or call.gives_handle:
+            return False
+        # transactional(name) and reader(name) hand out what get_db(name) gives them.
+        return get_db(call.name) in self._overrides
+
+    def _visit_ours(
+        self,
+        parent: Dependant,
+        child: Dependant,
+        call: DatabaseDependency,
+        outlives: Dependant | None,
+    ) -> None:
+        installation = self._running.find(call.name)
+        if isinstance(call, InstalledDependency) and self._is_mounted(call.name):
+            return  # readiness counts the databases of mounted applications too
+        if installation is None:
+            error = not_installed(call.name, self._running.names())
+            raise DatabaseNotInstalledError(f"Route {self._route!r}: {error}")
+        if not call.gives_handle:
+            self._check_scope(child, call, outlives)
+            self._check_function(parent, child, call, installation)
+        self._check_annotation(parent, child, call, installation)
+        if isinstance(call, TransactionDependency):
+            self._check_autocommit(call, installation)
+        if installation.database is not None and not isinstance(call, InstalledDependency):
+            # transactional(name) opens what get_db(name) does; a handle may open one beside it.
+            kind = type(call) if isinstance(call, ReaderDependency | HandleDependency) else object
+            self.opened.add((installation.database, kind))
+
+    def _is_mounted(self, name: str) -> bool:
+        return any(each.name == name for each in self._running.databases_from_here())
+
+    def _check_scope(
+        self, child: Dependant, call: DatabaseDependency, outlives: Dependant | None
+    ) -> None:
+        if child.scope == "request":
+            raise self._mistake(
+                f"the session of database {call.name!r} is finished before "
+                'the response starts, so scope="request" cannot hold. Leave scope out; work that '
+                f"outlives the response depends on get_database_handle({call.name!r})."
+            )
+        if outlives is not None:
+            name = _name_of(outlives.call)
+            raise self._mistake(
+                f"the generator {name} depends on the session of database {call.name!r}, but runs "
+                "on after the response has left, when the session is finished. Let it return the "
+                f'session instead of yielding it, or declare it with Depends({name}, scope="'
+                "function\"). Where it is a library's and you can do neither, give it a "
+                f"dependency of your own that returns what get_db({call.name!r}) gives."
+            )
+
+    def _check_function(
+        self, parent: Dependant, child: Dependant, call: DatabaseDependency, found: Installation
+    ) -> None:
+        """Refuse a function that cannot use the session: it cannot await, or runs too late."""
+        is_endpoint = parent is self._endpoint
+        if child.name is None or parent.call is None or found.database is None:
+            return
+        name = _name_of(parent.call)
+        if is_endpoint and _is_generator(parent.call):
+            raise self._mistake(
+                f"{name} yields its response, and runs when the session of database "
+                f"{call.name!r} is finished. Depend on get_database_handle({call.name!r}) and "
+                "open a session in the generator."
+            )
+        if isinstance(found.database.engine, AsyncEngine) and _cannot_await(
+            parent.call, is_endpoint=is_endpoint
+        ):
+            raise self._mistake(
+                f"{name} is no `async def`, and gets the AsyncSession of database {call.name!r}, "
+                "which has to be awaited: nothing that it asks for would be done. Write it with "
+                "`async def`, or install an Engine."
+            )
+
+    def _check_autocommit(self, call: DatabaseDependency, installation: Installation) -> None:
+        database = installation.database
+        options = {} if database is None else database.engine.get_execution_options()
+        if options.get("isolation_level") == "AUTOCOMMIT":
+            raise self._mistake(
+                f"transactional({call.name!r}) needs transactions, and the engine of database "
+                f"{call.name!r} is in AUTOCOMMIT. Make the engine without it, or depend on "
+                f"get_db({call.name!r})."
+            )
+
+    def _check_annotation(
+        self, parent: Dependant, child: Dependant, call: DatabaseDependency, found: Installation
+    ) -> None:
+        annotation = _annotation(parent.call, child.name)
+        if found.database is None or annotation is None:
+            return
+        asynchronous = isinstance(found.database.engine, AsyncEngine)
+        session: type = AsyncSession if asynchronous else Session
+        given = type(found.database) if call.gives_handle else session
+        named = [each for each in _classes(annotation) if issubclass(each, _GIVEN)]
+        if named and not any(issubclass(each, given) for each in named):
+            raise self._mistake(
+                f"parameter {child.name!r} of {_name_of(parent.call)} is annotated with "
+                f"{named[0].__name__}, but database {call.name!r} is installed with an "
+                f"{type(found.database.engine).__name__} and gives {_article(given)}. Fix the "
+                "annotation, or install the other kind of engine."
+            )
+
+
+def _article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+
+
+# -- functions ---------------------------------------------------------------------------------
+
+
+def _name_of(call: object) -> str:
+    return getattr(call, "__qualname__", None) or type(call).__qualname__
+
+
+def _is_request_scoped_generator(dependant: Dependant) -> bool:
+    """Tell what FastAPI enters before the endpoint and leaves after the response."""
+    return dependant.scope != "function" and _is_generator(dependant.call)
+
+
+def _is_generator(call: object) -> bool:
+    return any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
+        for each in _functions(call)
+    )
+
+
+def _cannot_await(call: object, *, is_endpoint: bool) -> bool:
+    """Tell whether a session that must be awaited is of no use to a function.
+
+    A dependency may also pass it on, to a repository say, and classes do nothing else.
+    """
+    functions = _functions(call)
+    if inspect.isclass(call) or any(
+        inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in functions
+    ):
+        return False
+    names = {name for each in functions for name in _names_in(each)}
+    return is_endpoint or not names.isdisjoint(_AWAITED)
+
+
+def _names_in(function: object) -> tuple[str, ...]:
+    code = getattr(function, "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _functions(call: object) -> list[object]:
+    """List what runs when a dependency is called, behind partials and decorators."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    if call is None:
+        return []
+    looked_at: list[Any] = [call, inspect.unwrap(call)]  # type: ignore[arg-type] # any object may
+    if not inspect.isclass(looked_at[1]):
+        methods = [each.__call__ for each in looked_at]
+        looked_at += [*methods, *map(inspect.unwrap, methods)]
+    return looked_at
+
+
+# -- annotations -------------------------------------------------------------------------------
+
+
+def _annotation(call: Callable[..., Any] | None, parameter: str | None) -> object:
+    if call is None or parameter is None:
+        return None
+    try:
+        parameters = inspect.signature(call, eval_str=True).parameters
+    except Exception:  # noqa: BLE001 - often a name that only the type checker knows
+        return None  # nothing visible contradicts
+    found = parameters.get(parameter)
+    return None if found is None else found.annotation
+
+
+def _classes(annotation: object) -> list[type]:
+    """List the classes that an annotation names, through aliases, `Annotated` and unions."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return [annotation]
+    # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
+    value = getattr(annotation, "__value__", None)
+    if value is not None:
+        return _classes(value)
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _classes(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [each for part in get_args(annotation) for each in _classes(part)]
+    return _classes(origin) if origin is not None else []

@@ -1,0 +1,58 @@
+"""What is done with an engine itself, of either kind, without blocking the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+from sqlalchemy import Engine, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from .completion import ended_within, in_thread
+
+AnyEngine: TypeAlias = Engine | AsyncEngine
+T = TypeVar("T")
+
+
+def sync_engine(engine: AnyEngine) -> Engine:
+    """Return the engine that has the pool: an `AsyncEngine` is a proxy for one."""
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+async def run_on_engine(engine: AnyEngine, work: Callable[[Engine], T]) -> T:
+    """Give the engine to plain code.
+
+    In a greenlet for an `AsyncEngine`, which a cancellation reaches; in a daemon thread of its own
+    for an `Engine`, which a cancellation leaves behind: only the driver's timeouts bound that one.
+    """
+    if isinstance(engine, AsyncEngine):
+        # A session that is there for nothing else has the only public way into a greenlet.
+        return await AsyncSession(engine).run_sync(lambda _: work(engine.sync_engine))
+    return await asyncio.wrap_future(in_thread(lambda: work(engine)))
+
+
+async def dispose(engine: AnyEngine) -> None:
+    """Close the engine's idle connections."""
+    if isinstance(engine, AsyncEngine):
+        await engine.dispose()
+    else:
+        await run_on_engine(engine, lambda each: each.dispose())
+
+
+def ask_for_one_row(engine: Engine) -> None:
+    """Make the server answer."""
+    with engine.connect() as connection:
+        connection.scalar(select(1))
+
+
+async def answers(engine: AnyEngine, timeout: float, *, grace: float = 0) -> bool:
+    """Ask for one row, and tell whether it came within so many seconds.
+
+    What does not end in time is cancelled, and left behind after so many seconds of grace.
+    """
+    asking = asyncio.create_task(run_on_engine(engine, ask_for_one_row))
+    if not await ended_within(timeout, asking, grace=grace):
+        return False
+    asking.result()
+    return True

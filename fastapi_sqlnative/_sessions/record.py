@@ -1,0 +1,328 @@
+"""What one session has let through, and what follows for its use and its commit.
+
+Everything the rules on lying and forgotten commits (5, 6, 7) and on finished sessions (11) need to
+know stands here. `session` keeps it up to date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+from .._drivers import transactions
+from .._drivers.statements import Effect
+from ..exceptions import (
+    AfterCommitError,
+    BlockingSessionError,
+    CommitOutcomeUnknownError,
+    DatabaseNotStartedError,
+    SessionFinishedError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
+from .options import TransactionOptions
+
+if TYPE_CHECKING:
+    from .factory import SessionFactory
+
+
+class Record:
+    """The memory of one session, from its last commit or rollback on.
+
+    It belongs to the session and ends with it. An exception is kept until the transaction ends and
+    no longer: its traceback holds the connection.
+
+    Args:
+        factory: what the sessions of the database share.
+        options: what the session's transactions ask of the server.
+        loop_thread: the thread on which the session must not block, `None` for anywhere.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "closed",
+        "commits",
+        "committed",
+        "committing",
+        "connections",
+        "discarded",
+        "ending",
+        "factory",
+        "failed",
+        "finished",
+        "handed_out",
+        "loop_thread",
+        "on_idle",
+        "open_results",
+        "options",
+        "rolled_back",
+        "savepoints",
+        "stored",
+        "streamed",
+        "undone",
+        "unknown",
+        "wrote",
+    )
+
+    def __init__(
+        self, factory: SessionFactory, options: TransactionOptions, loop_thread: int | None
+    ) -> None:
+        self.factory = factory
+        self.options = options
+        self.loop_thread = loop_thread
+        self.commits = False  # whoever opened the session commits it at the end
+        self.finished = False  # its time is over
+        self.ending = False  # though an override of the application's may still use it
+        self.closed = False  # by the application
+        self.discarded = False  # and over work that was not stored
+        self.committed = False  # the last COMMIT has got through
+        self.stored = False  # a COMMIT has stored something, or may have
+        self.on_idle: Any = None  # called when the session has given its connections back
+        self.connections: dict[Connection, int] = {}  # with the changes made before
+        self._begin()
+
+    def _begin(self) -> None:
+        self.wrote = False
+        self.unknown = False  # a statement that may have written
+        self.handed_out = False  # a connection, over which anything may have been sent
+        self.undone = False  # a savepoint
+        self.committing = False  # nothing comes between now and COMMIT
+        self.failed: BaseException | None = None
+        self.rolled_back: BaseException | None = None  # by the database, with this failure
+        self.streamed = False  # a result that may fail while it is read
+        self.open_results: list[Any] | None = None
+        # What `wrote` and `unknown` were when a savepoint began, by its name or its depth.
+        self.savepoints: dict[str | int, tuple[bool, bool]] | None = None
+
+    def begun_on(self, connection: Connection) -> None:
+        """Note a connection that the transaction runs on from now on.
+
+        Raises:
+            TransactionOptionsError: its engine commits each statement by itself, so that there
+                is no transaction to commit or roll back.
+        """
+        self.connections[connection] = transactions.changes(connection)
+        self.factory.begun_on(self, connection)
+        if self.commits and transactions.autocommits(connection):
+            raise self.factory.autocommit_error()
+
+    def will_commit(self) -> None:
+        """Note that whoever opened the session commits it at the end."""
+        self.commits = True
+        if any(map(transactions.autocommits, self.connections)):
+            raise self.factory.autocommit_error()
+
+    def forget(self) -> None:
+        """Start anew: the session's transaction has ended, and it holds no connection."""
+        if self.connections:
+            self.connections.clear()
+            self.factory.busy.discard(self)
+            if self.on_idle is not None:
+                self.on_idle()
+        self._begin()
+
+    def discard_connections(self) -> None:
+        """Let go of what a session holds that could not be closed: SQLAlchemy has forgotten it."""
+        for connection in tuple(self.connections):
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+        self.forget()
+
+    # -- may the session be used here and now? ---------------------------------------------
+
+    def check_usable(self) -> None:
+        """Refuse a session that is finished or stopped, or that would block the event loop."""
+        self.check_unfinished()
+        if self.factory.stopped:
+            raise DatabaseNotStartedError(
+                f"Database {self.factory.name!r} is stopped: the application's lifespan has "
+                "ended. Finish work with the database before the application shuts down."
+            )
+        self.check_thread()
+
+    def check_unfinished(self) -> None:
+        """Refuse a session whose time is over."""
+        if self.finished and not self.ending:
+            raise self.finished_error()
+
+    def check_thread(self) -> None:
+        """Refuse to wait for the database on the event loop's own thread."""
+        if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
+            raise BlockingSessionError(
+                f"The synchronous session of database {self.factory.name!r} was used on the event "
+                "loop's thread, where it would block every other request. Declare the endpoint or "
+                "dependency with `def` instead of `async def`, call the code with "
+                "`await run_in_threadpool(...)`, or install an AsyncEngine."
+            )
+
+    def finished_error(self) -> SessionFinishedError:
+        """Build the error that tells what to use instead."""
+        return SessionFinishedError(
+            f"This session of database {self.factory.name!r} is finished: the request (or block) "
+            "that it belongs to has ended, its connection went back to the pool. In a stream, a "
+            "background task or any work that outlives the request, depend on "
+            f"get_database_handle({self.factory.name!r}) and open a session there."
+        )
+
+    def check_discarded(self) -> None:
+        """Refuse a success when a close() has thrown away what was to be stored."""
+        if self.discarded:
+            raise UncommittedChangesError(
+                f"The session of database {self.factory.name!r} was closed over changes that had "
+                "not been committed, and they are lost. Leave closing it to whoever opened it: no "
+                "`with session`, no close(). To give changes up call rollback()."
+            )
+
+    # -- what was let through --------------------------------------------------------------
+
+    def let_through(self, result: Any, statement: Any) -> None:
+        """Note what a statement may have done, and whether its result is still being read."""
+        cursor_result = getattr(result, "raw", None) or result
+        context = getattr(cursor_result, "context", None)
+        if context is None:
+            # The ORM's bulk statements, and what a listener of the application answered with.
+            self.wrote = self.wrote or getattr(statement, "is_dml", True)
+            return
+        effect, name = self.factory.effect_of(context)
+        if effect is Effect.WRITE:
+            self.wrote = self.wrote or getattr(result, "rowcount", -1) != 0
+        elif effect is Effect.UNKNOWN:
+            self.unknown = True
+        elif effect is Effect.SAVEPOINT:
+            self.savepoint_begins(name)
+        elif effect is Effect.UNDO:
+            self.savepoint_undone(name)
+        if cursor_result.cursor is not None and transactions.reads_later(context):
+            self.streamed = True
+            still_open = [each for each in self.open_results or () if each.cursor is not None]
+            self.open_results = [*still_open, cursor_result]
+
+    def savepoint_begins(self, savepoint: str | int) -> None:
+        """Remember what had been written, for the case that the savepoint is rolled back."""
+        self.savepoints = self.savepoints or {}
+        self.savepoints[savepoint] = self.wrote, self.unknown
+
+    def savepoint_undone(self, savepoint: str | int) -> None:
+        """Go back to what had been written when the savepoint began."""
+        self.undone = True
+        self.wrote, self.unknown = (self.savepoints or {}).get(
+            savepoint, (self.wrote, self.unknown)
+        )
+
+    def end_results(self) -> None:
+        """Close what is still read, before COMMIT or ROLLBACK: the connection goes to others."""
+        for result in self.open_results or ():
+            self.factory.remember_reader(result.context.root_connection, self)
+            # One on a lost connection fails, and one that was read meanwhile has no cursor.
+            with contextlib.suppress(result.context.dialect.loaded_dbapi.Error, OSError):
+                result.context.cursor.close()
+        self.open_results = None
+
+    def hears(self, error: BaseException) -> None:
+        """Note a failure on one of the session's connections."""
+        if not isinstance(error, Exception):
+            return  # a cancellation costs the connection
+        self.failed = self.failed or error
+        if self.may_have_written and any(
+            transactions.has_rolled_back(connection, error) for connection in self.connections
+        ):
+            self.rolled_back = error
+
+    def fails(self, error: Exception) -> None:
+        """Note an error that leaves the session.
+
+        Raises:
+            sqlalchemy.exc.OperationalError: in place of what SQLAlchemy does not know, when a
+                driver cannot connect.
+        """
+        self.hears(error)
+        if transactions.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
+            raise OperationalError(None, None, error) from error
+
+    @property
+    def may_have_written(self) -> bool:
+        """Tell whether a commit may store something, as far as can be told without asking."""
+        return (self.wrote or self.unknown or self.handed_out) and not self.options.read_only
+
+    def leaves_unstored(self) -> bool:
+        """Tell whether a COMMIT now would change the database; in doubt the server is asked."""
+        if not self.may_have_written:
+            return False
+        try:
+            return any(map(self._would_store, self.connections))
+        except (OSError, *(each.dialect.loaded_dbapi.Error for each in self.connections)):
+            return self.wrote  # lost while it was asked, which proves nothing
+
+    def _would_store(self, connection: Connection) -> bool:
+        return transactions.would_store(
+            connection,
+            wrote=self.wrote and self.rolled_back is None,
+            since=self.connections[connection],
+            undone=self.undone,
+        )
+
+    def settle_doubt(self) -> None:
+        """Find out whether what may have written has: other databases depend on it."""
+        if self.may_have_written and not self.wrote and not self.leaves_unstored():
+            self.unknown = self.handed_out = False
+
+    # -- may it be committed, and what did the COMMIT do? ----------------------------------
+
+    def check_committable(self) -> None:
+        """Refuse to commit what the server has given up: it would answer with a silent ROLLBACK.
+
+        Raises:
+            TransactionAbortedError: an error inside the transaction was swallowed.
+        """
+        if not self.may_have_written:
+            return
+        doubtful = self.failed is not None or self.handed_out or self.streamed
+        if self.rolled_back is None and not any(
+            transactions.is_aborted(connection, doubtful=doubtful)
+            for connection in self.connections
+        ):
+            return
+        raise TransactionAbortedError(
+            f"The transaction on database {self.factory.name!r} cannot be committed: an "
+            "error inside it was caught and ignored, and the server has given the "
+            "transaction up. Let the error propagate, call rollback(), or put the "
+            "statement that may fail into its own savepoint: `session.begin_nested()`."
+        ) from (self.rolled_back or self.failed)
+
+    def commit_failed(self, error: Exception) -> None:
+        """Say what a failure of `commit()` means, where the error itself does not.
+
+        Raises:
+            AfterCommitError: the COMMIT has got through.
+            CommitOutcomeUnknownError: it may have.
+        """
+        if self.committed:
+            raise self.after_commit_error() from error
+        if not self.committing:
+            return
+        # With several engines the first may have committed when the second says no.
+        unknown = len(self.connections) > 1 or transactions.leaves_outcome_unknown(error)
+        unknown = unknown and self.may_have_written
+        for connection in self.connections:
+            if not transactions.is_servers_word(error, connection):
+                # SQLAlchemy would keep one that may still be in its transaction.
+                connection.invalidate()
+        if unknown:
+            self.stored = True
+            raise CommitOutcomeUnknownError(
+                f"The connection to database {self.factory.name!r} was lost during COMMIT: "
+                "what was written may or may not be stored. Look before you repeat it."
+            ) from error
+
+    def after_commit_error(self) -> AfterCommitError:
+        """Build the error for a failure that comes too late to undo anything."""
+        return AfterCommitError(
+            f"The transaction on database {self.factory.name!r} is stored, but what ran after its "
+            "COMMIT has failed: an after_commit listener, or a commit() of the session's class. "
+            "Do not repeat the request; let what runs there handle its own errors."
+        )

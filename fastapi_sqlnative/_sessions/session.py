@@ -1,0 +1,369 @@
+"""The session class: every use of the database passes one of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeAlias, cast
+
+from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
+from .record import Record
+
+AnySession: TypeAlias = Session | AsyncSession
+
+
+class NativeSession(Session):
+    """A `Session` that notes what it lets through, and says what a COMMIT has done.
+
+    It stands behind the application's own session class, nearest to SQLAlchemy's: an override of
+    the application's runs first, and what it calls by `super()` passes here.
+    """
+
+    sqlnative: Record
+
+    # -- ways in ---------------------------------------------------------------------------
+
+    def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
+        """Let a statement through; loads, lazy ones too, come this way."""
+        record = self.sqlnative
+        record.check_usable()
+        try:
+            result = super().execute(statement, *args, **options)
+        except Exception as error:
+            record.fails(error)
+            raise
+        record.let_through(result, statement)
+        return result
+
+    def scalars(self, *args: Any, **options: Any) -> Any:
+        """Execute, and return scalars."""
+        return self.execute(*args, **options).scalars()
+
+    def scalar(self, *args: Any, **options: Any) -> Any:
+        """Execute, and return a scalar."""
+        return self.execute(*args, **options).scalar()
+
+    def connection(self, *args: Any, **options: Any) -> Connection:
+        """Hand out a connection, over which anything may be sent."""
+        with self._way_in() as record:
+            connection = super().connection(*args, **options)
+        record.handed_out = True
+        return connection
+
+    def flush(self, *args: Any, **options: Any) -> None:
+        """Send pending changes. SQLAlchemy calls this before each statement."""
+        record = self.sqlnative
+        if record.options is AUTOCOMMIT and has_pending_changes(self):
+            raise record.factory.read_only_error()
+        if record.loop_thread is not None and has_pending_changes(self):
+            record.check_thread()
+        looked, record.committing = record.committing, False
+        try:
+            super().flush(*args, **options)
+        except Exception as error:
+            record.fails(error)
+            raise
+        if looked:  # objects of a listener's, after the last look
+            record.check_committable()
+            record.committing = True
+
+    def bulk_save_objects(self, *args: Any, **options: Any) -> None:
+        """Insert or update."""
+        self._write(super().bulk_save_objects, *args, **options)
+
+    def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
+        """Insert."""
+        self._write(super().bulk_insert_mappings, *args, **options)
+
+    def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
+        """Update."""
+        self._write(super().bulk_update_mappings, *args, **options)
+
+    def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
+        with self._way_in() as record:
+            record.wrote = True
+            work(*args, **options)
+
+    @contextmanager
+    def _way_in(self) -> Iterator[Record]:
+        record = self.sqlnative
+        record.check_usable()
+        try:
+            yield record
+        except Exception as error:
+            record.fails(error)
+            raise
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
+        """Choose the engine, as one that sets the transaction's options."""
+        bind = super().get_bind(*args, **arguments)
+        record = self.sqlnative
+        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
+            return bind
+        return record.factory.engine_for(bind, record.options)
+
+    # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
+    # a closed session too, but its message knows no remedy.
+
+    def add(self, *args: Any, **options: Any) -> None:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        super().add(*args, **options)
+
+    def delete(self, *args: Any, **options: Any) -> None:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        super().delete(*args, **options)
+
+    def merge(self, *args: Any, **options: Any) -> Any:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        return super().merge(*args, **options)
+
+    def refresh(self, *args: Any, **options: Any) -> None:
+        """Refuse a finished session."""
+        self.sqlnative.check_unfinished()
+        super().refresh(*args, **options)
+
+    # -- ways out --------------------------------------------------------------------------
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """Begin a transaction, or a savepoint."""
+        self.sqlnative.check_unfinished()
+        transaction = super().begin(nested)
+        if not nested:
+            return cast("SessionTransaction", BegunTransaction(self, transaction))
+        self.sqlnative.savepoint_begins(_depth(transaction))
+        return transaction
+
+    def get_transaction(self) -> SessionTransaction | None:
+        """Return the transaction, if one has begun."""
+        transaction = super().get_transaction()
+        if transaction is None:
+            return None
+        return cast("SessionTransaction", BegunTransaction(self, transaction))
+
+    def commit(self) -> None:
+        """Commit as SQLAlchemy does: usable? flush; committable? COMMIT; what does it mean?
+
+        Raises:
+            TransactionAbortedError: an error inside the transaction was swallowed.
+            CommitOutcomeUnknownError: the connection was lost during COMMIT.
+            AfterCommitError: what ran after the COMMIT has failed.
+        """
+        record = self.sqlnative
+        record.check_unfinished()
+        if record.connections:
+            record.check_thread()
+        record.committed = False
+        try:
+            while self.in_nested_transaction():
+                cast("SessionTransaction", self.get_nested_transaction()).commit()
+            if self.dispatch.before_commit:
+                self._commit_after_listeners()
+            else:
+                if self.in_transaction():
+                    _look_last(self)  # nothing comes between this and COMMIT
+                super().commit()
+        except Exception as error:
+            record.commit_failed(error)
+            raise
+
+    def _commit_after_listeners(self) -> None:
+        # A listener of the session's own runs after those of its classes, and the newest last.
+        event.listen(self, "before_commit", _look_last)
+        try:
+            super().commit()
+        finally:
+            event.remove(self, "before_commit", _look_last)
+
+    def rollback(self) -> None:
+        """Roll back."""
+        record = self.sqlnative
+        if record.connections:
+            record.check_thread()
+        record.end_results()
+        super().rollback()
+
+    # They roll back too, and nobody who writes `with session:` means that.
+
+    def close(self) -> None:
+        """Close, and note what is thrown away."""
+        self._note_discarded(ask=True)
+        super().close()
+
+    def reset(self) -> None:
+        """Reset, and note what is thrown away."""
+        self._note_discarded(ask=True)
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Close and give the connection up, and note what is thrown away."""
+        self._note_discarded(ask=False)  # over a connection that may hang
+        super().invalidate()
+
+    def _note_discarded(self, *, ask: bool) -> None:
+        record = self.sqlnative
+        if record.connections:
+            record.check_thread()
+        record.end_results()
+        record.closed = True
+        if record.finished or record.discarded or not self.in_transaction():
+            return
+        unstored = record.leaves_unstored() if ask else record.may_have_written
+        record.discarded = unstored or has_pending_changes(self)
+
+
+class BegunTransaction:
+    """The transaction that `begin()` hands out, whose commit is the session's own."""
+
+    def __init__(self, session: Session, transaction: SessionTransaction) -> None:
+        self._session = session
+        self._transaction = transaction
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transaction, name)
+
+    def commit(self) -> None:
+        """Commit the session, where this is still its transaction."""
+        if self._transaction.is_active:
+            self._session.commit()
+        else:
+            self._transaction.commit()  # raises, and says why
+
+    def rollback(self) -> None:
+        """Roll the transaction back."""
+        record_of(self._session).end_results()
+        self._transaction.rollback()
+
+    def __enter__(self) -> BegunTransaction:
+        self._transaction.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None and self._transaction.is_active:
+            try:
+                self._session.commit()
+            except BaseException as failure:
+                record_of(self._session).end_results()
+                self._transaction.__exit__(type(failure), failure, failure.__traceback__)
+                raise
+        record_of(self._session).end_results()
+        self._transaction.__exit__(kind, error, traceback)
+
+
+class _Outermost(Session):
+    """What stands in front of the application's class."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keep the application's own from hearing of a subclass that is none of its."""
+
+
+def native_class(base: type[Session]) -> type[Session]:
+    """Put ours behind an application's session class, under the same name."""
+    bases = (_Outermost, NativeSession) if base is Session else (_Outermost, base, NativeSession)
+    return type(base.__name__, bases, {"__module__": base.__module__})
+
+
+def sync_session(session: AnySession) -> NativeSession:
+    """Return the session that does the work: an `AsyncSession` is a proxy for one."""
+    inner = session.sync_session if isinstance(session, AsyncSession) else session
+    return cast("NativeSession", inner)
+
+
+def record_of(session: AnySession) -> Record:
+    """Return the record of a session that `native_class` made."""
+    return sync_session(session).sqlnative
+
+
+def _look_last(session: NativeSession) -> None:
+    """Refuse to commit what cannot be: after every listener, and right before COMMIT."""
+    record = session.sqlnative
+    # First what commit() would flush after this, with listeners that may swallow an error.
+    session.flush()
+    record.check_committable()
+    record.end_results()
+    record.committing = True
+
+
+def _depth(transaction: SessionTransaction) -> int:
+    return 0 if transaction.parent is None else 1 + _depth(transaction.parent)
+
+
+# -- what waits for a flush ----------------------------------------------------------------------
+
+
+def has_pending_changes(session: Session) -> bool:
+    """Tell whether a flush would send something."""
+    # Whatever is added or changed begins a transaction: asking for one first is cheap.
+    return session.in_transaction() and bool(
+        session.new
+        or session.deleted
+        or (session.identity_map.check_modified() and any(map(_would_be_sent, session.dirty)))
+    )
+
+
+def _would_be_sent(row: object) -> bool:
+    """Tell whether a flush would send an object: not for attributes that no table keeps."""
+    state = inspect(row)
+    stored = {
+        attribute.key
+        for attribute in state.mapper.column_attrs
+        if any(getattr(each, "table", None) in state.mapper.tables for each in attribute.columns)
+    } | {each.key for each in state.mapper.relationships if not each.viewonly}
+    return any(state.attrs[key].history.has_changes() for key in stored.intersection(state.dict))
+
+
+# -- the few events, where no method is passed ---------------------------------------------------
+
+
+# Before the application's own listeners: one that fails must not hide the connection from us.
+@event.listens_for(NativeSession, "after_begin", insert=True)
+def _after_begin(
+    session: NativeSession, _transaction: SessionTransaction, connection: Connection
+) -> None:
+    record = session.sqlnative
+    if connection in record.connections:
+        return  # a savepoint on a connection that is known
+    record.begun_on(connection)
+    if record.finished:
+        # A task or thread that the request left behind has waited for the pool all the while.
+        record.discard_connections()
+        record.check_unfinished()
+    if record.options is not NO_OPTIONS:
+        begin_with(connection, record.options)
+
+
+@event.listens_for(NativeSession, "after_flush")
+def _after_flush(session: NativeSession, _context: object) -> None:
+    session.sqlnative.wrote = True
+
+
+@event.listens_for(NativeSession, "after_commit", insert=True)
+def _after_commit(session: NativeSession) -> None:
+    record = session.sqlnative
+    if record.committing:  # else it was a savepoint
+        record.committed = True
+        record.stored = record.stored or record.may_have_written
+
+
+@event.listens_for(NativeSession, "after_soft_rollback", insert=True)
+def _after_soft_rollback(session: NativeSession, previous: SessionTransaction) -> None:
+    if previous.nested:
+        session.sqlnative.savepoint_undone(_depth(previous))
+
+
+@event.listens_for(NativeSession, "after_transaction_end")
+def _after_transaction_end(session: NativeSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.sqlnative.forget()

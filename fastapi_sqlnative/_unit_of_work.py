@@ -1,0 +1,326 @@
+"""One request's sessions: opened late, committed in order, closed before the response."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, cast
+
+from fastapi.requests import HTTPConnection
+from fastapi.routing import request_response
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ._lifespan.running import running_for
+from ._sessions.factory import SessionFactory
+from ._sessions.finishing import (
+    Call,
+    close,
+    close_all,
+    commit,
+    directly,
+    may_be_interrupted,
+    needs_commit,
+    roll_back_and_close,
+    run_together,
+)
+from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
+from ._sessions.record import Record
+from ._sessions.session import AnySession, NativeSession, has_pending_changes, sync_session
+from .databases import sessions_of
+from .exceptions import (
+    AfterCommitError,
+    PartialCommitError,
+    ReadOnlySessionError,
+    TransactionOptionsError,
+    UncommittedChangesError,
+)
+
+
+@dataclass(eq=False, slots=True)
+class _Member:
+    """A session of the request."""
+
+    factory: SessionFactory
+    session: AnySession
+    inner: NativeSession  # that does the work
+    record: Record
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether finishing it may wait: for the database, or for code of the application."""
+        return bool(
+            self.record.connections
+            or has_pending_changes(self.inner)
+            or self.factory.overridden
+            or (self.record.commits and needs_commit(self.inner))
+        )
+
+
+class UnitOfWork:
+    """The owner of every session of one request.
+
+    Lives from the first dependency that asks for a session until the endpoint has returned and
+    its result is serialized. The response starts after that.
+    """
+
+    __slots__ = ("_has_place", "_loop", "_members", "_readers", "_running", "_scope", "_sessions")
+
+    def __init__(self, connection: HTTPConnection) -> None:
+        self._running = running_for(connection)
+        self._scope = connection.scope
+        self._sessions: dict[str, _Member] = {}
+        self._readers: dict[str, _Member] = {}
+        self._members: list[_Member] = []
+        self._has_place = False
+
+    async def session(self, name: str) -> AnySession:
+        """Return the request's one session for a database."""
+        member = self._sessions.get(name)
+        if member is None:
+            member = self._sessions[name] = await self._open(name, NO_OPTIONS)
+        return member.session
+
+    async def reader(self, name: str, session: AnySession) -> AnySession:
+        """Return the AUTOCOMMIT session beside a session of ours, else that session itself."""
+        if self._member_of(session) is None:
+            return session  # an override's: the application's own
+        member = self._readers.get(name)
+        if member is None:
+            member = self._readers[name] = await self._open(name, AUTOCOMMIT)
+        return member.session
+
+    def enlist(self, session: AnySession, options: TransactionOptions) -> None:
+        """Mark a session for the commit at the end; an override's session is left alone.
+
+        Raises:
+            TransactionOptionsError: the options cannot apply (any more), or the engine is in
+                AUTOCOMMIT.
+        """
+        member = self._member_of(session)
+        if member is None:
+            return
+        if options != NO_OPTIONS:
+            _set_options(member, options)
+        member.record.will_commit()
+
+    def _member_of(self, session: AnySession) -> _Member | None:
+        return next((each for each in self._members if each.session is session), None)
+
+    async def _open(self, name: str, options: TransactionOptions) -> _Member:
+        database = self._running.database(name)
+        # A websocket would keep its place for as long as the client stays.
+        if self._scope["type"] == "http":
+            self._has_place = await self._running.gate.enter(
+                self, self._running, self._scope.get("route"), database
+            )
+        factory = sessions_of(database)
+        loop_thread = None if factory.asynchronous else threading.get_ident()
+        session = factory.open(options, loop_thread=loop_thread)
+        inner = sync_session(session)
+        if self._has_place:
+            self._loop = asyncio.get_running_loop()
+            inner.sqlnative.on_idle = self._gave_connections_back
+        member = _Member(factory, session, inner, inner.sqlnative)
+        self._members.append(member)
+        return member
+
+    # -- the end of the request ------------------------------------------------------------
+
+    async def __aenter__(self) -> UnitOfWork:
+        return self
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Commit what was marked, roll back the rest, close all; on an error commit nothing."""
+        try:
+            if error is None:
+                await self._complete()
+            else:
+                await self._abandon(cancelled=isinstance(error, asyncio.CancelledError))
+        finally:
+            if self._has_place:
+                self._running.gate.leave(self)
+
+    async def _complete(self) -> None:
+        waiting = [each.session for each in self._members if each.waits]
+        if not waiting:
+            self._commit_all(directly)
+        elif all(map(may_be_interrupted, waiting)):
+            await cast("AsyncSession", waiting[0]).run_sync(lambda _: self._commit_all(directly))
+        else:
+            await self._run_together(self._commit_all)
+
+    async def _abandon(self, *, cancelled: bool) -> None:
+        def end(call: Call) -> None:
+            close_all(call, self._all_sessions(), roll_back_and_close)
+
+        if any(each.record.connections or each.factory.overridden for each in self._members):
+            await self._run_together(end, cancelled=cancelled)
+        else:
+            end(directly)
+
+    async def _run_together(self, work: Any, *, cancelled: bool = False) -> None:
+        timeout = max(each.factory.shutdown_timeout for each in self._members)
+        await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
+
+    def _all_sessions(self) -> list[AnySession]:
+        return [each.session for each in self._members]
+
+    def _gave_connections_back(self) -> None:
+        """Let others in while the request goes on without a connection; from any thread."""
+        if not any(each.record.connections or each.record.finished for each in self._members):
+            self._loop.call_soon_threadsafe(self._running.gate.leave, self)
+
+    # -- plain code over the sessions, in a greenlet or in a thread ------------------------
+
+    def _commit_all(self, call: Call) -> None:
+        try:
+            for member in self._members:
+                _check_nothing_forgotten(call, member)
+            marked = [each for each in self._members if each.record.commits]
+            if len(marked) > 1:
+                self._prepare(call, marked)
+            for place, member in enumerate(marked):
+                _commit(call, member, marked[:place], marked[place + 1 :])
+        finally:
+            close_all(call, self._all_sessions(), close)
+
+    def _prepare(self, call: Call, marked: list[_Member]) -> None:
+        """Flush all before the first COMMIT, so that only a COMMIT can come too late."""
+        installed = [sessions_of(each) for each in self._running.databases()]
+        marked.sort(key=lambda each: installed.index(each.factory))
+        for member in marked:
+            call(member.session, _flush_and_settle)
+
+
+def _set_options(member: _Member, options: TransactionOptions) -> None:
+    record, name = member.record, member.factory.name
+    if record.options not in (NO_OPTIONS, options):
+        raise TransactionOptionsError(
+            f"transactional({name!r}) was asked for twice in one request, with {record.options} "
+            f"and with {options}. A request has one transaction for a database: declare it once, "
+            "with the options that it needs."
+        )
+    if record.connections and record.options != options:
+        raise TransactionOptionsError(
+            f"The transaction on database {name!r} has begun: an earlier dependency has used the "
+            f"session, and {options} can no longer apply. Declare the transaction first, in the "
+            f"route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
+        )
+    member.factory.support(options)
+    record.options = options
+
+
+def _check_nothing_forgotten(call: Call, member: _Member) -> None:
+    """Refuse a success while something that was written waits for a commit.
+
+    Raises:
+        UncommittedChangesError: through `get_db`.
+        ReadOnlySessionError: through `reader`.
+    """
+    record, name = member.record, member.factory.name
+    record.check_discarded()
+    if record.commits or not member.inner.in_transaction():
+        return
+    pending = has_pending_changes(member.inner)
+    if record.options is AUTOCOMMIT:
+        if pending:
+            raise ReadOnlySessionError(
+                f"Changes wait in the session from reader({name!r}), which only reads. Depend on "
+                f"transactional({name!r}) to write."
+            )
+        return
+    if pending or (record.may_have_written and _leaves_unstored(call, member)):
+        raise UncommittedChangesError(
+            f"The request wrote to database {name!r} through get_db({name!r}) and returned "
+            f"without a commit. Depend on transactional({name!r}), which commits before "
+            "the response, or call commit() or rollback() yourself."
+        )
+
+
+def _leaves_unstored(call: Call, member: _Member) -> bool:
+    answer: list[bool] = []
+    call(member.session, lambda _: answer.append(member.record.leaves_unstored()))
+    return answer[0]
+
+
+def _flush_and_settle(session: AnySession) -> None:
+    inner = sync_session(session)
+    if inner.in_transaction():
+        inner.flush()
+        inner.sqlnative.check_committable()
+        inner.sqlnative.settle_doubt()
+
+
+def _commit(call: Call, member: _Member, earlier: list[_Member], later: list[_Member]) -> None:
+    """Commit one of the request's databases.
+
+    Raises:
+        PartialCommitError: some have stored something, and others that were to will not.
+    """
+    record = member.record
+    stores = record.may_have_written or has_pending_changes(member.inner)
+    try:
+        call(member.session, commit)
+    except Exception as error:
+        stored = [each.factory.name for each in earlier if each.record.stored]
+        if isinstance(error, AfterCommitError):
+            # It is stored itself; those after it are not.
+            waiting = [each for each in later if each.record.may_have_written]
+            if record.stored and waiting:
+                names = (*stored, member.factory.name)
+                raise PartialCommitError(names, waiting[0].factory.name) from error
+        elif stored and (stores or record.stored):
+            raise PartialCommitError(tuple(stored), member.factory.name) from error
+        raise
+
+
+# -- where FastAPI ends it ------------------------------------------------------------------------
+
+_UNIT: Final = "fastapi_sqlnative_unit_of_work"
+# FastAPI's own name for the stack that it leaves after serialization and before the response
+# starts. A generator with scope="function" is the public way onto it, and costs every request a
+# tenth of a read. Where FastAPI keeps no such stack, the dependencies take the public way.
+_FUNCTION_STACK: Final = "fastapi_function_astack"
+
+
+def unit_of(connection: HTTPConnection) -> UnitOfWork:
+    """Return the request's unit of work, which ends before the response starts."""
+    unit: UnitOfWork | None = connection.scope.get(_UNIT)
+    if unit is None:
+        unit = connection.scope[_UNIT] = UnitOfWork(connection)
+        if HAS_FUNCTION_STACK:
+            stack: AsyncExitStack = connection.scope[_FUNCTION_STACK]
+            stack.push_async_exit(unit)
+    return unit
+
+
+def _has_function_stack() -> bool:
+    """Serve a request by hand, and look."""
+    found: list[object] = []
+
+    async def look(request: Request) -> Response:
+        found.append(request.scope.get(_FUNCTION_STACK))
+        return Response()
+
+    async def nothing(*_: object) -> Any: ...
+
+    serving = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
+    try:
+        serving.send(None)  # type: ignore[attr-defined] # it is a coroutine, and waits for nothing
+    except StopIteration:
+        return isinstance(found[0], AsyncExitStack)
+    serving.close()  # type: ignore[attr-defined] # likewise
+    return False
+
+
+HAS_FUNCTION_STACK: Final = _has_function_stack()

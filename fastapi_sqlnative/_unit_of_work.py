@@ -45,6 +45,7 @@ from .exceptions import (
 class _Member:
     """A session of the request."""
 
+    name: str
     factory: SessionFactory
     session: AnySession
     inner: NativeSession  # that does the work
@@ -54,7 +55,7 @@ class _Member:
     def waits(self) -> bool:
         """Tell whether finishing it may wait: for the database, or for code of the application."""
         return bool(
-            self.record.connections
+            self.record.asked
             or has_pending_changes(self.inner)
             or self.factory.overridden
             or (self.record.commits and needs_commit(self.inner))
@@ -85,13 +86,14 @@ class UnitOfWork:
             member = self._sessions[name] = await self._open(name, NO_OPTIONS)
         return member.session
 
-    async def reader(self, name: str, session: AnySession) -> AnySession:
+    async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session beside a session of ours, else that session itself."""
-        if self._member_of(session) is None:
+        beside = self._member_of(session)
+        if beside is None:
             return session  # an override's: the application's own
-        member = self._readers.get(name)
+        member = self._readers.get(beside.name)
         if member is None:
-            member = self._readers[name] = await self._open(name, AUTOCOMMIT)
+            member = self._readers[beside.name] = await self._open(beside.name, AUTOCOMMIT)
         return member.session
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
@@ -125,7 +127,7 @@ class UnitOfWork:
         if self._has_place:
             self._loop = asyncio.get_running_loop()
             inner.sqlnative.on_idle = self._gave_connections_back
-        member = _Member(factory, session, inner, inner.sqlnative)
+        member = _Member(name, factory, session, inner, inner.sqlnative)
         self._members.append(member)
         return member
 
@@ -163,7 +165,7 @@ class UnitOfWork:
         def end(call: Call) -> None:
             close_all(call, self._all_sessions(), roll_back_and_close)
 
-        if any(each.record.connections or each.factory.overridden for each in self._members):
+        if any(each.record.asked or each.factory.overridden for each in self._members):
             await self._run_together(end, cancelled=cancelled)
         else:
             end(directly)

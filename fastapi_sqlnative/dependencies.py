@@ -74,7 +74,7 @@ class ReaderDependency(DatabaseDependency):
         self, session: AnySession, connection: HTTPConnection, unit: object = None
     ) -> AnySession:
         """Open a session beside the one that `get_db` has given."""
-        return await unit_of(connection).reader(self.name, session)
+        return await unit_of(connection).reader(session)
 
 
 class HandleDependency(DatabaseDependency):

@@ -165,7 +165,7 @@ async def test_a_handles_commit_is_awaited_until_the_deadline(
         proxy.go_on.set()
     await ended(task)
     assert rows.names == ([] if hangs else ["a"])
-    await database.dispose()
+    await database.engine.dispose()
 
 
 @pytest.mark.parametrize("kind", KINDS[:1], indirect=True, ids=lambda kind: kind.id)
@@ -198,7 +198,7 @@ async def test_waiting_for_a_commit_does_not_spin(
         proxy.go_on.set()
     assert len(waits) == 1
     assert rows.names == ["a"]
-    await database.dispose()
+    await database.engine.dispose()
 
 
 @pytest.mark.parametrize("second", ["asynchronous", "synchronous"])

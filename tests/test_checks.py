@@ -66,7 +66,7 @@ def as_an_annotation(dependency: Dependency) -> FastAPI:
     app = FastAPI()
 
     @app.get("/items")
-    def endpoint(session: Annotated[Any, Depends(dependency)]) -> None: ...
+    async def endpoint(session: Annotated[Any, Depends(dependency)]) -> None: ...
 
     return app
 
@@ -75,7 +75,7 @@ def as_a_default(dependency: Dependency) -> FastAPI:
     app = FastAPI()
 
     @app.get("/items")
-    def endpoint(session: Any = Depends(dependency)) -> None: ...
+    async def endpoint(session: Any = Depends(dependency)) -> None: ...
 
     return app
 
@@ -322,7 +322,7 @@ async def test_an_override_of_get_db_answers_for_the_others(
     app = FastAPI()
 
     @app.get("/items")
-    def endpoint(session: Annotated[Any, Depends(ours("oders"))]) -> str:
+    async def endpoint(session: Annotated[Any, Depends(ours("oders"))]) -> str:
         return str(session)
 
     app.dependency_overrides[get_db("oders")] = lambda: "the application's own"
@@ -484,7 +484,7 @@ def with_a_handle(
 
 
 def scoped(dependency: Dependency) -> Callable[..., None]:
-    def endpoint(value: Annotated[None, Depends(dependency, scope="function")]) -> None: ...
+    async def endpoint(value: Annotated[None, Depends(dependency, scope="function")]) -> None: ...
 
     return endpoint
 
@@ -561,7 +561,7 @@ def annotated(annotation: Any, ours: Callable[[str], Dependency] = get_db) -> Fa
     """Make an application whose endpoint annotates what it gets."""
     app = FastAPI()
 
-    def endpoint(session: Any) -> None: ...
+    async def endpoint(session: Any) -> None: ...
 
     endpoint.__annotations__["session"] = Annotated[annotation, Depends(ours("orders"))]
     app.get("/items")(endpoint)
@@ -650,7 +650,10 @@ async def test_a_handle_s_annotation_that_fits_starts(
 async def test_an_unannotated_parameter_starts() -> None:
     """Nothing contradicts where nothing is said."""
     app = as_an_annotation(get_db("orders"))
-    app.get("/unannotated")(lambda session=Depends(get_db("orders")): None)
+
+    @app.get("/unannotated")
+    async def unannotated(session=Depends(get_db("orders"))): ...  # type: ignore[no-untyped-def] # on purpose
+
     await start(app)
 
 
@@ -659,7 +662,7 @@ async def test_a_default_value_s_annotation_is_checked() -> None:
     app = FastAPI()
 
     @app.get("/items")
-    def endpoint(session: Session = Depends(get_db("orders"))) -> None: ...
+    async def endpoint(session: Session = Depends(get_db("orders"))) -> None: ...
 
     with pytest.raises(DatabaseDependencyError, match="annotated with Session"):
         await start(app)
@@ -692,7 +695,7 @@ def endpoint(session: Annotated[Session, Depends(get_db("orders"))]) -> None: ..
 """
 UNREADABLE = """
 @app.get("/items")
-def endpoint(session: Annotated[Session, Depends(get_db("orders"))]) -> Unknown: ...
+async def endpoint(session: Annotated[Session, Depends(get_db("orders"))]) -> Unknown: ...
 """
 ALIAS = """
 type Db = Annotated[Session, Depends(get_db("orders"))]
@@ -735,7 +738,7 @@ async def test_an_alias_for_the_whole_dependency_is_read() -> None:
     """An alias for `Annotated[Session, Depends(...)]` is read through."""
     app = FastAPI()
 
-    def endpoint(session: Any) -> None: ...
+    async def endpoint(session: Any) -> None: ...
 
     endpoint.__annotations__["session"] = DEPENDS_ALIAS
     app.get("/items")(endpoint)

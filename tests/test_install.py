@@ -130,7 +130,7 @@ async def test_an_engine_gives_sessions_of_its_colour(
     install_database(app, engine=engine)
 
     @app.get("/")
-    def show(session: Annotated[Any, Depends(get_db())]) -> list[str | bool]:
+    async def show(session: Annotated[Any, Depends(get_db())]) -> list[str | bool]:
         asynchronous = isinstance(session, AsyncSession)
         assert asynchronous or isinstance(session, Session)
         return [type(session).__name__, asynchronous]

@@ -170,6 +170,7 @@ def test_the_guards_hold_on_every_engine(
 
     def swallow(session: Session) -> None:
         session.execute(select(items))
+        session.execute(insert(items).values(name="lost"))
         with pytest.raises(IntegrityError):
             session.execute(insert(items).values(name="taken"))
 

@@ -97,8 +97,10 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
         doubtful: something has happened that may have aborted it: a driver that cannot tell the
             transaction's status then has to ask the server.
     """
+    if connection.closed or connection.invalidated:
+        return connection.invalidated
     if connection.dialect.name != "postgresql" or is_lost(connection):
-        return False  # a lost connection fails by itself
+        return False  # COMMIT fails by itself
     status = _status(connection)
     if status is not None:
         return status == _IN_ERROR
@@ -202,7 +204,7 @@ def _was_never_sent(error: BaseException) -> bool:
 def is_servers_word(error: BaseException, connection: Connection) -> bool:
     """Tell a failure that the server reported from one that the driver made by itself."""
     if connection.dialect.driver not in _TELLING:
-        return isinstance(error, DBAPIError) and not error.connection_invalidated
+        return isinstance(_driver_error(error), connection.dialect.loaded_dbapi.Error)
     raw = _driver_error(error)
     # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
     tellers = getattr(raw, "diag", None), raw.__cause__, raw

@@ -167,8 +167,9 @@ class _Check:
             raise DatabaseNotInstalledError(f"Route {self._route!r}: {error}")
         if not call.gives_handle:
             self._check_scope(child, call, outlives)
-            self._check_function(parent, child, call, installation)
         self._check_annotation(parent, child, call, installation)
+        if not call.gives_handle:
+            self._check_function(parent, child, call, installation)
         if isinstance(call, TransactionDependency):
             self._check_autocommit(call, installation)
         if installation.database is not None and not isinstance(call, InstalledDependency):

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from .._drivers.pools import pool_capacity
 from .._drivers.statements import Effect, effect_of
+from .._drivers.transactions import is_servers_word
 from ..exceptions import DatabaseNotStartedError, ReadOnlySessionError, TransactionOptionsError
 from .engines import AnyEngine, sync_engine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, engine_with
@@ -257,12 +258,17 @@ def _listener(factory: weakref.ref[SessionFactory]) -> Callable[[ExceptionContex
         if found is None or context.connection is None:
             return None
         record = found.record_on(context.connection)
-        if record is None or context.execution_context is None or record.committing:
+        if record is None:
             return None
-        # Without the statement it is a fetch: a stream may fail long after it has begun.
-        if record.finished:
-            return record.finished_error() if context.statement is None else None
-        record.hears(context.original_exception)
+        if context.execution_context is None:
+            # COMMIT or ROLLBACK did not get through, or was not even sent: SQLAlchemy would keep a
+            # connection that may still be in its transaction.
+            if not is_servers_word(context.original_exception, context.connection):
+                context.is_disconnect = True
+        elif not record.finished:
+            record.hears(context.original_exception)
+        elif context.statement is None:  # a fetch: a stream may fail long after it has begun
+            return record.finished_error()
         return None
 
     return on_error

@@ -47,7 +47,7 @@ def commit(session: AnySession) -> None:
 def needs_commit(session: NativeSession) -> bool:
     """Tell whether SQLAlchemy's own commit would do anything."""
     record = session.sqlnative
-    if record.connections or has_pending_changes(session):
+    if record.asked or has_pending_changes(session):
         return True
     if record.closed or not (session.in_transaction() or session.autobegin):
         return False
@@ -216,7 +216,7 @@ async def finishing(
     """Finish an asynchronous session at the end of a block."""
 
     async def finish(operation: Operation, *, cancelled: bool = False) -> None:
-        if record_of(session).connections or operation is not close:
+        if record_of(session).asked or operation is not close:
             await run_together(
                 [session],
                 lambda call: call(session, operation),

@@ -44,6 +44,7 @@ class Record:
 
     __slots__ = (
         "__weakref__",
+        "asked",
         "closed",
         "commits",
         "committed",
@@ -86,6 +87,7 @@ class Record:
         self._begin()
 
     def _begin(self) -> None:
+        self.asked = False  # for an engine: there is a connection, or somebody waits for one
         self.wrote = False
         self.unknown = False  # a statement that may have written
         self.handed_out = False  # a connection, over which anything may have been sent

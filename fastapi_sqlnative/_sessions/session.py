@@ -103,6 +103,7 @@ class NativeSession(Session):
         """Choose the engine, as one that sets the transaction's options."""
         bind = super().get_bind(*args, **arguments)
         record = self.sqlnative
+        record.asked = True
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
         return record.factory.engine_for(bind, record.options)

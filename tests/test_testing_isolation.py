@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
+from fastapi_sqlnative._registry import registry_of
 from sqlalchemy import (
     Engine,
     NullPool,
@@ -39,7 +40,6 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
-from fastapi_sqlnative._registry import registry_of
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
 from fastapi_sqlnative.testing import (
     IsolationError,

@@ -180,7 +180,7 @@ def _ask_unstored(connection: Connection, *, undone: bool) -> bool:
 # -- what has a failure to say? ----------------------------------------------------------------
 
 
-def leaves_outcome_unknown(error: BaseException) -> bool:
+def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool:
     """Tell whether a COMMIT that failed with this error may have taken effect."""
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
         return False  # SQLAlchemy's own refusal never reached the server
@@ -189,8 +189,12 @@ def leaves_outcome_unknown(error: BaseException) -> bool:
         return False
     if state in _OUTCOME_UNKNOWN:
         return True
-    # A driver's error that SQLAlchemy did not recognise is one of the connection's.
-    return not isinstance(error, DBAPIError) or error.connection_invalidated
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated
+    # A driver's error that SQLAlchemy did not recognise is one of the connection's; any other is
+    # an `commit` listener's on the engine, and came before the COMMIT.
+    drivers = type(error).__module__.partition(".")[0] == connection.dialect.driver
+    return drivers or isinstance(error, OSError | connection.dialect.loaded_dbapi.Error)
 
 
 def _was_never_sent(error: BaseException) -> bool:

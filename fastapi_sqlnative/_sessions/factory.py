@@ -260,7 +260,7 @@ def _listener(factory: weakref.ref[SessionFactory]) -> Callable[[ExceptionContex
         record = found.record_on(context.connection)
         if record is None:
             return None
-        if context.execution_context is None:
+        if context.execution_context is None and context.statement is None:
             # COMMIT or ROLLBACK did not get through, or was not even sent: SQLAlchemy would keep a
             # connection that may still be in its transaction.
             if not is_servers_word(context.original_exception, context.connection):

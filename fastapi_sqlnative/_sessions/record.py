@@ -270,8 +270,9 @@ class Record:
 
     def settle_doubt(self) -> None:
         """Find out whether what may have written has: other databases depend on it."""
-        if self.may_have_written and not self.wrote and not self.leaves_unstored():
-            self.unknown = self.handed_out = False
+        # What went over a connection that was handed out may be stored by now.
+        if self.unknown and not (self.wrote or self.handed_out):
+            self.unknown = self.leaves_unstored()
 
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
 
@@ -308,7 +309,9 @@ class Record:
         if not self.committing:
             return
         # With several engines the first may have committed when the second says no.
-        unknown = len(self.connections) > 1 or transactions.leaves_outcome_unknown(error)
+        unknown = len(self.connections) > 1 or any(
+            transactions.leaves_outcome_unknown(error, each) for each in self.connections
+        )
         unknown = unknown and self.may_have_written
         for connection in self.connections:
             if not transactions.is_servers_word(error, connection):

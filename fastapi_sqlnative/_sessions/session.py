@@ -263,8 +263,8 @@ class BegunTransaction:
         self._transaction.__exit__(kind, error, traceback)
 
 
-class _Outermost(Session):
-    """What stands in front of the application's class."""
+class Outermost(Session):
+    """What stands in front of the application's class, so that its listeners hear first."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the application's own from hearing of a subclass that is none of its."""
@@ -272,7 +272,7 @@ class _Outermost(Session):
 
 def native_class(base: type[Session]) -> type[Session]:
     """Put ours behind an application's session class, under the same name."""
-    bases = (_Outermost, NativeSession) if base is Session else (_Outermost, base, NativeSession)
+    bases = (Outermost, NativeSession) if base is Session else (Outermost, base, NativeSession)
     return type(base.__name__, bases, {"__module__": base.__module__})
 
 
@@ -328,12 +328,13 @@ def _would_be_sent(row: object) -> bool:
 # -- the few events, where no method is passed ---------------------------------------------------
 
 
-# Before the application's own listeners: one that fails must not hide the connection from us.
-@event.listens_for(NativeSession, "after_begin", insert=True)
+# Before the application's own listeners: one that fails must hide neither the connection nor that
+# the COMMIT got through.
+@event.listens_for(Outermost, "after_begin")
 def _after_begin(
-    session: NativeSession, _transaction: SessionTransaction, connection: Connection
+    session: Session, _transaction: SessionTransaction, connection: Connection
 ) -> None:
-    record = session.sqlnative
+    record = record_of(session)
     if connection in record.connections:
         return  # a savepoint on a connection that is known
     record.begun_on(connection)
@@ -345,26 +346,26 @@ def _after_begin(
         begin_with(connection, record.options)
 
 
-@event.listens_for(NativeSession, "after_flush")
-def _after_flush(session: NativeSession, _context: object) -> None:
-    session.sqlnative.wrote = True
+@event.listens_for(Outermost, "after_flush")
+def _after_flush(session: Session, _context: object) -> None:
+    record_of(session).wrote = True
 
 
-@event.listens_for(NativeSession, "after_commit", insert=True)
-def _after_commit(session: NativeSession) -> None:
-    record = session.sqlnative
+@event.listens_for(Outermost, "after_commit")
+def _after_commit(session: Session) -> None:
+    record = record_of(session)
     if record.committing:  # else it was a savepoint
         record.committed = True
         record.stored = record.stored or record.may_have_written
 
 
-@event.listens_for(NativeSession, "after_soft_rollback", insert=True)
-def _after_soft_rollback(session: NativeSession, previous: SessionTransaction) -> None:
+@event.listens_for(Outermost, "after_soft_rollback")
+def _after_soft_rollback(session: Session, previous: SessionTransaction) -> None:
     if previous.nested:
-        session.sqlnative.savepoint_undone(_depth(previous))
+        record_of(session).savepoint_undone(_depth(previous))
 
 
-@event.listens_for(NativeSession, "after_transaction_end")
-def _after_transaction_end(session: NativeSession, transaction: SessionTransaction) -> None:
+@event.listens_for(Outermost, "after_transaction_end")
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        session.sqlnative.forget()
+        record_of(session).forget()

@@ -37,6 +37,8 @@ async def stop(runs: Sequence[Running]) -> None:
     errors: list[Exception] = []
     for installation, database in running:
         await _close(installation, database, deadline, errors)
+    for each in runs:
+        each.installed.runs.remove(each)  # now, because requests were still told why until here
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 
@@ -46,8 +48,7 @@ def _ending(runs: Sequence[Running]) -> list[Installation]:
     ending: list[Installation] = []
     for running in reversed(runs):
         installed = running.installed
-        installed.runs.remove(running)
-        if not installed.runs:
+        if all(each in runs for each in installed.runs):
             installed.draining = True
             for installation in reversed(installed.by_name.values()):
                 ending += installation.chain()
@@ -83,10 +84,10 @@ async def _drain(sessions: SessionFactory, deadline: float) -> None:
     # The last session to end may do so in a thread: there is no event to await for all.
     while sessions.busy and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
-    if left := len(sessions.busy):
+    if left := sessions.connections_in_use():
         logger.warning(
-            "Database %r is closed with %d session(s) still at work; whoever holds them finds "
-            "that they refuse to go on.",
+            "Database %r is closed with %d connection(s) still in use; the sessions that hold "
+            "them refuse to go on.",
             sessions.name,
             left,
         )

@@ -19,11 +19,10 @@ from ._lifespan.running import running_for
 from ._sessions.factory import SessionFactory
 from ._sessions.finishing import (
     Call,
-    close,
     close_all,
     commit,
     directly,
-    may_be_interrupted,
+    has_only_read,
     needs_commit,
     roll_back_and_close,
     run_together,
@@ -116,7 +115,7 @@ class UnitOfWork:
     async def _open(self, name: str, options: TransactionOptions) -> _Member:
         database = self._running.database(name)
         # A websocket would keep its place for as long as the client stays.
-        if self._scope["type"] == "http":
+        if self._scope.get("type") == "http":  # FastStream and its like have none
             self._has_place = await self._running.gate.enter(
                 self, self._running, self._scope.get("route"), database
             )
@@ -156,8 +155,11 @@ class UnitOfWork:
         waiting = [each.session for each in self._members if each.waits]
         if not waiting:
             self._commit_all(directly)
-        elif all(map(may_be_interrupted, waiting)):
-            await cast("AsyncSession", waiting[0]).run_sync(lambda _: self._commit_all(directly))
+        elif all(map(has_only_read, waiting)):
+            # Nothing is forgotten: what is marked is committed for its listeners, the rest closed.
+            commits = any(each.record.commits for each in self._members)
+            end = self._commit_all if commits else self._close_all
+            await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(directly))
         else:
             await self._run_together(self._commit_all)
 
@@ -194,7 +196,10 @@ class UnitOfWork:
             for place, member in enumerate(marked):
                 _commit(call, member, marked[:place], marked[place + 1 :])
         finally:
-            close_all(call, self._all_sessions(), close)
+            self._close_all(call)
+
+    def _close_all(self, call: Call) -> None:
+        close_all(call, self._all_sessions())
 
     def _prepare(self, call: Call, marked: list[_Member]) -> None:
         """Flush all before the first COMMIT, so that only a COMMIT can come too late."""

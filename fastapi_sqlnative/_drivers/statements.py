@@ -231,6 +231,13 @@ _HARMLESS: Final = frozenset(
 _HARMLESS_PREFIX: Final = "pg_"
 
 
+def writes(statement: Any) -> bool:
+    """Tell a statement that writes before it is sent; a function that writes is not recognised."""
+    if getattr(statement, "is_text", False) or isinstance(statement, TextClause):
+        return _effect_of_text(str(statement))[0] is Effect.WRITE
+    return any(getattr(part, "is_dml", False) for part in visitors.iterate(statement))
+
+
 def effect_of(compiled: Any) -> tuple[Effect, str]:
     """Tell what a compiled statement may do, and the name of the savepoint it is about."""
     statement = compiled.statement

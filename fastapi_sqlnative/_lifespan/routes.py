@@ -60,11 +60,23 @@ def check_application(running: Running) -> None:
             )
 
 
-def examine_all(running: Running) -> None:
-    """Check the routes that nobody has looked at yet, and tell the gate what they open."""
+def examine_all(running: Running, *, late: bool) -> None:
+    """Check the routes that nobody has looked at yet, and tell the gate what they open.
+
+    Args:
+        running: the application.
+        late: its own lifespan has begun. A name that is not installed is then logged, and refused
+            at the route's first request: the rest of the application is at work by now.
+    """
     for context in routes_of(running.app.routes):
-        if not running.gate.knows(_original(context)):
+        if running.gate.knows(_original(context)):
+            continue
+        try:
             running.gate.learn(_original(context), _examine(running, context))
+        except DatabaseNotInstalledError as error:
+            if not late:
+                raise
+            logger.error("%s", error)  # noqa: TRY400 - the message says it all
 
 
 def examine_late(running: Running, route: object) -> Opened:

@@ -51,12 +51,12 @@ async def started(app: Starlette) -> AsyncGenerator[Callable[[], Awaitable[None]
     try:
         await _start(outermost, runs)
         await _start_mounted(runs)
-        yield lambda: _start_mounted(runs)
+        yield lambda: _start_mounted(runs, late=True)
     finally:
         await to_completion(stop(runs))
 
 
-async def _start_mounted(runs: list[Running]) -> None:
+async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
     """Start the applications mounted in these, at any depth, and check every route."""
     for above in runs:
         for app in mounted_applications(above.app):
@@ -66,7 +66,7 @@ async def _start_mounted(runs: list[Running]) -> None:
                 await _start(child, runs)
     for running in runs:
         check_application(running)
-        examine_all(running)
+        examine_all(running, late=late)
 
 
 async def _start(running: Running, runs: list[Running]) -> None:

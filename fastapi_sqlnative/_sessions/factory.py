@@ -14,14 +14,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from .._drivers.pools import pool_capacity
-from .._drivers.statements import Effect, effect_of
-from .._drivers.transactions import is_servers_word
+from .._drivers.statements import Effect, effect_of, writes
+from .._drivers.transactions import is_servers_word, returns_undisturbed
 from ..exceptions import DatabaseNotStartedError, ReadOnlySessionError, TransactionOptionsError
 from .engines import AnyEngine, sync_engine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, engine_with
 from .record import Record
-from .session import AnySession, NativeSession, native_class, sync_session
+from .session import TAKES_OPTIONS, AnySession, NativeSession, native_class, sync_session
 
+_AUTOCOMMIT: Final = {"isolation_level": "AUTOCOMMIT"}
 _FINISHING: Final = ("commit", "rollback", "close")
 
 
@@ -45,6 +46,7 @@ class SessionFactory:
         refusal: why no new session is handed out, if so.
         stopped: every session refuses its next statement. A disposed engine would silently
             connect anew.
+        returns_undisturbed: nothing but a ROLLBACK happens when a connection goes back.
         overridden: those of commit, rollback and close that the application's class has itself.
     """
 
@@ -59,6 +61,7 @@ class SessionFactory:
         self._engine = engine
         self.asynchronous = isinstance(engine, AsyncEngine)
         self.root = sync_engine(engine)
+        self.returns_undisturbed = returns_undisturbed(self.root)
         self._lock = threading.Lock()
         self._with_options: weakref.WeakKeyDictionary[Engine, dict[TransactionOptions, Engine]] = (
             weakref.WeakKeyDictionary()
@@ -71,6 +74,11 @@ class SessionFactory:
         self._on_error = _listener(weakref.ref(self))
         self._listen(self.root.dialect)
         self._class, self._options = self._prepare(dict(options))
+        self._autocommit_options = self._options | (
+            {"execution_options": dict(self._options.get("execution_options", {})) | _AUTOCOMMIT}
+            if TAKES_OPTIONS
+            else {}
+        )
         self.overridden = self._overridden()
 
     # -- their class -----------------------------------------------------------------------
@@ -155,7 +163,8 @@ class SessionFactory:
             )
         if options is not NO_OPTIONS and options is not AUTOCOMMIT:
             self.support(options)
-        session = self._class(bind=self._engine, **self._options)
+        given = self._autocommit_options if options is AUTOCOMMIT else self._options
+        session = self._class(bind=self._engine, **given)
         record = sync_session(session).sqlnative = Record(self, options, loop_thread)
         record.commits = commits
         return session
@@ -182,11 +191,7 @@ class SessionFactory:
             known = self._with_options.setdefault(engine, {})
             found = known.get(options)
             if found is None:
-                found = engine_with(engine, options)
-                if options == AUTOCOMMIT:
-                    # On an engine of our own, before the statement is sent: nothing undoes it.
-                    event.listen(found, "before_cursor_execute", _refuse_writes(self))
-                known[options] = found
+                found = known[options] = engine_with(engine, options)
         return found
 
     # -- those at work ---------------------------------------------------------------------
@@ -240,6 +245,11 @@ class SessionFactory:
             f"committed on its own. Depend on transactional({self.name!r}) to write."
         )
 
+    def refuse_writes(self, _connection: Connection, statement: object, *_: object) -> None:
+        """Refuse what `reader` must not send over a connection that it has handed out."""
+        if writes(statement):
+            raise self.read_only_error()
+
     def autocommit_error(self) -> TransactionOptionsError:
         """Build the error for a transaction where there can be none."""
         return TransactionOptionsError(
@@ -278,15 +288,3 @@ def _unlisten(dialect: weakref.ref[Dialect], listener: Any) -> None:
     found = dialect()
     if found is not None and event.contains(found, "handle_error", listener):
         event.remove(found, "handle_error", listener)
-
-
-def _refuse_writes(factory: SessionFactory) -> Callable[..., None]:
-    # Weakly: the engine that calls it is the factory's own.
-    known = weakref.ref(factory)
-
-    def refuse(*call: Any) -> None:
-        found, context = known(), call[4]
-        if found is not None and found.effect_of(context)[0] is Effect.WRITE:
-            raise found.read_only_error()
-
-    return refuse

@@ -14,8 +14,8 @@ import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
-from .._drivers.transactions import returns_undisturbed
 from .completion import to_completion
+from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, has_pending_changes, record_of, sync_session
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -116,21 +116,26 @@ def close_all(call: Call, sessions: Sequence[AnySession], end: Operation = close
 # -- where it is done -----------------------------------------------------------------------------
 
 
-def may_be_interrupted(session: AnySession) -> bool:
+def has_only_read(session: AnySession) -> bool:
     """Tell whether a cancellation while the session ends can cost no more than its connection.
 
     Then neither a task nor a thread is needed: nothing was written, and the connection goes back
-    in one piece.
+    in one piece. In AUTOCOMMIT there is no ROLLBACK to wait for, and nothing to cancel.
     """
     inner = sync_session(session)
     record = inner.sqlnative
+    factory = record.factory
     return (
-        isinstance(session, AsyncSession)
+        factory.asynchronous
         and not record.may_have_written
         and not record.discarded
-        and not record.factory.overridden
+        and not record.streamed
+        and not factory.overridden
+        and (
+            record.options is AUTOCOMMIT
+            or (record.options is NO_OPTIONS and factory.returns_undisturbed)
+        )
         and not has_pending_changes(inner)
-        and returns_undisturbed(record.factory.root, record.options.isolation_level is not None)
     )
 
 

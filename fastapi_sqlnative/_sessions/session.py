@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
-from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy import inspect as inspect_row
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
+from .._drivers.statements import writes
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
 
 AnySession: TypeAlias = Session | AsyncSession
+
+
+# Since SQLAlchemy 2.1 a session sets options itself; with an engine that has them each connection
+# and statement costs more.
+TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
 
 
 class NativeSession(Session):
@@ -32,6 +40,8 @@ class NativeSession(Session):
         """Let a statement through; loads, lazy ones too, come this way."""
         record = self.sqlnative
         record.check_usable()
+        if record.options is AUTOCOMMIT and writes(statement):
+            raise record.factory.read_only_error()  # now: nothing undoes it
         try:
             result = super().execute(statement, *args, **options)
         except Exception as error:
@@ -53,6 +63,8 @@ class NativeSession(Session):
         with self._way_in() as record:
             connection = super().connection(*args, **options)
         record.handed_out = True
+        if record.options is AUTOCOMMIT:
+            event.listen(connection, "before_execute", record.factory.refuse_writes)
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:
@@ -86,6 +98,8 @@ class NativeSession(Session):
 
     def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
         with self._way_in() as record:
+            if record.options is AUTOCOMMIT:
+                raise record.factory.read_only_error()
             record.wrote = True
             work(*args, **options)
 
@@ -105,6 +119,8 @@ class NativeSession(Session):
         record = self.sqlnative
         record.asked = True
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
+            return bind
+        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
             return bind
         return record.factory.engine_for(bind, record.options)
 
@@ -278,8 +294,7 @@ def native_class(base: type[Session]) -> type[Session]:
 
 def sync_session(session: AnySession) -> NativeSession:
     """Return the session that does the work: an `AsyncSession` is a proxy for one."""
-    inner = session.sync_session if isinstance(session, AsyncSession) else session
-    return cast("NativeSession", inner)
+    return cast("NativeSession", getattr(session, "sync_session", session))
 
 
 def record_of(session: AnySession) -> Record:
@@ -316,7 +331,7 @@ def has_pending_changes(session: Session) -> bool:
 
 def _would_be_sent(row: object) -> bool:
     """Tell whether a flush would send an object: not for attributes that no table keeps."""
-    state = inspect(row)
+    state = inspect_row(row)
     stored = {
         attribute.key
         for attribute in state.mapper.column_attrs

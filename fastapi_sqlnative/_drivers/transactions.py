@@ -166,11 +166,10 @@ def would_store(connection: Connection, *, wrote: bool, since: int, undone: bool
         return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
-    return _ask_unstored(connection, undone=undone)
-
-
-def _ask_unstored(connection: Connection, *, undone: bool) -> bool:
-    answer = _ask(connection, _UNSTORED)
+    try:
+        answer = _ask(connection, _UNSTORED)
+    except (OSError, connection.dialect.loaded_dbapi.Error):
+        return wrote  # lost while it was asked, which proves nothing
     if answer is None:
         return False  # aborted
     assigned, written, explained = answer

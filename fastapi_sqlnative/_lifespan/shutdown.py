@@ -12,10 +12,9 @@ import anyio
 
 from .._sessions.completion import in_thread
 from .._sessions.engines import dispose
-from .._sessions.factory import SessionFactory
+from .._sessions.shared import SharedState
 from ..databases import AnyDatabase, database_class, sessions_of
-from .installations import Installation
-from .running import Running
+from .running import Installation, Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -32,7 +31,7 @@ async def stop(runs: Sequence[Running]) -> None:
     ending = _ending(runs)
     running = [(each, each.database) for each in ending if each.database is not None]
     for _, database in running:
-        sessions_of(database).refusal = "shutting down"
+        sessions_of(database).state.refusal = "shutting down"
     deadline = anyio.current_time() + max((each.shutdown_timeout for each, _ in running), default=0)
     errors: list[Exception] = []
     for installation, database in running:
@@ -59,9 +58,9 @@ async def _close(
     installation: Installation, database: AnyDatabase, total: float, errors: list[Exception]
 ) -> None:
     deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
-    sessions = sessions_of(database)
-    await _drain(sessions, deadline)
-    sessions.refusal, sessions.stopped = "stopped", True
+    state = sessions_of(database).state
+    await _drain(state, deadline)
+    state.refusal, state.stopped = "stopped", True
     installation.database = None
     steps: list[tuple[str, Callable[[], Any]]] = [
         ("isolation", isolation.leave_loop) for isolation in installation.isolations
@@ -79,16 +78,16 @@ async def _close(
             errors.append(error)
 
 
-async def _drain(sessions: SessionFactory, deadline: float) -> None:
+async def _drain(state: SharedState, deadline: float) -> None:
     """Wait for cancelled requests to give their connections back; not for those of others."""
     # The last session to end may do so in a thread: there is no event to await for all.
-    while sessions.busy and anyio.current_time() < deadline:  # noqa: ASYNC110
+    while state.at_work and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
-    if left := sessions.connections_in_use():
+    if left := len(state.at_work):
         logger.warning(
             "Database %r is closed with %d connection(s) still in use; the sessions that hold "
             "them refuse to go on.",
-            sessions.name,
+            state.name,
             left,
         )
 

@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Hashable
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
@@ -156,7 +155,7 @@ class _Check:
         return DatabaseDependencyError(f"Route {self._route!r}: {what}")
 
     def _is_overridden(self, call: object) -> bool:
-        if isinstance(call, Hashable) and call in self._overrides:
+        if getattr(call, "__hash__", None) is not None and call in self._overrides:
             return True
         if not isinstance(call, DatabaseDependency) or call.gives_handle:
             return False

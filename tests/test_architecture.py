@@ -20,20 +20,18 @@ ORDER = (
     {"exceptions"},
     {"_drivers.__init__", "_drivers.pools", "_drivers.statements", "_drivers.transactions"},
     {"_failures", "_routes"},
-    {"_sessions.__init__", "_sessions.completion", "_sessions.options"},
-    {"_sessions.engines"},
+    {"_sessions.__init__", "_sessions.completion", "_sessions.options", "_sessions.pending"},
+    {"_sessions.engines", "_sessions.shared", "_sessions.transaction"},
     {"_sessions.record"},
     {"_sessions.session"},
-    {"_sessions.factory"},
-    {"_sessions.finishing"},
+    {"_sessions.factory", "_sessions.finishing"},
     {"_probes", "_retries"},
     {"databases"},
-    {"_lifespan.__init__", "_lifespan.installations"},
-    {"_lifespan.gate"},
+    {"_lifespan.__init__", "_lifespan.gate"},
     {"_lifespan.running"},
-    {"_unit_of_work"},
+    {"_unit_of_work", "_lifespan.annotations", "_lifespan.shutdown"},
     {"dependencies"},
-    {"_lifespan.routes", "_lifespan.shutdown", "_readiness"},
+    {"_lifespan.routes", "_readiness"},
     {"_lifespan.startup"},
     {"_lifespan.install"},
     {"_rules"},
@@ -110,13 +108,22 @@ def test_no_private_name_of_a_framework_is_imported(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_private_attribute_of_another_object_is_used(module: str) -> None:
-    """Private attributes are read on `self` and `cls` only, by dot or by name."""
+    """Private attributes are read where they are written: on `self`, or in the class's module."""
+    own = {
+        node.attr
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
     foreign = {
         ast.unparse(node)
         for node in ast.walk(MODULES[module])
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
+        and node.attr not in own
         and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
     }
     assert not foreign

@@ -99,12 +99,14 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
-    if connection.dialect.name != "postgresql" or is_lost(connection):
-        return False  # COMMIT fails by itself
+    if connection.dialect.name != "postgresql":
+        return False
     status = _status(connection)
     if status is not None:
         return status == _IN_ERROR
-    return doubtful and not autocommits(connection) and _ask(connection, "SELECT 1") is None
+    if not doubtful or is_lost(connection) or autocommits(connection):
+        return False  # where it is lost, COMMIT fails by itself
+    return _ask(connection, "SELECT 1") is None
 
 
 def _status(connection: Connection) -> int | None:

@@ -18,12 +18,12 @@ from starlette.applications import Starlette
 
 from ._checks import check_routes
 from ._completion import to_completion
-from ._failures import DatabaseErrorKind, describe_database_error
 from ._gates import Gate
 from ._registry import EngineFactory, Installation, Registry, Shutdown, registry_of, trimmed
 from ._routes import mounted_applications
 from ._shutdown import stop
 from .databases import AnyDatabase, AnyEngine, database_class
+from .errors import DatabaseErrorKind, describe_database_error
 from .exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 
 logger = logging.getLogger("fastapi_sqlnative")

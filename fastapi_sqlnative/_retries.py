@@ -8,7 +8,7 @@ import random
 import time
 from typing import cast
 
-from ._failures import describe_database_error
+from .errors import describe_database_error
 
 logger = logging.getLogger("fastapi_sqlnative")
 

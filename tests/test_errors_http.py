@@ -26,7 +26,7 @@ from fastapi_sqlnative import (
     map_database_error,
     transactional,
 )
-from fastapi_sqlnative._rules import ErrorRules
+from fastapi_sqlnative.errors._rules import ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy

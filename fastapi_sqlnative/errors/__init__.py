@@ -1,0 +1,22 @@
+"""Answer a database failure over HTTP, where the application asks for it.
+
+Nothing that a database or driver has said gets into a response: bodies hold the application's
+words, or those of the table in `_rules`. What was said is in the `__cause__`, and logged once.
+"""
+
+from ._blocks import http_errors, map_database_error
+from ._formats import error_responses
+from ._handlers import install_error_handlers
+from ._kinds import DatabaseErrorDescription, DatabaseErrorKind, describe_database_error
+from ._rules import ErrorRule
+
+__all__ = [
+    "DatabaseErrorDescription",
+    "DatabaseErrorKind",
+    "ErrorRule",
+    "describe_database_error",
+    "error_responses",
+    "http_errors",
+    "install_error_handlers",
+    "map_database_error",
+]

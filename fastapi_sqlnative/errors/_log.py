@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from ._kinds import DatabaseErrorDescription
+from ._kinds import DatabaseErrorDescription, only_error
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -63,7 +63,7 @@ class FailureLog:
 
 
 def _what(failure: DatabaseErrorDescription, error: Exception) -> str:
-    database = getattr(error, "database_name", None)  # from the session that the error has left
+    database = getattr(only_error(error), "database_name", None)  # from the session that the error has left
     where = f" of database {database!r}" if isinstance(database, str) else ""
     code = f", code {failure.code}" if failure.code else ""
     constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""

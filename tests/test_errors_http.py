@@ -32,7 +32,6 @@ from fastapi_sqlnative import (
     AsyncDatabase,
     DatabaseErrorKind,
     ErrorRule,
-    describe_database_error,
     error_responses,
     get_database_handle,
     get_db,
@@ -543,8 +542,6 @@ def test_repeats_are_told_at_the_end_of_their_time(
 ) -> None:
     """The number of those that were left out comes once, and then all begins anew."""
     due: list[Callable[[], None]] = []
-    failure = describe_database_error(PoolTimeoutError())
-    assert failure is not None
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -552,15 +549,15 @@ def test_repeats_are_told_at_the_end_of_their_time(
         monkeypatch.setattr(loop, "call_later", later)
         log = FailureLog(window=60)
         for _ in range(4):
-            log.write(failure, 503, PoolTimeoutError(), "", is_fault=False)
+            log.write(logging.WARNING, "Full", "", PoolTimeoutError())
         due.pop()()
-        log.write(failure, 503, PoolTimeoutError(), "", is_fault=False)
+        log.write(logging.WARNING, "Full", "", PoolTimeoutError())
         due.pop()()
 
     asyncio.run(main())
     first, repeats, again = [each.getMessage() for each in caplog.records]
-    assert first == again == "A failure (pool_timeout) is answered with 503."
-    assert repeats == "A failure (pool_timeout) is answered with 503: 3 times more in 60s."
+    assert first == again == "Full."
+    assert repeats == "Full: 3 times more in 60s."
 
 
 # --- problem details ----------------------------------------------------------------------------
@@ -652,9 +649,13 @@ def test_every_error_can_be_a_problem() -> None:
         assert client.get("/context").json()["context"] == {"needs": "admin"}
         assert client.get("/unchanged").content == b""
         invalid = client.post("/invalid?page=x", json={"tags": {"a/b": "x"}})
+        no_json = client.post(
+            "/invalid", content=b"{", headers={"content-type": "application/json"}
+        )
     assert (invalid.status_code, invalid.headers["content-type"]) == (422, PROBLEM)
     where = [each.get("pointer") or each["parameter"] for each in invalid.json()["errors"]]
     assert where == ["page", "#/tags/a~1b"]
+    assert no_json.json()["errors"][0]["pointer"] == "#"
     assert list(documented) == [PROBLEM]
 
 

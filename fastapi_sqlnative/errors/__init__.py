@@ -4,9 +4,8 @@ Nothing that a database or driver has said gets into a response: bodies hold the
 words, or those of the table in `_rules`. What was said is in the `__cause__`, and logged once.
 """
 
-from ._blocks import http_errors, map_database_error
+from ._answers import http_errors, install_error_handlers, map_database_error
 from ._formats import error_responses
-from ._handlers import install_error_handlers
 from ._kinds import DatabaseErrorDescription, DatabaseErrorKind, describe_database_error
 from ._rules import ErrorRule
 

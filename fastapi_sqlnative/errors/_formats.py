@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Unpack, cast
 from urllib.parse import quote
 
@@ -39,7 +39,7 @@ async def answer_problem(request: Request, error: Exception) -> Response:
 async def answer_invalid(_request: Request, error: Exception) -> Response:
     """Answer FastAPI's validation errors, each with its place in the body, or its parameter."""
     assert isinstance(error, RequestValidationError)
-    errors = [{"detail": each["msg"], **_place(each["loc"])} for each in error.errors()]
+    errors = [_invalid(each) for each in error.errors()]
     return _problem(422, {"detail": "The request is not valid.", "errors": errors}, None)
 
 
@@ -52,12 +52,14 @@ def _problem(status: int, members: dict[str, Any], headers: Any) -> Response:
     return JSONResponse(problem, status, headers, _MEDIA_TYPE)
 
 
-def _place(location: Sequence[str | int]) -> dict[str, str]:
-    kind, *names = location
-    if kind != "body":
-        return {"parameter": ".".join(map(str, names))}
+def _invalid(found: Mapping[str, Any]) -> dict[str, str]:
+    where, *names = found["loc"]
+    if where != "body":
+        return {"detail": found["msg"], "parameter": ".".join(map(str, names))}
+    if found["type"] == "json_invalid":
+        names = []  # it is a position in the text
     escaped = (quote(str(name).replace("~", "~0").replace("/", "~1")) for name in names)
-    return {"pointer": "/".join(["#", *escaped])}
+    return {"detail": found["msg"], "pointer": "/".join(["#", *escaped])}
 
 
 # -- the OpenAPI document --------------------------------------------------------------------
@@ -67,8 +69,6 @@ def error_responses(
     *kinds: DatabaseErrorKind | str, problem_details: bool = False, **rules: Unpack[ErrorRules]
 ) -> dict[int | str, dict[str, Any]]:
     """Return the `responses=` of a route that may fail in these ways; in all, if none is given.
-
-    With `install_error_handlers` a conflict and an outage are documented without it.
 
     Args:
         *kinds: as members of `DatabaseErrorKind` or by name.
@@ -87,10 +87,8 @@ def document_failures(
 ) -> None:
     """Add to the document how the routes that use a database answer a conflict and an outage."""
     generate = app.openapi
-    conflict, outage = (
-        {str(status): each for status, each in _responses(mapping, [kind], problem_details).items()}
-        for kind in (Kind.UNIQUE, Kind.UNAVAILABLE)
-    )
+    conflict = _responses(mapping, [Kind.UNIQUE], problem_details)
+    outage = _responses(mapping, [Kind.UNAVAILABLE], problem_details)
 
     def openapi() -> dict[str, Any]:
         document = generate()
@@ -98,7 +96,8 @@ def document_failures(
             for method, operation in document["paths"].get(path, {}).items():
                 if method.upper() in methods:
                     found = outage if method in ("get", "head") else conflict | outage
-                    operation["responses"] = {**found, **operation["responses"]}
+                    answers = {str(status): answer for status, answer in found.items()}
+                    operation["responses"] = answers | operation["responses"]
         if every_error:
             _use_problems_alone(document)
         return document
@@ -118,7 +117,8 @@ def _use_problems_alone(document: Mapping[str, Any]) -> None:
 def _responses(
     mapping: ErrorMapping, kinds: Iterable[DatabaseErrorKind], problem_details: bool
 ) -> dict[int | str, dict[str, Any]]:
-    answers = sorted((rule.status or 0, rule.retry_after or 0) for rule in map(mapping.rule, kinds))
+    rules = (mapping.rules[kind] for kind in kinds)
+    answers = sorted((rule.status or 0, rule.retry_after or 0) for rule in rules)
     return {status: _response(status, later, problem_details) for status, later in answers}
 
 

@@ -60,9 +60,9 @@ _CLASSES: Final[Mapping[type[Exception], DatabaseErrorKind]] = {
 }
 OUR_ERRORS: Final = tuple(each for each in _CLASSES if not issubclass(each, exc.SQLAlchemyError))
 
-_REPEATABLE: Final = (Kind.SERIALIZATION, Kind.DEADLOCK)
-_OVERLOADED: Final = (Kind.LOCK_NOT_AVAILABLE, Kind.POOL_TIMEOUT, Kind.TOO_MANY_CONNECTIONS)
-_TRANSIENT: Final = (*_REPEATABLE, *_OVERLOADED, Kind.UNAVAILABLE)
+_REPEATABLE: Final = ("serialization", "deadlock")
+_PASSING: Final = ("lock_not_available", "pool_timeout", "too_many_connections", "unavailable")
+_TRANSIENT: Final = _REPEATABLE + _PASSING
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,7 @@ class DatabaseErrorDescription:
 
     Attributes:
         kind: what went wrong.
-        code: the SQLSTATE, MySQL error number or SQLite error name that says so; `None` where
-            the failure came with none, such as a connection refused.
+        code: the SQLSTATE, MySQL error number or SQLite error name that says so, if any does.
         constraint: the violated constraint's name.
         table: the table it is on.
         columns: the columns concerned, in the constraint's order.
@@ -95,8 +94,7 @@ def describe_database_error(
     """Describe a database failure; `None` for an error that is none, and never an error.
 
     The nearest failure counts, of the error and its `__cause__` chain: an `IntegrityError` that
-    was raised `from` another failure is described, not that other one. An `ExceptionGroup` of one
-    error is that error.
+    was raised `from` another failure is described, not that other one. A group of one is that one.
 
     Args:
         error: from SQLAlchemy, from this package or from a driver itself.
@@ -164,9 +162,6 @@ def _describe_wrapped(error: exc.DBAPIError, metadata: MetaData | None) -> Datab
     )
 
 
-# -- the names that the metadata has -----------------------------------------------------------
-
-
 class _Part(NamedTuple):
     """A constraint or unique index of the metadata's; `key` is empty if it is none on columns."""
 
@@ -195,12 +190,10 @@ def _on(parts: Iterable[_Part], columns: tuple[str, ...]) -> list[_Part]:
 
 
 def _of_parent(parts: list[_Part], stated: StatedError, statement: str) -> list[_Part]:
-    """Find the key of a partitioned table: a partition's has a name that the server has made.
-
-    The statement names the table and not the partition. Of a trigger's statement it tells nothing.
-    """
+    """Find a partitioned table, which the statement names: a partition's key has another name."""
     written = set(re.findall(r"\w+", statement))
-    if stated.nested or stated.table in {*written, *(part.table for part in parts)}:
+    elsewhere = stated.table in {*written, *(part.table for part in parts)}
+    if stated.kind != Kind.UNIQUE or stated.nested or elsewhere:
         return []
     return _on((part for part in parts if part.table in written), stated.key)
 
@@ -219,13 +212,12 @@ def _is_shortened(part: _Part, stated: StatedError) -> bool:
 
 def _parts(table: Table) -> Iterator[_Part]:
     for constraint in table.constraints:
-        if isinstance(constraint, schema.ColumnCollectionConstraint) and isinstance(
-            constraint.name, str
-        ):
+        name = constraint.name
+        if isinstance(constraint, schema.ColumnCollectionConstraint) and isinstance(name, str):
             is_key = isinstance(constraint, schema.PrimaryKeyConstraint | schema.UniqueConstraint)
             columns = tuple(column.name for column in constraint.columns)
             key = frozenset(columns if is_key else ())
-            yield _Part(constraint, constraint.name, table.name, columns, key)
+            yield _Part(constraint, name, table.name, columns, key)
     for index in table.indexes:
         if index.unique and index.name:
             columns = tuple(each.name for each in index.expressions if isinstance(each, Column))

@@ -12,47 +12,31 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 
 class FailureLog:
-    """The log of one application's failures, or of a block's, whose `window` is `None`.
+    """The log of an application's failures, or of a block's, which has no `window`.
 
-    Args:
-        window: seconds in which more of a failure that passes are counted, and told in one line
-            at the end. Only for an event loop's thread.
+    More of a WARNING within so many seconds are counted on the event loop, and told at their end.
     """
 
     def __init__(self, window: float | None = None) -> None:
         self._window = window
         self._counted: dict[str, tuple[float, int]] = {}  # until when, and how many
 
-    def write(
-        self,
-        failure: DatabaseErrorDescription,
-        status: int,
-        error: Exception,
-        route: str,
-        *,
-        is_fault: bool,
-    ) -> None:
-        """Log a fault as ERROR with its traceback; in one line what a client did, or passes."""
-        what = f"{_what(failure, error)} is answered with {status}"
-        if is_fault:
-            logger.error("%s%s.", what, route, exc_info=error)
-        elif status < 500:
-            logger.info("%s%s.", what, route)
-        elif not self._counts(what):
-            logger.warning("%s%s.", what, route)
+    def write(self, level: int, what: str, route: str, error: Exception) -> None:
+        """Log a line, with a traceback for an ERROR; a WARNING that repeats itself is counted."""
+        if level != logging.WARNING or self._window is None or not self._counts(what, self._window):
+            fault = error if level == logging.ERROR else None
+            logger.log(level, "%s%s.", what, route, exc_info=fault)
 
-    def _counts(self, what: str) -> bool:
-        if self._window is None:
-            return False
+    def _counts(self, what: str, window: float) -> bool:
         now = time.monotonic()
         ends, repeats = self._counted.get(what, (now, 0))
         if now < ends:
             self._counted[what] = ends, repeats + 1
             return True
         self._tell(what, ends)  # where the event loop has ended before it could
-        ends = now + self._window
+        ends = now + window
         self._counted[what] = ends, 0
-        asyncio.get_running_loop().call_later(self._window, self._tell, what, ends)
+        asyncio.get_running_loop().call_later(window, self._tell, what, ends)
         return False
 
     def _tell(self, what: str, ends: float) -> None:
@@ -62,9 +46,12 @@ class FailureLog:
                 logger.warning("%s: %d times more in %gs.", what, repeats, self._window)
 
 
-def _what(failure: DatabaseErrorDescription, error: Exception) -> str:
-    database = getattr(only_error(error), "database_name", None)  # from the session that the error has left
+def what_failed(failure: DatabaseErrorDescription, error: Exception, status: int) -> str:
+    """Say it with what is known of it, and nothing that a user has written."""
+    # Set by the session that the error has left.
+    database = getattr(only_error(error), "database_name", None)
     where = f" of database {database!r}" if isinstance(database, str) else ""
     code = f", code {failure.code}" if failure.code else ""
     constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""
-    return f"A failure{where} ({failure.kind.value}{code}{constraint})"
+    said = f"{failure.kind.value}{code}{constraint}"
+    return f"A failure{where} ({said}) is answered with {status}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypedDict, TypeVar, cast
@@ -12,14 +13,13 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ._kinds import (
     DatabaseErrorDescription,
-    DatabaseErrorKind,
+    Kind,
     describe_database_error,
     is_of_a_database,
     only_error,
 )
-from ._log import FailureLog
+from ._log import FailureLog, what_failed
 
-Kind = DatabaseErrorKind
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 
@@ -27,15 +27,14 @@ ErrorT = TypeVar("ErrorT", bound=Exception)
 class ErrorRule:
     """Say how a kind of failure, or a constraint's, is answered.
 
-    Without a `status` the rule changes the words only; with one it replaces the whole row. A value
-    of another type or out of range is a `TypeError` or `ValueError` at once.
+    Without a `status` the rule changes the words only; with one it replaces the whole row. What is
+    out of place is a `TypeError` or `ValueError` at once.
 
     Attributes:
         detail: what the client reads; `None` for the default.
         status: 400 to 599.
         retry_after: seconds, for the Retry-After header; only beside a `status`.
-        pointer: the field of the request that is at fault, as a JSON pointer such as `#/email`;
-            in problem details only.
+        pointer: the field at fault, as a JSON pointer such as `#/email`; for problem details.
     """
 
     detail: str | None = None
@@ -57,10 +56,7 @@ class ErrorRule:
 
 
 class ErrorRules(TypedDict, total=False):
-    """Name the kinds as keywords: a message, or an `ErrorRule` for more than that.
-
-    `foreign_key` stands for `missing_parent` and `still_referenced` too, unless they are given.
-    """
+    """Name kinds: a message, or an `ErrorRule` for more. `foreign_key` is both of its ways."""
 
     unique: str | ErrorRule
     exclusion: str | ErrorRule
@@ -90,10 +86,7 @@ class ErrorRules(TypedDict, total=False):
 
 
 class MappingOptions(ErrorRules, total=False):
-    """Say how to map failures: by kind, and before that by a constraint's name.
-
-    `metadata` is where `describe_database_error` looks up names that the driver does not state.
-    """
+    """Name constraints too, which go before kinds, and `metadata` to look names up in."""
 
     constraints: Mapping[str, str | ErrorRule] | None
     metadata: MetaData | None
@@ -139,16 +132,13 @@ class DatabaseHTTPException(HTTPException):
 
 
 class ErrorMapping:
-    """The table, and what an application has put in its place.
-
-    A context manager too, which keeps no state: it maps what is raised inside.
-    """
+    """The table, and what an application has put in its place; a context manager without state."""
 
     def __init__(self, options: Mapping[str, Any], log: FailureLog | None = None) -> None:
         given = dict(options)
         self._metadata: MetaData | None = given.pop("metadata", None)
         self._constraints = _checked_constraints(given.pop("constraints", None))
-        self._rules = _with_given(given)
+        self.rules = _with_given(given)
         self._log = log or FailureLog()
 
     def map(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
@@ -158,25 +148,22 @@ class ErrorMapping:
             return error
         mapped = DatabaseHTTPException(self._rule_for(failure, error))
         mapped.__cause__ = error
-        # A fault stays one, whatever it is answered with.
-        is_fault = mapped.status_code == 500 or failure.kind in _FAULTS
-        self._log.write(failure, mapped.status_code, error, route, is_fault=is_fault)
+        status = mapped.status_code
+        is_fault = status == 500 or failure.kind in _FAULTS  # whatever it is answered with
+        level = logging.ERROR if is_fault else logging.INFO if status < 500 else logging.WARNING
+        self._log.write(level, what_failed(failure, error, status), route, error)
         return mapped
 
     def map_own(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
         """Do so for a database's own error: what the application has made of one is left alone."""
         return self.map(error, route) if is_of_a_database(only_error(error)) else error
 
-    def rule(self, kind: Kind) -> ErrorRule:
-        """Return the row for a kind."""
-        return self._rules[kind]
-
     def _rule_for(self, failure: DatabaseErrorDescription, error: Exception) -> ErrorRule:
         # The metadata's name for a constraint goes before the database's.
         stated = describe_database_error(error) or failure
         names = failure.constraint, stated.constraint, f"{stated.table}.{stated.constraint}"
         own = next((self._constraints[each] for each in names if each in self._constraints), None)
-        return _merged(self._rules[failure.kind], own or ErrorRule())
+        return _merged(self.rules[failure.kind], own or ErrorRule())
 
     def __enter__(self) -> None:
         """Map nothing yet."""

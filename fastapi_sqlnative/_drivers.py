@@ -218,8 +218,8 @@ def _without_code(error: BaseException, statement: str | None) -> str:
     is_lost = "InterfaceError" in classes and "connection is closed" in said
     if is_lost or "TargetServerAttributeNotMatched" in classes:
         return "unavailable"
-    if "DataError" in classes:
-        return "bad_value"
+    if "DataError" in classes and ("NUL" in said or "list" in said):
+        return "bad_value"  # any other is of what psycopg reads, and Python has no value for
     # Of a statement it is a mistake, unless SQLAlchemy has found the connection lost.
     return _refusal(said) if "OperationalError" in classes and statement is None else ""
 

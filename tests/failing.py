@@ -457,6 +457,10 @@ def beyond_64_bits(session: Session, _server: Server) -> None:
     session.execute(text("SELECT :number + 1"), {"number": 2**70}).all()
 
 
+def beyond_python(session: Session, _server: Server) -> None:
+    session.execute(text("SELECT CAST('infinity' AS date)")).all()
+
+
 def not_strictly_typed(session: Session, _server: Server) -> None:
     session.execute(text("CREATE TEMP TABLE canary_strict (id INTEGER, n INT) STRICT"))
     session.execute(text("INSERT INTO canary_strict VALUES (1, 'canary')"))

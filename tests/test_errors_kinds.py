@@ -314,6 +314,11 @@ TABLE = (
         everywhere=True,
         cells={POSTGRES: Cell(Kind.OTHER, "22012"), MYSQL: Cell(Kind.OTHER, "1365")},
     ),
+    Row(failing.bad_setting, {POSTGRES: Cell(Kind.OTHER, "22023")}),
+    Row(failing.too_many_parameters, {POSTGRES: Cell(Kind.OTHER, None)}),
+    Row(failing.wrong_type, {ASYNCPG.id: Cell(Kind.OTHER, "22000")}),
+    Row(failing.str_for_int, {ASYNCPG.id: Cell(Kind.OTHER, "22000")}),
+    Row(failing.beyond_python, {PSYCOPG.id: Cell(Kind.OTHER, None)}),
 )
 
 # What the issue promises, written down once more.

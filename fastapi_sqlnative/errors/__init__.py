@@ -1,7 +1,6 @@
 """Answer a database failure over HTTP, where the application asks for it.
 
-Nothing that a database or driver has said gets into a response: bodies hold the application's
-words, or those of the table in `_rules`. What was said is in the `__cause__`, and logged once.
+Nothing that a database has said gets into a response. It is in the `__cause__`, and logged once.
 """
 
 from ._answers import http_errors, install_error_handlers, map_database_error

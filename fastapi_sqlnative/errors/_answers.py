@@ -7,6 +7,7 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping
 from typing import Any, Unpack, cast, overload
 
+import starlette
 from fastapi import FastAPI, HTTPException
 from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +29,9 @@ from ._rules import DatabaseHTTPException, ErrorMapping, ErrorT, MappingOptions
 # The second None says that no error ends here, so that a block may end with a `return`.
 _Block = contextlib.AbstractContextManager[None, None]
 _AsyncBlock = contextlib.AbstractAsyncContextManager[None, None]
+# A group is answered if its one error is a failure, and raised again if not. Starlette before 0.46
+# raises a group for any error in a stream, where a handler would be in the way.
+_GROUPS = () if starlette.__version__ < "0.46" else (ExceptionGroup,)
 
 
 def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> ErrorT | HTTPException:
@@ -145,8 +149,7 @@ def _has_handlers(app: Starlette) -> bool:
 
 def _install(app: Starlette, answer: _Answer, problem_details: bool, every_error: bool) -> None:
     handlers: dict[Any, Any] = app.exception_handlers
-    # A group is answered if its one error is a failure; any other is raised again.
-    for failure in (SQLAlchemyError, ExceptionGroup, *OUR_ERRORS):
+    for failure in (SQLAlchemyError, *_GROUPS, *OUR_ERRORS):
         handlers.setdefault(failure, answer)
     if problem_details:
         handlers[DatabaseHTTPException] = answer_problem

@@ -48,8 +48,7 @@ class FailureLog:
 
 def what_failed(failure: DatabaseErrorDescription, error: Exception, status: int) -> str:
     """Say it with what is known of it, and nothing that a user has written."""
-    # Set by the session that the error has left.
-    database = getattr(only_error(error), "database_name", None)
+    database = getattr(only_error(error), "database_name", None)  # set by the session it has left
     where = f" of database {database!r}" if isinstance(database, str) else ""
     code = f", code {failure.code}" if failure.code else ""
     constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""

@@ -125,9 +125,8 @@ class DatabaseHTTPException(HTTPException):
     """Be an `HTTPException` that a database failure was mapped to."""
 
     def __init__(self, rule: ErrorRule) -> None:
-        assert rule.status is not None
         headers = None if rule.retry_after is None else {"Retry-After": str(rule.retry_after)}
-        super().__init__(rule.status, rule.detail, headers)
+        super().__init__(rule.status or 500, rule.detail, headers)
         self.pointer = rule.pointer
 
 

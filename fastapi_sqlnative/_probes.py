@@ -21,7 +21,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ._drivers.pools import pool_capacity
-from ._failures import DatabaseErrorKind, describe_database_error
+from .errors import DatabaseErrorKind, describe_database_error
 
 # In the `info` of a connection that no pool of the application's has ever held.
 OUTSIDE: Final = "fastapi_sqlnative_outside"

@@ -14,7 +14,7 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
-from .._failures import DatabaseErrorKind, describe_database_error
+from ..errors import DatabaseErrorKind, describe_database_error
 from .._routes import mounted_applications
 from .._sessions.completion import to_completion
 from .._sessions.engines import answers, dispose

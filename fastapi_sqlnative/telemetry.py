@@ -15,8 +15,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
+from ._movement import OUTSIDE
 from ._pools import ask_pool, pool_capacity
-from ._probes import OUTSIDE
 from ._registry import registry_of
 from .databases import AnyDatabase
 from .exceptions import ApplicationAlreadyStartedError

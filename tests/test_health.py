@@ -41,7 +41,7 @@ from fastapi_sqlnative import (
     installed_databases,
     start_draining,
 )
-from fastapi_sqlnative._probes import OUTSIDE
+from fastapi_sqlnative._movement import OUTSIDE
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine

@@ -74,7 +74,7 @@ def engine_at(
 def healthy(engine: AnyEngine, **options: Any) -> FastAPI:
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, shutdown_timeout=0.5)
-    app.include_router(health_router(**{"timeout": PATIENT, "max_age": 1e-9, **options}))
+    app.include_router(health_router(**{"timeout": PATIENT, "max_age": 1e-9, "down_after": options.get("timeout", PATIENT), **options}))
     return app
 
 

@@ -1,0 +1,14 @@
+"""Liveness and readiness: a router, what readiness asks, and draining."""
+
+from ._draining import drain_on_sigterm, start_draining
+from ._probe import CheckResult, DatabaseState, ReadinessCheck
+from ._router import health_router
+
+__all__ = [
+    "CheckResult",
+    "DatabaseState",
+    "ReadinessCheck",
+    "drain_on_sigterm",
+    "health_router",
+    "start_draining",
+]

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from .._completion import in_thread
 from .._failures import DatabaseErrorKind, describe_database_error
@@ -54,7 +55,7 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
         # Nobody waits for an empty pool, and its first connection readies the dialect.
         return _ask(engine, writable)
     full, outside = is_full(engine), pool.recreate()
-    event.listen(outside, "connect", lambda _, made: made.info.update({OUTSIDE: True}), insert=True)
+    event.listen(outside, "connect", _mark, insert=True)
     try:
         state = _ask(Engine(outside, engine.dialect, engine.url), writable)
     except Exception as error:
@@ -67,6 +68,10 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
     finally:
         outside.dispose()
     return DatabaseState.SATURATED if full and state is DatabaseState.UP else state
+
+
+def _mark(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[OUTSIDE] = True
 
 
 def _is_exclusive(pool: sa.Pool) -> bool:

@@ -103,7 +103,8 @@ def health_router(
     for what, seconds in times.items():
         check_seconds(what, seconds)
     named = {name: _checked(name, each, timeout) for name, each in (checks or {}).items()}
-    policies = {trimmed(name): policy for name, policy in (databases or {}).items()}
+    policies: dict[str, DatabasePolicy] = {}
+    policies |= {trimmed(name): policy for name, policy in (databases or {}).items()}
     for name, policy in policies.items():
         if policy not in get_args(DatabasePolicy):
             known = ", ".join(map(repr, get_args(DatabasePolicy)))

@@ -17,8 +17,8 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
-from ._movement import OUTSIDE
 from ._pools import ask_pool, pool_capacity, pool_timeout
+from ._probe import OUTSIDE
 from ._registry import registry_of
 from .databases import AnyDatabase, close, sync_session
 from .exceptions import ApplicationAlreadyStartedError
@@ -107,21 +107,17 @@ def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
     """
     meter = provider.get_meter("fastapi_sqlnative")
     made = _Instruments(meter)
-    instrument = meter.create_observable_up_down_counter(
-        f"{_PREFIX}.count", [made.count], "{connection}", "Connections in the state given."
-    )
-    shared = getattr(instrument, _SHARED, made)
-    assert isinstance(shared, _Instruments)
-    if shared is made:
+    for name, callback, unit, description in (
+        ("count", made.count, "{connection}", "Connections in the state given."),
+        ("max", made.limit, "{connection}", "Open connections that the pool allows."),
+        ("pending_requests", made.pending, "{request}", "Sessions that wait for one."),
+    ):
+        instrument = meter.create_observable_up_down_counter(
+            f"{_PREFIX}.{name}", [callback], unit, description
+        )
+        made = getattr(instrument, _SHARED, made)
         setattr(instrument, _SHARED, made)
-        for name, callback, unit, description in (
-            ("max", made.limit, "{connection}", "Open connections that the pool allows."),
-            ("pending_requests", made.pending, "{request}", "Sessions that wait for one."),
-        ):
-            meter.create_observable_up_down_counter(
-                f"{_PREFIX}.{name}", [callback], unit, description
-            )
-    return shared
+    return made
 
 
 class _Instruments:
@@ -213,7 +209,7 @@ class _Instruments:
 def _attributes(pool: str) -> Mapping[str, str]:
     """Name the pool, and the route of the request that is being served, where FastAPI knows it."""
     data = None if _telemetry_data is None else _telemetry_data()
-    served = data and (data.request or data.websocket)
+    served: Any = data and (data.request or data.websocket)
     path = served and getattr(served.scope.get("route"), "path_format", None)
     if not path:
         return {_POOL: pool}

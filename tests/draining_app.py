@@ -1,5 +1,6 @@
 """The application that test_draining restarts, which drains on SIGTERM."""
 
+import logging
 import os
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from fastapi_sqlnative import health_router, install_database, transactional
 from fastapi_sqlnative.health import drain_on_sigterm
 from tests.serving import KINDS, Item, using
 
+logging.basicConfig(level=logging.INFO)
 SECONDS = float(os.environ["DRAIN_SECONDS"])
 kind = next(each for each in KINDS if each.id == os.environ["KIND"])
 

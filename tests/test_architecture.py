@@ -19,7 +19,7 @@ MODULES = {
 ORDER = (
     {"exceptions"},
     {"_completion", "_failures", "_options", "_pools", "_routes", "_seconds"},
-    {"_guards", "_movement", "_retries"},
+    {"_guards", "_probe", "_retries"},
     {"_statements"},
     {"_sessions"},
     {"databases"},
@@ -29,7 +29,7 @@ ORDER = (
     {"_checks", "_shutdown"},
     {"_lifespan"},
     {"_rules"},
-    {"health._draining", "health._probe"},
+    {"health._checks", "health._draining"},
     {"health._watch"},
     {"health._router"},
     {"errors", "health.__init__", "telemetry"},

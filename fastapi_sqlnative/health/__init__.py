@@ -1,7 +1,8 @@
 """Liveness and readiness: a router, what readiness asks, and draining."""
 
+from .._probe import DatabaseState
+from ._checks import CheckResult, ReadinessCheck
 from ._draining import drain_on_sigterm, start_draining
-from ._probe import CheckResult, DatabaseState, ReadinessCheck
 from ._router import health_router
 
 __all__ = [

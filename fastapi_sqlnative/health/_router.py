@@ -13,22 +13,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.applications import Starlette
 
-from .._movement import seconds_held
 from .._pools import pool_timeout
+from .._probe import DatabaseState, ask_database, seconds_held
 from .._registry import registry_for, trimmed
 from .._seconds import check_seconds
 from ..databases import AnyDatabase, AsyncDatabase
 from ..dependencies import InstalledDependency
-from ._probe import (
-    Check,
-    CheckResult,
-    DatabaseState,
-    ReadinessCheck,
-    arguments_for,
-    ask_database,
-    is_async,
-    run_check,
-)
+from ._checks import Check, CheckResult, ReadinessCheck, arguments_for, is_async, run_check
 from ._watch import Watch
 
 DatabasePolicy: TypeAlias = Literal["required", "writable", "degraded", "ignored"]
@@ -125,7 +116,7 @@ def _routes(health: _Health, prefix: str, include_in_schema: bool) -> APIRouter:
     router = APIRouter(prefix=prefix, tags=["health"])
     installed = [Depends(InstalledDependency(name)) for name in health.policies]
     for method, shown in ("GET", include_in_schema), ("HEAD", False):
-        for endpoint, model in (health.live, Liveness), (health.ready, ReadinessReport):
+        for endpoint, model in (health.ready, ReadinessReport), (health.live, Liveness):
             router.add_api_route(
                 f"/{endpoint.__name__}",
                 endpoint,

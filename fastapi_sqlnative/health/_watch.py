@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._probe import CheckResult
+from ._checks import CheckResult
 
 logger = logging.getLogger("fastapi_sqlnative")
 UP, DOWN = CheckResult(True, "up"), CheckResult(False, "down")

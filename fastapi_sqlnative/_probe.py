@@ -1,25 +1,25 @@
-"""Asking one database or one check."""
+"""Asking a database whether it is there, and a pool whether it moves."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
+from time import monotonic
 from traceback import clear_frames
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from .._completion import in_thread
-from .._failures import DatabaseErrorKind, describe_database_error
-from .._movement import OUTSIDE, is_full
-from .._pools import ask_pool
+from ._failures import DatabaseErrorKind, describe_database_error
+from ._pools import ask_pool, pool_capacity
 
+# In the `info` of a connection that no pool of the application's has ever held.
+OUTSIDE: Final = "fastapi_sqlnative_outside"
+# The execution option under which an engine keeps when its pool last moved.
+_MOVEMENT: Final = "fastapi_sqlnative_movement"
 _REFUSES_WRITES: Final = {
     "postgresql": "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'",
     "mysql": "SELECT @@global.read_only",
@@ -91,66 +91,32 @@ def _ask(engine: Engine, writable: bool) -> DatabaseState:
     return DatabaseState.READ_ONLY if refuses else DatabaseState.UP
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """What a check has found: whether it is ready, and a word that everybody may read."""
+class _Movement:
+    """When a pool last handed out a connection or got one back; lives with the engine."""
 
-    ready: bool
-    state: str
+    def __init__(self) -> None:
+        self.last = monotonic()
+
+    def note(self, _connection: object, record: ConnectionPoolEntry, *_proxy: object) -> None:
+        if OUTSIDE not in record.info:
+            self.last = monotonic()
 
 
-Check: TypeAlias = Callable[..., bool | CheckResult | Awaitable[bool | CheckResult]]
+def seconds_held(engine: Engine) -> float:
+    """Return for how long every connection has been in use, and none has come back.
 
-
-@dataclass(frozen=True, slots=True)
-class ReadinessCheck:
-    """A check with a time of its own, or one that is only reported.
-
-    Attributes:
-        check: a function, sync or async, of the application or of nothing, which returns `True`,
-            `False` or a `CheckResult`. A sync one runs in a thread.
-        timeout: seconds, within those of the router; `None` for all of them.
-        required: with `False` its failure is reported, and the application still ready.
+    The first call begins to listen to the pool.
     """
-
-    check: Check
-    timeout: float | None = None
-    required: bool = True
-
-
-def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
-    """Return what a check is called with: nothing, or the application."""
-    for arguments in ((), (app,)):
-        with suppress(TypeError):
-            inspect.signature(check).bind(*arguments)
-            return arguments
-    raise TypeError(
-        f"Check {name!r} must be a function of the application or of nothing, or a ReadinessCheck "
-        f"of one, not {check!r}."
-    )
+    movement = engine.get_execution_options().get(_MOVEMENT)
+    if movement is None:
+        movement = _Movement()
+        event.listen(engine, "checkout", movement.note)
+        event.listen(engine, "checkin", movement.note)
+        engine.update_execution_options(**{_MOVEMENT: movement})
+    return monotonic() - movement.last if is_full(engine) else 0.0
 
 
-def is_async(check: Check) -> bool:
-    """Tell whether calling it gives a coroutine, be it a function, an object or a partial."""
-    call = getattr(type(check), "__call__", None)  # noqa: B004 - its kind, not whether it is
-    return inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
-
-
-async def run_check(name: str, check: Check, app: object) -> CheckResult:
-    """Call a check, a sync one in a thread; raise TypeError for what it may not return."""
-    arguments = arguments_for(name, check, app)
-    found: Any
-    if is_async(check):
-        found = check(*arguments)
-    else:
-        found = await asyncio.wrap_future(in_thread(lambda: check(*arguments)))
-    match await found if inspect.isawaitable(found) else found:
-        case bool(ready):
-            return CheckResult(ready, "up" if ready else "down")
-        case CheckResult(ready=bool(), state=str()) as result:
-            return result
-        case other:
-            raise TypeError(
-                f"Check {name!r} returned {type(other).__name__}: return True, False or a "
-                "CheckResult of a bool and a word."
-            )
+def is_full(engine: Engine) -> bool:
+    """Tell whether every connection that the pool hands out is in use."""
+    capacity, in_use = pool_capacity(engine.pool), ask_pool(engine.pool, "checkedout")
+    return capacity is not None and in_use is not None and in_use >= capacity

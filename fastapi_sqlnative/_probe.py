@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ._failures import DatabaseErrorKind, describe_database_error
-from ._pools import ask_pool, pool_capacity
+from ._pools import ask_pool, pool_capacity, pool_timeout
 
 # In the `info` of a connection that no pool of the application's has ever held.
 OUTSIDE: Final = "fastapi_sqlnative_outside"
@@ -102,10 +102,11 @@ class _Movement:
             self.last = monotonic()
 
 
-def seconds_held(engine: Engine) -> float:
-    """Return for how long every connection has been in use, and none has come back.
+def is_wedged(engine: Engine, seconds: float) -> bool:
+    """Tell whether every connection has been in use, and none has come back, for so long.
 
-    The first call begins to listen to the pool.
+    Or for as long as the pool lets its callers wait, if that is longer. The first call begins to
+    listen to the pool.
     """
     movement = engine.get_execution_options().get(_MOVEMENT)
     if movement is None:
@@ -113,7 +114,8 @@ def seconds_held(engine: Engine) -> float:
         event.listen(engine, "checkout", movement.note)
         event.listen(engine, "checkin", movement.note)
         engine.update_execution_options(**{_MOVEMENT: movement})
-    return monotonic() - movement.last if is_full(engine) else 0.0
+    limit = max(seconds, pool_timeout(engine.pool))
+    return is_full(engine) and monotonic() - movement.last > limit
 
 
 def is_full(engine: Engine) -> bool:

@@ -1,9 +1,9 @@
 """Liveness and readiness: a router, what readiness asks, and draining."""
 
 from .._probe import DatabaseState
-from ._checks import CheckResult, ReadinessCheck
 from ._draining import drain_on_sigterm, start_draining
 from ._router import health_router
+from ._watch import CheckResult, ReadinessCheck
 
 __all__ = [
     "CheckResult",

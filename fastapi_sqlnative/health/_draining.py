@@ -20,10 +20,9 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 
 def start_draining(app: Starlette) -> None:
-    """Answer that the application is not ready, from now on; everything else is still served.
+    """Be not ready from now on, with whatever is mounted in it; all else is still served.
 
-    Applications mounted in it drain too. It can be called from a signal handler, and more than
-    once; the next start of the application is a new beginning.
+    It can be called from a signal handler, and more than once; the next start ends it.
     """
     registry = registry_of(app)
     if not registry.draining:
@@ -34,9 +33,8 @@ def start_draining(app: Starlette) -> None:
 def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
     """On SIGTERM start draining, and let the server's own handler run so many seconds later.
 
-    Call it on the application that is served, before it starts. Choose more seconds than it takes
-    whoever sends requests to notice; 0 stops at once, and so does a second SIGTERM. Outside the
-    main thread, as in a test, nothing is done.
+    Call it on the application that is served, before it starts, with more seconds than whoever
+    sends requests takes to notice. A second SIGTERM stops the server at once.
     """
     check_seconds("seconds", seconds, zero=True)
     inner = app.router.lifespan_context
@@ -44,20 +42,16 @@ def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
     @asynccontextmanager
     async def lifespan(served: Any) -> AsyncGenerator[Any]:
         async with inner(served) as state:
-            _handle_sigterm(app, seconds)
+            loop = asyncio.get_running_loop()
+            stop: Any = signal.getsignal(signal.SIGTERM)  # the server's own, if it has one
+
+            def drain(signum: int, frame: FrameType | None) -> None:
+                signal.signal(signal.SIGTERM, stop)
+                start_draining(app)
+                loop.call_soon_threadsafe(loop.call_later, seconds, stop, signum, frame)
+
+            if callable(stop) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, drain)
             yield state
 
     app.router.lifespan_context = lifespan
-
-
-def _handle_sigterm(app: Starlette, seconds: float) -> None:
-    stop: Any = signal.getsignal(signal.SIGTERM)  # the server's own handler
-    loop = asyncio.get_running_loop()
-
-    def drain(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, stop)
-        start_draining(app)
-        loop.call_soon_threadsafe(loop.call_later, seconds, stop, signum, frame)
-
-    if callable(stop) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, drain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias, get_args
@@ -13,14 +14,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.applications import Starlette
 
-from .._pools import pool_timeout
-from .._probe import DatabaseState, ask_database, seconds_held
+from .._probe import DatabaseState, ask_database, is_wedged
 from .._registry import registry_for, trimmed
 from .._seconds import check_seconds
 from ..databases import AnyDatabase, AsyncDatabase
 from ..dependencies import InstalledDependency
-from ._checks import Check, CheckResult, ReadinessCheck, arguments_for, is_async, run_check
-from ._watch import Watch
+from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for, is_async, run_check
 
 DatabasePolicy: TypeAlias = Literal["required", "writable", "degraded", "ignored"]
 Status: TypeAlias = Literal["ready", "degraded", "not_ready", "not_started", "draining"]
@@ -57,49 +56,43 @@ def health_router(
 ) -> APIRouter:
     """Make a router with `GET` and `HEAD` of `{prefix}/live` and `{prefix}/ready`.
 
-    Live answers 200 for as long as the process answers, and asks no database. Ready answers 200
-    or 503, for every database that is installed on the application, on those it is mounted in and
-    on those mounted in it. Any number of probes wait for the same question. Before the
-    application has started, while it drains and where no database is installed it is not ready.
-    The bodies hold names and states; the cause of a state goes to the log, when it changes.
+    Live answers 200 for as long as the process does, and asks no database. Ready answers 200 or
+    503, for the databases of the application, of those it is mounted in and of those mounted in
+    it. Any number of probes wait for the same question. An application that has not started, that
+    drains or has no database is not ready. The log has the cause of a state, when it changes.
 
     Args:
         prefix: of the paths.
         databases: by name, `required` as all are by default, `writable` to be required to take
             writes as well, `degraded` to be reported only, or `ignored`.
         checks: by name, what else the application depends on: functions, sync or async, of the
-            application or of nothing, that return `True`, `False` or a `CheckResult`. Whatever
-            else one returns or raises counts as down.
+            application or of nothing, that return `True`, `False` or a `CheckResult`.
         timeout: seconds in which ready answers, whatever hangs.
         max_age: seconds for which an answer stands.
-        down_after: seconds that a database may take to answer, while what it answered last
-            stands. A refusal counts at once.
+        down_after: seconds that a database may take to answer; until then its last answer stands.
         wedged_after: seconds, or those of the pool's own timeout if they are more, for which
             every connection may be in use and none come back. Then it is not ready.
         restart_after: seconds, likewise, after which live fails too; `None` for never.
-        saturated_is_ready: whether a database that answers is enough, while every connection of
-            its pool is in use.
+        saturated_is_ready: whether it is ready while every connection of a pool is in use.
         include_in_schema: whether the OpenAPI document has these routes.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a time that is not above zero, or an unknown policy.
-
-    Example:
-        app.include_router(health_router(databases={"default": "writable"}))
     """
     times = {"timeout": timeout, "max_age": max_age, "down_after": down_after}
-    times |= {"wedged_after": wedged_after}
-    times |= {"restart_after": restart_after} if restart_after is not None else {}
+    times["wedged_after"] = wedged_after
+    if restart_after is not None:
+        times["restart_after"] = restart_after
     for what, seconds in times.items():
         check_seconds(what, seconds)
     named = {name: _checked(name, each, timeout) for name, each in (checks or {}).items()}
     policies: dict[str, DatabasePolicy] = {}
-    policies |= {trimmed(name): policy for name, policy in (databases or {}).items()}
-    for name, policy in policies.items():
+    for name, policy in (databases or {}).items():
         if policy not in get_args(DatabasePolicy):
             known = ", ".join(map(repr, get_args(DatabasePolicy)))
             raise ValueError(f"{policy!r} of database {name!r} is no policy: write one of {known}.")
+        policies[trimmed(name)] = policy
     health = _Health(policies, named, times, saturated_is_ready)
     return _routes(health, prefix, include_in_schema)
 
@@ -107,9 +100,9 @@ def health_router(
 def _checked(name: str, given: Check | ReadinessCheck, timeout: float) -> ReadinessCheck:
     check = given if isinstance(given, ReadinessCheck) else ReadinessCheck(given)
     arguments_for(name, check.check, None)
-    seconds = timeout if check.timeout is None else check.timeout
-    check_seconds(f"timeout of check {name!r}", seconds)
-    return replace(check, timeout=min(seconds, timeout))
+    if check.timeout is not None:
+        check_seconds(f"timeout of check {name!r}", check.timeout)
+    return replace(check, timeout=min(check.timeout or timeout, timeout))
 
 
 def _routes(health: _Health, prefix: str, include_in_schema: bool) -> APIRouter:
@@ -141,9 +134,8 @@ class _Health:
 
     async def live(self, request: Request) -> JSONResponse:
         """Tell whether the process is to go on."""
-        limit = self.times.get("restart_after")
-        databases = () if limit is None else _running(request)[0]
-        wedged = any(_is_wedged(each, limit or 0) for each in databases)
+        limit = self.times.get("restart_after", math.inf)
+        wedged = any(is_wedged(each.sync_engine, limit) for each in _running(request)[0])
         return _answer(Liveness(status="wedged" if wedged else "alive"), 503 if wedged else 200)
 
     async def ready(self, request: Request) -> JSONResponse:
@@ -161,7 +153,7 @@ class _Health:
     def _watches(self, app: Starlette, databases: Sequence[AnyDatabase]) -> Sequence[Watch]:
         """Return the watches of this run of the application, made at the first question."""
         runs: dict[_Health, tuple[Sequence[AnyDatabase], Sequence[Watch]]]
-        runs = app.state.__dict__.setdefault(_STATE, {})
+        setattr(app.state, _STATE, runs := getattr(app.state, _STATE, {}))
         if self not in runs or runs[self][0] != databases:
             counted = [each for each in databases if self.policies.get(each.name) != "ignored"]
             checks = [self._watch_check(*each, app) for each in self.checks.items()]
@@ -173,8 +165,12 @@ class _Health:
         enough = (DatabaseState.UP, DatabaseState.SATURATED)[: 1 + self.saturated_is_ready]
 
         async def ask() -> CheckResult:
-            state = await _ask(database, writable=policy == "writable")
-            if _is_wedged(database, self.times["wedged_after"]):
+            state = await database.run_sync(
+                lambda engine: ask_database(
+                    engine, in_use=database.connections_in_use(), writable=policy == "writable"
+                )
+            )
+            if is_wedged(database.sync_engine, self.times["wedged_after"]):
                 state = DatabaseState.WEDGED
             return CheckResult(state in enough, state.value)
 
@@ -189,14 +185,15 @@ class _Health:
 
 
 def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
-    states = list(DatabaseState)
-    databases = [
-        (each.name, DatabaseState(each.result.state)) for each in watches if each.kind == "Database"
-    ]
-    # A mounted application may have a database under a name that is taken above it: the worst.
-    databases.sort(key=lambda named: states.index(named[1]))
+    # Of databases with one name, in an application and in one mounted in it, the worst.
+    databases = {
+        each.name: state
+        for state in DatabaseState
+        for each in watches
+        if each.kind == "Database" and each.result.state == state
+    }
     checks = {each.name: each.result.state for each in watches if each.kind == "Check"}
-    report = ReadinessReport(status=status, databases=dict(databases), checks=checks)
+    report = ReadinessReport(status=status, databases=databases, checks=checks)
     return _answer(report, 200 if status in ("ready", "degraded") else 503)
 
 
@@ -204,21 +201,6 @@ def _answer(model: BaseModel, code: int) -> JSONResponse:
     return JSONResponse(model.model_dump(mode="json"), code, {"Cache-Control": "no-store"})
 
 
-# -- what is asked of the rest of the package --------------------------------------------------
-
-
 def _running(request: Request) -> tuple[Sequence[AnyDatabase], bool]:
     registry, router = registry_for(request)
     return registry.all_databases(router), registry.is_draining(router)
-
-
-async def _ask(database: AnyDatabase, *, writable: bool) -> DatabaseState:
-    in_use = database.connections_in_use
-    return await database.run_sync(
-        lambda engine: ask_database(engine, in_use=in_use(), writable=writable)
-    )
-
-
-def _is_wedged(database: AnyDatabase, seconds: float) -> bool:
-    engine = database.sync_engine
-    return seconds_held(engine) > max(seconds, pool_timeout(engine.pool))

@@ -80,7 +80,10 @@ def _is_exclusive(pool: sa.Pool) -> bool:
 
 
 def _ask(engine: Engine, writable: bool) -> DatabaseState:
-    query: Any = sa.text(_REFUSES_WRITES[engine.dialect.name]) if writable else sa.select(1)
+    name = engine.dialect.name
+    if writable and name not in _REFUSES_WRITES:
+        raise NotImplementedError(f"Nothing asks {name} for writes: give it the policy 'required'.")
+    query: Any = sa.text(_REFUSES_WRITES[name]) if writable else sa.select(1)
     try:
         with engine.connect() as connection:
             answer = connection.scalar(query)

@@ -71,9 +71,6 @@ def instrument_pools(
 
     Raises:
         ApplicationAlreadyStartedError: the application has started.
-
-    Example:
-        instrument_pools(app)
     """
     registry = registry_of(app)
     if app.middleware_stack is not None or registry.starts:
@@ -297,7 +294,6 @@ class _Waits:
 
 
 def _session_class(database: AnyDatabase) -> type[Session]:
-    """Return the class of a handle's sessions, which is no other handle's."""
     session = sync_session(database.open())
     close(session)
     return type(session)

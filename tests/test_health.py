@@ -420,6 +420,15 @@ async def test_a_writable_server_is_up(make_engine: MakeEngine) -> None:
         assert await ready(client) == (200, report())
 
 
+async def test_a_database_that_nobody_can_ask_for_writes_is_down(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    """Readiness fails closed where it cannot tell, and the log names the policy that works."""
+    async with running(healthy(async_sqlite(), databases={"default": "writable"})) as client:
+        assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+    assert "Nothing asks sqlite for writes: give it the policy 'required'." in log.text
+
+
 @pytest.fixture
 def own_port() -> Iterator[int]:
     """Keep a port that refuses connections."""

@@ -47,7 +47,10 @@ def returns_undisturbed(engine: Engine) -> bool:
     SQLAlchemy resets an engine's options then, and where that talks to the driver (psycopg's
     `set_autocommit` after a cancelled ROLLBACK) it could keep the pool's place for ever.
     """
-    return engine.dialect.driver == "asyncpg" or not engine.get_execution_options()
+    reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
+    return engine.dialect.driver == "asyncpg" or not reset.intersection(
+        engine.get_execution_options()
+    )
 
 
 def is_lost(connection: Connection) -> bool:

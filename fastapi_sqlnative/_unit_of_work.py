@@ -247,7 +247,7 @@ def _check_nothing_forgotten(call: Call, member: _Member) -> None:
                 f"transactional({name!r}) to write."
             )
         return
-    if pending or (record.may_have_written and _leaves_unstored(call, member)):
+    if pending or _leaves_unstored(call, member):
         raise UncommittedChangesError(
             f"The request wrote to database {name!r} through get_db({name!r}) and returned "
             f"without a commit. Depend on transactional({name!r}), which commits before "
@@ -256,6 +256,8 @@ def _check_nothing_forgotten(call: Call, member: _Member) -> None:
 
 
 def _leaves_unstored(call: Call, member: _Member) -> bool:
+    if not (member.record.may_have_written or member.record.met_no_row):
+        return False
     answer: list[bool] = []
     call(member.session, lambda _: answer.append(member.record.leaves_unstored()))
     return answer[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnClause, TextClause
 from sqlalchemy.sql import visitors
@@ -35,6 +35,7 @@ _TEXT: Final[Mapping[Effect, re.Pattern[str]]] = {
         rf"{_ONE_STATEMENT}()",
     }.items()
 }
+_COUNTED: Final = re.compile(_START + r"(?:update|delete)\b", re.IGNORECASE | re.DOTALL)
 # Words that let a statement write that begins as if it read. FOR UPDATE only locks.
 _WRITING: Final = re.compile(
     r"\b(?:insert|(?<!for\s)(?<!\bkey\s)update|delete|merge|into|call)\b", re.IGNORECASE
@@ -67,31 +68,51 @@ _HARMLESS_PREFIX: Final = "pg_"
 def writes(statement: Any) -> bool:
     """Tell a statement that writes before it is sent; a function that writes is not recognised."""
     if getattr(statement, "is_text", False) or isinstance(statement, TextClause):
-        return _effect_of_text(str(statement))[0] is Effect.WRITE
+        return _effect_of_text(str(statement)).effect is Effect.WRITE
     return any(getattr(part, "is_dml", False) for part in visitors.iterate(statement))
 
 
-def effect_of(compiled: Any) -> tuple[Effect, str]:
-    """Tell what a compiled statement may do, and the name of the savepoint it is about."""
+class Statement(NamedTuple):
+    """What is known of a statement.
+
+    Attributes:
+        effect: what it may do.
+        savepoint: the name of the one it is about.
+        counted: a count of no row tells that it has written nothing. Not where it has more than
+            one part, nor for an INSERT, whose row a trigger may have put elsewhere.
+    """
+
+    effect: Effect
+    savepoint: str = ""
+    counted: bool = False
+
+
+def effect_of(compiled: Any) -> Statement:
+    """Tell what a compiled statement may do."""
     statement = compiled.statement
     if statement is None or getattr(statement, "is_text", isinstance(statement, TextClause)):
         return _effect_of_text(compiled.string)
+    ctes = getattr(compiled, "ctes", None) or ()
     if statement.is_dml:
-        return Effect.WRITE, ""
+        skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
+        return Statement(Effect.WRITE, counted=skips and not ctes)
     if not statement.is_select:
-        return Effect.UNKNOWN, ""
-    if any(getattr(cte.element, "is_dml", False) for cte in getattr(compiled, "ctes", None) or ()):
-        return Effect.WRITE, ""
-    return (Effect.UNKNOWN if any(_doubtful(statement)) else Effect.NONE), ""
+        return Statement(Effect.UNKNOWN)
+    if any(getattr(cte.element, "is_dml", False) for cte in ctes):
+        return Statement(Effect.WRITE)
+    return Statement(Effect.UNKNOWN if any(_doubtful(statement)) else Effect.NONE)
 
 
-def _effect_of_text(sql: str) -> tuple[Effect, str]:
+def _effect_of_text(sql: str) -> Statement:
     for effect, pattern in _TEXT.items():
         found = pattern.match(sql)
         if found is not None:
             doubtful = effect is Effect.NONE and _may_write(sql)
-            return Effect.UNKNOWN if doubtful else effect, found[1].strip('"`').lower()
-    return Effect.UNKNOWN, ""
+            counted = _COUNTED.match(sql) is not None
+            return Statement(
+                Effect.UNKNOWN if doubtful else effect, found[1].strip('"`').lower(), counted
+            )
+    return Statement(Effect.UNKNOWN)
 
 
 def _may_write(sql: str) -> bool:

@@ -47,6 +47,7 @@ class Record:
         "finished",
         "handed_out",
         "loop_thread",
+        "met_no_row",
         "on_idle",
         "open_results",
         "options",
@@ -82,6 +83,7 @@ class Record:
     def _begin(self) -> None:
         self.asked = False  # for an engine: there is a connection, or somebody waits for one
         self.wrote = False
+        self.met_no_row = False  # a write, which only a trigger can have made one
         self.unknown = False  # a statement that may have written
         self.handed_out = False  # a connection, over which anything may have been sent
         self.undone = False  # a savepoint
@@ -182,15 +184,18 @@ class Record:
             # The ORM's bulk statements, and what a listener of the application answered with.
             self.wrote = self.wrote or getattr(statement, "is_dml", True)
             return
-        effect, name = self.state.effect_of(context)
+        effect, savepoint, counted = self.state.statement_of(context)
         if effect is Effect.WRITE:
-            self.wrote = self.wrote or getattr(result, "rowcount", -1) != 0
+            if counted and not context.executemany and getattr(result, "rowcount", -1) == 0:
+                self.met_no_row = True
+            else:
+                self.wrote = True
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.SAVEPOINT:
-            self.savepoint_begins(name)
+            self.savepoint_begins(savepoint)
         elif effect is Effect.UNDO:
-            self.savepoint_undone(name)
+            self.savepoint_undone(savepoint)
         if cursor_result.cursor is not None and transactions.reads_later(context):
             self.streamed = True
             still_open = [each for each in self.open_results or () if each.cursor is not None]
@@ -235,8 +240,9 @@ class Record:
                 driver cannot connect.
         """
         self.hears(error)
+        self.state.sign(error)
         if transactions.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
-            raise OperationalError(None, None, error) from error
+            raise self.state.sign(OperationalError(None, None, error)) from error
 
     @property
     def may_have_written(self) -> bool:
@@ -245,7 +251,7 @@ class Record:
 
     def leaves_unstored(self) -> bool:
         """Tell whether a COMMIT now would change the database; in doubt the server is asked."""
-        return self.may_have_written and any(
+        return (self.may_have_written or self.met_no_row) and any(
             transactions.would_store(
                 connection,
                 wrote=self.wrote and self.rolled_back is None,
@@ -288,6 +294,7 @@ class Record:
         """
         if self.committed:
             raise self.state.after_commit_error() from error
+        self.state.sign(error)
         if not self.committing:
             return
         # With several engines the first may have committed when the second says no.

@@ -113,17 +113,6 @@ class NativeSession(Session):
             record.fails(error)
             raise
 
-    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Choose the engine, as one that sets the transaction's options."""
-        bind = super().get_bind(*args, **arguments)
-        record = self.sqlnative
-        record.asked = True
-        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
-            return bind
-        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
-            return bind
-        return record.engine_for(bind)
-
     # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
     # a closed session too, but its message knows no remedy.
 
@@ -247,6 +236,20 @@ class Outermost(Session):
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the application's own from hearing of a subclass that is none of its."""
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
+        """Let the application choose the engine, and give it as one that sets the options.
+
+        In front, because routing classes seldom call SQLAlchemy's own.
+        """
+        bind = super().get_bind(*args, **arguments)
+        record = self.sqlnative
+        record.asked = True
+        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
+            return bind
+        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
+            return bind
+        return record.engine_for(bind)
 
 
 def native_class(base: type[Session]) -> type[Session]:

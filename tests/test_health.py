@@ -556,6 +556,8 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
         for _ in range(3):
             assert await ready(client) == (200, report())
         go_on.set()
+        pool: Any = inner(engine).pool
+        await anyio.to_thread.run_sync(wait_until, lambda: pool.checkedout() == 0)
     assert log.records == []
 
 

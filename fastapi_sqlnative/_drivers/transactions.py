@@ -104,7 +104,14 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     status = _status(connection)
     if status is not None:
         return status == _IN_ERROR
+    doubtful = doubtful or _is_intercepted(connection)
     return doubtful and not autocommits(connection) and _ask(connection, "SELECT 1") is None
+
+
+def _is_intercepted(connection: Connection) -> bool:
+    """Tell whether listeners of the application may execute in the driver's place, and hide it."""
+    events: Any = connection.dialect.dispatch
+    return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
 def _status(connection: Connection) -> int | None:

@@ -276,7 +276,7 @@ def _commit(call: Call, member: _Member, earlier: list[_Member], later: list[_Me
         PartialCommitError: some have stored something, and others that were to will not.
     """
     record = member.record
-    stores = record.may_have_written or has_pending_changes(member.inner)
+    stores = bool(earlier) and (record.may_have_written or has_pending_changes(member.inner))
     try:
         call(member.session, commit)
     except Exception as error:

@@ -47,7 +47,10 @@ def returns_undisturbed(engine: Engine) -> bool:
     SQLAlchemy resets an engine's options then, and where that talks to the driver (psycopg's
     `set_autocommit` after a cancelled ROLLBACK) it could keep the pool's place for ever.
     """
-    return engine.dialect.driver == "asyncpg" or not engine.get_execution_options()
+    reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
+    return engine.dialect.driver == "asyncpg" or not reset.intersection(
+        engine.get_execution_options()
+    )
 
 
 def is_lost(connection: Connection) -> bool:
@@ -99,13 +102,15 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
-    if connection.dialect.name != "postgresql" or is_lost(connection):
-        return False  # COMMIT fails by itself
+    if connection.dialect.name != "postgresql":
+        return False
     status = _status(connection)
     if status is not None:
         return status == _IN_ERROR
     doubtful = doubtful or _is_intercepted(connection)
-    return doubtful and not autocommits(connection) and _ask(connection, "SELECT 1") is None
+    if not doubtful or is_lost(connection) or autocommits(connection):
+        return False  # where it is lost, COMMIT fails by itself
+    return _ask(connection, "SELECT 1") is None
 
 
 def _is_intercepted(connection: Connection) -> bool:

@@ -243,6 +243,8 @@ class NativeSession(Session):
 class Outermost(Session):
     """What stands in front of the application's class, so that its listeners hear first."""
 
+    sqlnative: Record
+
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the application's own from hearing of a subclass that is none of its."""
 
@@ -284,9 +286,9 @@ def _depth(transaction: SessionTransaction) -> int:
 # the COMMIT got through.
 @event.listens_for(Outermost, "after_begin")
 def _after_begin(
-    session: Session, _transaction: SessionTransaction, connection: Connection
+    session: Outermost, _transaction: SessionTransaction, connection: Connection
 ) -> None:
-    record = record_of(session)
+    record = session.sqlnative
     if connection in record.connections:
         return  # a savepoint on a connection that is known
     record.begun_on(connection)
@@ -299,25 +301,25 @@ def _after_begin(
 
 
 @event.listens_for(Outermost, "after_flush")
-def _after_flush(session: Session, _context: object) -> None:
-    record_of(session).wrote = True
+def _after_flush(session: Outermost, _context: object) -> None:
+    session.sqlnative.wrote = True
 
 
 @event.listens_for(Outermost, "after_commit")
-def _after_commit(session: Session) -> None:
-    record = record_of(session)
+def _after_commit(session: Outermost) -> None:
+    record = session.sqlnative
     if record.committing:  # else it was a savepoint
         record.committed = True
         record.stored = record.stored or record.may_have_written
 
 
 @event.listens_for(Outermost, "after_soft_rollback")
-def _after_soft_rollback(session: Session, previous: SessionTransaction) -> None:
+def _after_soft_rollback(session: Outermost, previous: SessionTransaction) -> None:
     if previous.nested:
-        record_of(session).savepoint_undone(_depth(previous))
+        session.sqlnative.savepoint_undone(_depth(previous))
 
 
 @event.listens_for(Outermost, "after_transaction_end")
-def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+def _after_transaction_end(session: Outermost, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        record_of(session).forget()
+        session.sqlnative.forget()

@@ -7,7 +7,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.exc import DBAPIError
 
+from .._drivers.errors import server_of
 from .._drivers.pools import pool_capacity
 from .._drivers.statements import Effect, effect_of, writes
 from .._drivers.transactions import is_servers_word, returns_undisturbed
@@ -182,11 +184,23 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
                 context.is_disconnect = True
         elif not record.finished:
             record.hears(context.original_exception)
+            return _translated(context)
         elif context.statement is None:  # a fetch: a stream may fail long after it has begun
             return found.finished_error()
         return None
 
     return on_error
+
+
+def _translated(context: ExceptionContext) -> DBAPIError | None:
+    """Make SQLAlchemy's error of what it leaves as it is: a driver's own way to refuse a value."""
+    error = context.original_exception
+    if context.sqlalchemy_exception is not None:
+        return None
+    # Text that cannot be encoded, a number that is too large; asyncpg's, while a stream is read.
+    if not (isinstance(error, ValueError | OverflowError) or server_of(error)):
+        return None
+    return DBAPIError(context.statement, context.parameters, error)
 
 
 def _unlisten(dialect: weakref.ref[Dialect], listener: Any) -> None:

@@ -66,15 +66,20 @@ _HARMLESS_PREFIX: Final = "pg_"
 
 def writes(statement: Any) -> bool:
     """Tell a statement that writes before it is sent; a function that writes is not recognised."""
-    if getattr(statement, "is_text", False) or isinstance(statement, TextClause):
+    if _is_text(statement):
         return _effect_of_text(str(statement))[0] is Effect.WRITE
     return any(getattr(part, "is_dml", False) for part in visitors.iterate(statement))
+
+
+def _is_text(statement: Any) -> bool:
+    # `text()` is no textual statement for SQLAlchemy, `text().columns()` is.
+    return isinstance(statement, TextClause) or getattr(statement, "is_text", False)
 
 
 def effect_of(compiled: Any) -> tuple[Effect, str]:
     """Tell what a compiled statement may do, and the name of the savepoint it is about."""
     statement = compiled.statement
-    if statement is None or getattr(statement, "is_text", isinstance(statement, TextClause)):
+    if statement is None or _is_text(statement):
         return _effect_of_text(compiled.string)
     if statement.is_dml:
         return Effect.WRITE, ""

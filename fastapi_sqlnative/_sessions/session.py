@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
-from .pending import has_pending_changes
+from .pending import has_pending_changes, would_be_flushed
 from .record import Record
 from .transaction import BegunTransaction
 
@@ -64,7 +64,7 @@ class NativeSession(Session):
             connection = super().connection(*args, **options)
         record.handed_out = True
         if record.options is AUTOCOMMIT:
-            event.listen(connection, "before_execute", record.state.refuse_writes)
+            event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:
@@ -305,7 +305,8 @@ def _after_begin(
 
 @event.listens_for(Outermost, "after_flush")
 def _after_flush(session: Outermost, _context: object) -> None:
-    session.sqlnative.wrote = True
+    record = session.sqlnative
+    record.wrote = record.wrote or would_be_flushed(session)
 
 
 @event.listens_for(Outermost, "after_commit")

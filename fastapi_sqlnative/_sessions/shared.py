@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from .._drivers.errors import server_of
 from .._drivers.pools import pool_capacity
-from .._drivers.statements import Effect, Statement, effect_of, writes
+from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import is_servers_word, returns_undisturbed
 from ..exceptions import (
     AfterCommitError,
@@ -58,7 +58,7 @@ class SharedState:
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
         # Whose results may still be read from a connection, when the session has ended.
         self.readers: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
-        self._effects: weakref.WeakKeyDictionary[Any, Statement] = weakref.WeakKeyDictionary()
+        self._statements: weakref.WeakKeyDictionary[Any, Statement] = weakref.WeakKeyDictionary()
         self._on_error = _listener(weakref.ref(self))
         self.listen(root.dialect)
 
@@ -67,9 +67,9 @@ class SharedState:
         compiled = context.compiled
         if compiled is None:
             return Statement(Effect.UNKNOWN)
-        found = self._effects.get(compiled)
+        found = self._statements.get(compiled)
         if found is None:
-            found = self._effects[compiled] = effect_of(compiled)
+            found = self._statements[compiled] = statement_of(compiled)
         return found
 
     def holds_all(self) -> bool:
@@ -159,7 +159,9 @@ class SharedState:
             f"committed on its own. Depend on transactional({self.name!r}) to write."
         )
 
-    def refuse_writes(self, _connection: Connection, statement: object, *_: object) -> None:
+    def refuse_writes(
+        self, _connection: Connection, _cursor: object, statement: str, *_: object
+    ) -> None:
         """Refuse what `reader` must not send over a connection that it has handed out."""
         if writes(statement):
             raise self.read_only_error()

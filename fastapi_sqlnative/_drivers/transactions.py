@@ -119,6 +119,13 @@ def _is_intercepted(connection: Connection) -> bool:
     return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
+def is_begun(connection: Connection) -> bool:
+    """Tell whether the server knows of the transaction: asyncpg's begins with a statement."""
+    driver: Any = connection.connection.driver_connection
+    begun = getattr(driver, "is_in_transaction", None)
+    return begun() if begun is not None else _status(connection) in (None, _IN_TRANSACTION)
+
+
 def _status(connection: Connection) -> int | None:
     info = getattr(connection.connection.driver_connection, "info", None)
     status = getattr(info, "transaction_status", None)
@@ -161,13 +168,21 @@ FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
 
 
 def would_store(
-    connection: Connection, *, wrote: bool, defined: bool, since: int, undone: bool, joined: bool
+    connection: Connection,
+    *,
+    wrote: bool,
+    unknown: bool,
+    defined: bool,
+    since: int,
+    undone: bool,
+    joined: bool,
 ) -> bool:
     """Tell whether a COMMIT would change the database.
 
     Args:
         connection: one that holds a transaction.
         wrote: a statement that writes was let through: the answer where nobody knows better.
+        unknown: something was let through that may have written.
         defined: a table or the like was defined, which no count and no lock may show.
         since: what `changes` said when the transaction began.
         undone: a savepoint was rolled back, which explains a transaction id.
@@ -184,6 +199,7 @@ def would_store(
         return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
+    assured = wrote or defined or unknown
     try:
         answer = _ask(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):
@@ -191,6 +207,9 @@ def would_store(
     if answer is None:
         return False  # aborted
     assigned, written, explained, foreign = answer
+    if not assured:
+        # Writes that met no row hold a lock, too; an id that a row lock explains is not theirs.
+        return bool(assigned and written and not explained)
     return bool(foreign or (assigned and (written or defined or not (explained or undone))))
 
 
@@ -208,10 +227,8 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
         return True
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
-    # A driver's error that SQLAlchemy did not recognise is one of the connection's; any other is
-    # an `commit` listener's on the engine, and came before the COMMIT.
-    drivers = type(error).__module__.partition(".")[0] == connection.dialect.driver
-    return drivers or isinstance(error, OSError | connection.dialect.loaded_dbapi.Error)
+    # A driver's error that SQLAlchemy did not recognise, not that of a listener before the COMMIT.
+    return _passed(error, connection.dialect.do_commit)
 
 
 def _was_never_sent(error: BaseException) -> bool:
@@ -246,5 +263,9 @@ def failed_to_connect(error: BaseException) -> bool:
     """Tell whether an error was raised while the pool or the driver made a connection."""
     # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
     # application's own, in a listener say, has not passed there.
-    entrance = Engine.raw_connection.__code__
-    return any(frame.f_code is entrance for frame, _ in walk_tb(error.__traceback__))
+    return _passed(error, Engine.raw_connection)
+
+
+def _passed(error: BaseException, function: Any) -> bool:
+    """Tell whether an error has come through a function of SQLAlchemy's."""
+    return any(frame.f_code is function.__code__ for frame, _ in walk_tb(error.__traceback__))

@@ -284,6 +284,7 @@ class Record:
             transactions.would_store(
                 connection,
                 wrote=self.wrote and self.rolled_back is None,
+                unknown=self.unknown or self.handed_out,
                 defined=self.defined,
                 since=changes_before,
                 undone=self.undone,
@@ -294,9 +295,12 @@ class Record:
 
     def settle_doubt(self) -> None:
         """Find out whether what may have written has: other databases depend on it."""
-        # What went over a connection that was handed out may be stored by now.
-        if self.unknown and not (self.wrote or self.handed_out):
+        if self.wrote or not self.may_have_written:
+            return
+        # What went over a connection that was handed out before BEGIN is stored by now.
+        if not self.handed_out or all(map(transactions.is_begun, self.connections)):
             self.unknown = self.leaves_unstored()
+            self.handed_out = False
 
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
 

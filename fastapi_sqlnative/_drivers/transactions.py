@@ -119,11 +119,16 @@ def _is_intercepted(connection: Connection) -> bool:
     return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
-def is_begun(connection: Connection) -> bool:
-    """Tell whether the server knows of the transaction: asyncpg's begins with a statement."""
-    driver: Any = connection.connection.driver_connection
-    begun = getattr(driver, "is_in_transaction", None)
-    return begun() if begun is not None else _status(connection) in (None, _IN_TRANSACTION)
+def begin(connection: Connection) -> None:
+    """Have the server begin the transaction, before somebody uses the driver's own connection.
+
+    With asyncpg SQLAlchemy sends BEGIN with its first statement: a COPY before that would be
+    stored at once, whatever becomes of the transaction.
+    """
+    if connection.dialect.driver == "asyncpg" and not autocommits(connection):
+        driver: Any = connection.connection.driver_connection
+        if not driver.is_in_transaction():
+            _ask(connection, "SELECT 1")
 
 
 def _status(connection: Connection) -> int | None:

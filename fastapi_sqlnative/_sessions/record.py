@@ -298,11 +298,8 @@ class Record:
 
         Other databases depend on it: this one may fail when they have committed.
         """
-        # What went over a connection that was handed out before BEGIN is stored by now. Asked
-        # first, because any question begins the transaction.
-        begun = not self.handed_out or all(map(transactions.is_begun, self.connections))
         self.check_committable()
-        if begun and self.may_have_written and not self.wrote:
+        if self.may_have_written and not self.wrote:
             self.unknown = self.leaves_unstored()
             self.handed_out = False
 

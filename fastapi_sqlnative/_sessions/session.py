@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
+from .._drivers.transactions import begin
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .pending import has_pending_changes, would_be_flushed
 from .record import Record
@@ -62,6 +63,7 @@ class NativeSession(Session):
         """Hand out a connection, over which anything may be sent."""
         with self._way_in() as record:
             connection = super().connection(*args, **options)
+            begin(connection)
         record.handed_out = True
         if record.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", record.state.refuse_writes)

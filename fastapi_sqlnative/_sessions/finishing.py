@@ -14,6 +14,7 @@ import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
+from ..exceptions import AfterCommitError
 from .completion import to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .pending import has_pending_changes
@@ -39,6 +40,8 @@ def commit(session: AnySession) -> None:
     record.committed = False
     try:
         _run(session, "commit")
+    except AfterCommitError:
+        raise
     except Exception as error:
         if record.committed:  # an override of the application's went on after it
             raise record.state.after_commit_error() from error

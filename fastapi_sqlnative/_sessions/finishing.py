@@ -50,9 +50,12 @@ def commit(session: AnySession) -> None:
 
 def needs_commit(session: NativeSession) -> bool:
     """Tell whether SQLAlchemy's own commit would do anything."""
+    return session.sqlnative.asked or has_pending_changes(session) or tells_of_commit(session)
+
+
+def tells_of_commit(session: NativeSession) -> bool:
+    """Tell whether a commit without SQL would be heard by code of the application."""
     record = session.sqlnative
-    if record.asked or has_pending_changes(session):
-        return True
     if record.closed or not (session.in_transaction() or session.autobegin):
         return False
     listened = session.dispatch.before_commit or len(session.dispatch.after_commit) > 1

@@ -42,7 +42,7 @@ ORDER = (
     {"databases"},
     {"_lifespan.__init__", "_lifespan.gate"},
     {"_lifespan.running"},
-    {"_unit_of_work", "_lifespan.annotations", "_lifespan.shutdown"},
+    {"_unit_of_work", "_lifespan.annotations", "_lifespan.functions", "_lifespan.shutdown"},
     {"dependencies"},
     {"_lifespan.routes"},
     {"_lifespan.startup"},

@@ -20,7 +20,7 @@ from fastapi import (
 from fastapi.responses import JSONResponse, StreamingResponse
 from openapi_spec_validator import validate
 from pydantic import BaseModel
-from sqlalchemy import Engine, insert, text
+from sqlalchemy import Engine, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -283,6 +283,34 @@ def test_a_failed_commit_is_answered(kind: Kind, engine: Engine, rows: Rows) -> 
     assert rows.names == ["a"]
 
 
+@of(True)
+def test_a_connection_that_asyncpg_cannot_make_is_a_503(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """Away is away: the driver's bare OSError is answered as the others' errors are."""
+    engine = make_engine(connect_args={"host": "127.0.0.1", "port": 1})
+    response = call(make_app(engine), kind, lambda session: session.execute(select(items)))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+
+
+@of(True)
+def test_a_failure_in_a_stream_from_the_server_is_answered(kind: Kind, engine: AsyncEngine) -> None:
+    """SQLAlchemy lets asyncpg's errors through while rows are fetched: they are answered too."""
+    app = make_app(engine)
+
+    @app.get("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        stream = await session.stream(
+            text("SELECT 100 / (5000 - n) FROM generate_series(1, 9999) n")
+        )
+        async for _ in stream:
+            pass
+
+    with TestClient(app) as client:
+        response = client.get("/")
+    assert (response.status_code, list(response.json())) == (500, ["detail"])
+
+
 def test_a_forgotten_commit_is_a_500(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,6 +327,7 @@ def test_a_swallowed_failure_is_a_500_and_no_conflict(
     rows.add("a")
 
     def body(session: Session) -> None:
+        session.execute(insert(items).values(name="lost"))
         with contextlib.suppress(IntegrityError):
             session.execute(insert(items).values(name="a"))
 

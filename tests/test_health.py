@@ -45,6 +45,8 @@ from fastapi_sqlnative import (
     start_draining,
 )
 from fastapi_sqlnative._probe import OUTSIDE
+from fastapi_sqlnative._sessions.engines import run_on_engine
+from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
@@ -227,13 +229,13 @@ async def test_a_transaction_on_the_only_connection_survives_a_probe(
             with engine.begin() as connection:
                 connection.execute(text("CREATE TABLE kept (id INTEGER)"))
 
-        await database.run_sync(insert)
-        session = database.open()
+        await run_on_engine(database.engine, insert)
+        session = sessions_of(database).open()
         await as_coroutine(session.execute(text("INSERT INTO kept VALUES (1)")))
         assert await ready(client) == (200, report())
         await as_coroutine(session.commit())
         await as_coroutine(session.close())
-        session = database.open()
+        session = sessions_of(database).open()
         assert await as_coroutine(session.scalar(text("SELECT count(*) FROM kept"))) == 1
         await as_coroutine(session.close())
 
@@ -554,6 +556,8 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
         for _ in range(3):
             assert await ready(client) == (200, report())
         go_on.set()
+        pool: Any = inner(engine).pool
+        await anyio.to_thread.run_sync(wait_until, lambda: pool.checkedout() == 0)
     assert log.records == []
 
 
@@ -1274,10 +1278,10 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
 
     async with running(app) as client:
         database = installed_databases(app)["default"]
-        event.listen(database.sync_engine, "do_connect", note)
+        event.listen(inner(database.engine), "do_connect", note)
         probe = asyncio.create_task(client.get("/health/ready"))
         await connecting.wait()
-        asked = [asyncio.create_task(database.run_sync(ask)) for _ in range(3)]
+        asked = [asyncio.create_task(run_on_engine(database.engine, ask)) for _ in range(3)]
         assert await asyncio.gather(*asked) == ["public"] * 3
         assert (await probe).status_code == 200
 

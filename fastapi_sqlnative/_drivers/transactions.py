@@ -119,6 +119,13 @@ def _is_intercepted(connection: Connection) -> bool:
     return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
+def is_begun(connection: Connection) -> bool:
+    """Tell whether the server knows of the transaction: asyncpg's begins with a statement."""
+    driver: Any = connection.connection.driver_connection
+    begun = getattr(driver, "is_in_transaction", None)
+    return begun() if begun is not None else _status(connection) in (None, _IN_TRANSACTION)
+
+
 def _status(connection: Connection) -> int | None:
     info = getattr(connection.connection.driver_connection, "info", None)
     status = getattr(info, "transaction_status", None)
@@ -143,13 +150,15 @@ def _ask(connection: Connection, question: str) -> Any:
 
 # A transaction id is assigned to what writes, but also to what locks rows, fills a temporary
 # table, moves a sequence on or was undone with a savepoint. A write to a permanent table holds a
-# lock on it as well. Where there is an id and no lock at all it was DDL without a table, a
-# function say.
+# lock on it as well, and one to a foreign table holds that alone. Where there is an id and no lock
+# at all it was DDL without a table, a function say.
 _UNSTORED: Final = """
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
-       coalesce(bool_or(explains), false)
-FROM (SELECT mode, mode = 'RowShareLock' OR relpersistence = 't' OR relkind = 'S' AS explains
+       coalesce(bool_or(explains), false),
+       coalesce(bool_or(relkind = 'f' AND mode = 'RowExclusiveLock'), false)
+FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
+             OR (relkind = 'S' AND mode = 'RowExclusiveLock') AS explains
       FROM pg_catalog.pg_locks
       JOIN pg_catalog.pg_class ON pg_class.oid = relation
       WHERE locktype = 'relation' AND pid = pg_backend_pid()
@@ -158,34 +167,50 @@ FROM (SELECT mode, mode = 'RowShareLock' OR relpersistence = 't' OR relkind = 'S
 """
 
 
-def would_store(connection: Connection, *, wrote: bool, since: int, undone: bool) -> bool:
+def would_store(
+    connection: Connection,
+    *,
+    wrote: bool,
+    unknown: bool,
+    defined: bool,
+    since: int,
+    undone: bool,
+    joined: bool,
+) -> bool:
     """Tell whether a COMMIT would change the database.
 
     Args:
         connection: one that holds a transaction.
         wrote: a statement that writes was let through: the answer where nobody knows better.
+        unknown: something was let through that may have written.
+        defined: a table or the like was defined, which no count and no lock may show.
         since: what `changes` said when the transaction began.
         undone: a savepoint was rolled back, which explains a transaction id.
+        joined: the transaction around it is somebody else's, and so is what the server says.
     """
     if not connection.in_transaction() or autocommits(connection):
         return False
-    if is_lost(connection) or connection.in_nested_transaction():
-        return wrote  # a savepoint of a test's: the transaction around it is not ours
+    if joined or is_lost(connection):
+        return wrote
     if connection.dialect.name == "sqlite":
-        # The count stays when a savepoint is rolled back; `wrote` goes back with it.
-        return changes(connection) != since and (wrote or not undone)
+        sqlite = _sqlite(connection)
+        return sqlite.in_transaction and (defined or sqlite.total_changes != since)
     if connection.dialect.name != "postgresql":
         return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
+    assured = wrote or defined or unknown
     try:
         answer = _ask(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):
         return wrote  # lost while it was asked, which proves nothing
     if answer is None:
         return False  # aborted
-    assigned, written, explained = answer
-    return bool(assigned and (written or not (explained or undone)))
+    assigned, written, explained, foreign = answer
+    if not assured:
+        # Writes that met no row hold a lock, too; an id that a row lock explains is not theirs.
+        return bool(assigned and written and not explained)
+    return bool(foreign or (assigned and (written or defined or not (explained or undone))))
 
 
 # -- what has a failure to say? ----------------------------------------------------------------
@@ -202,10 +227,8 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
         return True
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
-    # A driver's error that SQLAlchemy did not recognise is one of the connection's; any other is
-    # an `commit` listener's on the engine, and came before the COMMIT.
-    drivers = type(error).__module__.partition(".")[0] == connection.dialect.driver
-    return drivers or isinstance(error, OSError | connection.dialect.loaded_dbapi.Error)
+    # A driver's error that SQLAlchemy did not recognise, not that of a listener before the COMMIT.
+    return _passed(error, connection.dialect.do_commit)
 
 
 def _was_never_sent(error: BaseException) -> bool:
@@ -244,5 +267,9 @@ def failed_to_connect(error: BaseException) -> bool:
     """Tell whether an error was raised while the pool or the driver made a connection."""
     # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
     # application's own, in a listener say, has not passed there.
-    entrance = Engine.raw_connection.__code__
-    return any(frame.f_code is entrance for frame, _ in walk_tb(error.__traceback__))
+    return _passed(error, Engine.raw_connection)
+
+
+def _passed(error: BaseException, function: Any) -> bool:
+    """Tell whether an error has come through a function of SQLAlchemy's."""
+    return any(frame.f_code is function.__code__ for frame, _ in walk_tb(error.__traceback__))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 from collections import Counter
 from typing import Any, Final
@@ -28,6 +26,13 @@ from ..dependencies import (
 )
 from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError
 from .annotations import annotation_of, classes_in
+from .functions import (
+    drops_a_coroutine,
+    is_awaitable,
+    is_generator,
+    is_request_scoped_generator,
+    name_of,
+)
 from .gate import Opened
 from .running import Installation, Running, not_installed
 
@@ -37,10 +42,6 @@ logger = logging.getLogger("fastapi_sqlnative")
 _GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
 # They make dependencies, and are easily taken for ones.
 _MAKERS: Final = (get_db, transactional, reader, get_database_handle)
-# What a function that is not `async def` cannot wait for. Without `get`, a name of many things.
-_AWAITED: Final = frozenset(
-    name for name, each in vars(AsyncSession).items() if inspect.iscoroutinefunction(each)
-) - {"get"}
 
 
 def check_application(running: Running) -> None:
@@ -143,13 +144,13 @@ class _Check:
                 continue
             if any(call is maker for maker in _MAKERS):
                 raise self._mistake(
-                    f"Depends({_name_of(call)}) gives no session. Write "
-                    f"Depends({_name_of(call)}(name)): the call makes the dependency."
+                    f"Depends({name_of(call)}) gives no session. Write "
+                    f"Depends({name_of(call)}(name)): the call makes the dependency."
                 )
             if isinstance(call, DatabaseDependency):
                 self._visit_ours(dependant, child, call, outlives)
             else:
-                self.visit(child, child if _is_request_scoped_generator(child) else outlives)
+                self.visit(child, child if is_request_scoped_generator(child) else outlives)
 
     def _mistake(self, what: str) -> DatabaseDependencyError:
         return DatabaseDependencyError(f"Route {self._route!r}: {what}")
@@ -200,7 +201,7 @@ class _Check:
                 f"outlives the response depends on get_database_handle({call.name!r})."
             )
         if outlives is not None:
-            name = _name_of(outlives.call)
+            name = name_of(outlives.call)
             raise self._mistake(
                 f"the generator {name} depends on the session of database {call.name!r}, but runs "
                 "on after the response has left, when the session is finished. Let it return the "
@@ -216,15 +217,18 @@ class _Check:
         is_endpoint = parent is self._endpoint
         if child.name is None or found.database is None:
             return  # nobody looks at what it gets
-        name = _name_of(parent.call)
-        if is_endpoint and _is_generator(parent.call):
+        name = name_of(parent.call)
+        if is_endpoint and is_generator(parent.call):
             raise self._mistake(
                 f"{name} yields its response, and runs when the session of database "
                 f"{call.name!r} is finished. Depend on get_database_handle({call.name!r}) and "
                 "open a session in the generator."
             )
-        if isinstance(found.database.engine, AsyncEngine) and _cannot_await(
-            parent.call, is_endpoint=is_endpoint
+        # A dependency may pass the session on, to a repository say, and classes do nothing else.
+        if isinstance(found.database.engine, AsyncEngine) and (
+            not is_awaitable(parent.call)
+            if is_endpoint
+            else drops_a_coroutine(parent.call, child.name)
         ):
             raise self._mistake(
                 f"{name} is no `async def`, and gets the AsyncSession of database {call.name!r}, "
@@ -254,7 +258,7 @@ class _Check:
         named = [each for each in classes_in(annotation) if issubclass(each, _GIVEN)]
         if named and not any(issubclass(each, given) for each in named):
             raise self._mistake(
-                f"parameter {child.name!r} of {_name_of(parent.call)} is annotated with "
+                f"parameter {child.name!r} of {name_of(parent.call)} is annotated with "
                 f"{named[0].__name__}, but database {call.name!r} is installed with an "
                 f"{type(found.database.engine).__name__} and gives {_article(given)}. Fix the "
                 "annotation, or install the other kind of engine."
@@ -263,54 +267,3 @@ class _Check:
 
 def _article(kind: type) -> str:
     return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
-
-
-# -- functions ---------------------------------------------------------------------------------
-
-
-def _name_of(call: object) -> str:
-    return getattr(call, "__qualname__", None) or type(call).__qualname__
-
-
-def _is_request_scoped_generator(dependant: Dependant) -> bool:
-    """Tell what FastAPI enters before the endpoint and leaves after the response."""
-    return dependant.scope != "function" and _is_generator(dependant.call)
-
-
-def _is_generator(call: object) -> bool:
-    return any(
-        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
-        for each in _functions(call)
-    )
-
-
-def _cannot_await(call: object, *, is_endpoint: bool) -> bool:
-    """Tell whether a session that must be awaited is of no use to a function.
-
-    A dependency may also pass it on, to a repository say, and classes do nothing else.
-    """
-    functions = _functions(call)
-    if inspect.isclass(call) or any(
-        inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in functions
-    ):
-        return False
-    names = {name for each in functions for name in _names_in(each)}
-    return is_endpoint or not names.isdisjoint(_AWAITED)
-
-
-def _names_in(function: object) -> tuple[str, ...]:
-    code = getattr(function, "__code__", None)
-    return () if code is None else code.co_names
-
-
-def _functions(call: object) -> list[object]:
-    """List what runs when a dependency is called, behind partials and decorators."""
-    while isinstance(call, functools.partial):
-        call = call.func
-    if call is None:
-        return []
-    looked_at: list[Any] = [call, inspect.unwrap(call)]  # type: ignore[arg-type] # any object may
-    if not inspect.isclass(looked_at[1]):
-        methods = [each.__call__ for each in looked_at]
-        looked_at += [*methods, *map(inspect.unwrap, methods)]
-    return looked_at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -49,10 +49,11 @@ class SessionFactory:
             else {}
         )
         self.state.overridden = self._overridden()
+        self._try_options()
 
     # -- their class -----------------------------------------------------------------------
 
-    def _prepare(self, options: dict[str, Any]) -> tuple[Callable[..., AnySession], dict[str, Any]]:
+    def _prepare(self, options: dict[str, Any]) -> tuple[type[Any], dict[str, Any]]:
         wanted: type[AnySession] = AsyncSession if self.asynchronous else Session
         for keyword in ("bind",) if self.asynchronous else ("bind", "sync_session_class"):
             if keyword in options:
@@ -75,40 +76,49 @@ class SessionFactory:
     def _mistake(self, what: str) -> TypeError:
         return TypeError(f"session_options of database {self.state.name!r}: {what}")
 
+    def _classes(self) -> list[tuple[type[Any], type[Any]]]:
+        """List the classes of a session, each with what it would be without the application."""
+        if self.asynchronous:
+            return [
+                (self._class, AsyncSession),
+                (self._options["sync_session_class"], NativeSession),
+            ]
+        return [(self._class, NativeSession)]
+
     def _overridden(self) -> frozenset[str]:
-        """Open a session: mistakes in its options show now, not in the first request."""
-        try:
-            session = self.open()
-        except TypeError as error:
-            raise self._mistake(str(error)) from error
-        inner = sync_session(session)
-        found = {
-            method
-            for method in _FINISHING
-            for each, ours in ((session, AsyncSession), (inner, NativeSession))
-            if isinstance(each, ours) and getattr(type(each), method) is not getattr(ours, method)
-        }
-        for method in found:
-            self._check_override(session, method)
-        NativeSession.close(inner)
+        """Find what the application's classes have themselves of what ends a session."""
+        found: set[str] = set()
+        for class_, ours in self._classes():
+            for method in _FINISHING:
+                if getattr(class_, method) is not getattr(ours, method):
+                    self._check_override(class_, method)
+                    found.add(method)
         return frozenset(found)
 
-    def _check_override(self, session: AnySession, method: str) -> None:
-        override = getattr(session, method)
+    def _check_override(self, class_: type[Any], method: str) -> None:
+        override = getattr(class_, method)
         try:
-            inspect.signature(override).bind()
+            inspect.signature(override).bind(None)
         except TypeError as error:
             raise self._mistake(
-                f"{method}() of {type(session).__name__} needs arguments, and is called without "
-                "any at the end of a request. Give them defaults."
+                f"{method}() of {class_.__name__} needs arguments, and is called without any at "
+                "the end of a request. Give them defaults."
             ) from error
-        if isinstance(session, AsyncSession) and not inspect.iscoroutinefunction(
-            inspect.unwrap(override)
-        ):
+        asynchronous = inspect.iscoroutinefunction(inspect.unwrap(override))
+        if issubclass(class_, AsyncSession) and not asynchronous:
             raise self._mistake(
-                f"{method}() of {type(session).__name__} is no `async def`, as AsyncSession's is. "
-                "Write it with `async def`."
+                f"{method}() of {class_.__name__} is no `async def`, as AsyncSession's is. Write "
+                "it with `async def`."
             )
+
+    def _try_options(self) -> None:
+        """Open a session: mistakes in its options show now, not in the first request."""
+        # Not one of a class that the application constructs: that may need a request.
+        if all(each.__init__ is ours.__init__ for each, ours in self._classes()):
+            try:
+                NativeSession.close(sync_session(self.open()))
+            except TypeError as error:
+                raise self._mistake(str(error)) from error
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -129,7 +139,7 @@ class SessionFactory:
         if options is not NO_OPTIONS and options is not AUTOCOMMIT:
             self.support(options)
         given = self._autocommit_options if options is AUTOCOMMIT else self._options
-        session = self._class(bind=self._engine, **given)
+        session: AnySession = self._class(bind=self._engine, **given)
         record = sync_session(session).sqlnative = Record(self.state, options, loop_thread)
         record.commits = commits
         return session

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
-from .pending import has_pending_changes
+from .pending import has_pending_changes, would_be_flushed
 from .record import Record
 from .transaction import BegunTransaction
 
@@ -64,7 +64,7 @@ class NativeSession(Session):
             connection = super().connection(*args, **options)
         record.handed_out = True
         if record.options is AUTOCOMMIT:
-            event.listen(connection, "before_execute", record.state.refuse_writes)
+            event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:
@@ -112,17 +112,6 @@ class NativeSession(Session):
         except Exception as error:
             record.fails(error)
             raise
-
-    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Choose the engine, as one that sets the transaction's options."""
-        bind = super().get_bind(*args, **arguments)
-        record = self.sqlnative
-        record.asked = True
-        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
-            return bind
-        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
-            return bind
-        return record.engine_for(bind)
 
     # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
     # a closed session too, but its message knows no remedy.
@@ -248,6 +237,20 @@ class Outermost(Session):
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the application's own from hearing of a subclass that is none of its."""
 
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
+        """Let the application choose the engine, and give it as one that sets the options.
+
+        In front, because routing classes seldom call SQLAlchemy's own.
+        """
+        bind = super().get_bind(*args, **arguments)
+        record = self.sqlnative
+        record.asked = True
+        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
+            return bind
+        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
+            return bind
+        return record.engine_for(bind)
+
 
 def native_class(base: type[Session]) -> type[Session]:
     """Put ours behind an application's session class, under the same name."""
@@ -302,7 +305,8 @@ def _after_begin(
 
 @event.listens_for(Outermost, "after_flush")
 def _after_flush(session: Outermost, _context: object) -> None:
-    session.sqlnative.wrote = True
+    record = session.sqlnative
+    record.wrote = record.wrote or would_be_flushed(session)
 
 
 @event.listens_for(Outermost, "after_commit")

@@ -229,7 +229,7 @@ class UnitOfWork:
         installed = [sessions_of(each).state for each in self._running.databases()]
         marked.sort(key=lambda each: installed.index(each.state))
         for member in marked:
-            call(member.session, _flush_and_settle)
+            call(member.session, _flush_and_prepare)
 
 
 def _set_options(member: _Member, options: TransactionOptions) -> None:
@@ -285,12 +285,11 @@ def _leaves_unstored(call: Call, member: _Member) -> bool:
     return answer[0]
 
 
-def _flush_and_settle(session: AnySession) -> None:
+def _flush_and_prepare(session: AnySession) -> None:
     inner = sync_session(session)
     if inner.in_transaction():
         inner.flush()
-        inner.sqlnative.check_committable()
-        inner.sqlnative.settle_doubt()
+        inner.sqlnative.prepare()
 
 
 def _commit(call: Call, member: _Member, earlier: list[_Member], later: list[_Member]) -> None:

@@ -293,12 +293,16 @@ class Record:
             for connection, changes_before in self.connections.items()
         )
 
-    def settle_doubt(self) -> None:
-        """Find out whether what may have written has: other databases depend on it."""
-        if self.wrote or not self.may_have_written:
-            return
-        # What went over a connection that was handed out before BEGIN is stored by now.
-        if not self.handed_out or all(map(transactions.is_begun, self.connections)):
+    def prepare(self) -> None:
+        """Refuse what cannot be committed, and find out whether what may have written has.
+
+        Other databases depend on it: this one may fail when they have committed.
+        """
+        # What went over a connection that was handed out before BEGIN is stored by now. Asked
+        # first, because any question begins the transaction.
+        begun = not self.handed_out or all(map(transactions.is_begun, self.connections))
+        self.check_committable()
+        if begun and self.may_have_written and not self.wrote:
             self.unknown = self.leaves_unstored()
             self.handed_out = False
 

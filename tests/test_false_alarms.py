@@ -76,8 +76,13 @@ def refused_at_commit(session: Session) -> None:
 def temporary(session: Session) -> None:
     session.execute(text("CREATE TEMPORARY TABLE staged (n int) ON COMMIT DROP"))
     session.execute(text("INSERT INTO staged VALUES (1), (2)"))
-    session.execute(text("CREATE INDEX ON staged (n)"))
     session.execute(text("TRUNCATE staged"))
+
+
+def temporary_with_an_index(session: Session) -> None:
+    temporary(session)
+    session.execute(text("CREATE INDEX ON staged (n)"))
+    session.execute(text("ALTER TABLE staged ADD COLUMN m int"))
 
 
 def temporary_of_a_query(session: Session) -> None:
@@ -171,7 +176,16 @@ STORES_NOTHING: dict[str, Body] = {
 }
 
 
-@pytest.mark.parametrize("body", STORES_NOTHING.values(), ids=STORES_NOTHING)
+INDEXED = pytest.param(
+    temporary_with_an_index,
+    id="temporary table with an index",
+    marks=pytest.mark.xfail(reason="what is defined counts, on a temporary table too"),
+)
+
+
+@pytest.mark.parametrize(
+    "body", [*(pytest.param(each, id=key) for key, each in STORES_NOTHING.items()), INDEXED]
+)
 async def test_what_stores_nothing_is_not_forgotten(
     kind: Kind, engine: Engine, rows: Rows, body: Body
 ) -> None:

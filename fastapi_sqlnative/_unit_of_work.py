@@ -22,6 +22,7 @@ from ._sessions.finishing import (
     needs_commit,
     roll_back_and_close,
     run_together,
+    tells_of_commit,
 )
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.pending import has_pending_changes
@@ -65,6 +66,11 @@ class _Member:
             or self.state.overridden
             or (self.record.commits and needs_commit(self.inner))
         )
+
+    @property
+    def stores(self) -> bool:
+        """Tell whether its commit may store something."""
+        return self.record.may_have_written or has_pending_changes(self.inner)
 
 
 class UnitOfWork:
@@ -208,6 +214,8 @@ class UnitOfWork:
             marked = [each for each in self._members if each.record.commits]
             if len(marked) > 1:
                 self._prepare(call, marked)
+                # What has nothing to store is rolled back, and never fails the others.
+                marked = [each for each in marked if each.stores or tells_of_commit(each.inner)]
             for place, member in enumerate(marked):
                 _commit(call, member, marked[:place], marked[place + 1 :])
         finally:

@@ -42,7 +42,7 @@ def application(
 ) -> FastAPI:
     """Make an application with one database, and one route that gives its session to the body."""
     app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose, **options)
+    install_database(app, engine=engine, **{"shutdown": engine.dispose, **options})
     route(app, kind, "/", dependency, body)
     return app
 

@@ -18,6 +18,7 @@ from fastapi import Depends, FastAPI
 from sqlalchemy import MetaData, Table
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.util import await_only
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -124,6 +125,29 @@ def route(
     """Add `POST path`: an `async def` endpoint for async kinds, a `def` endpoint for sync ones."""
     endpoint = using(kind, Depends(dependency), body)
     app.post(path, **{"status_code": 201, **options})(endpoint)
+
+
+def copy(session: Session, *names: str) -> None:
+    """Write rows with COPY, over the driver's own connection."""
+    driver: Any = session.connection().connection.driver_connection
+    if hasattr(driver, "copy_records_to_table"):
+        session.connection().exec_driver_sql("SELECT 1")  # only that begins its transaction
+        records = [(name,) for name in names]
+        await_only(driver.copy_records_to_table("item", records=records, columns=["name"]))
+        return
+    copying = driver.cursor().copy("COPY item (name) FROM STDIN")
+    if isinstance(driver, psycopg.Connection):
+        with copying as copied:
+            for name in names:
+                copied.write_row([name])
+    else:
+        await_only(_copy(copying, names))
+
+
+async def _copy(copying: Any, names: Sequence[str]) -> None:
+    async with copying as copied:
+        for name in names:
+            await copied.write_row([name])
 
 
 RUNNING = re.compile(r"http://127\.0\.0\.1:\d+")

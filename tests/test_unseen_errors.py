@@ -8,12 +8,11 @@ import pytest
 from sqlalchemy import Engine, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
 
 from fastapi_sqlnative import transactional
 from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask, session_class
-from tests.serving import Item, Kind, Rows, items
+from tests.serving import Item, Kind, Rows, copy, items
 
 pytestmark = pytest.mark.anyio
 
@@ -52,27 +51,7 @@ def in_a_stream(session: Session) -> None:
 
 
 def in_a_copy(session: Session) -> None:
-    driver: Any = session.connection().connection.driver_connection
-    if hasattr(driver, "copy_records_to_table"):
-        copying = driver.copy_records_to_table("item", records=[("lost",)], columns=["name"])
-        swallow(lambda: await_only(copying))
-        return
-    cursor = driver.cursor()
-    copy = cursor.copy("COPY item (name) FROM STDIN")
-    if hasattr(copy, "__aenter__"):
-
-        async def asynchronous() -> None:
-            async with cursor, copy as copied:
-                await copied.write_row(["lost"])
-
-        swallow(lambda: await_only(asynchronous()))
-        return
-
-    def synchronous() -> None:
-        with cursor, copy as copied:
-            copied.write_row(["lost"])
-
-    swallow(synchronous)
+    swallow(lambda: copy(session, "lost"))
 
 
 HANDED_OUT: list[Body] = [in_a_raw_cursor, over_the_connection, in_a_stream, in_a_copy]

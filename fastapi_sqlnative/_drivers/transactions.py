@@ -144,7 +144,7 @@ def _ask(connection: Connection, question: str) -> Any:
         cursor.execute(question)
         return cursor.fetchone()
     except connection.dialect.loaded_dbapi.Error as error:
-        if _sqlstate(error) == "25P02":
+        if "25P02" in _sqlstates(error):
             return None
         raise
     finally:
@@ -225,10 +225,10 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     """Tell whether a COMMIT that failed with this error may have taken effect."""
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
         return False  # SQLAlchemy's own refusal never reached the server
-    state = _sqlstate(_driver_error(error))
-    if state in _ENDED_BEFORE or _was_never_sent(error):
+    states = _sqlstates(_driver_error(error))
+    if not states.isdisjoint(_ENDED_BEFORE) or _was_never_sent(error):
         return False
-    if state in _OUTCOME_UNKNOWN:
+    if not states.isdisjoint(_OUTCOME_UNKNOWN):
         return True
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
@@ -259,9 +259,13 @@ def _driver_error(error: BaseException) -> BaseException:
     return original or error
 
 
-def _sqlstate(error: BaseException) -> str | None:
-    tellers = (error, "sqlstate"), (error, "pgcode"), (error.__cause__, "sqlstate")
-    return next(filter(None, (getattr(*teller, None) for teller in tellers)), None)
+def _sqlstates(error: BaseException | None) -> set[str]:
+    # asyncpg's own "connection was closed" has the server's reason as its cause.
+    states: set[str] = set()
+    while error is not None:
+        states.update(filter(None, (getattr(error, "sqlstate", ""), getattr(error, "pgcode", ""))))
+        error = error.__cause__
+    return states
 
 
 def failed_to_connect(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
+from ..exceptions import AfterCommitError
 from .completion import to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .pending import has_pending_changes
@@ -39,6 +40,8 @@ def commit(session: AnySession) -> None:
     record.committed = False
     try:
         _run(session, "commit")
+    except AfterCommitError:
+        raise
     except Exception as error:
         if record.committed:  # an override of the application's went on after it
             raise record.state.after_commit_error() from error
@@ -47,9 +50,12 @@ def commit(session: AnySession) -> None:
 
 def needs_commit(session: NativeSession) -> bool:
     """Tell whether SQLAlchemy's own commit would do anything."""
+    return session.sqlnative.asked or has_pending_changes(session) or tells_of_commit(session)
+
+
+def tells_of_commit(session: NativeSession) -> bool:
+    """Tell whether a commit without SQL would be heard by code of the application."""
     record = session.sqlnative
-    if record.asked or has_pending_changes(session):
-        return True
     if record.closed or not (session.in_transaction() or session.autobegin):
         return False
     listened = session.dispatch.before_commit or len(session.dispatch.after_commit) > 1

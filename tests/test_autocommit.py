@@ -1,0 +1,134 @@
+"""AUTOCOMMIT engines: get_db is right at once, and a transaction is refused with the fix."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Engine, create_engine, insert, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import AsyncDatabase, Database, get_db, transactional
+from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
+from tests.conftest import MakeEngine
+from tests.in_process import application, ask, running
+from tests.serving import KINDS, Item, Kind, Rows, items
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+
+def flush(session: Session) -> None:
+    session.add(Item(name="stored"))
+    session.flush()
+
+
+BODIES: dict[str, Body] = {
+    "core": lambda session: session.execute(insert(items).values(name="stored")).close(),
+    "text": lambda session: session.execute(
+        text("INSERT INTO item (name) VALUES ('stored')")
+    ).close(),
+    "flush": flush,
+}
+
+
+def autocommit(make_engine: MakeEngine, how: str) -> Any:
+    """Build an engine in AUTOCOMMIT, by each of SQLAlchemy's means."""
+    if how == "create_engine":
+        return make_engine(isolation_level="AUTOCOMMIT")
+    if how == "engine's options":
+        return make_engine(execution_options={"isolation_level": "AUTOCOMMIT"})
+    return make_engine().execution_options(isolation_level="AUTOCOMMIT")
+
+
+HOW = ["create_engine", "engine's options", "execution_options()"]
+
+
+@pytest.mark.parametrize("end", [None, "close", "commit"])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("how", HOW)
+async def test_what_is_stored_at_once_is_not_forgotten(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, how: str, body: Body, end: str | None
+) -> None:
+    """Through get_db each statement is stored by itself, and nothing waits for a commit."""
+
+    def ended(session: Session) -> None:
+        body(session)
+        if end is not None:
+            getattr(session, end)()
+
+    assert await ask(autocommit(make_engine, how), kind, get_db(), ended) == 201
+    assert rows.names == ["stored"]
+
+
+SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+async def test_so_it_is_on_sqlite(kind: Kind, body: Body, tmp_path: Path) -> None:
+    """SQLite in AUTOCOMMIT forgets nothing either."""
+    create = create_async_engine if kind.asynchronous else create_engine
+    url = f"sqlite+{kind.driver}:///{tmp_path}/file.db"
+    outside = create_engine(f"sqlite:///{tmp_path}/file.db")
+    with outside.begin() as connection:
+        connection.execute(text("CREATE TABLE item (id integer PRIMARY KEY, name text, position)"))
+    engine = create(url, isolation_level="AUTOCOMMIT")
+    assert await ask(engine, kind, get_db(), body) == 201
+    with outside.connect() as connection:
+        assert connection.scalars(text("SELECT name FROM item")).all() == ["stored"]
+    outside.dispose()
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_a_transaction_is_refused(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, how: str
+) -> None:
+    """`transactional` fails the start where it can be known, else at the first use, unstored."""
+    app = application(autocommit(make_engine, how), kind, transactional(), BODIES["core"])
+    with pytest.raises((DatabaseDependencyError, TransactionOptionsError)) as caught:
+        async with running(app) as client:
+            await client.post("/")
+    assert "is in AUTOCOMMIT" in str(caught.value)
+    assert "get_db('default')" in str(caught.value)
+    known = DatabaseDependencyError if how != "create_engine" else TransactionOptionsError
+    assert isinstance(caught.value, known)
+    assert rows.names == []
+
+
+async def test_the_handle_s_transaction_is_refused(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Neither transaction() nor run_in_transaction runs work that nothing could undo."""
+    engine: Any = make_engine(isolation_level="AUTOCOMMIT")
+    with pytest.raises(TransactionOptionsError, match="is in AUTOCOMMIT"):
+        if isinstance(engine, AsyncEngine):
+            await AsyncDatabase(engine).run_in_transaction(
+                lambda session: session.run_sync(BODIES["core"])
+            )
+        else:
+            Database(engine).run_in_transaction(BODIES["core"])
+    await engine.dispose() if kind.asynchronous else engine.dispose()
+    assert rows.names == []
+
+
+async def test_a_session_that_was_read_with_is_refused_where_it_is_enlisted(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """`transactional` after a read through get_db is refused before anything can be written."""
+    from fastapi import Depends
+
+    from fastapi_sqlnative import install_database
+    from tests.serving import route, using
+
+    app, engine = FastAPI(), make_engine(isolation_level="AUTOCOMMIT")
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    reading = using(kind, Depends(get_db()), lambda s: s.execute(text("SELECT 1")).close())
+    route(app, kind, "/", transactional(), BODIES["core"], dependencies=[Depends(reading)])
+    with pytest.raises(TransactionOptionsError):
+        async with running(app) as client:
+            await client.post("/")
+    assert rows.names == []

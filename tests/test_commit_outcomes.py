@@ -1,0 +1,303 @@
+"""Rules 7, 8 and 9: what an error at COMMIT says about what is stored."""
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import AsyncDatabase, Database, get_db, transactional
+from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownError
+from tests.in_process import ask, session_class
+from tests.proxy import Fault, Proxy
+from tests.serving import KINDS, Item, Kind, Rows, items, wait_until
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="once"))
+
+
+async def run(engine: Engine | AsyncEngine, work: Any, **options: Any) -> None:
+    """Run work in a transaction of the handle's, again where that is right."""
+    if isinstance(engine, AsyncEngine):
+        try:
+            await AsyncDatabase(engine, **options).run_in_transaction(work, backoff=0)
+        finally:
+            await engine.dispose()
+    else:
+        try:
+            Database(engine, **options).run_in_transaction(work, backoff=0)
+        finally:
+            engine.dispose()
+
+
+async def repeat(engine: Engine | AsyncEngine, work: Body, **options: Any) -> None:
+    """Do so with work that takes a `Session`."""
+    asynchronous = isinstance(engine, AsyncEngine)
+    await run(engine, (lambda s: s.run_sync(work)) if asynchronous else work, **options)
+
+
+# -- after COMMIT --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(postgres: WorkerPostgres) -> Iterator[Engine]:
+    """Give another database, which a listener may use."""
+    engine = create_engine(postgres.second.url("psycopg"))
+    yield engine
+    engine.dispose()
+
+
+def serialization_failure(connection: Any) -> None:
+    """Have the server raise what is worth another attempt."""
+    connection.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+
+def failing_after_commit(other: Engine | None) -> type[Session]:
+    """Make a session class whose listener fails when the COMMIT is through."""
+
+    class Outbox(Session): ...
+
+    def publish(_session: Session) -> None:
+        if other is None:
+            raise ZeroDivisionError
+        with other.begin() as connection:
+            serialization_failure(connection)
+
+    event.listen(Outbox, "after_commit", publish)
+    return Outbox
+
+
+def failing_commit(other: Engine | None) -> type[Session]:
+    """Make a session class whose commit() goes on after SQLAlchemy's, and fails."""
+
+    class Outbox(Session):
+        def commit(self) -> None:
+            super().commit()
+            if other is None:
+                raise ZeroDivisionError
+            with other.begin() as connection:
+                serialization_failure(connection)
+
+    return Outbox
+
+
+def commit_by_hand(session: Session) -> None:
+    add(session)
+    session.commit()
+
+
+def commit_in_a_block(session: Session) -> None:
+    with session.begin():
+        add(session)
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["own error", "40001 of another database"])
+@pytest.mark.parametrize(
+    ("dependency", "body", "make"),
+    [
+        (transactional(), add, failing_after_commit),
+        (transactional(), add, failing_commit),
+        (get_db(), commit_by_hand, failing_after_commit),
+        (get_db(), commit_in_a_block, failing_after_commit),
+    ],
+    ids=["transactional", "commit() goes on", "commit() by hand", "session.begin()"],
+)
+async def test_what_fails_after_the_commit_is_an_error_of_its_own(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    other: Engine,
+    dependency: Any,
+    body: Body,
+    make: Callable[[Engine | None], type[Session]],
+    foreign: bool,
+) -> None:
+    """A failure after COMMIT says that the transaction is stored, and keeps its cause."""
+    options = session_class(kind, make(other if foreign else None))
+    with pytest.raises(AfterCommitError) as caught:
+        await ask(engine, kind, dependency, body, session_options=options)
+    assert isinstance(caught.value.__cause__, OperationalError if foreign else ZeroDivisionError)
+    assert rows.names == ["once"]
+
+
+@pytest.mark.parametrize("make", [failing_after_commit, failing_commit])
+async def test_what_is_stored_is_not_repeated(
+    kind: Kind, engine: Engine, rows: Rows, other: Engine, make: Callable[[Engine], type[Session]]
+) -> None:
+    """run_in_transaction does not run work again because of what failed after its COMMIT."""
+    rows.connection.execute("ALTER TABLE item DROP CONSTRAINT item_name_key")
+    try:
+        with pytest.raises(AfterCommitError):
+            await repeat(engine, add, session_options=session_class(kind, make(other)))
+        assert rows.names == ["once"]
+    finally:
+        rows.connection.execute("TRUNCATE item; ALTER TABLE item ADD UNIQUE (name)")
+
+
+@pytest.mark.parametrize("commit", [commit_by_hand, commit_in_a_block])
+async def test_work_that_committed_by_itself_is_not_repeated(
+    kind: Kind, engine: Engine, rows: Rows, commit: Body
+) -> None:
+    """Work that has stored a part is not run again, however passing its failure is."""
+    runs: list[Session] = []
+
+    def work(session: Session) -> None:
+        runs.append(session)
+        commit(session)
+        serialization_failure(session)
+
+    with pytest.raises(DBAPIError):
+        await repeat(engine, work)
+    assert (len(runs), rows.names) == (1, ["once"])
+
+
+# -- work that has not run -----------------------------------------------------------------------
+
+
+def generator(session: Session) -> Any:
+    add(session)
+    yield
+
+
+async def async_generator(session: AsyncSession) -> AsyncGenerator[None]:
+    session.add(Item(name="once"))
+    yield
+
+
+@pytest.mark.parametrize("work", [generator, async_generator])
+async def test_a_generator_is_no_work(
+    kind: Kind, engine: Engine, rows: Rows, work: Any
+) -> None:
+    """A generator given to run_in_transaction would do nothing, and is refused."""
+    with pytest.raises(TypeError, match="generator"):
+        await run(engine, work)
+    assert rows.names == []
+
+
+# -- a connection lost in COMMIT -----------------------------------------------------------------
+
+
+def mended(session: Session) -> None:
+    """Let a savepoint fail, and go on."""
+    with suppress(DBAPIError), session.begin_nested():
+        session.execute(text("SELECT 1 / 0"))
+
+
+class Auditing(Session):
+    """Be a class whose listener uses a savepoint before each COMMIT."""
+
+
+event.listen(Auditing, "before_commit", mended)
+
+
+@pytest.mark.parametrize(
+    ("dependency", "body", "class_"),
+    [
+        (transactional(), add, Session),
+        (transactional(), add, Auditing),
+        (get_db(), commit_by_hand, Auditing),
+        (get_db(), commit_in_a_block, Session),
+        (get_db(), commit_in_a_block, Auditing),
+        (transactional(), lambda session: (add(session), mended(session)), Session),
+    ],
+    ids=["at the end", "listener", "listener, by hand", "block", "listener, block", "savepoint"],
+)
+async def test_a_connection_lost_in_commit_is_unknown_wherever(
+    kind: Kind,
+    behind_proxy: Engine,
+    proxy: Proxy,
+    rows: Rows,
+    dependency: Any,
+    body: Body,
+    class_: type[Session],
+) -> None:
+    """The outcome is unknown, in a block or after a savepoint too, and here it is stored."""
+    proxy.fault = Fault.ANSWER_LOST
+    with pytest.raises(CommitOutcomeUnknownError):
+        options = session_class(kind, class_)
+        await ask(behind_proxy, kind, dependency, body, session_options=options)
+    assert rows.names == ["once"]
+
+
+def read(session: Session) -> None:
+    session.execute(select(items)).all()
+
+
+def read_text(session: Session) -> None:
+    session.execute(text("SELECT count(*) FROM item")).all()
+
+
+def pid_of(session: Session) -> int:
+    return int(session.scalars(text("SELECT pg_backend_pid()")).one())
+
+
+def terminate(rows: Rows, pid: int) -> None:
+    """End a backend from outside, and wait until the server has let go of it."""
+    rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+
+@pytest.mark.parametrize("body", [read, read_text])
+@pytest.mark.parametrize(
+    "dependency", [transactional(), transactional(read_only=True)], ids=["reading", "read only"]
+)
+async def test_a_connection_lost_while_reading_is_not_unknown(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body
+) -> None:
+    """Where nothing could have been stored, the error of the COMMIT is the driver's own."""
+
+    def reading(session: Session) -> None:
+        body(session)
+        terminate(rows, pid_of(session))
+
+    with pytest.raises(DBAPIError):
+        await ask(engine, kind, dependency, reading)
+
+
+def ended_by_the_server(session: Session, rows: Rows) -> None:
+    """Wait until the server has ended a transaction that idles."""
+    pid = pid_of(session)
+    session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '1ms'"))
+    gone = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
+    wait_until(lambda: rows.connection.execute(gone, (pid,)).fetchone() is None)
+
+
+async def test_a_transaction_that_the_server_has_ended_is_not_unknown(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """idle_in_transaction_session_timeout (25P03) ends it before the COMMIT comes."""
+
+    def body(session: Session) -> None:
+        add(session)
+        session.flush()
+        ended_by_the_server(session, rows)
+
+    with pytest.raises(DBAPIError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+
+
+@pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
+async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Over a connection that asyncpg knows to be closed no COMMIT is sent."""
+
+    def body(session: Session) -> None:
+        add(session)
+        session.flush()
+        driver: Any = session.connection().connection.driver_connection
+        driver.terminate()
+
+    with pytest.raises(DBAPIError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []

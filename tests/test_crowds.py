@@ -1,0 +1,155 @@
+"""Rule 14: many requests at once on a small pool, whatever opens their sessions."""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from anyio.to_thread import run_sync
+from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
+from sqlalchemy import Engine, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import get_database_handle, get_db, install_database, reader
+from tests.conftest import MakeEngine
+from tests.in_process import running
+from tests.serving import Kind, Rows, route, using
+
+pytestmark = pytest.mark.anyio
+
+Adding = Callable[[FastAPI, Kind], None]
+CROWD = 40
+
+
+@pytest.fixture
+def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
+    """Make an application that has three connections for everybody."""
+    app = FastAPI()
+    engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=5)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    return app
+
+
+async def crowd(client: httpx.AsyncClient) -> set[int]:
+    """Send many requests at once; return the statuses seen."""
+    answers = await asyncio.gather(*(client.post("/") for _ in range(CROWD)))
+    return {answer.status_code for answer in answers}
+
+
+def ask(session: Session) -> None:
+    session.execute(text("SELECT pg_sleep(0.001)")).close()
+
+
+def add_with_a_reader(app: FastAPI, kind: Kind) -> None:
+    """Let each request hold a connection and wait for a second one."""
+    first = Depends(using(kind, Depends(get_db()), ask))
+    route(app, kind, "/", reader(), ask, dependencies=[first])
+
+
+def add_with_a_handle(app: FastAPI, kind: Kind) -> None:
+    """Let each request open a session of the handle's while it holds one."""
+
+    async def asynchronous(database: Annotated[Any, Depends(get_database_handle())]) -> None:
+        async with database.session() as session:
+            await session.run_sync(ask)
+
+    def synchronous(database: Annotated[Any, Depends(get_database_handle())]) -> None:
+        with database.session() as session:
+            ask(session)
+
+    first = Depends(using(kind, Depends(get_db()), ask))
+    endpoint = asynchronous if kind.asynchronous else synchronous
+    app.post("/", dependencies=[first], status_code=201)(endpoint)
+
+
+def add_wrapped(app: FastAPI, kind: Kind) -> None:
+    """Replace the endpoint once it is registered, as Sentry does."""
+    add_with_a_reader(app, kind)
+    found = app.routes[-1]
+    assert isinstance(found, APIRoute)
+    endpoint: Any = found.dependant.call
+
+    @functools.wraps(endpoint)
+    async def asynchronous(*args: Any, **kwargs: Any) -> Any:
+        return await endpoint(*args, **kwargs)
+
+    @functools.wraps(endpoint)
+    def synchronous(*args: Any, **kwargs: Any) -> Any:
+        return endpoint(*args, **kwargs)
+
+    wrapper = asynchronous if inspect.iscoroutinefunction(endpoint) else synchronous
+    found.dependant.call = wrapper
+
+
+ADDING: dict[str, Adding] = {
+    "reader": add_with_a_reader,
+    "handle": add_with_a_handle,
+    "wrapped": add_wrapped,
+}
+
+
+@pytest.mark.parametrize("add", ADDING.values(), ids=ADDING)
+@pytest.mark.parametrize("late", [False, True], ids=["before", "while running"])
+async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bool) -> None:
+    """Requests that hold a connection and need another all succeed, on a route added any time."""
+    if not late:
+        add(app, kind)
+    async with running(app) as client:
+        if late:
+            add(app, kind)
+        assert await crowd(client) == {201}
+
+
+# -- places that nobody needs ----------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def idling(app: FastAPI, client: httpx.AsyncClient, times: int) -> AsyncGenerator[None]:
+    """Send requests that wait for something else than the database, until the block ends."""
+    arrived, leave = asyncio.Semaphore(0), asyncio.Event()
+
+    def read_and_commit(*sessions: Session) -> None:
+        for session in sessions:
+            ask(session)
+        for session in sessions:
+            session.commit()
+
+    async def endpoint(
+        first: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
+    ) -> None:
+        if isinstance(first, AsyncSession):
+            await first.run_sync(lambda one: read_and_commit(one, second.sync_session))
+        else:
+            await run_sync(read_and_commit, first, second)
+        arrived.release()
+        await leave.wait()
+
+    app.post("/idle")(endpoint)
+    waiting = [asyncio.create_task(client.post("/idle")) for _ in range(times)]
+    for _ in range(times):
+        await first_of(arrived.acquire(), *waiting)
+    yield
+    leave.set()
+    assert {(await each).status_code for each in waiting} == {200}
+
+
+async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None:
+    """Await one thing, or the failure of another."""
+    task = asyncio.ensure_future(wanted)
+    done, _ = await asyncio.wait([task, *others], return_when=asyncio.FIRST_COMPLETED)
+    for each in done:
+        each.result()
+    assert task in done
+
+
+async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI) -> None:
+    """Sixty requests that have given their connections back leave room for the sixty-first."""
+    add_with_a_reader(app, kind)
+    async with running(app) as client, idling(app, client, 60):
+        assert (await client.post("/")).status_code == 201

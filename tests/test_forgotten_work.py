@@ -1,0 +1,192 @@
+"""Rule 6: what a request leaves unstored is no success, whatever wrote it and however it ends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, column, func, insert, literal_column, select, text
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import get_db, transactional
+from fastapi_sqlnative.exceptions import UncommittedChangesError
+from tests.in_process import ask, async_sqlite, sqlite
+from tests.serving import Item, Kind, Rows, copy
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+STORE = """
+CREATE OR REPLACE FUNCTION store(name text) RETURNS int LANGUAGE sql AS
+    'INSERT INTO item (name) VALUES (name) RETURNING id';
+CREATE OR REPLACE PROCEDURE store_it(name text) LANGUAGE sql AS
+    'INSERT INTO item (name) VALUES (name)';
+"""
+
+
+@pytest.fixture
+def there(rows: Rows) -> Rows:
+    """Store one row, and make what writes without looking like it."""
+    rows.connection.execute(STORE)
+    rows.add("there")
+    return rows
+
+
+def run(statement: Any) -> Body:
+    """Make a body that sends one statement, as text where it is a string."""
+
+    def body(session: Session) -> None:
+        session.execute(text(statement) if isinstance(statement, str) else statement).close()
+
+    return body
+
+
+def in_a_savepoint(session: Session) -> None:
+    with session.begin_nested():
+        session.execute(text("INSERT INTO item (name) VALUES ('lost')"))
+
+
+def beside_an_undone_savepoint(session: Session) -> None:
+    session.execute(text("INSERT INTO item (name) VALUES ('lost')"))
+    savepoint = session.begin_nested()
+    session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
+    savepoint.rollback()
+
+
+WRITES: dict[str, Body] = {
+    "text": run("INSERT INTO item (name) VALUES ('lost')"),
+    "text after a comment": run("-- audit\n/* ; */ insert into item (name) values ('lost')"),
+    "text, columns": run(
+        text("INSERT INTO item (name) VALUES ('lost') RETURNING id").columns(column("id"))
+    ),
+    "text, two rows": lambda session: session.execute(
+        text("INSERT INTO item (name) VALUES (:name)"), [{"name": "lost"}, {"name": "lost too"}]
+    ).close(),
+    "CTE in text": run(
+        "WITH new AS (INSERT INTO item (name) VALUES ('lost') RETURNING id) SELECT * FROM new"
+    ),
+    "DO block": run("DO $$ BEGIN INSERT INTO item (name) VALUES ('lost'); END $$"),
+    "merge": run(
+        "MERGE INTO item USING (VALUES ('lost')) AS new (name) ON item.name = new.name "
+        "WHEN NOT MATCHED THEN INSERT (name) VALUES (new.name)"
+    ),
+    "procedure": run("CALL store_it('lost')"),
+    "function": run(select(func.store("lost"))),
+    "function in a table's place": run(
+        select(func.store("lost").table_valued("store", name="store"))
+    ),
+    "function of a schema": run(select(func.public.store("lost"))),
+    "function in text": run("SELECT store('lost')"),
+    "function in a fragment": run(select(text("store('lost')"))),
+    "function in a literal column": run(select(literal_column("store('lost')"))),
+    "create table": run("CREATE TABLE made (n int)"),
+    "create table of a query": run("SELECT * INTO made FROM item"),
+    "create function": run("CREATE FUNCTION made() RETURNS int LANGUAGE sql AS 'SELECT 1'"),
+    "alter": run("ALTER TABLE item ADD COLUMN made int"),
+    "truncate": run("TRUNCATE item"),
+    "copy": lambda session: copy(session, "lost"),
+    "bulk_insert_mappings": lambda session: session.bulk_insert_mappings(
+        Item.__mapper__, [{"name": "lost"}]
+    ),
+    "bulk_save_objects": lambda session: session.bulk_save_objects([Item(name="lost")]),
+    "orm bulk insert": lambda session: session.execute(
+        insert(Item), [{"name": "lost"}, {"name": "lost too"}]
+    ).close(),
+    "raw cursor": lambda session: (
+        session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('lost')")
+    ),
+    "in a savepoint": in_a_savepoint,
+    "beside an undone savepoint": beside_an_undone_savepoint,
+}
+
+
+@pytest.mark.parametrize("body", WRITES.values(), ids=WRITES)
+async def test_no_forgotten_work_is_a_success(
+    kind: Kind, engine: Engine, there: Rows, body: Body
+) -> None:
+    """Through get_db, whatever a COMMIT would have stored fails the request without one."""
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), lambda session: body(session) and None)
+    found = there.connection.execute(
+        "SELECT to_regclass('made'), to_regproc('made'),"
+        " (SELECT count(*) FROM pg_attribute WHERE attname = 'made')"
+    ).fetchone()
+    assert (there.names, found) == (["there"], (None, None, 0))
+
+
+# -- closing over it -----------------------------------------------------------------------------
+
+
+def with_block(session: Session) -> None:
+    with session:
+        session.execute(text("SELECT * FROM item")).close()
+
+
+ENDS: dict[str, Body] = {
+    "close": lambda session: session.close(),
+    "reset": lambda session: session.reset(),
+    "invalidate": lambda session: session.invalidate(),
+    "with session": with_block,
+}
+CLOSED_OVER = ["text", "function in text", "copy", "create table"]
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("write", CLOSED_OVER)
+async def test_closing_over_work_is_no_success(
+    kind: Kind, engine: Engine, there: Rows, dependency: Any, end: Body, write: str
+) -> None:
+    """close(), reset(), invalidate() and `with session` over unstored work fail the request."""
+
+    def body(session: Session) -> None:
+        WRITES[write](session)
+        end(session)
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, dependency, body)
+    assert there.names == ["there"]
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("decide", ["commit", "rollback"])
+async def test_closing_after_a_decision_is_a_success(
+    kind: Kind, engine: Engine, there: Rows, end: Body, decide: str
+) -> None:
+    """Whoever has committed or rolled back may close the session as they like."""
+
+    def body(session: Session) -> None:
+        WRITES["text"](session)
+        getattr(session, decide)()
+        end(session)
+
+    assert await ask(engine, kind, get_db(), body) == 201
+    assert ("lost" in there.names) is (decide == "commit")
+
+
+# -- on SQLite -----------------------------------------------------------------------------------
+
+SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("end", [lambda _: None, *ENDS.values()], ids=["left open", *ENDS])
+async def test_forgotten_text_on_sqlite_is_no_success(kind: Kind, end: Body) -> None:
+    """SQLite knows which text has changed a row, and which has not."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+
+    def unchanged(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.commit()
+        session.execute(text("DELETE FROM item"))
+        session.execute(text("WITH none AS (SELECT 1) DELETE FROM item"))
+
+    def body(session: Session) -> None:
+        unchanged(session)
+        session.execute(text("WITH one AS (SELECT 'lost') INSERT INTO item SELECT * FROM one"))
+        end(session)
+
+    assert await ask(engine, kind, get_db(), unchanged) == 201
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)

@@ -1,0 +1,164 @@
+"""Rule 8: what is said when one of a request's databases commits and another does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from sqlalchemy import event, func, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative.exceptions import PartialCommitError, TransactionAbortedError
+from tests.conftest import MakeEngine
+from tests.in_process import running, session_class
+from tests.serving import Item, Kind, Rows, copy, items, route, using
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+STORE = """
+CREATE OR REPLACE FUNCTION store(name text) RETURNS int LANGUAGE sql AS
+    'INSERT INTO item (name) VALUES (name) RETURNING id'
+"""
+
+
+@pytest.fixture
+def stores(rows: Rows, second_rows: Rows) -> tuple[Rows, Rows]:
+    """Look into both databases, the second with a row that takes a position."""
+    rows.connection.execute(STORE)
+    second_rows.add("there", position=7)
+    return rows, second_rows
+
+
+def two(
+    kind: Kind, make_engine: MakeEngine, first: Body, second: Body, **options: Any
+) -> FastAPI:
+    """Make an application whose one route uses two databases, in the order of installation."""
+    app = FastAPI()
+    engines = make_engine(), make_engine(second=True)
+    install_database(app, engine=engines[0], shutdown=engines[0].dispose)
+    install_database(
+        app, name="second", engine=engines[1], shutdown=engines[1].dispose, **options
+    )
+    beside = Depends(using(kind, Depends(transactional("second")), second))
+    route(app, kind, "/", transactional(), first, dependencies=[beside])
+    return app
+
+
+async def ask(app: FastAPI) -> int:
+    async with running(app) as client:
+        return (await client.post("/")).status_code
+
+
+def taken(session: Session) -> None:
+    """Write what COMMIT will refuse."""
+    session.add(Item(name="refused", position=7))
+
+
+WRITES: dict[str, Body] = {
+    "flush": lambda session: session.add(Item(name="a")),
+    "text": lambda session: session.execute(text("INSERT INTO item (name) VALUES ('a')")).close(),
+    "function": lambda session: session.execute(select(func.store("a"))).close(),
+    "function in text": lambda session: session.execute(text("SELECT store('a')")).close(),
+    "copy": lambda session: copy(session, "a"),
+}
+
+
+@pytest.mark.parametrize("first", WRITES.values(), ids=WRITES)
+async def test_a_first_half_that_is_stored_is_named(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], first: Body
+) -> None:
+    """Whatever wrote the first database, its half is named when the second refuses to commit."""
+    with pytest.raises(PartialCommitError) as caught:
+        await ask(two(kind, make_engine, first, taken))
+    assert (caught.value.committed, caught.value.failed) == (("default",), "second")
+    assert isinstance(caught.value.__cause__, IntegrityError)
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+READS: dict[str, Body] = {
+    "read": lambda session: session.execute(select(items)).close(),
+    "unknown function": lambda s: s.execute(text("SELECT array_to_string(ARRAY[1], ',')")).close(),
+    "update of no row": lambda s: s.execute(text("UPDATE item SET id = 1 WHERE id = 0")).close(),
+}
+
+
+@pytest.mark.parametrize("first", READS.values(), ids=READS)
+async def test_a_first_half_that_stores_nothing_is_not_named(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], first: Body
+) -> None:
+    """Where only the failing database was to store something, its own error is the answer."""
+    with pytest.raises(IntegrityError):
+        await ask(two(kind, make_engine, first, taken))
+    assert [each.names for each in stores] == [[], ["there"]]
+
+
+class Listening(Session):
+    """Be a class whose listener fails before the COMMIT."""
+
+
+@event.listens_for(Listening, "before_commit")
+def _fail(_session: Session) -> None:
+    raise ZeroDivisionError
+
+
+async def test_a_listener_that_fails_hides_no_half(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """A before_commit listener of the second database that fails leaves the first half stored."""
+
+    def second(session: Session) -> None:
+        session.add(Item(name="b"))
+
+    options = session_class(kind, Listening)
+    with pytest.raises(PartialCommitError) as caught:
+        await ask(two(kind, make_engine, WRITES["flush"], second, session_options=options))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+# -- a second half with nothing to store ---------------------------------------------------------
+
+
+async def test_a_second_half_that_has_only_read_fails_nobody(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """A database that had nothing to store and is lost by then does not fail the others."""
+
+    def second(session: Session) -> None:
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        stores[1].connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+    assert await ask(two(kind, make_engine, WRITES["flush"], second)) == 201
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+async def test_a_second_half_with_a_handled_failure_is_a_success(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """A database that has only read, and failed in it, never fails the others."""
+
+    def second(session: Session) -> None:
+        session.execute(select(items)).close()
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1 / 0"))
+
+    assert await ask(two(kind, make_engine, WRITES["flush"], second)) == 201
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+async def test_a_swallowed_error_in_the_second_half_stores_nothing(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """What cannot be committed is found before the first COMMIT: neither database keeps any."""
+    def second(session: Session) -> None:
+        session.execute(insert(items).values(name="b"))
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1 / 0"))
+
+    with pytest.raises(TransactionAbortedError):
+        await ask(two(kind, make_engine, WRITES["flush"], second))
+    assert [each.names for each in stores] == [[], ["there"]]

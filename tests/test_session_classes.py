@@ -1,0 +1,297 @@
+"""Rule 9: a session class of the application's is used as the application wrote it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Engine, create_engine, event, insert, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.horizontal_shard import ShardedSession
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
+from fastapi_sqlnative.exceptions import (
+    AfterCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
+from tests.in_process import ask, async_sqlite, session_class, sqlite
+from tests.serving import KINDS, Item, Kind, Rows, items
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.flush()
+
+
+def fail(session: Session) -> None:
+    add(session)
+    raise ZeroDivisionError
+
+
+def nothing(_session: Session) -> None: ...
+
+
+# -- overrides -------------------------------------------------------------------------------------
+
+
+def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
+    """Make classes of both colours that note what is called."""
+
+    class Telling(Session):
+        def commit(self) -> None:
+            super().commit()
+            log.append("commit")
+
+        def rollback(self) -> None:
+            super().rollback()
+            log.append("rollback")
+
+        def close(self) -> None:
+            super().close()
+            log.append("close")
+
+    class AsyncTelling(AsyncSession):
+        async def commit(self) -> None:
+            await super().commit()
+            log.append("commit")
+
+        async def rollback(self) -> None:
+            await super().rollback()
+            log.append("rollback")
+
+        async def close(self) -> None:
+            await super().close()
+            log.append("close")
+
+    return Telling, AsyncTelling
+
+
+@pytest.fixture(params=["class_", "sync_session_class"])
+def telling_options(
+    kind: Kind, request: pytest.FixtureRequest
+) -> tuple[dict[str, Any], list[str]]:
+    """Give the options for an overriding class, also where an AsyncSession only wraps it."""
+    log: list[str] = []
+    synchronous, asynchronous = telling(log)
+    if request.param == "class_":
+        return {"class_": asynchronous if kind.asynchronous else synchronous}, log
+    return session_class(kind, synchronous), log
+
+
+@pytest.mark.parametrize(
+    ("dependency", "body", "expected"),
+    [
+        (transactional(), add, ["commit", "close"]),
+        (transactional(), nothing, ["commit", "close"]),
+        (transactional(), fail, ["rollback", "close"]),
+        (get_db(), lambda session: session.execute(select(items)).close(), ["close"]),
+    ],
+    ids=["stored", "no SQL", "failed", "read"],
+)
+async def test_an_override_is_called_at_the_end_of_a_request(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    telling_options: tuple[dict[str, Any], list[str]],
+    dependency: Any,
+    body: Body,
+    expected: list[str],
+) -> None:
+    """The application's own commit(), rollback() and close() end the request's session."""
+    options, log = telling_options
+    try:
+        await ask(engine, kind, dependency, body, session_options=options)
+    except ZeroDivisionError:
+        assert body is fail
+    assert log == expected
+    assert rows.names == (["a"] if body is add else [])
+
+
+@pytest.mark.parametrize("body", [add, fail])
+async def test_an_override_is_called_at_the_end_of_a_block(
+    kind: Kind,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    telling_options: tuple[dict[str, Any], list[str]],
+    body: Body,
+) -> None:
+    """So they do in a transaction of the handle's."""
+    options, log = telling_options
+    try:
+        if isinstance(engine, AsyncEngine):
+            async with AsyncDatabase(engine, session_options=options).transaction() as session:
+                await session.run_sync(body)
+        else:
+            with Database(engine, session_options=options).transaction() as session:
+                body(session)
+    except ZeroDivisionError:
+        assert body is fail
+    finally:
+        await engine.dispose() if isinstance(engine, AsyncEngine) else engine.dispose()
+    assert log == (["commit", "close"] if body is add else ["rollback", "close"])
+    assert rows.names == (["a"] if body is add else [])
+
+
+class AsyncOutbox(AsyncSession):
+    """Be a class whose commit() goes on, and fails."""
+
+    async def commit(self) -> None:
+        await super().commit()
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+async def test_an_async_override_that_fails_after_the_commit(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """What an async commit() does after SQLAlchemy's cannot undo it, and the error says so."""
+    with pytest.raises(AfterCommitError):
+        options = {"class_": AsyncOutbox}
+        await ask(engine, kind, transactional(), add, session_options=options)
+    assert rows.names == ["a"]
+
+
+def with_argument(method: str, base: type[Any]) -> type[Any]:
+    return type("Wanting", (base,), {method: lambda self, reason: None})
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback", "close"])
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_an_override_that_cannot_be_called_is_refused(method: str, asynchronous: bool) -> None:
+    """A commit(), rollback() or close() that needs arguments fails the installation."""
+    class_ = with_argument(method, AsyncSession if asynchronous else Session)
+    engine = async_sqlite() if asynchronous else sqlite()
+    with pytest.raises(TypeError, match=rf"{method}\(\) of Wanting needs arguments"):
+        install_database(FastAPI(), engine=engine, session_options={"class_": class_})
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback", "close"])
+def test_an_override_of_the_wrong_colour_is_refused(method: str) -> None:
+    """An AsyncSession's override that cannot be awaited fails the installation."""
+    class_ = type("Plain", (AsyncSession,), {method: lambda self: None})
+    with pytest.raises(TypeError, match=rf"{method}\(\) of Plain is no `async def`"):
+        install_database(FastAPI(), engine=async_sqlite(), session_options={"class_": class_})
+
+
+# -- listeners where no SQL was sent ---------------------------------------------------------------
+
+
+async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A handler that sends nothing commits for its listeners, and what they write is stored."""
+
+    class Outbox(Session): ...
+
+    log: list[str] = []
+
+    @event.listens_for(Outbox, "before_commit")
+    def write(session: Session) -> None:
+        session.add(Item(name="by the listener"))
+
+    event.listen(Outbox, "after_commit", lambda _session: log.append("after_commit"))
+    options = session_class(kind, Outbox)
+    assert await ask(engine, kind, transactional(), nothing, session_options=options) == 201
+    assert (rows.names, log) == (["by the listener"], ["after_commit"])
+
+
+# -- classes that are made in other ways -----------------------------------------------------------
+
+
+def sharded(engine: Engine) -> type[Session]:
+    class Sharded(ShardedSession):
+        def __init__(self, *, bind: Any = None, **options: Any) -> None:
+            super().__init__(
+                shard_chooser=lambda *_, **__: "one",
+                identity_chooser=lambda *_, **__: ["one"],
+                execute_chooser=lambda _context: ["one"],
+                shards={"one": engine},
+                **options,
+            )
+
+    return Sharded
+
+
+def tenant_first(_engine: Engine) -> type[Session]:
+    class Tenants(Session):
+        def __init__(self, tenant: str = "none", **options: Any) -> None:
+            super().__init__(**options)
+            self.info["tenant"] = tenant
+
+    return Tenants
+
+
+def of_a_base_with_keywords(_engine: Engine) -> type[Session]:
+    class Base(Session):
+        def __init_subclass__(cls, *, tenant: str) -> None:
+            super().__init_subclass__()
+
+    class Tenant(Base, tenant="one"): ...
+
+    return Tenant
+
+
+@pytest.mark.parametrize("make", [sharded, tenant_first, of_a_base_with_keywords])
+async def test_a_class_is_made_as_it_wants_to_be(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, make: Callable[[Engine], type[Session]]
+) -> None:
+    """Sharded sessions and others with parameters of their own commit, and forget nothing."""
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    options = {"session_options": session_class(kind, make(inner))}
+    assert await ask(engine, kind, transactional(), add, **options) == 201
+    assert rows.names == ["a"]
+
+    def forget(session: Session) -> None:
+        session.add(Item(name="b"))
+        session.flush()
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), forget, **options)
+    assert rows.names == ["a"]
+
+
+# -- a method beside execute() ---------------------------------------------------------------------
+
+
+class Executing(Session):
+    """Be a class with a method of its own, as SQLModel's `exec`."""
+
+    def exec(self, statement: Any) -> Any:
+        return super().execute(statement).scalars()
+
+    def execute(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("exec() goes past it")
+
+
+def exec_on(session: Session, statement: Any) -> Any:
+    assert isinstance(session, Executing)
+    return session.exec(statement)
+
+
+async def test_a_method_that_goes_past_execute_is_seen(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """What a class sends through super().execute() is neither forgotten nor swallowed."""
+    options = session_class(kind, Executing)
+    new = insert(items).values(name="a").returning(items.c.id)
+
+    def forget(session: Session) -> None:
+        assert exec_on(session, new).one() > 0
+
+    def swallow(session: Session) -> None:
+        forget(session)
+        with pytest.raises(IntegrityError):
+            exec_on(session, new)
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), forget, session_options=options)
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), swallow, session_options=options)
+    assert await ask(engine, kind, transactional(), forget, session_options=options) == 201
+    assert rows.names == ["a"]

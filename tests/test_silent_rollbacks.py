@@ -1,0 +1,150 @@
+"""Rule 5: a transaction that the database has given up by itself is no success."""
+
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, StaticPool, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import transactional
+from fastapi_sqlnative.exceptions import TransactionAbortedError
+from tests.in_process import ask
+from tests.serving import Kind
+
+pytestmark = pytest.mark.anyio
+
+SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
+MARIADB = Kind("pymysql", "pymysql", False), Kind("asyncmy", "asyncmy", True)
+
+
+def engine_at(kind: Kind, url: Any) -> Engine | AsyncEngine:
+    options = {"poolclass": StaticPool} if kind in SQLITE else {}
+    if kind.asynchronous:
+        return create_async_engine(url, **options)
+    if kind in SQLITE:
+        options["connect_args"] = {"check_same_thread": False}
+    return create_engine(url, **options)
+
+
+# -- SQLite's ON CONFLICT ROLLBACK -------------------------------------------------------------
+
+ROLLING_BACK = {
+    "in the table": ("UNIQUE ON CONFLICT ROLLBACK", "INSERT INTO item VALUES ('taken')"),
+    "in the statement": ("UNIQUE", "INSERT OR ROLLBACK INTO item VALUES ('taken')"),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["then nothing", "then another write"])
+@pytest.mark.parametrize(("unique", "insert"), ROLLING_BACK.values(), ids=ROLLING_BACK)
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_conflict_that_rolls_back_is_no_success(
+    kind: Kind, unique: str, insert: str, again: bool
+) -> None:
+    """After SQLite's ON CONFLICT ROLLBACK nothing of the request is stored, and it is refused."""
+    engine = engine_at(kind, f"sqlite+{kind.driver}://")
+    stored: list[object] = []
+
+    def body(session: Session) -> None:
+        session.execute(text(f"CREATE TABLE item (name text {unique})"))
+        session.execute(text("INSERT INTO item VALUES ('taken')"))
+        session.commit()
+        session.execute(text("INSERT INTO item VALUES ('lost')"))
+        with pytest.raises(DBAPIError, match="UNIQUE"):
+            session.execute(text(insert))
+        if again:
+            session.execute(text("INSERT INTO item VALUES ('lost too')"))
+
+    def look(session: Session) -> None:
+        stored.extend(session.scalars(text("SELECT name FROM item")))
+
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body, shutdown=None)
+    assert await ask(engine, kind, transactional(), look) == 201
+    assert stored == ["taken"]
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_conflict_that_keeps_the_transaction_is_a_success(kind: Kind) -> None:
+    """An ordinary refusal that was handled stops no commit on SQLite: the transaction goes on."""
+    engine = engine_at(kind, f"sqlite+{kind.driver}://")
+    stored: list[object] = []
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text UNIQUE)"))
+        session.execute(text("INSERT INTO item VALUES ('kept')"))
+        with pytest.raises(DBAPIError, match="UNIQUE"):
+            session.execute(text("INSERT INTO item VALUES ('kept')"))
+
+    def look(session: Session) -> None:
+        stored.extend(session.scalars(text("SELECT name FROM item")))
+
+    assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
+    assert await ask(engine, kind, transactional(), look) == 201
+    assert stored == ["kept"]
+
+
+# -- MariaDB's deadlock ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(mariadb: str) -> Iterator[Engine]:
+    """Give a database of its own, with two rows to lock."""
+    admin = make_url(mariadb).set(drivername="mysql+pymysql")
+    first = create_engine(admin)
+    with first.begin() as connection:
+        connection.execute(text("CREATE OR REPLACE DATABASE sqlnative_silent"))
+    first.dispose()
+    engine = create_engine(admin.set(database="sqlnative_silent"))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE item (name varchar(20) PRIMARY KEY, n int)"))
+        connection.execute(text("INSERT INTO item VALUES ('first', 0), ('second', 0)"))
+    yield engine
+    engine.dispose()
+
+
+def change(name: str) -> Any:
+    return text("UPDATE item SET n = n + 1 WHERE name = :name").bindparams(name=name)
+
+
+@asynccontextmanager
+async def crossing(server: Engine) -> AsyncGenerator[Callable[[], threading.Thread]]:
+    """Lock the second row in a transaction too heavy to be the victim; wait for the first later."""
+    with server.begin() as heavier:
+        for number in range(20):
+            heavier.execute(text(f"INSERT INTO item VALUES ('heavy {number}', 0)"))
+        heavier.execute(change("second"))
+        thread = threading.Thread(target=heavier.execute, args=(change("first"),))
+
+        def start() -> threading.Thread:
+            thread.start()
+            return thread
+
+        yield start
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) -> None:
+    """MariaDB's deadlock undoes the whole transaction: a request that hides it is refused."""
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    async with crossing(server) as cross:
+
+        def body(session: Session) -> None:
+            session.execute(text("INSERT INTO item VALUES ('lost', 0)"))
+            session.execute(change("first"))
+            cross()
+            with pytest.raises(DBAPIError, match="1213"):
+                session.execute(change("second"))
+
+        with pytest.raises(TransactionAbortedError):
+            await ask(engine, kind, transactional(), body)
+    with server.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM item WHERE name = 'lost'")) == 0

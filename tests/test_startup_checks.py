@@ -1,0 +1,256 @@
+"""Section 4 and rule 11: functions and routes that cannot work, found before a request."""
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import get_db, install_database, reader, transactional
+from fastapi_sqlnative.exceptions import (
+    DatabaseDependencyError,
+    DatabaseNotInstalledError,
+)
+from tests.in_process import async_sqlite, running, sqlite, start_and_stop
+
+pytestmark = pytest.mark.anyio
+
+Db = Annotated[AsyncSession, Depends(get_db())]
+SyncDb = Annotated[Session, Depends(get_db())]
+
+
+def with_database(*, asynchronous: bool = True, **options: Any) -> FastAPI:
+    app = FastAPI(**options)
+    install_database(app, engine=async_sqlite if asynchronous else sqlite)
+    return app
+
+
+# -- functions that cannot await -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ours", [get_db, transactional, reader])
+async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., Any]) -> None:
+    """A `def` endpoint with an AsyncSession fails the start: nothing that it asks for happens."""
+    app = with_database()
+
+    @app.post("/items")
+    def endpoint(session: Annotated[AsyncSession, Depends(ours())]) -> None:
+        session.add(object())
+
+    with pytest.raises(DatabaseDependencyError, match=r"'/items'.*endpoint is no `async def`"):
+        await start_and_stop(app)
+
+
+def executes(session: Db) -> Any:
+    session.execute(text("SELECT 1")).close()  # type: ignore[attr-defined] # the mistake
+
+
+def commits(session: Db) -> Any:
+    session.commit()  # the mistake: nobody awaits it
+
+
+def passes_on(session: Db) -> Any:
+    return Repository(session)
+
+
+def returns(session: Db) -> Any:
+    return session
+
+
+class Repository:
+    """Be a class that keeps the session, for others to await."""
+
+    def __init__(self, session: Db) -> None:
+        self.session = session
+
+
+@pytest.mark.parametrize("dependency", [executes, commits])
+async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) -> None:
+    """A `def` dependency that calls what must be awaited fails the start."""
+    app = with_database()
+
+    @app.get("/items")
+    async def endpoint(found: Annotated[Any, Depends(dependency)]) -> None: ...
+
+    name = dependency.__name__
+    with pytest.raises(DatabaseDependencyError, match=rf"'/items'.*{name} is no `async def`"):
+        await start_and_stop(app)
+
+
+@pytest.mark.parametrize("dependency", [passes_on, returns, Repository])
+async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None:
+    """One that only hands the session on starts, and whoever gets it can use it."""
+    app = with_database()
+
+    @app.get("/items")
+    async def endpoint(found: Annotated[Any, Depends(dependency)]) -> int:
+        session = getattr(found, "session", found)
+        return int(await session.scalar(text("SELECT 7")))
+
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+# -- generators ------------------------------------------------------------------------------------
+
+
+def yields(session: SyncDb) -> Generator[str]:
+    yield "line"
+
+
+async def yields_async(session: Db) -> AsyncGenerator[str]:
+    yield "line"
+
+
+@pytest.mark.parametrize("endpoint", [yields, yields_async])
+async def test_an_endpoint_that_yields_outlives_its_session(endpoint: Any) -> None:
+    """An endpoint that yields its response over the request's session fails the start."""
+    app = with_database(asynchronous=endpoint is yields_async)
+    app.add_api_route("/items", endpoint, response_model=None)
+    with pytest.raises(DatabaseDependencyError, match=r"get_database_handle\('default'\)"):
+        await start_and_stop(app)
+
+
+async def library(session: Db) -> AsyncGenerator[AsyncSession]:
+    """Be a library's dependency, which cannot be given another scope."""
+    yield session
+
+
+async def of_the_application(session: Db) -> AsyncSession:
+    return session
+
+
+async def test_the_advice_for_a_generator_works_as_written() -> None:
+    """In place of a library's generator, a dependency that returns the session serves it."""
+    app = with_database()
+
+    @app.get("/items")
+    async def endpoint(session: Annotated[AsyncSession, Depends(library)]) -> int:
+        return int(await session.scalar(text("SELECT 7")) or 0)
+
+    with pytest.raises(DatabaseDependencyError, match="of your own that returns"):
+        await start_and_stop(app)
+    app.dependency_overrides[library] = of_the_application
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+# -- overrides and endpoints of any kind -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", [get_db, transactional, reader])
+async def test_an_override_of_the_maker_can_never_match(maker: Callable[..., Any]) -> None:
+    """`dependency_overrides[get_db]`, without the call, fails the start and names the call."""
+    app = with_database()
+    app.dependency_overrides[maker] = of_the_application
+    name = maker.__name__
+    with pytest.raises(DatabaseDependencyError, match=rf"dependency_overrides\[{name}\(name\)\]"):
+        await start_and_stop(app)
+
+
+class Unhashable:
+    """Be an endpoint that cannot be the key of anything."""
+
+    __hash__ = None  # type: ignore[assignment] # as a dataclass has it
+    __name__ = "unhashable"
+
+    async def __call__(self, session: Db) -> int:
+        return int(await session.scalar(text("SELECT 7")) or 0)
+
+
+async def test_an_endpoint_needs_no_hash() -> None:
+    """A callable object without a hash is an endpoint like any other."""
+    app = with_database()
+    app.add_api_route("/items", Unhashable())
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+# -- routes that the application's own lifespan adds -------------------------------------------------
+
+
+def adding(endpoint: Callable[..., Any]) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        app.add_api_route("/late", endpoint, methods=["GET"])
+        yield
+
+    return with_database(lifespan=lifespan)
+
+
+async def outlives(session: Annotated[Any, Depends(get_db(), scope="request")]) -> None: ...
+
+
+async def unknown(session: Annotated[AsyncSession, Depends(get_db("elsewhere"))]) -> None: ...
+
+
+async def test_a_late_route_that_cannot_work_fails_the_start() -> None:
+    """A mistake of scope in a route that the lifespan adds is found before it is served."""
+    with pytest.raises(DatabaseDependencyError, match="'/late'"):
+        await start_and_stop(adding(outlives))
+
+
+async def test_a_late_route_with_an_unknown_name_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An unknown name in such a route is logged, and refused at the route's first request."""
+    app = adding(unknown)
+    with caplog.at_level(logging.ERROR, "fastapi_sqlnative"):
+        async with running(app) as client:
+            assert "'/late'" in caplog.text
+            assert "'elsewhere'" in caplog.text
+            with pytest.raises(DatabaseNotInstalledError):
+                await client.get("/late")
+
+
+async def test_a_late_route_that_is_right_serves() -> None:
+    """One that is right is served like any other."""
+
+    async def endpoint(session: Db) -> int:
+        return int(await session.scalar(text("SELECT 7")) or 0)
+
+    async with running(adding(endpoint)) as client:
+        assert (await client.get("/late")).json() == 7
+
+
+# -- route classes -----------------------------------------------------------------------------------
+
+
+class Answering(APIRoute):
+    """Be a route that answers what its endpoint raises."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        original = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await original(request)
+            except ZeroDivisionError:
+                return JSONResponse({}, 200)
+
+        return handler
+
+
+@pytest.mark.parametrize("uses_a_database", [True, False])
+async def test_a_route_class_of_its_own_is_warned_of(
+    caplog: pytest.LogCaptureFixture, uses_a_database: bool
+) -> None:
+    """A class that runs around the commit is reported once, and only where there is a commit."""
+    app, router = with_database(), APIRouter(route_class=Answering)
+
+    async def with_session(session: Db) -> None: ...
+
+    async def without() -> None: ...
+
+    router.add_api_route("/items", with_session if uses_a_database else without)
+    app.include_router(router)
+    with caplog.at_level(logging.WARNING, "fastapi_sqlnative"):
+        await start_and_stop(app)
+    assert caplog.text.count("Answering") == uses_a_database

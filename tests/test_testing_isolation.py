@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
-from fastapi_sqlnative._registry import registry_of
+from fastapi_sqlnative._lifespan.installations import installations_of as registry_of
 from sqlalchemy import (
     Engine,
     NullPool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from starlette.applications import Starlette
 
@@ -14,7 +14,6 @@ from ..databases import AnyDatabase
 from ..exceptions import DatabaseAlreadyInstalledError, DatabaseNotInstalledError
 
 if TYPE_CHECKING:
-    from .gate import Gate
     from .running import Running
 
 EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
@@ -24,22 +23,9 @@ Observer: TypeAlias = Callable[[AnyDatabase], None]
 _STATE: Final = "fastapi_sqlnative"
 
 
-class Isolation(Protocol):
-    """A block of a test that holds connections of its own."""
-
-    async def leave_loop(self) -> None:
-        """Close what belongs to the event loop that is about to end."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Installation:
-    """What the application gave to `install_database`, and the handle while it runs.
-
-    Attributes:
-        overridden: what a test has put this one in front of: started with it where that costs
-            nothing, and closed with it.
-        isolations: blocks of a test that it is isolated in, the innermost last.
-    """
+    """What the application gave to `install_database`, and the handle while it runs."""
 
     name: str
     engine: AnyEngine | EngineFactory
@@ -48,12 +34,6 @@ class Installation:
     startup_wait: float | None
     shutdown_timeout: float
     database: AnyDatabase | None = None
-    overridden: Installation | None = None
-    isolations: list[Isolation] = field(default_factory=list["Isolation"])
-
-    def chain(self) -> list[Installation]:
-        """List this one and what it overrides, the nearest first."""
-        return [self, *(self.overridden.chain() if self.overridden is not None else ())]
 
 
 @dataclass(eq=False)
@@ -67,7 +47,6 @@ class Installations:
         draining: the application is not to be sent any more requests.
         runs: the application at work, once for each outermost application that it is mounted in.
         loop: the event loop on which it is.
-        around_gate: puts a gate of a test's in front of the application's.
     """
 
     by_name: dict[str, Installation] = field(default_factory=dict[str, Installation])
@@ -75,7 +54,6 @@ class Installations:
     draining: bool = False
     runs: list[Running] = field(default_factory=list["Running"])
     loop: asyncio.AbstractEventLoop | None = None
-    around_gate: Callable[[Gate], Gate] | None = None
 
     def add(self, installation: Installation) -> None:
         """Keep an installation.

@@ -99,8 +99,7 @@ class Running:
         """The outermost application's gate: one for all that are mounted in it."""
         found = self.outermost_gate if self.parent is None else self.parent.gate
         assert found is not None, "an application at work has one"
-        around = self.installed.around_gate
-        return found if around is None else around(found)
+        return found
 
 
 def running_for(connection: HTTPConnection) -> Running:

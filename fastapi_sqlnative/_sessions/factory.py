@@ -133,6 +133,18 @@ class SessionFactory:
                 "Write it with `async def`."
             )
 
+    @property
+    def native(self) -> Any:
+        """The class of the sessions that do the work; a test may put a subclass in its place."""
+        return self._options["sync_session_class"] if self.asynchronous else self._class
+
+    @native.setter
+    def native(self, class_: type[NativeSession]) -> None:
+        if self.asynchronous:
+            self._options["sync_session_class"] = class_
+        else:
+            self._class = class_
+
     # -- opening ---------------------------------------------------------------------------
 
     def open(

@@ -1,0 +1,321 @@
+"""The one connection of an isolated database, in a transaction that is rolled back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Connection, Engine, NestedTransaction, event, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from .._drivers.statements import Effect, effect_of
+from .._drivers.transactions import autocommits
+from ._targets import IsolationError, running_loop
+
+T = TypeVar("T")
+# Seconds for which a session waits for another one's transaction to end.
+_PATIENCE: Final = 10.0
+# The sessions that were opened in this request, task or test, or in the one that it came from.
+_FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
+# Marks a connection, and what is sent for the block's own sake.
+_MARK: Final = "fastapi_sqlnative_testing"
+# Deferrable constraints, with whether they wait for COMMIT unless they are told otherwise.
+_DEFERRABLE: Final = """
+SELECT quote_ident(nspname) || '.' || quote_ident(conname), condeferred
+FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace n ON n.oid = connamespace
+WHERE condeferrable
+"""
+
+
+def joins_flow(session: object) -> None:
+    """Note that a session is used by whoever runs here, and by what that starts."""
+    alive = tuple(each for each in _FLOW.get() if each() is not None)
+    _FLOW.set((*alive, weakref.ref(session)))
+
+
+class IsolatedConnection:
+    """The connection that all sessions of a database share, from its first use to the block's end.
+
+    One session at a time has a transaction on it, from its beginning to its end. Others wait;
+    one that would wait for its own request is refused.
+
+    Attributes:
+        home: finds the event loop to open it on, when a thread asks for it.
+        loop: the event loop that it belongs to.
+        own_sessions: of the test, with their blocks; they give way to the application's.
+        beginning: the next savepoint stands for the BEGIN of a transaction.
+        root: the savepoint that stands for a transaction of the application's.
+    """
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self.engine = engine
+        self.asynchronous = engine.dialect.is_async
+        self.home: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.own_sessions: dict[Session, object] = {}
+        self.beginning = False
+        self.root: NestedTransaction | None = None
+        self._connection: Connection | None = None
+        self._lock = threading.Lock()
+        self._holder: object = None
+        self._waiting: list[Future[None]] = []
+        # Blocks that are open on it, the first with the transaction, the others with a savepoint.
+        self._blocks: dict[object, NestedTransaction | None] = {}
+        self._guarded = ExitStack()
+
+    def _refused(self, why: str) -> IsolationError:
+        return IsolationError(f"Database {self.name!r} is isolated: {why}")
+
+    # -- whose turn it is ------------------------------------------------------------------
+
+    def take(self, session: object, *, beside: bool = False) -> None:
+        """Wait for the turn: in a greenlet for an asynchronous connection, else in a thread.
+
+        Args:
+            session: whose it will be.
+            beside: for one statement, which may stand within a transaction of the same request.
+        """
+        while (others := self._try(session, beside)) is not None:
+            try:
+                if self.asynchronous:
+                    await_only(asyncio.wait_for(asyncio.wrap_future(others), _PATIENCE))
+                else:
+                    others.result(_PATIENCE if running_loop() is None else 0)
+            except TimeoutError:
+                raise self._refused(
+                    "another session's transaction stays open on its one connection. Close that "
+                    "session first; await what uses the database before a synchronous session "
+                    "does so on the event loop; or test with cloned(app)."
+                ) from None
+
+    def _try(self, session: object, beside: bool) -> Future[None] | None:
+        with self._lock:
+            if self._holder in (None, session):
+                self._holder = session
+            elif all(each() is not self._holder for each in _FLOW.get()):
+                self._waiting.append(Future())
+                return self._waiting[-1]
+            elif not beside:
+                raise self._refused(
+                    "a second session was to begin a transaction beside an open one of the same "
+                    "request, on one connection. End that one first, use one session for both, or "
+                    "test with cloned(app)."
+                )
+        return None
+
+    def give_back(self, session: object) -> None:
+        """Let others in, if the session has the turn."""
+        with self._lock:
+            if self._holder is not session:
+                return
+            self._holder = self.root = None
+            waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if each.set_running_or_notify_cancel():  # it may have given up
+                each.set_result(None)
+
+    def has_turn(self, session: object) -> bool:
+        """Tell whether a session may go on; the test's may, when they give way."""
+        return self._holder is session or self._holder is self.own_sessions
+
+    def begin(self, session: Any, *, beside: bool = False) -> Connection:
+        """Return the connection to a session of the application's, when its turn has come."""
+        if self._holder is session:
+            return self.opened()
+        if self.asynchronous and self.loop not in (None, running_loop()):
+            raise self._refused(
+                "its connection belongs to another event loop, the application's. Use the session "
+                "that `with isolated(app)` gives, or call what awaits with client.portal.call(). "
+                "Two applications can share a database on one event loop, with async_client."
+            )
+        self.take(session, beside=beside)
+        if self._holder is session:
+            self._settle(session)
+            self.beginning = not beside
+        return self.opened()
+
+    def _settle(self, session: object) -> None:
+        """Commit what the test has added: the application sees it, and cannot undo it."""
+        self._holder = self.own_sessions
+        try:
+            for own in [each for each in self.own_sessions if each.in_transaction()]:
+                try:
+                    own.commit()
+                except BaseException:
+                    own.rollback()
+                    raise
+        except BaseException:
+            self._holder = session
+            self.give_back(session)
+            raise
+        self._holder = session
+
+    # -- the connection --------------------------------------------------------------------
+
+    def opened(self) -> Connection:
+        """Return the connection, in the transaction of every block that is open."""
+        if self._connection is None:
+            self._connection = self._open()
+        if self._connection.closed or self._connection.invalidated:
+            raise self._refused(
+                "its one connection was lost, and with it all that the test has stored: the "
+                "server hung up, or a statement was cancelled. Test that with cloned(app)."
+            )
+        for block in [*self._blocks][1:]:
+            self._blocks[block] = self._blocks[block] or self._connection.begin_nested()
+        return self._connection
+
+    def _open(self) -> Connection:
+        self.loop = running_loop() if self.asynchronous else None
+        self._pool = self.engine.pool
+        connection = self.engine.connect()
+        connection.info[_MARK] = self
+        connection.begin()
+        driver: Any = connection.connection.driver_connection
+        if self.engine.dialect.name == "sqlite" and not driver.in_transaction:
+            _send(connection, "BEGIN")  # else the first savepoint would be the transaction
+        if autocommits(connection):
+            connection.close()
+            raise self._refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
+        event.listen(connection, "release_savepoint", self._before_release)
+        return connection
+
+    def _before_release(self, connection: Connection, name: str, _context: None) -> None:
+        """Check at the application's COMMIT what PostgreSQL would check."""
+        root = self.root is not None and connection.get_nested_transaction() is self.root
+        if not root or connection.dialect.name != "postgresql":
+            return
+        constraints = _send(connection, _DEFERRABLE).all()
+        deferred = ", ".join(constraint for constraint, waits in constraints if waits)
+        try:
+            if constraints:
+                _send(connection, "SET CONSTRAINTS ALL IMMEDIATE")
+            if deferred:
+                _send(connection, f"SET CONSTRAINTS {deferred} DEFERRED")
+        except BaseException:
+            # SQLAlchemy takes the failed release for the savepoint's end.
+            connection.dialect.do_rollback_to_savepoint(connection, name)
+            raise
+
+    def guard(self, engine: Engine) -> None:
+        """Refuse what is written over other connections: it would stay, or wait for this one."""
+        listener = (engine, "before_cursor_execute", self._refuse_writes)
+        if not event.contains(*listener):
+            event.listen(*listener)
+            self._guarded.callback(event.remove, *listener)
+
+    def _refuse_writes(self, connection: Connection, *call: Any) -> None:
+        _, statement, _, context, _ = call
+        effect, _ = effect_of(context.compiled or text(statement.replace(":", r"\:")).compile())
+        reads = statement.lstrip().lower().startswith(("select", "with", "pragma"))
+        # Tables may be created before the first use; later it could wait for the test's locks.
+        harmless = context.isddl and self._connection is None
+        harmless = harmless or effect is Effect.NONE or (effect is Effect.UNKNOWN and reads)
+        if connection is not self._connection and not harmless:
+            raise self._refused(
+                "this was sent over another connection, on its engine itself, and would be stored "
+                "for good. Use a session, or test with cloned(app), where Core may be used."
+            )
+
+    # -- blocks ----------------------------------------------------------------------------
+
+    def enter(self, block: object) -> None:
+        """Begin a block, whose work will be undone at its end."""
+        self._blocks[block] = None
+
+    def leave(self, block: object) -> Future[None]:
+        """Undo the work of a block, and close the connection with the first one."""
+        return self.run(lambda: self._leave(block)) if self._connection else _done(self._undo(block))
+
+    def _leave(self, block: object) -> None:
+        try:
+            self.take(block)
+        finally:
+            self._undo(block)
+            self.give_back(block)
+
+    def _undo(self, block: object) -> None:
+        first, savepoint = next(iter(self._blocks)), self._blocks.pop(block)
+        self._close_own(block)
+        if block is first:
+            self._guarded.close()
+            self.close()
+        elif savepoint is not None and savepoint.is_active:
+            savepoint.rollback()
+
+    def _close_own(self, block: object) -> None:
+        holder, self._holder = self._holder, self.own_sessions
+        for session in [each for each, its in self.own_sessions.items() if its is block]:
+            session.close()
+            del self.own_sessions[session]
+        self._holder = holder
+
+    def close(self) -> None:
+        """Undo everything, for good or because the connection's event loop is about to end."""
+        connection, self._connection, self.loop = self._connection, None, None
+        self._blocks = dict.fromkeys(self._blocks)
+        if connection is not None and not connection.closed:
+            connection.info.pop(_MARK, None)
+            if self.engine.pool is not self._pool:
+                connection.invalidate()  # its pool was disposed of: nobody else would close it
+            connection.close()
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Run plain code where the connection may be used: here, or on its event loop."""
+        if not self.asynchronous:
+            return _done(work())
+        loop = self.loop or self.home()
+        if loop is None or not loop.is_running():
+            raise self._refused(
+                "the event loop of its AsyncEngine's connection is not running. Use the session "
+                "inside of `with TestClient(app)`, and leave isolated(app) on its own event loop."
+            )
+        # A session that is there for nothing else has the only public way into a greenlet.
+        return asyncio.run_coroutine_threadsafe(AsyncSession().run_sync(lambda _: work()), loop)
+
+
+def _done(result: T) -> Future[T]:
+    done = Future[T]()
+    done.set_result(result)
+    return done
+
+
+def _send(connection: Connection, sql: str) -> Any:
+    return connection.exec_driver_sql(sql, execution_options={_MARK: True})
+
+
+def is_ours(context: Any) -> bool:
+    """Tell a statement that only an isolated block sends."""
+    return _MARK in context.execution_options
+
+
+def isolated_on(connection: Connection) -> IsolatedConnection | None:
+    """Return what a connection is isolated by."""
+    found: IsolatedConnection | None = connection.info.get(_MARK)
+    return found
+
+
+def as_in_production(connection: Connection, sql: str) -> str | None:
+    """Return what is sent in production where this is sent; `None` for what a block adds."""
+    isolated = isolated_on(connection)
+    if isolated is None or sql not in _STANDS_FOR:
+        return sql if isolated is None else None
+    savepoint = connection.get_nested_transaction()
+    root = savepoint is not None and savepoint is isolated.root
+    return _STANDS_FOR[sql] if (isolated.beginning if sql == "SAVEPOINT" else root) else sql
+
+
+_STANDS_FOR: Final = {
+    "SAVEPOINT": "BEGIN",
+    "RELEASE SAVEPOINT": "COMMIT",
+    "ROLLBACK TO SAVEPOINT": "ROLLBACK",
+}

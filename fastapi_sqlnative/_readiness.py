@@ -61,13 +61,13 @@ class DatabaseQuestion:
         database, probe = self._database, Probe()
         # While sessions hold every connection, the last question may wait for one of those, and
         # say nothing about the database.
-        for_the_pool = self._last.waiting and sessions_of(database).hold_all()
+        for_the_pool = self._last.waiting and sessions_of(database).state.holds_all()
         if self._last.asking and not for_the_pool:
             raise TimeoutError("It has not answered the last question yet.")
         self._last = probe
         state = await run_on_engine(
             database.engine,
-            lambda engine: probe.ask(engine, sessions_of(database).connections_in_use),
+            lambda engine: probe.ask(engine, lambda: len(sessions_of(database).state.at_work)),
         )
         return CheckResult(True, state.value)
 

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from fastapi.requests import HTTPConnection
-from fastapi.routing import request_response
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ._lifespan.running import running_for
 from ._sessions.factory import SessionFactory
 from ._sessions.finishing import (
     Call,
-    close,
     close_all,
     commit,
     directly,
-    may_be_interrupted,
+    has_only_read,
     needs_commit,
     roll_back_and_close,
     run_together,
 )
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
+from ._sessions.pending import has_pending_changes
 from ._sessions.record import Record
-from ._sessions.session import AnySession, NativeSession, has_pending_changes, sync_session
+from ._sessions.session import AnySession, NativeSession, sync_session
+from ._sessions.shared import SharedState
 from .databases import sessions_of
 from .exceptions import (
     AfterCommitError,
@@ -52,12 +49,17 @@ class _Member:
     record: Record
 
     @property
+    def state(self) -> SharedState:
+        """What the sessions of its database share."""
+        return self.record.state
+
+    @property
     def waits(self) -> bool:
         """Tell whether finishing it may wait: for the database, or for code of the application."""
         return bool(
             self.record.asked
             or has_pending_changes(self.inner)
-            or self.factory.overridden
+            or self.state.overridden
             or (self.record.commits and needs_commit(self.inner))
         )
 
@@ -116,10 +118,8 @@ class UnitOfWork:
     async def _open(self, name: str, options: TransactionOptions) -> _Member:
         database = self._running.database(name)
         # A websocket would keep its place for as long as the client stays.
-        if self._scope["type"] == "http":
-            self._has_place = await self._running.gate.enter(
-                self, self._running, self._scope.get("route"), database
-            )
+        if self._scope.get("type") == "http":  # FastStream and its like have none
+            self._has_place = await self._running.admit(self, self._scope.get("route"), database)
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
         session = factory.open(options, loop_thread=loop_thread)
@@ -156,8 +156,11 @@ class UnitOfWork:
         waiting = [each.session for each in self._members if each.waits]
         if not waiting:
             self._commit_all(directly)
-        elif all(map(may_be_interrupted, waiting)):
-            await cast("AsyncSession", waiting[0]).run_sync(lambda _: self._commit_all(directly))
+        elif all(map(has_only_read, waiting)):
+            # Nothing is forgotten: what is marked is committed for its listeners, the rest closed.
+            commits = any(each.record.commits for each in self._members)
+            end = self._commit_all if commits else self._close_all
+            await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(directly))
         else:
             await self._run_together(self._commit_all)
 
@@ -165,13 +168,13 @@ class UnitOfWork:
         def end(call: Call) -> None:
             close_all(call, self._all_sessions(), roll_back_and_close)
 
-        if any(each.record.asked or each.factory.overridden for each in self._members):
+        if any(each.record.asked or each.state.overridden for each in self._members):
             await self._run_together(end, cancelled=cancelled)
         else:
             end(directly)
 
     async def _run_together(self, work: Any, *, cancelled: bool = False) -> None:
-        timeout = max(each.factory.shutdown_timeout for each in self._members)
+        timeout = max(each.state.shutdown_timeout for each in self._members)
         await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
 
     def _all_sessions(self) -> list[AnySession]:
@@ -194,18 +197,21 @@ class UnitOfWork:
             for place, member in enumerate(marked):
                 _commit(call, member, marked[:place], marked[place + 1 :])
         finally:
-            close_all(call, self._all_sessions(), close)
+            self._close_all(call)
+
+    def _close_all(self, call: Call) -> None:
+        close_all(call, self._all_sessions())
 
     def _prepare(self, call: Call, marked: list[_Member]) -> None:
         """Flush all before the first COMMIT, so that only a COMMIT can come too late."""
-        installed = [sessions_of(each) for each in self._running.databases()]
-        marked.sort(key=lambda each: installed.index(each.factory))
+        installed = [sessions_of(each).state for each in self._running.databases()]
+        marked.sort(key=lambda each: installed.index(each.state))
         for member in marked:
             call(member.session, _flush_and_settle)
 
 
 def _set_options(member: _Member, options: TransactionOptions) -> None:
-    record, name = member.record, member.factory.name
+    record, name = member.record, member.state.name
     if record.options not in (NO_OPTIONS, options):
         raise TransactionOptionsError(
             f"transactional({name!r}) was asked for twice in one request, with {record.options} "
@@ -229,7 +235,7 @@ def _check_nothing_forgotten(call: Call, member: _Member) -> None:
         UncommittedChangesError: through `get_db`.
         ReadOnlySessionError: through `reader`.
     """
-    record, name = member.record, member.factory.name
+    record, name = member.record, member.state.name
     record.check_discarded()
     if record.commits or not member.inner.in_transaction():
         return
@@ -274,55 +280,13 @@ def _commit(call: Call, member: _Member, earlier: list[_Member], later: list[_Me
     try:
         call(member.session, commit)
     except Exception as error:
-        stored = [each.factory.name for each in earlier if each.record.stored]
+        stored = [each.state.name for each in earlier if each.record.stored]
         if isinstance(error, AfterCommitError):
             # It is stored itself; those after it are not.
             waiting = [each for each in later if each.record.may_have_written]
             if record.stored and waiting:
-                names = (*stored, member.factory.name)
-                raise PartialCommitError(names, waiting[0].factory.name) from error
+                names = (*stored, member.state.name)
+                raise PartialCommitError(names, waiting[0].state.name) from error
         elif stored and (stores or record.stored):
-            raise PartialCommitError(tuple(stored), member.factory.name) from error
+            raise PartialCommitError(tuple(stored), member.state.name) from error
         raise
-
-
-# -- where FastAPI ends it ------------------------------------------------------------------------
-
-_UNIT: Final = "fastapi_sqlnative_unit_of_work"
-# FastAPI's own name for the stack that it leaves after serialization and before the response
-# starts. A generator with scope="function" is the public way onto it, and costs every request a
-# tenth of a read. Where FastAPI keeps no such stack, the dependencies take the public way.
-_FUNCTION_STACK: Final = "fastapi_function_astack"
-
-
-def unit_of(connection: HTTPConnection) -> UnitOfWork:
-    """Return the request's unit of work, which ends before the response starts."""
-    unit: UnitOfWork | None = connection.scope.get(_UNIT)
-    if unit is None:
-        unit = connection.scope[_UNIT] = UnitOfWork(connection)
-        if HAS_FUNCTION_STACK:
-            stack: AsyncExitStack = connection.scope[_FUNCTION_STACK]
-            stack.push_async_exit(unit)
-    return unit
-
-
-def _has_function_stack() -> bool:
-    """Serve a request by hand, and look."""
-    found: list[object] = []
-
-    async def look(request: Request) -> Response:
-        found.append(request.scope.get(_FUNCTION_STACK))
-        return Response()
-
-    async def nothing(*_: object) -> Any: ...
-
-    serving = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
-    try:
-        serving.send(None)  # type: ignore[attr-defined] # it is a coroutine, and waits for nothing
-    except StopIteration:
-        return isinstance(found[0], AsyncExitStack)
-    serving.close()  # type: ignore[attr-defined] # likewise
-    return False
-
-
-HAS_FUNCTION_STACK: Final = _has_function_stack()

@@ -21,7 +21,6 @@ from ._sessions.factory import SessionFactory
 from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
 from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import record_of
-from .exceptions import DatabaseNotStartedError
 
 EngineT = TypeVar("EngineT", Engine, AsyncEngine)
 T = TypeVar("T")
@@ -56,10 +55,6 @@ class _Database(Generic[EngineT]):
     def pool_status(self) -> PoolStatus:
         """Look into the connection pool, without touching the database."""
         return pool_status(sync_engine(self.engine).pool)
-
-    def _check_running(self) -> None:
-        if self._sessions.stopped:
-            raise DatabaseNotStartedError(f"Database {self.name!r} is stopped.")
 
     def _no_answer(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
@@ -172,7 +167,7 @@ class Database(_Database[Engine]):
         Raises:
             TimeoutError: no answer came in time.
         """
-        self._check_running()
+        self._sessions.state.check_running()
         asking = in_thread(lambda: ask_for_one_row(self.engine))
         wait({asking}, timeout)
         if not asking.done():
@@ -198,7 +193,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
     async def session(self) -> AsyncGenerator[AsyncSession]:
         """Open a session for a block; at its end roll back and close. Never commits."""
         session = cast("AsyncSession", self._sessions.open())
-        async with finishing(session, close, timeout=self._sessions.shutdown_timeout):
+        async with finishing(session, close, timeout=self._sessions.state.shutdown_timeout):
             yield session
 
     @asynccontextmanager
@@ -217,7 +212,9 @@ class AsyncDatabase(_Database[AsyncEngine]):
         """
         options = TransactionOptions.checked(isolation_level, read_only)
         session = cast("AsyncSession", self._sessions.open(options, commits=True))
-        async with finishing(session, commit_and_close, timeout=self._sessions.shutdown_timeout):
+        async with finishing(
+            session, commit_and_close, timeout=self._sessions.state.shutdown_timeout
+        ):
             yield session
 
     async def run_in_transaction(
@@ -262,7 +259,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         Raises:
             TimeoutError: no answer came in time.
         """
-        self._check_running()
+        self._sessions.state.check_running()
         try:
             async with asyncio.timeout(timeout):
                 await run_on_engine(self.engine, ask_for_one_row)

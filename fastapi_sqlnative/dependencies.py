@@ -6,17 +6,61 @@
 import functools
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any
+from contextlib import AsyncExitStack
+from typing import Any, Final
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
+from fastapi.routing import request_response
+from starlette.requests import Request
+from starlette.responses import Response
 
-from ._lifespan.installations import trimmed
-from ._lifespan.running import running_for
+from ._lifespan.running import running_for, trimmed
 from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import AnySession
-from ._unit_of_work import HAS_FUNCTION_STACK, UnitOfWork, unit_of
+from ._unit_of_work import UnitOfWork
 from .databases import AnyDatabase
+
+# -- where FastAPI ends it ------------------------------------------------------------------------
+
+_UNIT: Final = "fastapi_sqlnative_unit_of_work"
+# FastAPI's own name for the stack that it leaves after serialization and before the response
+# starts. A generator with scope="function" is the public way onto it, and costs every request a
+# tenth of a read. Where FastAPI keeps no such stack, the dependencies take the public way.
+_FUNCTION_STACK: Final = "fastapi_function_astack"
+
+
+def unit_of(connection: HTTPConnection) -> UnitOfWork:
+    """Return the request's unit of work, which ends before the response starts."""
+    unit: UnitOfWork | None = connection.scope.get(_UNIT)
+    if unit is None:
+        unit = connection.scope[_UNIT] = UnitOfWork(connection)
+        if HAS_FUNCTION_STACK:
+            stack: AsyncExitStack = connection.scope[_FUNCTION_STACK]
+            stack.push_async_exit(unit)
+    return unit
+
+
+def _has_function_stack() -> bool:
+    """Serve a request by hand, and look."""
+    found: list[object] = []
+
+    async def look(request: Request) -> Response:
+        found.append(request.scope.get(_FUNCTION_STACK))
+        return Response()
+
+    async def nothing(*_: object) -> Any: ...
+
+    serving = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
+    try:
+        serving.send(None)  # type: ignore[attr-defined] # it is a coroutine, and waits for nothing
+    except StopIteration:
+        return isinstance(found[0], AsyncExitStack)
+    serving.close()  # type: ignore[attr-defined] # likewise
+    return False
+
+
+HAS_FUNCTION_STACK: Final = _has_function_stack()
 
 
 class DatabaseDependency:

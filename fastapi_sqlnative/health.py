@@ -19,8 +19,7 @@ from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 
 from ._drivers.pools import PoolStatus
-from ._lifespan.installations import Installations, installations_of, trimmed
-from ._lifespan.running import running_for
+from ._lifespan.running import Installations, installations_of, running_for, trimmed
 from ._probes import DatabaseState
 from ._readiness import (
     Check,

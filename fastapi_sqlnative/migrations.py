@@ -16,8 +16,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine
 from starlette.applications import Starlette
 
-from ._lifespan.installations import trimmed
-from ._lifespan.running import running_of
+from ._lifespan.running import running_of, trimmed
 from ._sessions.engines import run_on_engine
 from .databases import AnyDatabase
 from .health import CheckResult

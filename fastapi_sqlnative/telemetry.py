@@ -16,8 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
 from ._drivers.pools import ask_pool, pool_capacity
-from ._lifespan.installations import installations_of
-from ._lifespan.running import running_of
+from ._lifespan.running import installations_of, running_of
 from ._probes import OUTSIDE
 from ._sessions.engines import sync_engine
 from .databases import AnyDatabase

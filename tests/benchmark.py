@@ -1,7 +1,8 @@
-"""Compare the cost of a request with the hand-written dependency's, side by side in one run.
+"""Compare the cost of a request with hand-written dependencies, side by side in one run.
 
 Everything runs in one process, without HTTP parsing, and is measured in CPU time: rounds of the
-variants alternate, and the median of the per-round ratios counts. Only ratios are promised.
+variants alternate, and the median of the per-round ratios counts. Each row is compared with the
+cheapest hand-written spelling. Only ratios are promised.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, MutableMapping
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, Response
 from opentelemetry.sdk.metrics import MeterProvider
@@ -23,87 +24,168 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.telemetry import instrument_pools
 from tests.postgres_choice import start_postgres
 
 Request = Callable[[], Awaitable[None]]
-ROUNDS, CALLS = 25, 100
-# What the project promises: at most this ratio to the hand-written dependency.
-UNTOUCHED, READ = 0.75, 1.10
+ROUNDS, CALLS = 25, 60
+# The most that a request may cost, to the cheapest hand-written dependency: row by row, for
+# asynchronous and synchronous engines.
+PROMISED = {
+    "async": {"untouched": 0.75, "read": 0.95, "write": 1.00, "reader": 0.72},
+    "sync": {"untouched": 0.75, "read": 0.90, "write": 1.00, "reader": 0.90},
+}
 # And what a read may cost with the pools' metrics, to the same without.
 METRICS = 1.03
 
 
-def asynchronous(engine: AsyncEngine) -> FastAPI:
-    """Build an application with the same endpoints over both dependencies."""
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
+class Base(DeclarativeBase):
+    """The benchmark's one table."""
+
+
+class Note(Base):
+    """A row to write."""
+
+    __tablename__ = "benchmark_note"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+async def look(session: AsyncSession) -> None:
+    await session.scalar(select(1))
+
+
+async def add(session: AsyncSession) -> None:
+    session.add(Note(text="a"))
+
+
+async def add_and_commit(session: AsyncSession) -> None:
+    session.add(Note(text="a"))
+    await session.commit()
+
+
+async def leave(_session: AsyncSession) -> None: ...
+
+
+def look_sync(session: Session) -> None:
+    session.scalar(select(1))
+
+
+def add_sync(session: Session) -> None:
+    session.add(Note(text="a"))
+
+
+def add_and_commit_sync(session: Session) -> None:
+    session.add(Note(text="a"))
+    session.commit()
+
+
+def leave_sync(_session: Session) -> None: ...
+
+
+Applications = dict[str, FastAPI]
+
+
+def asynchronous(engine: AsyncEngine) -> Applications:
+    """Build an application for each row and spelling, so that all have one route to match."""
     maker = async_sessionmaker(engine, expire_on_commit=False)
 
-    async def hand() -> AsyncGenerator[AsyncSession]:
+    async def plain() -> AsyncGenerator[AsyncSession]:
         async with maker() as session:
             yield session
 
-    @app.get("/bare/untouched")
+    async def begun() -> AsyncGenerator[AsyncSession]:
+        async with maker.begin() as session:
+            yield session
+
+    def endpoint(dependency: Any, work: Callable[[Any], Awaitable[None]]) -> Any:
+        async def serve(session: Any = dependency) -> Response:
+            await work(session)
+            return Response()
+
+        return serve
+
     async def bare() -> Response:
         return Response()
 
-    def routes(prefix: str, dependency: Callable[..., Any]) -> None:
-        @app.get(f"/{prefix}/untouched")
-        async def untouched(session: Annotated[AsyncSession, Depends(dependency)]) -> Response:
-            return Response()
-
-        @app.get(f"/{prefix}/read")
-        async def read(session: Annotated[AsyncSession, Depends(dependency)]) -> Response:
-            await session.scalar(select(1))
-            return Response()
-
-    for prefix, dependency in ("hand", hand), ("get_db", get_db()), ("tx", transactional()):
-        routes(prefix, dependency)
-    return app
+    rows = rows_of(endpoint, plain, begun, (leave, look, add, add_and_commit))
+    return applications(engine, {"bare": bare} | rows)
 
 
-def synchronous(engine: Engine) -> FastAPI:
+def synchronous(engine: Engine) -> Applications:
     """Build the same for a sync engine."""
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
     maker = sessionmaker(engine, expire_on_commit=False)
 
-    def hand() -> Generator[Session]:
+    def plain() -> Generator[Session]:
         with maker() as session:
             yield session
 
-    @app.get("/bare/untouched")
+    def begun() -> Generator[Session]:
+        with maker.begin() as session:
+            yield session
+
+    def endpoint(dependency: Any, work: Callable[[Any], None]) -> Any:
+        def serve(session: Any = dependency) -> Response:
+            work(session)
+            return Response()
+
+        return serve
+
     def bare() -> Response:
         return Response()
 
-    def routes(prefix: str, dependency: Callable[..., Any]) -> None:
-        @app.get(f"/{prefix}/untouched")
-        def untouched(session: Annotated[Session, Depends(dependency)]) -> Response:
-            return Response()
-
-        @app.get(f"/{prefix}/read")
-        def read(session: Annotated[Session, Depends(dependency)]) -> Response:
-            session.scalar(select(1))
-            return Response()
-
-    for prefix, dependency in ("hand", hand), ("get_db", get_db()), ("tx", transactional()):
-        routes(prefix, dependency)
-    return app
+    rows = rows_of(endpoint, plain, begun, (leave_sync, look_sync, add_sync, add_and_commit_sync))
+    return applications(engine, {"bare": bare} | rows)
 
 
-def request(app: FastAPI, path: str) -> Request:
-    """Make a call of the application as a server would make it, for one path."""
+def rows_of(
+    endpoint: Any, plain: Any, begun: Any, works: tuple[Any, Any, Any, Any]
+) -> dict[str, Any]:
+    """Give the endpoints: ours, and every spelling that people write by hand."""
+    leave, look, add, add_and_commit = works
+    rows: dict[str, Any] = {"write/hand-begin": endpoint(Depends(begun, scope="function"), add)}
+    for spelling, hand in (
+        ("request", Depends(plain)),
+        ("function", Depends(plain, scope="function")),
+    ):
+        rows |= {
+            f"untouched/hand-{spelling}": endpoint(hand, leave),
+            f"read/hand-{spelling}": endpoint(hand, look),
+            f"reader/hand-{spelling}": endpoint(hand, look),
+            f"write/hand-{spelling}": endpoint(hand, add_and_commit),
+        }
+    return rows | {
+        "untouched/ours": endpoint(Depends(get_db()), leave),
+        "read/ours": endpoint(Depends(get_db()), look),
+        "reader/ours": endpoint(Depends(reader()), look),
+        "write/ours": endpoint(Depends(transactional()), add),
+    }
+
+
+def applications(engine: AsyncEngine | Engine, endpoints: dict[str, Any]) -> Applications:
+    """Make the applications, all on one engine."""
+    result: Applications = {}
+    for name, endpoint in endpoints.items():
+        app = result[name] = FastAPI()
+        install_database(app, engine=engine)
+        app.get("/")(endpoint)
+    install_database(result["bare"], name="closing", engine=engine, shutdown=engine.dispose)
+    return result
+
+
+def request(app: FastAPI) -> Request:
+    """Make a call of the application as a server would make it."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": "GET",
-        "path": path,
-        "raw_path": path.encode(),
+        "path": "/",
+        "raw_path": b"/",
         "query_string": b"",
         "headers": [],
         "state": {},
@@ -129,68 +211,69 @@ async def cpu(call: Request, times: int) -> float:
     return (time.process_time() - before) / times
 
 
-async def compare(app: FastAPI, times: int) -> dict[str, list[float]]:
-    """Measure every path in alternating rounds."""
-    prefixes = ("hand", "get_db", "tx")
-    paths = [
-        "/bare/untouched",
-        *(f"/{one}/{two}" for two in ("untouched", "read") for one in prefixes),
-    ]
-    found: dict[str, list[float]] = {path: [] for path in paths}
-    async with app.router.lifespan_context(app):
-        calls = {path: request(app, path) for path in paths}
+async def compare(apps: Applications) -> dict[str, list[float]]:
+    """Measure every application in alternating rounds."""
+    found: dict[str, list[float]] = {name: [] for name in apps}
+    async with contextlib.AsyncExitStack() as running:
+        for app in apps.values():
+            await running.enter_async_context(app.router.lifespan_context(app))
+        calls = {name: request(app) for name, app in apps.items()}
         for call in calls.values():
-            await cpu(call, times // 4)
+            await cpu(call, CALLS)
         gc.collect()
         gc.disable()
         for _ in range(ROUNDS):
-            for path, call in calls.items():
-                found[path].append(await cpu(call, times))
+            for name, call in calls.items():
+                found[name].append(await cpu(call, CALLS))
+            gc.collect()
         gc.enable()
     return found
 
 
-def ratios(found: dict[str, list[float]], prefix: str) -> tuple[float, float]:
-    """Return the overhead of an untouched session and the cost of a read, to hand-written."""
-    bare, hand, ours = (found[f"/{one}/untouched"] for one in ("bare", "hand", prefix))
-    untouched = statistics.median(
-        (c - a) / (b - a) for a, b, c in zip(bare, hand, ours, strict=True)
-    )
-    reads = zip(found["/hand/read"], found[f"/{prefix}/read"], strict=True)
-    return untouched, statistics.median(c / b for b, c in reads)
+ROWS = ("untouched", "read", "write", "reader")
 
 
-def measure(app: FastAPI, name: str) -> bool:
-    """Print the ratios of one application; return whether the promised ones are kept."""
-    kept = True
-    found = asyncio.run(compare(app, CALLS))
-    for prefix in ("get_db", "tx"):
-        untouched, read = ratios(found, prefix)
-        print(f"{name:16}{prefix:10}{untouched:12.2f}{read:12.2f}", flush=True)
-        if prefix == "get_db":
-            kept = untouched <= UNTOUCHED and read <= READ
-    return kept
+def ratios(found: dict[str, list[float]]) -> dict[str, float]:
+    """Return each row's cost to the cheapest hand-written one; of an untouched session, its own."""
+    bare = statistics.median(found["bare"])
+    costs = {path: statistics.median(times) for path, times in found.items()}
+    result: dict[str, float] = {}
+    for row in ROWS:
+        spellings = [path for path in costs if path.startswith(f"{row}/hand")]
+        cheapest = min(spellings, key=costs.__getitem__)
+        base = bare if row == "untouched" else 0.0
+        pairs = zip(found[f"{row}/ours"], found[cheapest], strict=True)
+        result[row] = statistics.median((ours - base) / (hand - base) for ours, hand in pairs)
+    return result
+
+
+def measure(build: Callable[[], Applications], name: str, promised: dict[str, float]) -> bool:
+    """Print the best ratios of three measurements; return whether the promised ones are kept."""
+    # Whatever else the machine does only ever adds to a ratio: the best of three counts.
+    best: dict[str, float] = {}
+    for _ in range(3):
+        for row, ratio in ratios(asyncio.run(compare(build()))).items():
+            best[row] = min(ratio, best.get(row, ratio))
+        if all(best[row] <= limit for row, limit in promised.items()):
+            break
+    print(f"{name:16}", *(f"{best[row]:10.2f}" for row in promised), flush=True)
+    return all(best[row] <= limit for row, limit in promised.items())
 
 
 async def compare_metrics(plain: FastAPI, metered: FastAPI) -> float:
     """Return the cost of a read with metrics, to the same read without."""
-    both = [request(app, "/get_db/read") for app in (plain, metered)]
-    async with plain.router.lifespan_context(plain), metered.router.lifespan_context(metered):
-        for call in both:
-            await cpu(call, CALLS // 4)
-        gc.collect()
-        gc.disable()
-        rounds = [[await cpu(call, CALLS) for call in both] for _ in range(ROUNDS)]
-        gc.enable()
-    return statistics.median(there / before for before, there in rounds)
+    found = await compare({"plain": plain, "metered": metered})
+    return statistics.median(
+        there / before for before, there in zip(found["plain"], found["metered"], strict=True)
+    )
 
 
-def measure_metrics(build: Callable[[], FastAPI], name: str) -> bool:
+def measure_metrics(build: Callable[[], Applications], name: str) -> bool:
     """Print the cost of the pools' metrics; return whether it is what was promised."""
-    plain, metered = build(), build()
+    plain, metered = build()["read/ours"], build()["read/ours"]
     instrument_pools(metered, meter_provider=MeterProvider([InMemoryMetricReader()]))
     ratio = asyncio.run(compare_metrics(plain, metered))
-    print(f"{name:16}{'metrics':10}{'':12}{ratio:12.2f}   (without = 1.00)", flush=True)
+    print(f"{name:16} metrics {ratio:.2f} (promised {METRICS:.2f}; without = 1.00)", flush=True)
     return ratio <= METRICS
 
 
@@ -199,20 +282,21 @@ def main() -> int:
     kept = True
     with contextlib.ExitStack() as closing:
         url = start_postgres(None, closing).url.removeprefix("postgresql://")
-        print(f"{'':16}{'':10}{'untouched':>12}{'one read':>12}   (hand-written = 1.00)")
         psycopg, asyncpg = f"postgresql+psycopg://{url}", f"postgresql+asyncpg://{url}"
-        builds: dict[str, Callable[[], FastAPI]] = {
-            "psycopg async": lambda: asynchronous(create_async_engine(psycopg)),
-            "asyncpg": lambda: asynchronous(create_async_engine(asyncpg)),
-            "psycopg sync": lambda: synchronous(create_engine(psycopg)),
+        with create_engine(psycopg).begin() as connection:
+            Base.metadata.create_all(connection)
+        builds: dict[str, tuple[str, Callable[[], Applications]]] = {
+            "psycopg async": ("async", lambda: asynchronous(create_async_engine(psycopg))),
+            "asyncpg": ("async", lambda: asynchronous(create_async_engine(asyncpg))),
+            "psycopg sync": ("sync", lambda: synchronous(create_engine(psycopg))),
         }
-        for name, build in builds.items():
-            app = build()
-            # Whatever else the machine does only ever adds to a ratio: the best of three counts.
-            kept &= any(measure(app, name) for _ in range(3))
+        print(f"{'':16}", *(f"{row:>10}" for row in ROWS), "  (hand-written = 1.00)")
+        for name, (colour, build) in builds.items():
+            kept &= measure(build, name, PROMISED[colour])
+        for colour, promised in PROMISED.items():
+            print(f"{f'promised {colour}':16}", *(f"{limit:10.2f}" for limit in promised.values()))
+        for name, (_, build) in builds.items():
             kept &= any(measure_metrics(build, name) for _ in range(3))
-    print(f"promised{'':8}{'get_db':10}{UNTOUCHED:12.2f}{READ:12.2f}")
-    print(f"promised{'':8}{'metrics':10}{'':12}{METRICS:12.2f}")
     return int(not kept)
 
 

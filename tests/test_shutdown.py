@@ -29,6 +29,7 @@ from fastapi_sqlnative import (
     installed_databases,
 )
 from fastapi_sqlnative._lifespan import shutdown
+from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, note_disposal, running, sqlite, start_and_stop
@@ -432,7 +433,7 @@ async def stop_when_held(app: FastAPI, held: Held) -> None:
 
 def is_refusing(database: AsyncDatabase) -> bool:
     try:
-        database.open()
+        sessions_of(database).open()
     except DatabaseNotStartedError:
         return True
     return False

@@ -41,13 +41,13 @@ def autocommits(connection: Connection) -> bool:
     return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
 
 
-def returns_undisturbed(engine: Engine, isolated: bool) -> bool:
+def returns_undisturbed(engine: Engine) -> bool:
     """Tell whether nothing but a ROLLBACK happens when a connection goes back to the pool.
 
-    SQLAlchemy resets an isolation level then, and where that talks to the driver (psycopg's
-    `set_autocommit`) a cancellation in the middle would keep the pool's place for ever.
+    SQLAlchemy resets an engine's options then, and where that talks to the driver (psycopg's
+    `set_autocommit` after a cancelled ROLLBACK) it could keep the pool's place for ever.
     """
-    return engine.dialect.driver == "asyncpg" or not (isolated or engine.get_execution_options())
+    return engine.dialect.driver == "asyncpg" or not engine.get_execution_options()
 
 
 def is_lost(connection: Connection) -> bool:
@@ -166,11 +166,10 @@ def would_store(connection: Connection, *, wrote: bool, since: int, undone: bool
         return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
-    return _ask_unstored(connection, undone=undone)
-
-
-def _ask_unstored(connection: Connection, *, undone: bool) -> bool:
-    answer = _ask(connection, _UNSTORED)
+    try:
+        answer = _ask(connection, _UNSTORED)
+    except (OSError, connection.dialect.loaded_dbapi.Error):
+        return wrote  # lost while it was asked, which proves nothing
     if answer is None:
         return False  # aborted
     assigned, written, explained = answer

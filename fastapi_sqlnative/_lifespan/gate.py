@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import anyio
 import anyio.to_thread
@@ -16,9 +15,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from .._drivers.pools import pool_capacity, pool_timeout
 from .._sessions.engines import sync_engine
 from ..databases import AnyDatabase
-
-if TYPE_CHECKING:
-    from .running import Running
 
 # What the requests of a route open, by the route. A route has no hash; a method bound to it has
 # one, by identity.
@@ -39,30 +35,26 @@ class Gate:
     connection while it holds another: so there are never enough of those to hold them all.
 
     Lives as long as the application runs, for all applications mounted in it.
-
-    Args:
-        examine: says what a route opens that start-up has not seen.
     """
 
-    def __init__(self, examine: Callable[[Running, object], Opened]) -> None:
-        self._examine = examine
+    def __init__(self) -> None:
         self._opened: dict[object, Opened] = {}
+        self._opens_several: dict[object, bool] = {}
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def learn(self, route: object, opened: Opened) -> None:
         """Remember what the requests of a route open, the most where it was included twice."""
         key = key_of(route)
         self._opened[key] = self._opened.get(key, Counter()) | opened
-        if self._opened[key].total() > 1:
+        self._opens_several[key] = self._opened[key].total() > 1
+        if self._opens_several[key]:
             self._connections.total_tokens = self._fewest()
 
     def knows(self, route: object) -> bool:
         """Tell whether the route has been looked at; one that was added later has not."""
         return key_of(route) in self._opened
 
-    async def enter(
-        self, request: object, running: Running, route: object, database: AnyDatabase
-    ) -> bool:
+    async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, for as long as the pool would make its callers wait.
 
         Returns:
@@ -71,10 +63,8 @@ class Gate:
         Raises:
             sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
         """
-        if not self.knows(route):
-            self.learn(route, self._examine(running, route))
         # In this order for everybody: two limiters taken crosswise would be a deadlock again.
-        if self._opened[key_of(route)].total() > 1:
+        if self._opens_several.get(key_of(route)):
             await self._take(request, self._connections, database)
         if not isinstance(database.engine, AsyncEngine):
             await self._take(request, self._threads, database)

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from .._sessions.engines import AnyEngine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError
-from .installations import EngineFactory, Installation, Shutdown, installations_of, trimmed
+from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 from .startup import make_handle, started
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import types
 from collections import Counter
-from collections.abc import Callable, Hashable
-from typing import Annotated, Any, Final, Union, get_args, get_origin
+from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
@@ -29,9 +27,9 @@ from ..dependencies import (
     transactional,
 )
 from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError
+from .annotations import annotation_of, classes_in
 from .gate import Opened
-from .installations import Installation, not_installed
-from .running import Running
+from .running import Installation, Running, not_installed
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -60,11 +58,23 @@ def check_application(running: Running) -> None:
             )
 
 
-def examine_all(running: Running) -> None:
-    """Check the routes that nobody has looked at yet, and tell the gate what they open."""
+def examine_all(running: Running, *, late: bool) -> None:
+    """Check the routes that nobody has looked at yet, and tell the gate what they open.
+
+    Args:
+        running: the application.
+        late: its own lifespan has begun. A name that is not installed is then logged, and refused
+            at the route's first request: the rest of the application is at work by now.
+    """
     for context in routes_of(running.app.routes):
-        if not running.gate.knows(_original(context)):
+        if running.gate.knows(_original(context)):
+            continue
+        try:
             running.gate.learn(_original(context), _examine(running, context))
+        except DatabaseNotInstalledError as error:
+            if not late:
+                raise
+            logger.error("%s", error)
 
 
 def examine_late(running: Running, route: object) -> Opened:
@@ -145,7 +155,7 @@ class _Check:
         return DatabaseDependencyError(f"Route {self._route!r}: {what}")
 
     def _is_overridden(self, call: object) -> bool:
-        if isinstance(call, Hashable) and call in self._overrides:
+        if getattr(call, "__hash__", None) is not None and call in self._overrides:
             return True
         if not isinstance(call, DatabaseDependency) or call.gives_handle:
             return False
@@ -204,8 +214,8 @@ class _Check:
     ) -> None:
         """Refuse a function that cannot use the session: it cannot await, or runs too late."""
         is_endpoint = parent is self._endpoint
-        if child.name is None or parent.call is None or found.database is None:
-            return
+        if child.name is None or found.database is None:
+            return  # nobody looks at what it gets
         name = _name_of(parent.call)
         if is_endpoint and _is_generator(parent.call):
             raise self._mistake(
@@ -235,13 +245,13 @@ class _Check:
     def _check_annotation(
         self, parent: Dependant, child: Dependant, call: DatabaseDependency, found: Installation
     ) -> None:
-        annotation = _annotation(parent.call, child.name)
+        annotation = annotation_of(parent.call, child.name)
         if found.database is None or annotation is None:
             return
         asynchronous = isinstance(found.database.engine, AsyncEngine)
         session: type = AsyncSession if asynchronous else Session
         given = type(found.database) if call.gives_handle else session
-        named = [each for each in _classes(annotation) if issubclass(each, _GIVEN)]
+        named = [each for each in classes_in(annotation) if issubclass(each, _GIVEN)]
         if named and not any(issubclass(each, given) for each in named):
             raise self._mistake(
                 f"parameter {child.name!r} of {_name_of(parent.call)} is annotated with "
@@ -304,33 +314,3 @@ def _functions(call: object) -> list[object]:
         methods = [each.__call__ for each in looked_at]
         looked_at += [*methods, *map(inspect.unwrap, methods)]
     return looked_at
-
-
-# -- annotations -------------------------------------------------------------------------------
-
-
-def _annotation(call: Callable[..., Any] | None, parameter: str | None) -> object:
-    if call is None or parameter is None:
-        return None
-    try:
-        parameters = inspect.signature(call, eval_str=True).parameters
-    except Exception:  # noqa: BLE001 - often a name that only the type checker knows
-        return None  # nothing visible contradicts
-    found = parameters.get(parameter)
-    return None if found is None else found.annotation
-
-
-def _classes(annotation: object) -> list[type]:
-    """List the classes that an annotation names, through aliases, `Annotated` and unions."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        return [annotation]
-    # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
-    value = getattr(annotation, "__value__", None)
-    if value is not None:
-        return _classes(value)
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _classes(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [each for part in get_args(annotation) for each in _classes(part)]
-    return _classes(origin) if origin is not None else []

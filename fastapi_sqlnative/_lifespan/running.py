@@ -1,18 +1,77 @@
-"""An application at work: names to databases, here and in the applications around it."""
+"""What is installed on an application, and the application at work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 
 from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
 from starlette.routing import Router
 
+from .._sessions.engines import AnyEngine
 from ..databases import AnyDatabase
-from ..exceptions import DatabaseNotStartedError
-from .gate import Gate
-from .installations import Installation, Installations, installations_of, not_installed
+from ..exceptions import (
+    DatabaseAlreadyInstalledError,
+    DatabaseNotInstalledError,
+    DatabaseNotStartedError,
+)
+from .gate import Gate, Opened
+
+EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
+Shutdown: TypeAlias = Callable[[], object]
+Observer: TypeAlias = Callable[[AnyDatabase], None]
+
+_STATE: Final = "fastapi_sqlnative"
+
+
+@dataclass(eq=False, kw_only=True)
+class Installation:
+    """What the application gave to `install_database`, and the handle while it runs."""
+
+    name: str
+    engine: AnyEngine | EngineFactory
+    shutdown: Shutdown | None
+    session_options: Mapping[str, Any]
+    startup_wait: float | None
+    shutdown_timeout: float
+    database: AnyDatabase | None = None
+
+
+@dataclass(eq=False)
+class Installations:
+    """The databases of one application, in the order of installation. Lives as long as it.
+
+    Attributes:
+        by_name: what is installed.
+        observers: called with every database of this application and of those mounted in it, at
+            each start.
+        draining: the application is not to be sent any more requests.
+        runs: the application at work, once for each outermost application that it is mounted in.
+        loop: the event loop on which it is.
+    """
+
+    by_name: dict[str, Installation] = field(default_factory=dict[str, Installation])
+    observers: list[Observer] = field(default_factory=list[Observer])
+    draining: bool = False
+    runs: list[Running] = field(default_factory=list["Running"])
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, installation: Installation) -> None:
+        """Keep an installation.
+
+        Raises:
+            DatabaseAlreadyInstalledError: the name is taken.
+        """
+        name = installation.name
+        if name in self.by_name:
+            raise DatabaseAlreadyInstalledError(
+                f"Database {name!r} is already installed on this application. Give the second one "
+                "another name, or call install_database once per name and application."
+            )
+        self.by_name[name] = installation
 
 
 @dataclass(eq=False)
@@ -28,6 +87,7 @@ class Running:
         parent: the application that this one is mounted in.
         children: the applications mounted in this one.
         outermost_gate: of the outermost application only.
+        examine: says what a route opens that start-up has not seen.
     """
 
     app: Starlette
@@ -36,6 +96,7 @@ class Running:
     parent: Running | None = None
     children: list[Running] = field(default_factory=list["Running"])
     outermost_gate: Gate | None = None
+    examine: Callable[[Running, object], Opened] | None = None
 
     def find(self, name: str) -> Installation | None:
         """Look a name up here, then in the application that this one is mounted in."""
@@ -94,12 +155,48 @@ class Running:
         above = self.parent is not None and self.parent.is_draining()
         return self.installed.draining or above
 
+    async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
+        """Wait for a place where it has to be, and tell whether the request has one to leave."""
+        if not self.gate.knows(route) and self.examine is not None:
+            self.gate.learn(route, self.examine(self, route))
+        return await self.gate.enter(request, route, database)
+
     @property
     def gate(self) -> Gate:
         """The outermost application's gate: one for all that are mounted in it."""
         found = self.outermost_gate if self.parent is None else self.parent.gate
         assert found is not None, "an application at work has one"
         return found
+
+
+def installations_of(app: Starlette) -> Installations:
+    """Return what is installed on an application."""
+    found = getattr(app.state, _STATE, None)
+    if not isinstance(found, Installations):
+        found = Installations()
+        setattr(app.state, _STATE, found)
+    return found
+
+
+def trimmed(name: object) -> str:
+    """Return a database's name as it is kept, however it was spelt; blank is `default`."""
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
+    return name.strip() or "default"
+
+
+def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
+    """Build the error for an unknown name, with the names that exist."""
+    known = f"Installed: {', '.join(map(repr, sorted(set(names))))}."
+    if not names:
+        known = (
+            "None is installed. A mounted application sees the databases of the one it is mounted "
+            "in once that one's lifespan runs."
+        )
+    return DatabaseNotInstalledError(
+        f"No database named {name!r} is installed on this application. {known} Fix the name, or "
+        f"call install_database(app, name={name!r}, engine=...) where the application is made."
+    )
 
 
 def running_for(connection: HTTPConnection) -> Running:

@@ -12,10 +12,9 @@ import anyio
 
 from .._sessions.completion import in_thread
 from .._sessions.engines import dispose
-from .._sessions.factory import SessionFactory
+from .._sessions.shared import SharedState
 from ..databases import AnyDatabase, database_class, sessions_of
-from .installations import Installation
-from .running import Running
+from .running import Installation, Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -32,11 +31,13 @@ async def stop(runs: Sequence[Running]) -> None:
     ending = _ending(runs)
     running = [(each, each.database) for each in ending if each.database is not None]
     for _, database in running:
-        sessions_of(database).refusal = "shutting down"
+        sessions_of(database).state.refusal = "shutting down"
     deadline = anyio.current_time() + max((each.shutdown_timeout for each, _ in running), default=0)
     errors: list[Exception] = []
     for installation, database in running:
         await _close(installation, database, deadline, errors)
+    for each in runs:
+        each.installed.runs.remove(each)  # now, because requests were still told why until here
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 
@@ -46,8 +47,7 @@ def _ending(runs: Sequence[Running]) -> list[Installation]:
     ending: list[Installation] = []
     for running in reversed(runs):
         installed = running.installed
-        installed.runs.remove(running)
-        if not installed.runs:
+        if all(each in runs for each in installed.runs):
             installed.draining = True
             ending += reversed(installed.by_name.values())
     return ending
@@ -57,9 +57,9 @@ async def _close(
     installation: Installation, database: AnyDatabase, total: float, errors: list[Exception]
 ) -> None:
     deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
-    sessions = sessions_of(database)
-    await _drain(sessions, deadline)
-    sessions.refusal, sessions.stopped = "stopped", True
+    state = sessions_of(database).state
+    await _drain(state, deadline)
+    state.refusal, state.stopped = "stopped", True
     installation.database = None
     steps: list[tuple[str, Callable[[], Any]]] = []
     if installation.shutdown is not None:
@@ -75,16 +75,16 @@ async def _close(
             errors.append(error)
 
 
-async def _drain(sessions: SessionFactory, deadline: float) -> None:
+async def _drain(state: SharedState, deadline: float) -> None:
     """Wait for cancelled requests to give their connections back; not for those of others."""
     # The last session to end may do so in a thread: there is no event to await for all.
-    while sessions.busy and anyio.current_time() < deadline:  # noqa: ASYNC110
+    while state.at_work and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
-    if left := len(sessions.busy):
+    if left := len(state.at_work):
         logger.warning(
-            "Database %r is closed with %d session(s) still at work; whoever holds them finds "
-            "that they refuse to go on.",
-            sessions.name,
+            "Database %r is closed with %d connection(s) still in use; the sessions that hold "
+            "them refuse to go on.",
+            state.name,
             left,
         )
 

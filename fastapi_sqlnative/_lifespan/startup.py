@@ -21,9 +21,8 @@ from .._sessions.engines import answers, dispose
 from ..databases import AnyDatabase, database_class
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 from .gate import Gate
-from .installations import Installation, installations_of
 from .routes import check_application, examine_all, examine_late
-from .running import Running
+from .running import Installation, Running, installations_of
 from .shutdown import stop
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -46,27 +45,29 @@ async def started(app: Starlette) -> AsyncGenerator[Callable[[], Awaitable[None]
         what starts and checks the routes and applications that were added since.
     """
     outermost = Running(app, installations_of(app), app.router)
-    outermost.outermost_gate = Gate(examine_late)
+    outermost.outermost_gate, outermost.examine = Gate(), examine_late
     runs: list[Running] = []
     try:
         await _start(outermost, runs)
         await _start_mounted(runs)
-        yield lambda: _start_mounted(runs)
+        yield lambda: _start_mounted(runs, late=True)
     finally:
         await to_completion(stop(runs))
 
 
-async def _start_mounted(runs: list[Running]) -> None:
+async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
     """Start the applications mounted in these, at any depth, and check every route."""
     for above in runs:
         for app in mounted_applications(above.app):
             if all(app is not each.app for each in runs):
-                child = Running(app, installations_of(app), above.router, above)
+                child = Running(
+                    app, installations_of(app), above.router, above, examine=above.examine
+                )
                 above.children.append(child)
                 await _start(child, runs)
     for running in runs:
         check_application(running)
-        examine_all(running)
+        examine_all(running, late=late)
 
 
 async def _start(running: Running, runs: list[Running]) -> None:

@@ -14,9 +14,10 @@ import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
-from .._drivers.transactions import returns_undisturbed
 from .completion import to_completion
-from .session import AnySession, NativeSession, has_pending_changes, record_of, sync_session
+from .options import AUTOCOMMIT, NO_OPTIONS
+from .pending import has_pending_changes
+from .session import AnySession, NativeSession, record_of, sync_session
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -40,7 +41,7 @@ def commit(session: AnySession) -> None:
         _run(session, "commit")
     except Exception as error:
         if record.committed:  # an override of the application's went on after it
-            raise record.after_commit_error() from error
+            raise record.state.after_commit_error() from error
         raise
 
 
@@ -52,7 +53,7 @@ def needs_commit(session: NativeSession) -> bool:
     if record.closed or not (session.in_transaction() or session.autobegin):
         return False
     listened = session.dispatch.before_commit or len(session.dispatch.after_commit) > 1
-    return bool(listened or "commit" in record.factory.overridden)
+    return bool(listened or "commit" in record.state.overridden)
 
 
 def roll_back_and_close(session: AnySession) -> None:
@@ -74,12 +75,12 @@ def _end(session: AnySession, *methods: str) -> None:
     inner = sync_session(session)
     record = inner.sqlnative
     record.finished = True
-    overridden = record.factory.overridden
+    overridden = record.state.overridden
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
         return None  # never used: there is nothing to roll back, to give back or to detach
     record.ending = bool(overridden)
     try:
-        if record.factory.stopped:
+        if record.state.stopped:
             return inner.invalidate()  # no pool waits for the connection any more, to close it
         for method in methods:
             _run(session, method)
@@ -90,7 +91,7 @@ def _end(session: AnySession, *methods: str) -> None:
         logger.warning(
             "A session of database %r could not give its connection back, which is discarded: "
             "it was lost, or a task that the request left behind is still using it.",
-            record.factory.name,
+            record.state.name,
             exc_info=True,
         )
     finally:
@@ -116,21 +117,26 @@ def close_all(call: Call, sessions: Sequence[AnySession], end: Operation = close
 # -- where it is done -----------------------------------------------------------------------------
 
 
-def may_be_interrupted(session: AnySession) -> bool:
+def has_only_read(session: AnySession) -> bool:
     """Tell whether a cancellation while the session ends can cost no more than its connection.
 
     Then neither a task nor a thread is needed: nothing was written, and the connection goes back
-    in one piece.
+    in one piece. In AUTOCOMMIT there is no ROLLBACK to wait for, and nothing to cancel.
     """
     inner = sync_session(session)
     record = inner.sqlnative
+    state = record.state
     return (
         isinstance(session, AsyncSession)
         and not record.may_have_written
         and not record.discarded
-        and not record.factory.overridden
+        and not record.streamed
+        and not state.overridden
+        and (
+            record.options is AUTOCOMMIT
+            or (record.options is NO_OPTIONS and state.returns_undisturbed)
+        )
         and not has_pending_changes(inner)
-        and returns_undisturbed(record.factory.root, record.options.isolation_level is not None)
     )
 
 
@@ -168,7 +174,7 @@ async def run_together(
         logger.error(
             "Database %s did not finish within %s s of a cancellation: the connection is "
             "discarded, and whether a COMMIT took effect is unknown.",
-            ", ".join(repr(record_of(session).factory.name) for session in sessions),
+            ", ".join(repr(record_of(session).state.name) for session in sessions),
             timeout,
         )
         # SQLAlchemy invalidates a connection that is cancelled in mid-flight.

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from .._drivers import transactions
 from .._drivers.statements import Effect
-from ..exceptions import (
-    AfterCommitError,
-    BlockingSessionError,
-    CommitOutcomeUnknownError,
-    DatabaseNotStartedError,
-    SessionFinishedError,
-    TransactionAbortedError,
-    UncommittedChangesError,
-)
-from .options import TransactionOptions
-
-if TYPE_CHECKING:
-    from .factory import SessionFactory
+from ..exceptions import BlockingSessionError
+from .options import TransactionOptions, engine_with
+from .shared import SharedState
 
 
 class Record:
@@ -37,7 +27,7 @@ class Record:
     no longer: its traceback holds the connection.
 
     Args:
-        factory: what the sessions of the database share.
+        state: what the sessions of the database share.
         options: what the session's transactions ask of the server.
         loop_thread: the thread on which the session must not block, `None` for anywhere.
     """
@@ -52,7 +42,7 @@ class Record:
         "connections",
         "discarded",
         "ending",
-        "factory",
+        "engines",
         "failed",
         "finished",
         "handed_out",
@@ -62,6 +52,7 @@ class Record:
         "options",
         "rolled_back",
         "savepoints",
+        "state",
         "stored",
         "streamed",
         "undone",
@@ -70,9 +61,9 @@ class Record:
     )
 
     def __init__(
-        self, factory: SessionFactory, options: TransactionOptions, loop_thread: int | None
+        self, state: SharedState, options: TransactionOptions, loop_thread: int | None
     ) -> None:
-        self.factory = factory
+        self.state = state
         self.options = options
         self.loop_thread = loop_thread
         self.commits = False  # whoever opened the session commits it at the end
@@ -82,6 +73,8 @@ class Record:
         self.discarded = False  # and over work that was not stored
         self.committed = False  # the last COMMIT has got through
         self.stored = False  # a COMMIT has stored something, or may have
+        # As the state's, for engines that may have been made for this session alone.
+        self.engines: dict[tuple[Engine, TransactionOptions], Engine] | None = None
         self.on_idle: Any = None  # called when the session has given its connections back
         self.connections: dict[Connection, int] = {}  # with the changes made before
         self._begin()
@@ -108,21 +101,37 @@ class Record:
                 is no transaction to commit or roll back.
         """
         self.connections[connection] = transactions.changes(connection)
-        self.factory.begun_on(self, connection)
+        self.state.at_work[connection] = self
+        if connection.dialect is not self.state.root.dialect:
+            self.state.listen(connection.dialect)
         if self.commits and transactions.autocommits(connection):
-            raise self.factory.autocommit_error()
+            raise self.state.autocommit_error()
+
+    def engine_for(self, engine: Engine) -> Engine:
+        """Return an engine that shares the pool of this one, and sets the session's options.
+
+        A session sees one engine for one engine, or it would open a second connection.
+        """
+        if engine is self.state.root:
+            known = self.state.engines
+        else:
+            known = self.engines = self.engines or {}
+        found = known.get((engine, self.options))
+        # Another thread may have been faster.
+        return found or known.setdefault((engine, self.options), engine_with(engine, self.options))
 
     def will_commit(self) -> None:
         """Note that whoever opened the session commits it at the end."""
         self.commits = True
         if any(map(transactions.autocommits, self.connections)):
-            raise self.factory.autocommit_error()
+            raise self.state.autocommit_error()
 
     def forget(self) -> None:
         """Start anew: the session's transaction has ended, and it holds no connection."""
         if self.connections:
+            for connection in self.connections:
+                self.state.at_work.pop(connection, None)
             self.connections.clear()
-            self.factory.busy.discard(self)
             if self.on_idle is not None:
                 self.on_idle()
         self._begin()
@@ -140,45 +149,28 @@ class Record:
     def check_usable(self) -> None:
         """Refuse a session that is finished or stopped, or that would block the event loop."""
         self.check_unfinished()
-        if self.factory.stopped:
-            raise DatabaseNotStartedError(
-                f"Database {self.factory.name!r} is stopped: the application's lifespan has "
-                "ended. Finish work with the database before the application shuts down."
-            )
+        self.state.check_running()
         self.check_thread()
 
     def check_unfinished(self) -> None:
         """Refuse a session whose time is over."""
         if self.finished and not self.ending:
-            raise self.finished_error()
+            raise self.state.finished_error()
 
     def check_thread(self) -> None:
         """Refuse to wait for the database on the event loop's own thread."""
         if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
             raise BlockingSessionError(
-                f"The synchronous session of database {self.factory.name!r} was used on the event "
+                f"The synchronous session of database {self.state.name!r} was used on the event "
                 "loop's thread, where it would block every other request. Declare the endpoint or "
                 "dependency with `def` instead of `async def`, call the code with "
                 "`await run_in_threadpool(...)`, or install an AsyncEngine."
             )
 
-    def finished_error(self) -> SessionFinishedError:
-        """Build the error that tells what to use instead."""
-        return SessionFinishedError(
-            f"This session of database {self.factory.name!r} is finished: the request (or block) "
-            "that it belongs to has ended, its connection went back to the pool. In a stream, a "
-            "background task or any work that outlives the request, depend on "
-            f"get_database_handle({self.factory.name!r}) and open a session there."
-        )
-
     def check_discarded(self) -> None:
         """Refuse a success when a close() has thrown away what was to be stored."""
         if self.discarded:
-            raise UncommittedChangesError(
-                f"The session of database {self.factory.name!r} was closed over changes that had "
-                "not been committed, and they are lost. Leave closing it to whoever opened it: no "
-                "`with session`, no close(). To give changes up call rollback()."
-            )
+            raise self.state.discarded_error()
 
     # -- what was let through --------------------------------------------------------------
 
@@ -190,7 +182,7 @@ class Record:
             # The ORM's bulk statements, and what a listener of the application answered with.
             self.wrote = self.wrote or getattr(statement, "is_dml", True)
             return
-        effect, name = self.factory.effect_of(context)
+        effect, name = self.state.effect_of(context)
         if effect is Effect.WRITE:
             self.wrote = self.wrote or getattr(result, "rowcount", -1) != 0
         elif effect is Effect.UNKNOWN:
@@ -219,7 +211,7 @@ class Record:
     def end_results(self) -> None:
         """Close what is still read, before COMMIT or ROLLBACK: the connection goes to others."""
         for result in self.open_results or ():
-            self.factory.remember_reader(result.context.root_connection, self)
+            self.state.readers[result.context.root_connection] = self
             # One on a lost connection fails, and one that was read meanwhile has no cursor.
             with contextlib.suppress(result.context.dialect.loaded_dbapi.Error, OSError):
                 result.context.cursor.close()
@@ -253,19 +245,14 @@ class Record:
 
     def leaves_unstored(self) -> bool:
         """Tell whether a COMMIT now would change the database; in doubt the server is asked."""
-        if not self.may_have_written:
-            return False
-        try:
-            return any(map(self._would_store, self.connections))
-        except (OSError, *(each.dialect.loaded_dbapi.Error for each in self.connections)):
-            return self.wrote  # lost while it was asked, which proves nothing
-
-    def _would_store(self, connection: Connection) -> bool:
-        return transactions.would_store(
-            connection,
-            wrote=self.wrote and self.rolled_back is None,
-            since=self.connections[connection],
-            undone=self.undone,
+        return self.may_have_written and any(
+            transactions.would_store(
+                connection,
+                wrote=self.wrote and self.rolled_back is None,
+                since=changes_before,
+                undone=self.undone,
+            )
+            for connection, changes_before in self.connections.items()
         )
 
     def settle_doubt(self) -> None:
@@ -290,12 +277,7 @@ class Record:
             for connection in self.connections
         ):
             return
-        raise TransactionAbortedError(
-            f"The transaction on database {self.factory.name!r} cannot be committed: an "
-            "error inside it was caught and ignored, and the server has given the "
-            "transaction up. Let the error propagate, call rollback(), or put the "
-            "statement that may fail into its own savepoint: `session.begin_nested()`."
-        ) from (self.rolled_back or self.failed)
+        raise self.state.aborted_error() from (self.rolled_back or self.failed)
 
     def commit_failed(self, error: Exception) -> None:
         """Say what a failure of `commit()` means, where the error itself does not.
@@ -305,7 +287,7 @@ class Record:
             CommitOutcomeUnknownError: it may have.
         """
         if self.committed:
-            raise self.after_commit_error() from error
+            raise self.state.after_commit_error() from error
         if not self.committing:
             return
         # With several engines the first may have committed when the second says no.
@@ -319,15 +301,4 @@ class Record:
                 connection.invalidate()
         if unknown:
             self.stored = True
-            raise CommitOutcomeUnknownError(
-                f"The connection to database {self.factory.name!r} was lost during COMMIT: "
-                "what was written may or may not be stored. Look before you repeat it."
-            ) from error
-
-    def after_commit_error(self) -> AfterCommitError:
-        """Build the error for a failure that comes too late to undo anything."""
-        return AfterCommitError(
-            f"The transaction on database {self.factory.name!r} is stored, but what ran after its "
-            "COMMIT has failed: an after_commit listener, or a commit() of the session's class. "
-            "Do not repeat the request; let what runs there handle its own errors."
-        )
+            raise self.state.unknown_error() from error

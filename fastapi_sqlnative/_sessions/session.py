@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
-from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
+from .._drivers.statements import writes
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
+from .pending import has_pending_changes
 from .record import Record
+from .transaction import BegunTransaction
 
 AnySession: TypeAlias = Session | AsyncSession
+
+
+# Since SQLAlchemy 2.1 a session sets options itself; with an engine that has them each connection
+# and statement costs more.
+TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
 
 
 class NativeSession(Session):
@@ -32,6 +40,8 @@ class NativeSession(Session):
         """Let a statement through; loads, lazy ones too, come this way."""
         record = self.sqlnative
         record.check_usable()
+        if record.options is AUTOCOMMIT and writes(statement):
+            raise record.state.read_only_error()  # now: nothing undoes it
         try:
             result = super().execute(statement, *args, **options)
         except Exception as error:
@@ -53,13 +63,15 @@ class NativeSession(Session):
         with self._way_in() as record:
             connection = super().connection(*args, **options)
         record.handed_out = True
+        if record.options is AUTOCOMMIT:
+            event.listen(connection, "before_execute", record.state.refuse_writes)
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:
         """Send pending changes. SQLAlchemy calls this before each statement."""
         record = self.sqlnative
         if record.options is AUTOCOMMIT and has_pending_changes(self):
-            raise record.factory.read_only_error()
+            raise record.state.read_only_error()
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
         looked, record.committing = record.committing, False
@@ -86,6 +98,8 @@ class NativeSession(Session):
 
     def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
         with self._way_in() as record:
+            if record.options is AUTOCOMMIT:
+                raise record.state.read_only_error()
             record.wrote = True
             work(*args, **options)
 
@@ -106,7 +120,9 @@ class NativeSession(Session):
         record.asked = True
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
-        return record.factory.engine_for(bind, record.options)
+        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
+            return bind
+        return record.engine_for(bind)
 
     # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
     # a closed session too, but its message knows no remedy.
@@ -138,16 +154,20 @@ class NativeSession(Session):
         self.sqlnative.check_unfinished()
         transaction = super().begin(nested)
         if not nested:
-            return cast("SessionTransaction", BegunTransaction(self, transaction))
+            return self._begun(transaction)
         self.sqlnative.savepoint_begins(_depth(transaction))
         return transaction
+
+    def _begun(self, transaction: SessionTransaction) -> SessionTransaction:
+        begun = BegunTransaction(self, transaction, self.sqlnative.end_results)
+        return cast("SessionTransaction", begun)
 
     def get_transaction(self) -> SessionTransaction | None:
         """Return the transaction, if one has begun."""
         transaction = super().get_transaction()
         if transaction is None:
             return None
-        return cast("SessionTransaction", BegunTransaction(self, transaction))
+        return self._begun(transaction)
 
     def commit(self) -> None:
         """Commit as SQLAlchemy does: usable? flush; committable? COMMIT; what does it mean?
@@ -220,49 +240,6 @@ class NativeSession(Session):
         record.discarded = unstored or has_pending_changes(self)
 
 
-class BegunTransaction:
-    """The transaction that `begin()` hands out, whose commit is the session's own."""
-
-    def __init__(self, session: Session, transaction: SessionTransaction) -> None:
-        self._session = session
-        self._transaction = transaction
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transaction, name)
-
-    def commit(self) -> None:
-        """Commit the session, where this is still its transaction."""
-        if self._transaction.is_active:
-            self._session.commit()
-        else:
-            self._transaction.commit()  # raises, and says why
-
-    def rollback(self) -> None:
-        """Roll the transaction back."""
-        record_of(self._session).end_results()
-        self._transaction.rollback()
-
-    def __enter__(self) -> BegunTransaction:
-        self._transaction.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None and self._transaction.is_active:
-            try:
-                self._session.commit()
-            except BaseException as failure:
-                record_of(self._session).end_results()
-                self._transaction.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        record_of(self._session).end_results()
-        self._transaction.__exit__(kind, error, traceback)
-
-
 class Outermost(Session):
     """What stands in front of the application's class, so that its listeners hear first."""
 
@@ -278,8 +255,7 @@ def native_class(base: type[Session]) -> type[Session]:
 
 def sync_session(session: AnySession) -> NativeSession:
     """Return the session that does the work: an `AsyncSession` is a proxy for one."""
-    inner = session.sync_session if isinstance(session, AsyncSession) else session
-    return cast("NativeSession", inner)
+    return cast("NativeSession", getattr(session, "sync_session", session))
 
 
 def record_of(session: AnySession) -> Record:
@@ -299,30 +275,6 @@ def _look_last(session: NativeSession) -> None:
 
 def _depth(transaction: SessionTransaction) -> int:
     return 0 if transaction.parent is None else 1 + _depth(transaction.parent)
-
-
-# -- what waits for a flush ----------------------------------------------------------------------
-
-
-def has_pending_changes(session: Session) -> bool:
-    """Tell whether a flush would send something."""
-    # Whatever is added or changed begins a transaction: asking for one first is cheap.
-    return session.in_transaction() and bool(
-        session.new
-        or session.deleted
-        or (session.identity_map.check_modified() and any(map(_would_be_sent, session.dirty)))
-    )
-
-
-def _would_be_sent(row: object) -> bool:
-    """Tell whether a flush would send an object: not for attributes that no table keeps."""
-    state = inspect(row)
-    stored = {
-        attribute.key
-        for attribute in state.mapper.column_attrs
-        if any(getattr(each, "table", None) in state.mapper.tables for each in attribute.columns)
-    } | {each.key for each in state.mapper.relationships if not each.viewonly}
-    return any(state.attrs[key].history.has_changes() for key in stored.intersection(state.dict))
 
 
 # -- the few events, where no method is passed ---------------------------------------------------

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
-from .._lifespan.installations import Installation
+from .._lifespan.running import Installation
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, run_on_engine, sync_engine
 from ..databases import database_class

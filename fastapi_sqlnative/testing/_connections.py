@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import weakref
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, NestedTransaction, event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
 
 from .._drivers.statements import Effect, effect_of
 from .._drivers.transactions import autocommits
 from ._targets import IsolationError, running_loop
+from ._turns import Turn
 
 T = TypeVar("T")
-# Seconds for which a session waits for another one's transaction to end.
-_PATIENCE: Final = 10.0
-# The sessions that were opened in this request, task or test, or in the one that it came from.
-_FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
 # Marks a connection, and what is sent for the block's own sake.
 _MARK: Final = "fastapi_sqlnative_testing"
+_ENDS: Final = re.compile(
+    r"\s*(commit|end|abort|rollback(?!\s+to|\s+(work|transaction)\s+to))\b", re.IGNORECASE
+)
 # Deferrable constraints, with whether they wait for COMMIT unless they are told otherwise.
 _DEFERRABLE: Final = """
 SELECT quote_ident(nspname) || '.' || quote_ident(conname), condeferred
@@ -35,17 +32,8 @@ WHERE condeferrable
 """
 
 
-def joins_flow(session: object) -> None:
-    """Note that a session is used by whoever runs here, and by what that starts."""
-    alive = tuple(each for each in _FLOW.get() if each() is not None)
-    _FLOW.set((*alive, weakref.ref(session)))
-
-
 class IsolatedConnection:
     """The connection that all sessions of a database share, from its first use to the block's end.
-
-    One session at a time has a transaction on it, from its beginning to its end. Others wait;
-    one that would wait for its own request is refused.
 
     Attributes:
         home: finds the event loop to open it on, when a thread asks for it.
@@ -55,9 +43,10 @@ class IsolatedConnection:
         root: the savepoint that stands for a transaction of the application's.
     """
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, engine: Engine, turn: Turn) -> None:
         self.name = name
         self.engine = engine
+        self.turn = turn
         self.asynchronous = engine.dialect.is_async
         self.home: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -65,9 +54,6 @@ class IsolatedConnection:
         self.beginning = False
         self.root: NestedTransaction | None = None
         self._connection: Connection | None = None
-        self._lock = threading.Lock()
-        self._holder: object = None
-        self._waiting: list[Future[None]] = []
         # Blocks that are open on it, the first with the transaction, the others with a savepoint.
         self._blocks: dict[object, NestedTransaction | None] = {}
         self._guarded = ExitStack()
@@ -75,61 +61,11 @@ class IsolatedConnection:
     def _refused(self, why: str) -> IsolationError:
         return IsolationError(f"Database {self.name!r} is isolated: {why}")
 
-    # -- whose turn it is ------------------------------------------------------------------
-
-    def take(self, session: object, *, beside: bool = False) -> None:
-        """Wait for the turn: in a greenlet for an asynchronous connection, else in a thread.
-
-        Args:
-            session: whose it will be.
-            beside: for one statement, which may stand within a transaction of the same request.
-        """
-        while (others := self._try(session, beside)) is not None:
-            try:
-                if self.asynchronous:
-                    await_only(asyncio.wait_for(asyncio.wrap_future(others), _PATIENCE))
-                else:
-                    others.result(_PATIENCE if running_loop() is None else 0)
-            except TimeoutError:
-                raise self._refused(
-                    "another session's transaction stays open on its one connection. Close that "
-                    "session first; await what uses the database before a synchronous session "
-                    "does so on the event loop; or test with cloned(app)."
-                ) from None
-
-    def _try(self, session: object, beside: bool) -> Future[None] | None:
-        with self._lock:
-            if self._holder in (None, session):
-                self._holder = session
-            elif all(each() is not self._holder for each in _FLOW.get()):
-                self._waiting.append(Future())
-                return self._waiting[-1]
-            elif not beside:
-                raise self._refused(
-                    "a second session was to begin a transaction beside an open one of the same "
-                    "request, on one connection. End that one first, use one session for both, or "
-                    "test with cloned(app)."
-                )
-        return None
-
-    def give_back(self, session: object) -> None:
-        """Let others in, if the session has the turn."""
-        with self._lock:
-            if self._holder is not session:
-                return
-            self._holder = self.root = None
-            waiting, self._waiting = self._waiting, []
-        for each in waiting:
-            if each.set_running_or_notify_cancel():  # it may have given up
-                each.set_result(None)
-
-    def has_turn(self, session: object) -> bool:
-        """Tell whether a session may go on; the test's may, when they give way."""
-        return self._holder is session or self._holder is self.own_sessions
+    # -- sessions of the application -------------------------------------------------------
 
     def begin(self, session: Any, *, beside: bool = False) -> Connection:
         """Return the connection to a session of the application's, when its turn has come."""
-        if self._holder is session:
+        if self.turn.holds(session):
             return self.opened()
         if self.asynchronous and self.loop not in (None, running_loop()):
             raise self._refused(
@@ -137,27 +73,31 @@ class IsolatedConnection:
                 "that `with isolated(app)` gives, or call what awaits with client.portal.call(). "
                 "Two applications can share a database on one event loop, with async_client."
             )
-        self.take(session, beside=beside)
-        if self._holder is session:
-            self._settle(session)
+        self.turn.take(session, self, beside=beside)
+        if self.turn.holds(session):
+            try:
+                self._settle()
+            except BaseException:
+                self.turn.give_back(session)
+                raise
             self.beginning = not beside
         return self.opened()
 
-    def _settle(self, session: object) -> None:
+    def _settle(self) -> None:
         """Commit what the test has added: the application sees it, and cannot undo it."""
-        self._holder = self.own_sessions
+        for own in [each for each in self.own_sessions if each.in_transaction()]:
+            try:
+                self._end(own.commit)
+            except BaseException:
+                self._end(own.rollback)
+                raise
+
+    def _end(self, method: Callable[[], None]) -> None:
+        self.turn.giving_way = self
         try:
-            for own in [each for each in self.own_sessions if each.in_transaction()]:
-                try:
-                    own.commit()
-                except BaseException:
-                    own.rollback()
-                    raise
-        except BaseException:
-            self._holder = session
-            self.give_back(session)
-            raise
-        self._holder = session
+            method()
+        finally:
+            self.turn.giving_way = None
 
     # -- the connection --------------------------------------------------------------------
 
@@ -220,7 +160,10 @@ class IsolatedConnection:
         # Tables may be created before the first use; later it could wait for the test's locks.
         harmless = context.isddl and self._connection is None
         harmless = harmless or effect is Effect.NONE or (effect is Effect.UNKNOWN and reads)
-        if connection is not self._connection and not harmless:
+        if isolated_on(connection) is self:
+            if _ENDS.match(statement):
+                raise self._refused("COMMIT and ROLLBACK as text would end the block.")
+        elif not harmless:
             raise self._refused(
                 "this was sent over another connection, on its engine itself, and would be stored "
                 "for good. Use a session, or test with cloned(app), where Core may be used."
@@ -234,33 +177,35 @@ class IsolatedConnection:
 
     def leave(self, block: object) -> Future[None]:
         """Undo the work of a block, and close the connection with the first one."""
-        return self.run(lambda: self._leave(block)) if self._connection else _done(self._undo(block))
+        return (
+            self.run(lambda: self._leave(block)) if self._connection else _done(self._undo(block))
+        )
 
     def _leave(self, block: object) -> None:
         try:
-            self.take(block)
+            self.turn.take(block, self)
         finally:
             self._undo(block)
-            self.give_back(block)
+            self.turn.give_back(block)
 
     def _undo(self, block: object) -> None:
         first, savepoint = next(iter(self._blocks)), self._blocks.pop(block)
-        self._close_own(block)
+        for session in [each for each, its in self.own_sessions.items() if its is block]:
+            self._end(session.close)
+            del self.own_sessions[session]
         if block is first:
             self._guarded.close()
-            self.close()
+            self._close()
         elif savepoint is not None and savepoint.is_active:
             savepoint.rollback()
 
-    def _close_own(self, block: object) -> None:
-        holder, self._holder = self._holder, self.own_sessions
-        for session in [each for each, its in self.own_sessions.items() if its is block]:
-            session.close()
-            del self.own_sessions[session]
-        self._holder = holder
+    def close_now(self) -> Future[None]:
+        """Undo everything, because the application ends."""
+        return self.run(self._close) if self._connection else _done(None)
 
-    def close(self) -> None:
-        """Undo everything, for good or because the connection's event loop is about to end."""
+    def _close(self) -> None:
+        for session in self.own_sessions:
+            self._end(session.close)
         connection, self._connection, self.loop = self._connection, None, None
         self._blocks = dict.fromkeys(self._blocks)
         if connection is not None and not connection.closed:

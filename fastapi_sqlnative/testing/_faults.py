@@ -71,7 +71,7 @@ def fail_next_statement(
     with _Fault(target, name, failure, get_args(StatementFailure), route) as fault:
 
         def fail(connection: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
-            record = fault.factory.record_on(connection)
+            record = fault.state.record_on(connection)
             if record is not None and connection in record.connections and containing in statement:
                 if not fault.happens():
                     return
@@ -79,7 +79,7 @@ def fail_next_statement(
                     raise _statement_lost(record, connection, statement, parameters)
                 _provoke(connection, failure)
 
-        fault.listen(fault.factory.root, "before_cursor_execute", fail)
+        fault.listen(fault.state.root, "before_cursor_execute", fail)
         yield
 
 
@@ -108,7 +108,7 @@ def fail_next_commit(
             record.check_committable()
             if failure == "connection_lost_before":
                 record.committing = True
-                raise _commit_lost(fault.factory.root.dialect)
+                raise _commit_lost(fault.state.root.dialect)
             _provoke(next(iter(record.connections)), failure)
 
         def after(session: Session) -> None:
@@ -116,7 +116,7 @@ def fail_next_commit(
             commits = record is not None and record.committing and record.connections
             if failure == "connection_lost_after" and commits and fault.happens():
                 record.committed = False
-                raise _commit_lost(fault.factory.root.dialect)
+                raise _commit_lost(fault.state.root.dialect)
 
         fault.listen(NativeSession, "before_commit", before)
         fault.listen(NativeSession, "after_commit", after)
@@ -138,7 +138,7 @@ def fail_next_checkout(
 
         def get_bind(session: NativeSession, *args: Any, **arguments: Any) -> Any:
             if not session.sqlnative.connections and fault.happens():
-                pool = fault.factory.root.pool
+                pool = fault.state.root.pool
                 status, timeout = pool_status(pool), pool_timeout(pool)
                 raise exc.TimeoutError(
                     f"{type(pool).__name__} limit of size {status.size} overflow "
@@ -159,10 +159,11 @@ class _Fault:
         self, target: Target, name: str, failure: str, known: tuple[str, ...], route: str | None
     ) -> None:
         self.factory = sessions_of(running_database(target, name))
+        self.state = self.factory.state
         self.undo = ExitStack()
         self._target, self._failure, self._route = target, failure, route
         self._happened = False
-        dialect = self.factory.root.dialect.name
+        dialect = self.state.root.dialect.name
         if failure not in known or (dialect, failure) == ("sqlite", "deadlock"):
             raise ValueError(f"{dialect} knows no {failure!r}: write one of {', '.join(known)}.")
         if dialect not in (*_FAILING, "sqlite"):
@@ -177,7 +178,7 @@ class _Fault:
         self.undo.close()
         if kind is None and not self._happened:
             raise AssertionError(
-                f"The {self._failure} failure of database {self.factory.name!r} was never met: "
+                f"The {self._failure} failure of database {self.state.name!r} was never met: "
                 "no session got to where it waits."
             )
 
@@ -192,7 +193,7 @@ class _Fault:
     def record_of(self, session: Session) -> Record | None:
         """Return the record of a session, if it is one of those that are meant."""
         record: Record | None = getattr(session, "sqlnative", None)
-        return record if record is not None and record.factory is self.factory else None
+        return record if record is not None and record.state is self.state else None
 
     def listen(self, target: Any, name: str, listener: Callable[..., None]) -> None:
         """Listen until the block ends."""

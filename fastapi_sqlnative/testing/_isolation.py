@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import in_greenlet
 from starlette.applications import Starlette
 
-from .._lifespan.installations import Installation
+from .._lifespan.running import Installation
 from .._lifespan.shutdown import call_off_loop
 from .._sessions.engines import sync_engine
 from .._sessions.session import NativeSession
@@ -30,6 +30,7 @@ from ._targets import (
     ready_engine,
     running_loop,
 )
+from ._turns import Turn
 
 # The blocks that the test is in, so that a second application joins the first one's connection.
 _BLOCKS: Final = ContextVar[tuple["Isolated", ...]]("fastapi_sqlnative_isolated", default=())
@@ -67,16 +68,22 @@ def isolated(app: Starlette, *names: str) -> Isolated:
     return Isolated(app, places(app, names))
 
 
+def is_isolated(installation: Installation) -> bool:
+    """Tell whether a block that the test is in takes back what is done to a database."""
+    return any(installation is each for block in _BLOCKS.get() for _, each in block.chosen)
+
+
 class Isolated:
     """The block of `isolated`."""
 
     def __init__(self, app: Starlette, chosen: list[Place]) -> None:
         self._app = app
-        self._chosen = chosen
+        self.chosen = chosen
         self._first = chosen[0][1]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._own: Session | None = None
         self._around: tuple[Isolated, ...] = ()
+        self.turn = Turn()
         self._restore = ExitStack()
         self.connections: dict[Any, IsolatedConnection] = {}  # by the engine's dialect
 
@@ -114,10 +121,11 @@ class Isolated:
             await asyncio.wrap_future(ending)
 
     def _all_sync(self) -> bool:
-        return all(isinstance(ready_engine(each), Engine) for _, each in self._chosen)
+        return all(isinstance(ready_engine(each), Engine) for _, each in self.chosen)
 
     def _enter(self) -> None:
         self._around = _BLOCKS.get()
+        self.turn = self._around[0].turn if self._around else self.turn
         _BLOCKS.set((*self._around, self))
         with ExitStack() as undo:
             undo.callback(self.__exit__)
@@ -127,7 +135,7 @@ class Isolated:
             for installed in all_installations(self._app):
                 installed.observers.append(self._isolate)
                 self._restore.callback(installed.observers.remove, self._isolate)
-            for _, installation in self._chosen:
+            for _, installation in self.chosen:
                 self._close_before_shutdown(installation)
                 if (engine := ready_engine(installation)) is not None:
                     self.connection_of(installation.name, sync_engine(engine))
@@ -144,7 +152,7 @@ class Isolated:
 
     def _isolate(self, database: AnyDatabase) -> None:
         """Put our class in front of a handle's sessions; called at the application's start too."""
-        if all(installation.database is not database for _, installation in self._chosen):
+        if all(installation.database is not database for _, installation in self.chosen):
             return
         self.connection_of(database.name, sync_engine(database.engine))
         if self._own is not None and self._first.database is database:
@@ -160,7 +168,7 @@ class Isolated:
         """Return the connection that stands for all of an engine's."""
         found = self.connections.get(engine.dialect)
         if found is None:
-            found = self._joined(name, engine) or IsolatedConnection(name, engine)
+            found = self._joined(name, engine) or IsolatedConnection(name, engine, self.turn)
             found.guard(engine)
             found.home = self._application_loop
             if found not in self.connections.values():
@@ -182,7 +190,7 @@ class Isolated:
         return None
 
     def _application_loop(self) -> asyncio.AbstractEventLoop | None:
-        running = (installed.loop for installed, _ in self._chosen if installed.runs)
+        running = (installed.loop for installed, _ in self.chosen if installed.runs)
         return self._loop or next(running, None)
 
     def _close_before_shutdown(self, installation: Installation) -> None:
@@ -191,8 +199,8 @@ class Isolated:
 
         async def close_and_shut_down() -> None:
             for each in dict.fromkeys(self.connections.values()):
-                if each.loop is asyncio.get_running_loop() is not self._loop:
-                    await asyncio.wrap_future(each.run(each.close))
+                if each.loop in (None, asyncio.get_running_loop()):
+                    await asyncio.wrap_future(each.close_now())
             if shutdown is not None:
                 await call_off_loop(shutdown)
 
@@ -203,7 +211,7 @@ class Isolated:
 
     def _own_session(self, kind: type[Any]) -> Any:
         if kind is AsyncSession:
-            candidates = [each for _, each in self._chosen]
+            candidates = [each for _, each in self.chosen]
             self._first = next(e for e in candidates if not isinstance(ready_engine(e), Engine))
         options = {"expire_on_commit": False, **self._first.session_options}
         options["join_transaction_mode"] = "create_savepoint"

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from starlette.applications import Starlette
 
-from .._lifespan.installations import EngineFactory
+from .._lifespan.running import EngineFactory
 from .._lifespan.startup import start_installation
 from .._sessions.engines import AnyEngine, dispose
-from ..databases import database_class, sessions_of
-from ._sessions import IsolatedSession
+from ..databases import database_class
+from ._isolation import is_isolated
 from ._targets import Place, finish, is_one_database, places, ready_engine
 
 
@@ -86,9 +86,7 @@ class Override:
 
     async def _swap(self) -> Self:
         installation, own = self._installation, ready_engine(self._installation)
-        isolated = installation.database is not None and issubclass(
-            sessions_of(installation.database).native, IsolatedSession
-        )
+        isolated = is_isolated(installation)
         was = installation.engine, installation.shutdown, installation.database
 
         async def build() -> Any:

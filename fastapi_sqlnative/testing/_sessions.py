@@ -10,7 +10,8 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
-from ._connections import IsolatedConnection, isolated_on, joins_flow
+from ._connections import IsolatedConnection, isolated_on
+from ._turns import joins_flow
 
 
 class IsolatedSession(NativeSession):
@@ -20,6 +21,10 @@ class IsolatedSession(NativeSession):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
+        if "execution_options" in options:  # the connection has its isolation level by now
+            given = options["execution_options"] or {}
+            kept = {key: given[key] for key in given if key != "isolation_level"}
+            options["execution_options"] = kept
         super().__init__(*args, **options)
         self._isolated: set[IsolatedConnection] = set()
         self._one_statement = False
@@ -31,7 +36,7 @@ class IsolatedSession(NativeSession):
         bind = super().get_bind(*args, **arguments)
         if not isinstance(bind, Engine):
             return bind
-        isolated = type(self).connection_of(self.sqlnative.factory.name, bind)
+        isolated = type(self).connection_of(self.sqlnative.state.name, bind)
         self._isolated.add(isolated)
         return isolated.begin(self, beside=self._one_statement)
 
@@ -40,8 +45,6 @@ class IsolatedSession(NativeSession):
         record = self.sqlnative
         if record.options is not AUTOCOMMIT or record.connections:
             return super().execute(statement, *args, **options)
-        if getattr(statement, "is_dml", False):
-            raise record.factory.read_only_error()
         self._one_statement = True
         try:
             result = super().execute(statement, *args, **options)
@@ -68,7 +71,7 @@ class IsolatedSession(NativeSession):
         for each in isolated:
             if self.sqlnative.options.read_only and each.engine.dialect.name == "sqlite":
                 each.opened().exec_driver_sql("PRAGMA query_only = OFF")
-            each.give_back(self)
+            each.turn.give_back(self)
 
 
 @event.listens_for(IsolatedSession, "after_begin")
@@ -118,15 +121,15 @@ def _in_turn(name: str) -> Callable[..., Any]:
         if name in ("close", "rollback") and not self.in_transaction():
             return call(*args, **options)  # it may well come when the event loop is gone
         isolated = type(self).find()
-        if isolated.has_turn(self):
+        if isolated.turn.holds(self) or isolated.turn.giving_way is isolated:
             return call(*args, **options)
 
         def work() -> Any:
-            isolated.take(self)
+            isolated.turn.take(self, isolated)
             try:
                 return call(*args, **options)
             finally:
-                isolated.give_back(self)
+                isolated.turn.give_back(self)
 
         return isolated.run(work).result() if self.crosses else work()
 

@@ -9,9 +9,14 @@ from typing import Any, TypeAlias, TypeVar
 from sqlalchemy import URL
 from starlette.applications import Starlette
 
-from .._lifespan.installations import Installation, Installations, installations_of, not_installed
-from .._lifespan.installations import trimmed as trimmed
-from .._lifespan.running import running_of
+from .._lifespan.running import (
+    Installation,
+    Installations,
+    installations_of,
+    not_installed,
+    running_of,
+    trimmed,
+)
 from .._routes import mounted_applications
 from .._sessions.engines import AnyEngine, sync_engine
 from ..databases import AnyDatabase, database_class

@@ -1,0 +1,195 @@
+"""What the sessions of one database share: who is at work, and what errors say."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+
+from .._drivers.pools import pool_capacity
+from .._drivers.statements import Effect, effect_of, writes
+from .._drivers.transactions import is_servers_word, returns_undisturbed
+from ..exceptions import (
+    AfterCommitError,
+    CommitOutcomeUnknownError,
+    DatabaseNotStartedError,
+    ReadOnlySessionError,
+    SessionFinishedError,
+    TransactionAbortedError,
+    TransactionOptionsError,
+    UncommittedChangesError,
+)
+from .options import TransactionOptions
+
+
+class SharedState:
+    """What the sessions of one database share. Lives as long as the database's handle.
+
+    Args:
+        name: the database's.
+        root: its engine; a session class of the application's may choose others.
+        shutdown_timeout: seconds that a cancelled request may go on with its COMMIT.
+
+    Attributes:
+        at_work: the records of the sessions that hold a connection, by it.
+        refusal: why no new session is handed out, if so.
+        stopped: every session refuses its next statement. A disposed engine would silently
+            connect anew.
+        overridden: those of commit, rollback and close that the application's class has itself.
+        returns_undisturbed: nothing but a ROLLBACK happens when a connection goes back.
+    """
+
+    def __init__(self, name: str, root: Engine, shutdown_timeout: float) -> None:
+        self.name = name
+        self.root = root
+        self.shutdown_timeout = shutdown_timeout
+        self.refusal: str | None = None
+        self.stopped = False
+        self.overridden: frozenset[str] = frozenset()
+        self.returns_undisturbed = returns_undisturbed(root)
+        self.at_work: dict[Connection, Any] = {}
+        # Engines that share a pool and set the options, by the engine and the options.
+        self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
+        # Whose results may still be read from a connection, when the session has ended.
+        self.readers: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
+        self._effects: weakref.WeakKeyDictionary[Any, tuple[Effect, str]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._on_error = _listener(weakref.ref(self))
+        self.listen(root.dialect)
+
+    def effect_of(self, context: ExecutionContext) -> tuple[Effect, str]:
+        """Tell what a statement may do; read once for each compiled form."""
+        compiled = context.compiled
+        if compiled is None:
+            return Effect.UNKNOWN, ""
+        found = self._effects.get(compiled)
+        if found is None:
+            found = self._effects[compiled] = effect_of(compiled)
+        return found
+
+    def holds_all(self) -> bool:
+        """Tell whether sessions hold every connection that the pool hands out."""
+        capacity = pool_capacity(self.root.pool)
+        return capacity is not None and len(self.at_work) >= capacity
+
+    def listen(self, dialect: Dialect) -> None:
+        """Hear of failures on a dialect's connections, as long as the handle lives."""
+        # A dialect's events are its engines'.
+        if not event.contains(dialect, "handle_error", self._on_error):
+            event.listen(dialect, "handle_error", self._on_error)
+            weakref.finalize(self, _unlisten, weakref.ref(dialect), self._on_error)
+
+    def record_on(self, connection: Connection) -> Any:
+        """Return the record of the session that is, or was last, at work on a connection."""
+        return self.at_work.get(connection) or self.readers.get(connection)
+
+    # -- errors that name the database -----------------------------------------------------
+
+    def check_running(self) -> None:
+        """Refuse to send anything once the engine is about to be closed."""
+        if self.stopped:
+            raise DatabaseNotStartedError(
+                f"Database {self.name!r} is stopped: the application's lifespan has ended. Finish "
+                "work with the database before the application shuts down."
+            )
+
+    def check_open(self) -> None:
+        """Refuse to hand out a session."""
+        if self.refusal is not None:
+            raise DatabaseNotStartedError(
+                f"Database {self.name!r} is {self.refusal}: no new session is handed out. Finish "
+                "work with the database before the application shuts down."
+            )
+
+    def finished_error(self) -> SessionFinishedError:
+        """Build the error for a session whose time is over, with what to use instead."""
+        return SessionFinishedError(
+            f"This session of database {self.name!r} is finished: the request (or block) that it "
+            "belongs to has ended, its connection went back to the pool. In a stream, a "
+            "background task or any work that outlives the request, depend on "
+            f"get_database_handle({self.name!r}) and open a session there."
+        )
+
+    def discarded_error(self) -> UncommittedChangesError:
+        """Build the error for a close() that has thrown away what was to be stored."""
+        return UncommittedChangesError(
+            f"The session of database {self.name!r} was closed over changes that had not been "
+            "committed, and they are lost. Leave closing it to whoever opened it: no `with "
+            "session`, no close(). To give changes up call rollback()."
+        )
+
+    def aborted_error(self) -> TransactionAbortedError:
+        """Build the error for a transaction that the server has given up."""
+        return TransactionAbortedError(
+            f"The transaction on database {self.name!r} cannot be committed: an error inside it "
+            "was caught and ignored, and the server has given the transaction up. Let the error "
+            "propagate, call rollback(), or put the statement that may fail into its own "
+            "savepoint: `session.begin_nested()`."
+        )
+
+    def unknown_error(self) -> CommitOutcomeUnknownError:
+        """Build the error for a COMMIT that nobody knows the outcome of."""
+        return CommitOutcomeUnknownError(
+            f"The connection to database {self.name!r} was lost during COMMIT: what was written "
+            "may or may not be stored. Look before you repeat it."
+        )
+
+    def after_commit_error(self) -> AfterCommitError:
+        """Build the error for a failure that comes too late to undo anything."""
+        return AfterCommitError(
+            f"The transaction on database {self.name!r} is stored, but what ran after its COMMIT "
+            "has failed: an after_commit listener, or a commit() of the session's class. Do not "
+            "repeat the request; let what runs there handle its own errors."
+        )
+
+    def read_only_error(self) -> ReadOnlySessionError:
+        """Build the error for a write through `reader`."""
+        return ReadOnlySessionError(
+            f"The session from reader({self.name!r}) only reads: every statement would be "
+            f"committed on its own. Depend on transactional({self.name!r}) to write."
+        )
+
+    def refuse_writes(self, _connection: Connection, statement: object, *_: object) -> None:
+        """Refuse what `reader` must not send over a connection that it has handed out."""
+        if writes(statement):
+            raise self.read_only_error()
+
+    def autocommit_error(self) -> TransactionOptionsError:
+        """Build the error for a transaction where there can be none."""
+        return TransactionOptionsError(
+            f"Database {self.name!r} has no transactions: its engine is in AUTOCOMMIT, so that "
+            "each statement is stored at once and nothing can be rolled back. Make the engine "
+            f"without it, or depend on get_db({self.name!r}) and let each statement stand for "
+            "itself."
+        )
+
+
+def _listener(state: weakref.ref[SharedState]) -> Any:
+    """Hear of failures that no method of a session lets through: mapper events, streams, Core."""
+
+    def on_error(context: ExceptionContext) -> BaseException | None:
+        found, connection = state(), context.connection
+        record = None if found is None or connection is None else found.record_on(connection)
+        if found is None or connection is None or record is None:
+            return None
+        if context.execution_context is None and context.statement is None:
+            # COMMIT or ROLLBACK did not get through, or was not even sent: SQLAlchemy would keep a
+            # connection that may still be in its transaction.
+            if not is_servers_word(context.original_exception, connection):
+                context.is_disconnect = True
+        elif not record.finished:
+            record.hears(context.original_exception)
+        elif context.statement is None:  # a fetch: a stream may fail long after it has begun
+            return found.finished_error()
+        return None
+
+    return on_error
+
+
+def _unlisten(dialect: weakref.ref[Dialect], listener: Any) -> None:
+    found = dialect()
+    if found is not None and event.contains(found, "handle_error", listener):
+        event.remove(found, "handle_error", listener)

@@ -17,7 +17,8 @@ from ..databases import AnyDatabase
 from ._connections import as_in_production, is_ours
 from ._targets import Target, all_installations, places, ready_engine
 
-_SAVEPOINTS = ("SAVEPOINT", "RELEASE SAVEPOINT", "ROLLBACK TO SAVEPOINT")
+_ENDS = ("BEGIN", "COMMIT", "ROLLBACK")
+_SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,7 @@ class CapturedStatements(list[CapturedStatement]):
     @property
     def queries(self) -> list[CapturedStatement]:
         """What was sent besides BEGIN, COMMIT, ROLLBACK and savepoints; count these."""
-        ends = ("BEGIN", "COMMIT", "ROLLBACK", *_SAVEPOINTS)
-        return [each for each in self if each.sql not in ends]
+        return [e for e in self if e.sql not in _ENDS and not e.sql.startswith(_SAVEPOINTS)]
 
     @property
     def texts(self) -> list[str]:
@@ -110,20 +110,21 @@ def _hear(
         return
     heard.add(engine)
 
-    def statement(_connection: Connection, *call: Any) -> None:
+    def note(connection: Connection, sql: str, parameters: Any = None) -> None:
+        shown = as_in_production(connection, sql)
+        if shown is not None:
+            captured.append(CapturedStatement(name, shown, parameters))
+
+    def statement(connection: Connection, *call: Any) -> None:
         if not is_ours(call[3]):
-            captured.append(CapturedStatement(name, call[1], call[2]))
+            note(connection, call[1], call[2])
 
-    def end(sql: str, connection: Connection, *_: object) -> None:
+    def end(sql: str, connection: Connection) -> None:
         if not connection.closed and not autocommits(connection):
-            shown = as_in_production(connection, sql)
-            if shown is not None:
-                captured.append(CapturedStatement(name, shown))
+            note(connection, sql)
 
-    names = ("begin", "commit", "rollback", "savepoint", "release_savepoint", "rollback_savepoint")
-    sent = ("BEGIN", "COMMIT", "ROLLBACK", *_SAVEPOINTS)
     listeners: dict[str, Callable[..., None]] = {
-        each: partial(end, sql) for each, sql in zip(names, sent, strict=True)
+        each: partial(end, each.upper()) for each in ("begin", "commit", "rollback")
     }
     for each, listener in (listeners | {"before_cursor_execute": statement}).items():
         event.listen(engine, each, listener)

@@ -69,7 +69,7 @@ def client_beside(served: TestClient) -> httpx.AsyncClient:
     http = _httpx()
     transport = http.ASGITransport(app=_with_state(served.app, served.app_state))
 
-    class Transport(http.AsyncBaseTransport):  # type: ignore[misc] # of httpx, or of httpx2
+    class Transport(http.AsyncBaseTransport):  # type: ignore[misc,name-defined] # either httpx
         async def handle_async_request(self, request: Any) -> Any:
             await request.aread()
             assert served.portal is not None

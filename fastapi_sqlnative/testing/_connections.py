@@ -54,6 +54,7 @@ class IsolatedConnection:
         self.beginning = False
         self.root: NestedTransaction | None = None
         self._connection: Connection | None = None
+        self._entering = False
         # Blocks that are open on it, the first with the transaction, the others with a savepoint.
         self._blocks: dict[object, NestedTransaction | None] = {}
         self._guarded = ExitStack()
@@ -73,9 +74,11 @@ class IsolatedConnection:
                 "that `with isolated(app)` gives, or call what awaits with client.portal.call(). "
                 "Two applications can share a database on one event loop, with async_client."
             )
+        self._check_alive()  # one that is lost gives no turn back
         self.turn.take(session, self, beside=beside)
         if self.turn.holds(session):
             try:
+                self.opened()  # and in every block, before anything is sent
                 self._settle()
             except BaseException:
                 self.turn.give_back(session)
@@ -83,9 +86,11 @@ class IsolatedConnection:
             self.beginning = not beside
         return self.opened()
 
-    def _settle(self) -> None:
-        """Commit what the test has added: the application sees it, and cannot undo it."""
-        for own in [each for each in self.own_sessions if each.in_transaction()]:
+    def _settle(self, block: object = None) -> None:
+        """Commit what the test has added, outside of a block or all: others cannot undo it."""
+        for own in [each for each, its in self.own_sessions.items() if its is not block]:
+            if not own.in_transaction():
+                continue
             try:
                 self._end(own.commit)
             except BaseException:
@@ -105,14 +110,23 @@ class IsolatedConnection:
         """Return the connection, in the transaction of every block that is open."""
         if self._connection is None:
             self._connection = self._open()
-        if self._connection.closed or self._connection.invalidated:
+        self._check_alive()
+        for block in [] if self._entering else [*self._blocks][1:]:
+            if self._blocks[block] is None:
+                self._entering = True
+                try:
+                    self._settle(block)  # it stays when the block ends
+                    self._blocks[block] = self._connection.begin_nested()
+                finally:
+                    self._entering = False
+        return self._connection
+
+    def _check_alive(self) -> None:
+        if self._connection and (self._connection.closed or self._connection.invalidated):
             raise self._refused(
                 "its one connection was lost, and with it all that the test has stored: the "
                 "server hung up, or a statement was cancelled. Test that with cloned(app)."
             )
-        for block in [*self._blocks][1:]:
-            self._blocks[block] = self._blocks[block] or self._connection.begin_nested()
-        return self._connection
 
     def _open(self) -> Connection:
         self.loop = running_loop() if self.asynchronous else None
@@ -129,10 +143,11 @@ class IsolatedConnection:
         event.listen(connection, "release_savepoint", self._before_release)
         return connection
 
-    def _before_release(self, connection: Connection, name: str, _context: None) -> None:
+    def _before_release(self, connection: Connection, _name: str, _context: None) -> None:
         """Check at the application's COMMIT what PostgreSQL would check."""
-        root = self.root is not None and connection.get_nested_transaction() is self.root
-        if not root or connection.dialect.name != "postgresql":
+        if self.root is None or connection.get_nested_transaction() is not self.root:
+            return
+        if connection.dialect.name != "postgresql":
             return
         constraints = _send(connection, _DEFERRABLE).all()
         deferred = ", ".join(constraint for constraint, waits in constraints if waits)
@@ -142,8 +157,7 @@ class IsolatedConnection:
             if deferred:
                 _send(connection, f"SET CONSTRAINTS {deferred} DEFERRED")
         except BaseException:
-            # SQLAlchemy takes the failed release for the savepoint's end.
-            connection.dialect.do_rollback_to_savepoint(connection, name)
+            self.root.rollback()  # SQLAlchemy takes the failed release for the savepoint's end
             raise
 
     def guard(self, engine: Engine) -> None:
@@ -177,9 +191,10 @@ class IsolatedConnection:
 
     def leave(self, block: object) -> Future[None]:
         """Undo the work of a block, and close the connection with the first one."""
-        return (
-            self.run(lambda: self._leave(block)) if self._connection else _done(self._undo(block))
-        )
+        if self._connection is None:
+            self._undo(block)
+            return _done(None)
+        return self.run(lambda: self._leave(block))
 
     def _leave(self, block: object) -> None:
         try:
@@ -209,7 +224,8 @@ class IsolatedConnection:
         connection, self._connection, self.loop = self._connection, None, None
         self._blocks = dict.fromkeys(self._blocks)
         if connection is not None and not connection.closed:
-            connection.info.pop(_MARK, None)
+            if not connection.invalidated:
+                connection.info.pop(_MARK, None)
             if self.engine.pool is not self._pool:
                 connection.invalidate()  # its pool was disposed of: nobody else would close it
             connection.close()
@@ -252,15 +268,13 @@ def isolated_on(connection: Connection) -> IsolatedConnection | None:
 def as_in_production(connection: Connection, sql: str) -> str | None:
     """Return what is sent in production where this is sent; `None` for what a block adds."""
     isolated = isolated_on(connection)
-    if isolated is None or sql not in _STANDS_FOR:
+    if isolated is None or sql in ("BEGIN", "COMMIT", "ROLLBACK"):
         return sql if isolated is None else None
     savepoint = connection.get_nested_transaction()
-    root = savepoint is not None and savepoint is isolated.root
-    return _STANDS_FOR[sql] if (isolated.beginning if sql == "SAVEPOINT" else root) else sql
-
-
-_STANDS_FOR: Final = {
-    "SAVEPOINT": "BEGIN",
-    "RELEASE SAVEPOINT": "COMMIT",
-    "ROLLBACK TO SAVEPOINT": "ROLLBACK",
-}
+    if isolated.beginning and sql.startswith("SAVEPOINT "):
+        return "BEGIN"
+    if savepoint is None or savepoint is not isolated.root:
+        return sql
+    if sql.startswith("RELEASE SAVEPOINT "):
+        return "COMMIT"
+    return "ROLLBACK" if sql.startswith("ROLLBACK TO SAVEPOINT ") else sql

@@ -113,8 +113,9 @@ def fail_next_commit(
 
         def after(session: Session) -> None:
             record = fault.record_of(session)
-            commits = record is not None and record.committing and record.connections
-            if failure == "connection_lost_after" and commits and fault.happens():
+            if record is None or not (record.committing and record.connections):
+                return
+            if failure == "connection_lost_after" and fault.happens():
                 record.committed = False
                 raise _commit_lost(fault.state.root.dialect)
 

@@ -69,7 +69,8 @@ class Override:
 
     async def __aenter__(self) -> Self:
         """Swap the engine."""
-        return await self._on_loop(self._swap())
+        await self._on_loop(self._swap())
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         """Swap back."""
@@ -78,11 +79,12 @@ class Override:
     def _loop(self) -> asyncio.AbstractEventLoop | None:
         return self._installed.loop if self._installed.runs else None
 
-    async def _on_loop(self, coroutine: Any) -> Any:
+    async def _on_loop(self, coroutine: Any) -> None:
         loop = self._loop()
         if loop in (None, asyncio.get_running_loop()):
-            return await coroutine
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+            await coroutine
+        else:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
 
     async def _swap(self) -> Self:
         installation, own = self._installation, ready_engine(self._installation)
@@ -114,7 +116,9 @@ class Override:
         async with AsyncExitStack() as undo:
             undo.push_async_callback(restore)
             installation.engine = build if self._is_factory else self._engine
-            installation.shutdown = installation.database = None
+            if not isolated:  # else the application's own engine has the connection
+                installation.shutdown = None
+            installation.database = None
             if self._installed.runs:
                 await start_installation(installation)
                 self._show()

@@ -127,6 +127,7 @@ def _in_turn(name: str) -> Callable[..., Any]:
         def work() -> Any:
             isolated.turn.take(self, isolated)
             try:
+                isolated.opened()
                 return call(*args, **options)
             finally:
                 isolated.turn.give_back(self)

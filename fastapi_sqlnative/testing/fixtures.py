@@ -4,7 +4,8 @@ Write in your `conftest.py`:
 
     pytest_plugins = ["fastapi_sqlnative.testing.fixtures"]
 
-or import those that you want. The asynchronous clients work in tests of pytest-asyncio and of
+or import those that you want, with `isolated_client`, `cloned_client` and `database_templates`
+that the others need. The asynchronous clients work in tests of pytest-asyncio and of
 anyio alike, because the application has an event loop of its own. `cloned_client` needs a fixture
 `prepare_database`, too: what `Templates` takes, such as `Base.metadata.create_all`.
 """
@@ -30,7 +31,6 @@ __all__ = [
     "cloned_client",
     "database_templates",
     "isolated_async_client",
-    "isolated_block",
     "isolated_client",
     "isolated_session",
     "statements",
@@ -38,24 +38,19 @@ __all__ = [
 
 
 @pytest.fixture
-def isolated_block(app: Starlette) -> Generator[tuple[TestClient, Session]]:
-    """Run the application, isolate its databases, and give a client and the test's session."""
+def isolated_client(app: Starlette) -> Generator[TestClient]:
+    """Give a client of the running application, whose databases are isolated for the test."""
     from starlette.testclient import TestClient  # needs httpx, which not everybody has
 
-    with TestClient(app) as client, isolated(app) as session:
-        yield client, session
+    with TestClient(app) as client, isolated(app):
+        yield client
 
 
 @pytest.fixture
-def isolated_client(isolated_block: tuple[TestClient, Session]) -> TestClient:
-    """Give a client of the running application, whose databases are isolated for the test."""
-    return isolated_block[0]
-
-
-@pytest.fixture
-def isolated_session(isolated_block: tuple[TestClient, Session]) -> Session:
+def isolated_session(app: Starlette, isolated_client: TestClient) -> Generator[Session]:
     """Give the test's own session in those databases, synchronous for an AsyncEngine too."""
-    return isolated_block[1]
+    with isolated(app) as session:
+        yield session
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ class Clones:
         async def build() -> AnyEngine:
             built = given()
             built = await built if inspect.isawaitable(built) else built
-            _led_to(sync_engine(built), copy).__enter__()
+            self._undo.enter_context(_led_to(sync_engine(built), copy))
             return built  # type: ignore[no-any-return] # start-up says so if it is none
 
         installation.engine = build

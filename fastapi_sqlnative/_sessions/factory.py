@@ -116,7 +116,7 @@ class SessionFactory:
         return self._options["sync_session_class"] if self.asynchronous else self._class
 
     @native.setter
-    def native(self, class_: type[NativeSession]) -> None:
+    def native(self, class_: Any) -> None:
         if not self.asynchronous:
             self._class = class_
             return

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
 from .._drivers.transactions import autocommits
-from .._sessions.engines import sync_engine
+from .._sessions.engines import AnyEngine, sync_engine
 from ..databases import AnyDatabase
 from ._connections import as_in_production, is_ours
 from ._targets import Target, all_installations, places, ready_engine
@@ -58,7 +59,7 @@ class CapturedStatements(list[CapturedStatement]):
 
 
 @contextmanager
-def capture_statements(target: Target) -> Generator[CapturedStatements]:
+def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatements]:
     """Note what is sent to the databases of an application, or to one, within a block.
 
     What counts is what SQLAlchemy sends, whoever asks: sessions, handles, Core, background work.
@@ -69,7 +70,7 @@ def capture_statements(target: Target) -> Generator[CapturedStatements]:
     those of `override_database`, are heard from their start.
 
     Args:
-        target: an application, or a handle.
+        target: an application, a handle or an engine.
 
     Raises:
         DatabaseNotInstalledError: the application has no database.
@@ -86,7 +87,9 @@ def capture_statements(target: Target) -> Generator[CapturedStatements]:
         def hear(database: AnyDatabase) -> None:
             _hear(database.name, sync_engine(database.engine), captured, heard, listening)
 
-        if not isinstance(target, Starlette):
+        if isinstance(target, Engine | AsyncEngine):
+            _hear("default", sync_engine(target), captured, heard, listening)
+        elif not isinstance(target, Starlette):
             hear(target)
         else:
             for _, installation in places(target, ()):

@@ -55,7 +55,7 @@ class Templates:
         """Return the template for a database."""
         key = name, sync_engine(engine).url.render_as_string()
         if key not in self._made:
-            prepare = self._prepare[name] if isinstance(self._prepare, Mapping) else self._prepare
+            prepare = self._prepare if callable(self._prepare) else self._prepare[name]
             template = _create(name, engine, None, self._undo)
             _use(engine, template, prepare)
             self._made[key] = template

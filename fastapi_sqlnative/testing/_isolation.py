@@ -156,12 +156,11 @@ class Isolated:
             return
         self.connection_of(database.name, sync_engine(database.engine))
         if self._own is not None and self._first.database is database:
-            self._connection_of_own()
+            self.connection_of_own()
         factory = sessions_of(database)
         native = factory.native
         if not issubclass(native, IsolatedSession):  # as by the block around this one
-            attributes = {"connection_of": staticmethod(self.connection_of)}
-            factory.native = type(native.__name__, (IsolatedSession, native), attributes)
+            factory.native = type(native.__name__, (IsolatedSession, native), {"block": self})
             self._restore.callback(setattr, factory, "native", native)
 
     def connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
@@ -213,18 +212,23 @@ class Isolated:
         if kind is AsyncSession:
             candidates = [each for _, each in self.chosen]
             self._first = next(e for e in candidates if not isinstance(ready_engine(e), Engine))
-        options = {"expire_on_commit": False, **self._first.session_options}
+        options: dict[str, Any] = {"expire_on_commit": False, **self._first.session_options}
         options["join_transaction_mode"] = "create_savepoint"
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
-        own = own_session_class(base, self._connection_of_own, crosses=kind is Session)
-        session = own(**options) if kind is Session else class_(sync_session_class=own, **options)
+        own = own_session_class(base, self, crosses=kind is Session)
+        if kind is Session:
+            class_ = own
+        else:
+            options["sync_session_class"] = own
+        session: Any = class_(**options)
         self._own = getattr(session, "sync_session", session)
         if ready_engine(self._first) is not None:
-            self._connection_of_own()
+            self.connection_of_own()
         return session
 
-    def _connection_of_own(self) -> IsolatedConnection:
+    def connection_of_own(self) -> IsolatedConnection:
+        """Return the connection of the test's own session."""
         engine = ready_engine(self._first)
         if engine is None or self._own is None:
             raise IsolationError(

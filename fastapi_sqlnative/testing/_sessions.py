@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from sqlalchemy import Connection, Engine, NestedTransaction, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
@@ -14,17 +14,28 @@ from ._connections import IsolatedConnection, isolated_on
 from ._turns import joins_flow
 
 
+class Block(Protocol):
+    """What knows the connections of an isolated block."""
+
+    def connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
+        """Return the connection that stands for all of an engine's."""
+        ...
+
+    def connection_of_own(self) -> IsolatedConnection:
+        """Return that of the test's own session."""
+        ...
+
+
 class IsolatedSession(NativeSession):
     """A session of the application's, whose transactions are savepoints."""
 
-    connection_of: ClassVar[Callable[[str, Engine], IsolatedConnection]]
+    block: ClassVar[Block]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
         if "execution_options" in options:  # the connection has its isolation level by now
-            given = options["execution_options"] or {}
-            kept = {key: given[key] for key in given if key != "isolation_level"}
-            options["execution_options"] = kept
+            options["execution_options"] = dict(options["execution_options"])
+            options["execution_options"].pop("isolation_level", None)
         super().__init__(*args, **options)
         self._isolated: set[IsolatedConnection] = set()
         self._one_statement = False
@@ -36,7 +47,7 @@ class IsolatedSession(NativeSession):
         bind = super().get_bind(*args, **arguments)
         if not isinstance(bind, Engine):
             return bind
-        isolated = type(self).connection_of(self.sqlnative.state.name, bind)
+        isolated = self.block.connection_of(self.sqlnative.state.name, bind)
         self._isolated.add(isolated)
         return isolated.begin(self, beside=self._one_statement)
 
@@ -95,12 +106,12 @@ class OwnSession(Session):
     application begins a transaction, and what it reads it reads anew.
     """
 
-    find: ClassVar[Callable[[], IsolatedConnection]]
+    block: ClassVar[Block]
     crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
 
     def get_bind(self, *_: Any, **__: Any) -> Connection:
         """Return the isolated connection."""
-        return type(self).find().opened()
+        return self.block.connection_of_own().opened()
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Load by primary key, what the application has stored since included."""
@@ -120,7 +131,7 @@ def _in_turn(name: str) -> Callable[..., Any]:
         call = getattr(super(OwnSession, self), name)
         if name in ("close", "rollback") and not self.in_transaction():
             return call(*args, **options)  # it may well come when the event loop is gone
-        isolated = type(self).find()
+        isolated = self.block.connection_of_own()
         if isolated.turn.holds(self) or isolated.turn.giving_way is isolated:
             return call(*args, **options)
 
@@ -147,9 +158,7 @@ def _read_anew(state: ORMExecuteState) -> None:
         state.update_execution_options(populate_existing=True)
 
 
-def own_session_class(
-    base: type[Session], find: Callable[[], IsolatedConnection], *, crosses: bool
-) -> type[Session]:
+def own_session_class(base: type[Session], block: Block, *, crosses: bool) -> type[Session]:
     """Put the test's session in front of the application's session class."""
-    attributes = {"find": staticmethod(find), "crosses": crosses}
+    attributes = {"block": block, "crosses": crosses}
     return cast("type[Session]", type(base.__name__, (OwnSession, base), attributes))

@@ -8,8 +8,8 @@ import time
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from typing import TypeVar, cast
 
-from ._failures import describe_database_error
 from ._sessions.record import Record
+from .errors import describe_database_error
 
 T = TypeVar("T")
 logger = logging.getLogger("fastapi_sqlnative")

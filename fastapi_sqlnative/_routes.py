@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fastapi import routing
+from fastapi.dependencies.models import Dependant
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.routing import BaseRoute, Host, Mount, Router
 
 
@@ -23,6 +25,35 @@ def routes_of(routes: Sequence[BaseRoute]) -> Iterator[Any]:
         behind = _mounted(route)
         if isinstance(behind, Router):
             yield from routes_of(behind.routes)
+
+
+def applications_in(app: Starlette) -> Iterator[Starlette]:
+    """Yield an application and all that are mounted in it, at any depth."""
+    yield app
+    for mounted in mounted_applications(app):
+        yield from applications_in(mounted)
+
+
+def paths_with_a_database(app: Starlette) -> Iterator[tuple[str, set[str]]]:
+    """Yield the path and methods of each route that depends on a database of ours."""
+    for route in routes_of(app.routes):
+        dependant = getattr(route, "dependant", None)
+        if dependant is not None and _uses_a_database(dependant):
+            yield route.path_format, route.methods
+
+
+def route_of(request: Request) -> str:
+    """Name a request's route by its pattern: a path holds what the client has written."""
+    pattern = getattr(request.scope.get("route"), "path", None)
+    return f" on {request.method} {pattern}" if pattern else ""
+
+
+def _uses_a_database(dependant: Dependant) -> bool:
+    ours = f"{__name__.partition('.')[0]}.dependencies"
+    return any(
+        getattr(each.call, "__module__", None) == ours or _uses_a_database(each)
+        for each in dependant.dependencies
+    )
 
 
 def _contexts(routes: Sequence[BaseRoute]) -> Iterable[Any]:

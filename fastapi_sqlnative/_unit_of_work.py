@@ -6,7 +6,7 @@ import asyncio
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -36,6 +36,9 @@ from .exceptions import (
     TransactionOptionsError,
     UncommittedChangesError,
 )
+
+# Under which a request's scope keeps its unit of work.
+UNIT: Final = "fastapi_sqlnative_unit_of_work"
 
 
 @dataclass(eq=False, slots=True)
@@ -71,15 +74,24 @@ class UnitOfWork:
     its result is serialized. The response starts after that.
     """
 
-    __slots__ = ("_has_place", "_loop", "_members", "_readers", "_running", "_scope", "_sessions")
+    __slots__ = (
+        "_asked_gate",
+        "_has_place",
+        "_loop",
+        "_members",
+        "_readers",
+        "_running",
+        "_sessions",
+        "scope",
+    )
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
-        self._scope = connection.scope
+        self.scope = connection.scope
         self._sessions: dict[str, _Member] = {}
         self._readers: dict[str, _Member] = {}
         self._members: list[_Member] = []
-        self._has_place = False
+        self._asked_gate = self._has_place = False
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
@@ -118,8 +130,9 @@ class UnitOfWork:
     async def _open(self, name: str, options: TransactionOptions) -> _Member:
         database = self._running.database(name)
         # A websocket would keep its place for as long as the client stays.
-        if self._scope.get("type") == "http":  # FastStream and its like have none
-            self._has_place = await self._running.admit(self, self._scope.get("route"), database)
+        if self.scope.get("type") == "http":  # FastStream and its like have none
+            self._asked_gate = True  # before: it may keep one place and wait for another in vain
+            self._has_place = await self._running.admit(self, self.scope.get("route"), database)
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
         session = factory.open(options, loop_thread=loop_thread)
@@ -149,7 +162,8 @@ class UnitOfWork:
             else:
                 await self._abandon(cancelled=isinstance(error, asyncio.CancelledError))
         finally:
-            if self._has_place:
+            self.scope.pop(UNIT, None)
+            if self._asked_gate:
                 self._running.gate.leave(self)
 
     async def _complete(self) -> None:
@@ -247,7 +261,7 @@ def _check_nothing_forgotten(call: Call, member: _Member) -> None:
                 f"transactional({name!r}) to write."
             )
         return
-    if pending or (record.may_have_written and _leaves_unstored(call, member)):
+    if pending or _leaves_unstored(call, member):
         raise UncommittedChangesError(
             f"The request wrote to database {name!r} through get_db({name!r}) and returned "
             f"without a commit. Depend on transactional({name!r}), which commits before "
@@ -256,6 +270,8 @@ def _check_nothing_forgotten(call: Call, member: _Member) -> None:
 
 
 def _leaves_unstored(call: Call, member: _Member) -> bool:
+    if not (member.record.may_have_written or member.record.met_no_row):
+        return False
     answer: list[bool] = []
     call(member.session, lambda _: answer.append(member.record.leaves_unstored()))
     return answer[0]
@@ -276,7 +292,7 @@ def _commit(call: Call, member: _Member, earlier: list[_Member], later: list[_Me
         PartialCommitError: some have stored something, and others that were to will not.
     """
     record = member.record
-    stores = record.may_have_written or has_pending_changes(member.inner)
+    stores = bool(earlier) and (record.may_have_written or has_pending_changes(member.inner))
     try:
         call(member.session, commit)
     except Exception as error:

@@ -18,12 +18,11 @@ from starlette.responses import Response
 from ._lifespan.running import running_for, trimmed
 from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import AnySession
-from ._unit_of_work import UnitOfWork
+from ._unit_of_work import UNIT, UnitOfWork
 from .databases import AnyDatabase
 
 # -- where FastAPI ends it ------------------------------------------------------------------------
 
-_UNIT: Final = "fastapi_sqlnative_unit_of_work"
 # FastAPI's own name for the stack that it leaves after serialization and before the response
 # starts. A generator with scope="function" is the public way onto it, and costs every request a
 # tenth of a read. Where FastAPI keeps no such stack, the dependencies take the public way.
@@ -32,9 +31,10 @@ _FUNCTION_STACK: Final = "fastapi_function_astack"
 
 def unit_of(connection: HTTPConnection) -> UnitOfWork:
     """Return the request's unit of work, which ends before the response starts."""
-    unit: UnitOfWork | None = connection.scope.get(_UNIT)
-    if unit is None:
-        unit = connection.scope[_UNIT] = UnitOfWork(connection)
+    unit: UnitOfWork | None = connection.scope.get(UNIT)
+    # A copy of the scope is another request: an endpoint may call the application itself.
+    if unit is None or unit.scope is not connection.scope:
+        unit = connection.scope[UNIT] = UnitOfWork(connection)
         if HAS_FUNCTION_STACK:
             stack: AsyncExitStack = connection.scope[_FUNCTION_STACK]
             stack.push_async_exit(unit)

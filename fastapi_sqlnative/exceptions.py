@@ -95,6 +95,6 @@ class PartialCommitError(RuntimeError):
         kept = ", ".join(repr(name) for name in self.committed)
         return (
             f"Database {self.failed!r} failed to commit after {kept} had committed: the request "
-            "is half stored. Do not repeat it; mend the data by hand, or write the second part "
+            "is half stored. Do not repeat it; fix the data by hand, or write the second part "
             "through an outbox in the first database."
         )

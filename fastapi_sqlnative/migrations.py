@@ -119,7 +119,7 @@ class _Revisions:
         if not heads:
             raise ValueError(
                 f"The script directory {script.dir!r} has no revisions, so nothing would tell that "
-                "a database is migrated: mend script_location or version_locations, or make the "
+                "a database is migrated: fix script_location or version_locations, or make the "
                 "first revision before asking for alembic_check."
             )
         known = frozenset(each.revision for each in script.walk_revisions())

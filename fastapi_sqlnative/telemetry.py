@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, count
 from time import perf_counter
-from typing import Final
-from weakref import WeakSet
+from typing import Any, Final
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Engine, Pool, event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
-from ._drivers.pools import ask_pool, pool_capacity
+from ._drivers.pools import ask_pool, pool_capacity, pool_timeout
 from ._lifespan.running import installations_of, running_of
-from ._probes import OUTSIDE
+from ._probe import OUTSIDE
 from ._sessions.engines import sync_engine
-from .databases import AnyDatabase
+from ._sessions.finishing import close
+from ._sessions.session import sync_session
+from .databases import AnyDatabase, sessions_of
 from .exceptions import ApplicationAlreadyStartedError
 
 try:
@@ -29,13 +33,22 @@ except ImportError as error:
         "fastapi_sqlnative.telemetry needs OpenTelemetry's API: "
         'pip install "fastapi-sqlnative[telemetry]"'
     ) from error
+try:
+    from fastapi.telemetry import get_telemetry_data
+
+    _telemetry_data: Callable[[], Any] | None = get_telemetry_data
+except ImportError:  # before 0.143 FastAPI had none
+    _telemetry_data = None
 
 __all__ = ["instrument_pools"]
 
-_POOL: Final = "db.client.connection.pool.name"
-_STATE: Final = "db.client.connection.state"
+_PREFIX: Final = "db.client.connection"
+_POOL: Final = f"{_PREFIX}.pool.name"
+_STATE: Final = f"{_PREFIX}.state"
 # In seconds; OpenTelemetry's own begin at 5.
 _BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+# The attribute of an instrument under which applications find what they share.
+_SHARED: Final = "fastapi_sqlnative_shared"
 # In the `info` of a connection, since when it is being made and since when it is in use.
 _MAKING: Final = "fastapi_sqlnative_making"
 _IN_USE: Final = "fastapi_sqlnative_in_use"
@@ -46,125 +59,169 @@ def instrument_pools(
 ) -> None:
     """Report the pools of an application's databases, those of mounted applications too.
 
-    Four metrics, each with the database's name as `db.client.connection.pool.name`:
-    `db.client.connection.count` by state and `db.client.connection.max` are read when they are
-    collected; `db.client.connection.create_time` and `db.client.connection.use_time` are
-    measured by SQLAlchemy's events. What a kind of pool does not know is not reported. An engine
-    under two names is reported under the first. The connections that readiness opens outside a
-    pool are not counted.
+    Seven metrics of `db.client.connection`, each with the database's name as `pool.name`: `count`
+    by state, `max` and `pending_requests` are read when they are collected; `create_time`,
+    `wait_time`, `use_time` and `timeouts` are measured, by `http.route` where FastAPI's telemetry
+    is on. What a kind of pool does not know is not reported, and of waits only those of this
+    package's sessions are known. An engine under two names is reported under the first; where two
+    engines have the same name, the second is `name#2`. The connections that readiness opens
+    outside a pool are not counted.
 
     Args:
         app: one that has not started; databases may be installed on it before and after this.
-        meter_provider: OpenTelemetry's global one unless you give another.
+        meter_provider: by default that of `FastAPI(telemetry=...)`, else OpenTelemetry's global
+            one, as it is when the application starts.
 
     Raises:
         ApplicationAlreadyStartedError: the application has started.
-
-    Example:
-        instrument_pools(app)
     """
-    registry = installations_of(app)
-    if app.middleware_stack is not None or registry.runs:
+    installed = installations_of(app)
+    if app.middleware_stack is not None or installed.runs:
         raise ApplicationAlreadyStartedError(
             "Pools cannot be instrumented: the application has started. Call instrument_pools "
             "where the application is made, before it is served."
         )
-    meter = metrics.get_meter("fastapi_sqlnative", meter_provider=meter_provider)
-    use_times = _UseTimes(_seconds(meter, "use_time", "The time until a connection came back."))
-    pools = _Pools(lambda: running_of(app).databases_from_here(), use_times)
-    meter.create_observable_up_down_counter(
-        "db.client.connection.count",
-        [pools.count],
-        "{connection}",
-        "The number of connections that are currently in the state given.",
-    )
-    meter.create_observable_up_down_counter(
-        "db.client.connection.max",
-        [pools.limit],
-        "{connection}",
-        "The number of open connections that the pool allows.",
-    )
-    create_time = _seconds(meter, "create_time", "The time it took to make a connection.")
-    timed: WeakSet[Engine] = WeakSet()
+    instruments: list[_Instruments] = []
 
     def observe(database: AnyDatabase) -> None:
-        # A ready engine may have been seen at an earlier start, or under another name.
-        if sync_engine(database.engine) not in timed:
-            timed.add(sync_engine(database.engine))
-            _Times(database.name, create_time, use_times).listen(sync_engine(database.engine))
+        if not instruments:  # at the first start: by then the application has its provider
+            provider = meter_provider or _provider_of(app) or metrics.get_meter_provider()
+            instruments.append(_instruments_of(provider))
+            instruments[0].applications.add(app)
+        instruments[0].listen(database)
 
-    registry.observers.append(observe)
-
-
-def _seconds(meter: metrics.Meter, name: str, description: str) -> metrics.Histogram:
-    return meter.create_histogram(
-        f"db.client.connection.{name}",
-        "s",
-        description,
-        explicit_bucket_boundaries_advisory=_BUCKETS,
-    )
+    installed.observers.append(observe)
 
 
-class _Pools:
-    """Read the pools of the databases that run at the time."""
+def _provider_of(app: Starlette) -> metrics.MeterProvider | None:
+    # Private, because FastAPI shows what it was given nowhere else. Without it the global one is.
+    config: Mapping[str, Any] = getattr(app, "_telemetry", {})
+    return config.get("meter_provider")
 
-    def __init__(
-        self, databases: Callable[[], Iterable[AnyDatabase]], use_times: _UseTimes
-    ) -> None:
-        self._databases = databases
-        self._use_times = use_times
+
+def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
+    """Return the instruments that all applications with this provider share.
+
+    The SDK gives each of them the first one's instruments, with the first one's callbacks: so
+    what those read is kept there, and lives as long as they do.
+    """
+    meter = provider.get_meter("fastapi_sqlnative")
+    made = _Instruments(meter)
+    for name, callback, unit, description in (
+        ("count", made.count, "{connection}", "Connections in the state given."),
+        ("max", made.limit, "{connection}", "Open connections that the pool allows."),
+        ("pending_requests", made.pending, "{request}", "Sessions that wait for one."),
+    ):
+        instrument = meter.create_observable_up_down_counter(
+            f"{_PREFIX}.{name}", [callback], unit, description
+        )
+        made = getattr(instrument, _SHARED, made)
+        setattr(instrument, _SHARED, made)
+    return made
+
+
+class _Instruments:
+    """What is reported of all applications with one meter provider.
+
+    Durations are kept until they are collected: to record one costs as much as a checkout.
+    """
+
+    def __init__(self, meter: metrics.Meter) -> None:
+        self.applications: WeakSet[Starlette] = WeakSet()
+        self.timeouts = meter.create_counter(
+            f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that were given up."
+        )
+        self._histograms = {
+            name: meter.create_histogram(
+                f"{_PREFIX}.{name}", "s", description, explicit_bucket_boundaries_advisory=_BUCKETS
+            )
+            for name, description in (
+                ("create_time", "The time it took to make a connection."),
+                ("wait_time", "The time it took to obtain a connection from the pool."),
+                ("use_time", "The time until a connection came back."),
+            )
+        }
+        self._kept: deque[tuple[str, float, Mapping[str, str]]] = deque()
+        self._names: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
+        self._waits: WeakKeyDictionary[AnyDatabase, _Waits] = WeakKeyDictionary()
+
+    def listen(self, database: AnyDatabase) -> None:
+        """Listen to a database that starts, and to its pool once for all its starts."""
+        engine = sync_engine(database.engine)
+        if engine not in self._names:
+            # A mounted application, or another with the same provider, may use a name once more.
+            taken = {self._names.get(each) for each in self._engines()}
+            numbered = (f"{database.name}#{number}" for number in count(2))
+            free = (each for each in chain([database.name], numbered) if each not in taken)
+            self._names[engine] = next(free)
+            _Times(self._names[engine], self).listen(engine)
+        if database not in self._waits:
+            self._waits[database] = _Waits(self._names[engine], self)
+            self._waits[database].listen(database)
+
+    def _engines(self) -> Iterable[Engine]:
+        """List the engines that run, each once."""
+        return dict.fromkeys(
+            sync_engine(database.engine)
+            for app in tuple(self.applications)
+            for database in running_of(app).databases_from_here()
+        )
 
     def count(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         """Observe the connections in use and those that wait."""
-        self._use_times.record()
-        for name, pool in self._named():
+        for engine in self._engines():
             for state, method in ("used", "checkedout"), ("idle", "checkedin"):
-                connections = ask_pool(pool, method)
+                connections = ask_pool(engine.pool, method)
                 if connections is not None:
-                    yield metrics.Observation(connections, {_POOL: name, _STATE: state})
+                    named = {_POOL: self._names[engine], _STATE: state}
+                    yield metrics.Observation(connections, named)
 
     def limit(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         """Observe how many connections there can be."""
-        for name, pool in self._named():
-            capacity = pool_capacity(pool)
+        for engine in self._engines():
+            capacity = pool_capacity(engine.pool)
             if capacity is not None:
-                yield metrics.Observation(capacity, {_POOL: name})
+                yield metrics.Observation(capacity, {_POOL: self._names[engine]})
 
-    def _named(self) -> Iterator[tuple[str, Pool]]:
-        seen: set[Pool] = set()
-        for database in self._databases():
-            if sync_engine(database.engine).pool not in seen:
-                seen.add(sync_engine(database.engine).pool)
-                yield database.name, sync_engine(database.engine).pool
+    def pending(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+        """Observe how many sessions wait; record what was measured since the last time."""
+        self.record()
+        waiting: Counter[str] = Counter()
+        for each in tuple(self._waits.values()):
+            waiting[each.pool] += len(each.waiting)
+        for engine in self._engines():
+            yield metrics.Observation(waiting[self._names[engine]], {_POOL: self._names[engine]})
 
-
-class _UseTimes:
-    """Keep durations until they are collected: to record one costs as much as a checkout."""
-
-    def __init__(self, histogram: metrics.Histogram) -> None:
-        self._histogram = histogram
-        self._waiting: deque[tuple[float, Mapping[str, str]]] = deque()
-
-    def add(self, seconds: float, attributes: Mapping[str, str]) -> None:
-        """Keep one; a thousand are recorded at once, should nobody collect."""
-        self._waiting.append((seconds, attributes))
-        if len(self._waiting) >= 1000:
+    def keep(self, metric: str, began: float, pool: str) -> None:
+        """Keep the time since; a thousand are recorded at once, should nobody collect."""
+        self._kept.append((metric, perf_counter() - began, _attributes(pool)))
+        if len(self._kept) >= 1000:
             self.record()
 
     def record(self) -> None:
         """Record what has been kept."""
         with contextlib.suppress(IndexError):  # empty, or emptied by another thread
             while True:
-                self._histogram.record(*self._waiting.popleft())
+                metric, seconds, attributes = self._kept.popleft()
+                self._histograms[metric].record(seconds, attributes)
+
+
+def _attributes(pool: str) -> Mapping[str, str]:
+    """Name the pool, and the route of the request that is being served, where FastAPI knows it."""
+    data = None if _telemetry_data is None else _telemetry_data()
+    served: Any = data and (data.request or data.websocket)
+    path = served and getattr(served.scope.get("route"), "path_format", None)
+    if not path:
+        return {_POOL: pool}
+    return {_POOL: pool, "http.route": served.scope.get("root_path", "").rstrip("/") + path}
 
 
 class _Times:
-    """Measure how long the connections of one engine are made and used."""
+    """How long the connections of one engine are made and used."""
 
-    def __init__(self, pool: str, create_time: metrics.Histogram, use_times: _UseTimes) -> None:
-        self._attributes = {_POOL: pool}
-        self._create_time = create_time
-        self._use_times = use_times
+    def __init__(self, pool: str, instruments: _Instruments) -> None:
+        self._pool = pool
+        self._instruments = instruments
 
     def listen(self, engine: Engine) -> None:
         """Hear of the connections of the engine's pool, and of those that replace it."""
@@ -182,7 +239,7 @@ class _Times:
         began = record.info.pop(_MAKING, None)
         # Without one the engine has a `creator` of its own.
         if began is not None and OUTSIDE not in record.info:
-            self._create_time.record(perf_counter() - began, self._attributes)
+            self._instruments.keep("create_time", began, self._pool)
 
     def _begin_to_use(
         self, _connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object
@@ -193,4 +250,53 @@ class _Times:
     def _used(self, _connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
         began = record.info.pop(_IN_USE, None)
         if began is not None:
-            self._use_times.add(perf_counter() - began, self._attributes)
+            self._instruments.keep("use_time", began, self._pool)
+
+
+class _Waits:
+    """How long sessions wait for a connection: the pool has no event for the beginning."""
+
+    def __init__(self, pool: str, instruments: _Instruments) -> None:
+        self.pool = pool
+        self.waiting: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
+        self._instruments = instruments
+        self._connected: WeakSet[Session] = WeakSet()
+
+    def listen(self, database: AnyDatabase) -> None:
+        """Hear of the sessions that this handle opens."""
+        sessions = _session_class(database)
+        event.listen(sessions, "do_orm_execute", self._execute)
+        event.listen(sessions, "before_flush", self._begin)
+        event.listen(sessions, "after_begin", self._connect)
+        event.listen(sessions, "after_transaction_end", self._end)
+
+    def _execute(self, state: ORMExecuteState) -> None:
+        self._begin(state.session)
+
+    def _begin(self, session: Session, *_flush: object) -> None:
+        if session not in self._connected:
+            self.waiting.setdefault(session, perf_counter())
+
+    def _connect(self, session: Session, *_transaction: object) -> None:
+        self._connected.add(session)
+        began = self.waiting.pop(session, None)
+        if began is not None:
+            self._instruments.keep("wait_time", began, self.pool)
+
+    def _end(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.parent is not None:
+            return
+        self._connected.discard(session)
+        began = self.waiting.pop(session, None)
+        bind = session.bind
+        # No event tells that the pool has given up; that its time was over does.
+        if began is None or not isinstance(bind, Engine):
+            return
+        if perf_counter() - began >= pool_timeout(bind.pool):
+            self._instruments.timeouts.add(1, _attributes(self.pool))
+
+
+def _session_class(database: AnyDatabase) -> type[Session]:
+    session = sessions_of(database).open()
+    close(session)
+    return type(sync_session(session))

@@ -1,42 +1,28 @@
-"""The application that test_draining restarts, with the lines for SIGTERM as a user writes them."""
+"""The application that test_draining restarts, which drains on SIGTERM."""
 
-import asyncio
+import logging
 import os
-import signal
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import health_router, install_database, start_draining, transactional
+from fastapi_sqlnative import health_router, install_database, transactional
+from fastapi_sqlnative.health import drain_on_sigterm
 from tests.serving import KINDS, Item, using
 
+logging.basicConfig(level=logging.INFO)
 SECONDS = float(os.environ["DRAIN_SECONDS"])
 kind = next(each for each in KINDS if each.id == os.environ["KIND"])
 
 
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    loop = asyncio.get_running_loop()
-    end: Any = signal.getsignal(signal.SIGTERM)  # how the server itself ends
-
-    def drain(number: int, frame: FrameType | None) -> None:
-        start_draining(app)
-        loop.call_soon_threadsafe(loop.call_later, SECONDS, end, number, frame)
-
-    signal.signal(signal.SIGTERM, drain)
-    yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI()
 engine = (create_async_engine if kind.asynchronous else create_engine)(os.environ["DATABASE_URL"])
 install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=10)
 app.include_router(health_router())
+drain_on_sigterm(app, seconds=SECONDS)
 
 
 def add(session: Session, name: str) -> None:

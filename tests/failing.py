@@ -4,6 +4,7 @@ What must not leak is called `canary`: tables, constraints, values, roles and pa
 """
 
 import contextlib
+import datetime
 import random
 import threading
 import time
@@ -15,6 +16,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
+    DateTime,
     Engine,
     ForeignKeyConstraint,
     Integer,
@@ -22,10 +24,12 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    cast,
     create_engine,
     delete,
     event,
     insert,
+    literal,
     make_url,
     select,
     text,
@@ -56,16 +60,10 @@ SQLITE3 = Driver("sqlite3", "sqlite", "pysqlite", False)
 AIOSQLITE = Driver("aiosqlite", "sqlite", "aiosqlite", True)
 PYMYSQL = Driver("pymysql", "mysql", "pymysql", False)
 ASYNCMY = Driver("asyncmy", "mysql", "asyncmy", True)
-DRIVERS = (
-    PSYCOPG_ASYNC,
-    PSYCOPG,
-    PSYCOPG2,
-    ASYNCPG,
-    SQLITE3,
-    AIOSQLITE,
-    PYMYSQL,
-    ASYNCMY,
-)
+# One of each family meets everything; of the others only what a driver has a hand in.
+LEADERS = (PSYCOPG, ASYNCPG, SQLITE3, PYMYSQL)
+FOLLOWERS = (PSYCOPG2, AIOSQLITE, ASYNCMY)
+DRIVERS = (PSYCOPG_ASYNC, *LEADERS, *FOLLOWERS)
 
 
 class Base(DeclarativeBase):
@@ -116,7 +114,13 @@ TABLES = (children, late_children, parents, versioned, locked)
 POSTGRES_ONLY = """
 CREATE TABLE canary_booking (
     span int4range, CONSTRAINT ex_canary_span EXCLUDE USING gist (span WITH &&)
-)
+);
+CREATE TABLE canary_note (id int, text text UNIQUE);
+ALTER TABLE canary_note ENABLE ROW LEVEL SECURITY;
+CREATE POLICY canary_small ON canary_note USING (true) WITH CHECK (id < 10);
+CREATE FUNCTION canary_adopt() RETURNS void LANGUAGE sql AS
+    'INSERT INTO canary_child (id, parent_id, name) VALUES (2, 99, ''canary'')';
+CREATE VIEW canary_adult AS SELECT * FROM canary_parent WHERE id > 10 WITH CHECK OPTION
 """
 
 
@@ -192,7 +196,9 @@ def canary_on_postgres(dsn: str) -> Iterator[Server]:
         server = Server("postgresql", _as(dsn, role), _as(dsn, limited), outside)
         with outside.begin() as connection:
             _drop_roles(connection, role, limited)
-            connection.execute(text("DROP TABLE IF EXISTS canary_booking"))
+            connection.execute(text("DROP TABLE IF EXISTS canary_booking, canary_note CASCADE"))
+            connection.execute(text("DROP FUNCTION IF EXISTS canary_adopt"))
+            connection.execute(text("DROP VIEW IF EXISTS canary_adult"))
         server.create()
         with outside.begin() as connection:
             for statement in (
@@ -307,6 +313,38 @@ def still_referenced_by_update(session: Session, _server: Server) -> None:
     session.execute(update(parents).where(parents.c.id == 1).values(id=3))
 
 
+def missing_parent_behind_a_cte(session: Session, _server: Server) -> None:
+    """Have a comment, and a statement in front of the one that fails."""
+    session.execute(
+        text(
+            "/* DELETE */ WITH canary AS (DELETE FROM canary_late_child RETURNING parent_id)"
+            " INSERT INTO canary_child (id, parent_id, name) VALUES (2, 99, 'canary')"
+        )
+    )
+
+
+def missing_parent_behind_a_comment(session: Session, _server: Server) -> None:
+    session.execute(
+        text(
+            "/* DELETE */ WITH canary AS (SELECT 99 AS id) -- DELETE\n"
+            "INSERT INTO canary_child (id, parent_id, name) SELECT 2, id, 'canary' FROM canary"
+        )
+    )
+
+
+def missing_parent_in_a_function(session: Session, _server: Server) -> None:
+    session.execute(text("SELECT canary_adopt()"))
+
+
+def still_referenced_by_a_merge(session: Session, _server: Server) -> None:
+    session.execute(
+        text(
+            "MERGE INTO canary_parent USING (SELECT 1 AS id) AS gone"
+            " ON gone.id = canary_parent.id WHEN MATCHED THEN DELETE"
+        )
+    )
+
+
 def late_foreign_key(session: Session, _server: Server) -> None:
     session.execute(insert(late_children).values(parent_id=99))
     session.commit()
@@ -358,6 +396,69 @@ def no_such_date(session: Session, _server: Server) -> None:
 
 def nul_character(session: Session, _server: Server) -> None:
     session.execute(insert(children).values(CHILD | {"id": 2, "name": "canary\0"}))
+
+
+def bad_pattern(session: Session, _server: Server) -> None:
+    operator = "~" if session.get_bind().dialect.name == "postgresql" else "REGEXP"
+    session.execute(text(f"SELECT 'canary' {operator} :pattern"), {"pattern": "["}).all()
+
+
+def bad_escape(session: Session, _server: Server) -> None:
+    session.execute(
+        text("SELECT 'canary' LIKE CAST(:pattern AS text)"), {"pattern": "canar\\"}
+    ).all()
+
+
+def negative_limit(session: Session, _server: Server) -> None:
+    session.execute(select(parents).limit(-1)).all()
+
+
+def no_such_zone(session: Session, _server: Server) -> None:
+    session.execute(text("SELECT now() AT TIME ZONE CAST(:zone AS text)"), {"zone": "canary"}).all()
+
+
+def bad_setting(session: Session, _server: Server) -> None:
+    session.execute(text("SET LOCAL statement_timeout = 'canary'"))
+
+
+def too_long_for_an_index(session: Session, server: Server) -> None:
+    noise = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9000))
+    session.execute(text("INSERT INTO canary_note VALUES (1, :noise)"), {"noise": noise})
+
+
+def refused_by_a_view(session: Session, _server: Server) -> None:
+    session.execute(text("INSERT INTO canary_adult VALUES (5)"))
+
+
+def infinity(session: Session, _server: Server) -> None:
+    value = {"value": float("inf")}
+    session.execute(text("SELECT CAST(:value AS DECIMAL)"), value).all()
+
+
+def wrong_type(session: Session, _server: Server) -> None:
+    """Bind what the service should not have bound; asyncpg alone refuses all of these itself."""
+    moment = datetime.datetime.now(datetime.UTC)
+    session.execute(select(cast(literal(moment, DateTime()), DateTime()))).all()
+
+
+def str_for_int(session: Session, _server: Server) -> None:
+    session.execute(select(literal("117", Integer()) + 1)).all()
+
+
+def too_many_parameters(session: Session, _server: Server) -> None:
+    session.execute(select(parents).where(parents.c.id.in_(range(70_000)))).all()
+
+
+def lone_surrogate(session: Session, _server: Server) -> None:
+    session.execute(select(literal("canary\ud800"))).all()
+
+
+def beyond_64_bits(session: Session, _server: Server) -> None:
+    session.execute(text("SELECT :number + 1"), {"number": 2**70}).all()
+
+
+def beyond_python(session: Session, _server: Server) -> None:
+    session.execute(text("SELECT CAST('infinity' AS date)")).all()
 
 
 def not_strictly_typed(session: Session, _server: Server) -> None:
@@ -516,6 +617,10 @@ def read_only(session: Session, server: Server) -> None:
     }
     session.execute(text(begin[server.dialect]))
     unique(session, server)
+
+
+def row_security(session: Session, _server: Server) -> None:
+    session.execute(text("INSERT INTO canary_note VALUES (11, 'canary')"))
 
 
 def permission_denied(session: Session, server: Server) -> None:

@@ -1,12 +1,18 @@
 """An application started in this process, where nothing is promised about a server."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from sqlalchemy import Engine, StaticPool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+
+from fastapi_sqlnative import install_database
+from tests.serving import Kind, route
 
 
 def client_of(app: Starlette) -> httpx.AsyncClient:
@@ -25,6 +31,37 @@ async def start_and_stop(app: Starlette) -> None:
     """Run the application's lifespan, with nothing in it."""
     async with app.router.lifespan_context(app):
         pass
+
+
+def application(
+    engine: Engine | AsyncEngine,
+    kind: Kind,
+    dependency: Callable[..., Any],
+    body: Callable[[Session], Any],
+    **options: Any,
+) -> FastAPI:
+    """Make an application with one database, and one route that gives its session to the body."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, **options)
+    route(app, kind, "/", dependency, body)
+    return app
+
+
+async def ask(
+    engine: Engine | AsyncEngine,
+    kind: Kind,
+    dependency: Callable[..., Any],
+    body: Callable[[Session], Any],
+    **options: Any,
+) -> int:
+    """Send that application one request; what it leaves unanswered is raised here."""
+    async with running(application(engine, kind, dependency, body, **options)) as client:
+        return (await client.post("/")).status_code
+
+
+def session_class(kind: Kind, class_: type[Session]) -> dict[str, Any]:
+    """Return the session options that have a class of the application's do the work."""
+    return {"sync_session_class" if kind.asynchronous else "class_": class_}
 
 
 def sqlite() -> Engine:

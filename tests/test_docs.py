@@ -298,7 +298,7 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
     first, *others = (
         each.content for each in blocks(ROOT / "docs" / page) if each.info == "python"
     )
-    draining = [each for each in others if "def drain(" in each]
+    draining = [each for each in others if "drain_on_sigterm(app" in each]
     (tmp_path / "main.py").write_text(first + "".join(draining), "utf-8")
     environment = {"DATABASE_URL": postgres.url("psycopg"), "DRAIN_SECONDS": "3"}
     with launch([sys.executable, "-m", *command], tmp_path, **environment) as (process, client):

@@ -15,14 +15,16 @@ from pathlib import Path
 import anyio.to_thread
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from conftest import WorkerPostgres
+from fastapi_sqlnative.health import drain_on_sigterm
 from tests.balancer import Balancer, exchange
 from tests.serving import KINDS, Kind, Rows, wait_until
 
 pytestmark = pytest.mark.anyio
 
-WORKERS = 6
+WORKERS = 18  # more than a pool has connections: probes find it full
 ROOT = Path(__file__).parents[1]
 
 
@@ -117,6 +119,18 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("%") == 0)
 
 
+@pytest.mark.parametrize("kind", KINDS[:1], indirect=True, ids=lambda kind: kind.id)
+async def test_a_second_signal_ends_the_draining(processes: Processes) -> None:
+    """Whoever cannot wait says so twice; and a time that cannot be is refused at once."""
+    process = await processes.start(600)
+    process.popen.send_signal(signal.SIGTERM)
+    await anyio.to_thread.run_sync(wait_until, lambda: "The application drains" in process.said)
+    process.popen.send_signal(signal.SIGTERM)
+    assert await process.ended() == -signal.SIGTERM
+    with pytest.raises(ValueError, match="seconds must be at least 0 seconds, and finite"):
+        drain_on_sigterm(FastAPI(), seconds=-1)
+
+
 @dataclass
 class Load:
     """Send requests through the balancer one after another, and remember each answer."""
@@ -160,7 +174,7 @@ async def load(port: int) -> AsyncGenerator[Load]:
 
 
 @pytest.mark.timeout(180)  # four processes start, and the machine may be busy
-@pytest.mark.parametrize("kind", KINDS[:1], indirect=True, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
 async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Rows) -> None:
     """Two processes are replaced one by one under load: every request is answered and stored."""
     async with Balancer().listening() as balancer:

@@ -18,6 +18,8 @@ import pymysql
 import pytest
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -27,6 +29,7 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    create_engine,
     exc,
     func,
     text,
@@ -45,6 +48,7 @@ from fastapi_sqlnative import (
     map_database_error,
 )
 from fastapi_sqlnative.exceptions import (
+    AfterCommitError,
     CommitOutcomeUnknownError,
     PartialCommitError,
     SessionFinishedError,
@@ -84,6 +88,7 @@ OWN: dict[Kind, Exception] = {
     Kind.UNCOMMITTED_CHANGES: UncommittedChangesError(),
     Kind.PARTIAL_COMMIT: PartialCommitError(("a",), "b"),
     Kind.OUTCOME_UNKNOWN: CommitOutcomeUnknownError(),
+    Kind.AFTER_COMMIT: AfterCommitError(),
 }
 
 
@@ -167,7 +172,10 @@ def test_the_code_decides_and_not_the_text_or_class() -> None:
         ("08P01", Kind.UNAVAILABLE),
         ("08007", Kind.OUTCOME_UNKNOWN),
         ("22012", Kind.OTHER),
+        ("22004", Kind.BAD_VALUE),
         ("22023", Kind.OTHER),
+        ("22030", Kind.BAD_VALUE),
+        ("2200H", Kind.OTHER),
         ("23001", Kind.STILL_REFERENCED),
         ("25P03", Kind.UNAVAILABLE),
         ("25P04", Kind.STATEMENT_TIMEOUT),
@@ -206,29 +214,36 @@ def test_an_error_of_a_driver_is_described_without_sqlalchemy(postgres: WorkerPo
     assert found[2].constraint == "uq"
 
 
-def asyncpg_failure(url: str, statement: str = "SELECT 1", **connect_args: Any) -> Exception:
-    async def main() -> None:
-        engine = create_async_engine(url, connect_args=connect_args)
-        try:
-            async with engine.connect() as connection:
-                await connection.execute(text(statement))
-        finally:
-            await engine.dispose()
-
-    with pytest.raises((OSError, asyncpg.PostgresError)) as caught:
-        asyncio.run(main())
-    assert isinstance(caught.value, Exception)
-    return caught.value
+def connecting(error: Exception) -> exc.DBAPIError:
+    """Wrap an error of a driver's that has come before there was a connection."""
+    return exc.OperationalError(None, None, error)
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1:1", "nowhere.invalid:1"], ids=["refused", "unknown-host"]
-)
-def test_asyncpg_that_cannot_connect_is_described(host: str) -> None:
-    """Its bare OSErrors are told from the application's by where they come from."""
-    error = asyncpg_failure(f"postgresql+asyncpg://canary@{host}/canary")
-    assert not isinstance(error, exc.SQLAlchemyError)
-    found = describe_database_error(error)
+def failure_to_connect(driver: str) -> exc.DBAPIError:
+    """Ask where nobody listens; what a driver raises by itself is wrapped by hand."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+    url = f"postgresql+{driver}://canary@127.0.0.1:{port}/canary"
+
+    async def connect() -> None:
+        async with create_async_engine(url).connect():
+            pass
+
+    try:
+        if driver == "asyncpg":
+            asyncio.run(connect())
+        create_engine(url).connect()
+    except exc.DBAPIError as error:
+        return error
+    except OSError as error:
+        return connecting(error)
+    raise AssertionError("somebody listens")
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "asyncpg"])
+def test_a_server_that_nobody_reaches_is_away(driver: str) -> None:
+    """Where there was no connection yet, a driver's error without a code means an outage."""
+    found = describe_database_error(failure_to_connect(driver))
     assert found is not None
     assert (found.kind, found.code, found.transient, found.retryable) == (
         Kind.UNAVAILABLE,
@@ -238,25 +253,97 @@ def test_asyncpg_that_cannot_connect_is_described(host: str) -> None:
     )
 
 
-def test_asyncpg_that_waits_in_vain_to_connect_is_described() -> None:
-    """A server that accepts and says nothing is away, too."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        error = asyncpg_failure(f"postgresql+asyncpg://canary@127.0.0.1:{port}/canary", timeout=0.2)
-    assert type(error) is TimeoutError
-    found = describe_database_error(error)
-    assert found is not None
-    assert found.kind is Kind.UNAVAILABLE
+CLOSED = asyncpg.InterfaceError("connection is closed")
 
 
-def test_asyncpg_that_waits_in_vain_for_an_answer_is_described(postgres: WorkerPostgres) -> None:
-    """Its own timeout for a statement is one, like the server's."""
-    url = postgres.url("asyncpg")
-    error = asyncpg_failure(url, "SELECT pg_sleep(5)", command_timeout=0.1)
-    assert type(error) is TimeoutError
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (connecting(ConnectionResetError()), Kind.UNAVAILABLE),
+        (connecting(TimeoutError()), Kind.UNAVAILABLE),
+        (connecting(asyncpg.ConnectionDoesNotExistError()), Kind.UNAVAILABLE),
+        (connecting(asyncpg.exceptions.TargetServerAttributeNotMatched()), Kind.UNAVAILABLE),
+        (connecting(asyncpg.TooManyConnectionsError()), Kind.TOO_MANY_CONNECTIONS),
+        (connecting(asyncpg.InvalidPasswordError()), Kind.PERMISSION_DENIED),
+        (connecting(asyncpg.InvalidParameterValueError()), Kind.OTHER),
+        (connecting(asyncpg.ClientConfigurationError("no such file")), Kind.OTHER),
+        (connecting(psycopg.errors.ConnectionTimeout()), Kind.UNAVAILABLE),
+        (exc.InterfaceError(None, None, CLOSED), Kind.UNAVAILABLE),
+        (exc.InterfaceError("SELECT 1", None, CLOSED), Kind.UNAVAILABLE),
+        (exc.InterfaceError("SELECT 1", None, asyncpg.InterfaceError("busy")), Kind.OTHER),
+        (exc.OperationalError("SELECT 1", None, psycopg.OperationalError("busy")), Kind.OTHER),
+        (exc.OperationalError("SELECT 1", None, TimeoutError()), Kind.STATEMENT_TIMEOUT),
+        (exc.OperationalError("SELECT 1", None, ConnectionResetError()), Kind.UNAVAILABLE),
+    ],
+    ids=repr,
+)
+def test_an_error_without_a_statement_is_of_connecting(error: Exception, kind: Kind) -> None:
+    """What a driver raises before or instead of an error with a code is told by when it came."""
     found = describe_database_error(error)
     assert found is not None
-    assert (found.kind, found.transient) == (Kind.STATEMENT_TIMEOUT, False)
+    assert found.kind is kind
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("FATAL:  sorry, too many clients already", Kind.TOO_MANY_CONNECTIONS),
+        ('- host a: FATAL:  role "canary" does not exist', Kind.PERMISSION_DENIED),
+        ('FATAL:  password authentication failed for user "x"', Kind.PERMISSION_DENIED),
+        ("fe_sendauth: no password supplied", Kind.PERMISSION_DENIED),
+        ('FATAL:  database "canary" does not exist', Kind.OTHER),
+        ("FATAL:  die Datenbank startet gerade", Kind.UNAVAILABLE),
+    ],
+)
+def test_a_refusal_that_libpq_only_words_is_read(said: str, kind: Kind) -> None:
+    """Its English words tell a refused role or database from a server that is away."""
+    found = describe_database_error(connecting(psycopg.OperationalError(f"failed\n{said}\n")))
+    assert found is not None
+    assert found.kind is kind
+
+
+class UnknownDriverError(Exception):
+    """Be of a driver that nobody here knows, with the number and text of MySQL's."""
+
+    sqlstate = "23505"
+
+
+def test_a_driver_that_is_not_known_is_not_read_as_another() -> None:
+    """Codes belong to a driver: of an unknown one only SQLAlchemy's word about the loss counts."""
+    error = UnknownDriverError(1062, "Duplicate entry 'a' for key 'b'")
+    found = describe_database_error(exc.IntegrityError("INSERT", None, error))
+    assert (found and found.kind, found and found.code) == (Kind.OTHER, None)
+    lost = exc.OperationalError("INSERT", None, error, connection_invalidated=True)
+    found = describe_database_error(lost)
+    assert (found and found.kind, found and found.retryable) == (Kind.UNAVAILABLE, True)
+    assert describe_database_error(error) is None
+
+
+def test_a_code_of_another_database_is_none() -> None:
+    """A PostgreSQL driver's SQLSTATE is not looked up among the numbers of MySQL's."""
+    found = describe_database_error(wrapped(Stating("1062", "")))
+    assert found is not None
+    assert found.kind is Kind.OTHER
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("inside", ["57P01", "40001"])
+def test_the_cause_of_an_error_of_ours_decides_nothing(own: Kind, inside: str) -> None:
+    """What may be stored is never told to be tried again, whatever it was caused by."""
+    lost = exc.OperationalError("UPDATE t", None, Stating(inside, ""), connection_invalidated=True)
+    found = describe_database_error(raised(lost, OWN[own]))
+    assert found is not None
+    assert (found.kind, found.retryable, found.transient) == (own, False, own is Kind.POOL_TIMEOUT)
+
+
+def test_a_group_of_one_failure_is_that_failure() -> None:
+    """A task group with one that failed is described by it, and one with several by none."""
+    one = ExceptionGroup("tasks", [ExceptionGroup("tasks", [wrapped(UNIQUE)])])
+    found = describe_database_error(one)
+    assert found is not None
+    assert found.kind is Kind.UNIQUE
+    two = ExceptionGroup("tasks", [wrapped(UNIQUE), wrapped(UNIQUE)])
+    assert describe_database_error(two) is None
 
 
 def test_a_connection_that_may_have_been_lost_in_commit_is_not_retryable() -> None:
@@ -282,27 +369,80 @@ def test_a_description_cannot_be_changed() -> None:
         ("INSERT INTO child VALUES (1)", Kind.MISSING_PARENT),
         ('  insert into "child" VALUES (1)', Kind.MISSING_PARENT),
         ("DELETE FROM parent", Kind.STILL_REFERENCED),
-        ("UPDATE child SET x = 1", Kind.MISSING_PARENT),
-        ('UPDATE public."child" SET x = 1', Kind.MISSING_PARENT),
-        ("UPDATE ONLY child SET x = 1", Kind.MISSING_PARENT),
-        ("UPDATE parent SET x = 1", Kind.STILL_REFERENCED),
-        ("WITH x AS (SELECT 1) INSERT INTO child SELECT 1", Kind.FOREIGN_KEY),
-        ("CALL anything()", Kind.FOREIGN_KEY),
+        ("/* UPDATE */ -- DELETE\n INSERT INTO child VALUES (1)", Kind.MISSING_PARENT),
+        ("WITH x AS (SELECT 'DELETE') INSERT INTO child SELECT 1", Kind.MISSING_PARENT),
+        ("UPDATE child SET x = 1", Kind.FOREIGN_KEY),
+        ("INSERT OR REPLACE INTO child VALUES (1)", Kind.FOREIGN_KEY),
+        ("REPLACE INTO child VALUES (1)", Kind.FOREIGN_KEY),
         (None, Kind.FOREIGN_KEY),
     ],
 )
 def test_which_way_a_foreign_key_failed_is_told_by_the_statement(
     statement: str | None, kind: Kind
 ) -> None:
-    """PostgreSQL has one code for both; where the statement does not tell, nobody guesses."""
+    """SQLite says only that one failed; where the statement does not tell, nobody guesses."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+        memory.executescript(
+            "PRAGMA foreign_keys = ON; CREATE TABLE parent (id INTEGER PRIMARY KEY);"
+            "CREATE TABLE child (id INT REFERENCES parent)"
+        )
+        with pytest.raises(sqlite3.Error) as caught:
+            memory.execute("INSERT INTO child VALUES (1)")
+    found = describe_database_error(wrapped(caught.value, statement))
+    assert found is not None
+    assert found.kind is kind
 
-    class OnChild(asyncpg.ForeignKeyViolationError):  # type: ignore[misc] # asyncpg has no types
-        table_name = "child"
-        constraint_name = "fk"
 
-    found = describe_database_error(wrapped(OnChild(), statement))
+class ForeignKey(asyncpg.ForeignKeyViolationError):  # type: ignore[misc] # asyncpg has no types
+    table_name = "child"
+    constraint_name = "fk"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ('insert or update on table "child" violates constraint "fk"', Kind.MISSING_PARENT),
+        ("Einfügen in Tabelle »child« verletzt Constraint »fk«", Kind.MISSING_PARENT),
+        ("« child » « fk »", Kind.MISSING_PARENT),
+        ('update or delete on "parent" violates "fk" on "child"', Kind.STILL_REFERENCED),
+        ("Löschen in »parent« verletzt »fk« von »child«", Kind.STILL_REFERENCED),
+        ("", Kind.FOREIGN_KEY),
+    ],
+)
+def test_postgresql_tells_the_way_by_the_number_of_names(said: str, kind: Kind) -> None:
+    """Its sentence names one table or two in any language, whatever statement has run."""
+    error: Any = ForeignKey(said)
+    error.message = said
+    found = describe_database_error(wrapped(error, "SELECT a_function()"))
     assert found is not None
     assert (found.kind, found.table, found.constraint) == (kind, "child", "fk")
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "statement", "constraint", "table"),
+    [
+        (1062, "Duplicate entry 'a' for key 'uq-email'", "INSERT", "uq-email", None),
+        (1062, "Duplicate entry 'a' for key 'uq.email'", "INSERT INTO t", "uq.email", None),
+        (1062, "Duplicate entry 'a' for key 't.uq.email'", "INSERT INTO `t`", "uq.email", "t"),
+        (1062, "Duplicate entry 'x' for key 'y' for key 'uq'", "INSERT", "uq", None),
+        (
+            1452,
+            "Cannot add or update a child row: a foreign key constraint fails (`my-db`.`t-1`, "
+            "CONSTRAINT `fk.a``b` FOREIGN KEY (`x`) REFERENCES `p` (`id`))",
+            "INSERT",
+            "fk.a`b",
+            "t-1",
+        ),
+        (4025, "CONSTRAINT `ck.a` failed for `my-db`.`t-1`", "INSERT", "ck.a", "t-1"),
+    ],
+)
+def test_names_of_mysql_may_hold_anything(
+    code: int, said: str, statement: str, constraint: str, table: str | None
+) -> None:
+    """Dashes, dots and backticks belong to a name, and what a value says does not."""
+    found = describe_database_error(wrapped(pymysql.err.IntegrityError(code, said), statement))
+    assert found is not None
+    assert (found.constraint, found.table) == (constraint, table)
 
 
 # --- metadata -----------------------------------------------------------------------------------
@@ -384,6 +524,150 @@ def test_metadata_names_the_constraint_of_what_sqlite_states(
     assert (found.constraint, found.table, found.columns) == (constraint, table, tuple(names))
 
 
+LONG = "uq_a_table_with_a_name_of_some_length_a_column_with_a_name_of_some_length"
+CUT = MetaData(naming_convention={"uq": "uq_%(table_name)s_%(column_0_name)s"})
+Table(
+    "a_table_with_a_name_of_some_length",
+    CUT,
+    Column("a_column_with_a_name_of_some_length", String, unique=True),
+    Column("a_column_with_a_name_of_some_length_too", String, unique=True),
+)
+Table("parted", CUT, Column("id", Integer), Column("year", Integer))
+parted = CUT.tables["parted"]
+Index("uq_parted", parted.c.id, parted.c.year, unique=True)
+
+
+def postgres_failure(postgres: WorkerPostgres, *statements: str) -> exc.DBAPIError:
+    """Run statements beside the table with long names, and give what the last one fails with."""
+    engine = create_engine(postgres.url("psycopg"))
+    *before, last = statements
+    with engine.connect() as connection:
+        CUT.tables["a_table_with_a_name_of_some_length"].create(connection)
+        for statement in before:
+            connection.execute(text(statement))
+        with pytest.raises(exc.DBAPIError) as caught:
+            connection.execute(text(last))
+    engine.dispose()
+    return caught.value
+
+
+def test_metadata_knows_a_name_that_was_too_long(postgres: WorkerPostgres) -> None:
+    """What SQLAlchemy has shortened for the database is found by the name in the metadata."""
+    insert = "INSERT INTO a_table_with_a_name_of_some_length VALUES ('a', '{}')"
+    error = postgres_failure(postgres, insert.format(1), insert.format(2))
+    stated = describe_database_error(error)
+    found = describe_database_error(error, metadata=CUT)
+    assert stated is not None
+    assert found is not None
+    assert stated.constraint != LONG
+    assert (found.constraint, found.columns) == (LONG, ("a_column_with_a_name_of_some_length",))
+    for name in LONG, stated.constraint:
+        rules: Any = {"constraints": {name: "Taken."}, "metadata": CUT}
+        assert mapped(error, **rules).detail == "Taken."
+
+
+PARTITIONS = (
+    "CREATE TABLE parted (id int, year int, UNIQUE (id, year)) PARTITION BY RANGE (year)",
+    "CREATE TABLE parted_2024 PARTITION OF parted FOR VALUES FROM (2024) TO (2025)",
+    "CREATE TABLE log (id int, year int, UNIQUE (id, year)); INSERT INTO log VALUES (1, 2024)",
+    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
+    " 'BEGIN INSERT INTO log VALUES (NEW.id, NEW.year); RETURN NEW; END'",
+)
+
+
+@pytest.mark.parametrize(
+    ("statements", "constraint"),
+    [
+        (["INSERT INTO parted VALUES (1, 2024), (1, 2024)"], "uq_parted"),
+        (["WITH a AS (SELECT 1) INSERT INTO parted VALUES (1, 2024), (1, 2024)"], "uq_parted"),
+        (["INSERT INTO parted_2024 VALUES (1, 2024), (1, 2024)"], "parted_2024_id_year_key"),
+        (["INSERT INTO log SELECT 1, 2024 FROM parted RIGHT JOIN log ON true"], "log_id_year_key"),
+        (
+            [
+                "CREATE TRIGGER note BEFORE INSERT ON parted FOR EACH ROW EXECUTE FUNCTION note()",
+                "INSERT INTO parted VALUES (1, 2024)",
+            ],
+            "log_id_year_key",
+        ),
+    ],
+    ids=["table", "cte", "partition", "another-table", "trigger"],
+)
+def test_metadata_knows_the_key_of_a_partitioned_table(
+    postgres: WorkerPostgres, statements: list[str], constraint: str
+) -> None:
+    """The statement names the table, and the error a partition's key; nobody else's is taken."""
+    found = describe_database_error(
+        postgres_failure(postgres, *PARTITIONS, *statements), metadata=CUT
+    )
+    assert found is not None
+    assert found.constraint == constraint
+
+
+# --- any object ---------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(),
+    st.text(max_size=20),
+    st.binary(max_size=5),
+    st.lists(st.text(max_size=5), max_size=2),
+    st.builds(Hostile),
+    st.sampled_from(["23505", "22023", "42501", 1062, 1452, "SQLITE_CONSTRAINT_UNIQUE"]),
+    st.builds(OSError),
+)
+NAMES = "sqlstate pgcode diag constraint_name table_name detail context sqlite_errorname message"
+
+
+@st.composite
+def errors(draw: st.DrawFn) -> object:
+    """Draw an error of a driver's with odd attributes, wrapped or in a group or as a cause."""
+    known = [psycopg.OperationalError, sqlite3.Error, pymysql.err.MySQLError, ValueError, OSError]
+    error = draw(st.sampled_from([*known, asyncpg.PostgresError]))(*draw(st.lists(VALUES)))
+    for name, value in draw(st.dictionaries(st.sampled_from(NAMES.split()), VALUES)).items():
+        with contextlib.suppress(AttributeError, TypeError):  # one that a class keeps for itself
+            setattr(error, name, value)
+    odd: Any = draw(VALUES)
+    wrappers: list[Callable[[], object]] = [
+        lambda: error,
+        lambda: odd,
+        lambda: exc.DBAPIError(odd, odd, error),
+        lambda: exc.DBAPIError("INSERT INTO t", None, odd),
+        lambda: ExceptionGroup("", [error]),
+        lambda: raised(error, RuntimeError()),
+    ]
+    return draw(st.sampled_from(wrappers))()
+
+
+@given(errors())
+@settings(max_examples=300, deadline=None)
+def test_describing_never_fails(error: Any) -> None:
+    """Whatever object is given: in an exception handler there is nobody left to catch more."""
+    describe_database_error(error)
+    describe_database_error(error, metadata=METADATA)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "said",
+    ["FATAL:  ", 'FATAL:  role "', "UNIQUE constraint failed: a.b, ", "CONSTRAINT ``", "(a)=",
+     "Duplicate entry '' for key '", "/*", "'", "Cannot a: a foreign key constraint fails (`a`.`"],
+)  # fmt: skip
+def test_describing_takes_time_in_proportion_to_the_message(said: str) -> None:
+    """A message of a megabyte does not hold up the process: its parts are looked at once."""
+    long = said * (1_000_000 // len(said))
+    describe_database_error(connecting(psycopg.OperationalError(long)))
+    describe_database_error(connecting(sqlite3.IntegrityError(long)))
+    error = sqlite3.IntegrityError()
+    error.sqlite_errorname = "SQLITE_CONSTRAINT_FOREIGNKEY"
+    describe_database_error(wrapped(error, long))
+
+
 # --- mapping ------------------------------------------------------------------------------------
 
 
@@ -400,7 +684,8 @@ def test_a_mapped_failure_keeps_its_cause(caplog: pytest.LogCaptureFixture) -> N
         found = mapped(error)
     assert (found.status_code, found.__cause__) == (409, error)
     (record,) = caplog.records
-    assert (record.levelname, record.exc_info and record.exc_info[1]) == ("INFO", error)
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert "23505" in record.getMessage()
 
 
 HTTP_ERRORS = [HTTPException(418), StarletteHTTPException(418)]
@@ -430,6 +715,7 @@ def test_what_is_no_failure_comes_back_itself(
         (Kind.UNCOMMITTED_CHANGES, 500),
         (Kind.PARTIAL_COMMIT, 500),
         (Kind.OUTCOME_UNKNOWN, 500),
+        (Kind.AFTER_COMMIT, 500),
     ],
 )
 def test_our_own_errors_are_mapped(kind: Kind, status: int) -> None:
@@ -526,12 +812,13 @@ def test_a_rule_checks_itself(options: dict[str, Any], error: type[Exception]) -
         ErrorRule(**options)
 
 
-@pytest.mark.parametrize("kind", ["outcome_unknown", "partial_commit"])
+@pytest.mark.parametrize("kind", ["outcome_unknown", "partial_commit", "after_commit"])
 def test_nobody_is_told_to_repeat_what_is_half_stored(kind: str) -> None:
     """Not even an application can answer an unknown outcome with Retry-After."""
-    rules: dict[str, Any] = {kind: ErrorRule("Again.", 503, retry_after=1)}
-    with pytest.raises(ValueError, match=kind):
-        http_errors(**rules)
+    for status, later in (503, None), (503, 1), (500, 1):
+        rules: dict[str, Any] = {kind: ErrorRule("Again.", status, retry_after=later)}
+        with pytest.raises(ValueError, match=kind):
+            http_errors(**rules)
     rules = {kind: ErrorRule("Look.", 502)}
     http_errors(**rules)
 

@@ -1,24 +1,40 @@
 """`http_errors` around a block, `install_error_handlers` around an application, and OpenAPI."""
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, HTTPException, Request, WebSocket
-from fastapi.responses import JSONResponse
+import starlette
+from fastapi import (
+    APIRouter,
+    BackgroundTasks,
+    Depends,
+    FastAPI,
+    HTTPException,
+    Request,
+    WebSocket,
+)
+from fastapi.responses import JSONResponse, StreamingResponse
 from openapi_spec_validator import validate
+from pydantic import BaseModel
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.exc import IntegrityError, NoResultFound
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.testclient import TestClient
 
+from conftest import WorkerPostgres
 from fastapi_sqlnative import (
+    AsyncDatabase,
     DatabaseErrorKind,
     ErrorRule,
     error_responses,
+    get_database_handle,
     get_db,
     http_errors,
     install_database,
@@ -26,14 +42,16 @@ from fastapi_sqlnative import (
     map_database_error,
     transactional,
 )
-from fastapi_sqlnative._rules import ErrorRules
+from fastapi_sqlnative.errors._log import FailureLog
+from fastapi_sqlnative.errors._rules import ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, items, route
 
 UNIQUE_NAME = "item_name_key"
-Body = Callable[[Session], Any]
+PROBLEM = "application/problem+json"
+Work = Callable[[Session], Any]
 
 
 def make_app(engine: Engine | AsyncEngine, **handlers: Any) -> FastAPI:
@@ -45,14 +63,14 @@ def make_app(engine: Engine | AsyncEngine, **handlers: Any) -> FastAPI:
     return app
 
 
-def call(app: FastAPI, kind: Kind, body: Body, dependency: Any = None) -> Any:
+def call(app: FastAPI, kind: Kind, body: Work, dependency: Any = None) -> Any:
     """Run a body in a route of its own."""
     route(app, kind, "/", dependency or transactional(), body)
     with TestClient(app, raise_server_exceptions=False) as client:
         return client.post("/")
 
 
-def add(name: str, position: int | None = None) -> Body:
+def add(name: str, position: int | None = None) -> Work:
     def body(session: Session) -> None:
         session.add(Item(name=name, position=position))
 
@@ -101,6 +119,60 @@ def test_a_block_lets_everything_else_through(kind: Kind, engine: Engine) -> Non
     assert call(app, kind, body).status_code == 418
 
 
+class TakenError(Exception):
+    """Be an error of the application's own."""
+
+
+def test_an_error_that_the_application_has_made_of_one_is_its_own(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a block raises `from` a failure reaches the application's handler, unmapped."""
+    rows.add("a")
+
+    def body(session: Session) -> None:
+        with http_errors(unique="Nobody reads this."):
+            try:
+                add_and_flush(session)
+            except IntegrityError as error:
+                raise TakenError from error
+
+    app = make_app(engine)
+    app.add_exception_handler(TakenError, lambda *_: JSONResponse("taken", 418))
+    assert call(app, kind, body).json() == "taken"
+    assert caplog.records == []
+
+
+def test_a_task_group_with_one_failure_is_answered(postgres: WorkerPostgres, rows: Rows) -> None:
+    """One failure in a group is that failure, in a block and app-wide; two stay a group."""
+    rows.add("a")
+    app = make_app(create_async_engine(postgres.url("psycopg")))
+
+    async def add_a(database: AsyncDatabase) -> None:
+        async with asyncio.TaskGroup() as tasks, database.transaction() as session:
+            await tasks.create_task(session.run_sync(add_and_flush))
+
+    @app.post("/block")
+    async def block(database: Annotated[AsyncDatabase, Depends(get_database_handle())]) -> None:
+        with http_errors(unique="Taken."):
+            await add_a(database)
+
+    @app.post("/app")
+    async def everywhere(
+        database: Annotated[AsyncDatabase, Depends(get_database_handle())],
+    ) -> None:
+        await add_a(database)
+
+    @app.post("/two")
+    async def two() -> None:
+        raise ExceptionGroup("tasks", [DBAPIError("", None, Exception()), LookupError()])
+
+    groups_are_answered = starlette.__version__ >= "0.46"
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.post("/block").json() == {"detail": "Taken."}
+        assert client.post("/app").status_code == (409 if groups_are_answered else 500)
+        assert client.post("/two").status_code == 500
+
+
 def test_a_block_can_stand_where_it_is_imported() -> None:
     """Without a session it keeps no state: one object serves any number of blocks at once."""
     block = http_errors(unique="Taken.")
@@ -110,7 +182,7 @@ def test_a_block_can_stand_where_it_is_imported() -> None:
         raise ValueError("inner")
 
 
-def in_a_savepoint(session: Session, work: Body, **rules: Any) -> None:
+def in_a_savepoint(session: Session, work: Work, **rules: Any) -> None:
     with http_errors(session, **rules):
         work(session)
 
@@ -131,7 +203,7 @@ def test_an_addition_fails_at_the_end_of_its_block(kind: Kind, engine: Engine, r
 
 @pytest.mark.parametrize("failing", [add("a"), add_and_flush], ids=["at-the-end", "inside"])
 def test_a_transaction_goes_on_after_a_block_that_failed(
-    kind: Kind, engine: Engine, rows: Rows, failing: Body
+    kind: Kind, engine: Engine, rows: Rows, failing: Work
 ) -> None:
     """The savepoint takes back what the block did, and the rest of the request is stored."""
     rows.add("a")
@@ -211,6 +283,34 @@ def test_a_failed_commit_is_answered(kind: Kind, engine: Engine, rows: Rows) -> 
     assert rows.names == ["a"]
 
 
+@of(True)
+def test_a_connection_that_asyncpg_cannot_make_is_a_503(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """Away is away: the driver's bare OSError is answered as the others' errors are."""
+    engine = make_engine(connect_args={"host": "127.0.0.1", "port": 1})
+    response = call(make_app(engine), kind, lambda session: session.execute(select(items)))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+
+
+@of(True)
+def test_a_failure_in_a_stream_from_the_server_is_answered(kind: Kind, engine: AsyncEngine) -> None:
+    """SQLAlchemy lets asyncpg's errors through while rows are fetched: they are answered too."""
+    app = make_app(engine)
+
+    @app.get("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        stream = await session.stream(
+            text("SELECT 100 / (5000 - n) FROM generate_series(1, 9999) n")
+        )
+        async for _ in stream:
+            pass
+
+    with TestClient(app) as client:
+        response = client.get("/")
+    assert (response.status_code, list(response.json())) == (500, ["detail"])
+
+
 def test_a_forgotten_commit_is_a_500(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,6 +327,7 @@ def test_a_swallowed_failure_is_a_500_and_no_conflict(
     rows.add("a")
 
     def body(session: Session) -> None:
+        session.execute(insert(items).values(name="lost"))
         with contextlib.suppress(IntegrityError):
             session.execute(insert(items).values(name="a"))
 
@@ -283,34 +384,6 @@ def test_what_is_no_failure_is_raised_again(
         client.post("/")
     assert raised.value is error
     assert caplog.records == []
-
-
-@of(True)
-def test_a_connection_that_asyncpg_cannot_make_is_a_503(
-    kind: Kind, make_engine: MakeEngine
-) -> None:
-    """Away is away: the driver's bare OSError is answered as the others' errors are."""
-    engine = make_engine(connect_args={"host": "127.0.0.1", "port": 1})
-    response = call(make_app(engine), kind, lambda session: session.execute(select(items)))
-    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-
-
-@of(True)
-def test_a_failure_in_a_stream_from_the_server_is_answered(kind: Kind, engine: AsyncEngine) -> None:
-    """SQLAlchemy lets asyncpg's errors through while rows are fetched: they are answered too."""
-    app = make_app(engine)
-
-    @app.get("/")
-    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
-        stream = await session.stream(
-            text("SELECT 100 / (5000 - n) FROM generate_series(1, 9999) n")
-        )
-        async for _ in stream:
-            pass
-
-    with TestClient(app) as client:
-        response = client.get("/")
-    assert (response.status_code, list(response.json())) == (500, ["detail"])
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
@@ -390,6 +463,134 @@ def test_handlers_are_installed_once_and_before_the_start(kind: Kind, engine: En
         install_error_handlers(app)
 
 
+def test_what_fails_after_the_response_is_nobody_elses(kind: Kind, engine: Engine) -> None:
+    """An OSError of a background task or a stream reaches the server as itself."""
+    app = make_app(engine)
+
+    @app.get("/task")
+    async def task(tasks: BackgroundTasks) -> None:
+        tasks.add_task(open, "/nowhere/report.csv")
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def chunks() -> AsyncGenerator[bytes]:
+            yield b"one"
+            raise TimeoutError
+
+        return StreamingResponse(chunks())
+
+    with TestClient(app) as client:
+        with pytest.raises(FileNotFoundError):
+            client.get("/task")
+        # Older versions of Starlette put what fails in a stream in a group.
+        with pytest.raises((TimeoutError, ExceptionGroup)):
+            client.get("/stream")
+
+
+def mount(app: FastAPI, kind: Kind, path: str) -> FastAPI:
+    """Mount an application with a route that adds a row."""
+    mounted = FastAPI()
+    route(mounted, kind, "/", transactional(), add_and_flush)
+    app.mount(path, mounted)
+    return mounted
+
+
+def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """One call is for all that are mounted by then, at any depth; handlers that they have stay."""
+    rows.add("a")
+    app = make_app(engine, handlers=False)
+    deep = mount(mount(app, kind, "/one"), kind, "/two")
+    install_error_handlers(deep, unique="Taken in two.")
+    third = mount(deep, kind, "/three")
+    third.add_exception_handler(IntegrityError, lambda *_: JSONResponse("own", 418))
+    install_error_handlers(app, problem_details=True, unique="Taken.")
+    mount(app, kind, "/late")
+    with TestClient(app) as client:
+        assert client.post("/one/").json()["title"] == "Conflict"
+        assert client.post("/one/two/").json() == {"detail": "Taken in two."}
+        assert client.post("/one/two/three/").json() == "own"
+        # Starlette's word for what the mounted application has let through as a 500.
+        with pytest.raises(RuntimeError, match="already started"):
+            client.post("/late/")
+
+
+def test_a_read_only_server_is_away_if_the_application_says_so(
+    kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writes that a standby refuses are answered as an outage by one option, and pass."""
+
+    def body(session: Session) -> None:
+        session.execute(text("SET TRANSACTION READ ONLY"))
+        add_and_flush(session)
+
+    app = make_app(engine, read_only=ErrorRule("Read only.", 503, retry_after=5))
+    response = call(app, kind, body)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+
+
+# --- the log ------------------------------------------------------------------------------------
+
+
+def test_what_passes_is_one_line_in_the_log(
+    kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However often it comes: kind, code, database, answer and route, and no traceback."""
+
+    def body(session: Session) -> None:
+        try:
+            session.execute(text("DO $$ BEGIN RAISE SQLSTATE '55P03'; END $$"))
+        except DBAPIError as error:
+            error.database_name = "stock"  # type: ignore[attr-defined] # the session's to set
+            raise
+
+    app = make_app(engine)
+    route(app, kind, "/items/{name}", transactional(), body)
+    with TestClient(app) as client:
+        assert {client.post(f"/items/{n}").status_code for n in range(20)} == {503}
+    (record,) = caplog.records
+    assert (record.levelname, record.exc_info) == ("WARNING", None)
+    assert record.getMessage() == (
+        "A failure of database 'stock' (lock_not_available, code 55P03) is answered with 503 "
+        "on POST /items/{name}."
+    )
+
+
+def test_what_a_developer_must_see_is_an_error_in_the_log(
+    kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug has its traceback each time, even where it is answered as something else."""
+    app = make_app(engine, other=ErrorRule("Later.", 503))
+    route(app, kind, "/", transactional(), lambda session: session.execute(text("SELECT nothing")))
+    with TestClient(app) as client:
+        assert {client.post("/").status_code for _ in range(3)} == {503}
+    assert [each.levelname for each in caplog.records] == ["ERROR"] * 3
+    assert all(each.exc_info for each in caplog.records)
+
+
+def test_repeats_are_told_at_the_end_of_their_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of those that were left out comes once, and then all begins anew."""
+    due: list[Callable[[], None]] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        later = lambda _delay, run, *args: due.append(lambda: run(*args))  # noqa: E731 - a fake
+        monkeypatch.setattr(loop, "call_later", later)
+        log = FailureLog(window=60)
+        for _ in range(4):
+            log.write(logging.WARNING, "Full", "", PoolTimeoutError())
+        due.pop()()
+        log.write(logging.WARNING, "Full", "", PoolTimeoutError())
+        due.pop()()
+
+    asyncio.run(main())
+    first, repeats, again = [each.getMessage() for each in caplog.records]
+    assert first == again == "Full."
+    assert repeats == "Full: 3 times more in 60s."
+
+
 # --- problem details ----------------------------------------------------------------------------
 
 E_MAIL = ErrorRule("E-mail already registered.", pointer="#/email")
@@ -440,6 +641,66 @@ def test_other_errors_are_no_problem_details(kind: Kind, engine: Engine) -> None
     )
 
 
+class Body(BaseModel):
+    tags: dict[str, int]
+
+
+def problems(app: FastAPI) -> FastAPI:
+    """Add routes that refuse a request in FastAPI's ways."""
+
+    @app.post("/invalid")
+    def invalid(body: Body, page: int = 1) -> None: ...
+
+    @app.get("/missing")
+    def missing() -> None:
+        raise HTTPException(404, "Nowhere.", {"X-Own": "1"})
+
+    @app.get("/context")
+    def context() -> None:
+        raise HTTPException(403, {"needs": "admin"})
+
+    @app.get("/unchanged")
+    def unchanged() -> None:
+        raise HTTPException(304)
+
+    return app
+
+
+def test_every_error_can_be_a_problem() -> None:
+    """The application's other errors have the same format, with what they have said, on request."""
+    app = problems(FastAPI())
+    install_error_handlers(app, problem_details=True, every_error=True)
+    validate(app.openapi())
+    documented = app.openapi()["paths"]["/invalid"]["post"]["responses"]["422"]["content"]
+    with TestClient(app) as client:
+        missing = client.get("/missing")
+        assert (missing.headers["content-type"], missing.headers["x-own"]) == (PROBLEM, "1")
+        assert missing.json()["detail"] == "Nowhere."
+        assert client.get("/nowhere").json()["title"] == "Not Found"
+        assert client.get("/context").json()["context"] == {"needs": "admin"}
+        assert client.get("/unchanged").content == b""
+        invalid = client.post("/invalid?page=x", json={"tags": {"a/b": "x"}})
+        no_json = client.post(
+            "/invalid", content=b"{", headers={"content-type": "application/json"}
+        )
+    assert (invalid.status_code, invalid.headers["content-type"]) == (422, PROBLEM)
+    where = [each.get("pointer") or each["parameter"] for each in invalid.json()["errors"]]
+    assert where == ["page", "#/tags/a~1b"]
+    assert no_json.json()["errors"][0]["pointer"] == "#"
+    assert list(documented) == [PROBLEM]
+
+
+def test_every_error_leaves_handlers_of_the_application() -> None:
+    """Where the application has worded an error itself, nothing is changed."""
+    app = problems(FastAPI())
+    app.add_exception_handler(StarletteHTTPException, lambda *_: JSONResponse("own", 418))
+    install_error_handlers(app, problem_details=True, every_error=True)
+    with TestClient(app) as client:
+        assert client.get("/missing").json() == "own"
+    with pytest.raises(ValueError, match="problem_details=True"):
+        install_error_handlers(FastAPI(), every_error=True)
+
+
 def test_a_failure_that_is_mapped_at_a_route_is_logged_once(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -472,12 +733,45 @@ def test_the_document_with_error_responses_is_valid(problem_details: bool) -> No
     document = app.openapi()
     validate(document)
     responses = document["paths"]["/"]["post"]["responses"]
-    assert set(responses) == {"200", "409", "422", "500", "503", "504"}
+    assert set(responses) == {"200", "403", "409", "422", "500", "503", "504"}
     media = "application/problem+json" if problem_details else "application/json"
     assert set(responses["409"]["content"]) == {media}
     assert set(responses["422"]["content"]) == {media, "application/json"}
     assert "Retry-After" in responses["503"]["headers"]
     assert "headers" not in responses["409"]
+
+
+@pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
+def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_details: bool) -> None:
+    """Whenever they were added: 503 on all, 409 where something is written; own words stay."""
+    app = FastAPI()
+    router = APIRouter(prefix="/in", dependencies=[Depends(get_db())])
+    install_error_handlers(app, problem_details=problem_details)
+
+    async def through(session: Annotated[AsyncSession, Depends(transactional())]) -> None: ...
+
+    @app.get("/without")
+    def without() -> None: ...
+
+    @app.post("/deep")
+    def deep(_: Annotated[None, Depends(through)]) -> None: ...
+
+    @router.get("/reading", responses={503: {"description": "Own words."}})
+    @router.post("/reading")
+    def reading() -> None: ...
+
+    app.include_router(router)
+    document = app.openapi()
+    validate(document)
+    paths = document["paths"]
+    assert set(paths["/without"]["get"]["responses"]) == {"200"}
+    assert set(paths["/deep"]["post"]["responses"]) == {"200", "409", "503"}
+    assert set(paths["/in/reading"]["get"]["responses"]) == {"200", "503"}
+    assert paths["/in/reading"]["get"]["responses"]["503"]["description"] == "Own words."
+    assert set(paths["/in/reading"]["post"]["responses"]) == {"200", "409", "503"}
+    media = PROBLEM if problem_details else "application/json"
+    assert list(paths["/deep"]["post"]["responses"]["409"]["content"]) == [media]
+    assert app.openapi() == document
 
 
 def test_error_responses_are_those_asked_for() -> None:

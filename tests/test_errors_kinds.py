@@ -1,18 +1,17 @@
-"""Every kind of failure, provoked on every driver's real server: described, answered, no leak."""
+"""Every kind of failure, provoked on the drivers' real servers: described, mapped, no leak."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
-from fastapi import FastAPI
-from sqlalchemy import Engine, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from fastapi import HTTPException
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import Session
-from starlette.testclient import TestClient
 
 from conftest import WorkerPostgres
 from fastapi_sqlnative import (
@@ -20,15 +19,23 @@ from fastapi_sqlnative import (
     Database,
     DatabaseErrorKind,
     describe_database_error,
-    http_errors,
-    install_database,
-    install_error_handlers,
-    transactional,
+    map_database_error,
 )
 from tests import failing
-from tests.failing import ASYNCPG, DRIVERS, PSYCOPG2, Driver, Provocation, Server, engine_for
-from tests.serving import Kind as Colour
-from tests.serving import route
+from tests.failing import (
+    AIOSQLITE,
+    ASYNCPG,
+    FOLLOWERS,
+    LEADERS,
+    PSYCOPG,
+    PSYCOPG2,
+    PYMYSQL,
+    SQLITE3,
+    Driver,
+    Provocation,
+    Server,
+    engine_for,
+)
 
 Kind = DatabaseErrorKind
 
@@ -50,6 +57,7 @@ class Row(NamedTuple):
     provoke: Provocation
     cells: dict[str, Cell | None]
     limited: bool = False  # with the role that cannot connect
+    everywhere: bool = False  # on every driver: the driver has a hand in it
 
 
 CHILD = "canary_child"
@@ -59,7 +67,8 @@ POSTGRES, SQLITE, MYSQL = "postgresql", "sqlite", "mysql"
 TABLE = (
     Row(
         failing.unique,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.UNIQUE, "23505", UNIQUE, CHILD),
             SQLITE: Cell(
                 Kind.UNIQUE, "SQLITE_CONSTRAINT_UNIQUE", None, CHILD, ("parent_id", "name")
@@ -81,7 +90,8 @@ TABLE = (
     ),
     Row(
         failing.missing_parent,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.MISSING_PARENT, "23503", FOREIGN_KEY, CHILD),
             SQLITE: Cell(Kind.MISSING_PARENT, "SQLITE_CONSTRAINT_FOREIGNKEY"),
             MYSQL: Cell(Kind.MISSING_PARENT, "1452", FOREIGN_KEY, CHILD),
@@ -94,6 +104,26 @@ TABLE = (
             SQLITE: Cell(Kind.FOREIGN_KEY, "SQLITE_CONSTRAINT_FOREIGNKEY"),
             MYSQL: Cell(Kind.MISSING_PARENT, "1452", FOREIGN_KEY, CHILD),
         },
+    ),
+    Row(
+        failing.missing_parent_behind_a_comment,
+        {
+            POSTGRES: Cell(Kind.MISSING_PARENT, "23503", FOREIGN_KEY, CHILD),
+            SQLITE: Cell(Kind.MISSING_PARENT, "SQLITE_CONSTRAINT_FOREIGNKEY"),
+        },
+    ),
+    Row(
+        failing.missing_parent_behind_a_cte,
+        {POSTGRES: Cell(Kind.MISSING_PARENT, "23503", FOREIGN_KEY, CHILD)},
+    ),
+    Row(
+        failing.missing_parent_in_a_function,
+        {POSTGRES: Cell(Kind.MISSING_PARENT, "23503", FOREIGN_KEY, CHILD)},
+        everywhere=True,
+    ),
+    Row(
+        failing.still_referenced_by_a_merge,
+        {POSTGRES: Cell(Kind.STILL_REFERENCED, "23503", FOREIGN_KEY, CHILD)},
     ),
     Row(
         failing.still_referenced,
@@ -114,13 +144,14 @@ TABLE = (
     Row(
         failing.late_foreign_key,
         {
-            POSTGRES: Cell(Kind.FOREIGN_KEY, "23503", "fk_canary_late", "canary_late_child"),
+            POSTGRES: Cell(Kind.MISSING_PARENT, "23503", "fk_canary_late", "canary_late_child"),
             SQLITE: Cell(Kind.FOREIGN_KEY, "SQLITE_CONSTRAINT_FOREIGNKEY"),
         },
     ),
     Row(
         failing.not_null,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.NOT_NULL, "23502", None, CHILD, ("name",)),
             SQLITE: Cell(Kind.NOT_NULL, "SQLITE_CONSTRAINT_NOTNULL", None, CHILD, ("name",)),
             MYSQL: Cell(Kind.NOT_NULL, "1048", columns=("name",)),
@@ -135,6 +166,7 @@ TABLE = (
             MYSQL: Cell(Kind.CHECK, "4025", CHECK, CHILD),
         },
     ),
+    Row(failing.refused_by_a_view, {POSTGRES: Cell(Kind.CHECK, "44000")}),
     Row(failing.stale, dict.fromkeys((POSTGRES, SQLITE, MYSQL), Cell(Kind.STALE, None))),
     Row(
         failing.too_long,
@@ -142,7 +174,8 @@ TABLE = (
     ),
     Row(
         failing.out_of_range,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.BAD_VALUE, "22003"),
             ASYNCPG.id: Cell(Kind.BAD_VALUE, "22000"),
             MYSQL: Cell(Kind.BAD_VALUE, "1264"),
@@ -158,11 +191,20 @@ TABLE = (
     ),
     Row(failing.no_such_date, {POSTGRES: Cell(Kind.BAD_VALUE, "22008")}),
     Row(
+        failing.bad_pattern,
+        {POSTGRES: Cell(Kind.BAD_VALUE, "2201B"), MYSQL: Cell(Kind.BAD_VALUE, "1139")},
+    ),
+    Row(failing.bad_escape, {POSTGRES: Cell(Kind.BAD_VALUE, "22025")}),
+    Row(failing.negative_limit, {POSTGRES: Cell(Kind.BAD_VALUE, "2201W")}),
+    Row(failing.no_such_zone, {POSTGRES: Cell(Kind.BAD_VALUE, "22023")}),
+    Row(failing.too_long_for_an_index, {POSTGRES: Cell(Kind.BAD_VALUE, "54000")}),
+    Row(failing.infinity, {MYSQL: Cell(Kind.BAD_VALUE, None)}, everywhere=True),
+    Row(
         failing.nul_character,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.BAD_VALUE, None),
             ASYNCPG.id: Cell(Kind.BAD_VALUE, "22021"),
-            PSYCOPG2.id: None,  # its own ValueError, which SQLAlchemy does not wrap
         },
     ),
     Row(
@@ -171,7 +213,8 @@ TABLE = (
     ),
     Row(
         failing.serialization,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.SERIALIZATION, "40001", retryable=True),
             SQLITE: Cell(Kind.SERIALIZATION, "SQLITE_BUSY_SNAPSHOT", retryable=True),
             MYSQL: Cell(Kind.SERIALIZATION, "1020", retryable=True),
@@ -186,7 +229,8 @@ TABLE = (
     ),
     Row(
         failing.lock_not_available,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.LOCK_NOT_AVAILABLE, "55P03"),
             SQLITE: Cell(Kind.LOCK_NOT_AVAILABLE, "SQLITE_BUSY"),
             MYSQL: Cell(Kind.LOCK_NOT_AVAILABLE, "1205"),
@@ -194,7 +238,8 @@ TABLE = (
     ),
     Row(
         failing.statement_timeout,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.STATEMENT_TIMEOUT, "57014"),
             SQLITE: Cell(Kind.STATEMENT_TIMEOUT, "SQLITE_INTERRUPT"),
             MYSQL: Cell(Kind.STATEMENT_TIMEOUT, "1969"),
@@ -209,7 +254,8 @@ TABLE = (
     ),
     Row(
         failing.lost,
-        {
+        everywhere=True,
+        cells={
             POSTGRES: Cell(Kind.UNAVAILABLE, "57P01", retryable=True),
             PSYCOPG2.id: Cell(Kind.UNAVAILABLE, None, retryable=True),
             ASYNCPG.id: Cell(Kind.UNAVAILABLE, "08003", retryable=True),
@@ -222,7 +268,8 @@ TABLE = (
     ),
     Row(
         failing.connect,
-        {
+        everywhere=True,
+        cells={
             # libpq hands on words, and no code.
             POSTGRES: Cell(Kind.TOO_MANY_CONNECTIONS, None),
             ASYNCPG.id: Cell(Kind.TOO_MANY_CONNECTIONS, "53300"),
@@ -247,6 +294,7 @@ TABLE = (
             MYSQL: Cell(Kind.PERMISSION_DENIED, "1142"),
         },
     ),
+    Row(failing.row_security, {POSTGRES: Cell(Kind.ROW_SECURITY, "42501")}, everywhere=True),
     Row(failing.aborted_on_the_server, {POSTGRES: Cell(Kind.ABORTED_TRANSACTION, "25P02")}),
     Row(
         failing.aborted_in_the_session,
@@ -262,13 +310,20 @@ TABLE = (
     ),
     Row(
         failing.division_by_zero,
-        {POSTGRES: Cell(Kind.OTHER, "22012"), MYSQL: Cell(Kind.OTHER, "1365")},
+        everywhere=True,
+        cells={POSTGRES: Cell(Kind.OTHER, "22012"), MYSQL: Cell(Kind.OTHER, "1365")},
     ),
+    Row(failing.bad_setting, {POSTGRES: Cell(Kind.OTHER, "22023")}),
+    Row(failing.too_many_parameters, {POSTGRES: Cell(Kind.OTHER, None)}),
+    Row(failing.wrong_type, {ASYNCPG.id: Cell(Kind.OTHER, "22000")}),
+    Row(failing.str_for_int, {ASYNCPG.id: Cell(Kind.OTHER, "22000")}),
+    Row(failing.beyond_python, {PSYCOPG.id: Cell(Kind.OTHER, None)}),
 )
 
 # What the issue promises, written down once more.
 STATUS = {
     409: (Kind.UNIQUE, Kind.EXCLUSION, Kind.STILL_REFERENCED, Kind.STALE, Kind.FOREIGN_KEY),
+    403: (Kind.ROW_SECURITY,),
     422: (Kind.MISSING_PARENT, Kind.NOT_NULL, Kind.CHECK, Kind.BAD_VALUE),
     503: (
         Kind.SERIALIZATION,
@@ -282,21 +337,18 @@ STATUS = {
     500: (Kind.READ_ONLY, Kind.PERMISSION_DENIED, Kind.ABORTED_TRANSACTION, Kind.OTHER),
 }
 STATUS_OF = {kind: status for status, kinds in STATUS.items() for kind in kinds}
-PROBLEM = {"type", "title", "status", "detail"}
-LEVEL_OF = {409: "INFO", 422: "INFO", 500: "ERROR", 503: "WARNING", 504: "WARNING"}
 
 
-def cells(*, failures_only: bool) -> list[Any]:
+def cells() -> list[Any]:
     """List what is provoked: a driver without a cell has no such failure."""
     found = []
     for row in TABLE:
-        for driver in DRIVERS:
+        for driver in (*LEADERS, *(FOLLOWERS if row.everywhere else ())):
             cell = row.cells.get(driver.id, row.cells.get(driver.dialect, "absent"))
-            if cell == "absent" or (cell is None and failures_only):
-                continue
-            marks = [pytest.mark.mariadb] if driver.dialect == MYSQL else []
-            name = f"{row.provoke.__name__}-{driver.id}"
-            found.append(pytest.param(row, driver, cell, id=name, marks=marks))
+            if cell != "absent":
+                marks = [pytest.mark.mariadb] if driver.dialect == MYSQL else []
+                name = f"{row.provoke.__name__}-{driver.id}"
+                found.append(pytest.param(row, driver, cell, id=name, marks=marks))
     return found
 
 
@@ -373,10 +425,10 @@ def failure_of(
     raise AssertionError("nothing went wrong")
 
 
-# --- description --------------------------------------------------------------------------------
+# --- description and answer ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("row", "driver", "cell"), cells(failures_only=False))
+@pytest.mark.parametrize(("row", "driver", "cell"), cells())
 def test_a_failure_is_described_by_its_code(
     row: Row,
     driver: Driver,
@@ -384,9 +436,11 @@ def test_a_failure_is_described_by_its_code(
     engine: Engine,
     server: Server,
     runner: asyncio.Runner,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Kind, code and names are what the driver states, and nothing else is there."""
-    found = describe_database_error(failure_of(engine, server, row.provoke, runner))
+    """Kind, code and names are what the driver states; the answer has its status and no leak."""
+    error = failure_of(engine, server, row.provoke, runner)
+    found = describe_database_error(error)
     if cell is None:
         assert found is None
         return
@@ -394,69 +448,61 @@ def test_a_failure_is_described_by_its_code(
     stated = found.kind, found.code, found.constraint, found.table, found.columns, found.retryable
     assert stated == cell
     assert found.transient == (STATUS_OF[cell.kind] == 503)
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
+        answer = map_database_error(error)
+    assert isinstance(answer, HTTPException)
+    assert (answer.status_code, bool(answer.headers)) == (STATUS_OF[cell.kind], found.transient)
+    assert "canary" not in f"{answer.detail} {answer.headers}"
+    assert_logged(caplog, answer.status_code)
 
 
-# --- over HTTP ----------------------------------------------------------------------------------
+LEVEL_OF = {403: "INFO", 409: "INFO", 422: "INFO", 500: "ERROR", 503: "WARNING", 504: "WARNING"}
 
 
-def make_app(driver: Driver, engine: Engine, body: Callable[[Session], None]) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-    colour = Colour(driver.id, driver.name, driver.asynchronous)
-    route(app, colour, "/", transactional(), body)
-    return app
-
-
-def assert_nothing_leaks(response: Any, server: Server) -> None:
-    """Look for what only the database, its driver or its URL can have said."""
-    said = f"{response.headers} {response.text}".lower()
-    url = make_url(server.url)
-    secrets = "canary", "insert", "select", "constraint", "detail:", str(url.host), str(url.port)
-    for secret in secrets:
-        assert secret not in said, said
-
-
-@pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
-@pytest.mark.parametrize(("row", "driver", "cell"), cells(failures_only=True))
-def test_a_failure_is_answered(
-    row: Row,
-    driver: Driver,
-    cell: Cell,
-    engine: Engine,
-    server: Server,
-    problem_details: bool,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The client reads a fitting status and words of ours; the log has the cause, once."""
-    app = make_app(driver, engine, lambda session: row.provoke(session, server))
-    install_error_handlers(app, problem_details=problem_details, metadata=failing.Base.metadata)
-    with TestClient(app) as client, caplog.at_level(logging.INFO, "fastapi_sqlnative"):
-        response = client.post("/")
-    status = STATUS_OF[cell.kind]
-    assert response.status_code == status
-    assert ("retry-after" in response.headers) == (status == 503)
-    assert set(response.json()) == (PROBLEM if problem_details else {"detail"})
-    assert_nothing_leaks(response, server)
-    (record,) = [each for each in caplog.records if each.name == "fastapi_sqlnative"]
+def assert_logged(caplog: pytest.LogCaptureFixture, status: int) -> None:
+    """Look for one line, with a traceback only for what a developer must see."""
+    (record,) = caplog.records
     assert record.levelname == LEVEL_OF[status]
-    assert record.exc_info is not None
-    assert record.exc_info[1] is not None
+    assert bool(record.exc_info) == (status == 500)
+    assert "canary-value" not in record.getMessage()
 
 
-@pytest.mark.parametrize(("row", "driver", "cell"), cells(failures_only=True))
-def test_a_failure_is_mapped_at_the_route(
-    row: Row, driver: Driver, cell: Cell, engine: Engine, server: Server
+# --- what drivers raise that SQLAlchemy does not wrap -------------------------------------------
+
+
+def wrap_values(context: ExceptionContext) -> BaseException | None:
+    """Wrap what a driver's cursor has raised that is no error of its class."""
+    error = context.original_exception
+    if context.sqlalchemy_exception is None and isinstance(error, ValueError | OverflowError):
+        return DBAPIError(context.statement, context.parameters, error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("provoke", "driver"),
+    [
+        (failing.lone_surrogate, PSYCOPG),
+        (failing.lone_surrogate, PSYCOPG2),
+        (failing.lone_surrogate, ASYNCPG),
+        (failing.lone_surrogate, AIOSQLITE),
+        pytest.param(failing.lone_surrogate, PYMYSQL, marks=pytest.mark.mariadb),
+        (failing.nul_character, PSYCOPG2),
+        (failing.beyond_64_bits, SQLITE3),
+    ],
+    ids=lambda each: getattr(each, "id", None) or each.__name__,
+)
+@pytest.mark.parametrize("row", [TABLE[0]], ids=[""])
+def test_a_value_that_the_driver_cannot_send_is_a_bad_value(
+    provoke: Provocation,
+    driver: Driver,
+    row: Row,
+    engine: Engine | AsyncEngine,
+    server: Server,
+    runner: asyncio.Runner,
 ) -> None:
-    """Where a block says so, a failure inside is answered with the block's own words."""
-    words: Any = {cell.kind.value: "Own words."}
-
-    def body(session: Session) -> None:
-        with http_errors(**words):
-            row.provoke(session, server)
-
-    with TestClient(make_app(driver, engine, body)) as client:
-        response = client.post("/")
-    assert (response.status_code, response.json()) == (
-        STATUS_OF[cell.kind],
-        {"detail": "Own words."},
-    )
+    """A lone surrogate, a NUL or too big a number is the client's, on whichever driver."""
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(inner, "handle_error", wrap_values)
+    found = describe_database_error(failure_of(engine, server, provoke, runner))
+    assert found is not None
+    assert found.kind is Kind.BAD_VALUE

@@ -1,25 +1,35 @@
 """The pools' metrics say what the pools and the server say."""
 
+import asyncio
 import contextlib
+import gc
 import importlib
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from sqlalchemy import Engine, NullPool, text
+from sqlalchemy import Engine, NullPool, QueuePool, create_engine, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import health_router, install_database, installed_databases
+from fastapi_sqlnative import (
+    get_db,
+    health_router,
+    install_database,
+    install_error_handlers,
+    installed_databases,
+)
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
 from fastapi_sqlnative.telemetry import instrument_pools
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, sqlite, start_and_stop
+from tests.serving import Item, Kind, route
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +41,8 @@ class Reader:
 
     def __init__(self, app: FastAPI) -> None:
         self._reader = InMemoryMetricReader()
-        instrument_pools(app, meter_provider=MeterProvider([self._reader]))
+        self.provider = MeterProvider([self._reader])
+        instrument_pools(app, meter_provider=self.provider)
 
     def points(self, metric: str) -> dict[tuple[str, ...], Any]:
         """Give the data points of a metric by pool, and by state where there is one."""
@@ -76,6 +87,11 @@ async def held(app: FastAPI, name: str = "default", *, lose: bool = False) -> As
         with database.session() as session:
             work(session)
             yield
+
+
+def sqlite_file() -> Engine:
+    """Build an engine with a pool that keeps figures."""
+    return create_engine("sqlite://", poolclass=QueuePool)
 
 
 def instrumented(engine: Engine | AsyncEngine, name: str = "default") -> tuple[FastAPI, Reader]:
@@ -151,6 +167,135 @@ async def test_mounted_applications_are_reported(make_engine: MakeEngine) -> Non
         assert reader.recorded("use_time") == {("below",): 1}
 
 
+async def test_pools_of_one_name_are_told_apart(make_engine: MakeEngine) -> None:
+    """A database of a mounted application is another one, though it has the same name."""
+    app, below = FastAPI(), FastAPI()
+    for each in app, below:
+        engine = make_engine()
+        install_database(each, engine=engine, shutdown=engine.dispose)
+    app.mount("/below", below)
+    reader = Reader(app)
+    for _ in range(2):
+        async with running(app), held(below):
+            used = {
+                name: n for (name, state), n in reader.values("count").items() if state == "used"
+            }
+            assert used == {"default": 0, "default#2": 1}
+
+
+async def test_applications_with_one_provider_all_report() -> None:
+    """The SDK hands the second one the first one's instruments: both are read all the same."""
+    first, second, namesake = FastAPI(), FastAPI(), FastAPI()
+    reader = Reader(first)
+    for app, name in (first, "public"), (second, "admin"), (namesake, "admin"):
+        install_database(app, name=name, engine=sqlite_file)
+        if app is not first:
+            instrument_pools(app, meter_provider=reader.provider)
+    async with running(first), running(second):
+        async with held(first, "public"), held(second, "admin"):
+            assert reader.values("count")["public", "used"] == 1
+            assert reader.values("count")["admin", "used"] == 1
+            async with running(namesake):
+                assert {name for name, _ in reader.values("count")} == {
+                    "public",
+                    "admin",
+                    "admin#2",
+                }
+        assert reader.recorded("use_time") == {("public",): 1, ("admin",): 1}
+    assert reader.values("count") == {}
+
+
+async def test_two_that_instrument_one_engine_record_it_once() -> None:
+    """A mounted application that is instrumented too, or one of the same engine, adds nothing."""
+    app, below = FastAPI(), FastAPI()
+    engine = sqlite_file()
+    install_database(below, engine=engine)
+    install_database(app, name="above", engine=sqlite_file)
+    app.mount("/below", below)
+    reader = Reader(app)
+    instrument_pools(below, meter_provider=reader.provider)
+    async with running(app):
+        async with held(below):
+            assert reader.values("count")["default", "used"] == 1
+        assert reader.recorded("use_time") == reader.recorded("wait_time") == {("default",): 1}
+
+
+async def test_the_provider_is_fastapis_where_it_has_one() -> None:
+    """What `FastAPI(telemetry=...)` was given need not be given again."""
+    reader = Reader(FastAPI())
+    app = FastAPI(telemetry={"meter_provider": reader.provider})
+    install_database(app, engine=sqlite_file)
+    instrument_pools(app)
+    async with running(app):
+        assert reader.values("max") == {("default",): 15}
+
+
+async def test_no_application_is_kept_alive_by_its_metrics() -> None:
+    """Instruments live as long as their provider, applications do not."""
+    reader = Reader(FastAPI())
+    gone: list[bool] = []
+
+    class Gone(FastAPI):
+        def __del__(self) -> None:
+            gone.append(True)
+
+    async def run() -> None:
+        app = Gone()
+        install_database(app, engine=sqlite_file)
+        instrument_pools(app, meter_provider=reader.provider)
+        await start_and_stop(app)
+
+    await run()
+    await asyncio.sleep(0)
+    gc.collect()
+    assert gone == [True]
+
+
+# --- waits ---
+
+
+@pytest.mark.parametrize("given_up", [False, True], ids=["obtained", "given-up"])
+async def test_waits_are_measured_by_route(
+    make_engine: MakeEngine, kind: Kind, given_up: bool
+) -> None:
+    """Who waits for a connection shows while it waits; then how long, or that it was in vain."""
+    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.2 if given_up else 20)
+    reader = Reader(FastAPI())
+    app = FastAPI(telemetry={"meter_provider": reader.provider})
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    instrument_pools(app)
+    install_error_handlers(app)
+    route(app, kind, "/items/{number}", get_db(), lambda session: session.scalar(text("SELECT 1")))
+    by_route = ("default", "/items/{number}")
+    async with running(app) as client:
+        async with held(app):
+            assert reader.values("pending_requests") == {("default",): 0}
+            asking = asyncio.create_task(client.post("/items/7"))
+            while reader.values("pending_requests") != {("default",): 1}:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.005)
+            if given_up:
+                assert (await asking).status_code == 503
+        assert (await asking).status_code == (503 if given_up else 201)
+        assert reader.values("pending_requests") == {("default",): 0}
+        assert reader.values("timeouts") == ({by_route: 1} if given_up else {})
+        waited = {("default",): 1} | ({} if given_up else {by_route: 1})
+        assert reader.recorded("wait_time") == waited
+        assert reader.recorded("use_time") == waited
+
+
+async def test_a_flush_waits_too() -> None:
+    """What is added waits for its connection when it is flushed, and not from when it was added."""
+    app, reader = instrumented(sqlite_file())
+    async with running(app):
+        with installed_databases(app)["default"].session() as session:  # type: ignore[union-attr]
+            session.add(Item(name="a"))
+            assert reader.values("pending_requests") == {("default",): 0}
+            with pytest.raises(OperationalError, match="no such table"):
+                session.flush()
+        assert reader.recorded("wait_time") == {("default",): 1}
+        assert reader.values("pending_requests") == {("default",): 0}
+
+
 # --- durations ---
 
 
@@ -203,7 +348,7 @@ async def test_more_uses_than_are_kept_are_recorded() -> None:
     async with running(app):
         database = installed_databases(app)["default"]
         for _ in range(2_500):
-            with database.sync_engine.connect():
+            with cast("Engine", database.engine).connect():
                 pass
         assert reader.recorded("use_time") == {("default",): 2_500}
 

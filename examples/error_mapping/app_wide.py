@@ -72,10 +72,13 @@ def create_app(database_url: str | None = None) -> FastAPI:
     """Build the application."""
     app = create_app_with_database(database_url)
     install_error_handlers(
-        app, problem_details=True, metadata=Base.metadata, constraints=CONSTRAINTS
+        app,
+        problem_details=True,
+        every_error=True,
+        metadata=Base.metadata,
+        constraints=CONSTRAINTS,
     )
-    failures = error_responses(
-        "unique", "check", "missing_parent", "unavailable", problem_details=True
-    )
+    # 409 and 503 are in the document already.
+    failures = error_responses("check", "missing_parent", problem_details=True)
     app.include_router(router, responses=failures)
     return app

@@ -65,6 +65,10 @@ def test_an_application_answers_with_problem_details(url: str) -> None:
         }
         nowhere = served.client.post("/bookings", json={"event_id": 9, "guest": "ada"})
         assert (nowhere.status_code, "errors" in nowhere.json()) == (422, False)
+        invalid = served.client.post("/bookings", json={"event_id": 1})
+        assert invalid.json()["errors"] == [{"detail": "Field required", "pointer": "#/guest"}]
+        document = served.client.get("/openapi.json").json()["paths"]
+        assert set(document["/events"]["post"]["responses"]) == {"201", "409", "422", "503"}
 
 
 def test_the_last_seat_is_booked_once(url: str) -> None:

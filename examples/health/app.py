@@ -1,12 +1,7 @@
 """A shop that says when it should get requests: two databases, a marker row, a slow goodbye."""
 
-import asyncio
 import os
 import secrets
-import signal
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from types import FrameType
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
@@ -22,9 +17,9 @@ from fastapi_sqlnative import (
     install_error_handlers,
     installed_databases,
     reader,
-    start_draining,
     transactional,
 )
+from fastapi_sqlnative.health import drain_on_sigterm
 
 Reader = Annotated[AsyncSession, Depends(reader())]
 AnalyticsReader = Annotated[AsyncSession, Depends(reader("analytics"))]
@@ -72,22 +67,6 @@ def require_operator(credentials: Credentials) -> None:
         raise HTTPException(403, "For operators only.")
 
 
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Answer SIGTERM with 503 at /health/ready, and let the server stop some seconds later."""
-    seconds = float(os.environ.get("DRAIN_SECONDS", "5"))
-    loop = asyncio.get_running_loop()
-    stop = signal.getsignal(signal.SIGTERM)  # the server's own handler
-    if callable(stop):  # in a test nobody handles it
-
-        def drain(signum: int, frame: FrameType | None) -> None:
-            start_draining(app)
-            loop.call_soon_threadsafe(loop.call_later, seconds, stop, signum, frame)
-
-        signal.signal(signal.SIGTERM, drain)
-    yield
-
-
 router = APIRouter()
 
 
@@ -117,16 +96,16 @@ async def close_shop(session: Transaction) -> None:
 
 def create_app() -> FastAPI:
     """Build the application; DATABASE_URL and SECOND_DATABASE_URL say where its databases are."""
-    app = FastAPI(title="Health", lifespan=lifespan)
+    app = FastAPI(title="Health")
     install_database(app, engine=build_engine)
     install_database(app, name="analytics", engine=build_analytics_engine)
     install_error_handlers(app)
     app.include_router(
         health_router(
-            databases={"analytics": "degraded"},
+            databases={"default": "writable", "analytics": "degraded"},
             checks={"open": is_open},
-            details=require_operator,
         )
     )
+    drain_on_sigterm(app, seconds=float(os.environ.get("DRAIN_SECONDS", "5")))
     app.include_router(router)
     return app

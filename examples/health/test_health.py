@@ -107,19 +107,44 @@ def test_a_degraded_database_is_reported_only(served: Served, databases: WorkerP
     assert served.client.get("/report").json() == 7
 
 
-def test_details_are_for_operators(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pools and durations want the token, and nobody has it while none is configured."""
-    assert served.client.get("/health/details").status_code == 401
+def test_the_shop_is_opened_by_operators(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening and closing want the token, and nobody has it while none is configured."""
+    assert served.client.delete("/marker").status_code == 401
     wrong = {"Authorization": "Bearer guessed"}
-    assert served.client.get("/health/details", headers=wrong).status_code == 403
     assert served.client.delete("/marker", headers=wrong).status_code == 403
-    found = served.client.get("/health/details", headers=OPERATOR).json()
-    assert found["databases"]["default"]["pool"]["size"] == 5
-    assert found["checks"]["open"]["state"] == "up"
     monkeypatch.setenv("OPERATOR_TOKEN", "")
-    assert served.client.get("/health/details", headers=OPERATOR).status_code == 403
+    assert served.client.delete("/marker", headers=OPERATOR).status_code == 403
     nothing = {"Authorization": "Bearer"}
-    assert served.client.get("/health/details", headers=nothing).status_code == 401
+    assert served.client.delete("/marker", headers=nothing).status_code == 401
+
+
+@contextmanager
+def read_only(database: PostgresDatabase) -> Iterator[None]:
+    """Let a database take no writes, from the next connection on, and end those that it has."""
+    name = make_url(database.dsn).database
+    assert name is not None
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
+        change = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+        end = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = %s AND pid <> pg_backend_pid()"
+        )
+        for value in "on", "off":
+            connection.execute(change.format(sql.Identifier(name), sql.SQL(value)))
+            connection.execute(end, [name])
+            if value == "on":
+                yield
+
+
+def test_a_database_that_takes_no_writes_is_no_place_to_sell(
+    served: Served, databases: WorkerPostgres
+) -> None:
+    """As after a failover to a standby: reads would work, and requests go elsewhere."""
+    with read_only(databases):
+        wait_until(answers(served, 503, "not_ready"))
+        assert ready(served)[1]["databases"]["default"] == "read_only"
+        assert served.client.get("/health/live").status_code == 200
+    wait_until(answers(served, 200, "ready"))
 
 
 @pytest.mark.usefixtures("databases")

@@ -47,7 +47,7 @@ def test_one_title_is_one_show(isolated_client: TestClient) -> None:
 def test_a_ticket_is_for_a_show(isolated_client: TestClient) -> None:
     """A constraint that waits for COMMIT is answered as any other, and stores no half."""
     imported = isolated_client.post("/imported-tickets?show_id=99&customer=Ada")
-    assert imported.status_code == 409, imported.text
+    assert imported.status_code == 422, imported.text
     assert isolated_client.get("/customers").json() == {}
 
 

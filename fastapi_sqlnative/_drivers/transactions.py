@@ -47,7 +47,10 @@ def returns_undisturbed(engine: Engine) -> bool:
     SQLAlchemy resets an engine's options then, and where that talks to the driver (psycopg's
     `set_autocommit` after a cancelled ROLLBACK) it could keep the pool's place for ever.
     """
-    return engine.dialect.driver == "asyncpg" or not engine.get_execution_options()
+    reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
+    return engine.dialect.driver == "asyncpg" or not reset.intersection(
+        engine.get_execution_options()
+    )
 
 
 def is_lost(connection: Connection) -> bool:
@@ -99,12 +102,21 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
-    if connection.dialect.name != "postgresql" or is_lost(connection):
-        return False  # COMMIT fails by itself
+    if connection.dialect.name != "postgresql":
+        return False
     status = _status(connection)
     if status is not None:
         return status == _IN_ERROR
-    return doubtful and not autocommits(connection) and _ask(connection, "SELECT 1") is None
+    doubtful = doubtful or _is_intercepted(connection)
+    if not doubtful or is_lost(connection) or autocommits(connection):
+        return False  # where it is lost, COMMIT fails by itself
+    return _ask(connection, "SELECT 1") is None
+
+
+def _is_intercepted(connection: Connection) -> bool:
+    """Tell whether listeners of the application may execute in the driver's place, and hide it."""
+    events: Any = connection.dialect.dispatch
+    return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
 def _status(connection: Connection) -> int | None:
@@ -131,13 +143,15 @@ def _ask(connection: Connection, question: str) -> Any:
 
 # A transaction id is assigned to what writes, but also to what locks rows, fills a temporary
 # table, moves a sequence on or was undone with a savepoint. A write to a permanent table holds a
-# lock on it as well. Where there is an id and no lock at all it was DDL without a table, a
-# function say.
+# lock on it as well, and one to a foreign table holds that alone. Where there is an id and no lock
+# at all it was DDL without a table, a function say.
 _UNSTORED: Final = """
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
-       coalesce(bool_or(explains), false)
-FROM (SELECT mode, mode = 'RowShareLock' OR relpersistence = 't' OR relkind = 'S' AS explains
+       coalesce(bool_or(explains), false),
+       coalesce(bool_or(relkind = 'f' AND mode = 'RowExclusiveLock'), false)
+FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
+             OR (relkind = 'S' AND mode = 'RowExclusiveLock') AS explains
       FROM pg_catalog.pg_locks
       JOIN pg_catalog.pg_class ON pg_class.oid = relation
       WHERE locktype = 'relation' AND pid = pg_backend_pid()
@@ -146,22 +160,26 @@ FROM (SELECT mode, mode = 'RowShareLock' OR relpersistence = 't' OR relkind = 'S
 """
 
 
-def would_store(connection: Connection, *, wrote: bool, since: int, undone: bool) -> bool:
+def would_store(
+    connection: Connection, *, wrote: bool, defined: bool, since: int, undone: bool, joined: bool
+) -> bool:
     """Tell whether a COMMIT would change the database.
 
     Args:
         connection: one that holds a transaction.
         wrote: a statement that writes was let through: the answer where nobody knows better.
+        defined: a table or the like was defined, which no count and no lock may show.
         since: what `changes` said when the transaction began.
         undone: a savepoint was rolled back, which explains a transaction id.
+        joined: the transaction around it is somebody else's, and so is what the server says.
     """
     if not connection.in_transaction() or autocommits(connection):
         return False
-    if is_lost(connection) or connection.in_nested_transaction():
-        return wrote  # a savepoint of a test's: the transaction around it is not ours
+    if joined or is_lost(connection):
+        return wrote
     if connection.dialect.name == "sqlite":
-        # The count stays when a savepoint is rolled back; `wrote` goes back with it.
-        return changes(connection) != since and (wrote or not undone)
+        sqlite = _sqlite(connection)
+        return sqlite.in_transaction and (defined or sqlite.total_changes != since)
     if connection.dialect.name != "postgresql":
         return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
@@ -172,8 +190,8 @@ def would_store(connection: Connection, *, wrote: bool, since: int, undone: bool
         return wrote  # lost while it was asked, which proves nothing
     if answer is None:
         return False  # aborted
-    assigned, written, explained = answer
-    return bool(assigned and (written or not (explained or undone)))
+    assigned, written, explained, foreign = answer
+    return bool(foreign or (assigned and (written or defined or not (explained or undone))))
 
 
 # -- what has a failure to say? ----------------------------------------------------------------

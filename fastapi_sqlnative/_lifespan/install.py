@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
 
+from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError
@@ -94,8 +94,8 @@ def _installation(
             f"engine.dispose (no parentheses), not {_shown(shutdown)}."
         )
     if startup_wait is not None:
-        _check_seconds("startup_wait", name, startup_wait)
-    _check_seconds("shutdown_timeout", name, shutdown_timeout)
+        check_seconds(f"startup_wait of database {name!r}", startup_wait)
+    check_seconds(f"shutdown_timeout of database {name!r}", shutdown_timeout)
     installation = Installation(
         name=name,
         engine=engine,
@@ -129,16 +129,6 @@ def _shown(value: object) -> str:
     if not callable(value):
         return type(value).__name__
     return f"{getattr(value, '__qualname__', type(value).__name__)}{inspect.signature(value)}"
-
-
-def _check_seconds(argument: str, name: str, seconds: object) -> None:
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
-        raise TypeError(
-            f"{argument} of database {name!r} must be a number of seconds, not "
-            f"{type(seconds).__name__}."
-        )
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"{argument} of database {name!r} must be above 0 seconds, and finite.")
 
 
 def _wrap_lifespan(app: Starlette) -> None:

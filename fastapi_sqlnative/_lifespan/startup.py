@@ -14,11 +14,11 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
-from .._failures import DatabaseErrorKind, describe_database_error
 from .._routes import mounted_applications
 from .._sessions.completion import to_completion
 from .._sessions.engines import answers, dispose
 from ..databases import AnyDatabase, database_class
+from ..errors import DatabaseErrorKind, describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 from .gate import Gate
 from .routes import check_application, examine_all, examine_late

@@ -58,7 +58,9 @@ def needs_commit(session: NativeSession) -> bool:
 
 def roll_back_and_close(session: AnySession) -> None:
     """Roll back, so that the application's listeners hear of it, and close."""
-    _end(session, "rollback", "close")
+    # After a failed flush that has been done, and SQLAlchemy warns of what was changed since.
+    undone = not sync_session(session).is_active
+    _end(session, *(("close",) if undone else ("rollback", "close")))
 
 
 def close(session: AnySession) -> None:
@@ -128,7 +130,7 @@ def has_only_read(session: AnySession) -> bool:
     state = record.state
     return (
         isinstance(session, AsyncSession)
-        and not record.may_have_written
+        and not (record.may_have_written or record.met_no_row)
         and not record.discarded
         and not record.streamed
         and not state.overridden

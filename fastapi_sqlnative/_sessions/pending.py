@@ -9,7 +9,12 @@ from sqlalchemy.orm import Session
 def has_pending_changes(session: Session) -> bool:
     """Tell whether a flush would send something."""
     # Whatever is added or changed begins a transaction: asking for one first is cheap.
-    return session.in_transaction() and bool(
+    return session.in_transaction() and would_be_flushed(session)
+
+
+def would_be_flushed(session: Session) -> bool:
+    """Tell whether a session has changes that reach the database."""
+    return bool(
         session.new
         or session.deleted
         or (session.identity_map.check_modified() and any(map(_would_be_sent, session.dirty)))

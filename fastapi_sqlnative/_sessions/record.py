@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -40,13 +41,16 @@ class Record:
         "committed",
         "committing",
         "connections",
+        "defined",
         "discarded",
         "ending",
         "engines",
         "failed",
         "finished",
         "handed_out",
+        "joined",
         "loop_thread",
+        "met_no_row",
         "on_idle",
         "open_results",
         "options",
@@ -54,6 +58,7 @@ class Record:
         "savepoints",
         "state",
         "stored",
+        "stores_on",
         "streamed",
         "undone",
         "unknown",
@@ -82,16 +87,21 @@ class Record:
     def _begin(self) -> None:
         self.asked = False  # for an engine: there is a connection, or somebody waits for one
         self.wrote = False
+        self.met_no_row = False  # a write, which only a trigger can have made one
         self.unknown = False  # a statement that may have written
+        self.defined = False  # a table, a function or the like
         self.handed_out = False  # a connection, over which anything may have been sent
         self.undone = False  # a savepoint
+        self.joined = False  # a transaction that is not the session's own
+        self.stores_on = 1  # so many connections, as far as it is known before COMMIT
         self.committing = False  # nothing comes between now and COMMIT
         self.failed: BaseException | None = None
         self.rolled_back: BaseException | None = None  # by the database, with this failure
         self.streamed = False  # a result that may fail while it is read
         self.open_results: list[Any] | None = None
-        # What `wrote` and `unknown` were when a savepoint began, by its name or its depth.
-        self.savepoints: dict[str | int, tuple[bool, bool]] | None = None
+        # What had been written when a savepoint began, by its name or its depth.
+        self.savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, int]]] | None
+        self.savepoints = None
 
     def begun_on(self, connection: Connection) -> None:
         """Note a connection that the transaction runs on from now on.
@@ -101,6 +111,8 @@ class Record:
                 is no transaction to commit or roll back.
         """
         self.connections[connection] = transactions.changes(connection)
+        # With a savepoint on it from the beginning the transaction around it is somebody else's.
+        self.joined = self.joined or connection.in_nested_transaction()
         self.state.at_work[connection] = self
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
@@ -182,31 +194,47 @@ class Record:
             # The ORM's bulk statements, and what a listener of the application answered with.
             self.wrote = self.wrote or getattr(statement, "is_dml", True)
             return
-        effect, name = self.state.effect_of(context)
+        effect, savepoint, counted = self.state.statement_of(context)
         if effect is Effect.WRITE:
-            self.wrote = self.wrote or getattr(result, "rowcount", -1) != 0
+            if counted and not context.executemany and getattr(result, "rowcount", -1) == 0:
+                self.met_no_row = True
+            else:
+                self.wrote = True
         elif effect is Effect.UNKNOWN:
             self.unknown = True
+        elif effect is Effect.DEFINE:
+            self._define(context.dialect.name)
         elif effect is Effect.SAVEPOINT:
-            self.savepoint_begins(name)
+            self.savepoint_begins(savepoint)
         elif effect is Effect.UNDO:
-            self.savepoint_undone(name)
+            self.savepoint_undone(savepoint)
         if cursor_result.cursor is not None and transactions.reads_later(context):
             self.streamed = True
             still_open = [each for each in self.open_results or () if each.cursor is not None]
             self.open_results = [*still_open, cursor_result]
 
+    def _define(self, database: str) -> None:
+        # MySQL commits what came before, and the definition itself.
+        self.wrote = self.defined = database not in {"mysql", "mariadb"}
+        self.unknown = self.unknown and self.wrote
+
     def savepoint_begins(self, savepoint: str | int) -> None:
         """Remember what had been written, for the case that the savepoint is rolled back."""
         self.savepoints = self.savepoints or {}
-        self.savepoints[savepoint] = self.wrote, self.unknown
+        changes = {each: transactions.changes(each) for each in self.connections}
+        self.savepoints[savepoint] = self.wrote, self.unknown, self.defined, changes
 
     def savepoint_undone(self, savepoint: str | int) -> None:
         """Go back to what had been written when the savepoint began."""
         self.undone = True
-        self.wrote, self.unknown = (self.savepoints or {}).get(
-            savepoint, (self.wrote, self.unknown)
-        )
+        known = (self.savepoints or {}).get(savepoint)
+        if known is None:
+            return
+        self.wrote, self.unknown, self.defined, changes = known
+        for connection, before in self.connections.items():
+            if not connection.closed and not connection.invalidated:
+                undone = transactions.changes(connection) - changes.get(connection, before)
+                self.connections[connection] = before + undone
 
     def end_results(self) -> None:
         """Close what is still read, before COMMIT or ROLLBACK: the connection goes to others."""
@@ -235,8 +263,9 @@ class Record:
                 driver cannot connect.
         """
         self.hears(error)
+        self.state.sign(error)
         if transactions.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
-            raise OperationalError(None, None, error) from error
+            raise self.state.sign(OperationalError(None, None, error)) from error
 
     @property
     def may_have_written(self) -> bool:
@@ -245,12 +274,20 @@ class Record:
 
     def leaves_unstored(self) -> bool:
         """Tell whether a COMMIT now would change the database; in doubt the server is asked."""
-        return self.may_have_written and any(
+        return self._count_unstored() > 0
+
+    def _count_unstored(self) -> int:
+        """Count the connections on which a COMMIT would change the database."""
+        if not (self.may_have_written or self.met_no_row):
+            return 0
+        return sum(
             transactions.would_store(
                 connection,
                 wrote=self.wrote and self.rolled_back is None,
+                defined=self.defined,
                 since=changes_before,
                 undone=self.undone,
+                joined=self.joined,
             )
             for connection, changes_before in self.connections.items()
         )
@@ -271,6 +308,8 @@ class Record:
         """
         if not self.may_have_written:
             return
+        if len(self.connections) > 1:
+            self.stores_on = self._count_unstored()
         doubtful = self.failed is not None or self.handed_out or self.streamed
         if self.rolled_back is None and not any(
             transactions.is_aborted(connection, doubtful=doubtful)
@@ -288,10 +327,12 @@ class Record:
         """
         if self.committed:
             raise self.state.after_commit_error() from error
+        self.state.sign(error)
         if not self.committing:
             return
-        # With several engines the first may have committed when the second says no.
-        unknown = len(self.connections) > 1 or any(
+        # With several engines the first may have stored something when the second says no.
+        ended = sum(not each.in_transaction() for each in self.connections)
+        unknown = (ended > 1 and self.stores_on > 1) or any(
             transactions.leaves_outcome_unknown(error, each) for each in self.connections
         )
         unknown = unknown and self.may_have_written

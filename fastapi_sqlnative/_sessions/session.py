@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
-from .pending import has_pending_changes
+from .pending import has_pending_changes, would_be_flushed
 from .record import Record
 from .transaction import BegunTransaction
 
@@ -64,7 +64,7 @@ class NativeSession(Session):
             connection = super().connection(*args, **options)
         record.handed_out = True
         if record.options is AUTOCOMMIT:
-            event.listen(connection, "before_execute", record.state.refuse_writes)
+            event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:
@@ -112,17 +112,6 @@ class NativeSession(Session):
         except Exception as error:
             record.fails(error)
             raise
-
-    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Choose the engine, as one that sets the transaction's options."""
-        bind = super().get_bind(*args, **arguments)
-        record = self.sqlnative
-        record.asked = True
-        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
-            return bind
-        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
-            return bind
-        return record.engine_for(bind)
 
     # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
     # a closed session too, but its message knows no remedy.
@@ -243,8 +232,24 @@ class NativeSession(Session):
 class Outermost(Session):
     """What stands in front of the application's class, so that its listeners hear first."""
 
+    sqlnative: Record
+
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the application's own from hearing of a subclass that is none of its."""
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
+        """Let the application choose the engine, and give it as one that sets the options.
+
+        In front, because routing classes seldom call SQLAlchemy's own.
+        """
+        bind = super().get_bind(*args, **arguments)
+        record = self.sqlnative
+        record.asked = True
+        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
+            return bind
+        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
+            return bind
+        return record.engine_for(bind)
 
 
 def native_class(base: type[Session]) -> type[Session]:
@@ -284,9 +289,9 @@ def _depth(transaction: SessionTransaction) -> int:
 # the COMMIT got through.
 @event.listens_for(Outermost, "after_begin")
 def _after_begin(
-    session: Session, _transaction: SessionTransaction, connection: Connection
+    session: Outermost, _transaction: SessionTransaction, connection: Connection
 ) -> None:
-    record = record_of(session)
+    record = session.sqlnative
     if connection in record.connections:
         return  # a savepoint on a connection that is known
     record.begun_on(connection)
@@ -299,25 +304,26 @@ def _after_begin(
 
 
 @event.listens_for(Outermost, "after_flush")
-def _after_flush(session: Session, _context: object) -> None:
-    record_of(session).wrote = True
+def _after_flush(session: Outermost, _context: object) -> None:
+    record = session.sqlnative
+    record.wrote = record.wrote or would_be_flushed(session)
 
 
 @event.listens_for(Outermost, "after_commit")
-def _after_commit(session: Session) -> None:
-    record = record_of(session)
+def _after_commit(session: Outermost) -> None:
+    record = session.sqlnative
     if record.committing:  # else it was a savepoint
         record.committed = True
         record.stored = record.stored or record.may_have_written
 
 
 @event.listens_for(Outermost, "after_soft_rollback")
-def _after_soft_rollback(session: Session, previous: SessionTransaction) -> None:
+def _after_soft_rollback(session: Outermost, previous: SessionTransaction) -> None:
     if previous.nested:
-        record_of(session).savepoint_undone(_depth(previous))
+        session.sqlnative.savepoint_undone(_depth(previous))
 
 
 @event.listens_for(Outermost, "after_transaction_end")
-def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+def _after_transaction_end(session: Outermost, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        record_of(session).forget()
+        session.sqlnative.forget()

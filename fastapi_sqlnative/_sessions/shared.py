@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.exc import DBAPIError
 
+from .._drivers.errors import server_of
 from .._drivers.pools import pool_capacity
-from .._drivers.statements import Effect, effect_of, writes
+from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import is_servers_word, returns_undisturbed
 from ..exceptions import (
     AfterCommitError,
@@ -22,6 +24,8 @@ from ..exceptions import (
     UncommittedChangesError,
 )
 from .options import TransactionOptions
+
+ErrorT = TypeVar("ErrorT", bound=Exception)
 
 
 class SharedState:
@@ -54,20 +58,18 @@ class SharedState:
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
         # Whose results may still be read from a connection, when the session has ended.
         self.readers: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
-        self._effects: weakref.WeakKeyDictionary[Any, tuple[Effect, str]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._statements: weakref.WeakKeyDictionary[Any, Statement] = weakref.WeakKeyDictionary()
         self._on_error = _listener(weakref.ref(self))
         self.listen(root.dialect)
 
-    def effect_of(self, context: ExecutionContext) -> tuple[Effect, str]:
+    def statement_of(self, context: ExecutionContext) -> Statement:
         """Tell what a statement may do; read once for each compiled form."""
         compiled = context.compiled
         if compiled is None:
-            return Effect.UNKNOWN, ""
-        found = self._effects.get(compiled)
+            return Statement(Effect.UNKNOWN)
+        found = self._statements.get(compiled)
         if found is None:
-            found = self._effects[compiled] = effect_of(compiled)
+            found = self._statements[compiled] = statement_of(compiled)
         return found
 
     def holds_all(self) -> bool:
@@ -85,6 +87,11 @@ class SharedState:
     def record_on(self, connection: Connection) -> Any:
         """Return the record of the session that is, or was last, at work on a connection."""
         return self.at_work.get(connection) or self.readers.get(connection)
+
+    def sign(self, error: ErrorT) -> ErrorT:
+        """Note the database's name on an error that is not ours, for the log."""
+        setattr(error, "database_name", self.name)  # noqa: B010 - the class has no such attribute
+        return error
 
     # -- errors that name the database -----------------------------------------------------
 
@@ -152,7 +159,9 @@ class SharedState:
             f"committed on its own. Depend on transactional({self.name!r}) to write."
         )
 
-    def refuse_writes(self, _connection: Connection, statement: object, *_: object) -> None:
+    def refuse_writes(
+        self, _connection: Connection, _cursor: object, statement: str, *_: object
+    ) -> None:
         """Refuse what `reader` must not send over a connection that it has handed out."""
         if writes(statement):
             raise self.read_only_error()
@@ -182,11 +191,23 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
                 context.is_disconnect = True
         elif not record.finished:
             record.hears(context.original_exception)
+            return _translated(context)
         elif context.statement is None:  # a fetch: a stream may fail long after it has begun
             return found.finished_error()
         return None
 
     return on_error
+
+
+def _translated(context: ExceptionContext) -> DBAPIError | None:
+    """Make SQLAlchemy's error of what it leaves as it is: a driver's own way to refuse a value."""
+    error = context.original_exception
+    if context.sqlalchemy_exception is not None:
+        return None
+    # Text that cannot be encoded, a number that is too large; asyncpg's, while a stream is read.
+    if not (isinstance(error, ValueError | OverflowError) or server_of(error)):
+        return None
+    return DBAPIError(context.statement, context.parameters, error)
 
 
 def _unlisten(dialect: weakref.ref[Dialect], listener: Any) -> None:

@@ -1,0 +1,292 @@
+"""What drivers say about a failure: whose error it is, its code, and the names that it states.
+
+A text decides only where no code does, and then by what the driver itself has written, or by how
+many names a server's sentence holds: its words are translated on some servers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from sqlalchemy.exc import DBAPIError
+
+# Whose codes a driver hands on, by the package and name of a class that its errors derive from.
+# A driver is a line here; its server, if that is new, is a column of `CODES`.
+ERROR_CLASSES: Final = {
+    ("MySQLdb", "MySQLError"): "mysql",
+    ("asyncmy", "MySQLError"): "mysql",
+    ("asyncpg", "InterfaceError"): "postgresql",
+    ("asyncpg", "InternalClientError"): "postgresql",
+    ("asyncpg", "PostgresError"): "postgresql",
+    ("psycopg", "Error"): "postgresql",
+    ("psycopg2", "Error"): "postgresql",
+    ("pymysql", "MySQLError"): "mysql",  # aiomysql's, too
+    ("sqlite3", "Error"): "sqlite",  # aiosqlite's, too
+}
+
+
+# The codes of a kind: PostgreSQL's SQLSTATEs, of which two digits are a whole class | MySQL's and
+# MariaDB's numbers | SQLite's names, of which two words stand for all that begin with them. An
+# exact one goes before its class; one that stands nowhere is `other`.
+CODES: Final = {
+    "unique": """23505 | 1022 1062 1169 1586
+        | SQLITE_CONSTRAINT_UNIQUE SQLITE_CONSTRAINT_PRIMARYKEY SQLITE_CONSTRAINT_ROWID""",
+    "exclusion": "23P01",
+    "foreign_key": "23503 | | SQLITE_CONSTRAINT_FOREIGNKEY",
+    "missing_parent": "| 1216 1452",
+    "still_referenced": "23001 | 1217 1451",
+    "not_null": "23502 | 1048 1364 | SQLITE_CONSTRAINT_NOTNULL",
+    "check": "23514 44000 | 1369 3819 4025 | SQLITE_CONSTRAINT_CHECK",
+    # With what is too long for an index, a packet too big, patterns and JSON that are malformed.
+    "bad_value": """22 54000 | 1139 1153 1264 1265 1292 1300 1366 1367 1406 1411 1690 3140 3141
+        3143 3685 3688 3689 3690 3691 3692 3693 3694 3695 3696 3697 3698 3699
+        | SQLITE_MISMATCH SQLITE_TOOBIG SQLITE_CONSTRAINT_DATATYPE""",
+    # Of class 22, what no client's value causes: a division by zero, a sequence at its end.
+    "other": "22002 22010 22012 22022 22024 2200H",
+    "serialization": "40001 | 1020 3101 | SQLITE_BUSY_SNAPSHOT",
+    "deadlock": "40P01 | 1213",
+    "lock_not_available": "55P03 | 1205 3572 | SQLITE_BUSY SQLITE_LOCKED",
+    "statement_timeout": "57014 25P04 | 1317 1969 3024 | SQLITE_INTERRUPT",
+    "too_many_connections": "53300 | 1040 1203 1226",
+    "unavailable": """08 53 57 25P03 | 1053 1152 1158 1159 1160 1161 1927 2002 2003 2005 2006
+        2013 2055 4031 | SQLITE_CANTOPEN""",
+    "read_only": "25006 | 1290 1792 1836 | SQLITE_READONLY",
+    "permission_denied": "28 42501 | 1044 1045 1142 1143 1227 1370 | SQLITE_AUTH SQLITE_PERM",
+    "aborted_transaction": "25P02",
+    "outcome_unknown": "08007 40003",
+}
+_KINDS: Final = {
+    (server, code): kind
+    for kind, columns in CODES.items()
+    for server, codes in zip(("postgresql", "mysql", "sqlite"), columns.split("|"), strict=False)
+    for code in codes.split()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StatedError:
+    """What an error of a driver states, and nothing guessed.
+
+    Attributes:
+        kind: the value of a `DatabaseErrorKind`.
+        key: the columns of a key that was violated.
+        nested: a function on the server ran the statement, a trigger's for example.
+    """
+
+    kind: str = ""
+    code: str | None = None
+    constraint: str | None = None
+    table: str | None = None
+    columns: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    nested: bool = False
+    server: str | None = None
+
+
+def server_of(error: BaseException) -> str | None:
+    """Return whose codes a driver's own error has; `None` for an error of anybody else's."""
+    names = (
+        (str(each.__module__).partition(".")[0], each.__name__) for each in type(error).__mro__
+    )
+    return next((ERROR_CLASSES[name] for name in names if name in ERROR_CLASSES), None)
+
+
+def read_error(error: DBAPIError) -> StatedError:
+    """Read what a driver's error states, which SQLAlchemy has wrapped, and what kind it is of."""
+    original: BaseException = error.orig or error
+    if type(original).__module__.startswith("sqlalchemy.dialects."):
+        original = original.__cause__ or original  # asyncpg's, which SQLAlchemy has translated
+    statement = error.statement if isinstance(error.statement, str) else None
+    server = server_of(original)
+    if server is None:
+        stated = StatedError(_kind_of_no_driver(original, statement))
+    elif server == "postgresql":
+        stated = _read_postgres(original, statement)
+    elif server == "mysql":
+        stated = _read_mysql(original, statement or "")
+    else:
+        stated = _read_sqlite(original)
+    kind = stated.kind or _kind(stated.code or "", server or "", error)
+    if kind == "foreign_key":
+        kind = _direction(statement or "")
+    return replace(stated, kind=kind, server=server)
+
+
+def _kind(code: str, server: str, error: DBAPIError) -> str:
+    if code == "22023" and not error.params:
+        return "other"  # about a setting: no client has sent a value
+    class_ = code[:2] if server == "postgresql" else "_".join(code.split("_")[:2])
+    kind = _KINDS.get((server, code)) or _KINDS.get((server, class_))
+    return kind or ("unavailable" if error.connection_invalidated else "other")
+
+
+def _kind_of_no_driver(error: BaseException, statement: str | None) -> str:
+    """Tell an error that a driver lets through: of its wait, or of a value."""
+    if isinstance(error, OSError):
+        waited = isinstance(error, TimeoutError) and statement is not None
+        return "statement_timeout" if waited else "unavailable"
+    is_value = isinstance(error, ValueError | OverflowError) and statement is not None
+    return "bad_value" if is_value else ""
+
+
+# What a statement may hold that is no part of it.
+_ASIDE: Final = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|\"[^\"]*\"", re.DOTALL)
+_VERB: Final = re.compile(r"\b(INSERT(?! OR REPLACE)|DELETE|UPDATE)\b", re.IGNORECASE)
+
+
+def _direction(statement: str) -> str:
+    """Tell by the statement which way a foreign key failed, where the database does not."""
+    verb = _VERB.search(_ASIDE.sub(" ", statement))
+    directions = {"INSERT": "missing_parent", "DELETE": "still_referenced"}
+    return directions.get(verb[1].upper() if verb else "", "foreign_key")
+
+
+def _text(holder: object, *names: str) -> str | None:
+    """Return the first of these attributes that is a text, whatever object has been handed in."""
+    values = (_attribute(holder, name) for name in names)
+    return next((value for value in values if isinstance(value, str) and value), None)
+
+
+def _attribute(holder: object, name: str) -> Any:
+    try:
+        return getattr(holder, name, None)
+    except Exception:  # noqa: BLE001 - a stranger's property; describing an error never fails
+        return None
+
+
+# -- PostgreSQL ------------------------------------------------------------------------------
+
+_KEY: Final = re.compile(r"\(([^()]*)\)=\(")
+_QUOTE: Final = re.compile('["«»„“”「」『』]')
+
+# libpq hands on no code of a server that refused a connection, only its words. In another
+# language than English they are not understood, and the server is taken to be away.
+_REFUSALS: Final = {
+    "too_many_connections": re.compile(
+        r"(sorry, too many clients|remaining connection slots|too many connections for) "
+    ),
+    "permission_denied": re.compile(
+        r"(.* authentication failed for user |no pg_hba\.conf entry for |permission denied "
+        r"|pg_hba\.conf rejects connection for "
+        r'|role ".*" (does not exist|is not permitted to log in))'
+    ),
+    "other": re.compile(r'database ".*" does not exist'),
+}
+
+
+def _read_postgres(error: BaseException, statement: str | None) -> StatedError:
+    code = _text(error, "sqlstate", "pgcode")
+    if code is None:
+        return StatedError(_without_code(error, statement))
+    # psycopg and psycopg2 keep the rest in `diag`; asyncpg's errors have it themselves.
+    teller = _attribute(error, "diag") or error
+    column = _text(teller, "column_name")
+    key = _KEY.search(_text(teller, "message_detail", "detail") or "", 0, 500)
+    stated = StatedError(
+        "",
+        code,
+        _text(teller, "constraint_name"),
+        _text(teller, "table_name"),
+        (column,) if column else (),
+        tuple(name.strip('"') for name in key[1].split(", ")) if key else (),
+        _text(teller, "context") is not None,
+    )
+    return replace(stated, kind=_beyond_the_code(error, teller, stated))
+
+
+def _beyond_the_code(error: BaseException, teller: object, stated: StatedError) -> str:
+    if stated.code == "22000" and isinstance(error.__cause__, TypeError | AttributeError):
+        return "other"  # asyncpg's, for a value of a class that the service should not have sent
+    routine = _text(teller, "source_function", "server_source_function")
+    if stated.code == "42501" and routine == "ExecWithCheckOptions":
+        return "row_security"
+    if stated.code != "23503":
+        return ""
+    # An INSERT is told its table and the constraint, a DELETE the referring table as well.
+    said = _text(teller, "message_primary", "message") or ""
+    for name in stated.constraint, stated.table:
+        said = said.replace(f'"{name}"', '""')
+    return {4: "missing_parent", 6: "still_referenced"}.get(len(_QUOTE.findall(said)), "")
+
+
+def _without_code(error: BaseException, statement: str | None) -> str:
+    """Tell what the client alone has found out, or could not make out."""
+    classes = {class_.__name__ for class_ in type(error).__mro__}
+    said = str(error.args[0]) if error.args and isinstance(error.args[0], str) else ""
+    is_lost = "InterfaceError" in classes and "connection is closed" in said
+    if is_lost or "TargetServerAttributeNotMatched" in classes:
+        return "unavailable"
+    if "DataError" in classes and ("NUL" in said or "list" in said):
+        return "bad_value"  # any other is of what psycopg reads, and Python has no value for
+    # Of a statement it is a mistake, unless SQLAlchemy has found the connection lost.
+    return _refusal(said) if "OperationalError" in classes and statement is None else ""
+
+
+def _refusal(said: str) -> str:
+    if "no password supplied" in said:
+        return "permission_denied"
+    words = [line.partition("FATAL:  ")[2] for line in said.splitlines()]
+    found = (name for name, each in _REFUSALS.items() if any(map(each.match, words)))
+    return next(found, "unavailable")
+
+
+# -- MySQL, MariaDB and SQLite, which state names in their text alone ------------------------
+
+_IN_BACKTICKS: Final = r"`((?:[^`]|``)++)`"
+_NAMES: Final = tuple(
+    re.compile(pattern.replace("`", _IN_BACKTICKS), re.DOTALL)
+    for pattern in (
+        r"UNIQUE constraint failed: index '(?P<constraint>[^']+)'",
+        r"(?:UNIQUE|NOT NULL) constraint failed: (?P<paths>.+)",
+        r"CHECK constraint failed: (?P<constraint>[\w.-]+)",
+        r"Duplicate entry '.*' for key '(?P<constraint>[^']+)'",
+        r"Column '(?P<column>[^']+)' cannot be null",
+        r"Field '(?P<column>[^']+)' doesn't have a default value",
+        r"CONSTRAINT (?P<constraint>`) failed for `\.(?P<table>`)",
+        r"Check constraint '(?P<constraint>[^']+)' is violated\.",
+        r"Cannot [a-z ]+: a foreign key constraint fails "
+        r"\(`\.(?P<table>`), CONSTRAINT (?P<constraint>`) FOREIGN KEY .*",
+    )
+)
+
+
+def _read_mysql(error: BaseException, statement: str) -> StatedError:
+    number = error.args[0] if error.args else None
+    if not isinstance(number, int) or not 0 < number < 100_000:
+        is_infinite = isinstance(number, str) and number.endswith(" can not be used with MySQL")
+        return StatedError("bad_value" if is_infinite else "")
+    stated = replace(_named_in(error.args[-1]), code=str(number))
+    # MySQL puts the table in front of a key's name, and MariaDB may have a name with a dot.
+    table, _, name = (stated.constraint or "").partition(".")
+    if name and re.search(rf"\b{re.escape(table)}\b", statement):
+        return replace(stated, table=table, constraint=name)
+    return stated
+
+
+def _read_sqlite(error: BaseException) -> StatedError:
+    # Python 3.11 has no name for what a STRICT table refuses.
+    is_strict = _attribute(error, "sqlite_errorcode") == 3091
+    code = "SQLITE_CONSTRAINT_DATATYPE" if is_strict else _text(error, "sqlite_errorname")
+    stated = _named_in(error.args[-1] if error.args else None)
+    return replace(stated, code=code)
+
+
+def _named_in(text: object) -> StatedError:
+    """Read names in the places of a message that no row's value reaches."""
+    matches = (each.fullmatch(text) for each in _NAMES) if isinstance(text, str) else ()
+    found = next(filter(None, matches), None)
+    names = found.groupdict() if found else {}
+    unquoted = {name: each.strip("`").replace("``", "`") for name, each in names.items()}
+    if "paths" in names:
+        paths = [path.split(".") for path in names["paths"].split(", ")]
+        columns = tuple(path[-1] for path in paths)
+        is_clear = all(len(path) == 2 for path in paths)
+        return StatedError(table=paths[0][0], columns=columns) if is_clear else StatedError()
+    column = unquoted.get("column")
+    return StatedError(
+        constraint=unquoted.get("constraint"),
+        table=unquoted.get("table"),
+        columns=(column,) if column else (),
+    )

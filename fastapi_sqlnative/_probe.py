@@ -1,0 +1,127 @@
+"""Asking a database whether it is there, and a pool whether it moves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from enum import StrEnum
+from time import monotonic
+from traceback import clear_frames
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy import Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from ._drivers.pools import ask_pool, pool_capacity, pool_timeout
+from .errors import DatabaseErrorKind, describe_database_error
+
+# In the `info` of a connection that no pool of the application's has ever held.
+OUTSIDE: Final = "fastapi_sqlnative_outside"
+# The execution option under which an engine keeps when its pool last moved.
+_MOVEMENT: Final = "fastapi_sqlnative_movement"
+_REFUSES_WRITES: Final = {
+    "postgresql": "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'",
+    "mysql": "SELECT @@global.read_only",
+    "mariadb": "SELECT @@global.read_only",
+}
+
+
+class DatabaseState(StrEnum):
+    """What readiness knows of a database, the worst last."""
+
+    UP = "up"
+    SATURATED = "saturated"  # it answers, and every connection of the pool is in use
+    READ_ONLY = "read_only"  # it answers, and takes no writes, which it should
+    WEDGED = "wedged"  # every connection is in use, and none has come back for too long
+    DOWN = "down"
+
+
+def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseState:
+    """Return the state of a database that answers; raise the error of one that does not.
+
+    Plain code, for a greenlet or a thread. It never joins the queue for the pool: where no
+    connection is idle, it makes one as the pool would, and closes it. `in_use` counts those that
+    sessions hold, which not every kind of pool knows.
+    """
+    pool = engine.pool
+    if isinstance(pool, sa.StaticPool) and in_use:
+        # One connection for everybody: giving it back would roll back what a session has begun.
+        return DatabaseState.UP
+    if isinstance(pool, sa.QueuePool) and pool.checkedin():
+        with suppress(Exception):  # asked again below: it was lost with a server that may be back
+            return _ask(engine, writable)
+    elif not (_is_exclusive(pool) or ask_pool(pool, "checkedout")):
+        # Nobody waits for an empty pool, and its first connection readies the dialect.
+        return _ask(engine, writable)
+    full, outside = is_full(engine), pool.recreate()
+    event.listen(outside, "connect", _mark, insert=True)
+    try:
+        state = _ask(Engine(outside, engine.dialect, engine.url), writable)
+    except Exception as error:
+        failure = describe_database_error(error)
+        if not (failure and failure.kind is DatabaseErrorKind.TOO_MANY_CONNECTIONS):
+            raise
+        if not ask_pool(pool, "checkedout"):
+            raise
+        return DatabaseState.SATURATED
+    finally:
+        outside.dispose()
+    return DatabaseState.SATURATED if full and state is DatabaseState.UP else state
+
+
+def _mark(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[OUTSIDE] = True
+
+
+def _is_exclusive(pool: sa.Pool) -> bool:
+    # They would give us the only connection, or the thread's own, before a request wants it.
+    return isinstance(pool, sa.AssertionPool | sa.SingletonThreadPool)
+
+
+def _ask(engine: Engine, writable: bool) -> DatabaseState:
+    name = engine.dialect.name
+    if writable and name not in _REFUSES_WRITES:
+        raise NotImplementedError(f"Nothing asks {name} for writes: give it the policy 'required'.")
+    query: Any = sa.text(_REFUSES_WRITES[name]) if writable else sa.select(1)
+    try:
+        with engine.connect() as connection:
+            answer = connection.scalar(query)
+    except asyncio.CancelledError as error:
+        clear_frames(error.__traceback__)  # half open, it would stay until the garbage collection
+        raise
+    refuses = writable and answer not in (False, "OFF")
+    return DatabaseState.READ_ONLY if refuses else DatabaseState.UP
+
+
+class _Movement:
+    """When a pool last handed out a connection or got one back; lives with the engine."""
+
+    def __init__(self) -> None:
+        self.last = monotonic()
+
+    def note(self, _connection: object, record: ConnectionPoolEntry, *_proxy: object) -> None:
+        if OUTSIDE not in record.info:
+            self.last = monotonic()
+
+
+def is_wedged(engine: Engine, seconds: float) -> bool:
+    """Tell whether every connection has been in use, and none has come back, for so long.
+
+    Or for as long as the pool lets its callers wait, if that is longer. The first call begins to
+    listen to the pool.
+    """
+    movement = engine.get_execution_options().get(_MOVEMENT)
+    if movement is None:
+        movement = _Movement()
+        event.listen(engine, "checkout", movement.note)
+        event.listen(engine, "checkin", movement.note)
+        engine.update_execution_options(**{_MOVEMENT: movement})
+    limit = max(seconds, pool_timeout(engine.pool))
+    return is_full(engine) and monotonic() - movement.last > limit
+
+
+def is_full(engine: Engine) -> bool:
+    """Tell whether every connection that the pool hands out is in use."""
+    capacity, in_use = pool_capacity(engine.pool), ask_pool(engine.pool, "checkedout")
+    return capacity is not None and in_use is not None and in_use >= capacity

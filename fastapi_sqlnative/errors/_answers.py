@@ -1,0 +1,180 @@
+"""Where a failure becomes an answer: at a block of a route's, and app-wide."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping
+from typing import Any, Unpack, cast, overload
+
+import starlette
+from fastapi import FastAPI, HTTPException
+from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .._routes import applications_in, route_of
+from ..exceptions import ApplicationAlreadyStartedError
+from ._formats import answer_invalid, answer_problem, document_failures
+from ._kinds import OUR_ERRORS
+from ._log import FailureLog
+from ._rules import DatabaseHTTPException, ErrorMapping, ErrorT, MappingOptions
+
+# The second None says that no error ends here, so that a block may end with a `return`.
+_Block = contextlib.AbstractContextManager[None, None]
+_AsyncBlock = contextlib.AbstractAsyncContextManager[None, None]
+# A group is answered if its one error is a failure, and raised again if not. Starlette before 0.46
+# raises a group for any error in a stream, where a handler would be in the way.
+_GROUPS = () if starlette.__version__ < "0.46" else (ExceptionGroup,)
+
+
+def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> ErrorT | HTTPException:
+    """Return the `HTTPException` that answers a database failure, or the very same error.
+
+    What comes back is there to be raised. The error given becomes its `__cause__`, and is logged
+    here, once. An `HTTPException` stays as it is; another error is answered by what caused it.
+
+    Args:
+        error: any exception.
+        **options: `constraints` by name and kinds, each with a message or an `ErrorRule`, and the
+            `metadata` for `describe_database_error`. A wrong one is a `TypeError`.
+
+    Example:
+        except IntegrityError as error:
+            raise map_database_error(error, unique="E-mail already registered.")
+    """
+    return ErrorMapping(options).map(error)
+
+
+@overload
+def http_errors(session: Session | None = None, /, **options: Unpack[MappingOptions]) -> _Block: ...
+@overload
+def http_errors(session: AsyncSession, /, **options: Unpack[MappingOptions]) -> _AsyncBlock: ...
+def http_errors(
+    session: Session | AsyncSession | None = None, /, **options: Unpack[MappingOptions]
+) -> _Block | _AsyncBlock:
+    """Map the database failures of a block, as `map_database_error` does.
+
+    An error that the application has raised `from` one is its own, and left alone. With a session
+    the block is a savepoint, flushed at its end: an `add()` fails there and not at COMMIT, and
+    afterwards the transaction goes on without what the block did. A deferred constraint still
+    waits for COMMIT. Write `with` for a `Session` and `async with` for an `AsyncSession`; without
+    a session it is `with`, in `async` code too. A wrong argument is a `TypeError` at once.
+
+    Example:
+        async with http_errors(session, unique="E-mail already registered."):
+            session.add(User(email=email))
+    """
+    mapping = ErrorMapping(options)
+    if session is None:
+        return mapping
+    if isinstance(session, AsyncSession):
+        return cast("_AsyncBlock", _async_savepoint(session, mapping))
+    if isinstance(cast("object", session), Session):
+        return cast("_Block", _savepoint(session, mapping))
+    raise TypeError(f"http_errors takes a Session or an AsyncSession, not {session!r}.")
+
+
+@contextlib.contextmanager
+def _savepoint(session: Session, mapping: ErrorMapping) -> Generator[None]:
+    with ErrorMapping({}):
+        session.flush()  # what waits from before is no failure of this block
+    with mapping, session.begin_nested():
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _async_savepoint(session: AsyncSession, mapping: ErrorMapping) -> AsyncGenerator[None]:
+    with ErrorMapping({}):
+        await session.flush()
+    with mapping:
+        async with session.begin_nested():
+            yield
+
+
+# -- app-wide --------------------------------------------------------------------------------
+
+
+def install_error_handlers(
+    app: FastAPI,
+    *,
+    problem_details: bool = False,
+    every_error: bool = False,
+    **options: Unpack[MappingOptions],
+) -> None:
+    """Answer the database failures of an application, and of those that are mounted in it by now.
+
+    Everything is answered that no route has answered, failures of COMMIT included. Handlers of the
+    application's go first, for a more particular class or the same one, whenever they were added.
+    Websockets are left alone. What is mounted later needs a call of its own, and what has had one
+    keeps its handlers. What passes is logged once, and more within five seconds as a number. The
+    OpenAPI document says how routes that use a database answer a conflict and an outage, unless
+    they describe that status themselves.
+
+    Args:
+        app: one that has not started; otherwise an `ApplicationAlreadyStartedError`.
+        problem_details: answer with RFC 9457 `application/problem+json`, also what `http_errors`
+            and `map_database_error` have mapped. Only a rule's `pointer` names a field.
+        every_error: have the application's other `HTTPException` and invalid requests answered so,
+            too, unless it has handlers of its own for them.
+        **options: as for `map_database_error`. `read_only=ErrorRule(status=503, retry_after=5)`
+            is for writes that a standby refuses.
+    """
+    if every_error and not problem_details:
+        raise ValueError("every_error=True asks for problem details: add problem_details=True.")
+    if _has_handlers(app):
+        raise RuntimeError("The application has these handlers: install them once, completely.")
+    mapping = ErrorMapping(options, FailureLog(window=5))
+    answered = [each for each in applications_in(app) if not _has_handlers(each)]
+    if any(each.middleware_stack is not None for each in answered):
+        raise ApplicationAlreadyStartedError(
+            "The application, or one mounted in it, has started without error handlers: call "
+            "install_error_handlers where it is made."
+        )
+    for each in answered:
+        _install(each, _Answer(mapping), problem_details, every_error)
+        if isinstance(each, FastAPI):
+            document_failures(each, mapping, problem_details, every_error)
+
+
+def _has_handlers(app: Starlette) -> bool:
+    return isinstance(app.exception_handlers.get(SQLAlchemyError), _Answer)
+
+
+def _install(app: Starlette, answer: _Answer, problem_details: bool, every_error: bool) -> None:
+    handlers: dict[Any, Any] = app.exception_handlers
+    for failure in (SQLAlchemyError, *_GROUPS, *OUR_ERRORS):
+        handlers.setdefault(failure, answer)
+    if problem_details:
+        handlers[DatabaseHTTPException] = answer_problem
+    if every_error and handlers.get(AnyHTTPException) is http_exception_handler:
+        handlers[AnyHTTPException] = answer_problem
+    default = request_validation_exception_handler
+    if every_error and handlers.get(RequestValidationError) is default:
+        handlers[RequestValidationError] = answer_invalid
+
+
+class _Answer:
+    """What answers whatever was raised: an exception handler for Starlette."""
+
+    def __init__(self, mapping: ErrorMapping) -> None:
+        self._mapping = mapping
+
+    async def __call__(self, request: Request, error: Exception) -> Response:
+        """Answer a database failure as an `HTTPException`; raise anything else again."""
+        # A websocket has no response to be answered with.
+        is_http = request.scope["type"] == "http"
+        mapped = self._mapping.map_own(error, route_of(request)) if is_http else error
+        if not isinstance(mapped, DatabaseHTTPException):
+            raise error
+        handlers: Mapping[Any, Any] = request.app.exception_handlers
+        by_class = (handlers[class_] for class_ in type(mapped).__mro__ if class_ in handlers)
+        handler = handlers.get(mapped.status_code) or next(by_class, http_exception_handler)
+        response: Response | Awaitable[Response] = handler(request, mapped)
+        return await response if inspect.isawaitable(response) else response

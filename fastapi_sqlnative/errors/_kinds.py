@@ -1,0 +1,226 @@
+"""What a database failure is, by what its driver states and the application's metadata names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum, auto
+from typing import Final, NamedTuple, cast
+
+from sqlalchemy import Column, Constraint, Index, MetaData, Table, exc, make_url, schema
+from sqlalchemy.orm.exc import StaleDataError
+
+from .. import exceptions as own
+from .._drivers.errors import StatedError, read_error, server_of
+
+
+class DatabaseErrorKind(StrEnum):
+    """Name what went wrong. The values are the keywords of `map_database_error`."""
+
+    UNIQUE = auto()
+    EXCLUSION = auto()
+    FOREIGN_KEY = auto()  # which of the next two, the database does not tell
+    MISSING_PARENT = auto()
+    STILL_REFERENCED = auto()
+    NOT_NULL = auto()
+    CHECK = auto()
+    BAD_VALUE = auto()
+    ROW_SECURITY = auto()
+    STALE = auto()
+    SERIALIZATION = auto()
+    DEADLOCK = auto()
+    LOCK_NOT_AVAILABLE = auto()
+    STATEMENT_TIMEOUT = auto()  # or cancelled: the servers have one code for both
+    POOL_TIMEOUT = auto()
+    TOO_MANY_CONNECTIONS = auto()
+    UNAVAILABLE = auto()
+    READ_ONLY = auto()
+    PERMISSION_DENIED = auto()
+    ABORTED_TRANSACTION = auto()
+    UNCOMMITTED_CHANGES = auto()
+    PARTIAL_COMMIT = auto()
+    OUTCOME_UNKNOWN = auto()
+    AFTER_COMMIT = auto()
+    OTHER = auto()
+
+
+Kind = DatabaseErrorKind
+
+# Classes of SQLAlchemy's and of ours, each of which means one thing, whatever its cause was.
+_CLASSES: Final[Mapping[type[Exception], DatabaseErrorKind]] = {
+    StaleDataError: Kind.STALE,
+    exc.TimeoutError: Kind.POOL_TIMEOUT,
+    exc.PendingRollbackError: Kind.ABORTED_TRANSACTION,
+    own.TransactionAbortedError: Kind.ABORTED_TRANSACTION,
+    own.UncommittedChangesError: Kind.UNCOMMITTED_CHANGES,
+    own.PartialCommitError: Kind.PARTIAL_COMMIT,
+    own.CommitOutcomeUnknownError: Kind.OUTCOME_UNKNOWN,
+    own.AfterCommitError: Kind.AFTER_COMMIT,
+}
+OUR_ERRORS: Final = tuple(each for each in _CLASSES if not issubclass(each, exc.SQLAlchemyError))
+
+_REPEATABLE: Final = ("serialization", "deadlock")
+_PASSING: Final = ("lock_not_available", "pool_timeout", "too_many_connections", "unavailable")
+_TRANSIENT: Final = _REPEATABLE + _PASSING
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseErrorDescription:
+    """Describe a database failure, with what its driver states and nothing guessed.
+
+    Attributes:
+        kind: what went wrong.
+        code: the SQLSTATE, MySQL error number or SQLite error name that says so, if any does.
+        constraint: the violated constraint's name.
+        table: the table it is on.
+        columns: the columns concerned, in the constraint's order.
+        retryable: running the whole transaction again may succeed, and cannot do it twice.
+        transient: the database is busy or away, for a while.
+    """
+
+    kind: DatabaseErrorKind
+    code: str | None = None
+    constraint: str | None = None
+    table: str | None = None
+    columns: tuple[str, ...] = ()
+    retryable: bool = False
+    transient: bool = False
+
+
+def describe_database_error(
+    error: BaseException, *, metadata: MetaData | None = None
+) -> DatabaseErrorDescription | None:
+    """Describe a database failure; `None` for an error that is none, and never an error.
+
+    The nearest failure counts, of the error and its `__cause__` chain: an `IntegrityError` that
+    was raised `from` another failure is described, not that other one. A group of one is that one.
+
+    Args:
+        error: from SQLAlchemy, from this package or from a driver itself.
+        metadata: names a constraint's columns where the driver names only the constraint, and
+            the other way round. What it does not name exactly once stays out.
+
+    Example:
+        failure = describe_database_error(error)
+        if failure is not None and failure.constraint == "uq_users_email": ...
+    """
+    described = (_describe(each, metadata) for each in _chain(error))
+    return next(filter(None, described), None)
+
+
+def only_error(error: BaseException) -> BaseException:
+    """Return the one error in a group that has no other, however deep; any other as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        if len(group.exceptions) != 1:
+            return group
+        error = group.exceptions[0]
+    return error
+
+
+def is_of_a_database(error: BaseException) -> bool:
+    """Tell SQLAlchemy's, a driver's and our own errors from everybody else's."""
+    return isinstance(error, (exc.SQLAlchemyError, *OUR_ERRORS)) or server_of(error) is not None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    following: object = error
+    while isinstance(following, BaseException) and id(following) not in seen:
+        seen.add(id(following))
+        nearest = only_error(following)
+        yield nearest
+        following = nearest.__cause__
+
+
+def _describe(error: BaseException, metadata: MetaData | None) -> DatabaseErrorDescription | None:
+    kind = next((kind for class_, kind in _CLASSES.items() if isinstance(error, class_)), None)
+    if kind is not None:
+        return DatabaseErrorDescription(kind, transient=kind in _TRANSIENT)
+    if isinstance(error, Exception) and server_of(error) is not None:
+        error = exc.DBAPIError(None, None, error)
+    if isinstance(error, exc.DBAPIError) and isinstance(error.orig, BaseException):
+        return _describe_wrapped(error, metadata)
+    return None
+
+
+def _describe_wrapped(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseErrorDescription:
+    stated = read_error(error)
+    kind = Kind(stated.kind)
+    # Lost with a statement on its way, it was not lost in COMMIT: nothing can have been stored.
+    lost_early = kind is Kind.UNAVAILABLE and error.connection_invalidated and error.statement
+    part = metadata and _find_part(stated, metadata, str(error.statement))
+    return DatabaseErrorDescription(
+        kind,
+        stated.code,
+        part.name if part else stated.constraint,
+        part.table if part else stated.table,
+        stated.columns or (part.columns if part else ()),
+        retryable=bool(lost_early) or kind in _REPEATABLE,
+        transient=kind in _TRANSIENT,
+    )
+
+
+class _Part(NamedTuple):
+    """A constraint or unique index of the metadata's; `key` is empty if it is none on columns."""
+
+    item: Constraint | Index
+    name: str
+    table: str
+    columns: tuple[str, ...]
+    key: frozenset[str]
+
+
+def _find_part(stated: StatedError, metadata: MetaData, statement: str) -> _Part | None:
+    """Find what the metadata names exactly once; `None` for what it does not name, or twice."""
+    parts = [part for table in metadata.tables.values() for part in _parts(table)]
+    here = [part for part in parts if stated.table in (None, part.table)]
+    if stated.constraint is not None:
+        found = [part for part in here if part.name == stated.constraint]
+        found = found or [part for part in here if _is_shortened(part, stated)]
+        found = found or _of_parent(parts, stated, statement)
+    else:
+        found = _on(here, stated.columns) if stated.kind == Kind.UNIQUE else []
+    return found[0] if len(found) == 1 else None
+
+
+def _on(parts: Iterable[_Part], columns: tuple[str, ...]) -> list[_Part]:
+    return [part for part in parts if columns and part.key == frozenset(columns)]
+
+
+def _of_parent(parts: list[_Part], stated: StatedError, statement: str) -> list[_Part]:
+    """Find a partitioned table, which the statement names: a partition's key has another name."""
+    written = set(re.findall(r"\w+", statement))
+    elsewhere = stated.table in {*written, *(part.table for part in parts)}
+    if stated.kind != Kind.UNIQUE or stated.nested or elsewhere:
+        return []
+    return _on((part for part in parts if part.table in written), stated.key)
+
+
+def _is_shortened(part: _Part, stated: StatedError) -> bool:
+    """Tell whether the name was too long for the database, which has the stated one instead."""
+    stored = stated.constraint or ""
+    if not 50 < len(stored) < len(part.name):
+        return False
+    preparer = make_url(f"{stated.server}://").get_dialect()().identifier_preparer
+    try:
+        return preparer.format_constraint(part.item) == preparer.quote(stored)
+    except exc.IdentifierError:  # SQLAlchemy would not have created it: the server has cut it off
+        return part.name.startswith(stored)
+
+
+def _parts(table: Table) -> Iterator[_Part]:
+    for constraint in table.constraints:
+        name = constraint.name
+        if isinstance(constraint, schema.ColumnCollectionConstraint) and isinstance(name, str):
+            is_key = isinstance(constraint, schema.PrimaryKeyConstraint | schema.UniqueConstraint)
+            columns = tuple(column.name for column in constraint.columns)
+            key = frozenset(columns if is_key else ())
+            yield _Part(constraint, name, table.name, columns, key)
+    for index in table.indexes:
+        if index.unique and index.name:
+            columns = tuple(each.name for each in index.expressions if isinstance(each, Column))
+            # One on an expression is on no column in particular.
+            columns = columns if len(columns) == len(index.expressions) else ()
+            yield _Part(index, index.name, table.name, columns, frozenset(columns))

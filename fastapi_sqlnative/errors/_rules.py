@@ -1,0 +1,211 @@
+"""The table of how each kind of database failure is answered, and what may be changed in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypedDict, TypeVar, cast
+
+from fastapi import HTTPException
+from sqlalchemy import MetaData
+from starlette.exceptions import HTTPException as AnyHTTPException
+
+from ._kinds import (
+    DatabaseErrorDescription,
+    Kind,
+    describe_database_error,
+    is_of_a_database,
+    only_error,
+)
+from ._log import FailureLog, what_failed
+
+ErrorT = TypeVar("ErrorT", bound=Exception)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRule:
+    """Say how a kind of failure, or a constraint's, is answered.
+
+    Without a `status` the rule changes the words only; with one it replaces the whole row. What is
+    out of place is a `TypeError` or `ValueError` at once.
+
+    Attributes:
+        detail: what the client reads; `None` for the default.
+        status: 400 to 599.
+        retry_after: seconds, for the Retry-After header; only beside a `status`.
+        pointer: the field at fault, as a JSON pointer such as `#/email`; for problem details.
+    """
+
+    detail: str | None = None
+    status: int | None = None
+    retry_after: int | None = None
+    pointer: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, type_ in ("detail", str), ("status", int), ("retry_after", int), ("pointer", str):
+            value: object = getattr(self, name)
+            if not isinstance(value, type_ | None) or isinstance(value, bool):
+                raise TypeError(f"{name} of an ErrorRule is {type_.__name__}, not {value!r}.")
+        if self.status is not None and not 400 <= self.status <= 599:
+            raise ValueError(f"status={self.status} is no error: write 400 to 599.")
+        if self.retry_after is not None and (self.status is None or self.retry_after < 0):
+            raise ValueError("retry_after is a number of seconds from 0, and needs a status.")
+        if self.pointer is not None and not self.pointer.startswith(("/", "#/")):
+            raise ValueError(f"pointer={self.pointer!r} is no JSON pointer: write '#/email'.")
+
+
+class ErrorRules(TypedDict, total=False):
+    """Name kinds: a message, or an `ErrorRule` for more. `foreign_key` is both of its ways."""
+
+    unique: str | ErrorRule
+    exclusion: str | ErrorRule
+    foreign_key: str | ErrorRule
+    missing_parent: str | ErrorRule
+    still_referenced: str | ErrorRule
+    not_null: str | ErrorRule
+    check: str | ErrorRule
+    bad_value: str | ErrorRule
+    row_security: str | ErrorRule
+    stale: str | ErrorRule
+    serialization: str | ErrorRule
+    deadlock: str | ErrorRule
+    lock_not_available: str | ErrorRule
+    statement_timeout: str | ErrorRule
+    pool_timeout: str | ErrorRule
+    too_many_connections: str | ErrorRule
+    unavailable: str | ErrorRule
+    read_only: str | ErrorRule
+    permission_denied: str | ErrorRule
+    aborted_transaction: str | ErrorRule
+    uncommitted_changes: str | ErrorRule
+    partial_commit: str | ErrorRule
+    outcome_unknown: str | ErrorRule
+    after_commit: str | ErrorRule
+    other: str | ErrorRule
+
+
+class MappingOptions(ErrorRules, total=False):
+    """Name constraints too, which go before kinds, and `metadata` to look names up in."""
+
+    constraints: Mapping[str, str | ErrorRule] | None
+    metadata: MetaData | None
+
+
+_BUSY: Final = "The service is busy. Try again."
+
+# How kinds are answered, unless the application says otherwise.
+_ANSWERS: Final[Mapping[ErrorRule, str]] = {
+    ErrorRule("This conflicts with something that exists.", 409): "unique exclusion",
+    ErrorRule("What this refers to is missing, or this is still in use.", 409): "foreign_key",
+    ErrorRule("This is still in use.", 409): "still_referenced",
+    ErrorRule("This has been changed in the meantime.", 409): "stale",
+    ErrorRule("What this refers to does not exist.", 422): "missing_parent",
+    ErrorRule("A required value is missing.", 422): "not_null",
+    ErrorRule("A value is not allowed.", 422): "check",
+    ErrorRule("A value is malformed or out of range.", 422): "bad_value",
+    ErrorRule("This is not allowed.", 403): "row_security",
+    ErrorRule(_BUSY, 503, retry_after=1): "serialization deadlock lock_not_available",
+    ErrorRule(_BUSY, 503, retry_after=5): "pool_timeout too_many_connections",
+    ErrorRule("The service is not available. Try again later.", 503, retry_after=5): "unavailable",
+    ErrorRule("The service took too long to answer.", 504): "statement_timeout",
+    ErrorRule("The server failed to answer this request.", 500): """read_only permission_denied
+        aborted_transaction uncommitted_changes other""",
+    # To be looked at, and not to be repeated.
+    ErrorRule("This may or may not have been stored. Look before.", 500): "outcome_unknown",
+    ErrorRule("Only a part of this has been stored. Do not repeat it.", 500): "partial_commit",
+    ErrorRule("This has been stored, and then something failed.", 500): "after_commit",
+}
+_RULES: Final = {Kind(name): rule for rule, names in _ANSWERS.items() for name in names.split()}
+_NEVER_REPEATED: Final = (Kind.OUTCOME_UNKNOWN, Kind.PARTIAL_COMMIT, Kind.AFTER_COMMIT)
+_FAULTS: Final = {kind for kind, rule in _RULES.items() if rule.status == 500} - {Kind.READ_ONLY}
+
+
+class DatabaseHTTPException(HTTPException):
+    """Be an `HTTPException` that a database failure was mapped to."""
+
+    def __init__(self, rule: ErrorRule) -> None:
+        headers = None if rule.retry_after is None else {"Retry-After": str(rule.retry_after)}
+        super().__init__(rule.status or 500, rule.detail, headers)
+        self.pointer = rule.pointer
+
+
+class ErrorMapping:
+    """The table, and what an application has put in its place; a context manager without state."""
+
+    def __init__(self, options: Mapping[str, Any], log: FailureLog | None = None) -> None:
+        given = dict(options)
+        self._metadata: MetaData | None = given.pop("metadata", None)
+        self._constraints = _checked_constraints(given.pop("constraints", None))
+        self.rules = _with_given(given)
+        self._log = log or FailureLog()
+
+    def map(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
+        """Log the failure and return its exception, or what was given."""
+        failure = describe_database_error(error, metadata=self._metadata)
+        if failure is None or isinstance(error, AnyHTTPException):
+            return error
+        mapped = DatabaseHTTPException(self._rule_for(failure, error))
+        mapped.__cause__ = error
+        status = mapped.status_code
+        is_fault = status == 500 or failure.kind in _FAULTS  # whatever it is answered with
+        level = logging.ERROR if is_fault else logging.INFO if status < 500 else logging.WARNING
+        self._log.write(level, what_failed(failure, error, status), route, error)
+        return mapped
+
+    def map_own(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
+        """Do so for a database's own error: what the application has made of one is left alone."""
+        return self.map(error, route) if is_of_a_database(only_error(error)) else error
+
+    def _rule_for(self, failure: DatabaseErrorDescription, error: Exception) -> ErrorRule:
+        # The metadata's name for a constraint goes before the database's.
+        stated = describe_database_error(error) or failure
+        names = failure.constraint, stated.constraint, f"{stated.table}.{stated.constraint}"
+        own = next((self._constraints[each] for each in names if each in self._constraints), None)
+        return _merged(self.rules[failure.kind], own or ErrorRule())
+
+    def __enter__(self) -> None:
+        """Map nothing yet."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Raise what an error maps to in its place."""
+        if isinstance(error, Exception) and (mapped := self.map_own(error)) is not error:
+            raise mapped
+
+
+def _with_given(given: Mapping[str, object]) -> dict[Kind, ErrorRule]:
+    own = {kind_named(name): _checked_rule(name, value) for name, value in given.items()}
+    if Kind.FOREIGN_KEY in own:
+        halves = (Kind.MISSING_PARENT, Kind.STILL_REFERENCED)
+        own = dict.fromkeys(halves, own[Kind.FOREIGN_KEY]) | own
+    for kind, rule in own.items():
+        if kind in _NEVER_REPEATED and (rule.retry_after is not None or rule.status == 503):
+            raise ValueError(f"{kind.value} takes no 503 or retry_after: nobody is to repeat it.")
+    return _RULES | {kind: _merged(_RULES[kind], rule) for kind, rule in own.items()}
+
+
+def kind_named(name: str) -> Kind:
+    """Return the kind of that name, or raise the `TypeError` that lists them all."""
+    if name not in set(Kind):
+        known = ", ".join(Kind)
+        raise TypeError(f"{name!r} is no kind of database failure. Write one of {known}.")
+    return Kind(name)
+
+
+def _checked_constraints(constraints: object) -> dict[str | None, ErrorRule]:
+    if not isinstance(constraints, Mapping | None):
+        raise TypeError(f"constraints maps names to messages; {constraints!r} does not.")
+    given = cast("Mapping[str, object]", constraints or {})
+    return {name: _checked_rule(name, rule) for name, rule in given.items()}
+
+
+def _checked_rule(name: object, value: object) -> ErrorRule:
+    if isinstance(name, str) and isinstance(value, str | ErrorRule):
+        return ErrorRule(value) if isinstance(value, str) else value
+    raise TypeError(f"{name!r} takes a message or an ErrorRule, not {value!r}.")
+
+
+def _merged(row: ErrorRule, own: ErrorRule) -> ErrorRule:
+    if own.status is None:
+        return replace(row, detail=own.detail or row.detail, pointer=own.pointer or row.pointer)
+    return replace(own, detail=own.detail or row.detail)

@@ -1,0 +1,15 @@
+"""Liveness and readiness: a router, what readiness asks, and draining."""
+
+from .._probe import DatabaseState
+from ._draining import drain_on_sigterm, start_draining
+from ._router import health_router
+from ._watch import CheckResult, ReadinessCheck
+
+__all__ = [
+    "CheckResult",
+    "DatabaseState",
+    "ReadinessCheck",
+    "drain_on_sigterm",
+    "health_router",
+    "start_draining",
+]

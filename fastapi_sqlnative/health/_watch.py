@@ -1,0 +1,121 @@
+"""What one database or check has answered, and the checks that an application may have."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from .._sessions.completion import in_thread
+
+logger = logging.getLogger("fastapi_sqlnative")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a check has found: whether it is ready, and a word that everybody may read."""
+
+    ready: bool
+    state: str
+
+
+Check: TypeAlias = Callable[..., bool | CheckResult | Awaitable[bool | CheckResult]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadinessCheck:
+    """A check, sync or async, with a time of its own or one that is only reported."""
+
+    check: Check  # of the application or of nothing; a sync one runs in a thread
+    timeout: float | None = None  # seconds, within those of the router, which are the default
+    required: bool = True  # else its failure is reported, and the application still ready
+
+
+def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
+    """Return what a check is called with: nothing, or the application."""
+    for arguments in ((), (app,)):
+        with contextlib.suppress(TypeError):
+            inspect.signature(check).bind(*arguments)
+            return arguments
+    raise TypeError(
+        f"Check {name!r} must be a function of the application or of nothing, not {check!r}."
+    )
+
+
+def is_async(check: Check) -> bool:
+    """Tell whether calling it gives a coroutine, be it a function, an object or a partial."""
+    call = getattr(type(check), "__call__", None)  # noqa: B004 - its kind, not whether it is
+    return inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
+
+
+async def run_check(name: str, check: Check, app: object) -> CheckResult:
+    """Call a check, a sync one in a thread; raise TypeError for what it may not return."""
+    call = functools.partial(check, *arguments_for(name, check, app))
+    found: Any = call() if is_async(check) else await asyncio.wrap_future(in_thread(call))
+    match await found if inspect.isawaitable(found) else found:
+        case bool(ready):
+            return CheckResult(ready, "up" if ready else "down")
+        case CheckResult(ready=bool(), state=str()) as result:
+            return result
+        case other:
+            kind = type(other).__name__
+            raise TypeError(f"Check {name!r} returned {kind}: return a bool or a CheckResult.")
+
+
+UP, DOWN = CheckResult(True, "up"), CheckResult(False, "down")
+
+
+@dataclass(eq=False)
+class Watch:
+    """What one database or check has answered, and the question that is under way.
+
+    A question outlives whoever waits for it: an answer that takes longer than a probe waits is
+    still an answer. There is never a second one: what hangs costs one thread, task or connection.
+    """
+
+    kind: Literal["Database", "Check"]
+    name: str
+    ask: Callable[[], Coroutine[Any, Any, CheckResult]]
+    required: bool
+    patience: float  # seconds that an answer may take; until they are over the last one stands
+    cancellable: bool  # a cancellation ends the question, as it does not in a thread
+    result: CheckResult = DOWN
+    _logged: CheckResult = UP
+    _asking: asyncio.Task[None] | None = None
+    _answered: asyncio.Event = field(default_factory=asyncio.Event)
+    _until: float = 0.0
+
+    async def look(self, timeout: float, max_age: float) -> None:
+        """Wait at most `timeout` seconds for an answer that is no older than `max_age`."""
+        now = asyncio.get_running_loop().time()
+        if self._asking is None or (self._asking.done() and now >= self._until):
+            self._answered.clear()
+            self._asking = asyncio.create_task(self._put(max_age))
+        limit = timeout if timeout < self.patience else None  # then the end of patience tells
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._answered.wait(), limit)
+
+    async def _put(self, max_age: float) -> None:
+        asking = asyncio.create_task(self.ask())
+        in_time, _ = await asyncio.wait({asking}, timeout=self.patience)
+        if not in_time:
+            self._find(DOWN, TimeoutError(f"No answer within {self.patience:g} s."))
+            if self.cancellable:
+                asking.cancel()
+        (found,) = await asyncio.gather(asking, return_exceptions=True)
+        if in_time:
+            self._until = asyncio.get_running_loop().time() + max_age
+            self._find(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
+
+    def _find(self, result: CheckResult, cause: BaseException | None) -> None:
+        self.result = result
+        self._answered.set()
+        if result != self._logged:
+            self._logged = result
+            level = logging.INFO if result.ready else logging.WARNING
+            logger.log(level, "%s %r is %s.", self.kind, self.name, result.state, exc_info=cause)

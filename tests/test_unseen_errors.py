@@ -1,0 +1,223 @@
+"""Rule 5: an error swallowed where no method of the session lets it through is no success."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, insert, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from fastapi_sqlnative import transactional
+from fastapi_sqlnative.exceptions import TransactionAbortedError
+from tests.in_process import ask, session_class
+from tests.serving import Item, Kind, Rows, items
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+FAILING = text("SELECT 1 / 0")
+
+
+def swallow(fail: Callable[[], Any]) -> None:
+    """Insist on a failure of the server's, and ignore it."""
+    with pytest.raises(Exception, match="division by zero|duplicate key|invalid input"):
+        fail()
+
+
+def write(session: Session) -> None:
+    session.execute(insert(items).values(name="lost"))
+
+
+# -- over what the session has handed out ------------------------------------------------------
+
+
+def in_a_raw_cursor(session: Session) -> None:
+    cursor = session.connection().connection.cursor()
+    swallow(lambda: cursor.execute("SELECT 1 / 0"))
+    cursor.close()
+
+
+def over_the_connection(session: Session) -> None:
+    swallow(lambda: session.connection().execute(FAILING))
+
+
+def in_a_stream(session: Session) -> None:
+    query = text("SELECT 1 / (500 - n) FROM generate_series(1, 1000) AS n")
+    result = session.execute(query, execution_options={"stream_results": True})
+    result.fetchmany(3)
+    swallow(result.all)
+
+
+def in_a_copy(session: Session) -> None:
+    driver: Any = session.connection().connection.driver_connection
+    if hasattr(driver, "copy_records_to_table"):
+        copying = driver.copy_records_to_table("item", records=[("lost",)], columns=["name"])
+        swallow(lambda: await_only(copying))
+        return
+    cursor = driver.cursor()
+    copy = cursor.copy("COPY item (name) FROM STDIN")
+    if hasattr(copy, "__aenter__"):
+
+        async def asynchronous() -> None:
+            async with cursor, copy as copied:
+                await copied.write_row(["lost"])
+
+        swallow(lambda: await_only(asynchronous()))
+        return
+
+    def synchronous() -> None:
+        with cursor, copy as copied:
+            copied.write_row(["lost"])
+
+    swallow(synchronous)
+
+
+HANDED_OUT: list[Body] = [in_a_raw_cursor, over_the_connection, in_a_stream, in_a_copy]
+
+
+@pytest.mark.parametrize("fail", HANDED_OUT)
+async def test_an_error_over_what_was_handed_out_counts(
+    kind: Kind, engine: Engine, rows: Rows, fail: Body
+) -> None:
+    """A failure on a connection, a cursor, a stream or in COPY is refused at the commit."""
+
+    def body(session: Session) -> None:
+        write(session)
+        fail(session)
+
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+
+
+# -- in listeners of the application's ---------------------------------------------------------
+
+
+@contextmanager
+def listening(target: Any, name: str, listener: Callable[..., Any]) -> Iterator[None]:
+    event.listen(target, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
+
+
+def execute_and_hide(session: Session, *_: object) -> None:
+    swallow(lambda: session.execute(FAILING))
+
+
+def connect_and_hide(session: Session, *_: object) -> None:
+    swallow(lambda: session.connection().execute(FAILING))
+
+
+def touch(session: Session) -> None:
+    """Leave a row that looks changed and is not, so that a flush has nothing to send."""
+    row = session.scalars(select(Item)).one()
+    row.name, row.name = "changed", row.name
+
+
+@pytest.mark.parametrize("of_the_class", [True, False], ids=["own class", "Session"])
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [
+        ("before_commit", touch),
+        ("before_flush", touch),
+        ("after_flush", lambda session: session.add(Item(name="lost too"))),
+    ],
+    ids=["before_commit", "before_flush", "after_flush"],
+)
+@pytest.mark.parametrize("listener", [execute_and_hide, connect_and_hide])
+async def test_an_error_in_a_session_event_counts(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    of_the_class: bool,
+    name: str,
+    prepare: Body,
+    listener: Callable[..., None],
+) -> None:
+    """A listener that hides a failure, an audit log's say, lets nothing be committed."""
+
+    class Audited(Session): ...
+
+    def body(session: Session) -> None:
+        write(session)
+        prepare(session)
+
+    target = Audited if of_the_class else Session
+    options = session_class(kind, Audited)
+    with listening(target, name, listener), pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body, session_options=options)
+    assert rows.names == []
+
+
+async def test_an_error_in_a_mapper_event_counts(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A failure that a mapper's listener hides, on the connection that it is given, counts."""
+
+    def hide(_mapper: object, connection: Any, _row: object) -> None:
+        swallow(lambda: connection.execute(FAILING))
+
+    def body(session: Session) -> None:
+        session.add(Item(name="lost"))
+
+    with listening(Item, "after_insert", hide), pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+
+
+# -- behind listeners that change what the driver said -----------------------------------------
+
+
+class ServiceError(Exception):
+    """Be what an application makes of a failure."""
+
+
+def raise_another(_context: object) -> None:
+    raise ServiceError
+
+
+def return_another(_context: object) -> Exception:
+    return ServiceError()
+
+
+@pytest.mark.parametrize("listener", [raise_another, return_another])
+async def test_an_error_of_another_name_counts(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, listener: Callable[[Any], Any]
+) -> None:
+    """An application's handle_error listener, earlier or later than ours, hides no failure."""
+
+    def body(session: Session) -> None:
+        write(session)
+        with pytest.raises(ServiceError):
+            session.execute(FAILING)
+
+    target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(target, "handle_error", listener)
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+
+
+async def test_an_error_that_the_executing_listener_hides_counts(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """A do_execute listener that executes by itself and hides the failure lets nothing through."""
+
+    def execute(cursor: Any, statement: str, parameters: Any, _context: object) -> bool:
+        if statement != str(FAILING):
+            return False
+        swallow(lambda: cursor.execute(statement, parameters))
+        return True
+
+    def body(session: Session) -> None:
+        write(session)
+        session.execute(FAILING)
+
+    target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(target, "do_execute", execute)
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, NestedTransaction, event, text
+from sqlalchemy import Connection, Engine, NestedTransaction, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from .._drivers.statements import Effect, effect_of
+from .._drivers.statements import writes
 from .._drivers.transactions import autocommits
 from ._targets import IsolationError, running_loop
 from ._turns import Turn
@@ -24,6 +24,7 @@ _MARK: Final = "fastapi_sqlnative_testing"
 _ENDS: Final = re.compile(
     r"\s*(commit|end|abort|rollback(?!\s+to|\s+(work|transaction)\s+to))\b", re.IGNORECASE
 )
+_READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 # Deferrable constraints, with whether they wait for COMMIT unless they are told otherwise.
 _DEFERRABLE: Final = """
 SELECT quote_ident(nspname) || '.' || quote_ident(conname), condeferred
@@ -169,11 +170,9 @@ class IsolatedConnection:
 
     def _refuse_writes(self, connection: Connection, *call: Any) -> None:
         _, statement, _, context, _ = call
-        effect, _ = effect_of(context.compiled or text(statement.replace(":", r"\:")).compile())
-        reads = statement.lstrip().lower().startswith(("select", "with", "pragma"))
         # Tables may be created before the first use; later it could wait for the test's locks.
-        harmless = context.isddl and self._connection is None
-        harmless = harmless or effect is Effect.NONE or (effect is Effect.UNKNOWN and reads)
+        harmless = statement.lstrip().lower().startswith(_READS) and not writes(statement)
+        harmless = harmless or (context.isddl and self._connection is None)
         if isolated_on(connection) is self:
             if _ENDS.match(statement):
                 raise self._refused("COMMIT and ROLLBACK as text would end the block.")

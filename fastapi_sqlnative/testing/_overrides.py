@@ -10,7 +10,7 @@ from typing import Any, Self
 from starlette.applications import Starlette
 
 from .._lifespan.running import EngineFactory
-from .._lifespan.startup import start_installation
+from .._lifespan.startup import start_installation, start_with_engine
 from .._sessions.engines import AnyEngine, dispose
 from ..databases import database_class
 from ._isolation import is_isolated
@@ -31,7 +31,8 @@ def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFacto
         app: the application, or the outermost of those mounted in each other.
         name: of the database.
         engine: of the kind that is installed: a ready one, which the test closes, or a factory,
-            whose engine is disposed of at the end.
+            whose engine is disposed of at the end. The application's own `shutdown` is still
+            called when it ends.
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
@@ -89,7 +90,7 @@ class Override:
     async def _swap(self) -> Self:
         installation, own = self._installation, ready_engine(self._installation)
         isolated = is_isolated(installation)
-        was = installation.engine, installation.shutdown, installation.database
+        was = installation.engine, installation.database
 
         async def build() -> Any:
             engine = self._engine()
@@ -103,7 +104,7 @@ class Override:
 
         async def restore() -> None:
             built = installation.database if self._is_factory else None
-            installation.engine, installation.shutdown, installation.database = was
+            installation.engine, installation.database = was
             if not self._installed.runs:
                 installation.database = None  # the end of the lifespan has closed it
             elif installation.database is None:
@@ -116,11 +117,12 @@ class Override:
         async with AsyncExitStack() as undo:
             undo.push_async_callback(restore)
             installation.engine = build if self._is_factory else self._engine
-            if not isolated:  # else the application's own engine has the connection
-                installation.shutdown = None
             installation.database = None
-            if self._installed.runs:
-                await start_installation(installation)
+            if self._installed.runs and self._installed.loop is not None:
+                if self._is_factory:
+                    await start_installation(installation)
+                else:
+                    start_with_engine(installation, self._installed.loop)
                 self._show()
             self._undo = undo.pop_all()
         return self

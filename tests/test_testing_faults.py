@@ -50,15 +50,25 @@ notes = Table(
 
 
 def _params() -> Iterator[Any]:
+    """Yield each driver, and once for each database an isolated one."""
+    databases: set[str] = set()
     for driver in DRIVERS:
         marks = [pytest.mark.mariadb] if driver.dialect == "mysql" else []
-        yield pytest.param(driver, id=driver.id, marks=marks)
+        yield pytest.param((driver, False), id=driver.id, marks=marks)
+        if driver.dialect not in databases:
+            databases.add(driver.dialect)
+            yield pytest.param((driver, True), id=f"{driver.id}-isolated", marks=marks)
 
 
 @pytest.fixture(params=_params())
-def driver(request: pytest.FixtureRequest) -> Driver:
-    found: Driver = request.param
+def setting(request: pytest.FixtureRequest) -> tuple[Driver, bool]:
+    found: tuple[Driver, bool] = request.param
     return found
+
+
+@pytest.fixture
+def driver(setting: tuple[Driver, bool]) -> Driver:
+    return setting[0]
 
 
 def _mariadb_database(server: str, worker: str) -> str:
@@ -133,9 +143,9 @@ def app(driver: Driver, url: str) -> FastAPI:
     return app
 
 
-@pytest.fixture(params=[False, True], ids=["", "isolated"])
-def client(app: FastAPI, request: pytest.FixtureRequest) -> Iterator[TestClient]:
-    around: AbstractContextManager[object] = isolated(app) if request.param else nullcontext()
+@pytest.fixture
+def client(app: FastAPI, setting: tuple[Driver, bool]) -> Iterator[TestClient]:
+    around: AbstractContextManager[object] = isolated(app) if setting[1] else nullcontext()
     with TestClient(app) as client, around:
         yield client
 

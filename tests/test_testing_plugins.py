@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,7 @@ class PolyFactory(SQLAlchemyFactory[Item]):
     id = None
     position = None
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def factories(isolated_session):
     Scoped.registry.set(isolated_session)
     PolyFactory.__session__ = isolated_session
@@ -88,19 +87,19 @@ def factories(isolated_session):
     yield
     Scoped.registry.clear()
 
-def test_factory_boy(isolated_client):
+def test_factory_boy(factories, isolated_client):
     item = ItemFactory()
     assert isolated_client.get("/names").json() == [item.name] == ["made-0"]
     ItemFactory()
     assert isolated_client.get("/names").json() == ["made-0", "made-1"]
 
-def test_polyfactory(isolated_client, isolated_session):
+def test_polyfactory(factories, isolated_client, isolated_session):
     item = PolyFactory.create_sync(name="poly")
     assert isolated_client.get("/names").json() == ["poly"]
     isolated_client.post("/add?name=added")
     assert isolated_session.scalars(select(Item.name).order_by(Item.name)).all() == ["added", "poly"]
 
-def test_nothing_is_left(isolated_client):
+def test_nothing_was_left(isolated_client):
     assert isolated_client.get("/names").json() == []
 """
 
@@ -161,15 +160,17 @@ async def test_own_fixtures(client, db_session):
 """
 
 PLUGINS = {
-    "factories": ("", SYNCHRONOUS, ()),
-    "pytest-asyncio-auto": ("asyncio_mode = auto", ASYNCHRONOUS + OWN_FIXTURES, ()),
+    "pytest-asyncio-auto": ("asyncio_mode = auto", ASYNCHRONOUS + OWN_FIXTURES),
     "pytest-asyncio-strict": (
         "asyncio_mode = strict",
         "import pytest\npytestmark = pytest.mark.asyncio\n" + ASYNCHRONOUS + OWN_FIXTURES,
-        (),
     ),
-    "anyio": ("", "import pytest\npytestmark = pytest.mark.anyio\n" + ASYNCHRONOUS, ()),
-    "xdist": ("asyncio_mode = auto", ASYNCHRONOUS, ("-n2",)),
+    "anyio-factories": (
+        "",
+        SYNCHRONOUS
+        + "\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
+        + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def"),
+    ),
 }
 
 
@@ -178,15 +179,14 @@ def test_suites_of_applications(
     plugin: str, tmp_path: Path, postgres: WorkerPostgres, rows: Rows
 ) -> None:
     """Fixtures, factories and async clients work with each plugin, and leave nothing behind."""
-    settings, suite, options = PLUGINS[plugin]
+    settings, suite = PLUGINS[plugin]
     (tmp_path / "pytest.ini").write_text(
         f"[pytest]\n{settings}\nasyncio_default_fixture_loop_scope = function\n"
         "filterwarnings = error\n"
     )
-    anyio = "" if plugin != "anyio" else "\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
-    (tmp_path / "conftest.py").write_text(textwrap.dedent(CONFTEST) + anyio)
-    (tmp_path / "test_suite.py").write_text(textwrap.dedent(suite))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "."]
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_suite.py").write_text(suite)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
     environment = {
         "DATABASE_URL": postgres.url("psycopg"),
         "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}",

@@ -120,6 +120,19 @@ class SessionFactory:
             except TypeError as error:
                 raise self._mistake(str(error)) from error
 
+    @property
+    def native(self) -> Any:
+        """The class of the sessions that do the work; a test may put a subclass in its place."""
+        return self._options["sync_session_class"] if self.asynchronous else self._class
+
+    @native.setter
+    def native(self, class_: Any) -> None:
+        if not self.asynchronous:
+            self._class = class_
+            return
+        for options in self._options, self._autocommit_options:
+            options["sync_session_class"] = class_
+
     # -- opening ---------------------------------------------------------------------------
 
     def open(

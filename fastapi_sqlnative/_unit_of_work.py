@@ -38,6 +38,8 @@ from .exceptions import (
     UncommittedChangesError,
 )
 
+# Seconds without a connection after which a request lets others in.
+_IDLE: Final = 0.1
 # Under which a request's scope keeps its unit of work.
 UNIT: Final = "fastapi_sqlnative_unit_of_work"
 
@@ -202,8 +204,13 @@ class UnitOfWork:
 
     def _gave_connections_back(self) -> None:
         """Let others in while the request goes on without a connection; from any thread."""
-        if not any(each.record.connections or each.record.finished for each in self._members):
-            self._loop.call_soon_threadsafe(self._running.gate.leave, self)
+        if not any(each.record.finished for each in self._members):
+            # Not at once: one that goes on to its next statement needs its place.
+            self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
+
+    def _leave_if_idle(self) -> None:
+        if not any(each.record.asked for each in self._members):
+            self._running.gate.leave(self)
 
     # -- plain code over the sessions, in a greenlet or in a thread ------------------------
 

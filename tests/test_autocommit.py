@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, create_engine, insert, text
+from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -14,7 +14,7 @@ from fastapi_sqlnative import AsyncDatabase, Database, get_db, transactional
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
 from tests.conftest import MakeEngine
 from tests.in_process import application, ask, running
-from tests.serving import KINDS, Item, Kind, Rows, items
+from tests.serving import Item, Kind, Rows, items
 
 pytestmark = pytest.mark.anyio
 

@@ -175,9 +175,7 @@ async def async_generator(session: AsyncSession) -> AsyncGenerator[None]:
 
 
 @pytest.mark.parametrize("work", [generator, async_generator])
-async def test_a_generator_is_no_work(
-    kind: Kind, engine: Engine, rows: Rows, work: Any
-) -> None:
+async def test_a_generator_is_no_work(kind: Kind, engine: Engine, rows: Rows, work: Any) -> None:
     """A generator given to run_in_transaction would do nothing, and is refused."""
     with pytest.raises(TypeError, match="generator"):
         await run(engine, work)

@@ -12,7 +12,7 @@ import pytest
 from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, create_engine, event, insert, select, text
+from sqlalchemy import Engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session
 
-from conftest import WorkerPostgres
 from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
@@ -75,9 +74,7 @@ def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
 
 
 @pytest.fixture(params=["class_", "sync_session_class"])
-def telling_options(
-    kind: Kind, request: pytest.FixtureRequest
-) -> tuple[dict[str, Any], list[str]]:
+def telling_options(kind: Kind, request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[str]]:
     """Give the options for an overriding class, also where an AsyncSession only wraps it."""
     log: list[str] = []
     synchronous, asynchronous = telling(log)

@@ -19,6 +19,7 @@ from .._drivers.statements import Effect
 from ..exceptions import BlockingSessionError
 from .options import TransactionOptions, engine_with
 from .shared import SharedState
+from .transaction import BegunTransaction
 
 
 class Record:
@@ -36,6 +37,7 @@ class Record:
     __slots__ = (
         "__weakref__",
         "asked",
+        "begun",
         "closed",
         "commits",
         "committed",
@@ -74,6 +76,7 @@ class Record:
         self.commits = False  # whoever opened the session commits it at the end
         self.finished = False  # its time is over
         self.ending = False  # though an override of the application's may still use it
+        self.begun: BegunTransaction | None = None  # that was handed out
         self.closed = False  # by the application
         self.discarded = False  # and over work that was not stored
         self.committed = False  # the last COMMIT has got through
@@ -81,6 +84,7 @@ class Record:
         # As the state's, for engines that may have been made for this session alone.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] | None = None
         self.on_idle: Any = None  # called when the session has given its connections back
+        self.open_results: list[Any] | None = None  # not read to their end
         self.connections: dict[Connection, int] = {}  # with the changes made before
         self._begin()
 
@@ -98,7 +102,6 @@ class Record:
         self.failed: BaseException | None = None
         self.rolled_back: BaseException | None = None  # by the database, with this failure
         self.streamed = False  # a result that may fail while it is read
-        self.open_results: list[Any] | None = None
         # What had been written when a savepoint began, by its name or its depth.
         self.savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, int]]] | None
         self.savepoints = None
@@ -236,14 +239,19 @@ class Record:
                 undone = transactions.changes(connection) - changes.get(connection, before)
                 self.connections[connection] = before + undone
 
-    def end_results(self) -> None:
-        """Close what is still read, before COMMIT or ROLLBACK: the connection goes to others."""
+    def end_results(self, *, streams_only: bool = False) -> None:
+        """Close what is still read: at COMMIT or ROLLBACK streams, at the end everything.
+
+        The connection goes to others then; a stream's rows wait on the server until that.
+        """
         for result in self.open_results or ():
-            self.state.readers[result.context.root_connection] = self
+            context = result.context
+            if streams_only and not context.execution_options.get("stream_results"):
+                continue
+            self.state.readers[context.root_connection] = self
             # One on a lost connection fails, and one that was read meanwhile has no cursor.
-            with contextlib.suppress(result.context.dialect.loaded_dbapi.Error, OSError):
-                result.context.cursor.close()
-        self.open_results = None
+            with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
+                context.cursor.close()
 
     def hears(self, error: BaseException) -> None:
         """Note a failure on one of the session's connections."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,8 +151,11 @@ class NativeSession(Session):
         return transaction
 
     def _begun(self, transaction: SessionTransaction) -> SessionTransaction:
-        begun = BegunTransaction(self, transaction, self.sqlnative.end_results)
-        return cast("SessionTransaction", begun)
+        record = self.sqlnative
+        if record.begun is None or record.begun.transaction is not transaction:
+            end_streams = functools.partial(record.end_results, streams_only=True)
+            record.begun = BegunTransaction(self, transaction, end_streams)
+        return cast("SessionTransaction", record.begun)
 
     def get_transaction(self) -> SessionTransaction | None:
         """Return the transaction, if one has begun."""
@@ -199,7 +203,7 @@ class NativeSession(Session):
         record = self.sqlnative
         if record.connections:
             record.check_thread()
-        record.end_results()
+        record.end_results(streams_only=True)
         super().rollback()
 
     # They roll back too, and nobody who writes `with session:` means that.
@@ -276,7 +280,7 @@ def _look_last(session: NativeSession) -> None:
     # First what commit() would flush after this, with listeners that may swallow an error.
     session.flush()
     record.check_committable()
-    record.end_results()
+    record.end_results(streams_only=True)
     record.committing = True
 
 

@@ -10,10 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from ..exceptions import TransactionOptionsError
+from .classes import native_class
 from .engines import AnyEngine, sync_engine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from .record import Record
-from .session import TAKES_OPTIONS, AnySession, NativeSession, native_class, sync_session
+from .session import TAKES_OPTIONS, AnySession, NativeSession, sync_session
 from .shared import SharedState
 
 _AUTOCOMMIT: Final = {"isolation_level": "AUTOCOMMIT"}

@@ -53,3 +53,8 @@ class BegunTransaction:
                 raise
         self._end_streams()
         self.transaction.__exit__(kind, error, traceback)
+
+
+def depth_of(transaction: SessionTransaction) -> int:
+    """Tell how many transactions a savepoint is inside of."""
+    return 0 if transaction.parent is None else 1 + depth_of(transaction.parent)

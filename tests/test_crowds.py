@@ -12,7 +12,7 @@ import pytest
 from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -106,7 +106,7 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
         assert await crowd(client) == {201}
 
 
-# -- places that nobody needs ----------------------------------------------------------------------
+# -- places that nobody needs ------------------------------------------------------------------
 
 
 @asynccontextmanager

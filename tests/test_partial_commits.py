@@ -33,16 +33,12 @@ def stores(rows: Rows, second_rows: Rows) -> tuple[Rows, Rows]:
     return rows, second_rows
 
 
-def two(
-    kind: Kind, make_engine: MakeEngine, first: Body, second: Body, **options: Any
-) -> FastAPI:
+def two(kind: Kind, make_engine: MakeEngine, first: Body, second: Body, **options: Any) -> FastAPI:
     """Make an application whose one route uses two databases, in the order of installation."""
     app = FastAPI()
     engines = make_engine(), make_engine(second=True)
     install_database(app, engine=engines[0], shutdown=engines[0].dispose)
-    install_database(
-        app, name="second", engine=engines[1], shutdown=engines[1].dispose, **options
-    )
+    install_database(app, name="second", engine=engines[1], shutdown=engines[1].dispose, **options)
     beside = Depends(using(kind, Depends(transactional("second")), second))
     route(app, kind, "/", transactional(), first, dependencies=[beside])
     return app
@@ -120,7 +116,7 @@ async def test_a_listener_that_fails_hides_no_half(
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 
-# -- a second half with nothing to store ---------------------------------------------------------
+# -- a second half with nothing to store -------------------------------------------------------
 
 
 async def test_a_second_half_that_has_only_read_fails_nobody(
@@ -154,6 +150,7 @@ async def test_a_swallowed_error_in_the_second_half_stores_nothing(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
     """What cannot be committed is found before the first COMMIT: neither database keeps any."""
+
     def second(session: Session) -> None:
         session.execute(insert(items).values(name="b"))
         with pytest.raises(DBAPIError):

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, create_engine, event, insert, select, text
+from sqlalchemy import Engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session
 
-from conftest import WorkerPostgres
 from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
@@ -39,7 +38,7 @@ def fail(session: Session) -> None:
 def nothing(_session: Session) -> None: ...
 
 
-# -- overrides -------------------------------------------------------------------------------------
+# -- overrides ---------------------------------------------------------------------------------
 
 
 def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
@@ -75,9 +74,7 @@ def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
 
 
 @pytest.fixture(params=["class_", "sync_session_class"])
-def telling_options(
-    kind: Kind, request: pytest.FixtureRequest
-) -> tuple[dict[str, Any], list[str]]:
+def telling_options(kind: Kind, request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[str]]:
     """Give the options for an overriding class, also where an AsyncSession only wraps it."""
     log: list[str] = []
     synchronous, asynchronous = telling(log)
@@ -153,8 +150,8 @@ async def test_an_async_override_that_fails_after_the_commit(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
     """What an async commit() does after SQLAlchemy's cannot undo it, and the error says so."""
+    options = {"class_": AsyncOutbox}
     with pytest.raises(AfterCommitError):
-        options = {"class_": AsyncOutbox}
         await ask(engine, kind, transactional(), add, session_options=options)
     assert rows.names == ["a"]
 
@@ -181,7 +178,7 @@ def test_an_override_of_the_wrong_colour_is_refused(method: str) -> None:
         install_database(FastAPI(), engine=async_sqlite(), session_options={"class_": class_})
 
 
-# -- listeners where no SQL was sent ---------------------------------------------------------------
+# -- listeners where no SQL was sent -----------------------------------------------------------
 
 
 async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows: Rows) -> None:
@@ -201,7 +198,7 @@ async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows
     assert (rows.names, log) == (["by the listener"], ["after_commit"])
 
 
-# -- classes that are made in other ways -----------------------------------------------------------
+# -- classes that are made in other ways -------------------------------------------------------
 
 
 def sharded(engine: Engine) -> type[Session]:
@@ -256,7 +253,7 @@ async def test_a_class_is_made_as_it_wants_to_be(
     assert rows.names == ["a"]
 
 
-# -- a method beside execute() ---------------------------------------------------------------------
+# -- a method beside execute() -----------------------------------------------------------------
 
 
 class Executing(Session):

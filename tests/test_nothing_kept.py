@@ -82,14 +82,15 @@ async def test_results_that_were_read_are_let_go(kind: Kind, engine: Engine, row
     results: list[weakref.ref[Any]] = []
     found: list[int] = []
 
+    def read(session: Session) -> None:
+        options = {"stream_results": True, "yield_per": 10}
+        result: Any = session.execute(select(items), execution_options=options)
+        assert len(result.all()) == 1
+        results.append(weakref.ref(result.context))
+
     def body(session: Session) -> None:
         for _ in range(20):
-            result = session.execute(
-                select(items), execution_options={"stream_results": True, "yield_per": 10}
-            )
-            assert len(result.all()) == 1
-            results.append(weakref.ref(result.context))  # type: ignore[attr-defined] # a cursor's
-        del result
+            read(session)
         found.append(left(results))
 
     assert await ask(engine, kind, get_db(), body) == 201
@@ -104,12 +105,14 @@ async def test_savepoints_that_have_ended_are_let_go(
     transactions: list[weakref.ref[Any]] = []
     found: list[int] = []
 
+    def write(session: Session, name: str) -> None:
+        with session.begin_nested() as savepoint:
+            session.add(Item(name=name))
+        transactions.append(weakref.ref(savepoint))
+
     def body(session: Session) -> None:
         for number in range(20):
-            with session.begin_nested() as savepoint:
-                session.add(Item(name=str(number)))
-            transactions.append(weakref.ref(savepoint))
-        del savepoint
+            write(session, str(number))
         found.append(left(transactions))
 
     assert await ask(engine, kind, transactional(), body) == 201

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 
-from fastapi_sqlnative import install_database
+from fastapi_sqlnative import AsyncDatabase, Database, install_database
 from tests.serving import Kind, route
 
 
@@ -57,6 +57,25 @@ async def ask(
     """Send that application one request; what it leaves unanswered is raised here."""
     async with running(application(engine, kind, dependency, body, **options)) as client:
         return (await client.post("/")).status_code
+
+
+async def run_work(engine: Engine | AsyncEngine, work: Any, **options: Any) -> None:
+    """Have a handle run work in a transaction, without a pause between attempts."""
+    try:
+        if isinstance(engine, AsyncEngine):
+            await AsyncDatabase(engine, **options).run_in_transaction(work, backoff=0)
+        else:
+            Database(engine, **options).run_in_transaction(work, backoff=0)
+    finally:
+        await engine.dispose() if isinstance(engine, AsyncEngine) else engine.dispose()
+
+
+async def run_in_transaction(
+    engine: Engine | AsyncEngine, work: Callable[[Session], Any], **options: Any
+) -> None:
+    """Do so with work that takes a `Session`, whatever the engine's colour."""
+    asynchronous = isinstance(engine, AsyncEngine)
+    await run_work(engine, (lambda s: s.run_sync(work)) if asynchronous else work, **options)
 
 
 def session_class(kind: Kind, class_: type[Session]) -> dict[str, Any]:

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, insert, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import AsyncDatabase, Database, get_db, transactional
+from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
 from tests.conftest import MakeEngine
-from tests.in_process import application, ask, running
-from tests.serving import Item, Kind, Rows, items
+from tests.in_process import application, ask, run_in_transaction, running
+from tests.serving import Item, Kind, Rows, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -103,15 +103,9 @@ async def test_the_handle_s_transaction_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
     """Neither transaction() nor run_in_transaction runs work that nothing could undo."""
-    engine: Any = make_engine(isolation_level="AUTOCOMMIT")
+    engine = make_engine(isolation_level="AUTOCOMMIT")
     with pytest.raises(TransactionOptionsError, match="is in AUTOCOMMIT"):
-        if isinstance(engine, AsyncEngine):
-            await AsyncDatabase(engine).run_in_transaction(
-                lambda session: session.run_sync(BODIES["core"])
-            )
-        else:
-            Database(engine).run_in_transaction(BODIES["core"])
-    await engine.dispose() if kind.asynchronous else engine.dispose()
+        await run_in_transaction(engine, BODIES["core"])
     assert rows.names == []
 
 
@@ -119,11 +113,6 @@ async def test_a_session_that_was_read_with_is_refused_where_it_is_enlisted(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
     """`transactional` after a read through get_db is refused before anything can be written."""
-    from fastapi import Depends
-
-    from fastapi_sqlnative import install_database
-    from tests.serving import route, using
-
     app, engine = FastAPI(), make_engine(isolation_level="AUTOCOMMIT")
     install_database(app, engine=engine, shutdown=engine.dispose)
     reading = using(kind, Depends(get_db()), lambda s: s.execute(text("SELECT 1")).close())

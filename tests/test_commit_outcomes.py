@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from conftest import WorkerPostgres
-from fastapi_sqlnative import AsyncDatabase, Database, get_db, transactional
+from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownError
-from tests.in_process import ask, session_class
+from tests.in_process import ask, run_in_transaction, run_work, session_class
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, items, wait_until
 
@@ -26,27 +26,7 @@ def add(session: Session) -> None:
     session.add(Item(name="once"))
 
 
-async def run(engine: Engine | AsyncEngine, work: Any, **options: Any) -> None:
-    """Run work in a transaction of the handle's, again where that is right."""
-    if isinstance(engine, AsyncEngine):
-        try:
-            await AsyncDatabase(engine, **options).run_in_transaction(work, backoff=0)
-        finally:
-            await engine.dispose()
-    else:
-        try:
-            Database(engine, **options).run_in_transaction(work, backoff=0)
-        finally:
-            engine.dispose()
-
-
-async def repeat(engine: Engine | AsyncEngine, work: Body, **options: Any) -> None:
-    """Do so with work that takes a `Session`."""
-    asynchronous = isinstance(engine, AsyncEngine)
-    await run(engine, (lambda s: s.run_sync(work)) if asynchronous else work, **options)
-
-
-# -- after COMMIT --------------------------------------------------------------------------------
+# -- after COMMIT ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -138,7 +118,7 @@ async def test_what_is_stored_is_not_repeated(
     rows.connection.execute("ALTER TABLE item DROP CONSTRAINT item_name_key")
     try:
         with pytest.raises(AfterCommitError):
-            await repeat(engine, add, session_options=session_class(kind, make(other)))
+            await run_in_transaction(engine, add, session_options=session_class(kind, make(other)))
         assert rows.names == ["once"]
     finally:
         rows.connection.execute("TRUNCATE item; ALTER TABLE item ADD UNIQUE (name)")
@@ -157,11 +137,11 @@ async def test_work_that_committed_by_itself_is_not_repeated(
         serialization_failure(session)
 
     with pytest.raises(DBAPIError):
-        await repeat(engine, work)
+        await run_in_transaction(engine, work)
     assert (len(runs), rows.names) == (1, ["once"])
 
 
-# -- work that has not run -----------------------------------------------------------------------
+# -- work that has not run ---------------------------------------------------------------------
 
 
 def generator(session: Session) -> Any:
@@ -178,17 +158,22 @@ async def async_generator(session: AsyncSession) -> AsyncGenerator[None]:
 async def test_a_generator_is_no_work(kind: Kind, engine: Engine, rows: Rows, work: Any) -> None:
     """A generator given to run_in_transaction would do nothing, and is refused."""
     with pytest.raises(TypeError, match="generator"):
-        await run(engine, work)
+        await run_work(engine, work)
     assert rows.names == []
 
 
-# -- a connection lost in COMMIT -----------------------------------------------------------------
+# -- a connection lost in COMMIT ---------------------------------------------------------------
 
 
 def mended(session: Session) -> None:
     """Let a savepoint fail, and go on."""
     with suppress(DBAPIError), session.begin_nested():
         session.execute(text("SELECT 1 / 0"))
+
+
+def add_and_mend(session: Session) -> None:
+    add(session)
+    mended(session)
 
 
 class Auditing(Session):
@@ -206,7 +191,7 @@ event.listen(Auditing, "before_commit", mended)
         (get_db(), commit_by_hand, Auditing),
         (get_db(), commit_in_a_block, Session),
         (get_db(), commit_in_a_block, Auditing),
-        (transactional(), lambda session: (add(session), mended(session)), Session),
+        (transactional(), add_and_mend, Session),
     ],
     ids=["at the end", "listener", "listener, by hand", "block", "listener, block", "savepoint"],
 )
@@ -221,8 +206,8 @@ async def test_a_connection_lost_in_commit_is_unknown_wherever(
 ) -> None:
     """The outcome is unknown, in a block or after a savepoint too, and here it is stored."""
     proxy.fault = Fault.ANSWER_LOST
+    options = session_class(kind, class_)
     with pytest.raises(CommitOutcomeUnknownError):
-        options = session_class(kind, class_)
         await ask(behind_proxy, kind, dependency, body, session_options=options)
     assert rows.names == ["once"]
 

@@ -106,7 +106,7 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
         assert await crowd(client) == {201}
 
 
-# -- places that nobody needs ----------------------------------------------------------------------
+# -- places that nobody needs ------------------------------------------------------------------
 
 
 @asynccontextmanager

@@ -114,7 +114,7 @@ async def test_no_forgotten_work_is_a_success(
     assert (there.names, found) == (["there"], (None, None, 0))
 
 
-# -- closing over it -----------------------------------------------------------------------------
+# -- closing over it ---------------------------------------------------------------------------
 
 
 def with_block(session: Session) -> None:
@@ -164,7 +164,7 @@ async def test_closing_after_a_decision_is_a_success(
     assert ("lost" in there.names) is (decide == "commit")
 
 
-# -- on SQLite -----------------------------------------------------------------------------------
+# -- on SQLite ---------------------------------------------------------------------------------
 
 SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import (
@@ -442,3 +442,29 @@ async def test_a_mounted_applications_annotation_is_checked_against_the_parents_
     install_database(app, engine=sqlite())
     with pytest.raises(Exception, match="annotated with AsyncSession, but database 'default'"):
         await start_and_stop(app)
+
+
+async def test_a_mounted_applications_exception_handler_finds_its_databases() -> None:
+    """`installed_databases(request.app)` serves the handlers of the application and its parent."""
+    root, child = FastAPI(), FastAPI()
+    install(root, "root")
+    install(child, "child", "own")
+
+    async def answer(request: Request, _error: Exception) -> Response:
+        places = {}
+        for name, database in installed_databases(request.app).items():
+            assert isinstance(database, AsyncDatabase)
+            async with database.session() as session:
+                places[name] = await place_of(session)
+        return JSONResponse(places, 409)
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    for app in root, child:
+        app.add_exception_handler(ZeroDivisionError, answer)
+        app.add_api_route("/fails", fail)
+    root.mount("/child", child)
+    async with running(root):
+        found = await ask(root, "/fails", "/child/fails")
+    assert found == [{"default": "root"}, {"own": "child", "default": "root"}]

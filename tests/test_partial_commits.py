@@ -116,7 +116,7 @@ async def test_a_listener_that_fails_hides_no_half(
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 
-# -- a second half with nothing to store ---------------------------------------------------------
+# -- a second half with nothing to store -------------------------------------------------------
 
 
 async def test_a_second_half_that_has_only_read_fails_nobody(

@@ -38,7 +38,7 @@ def fail(session: Session) -> None:
 def nothing(_session: Session) -> None: ...
 
 
-# -- overrides -------------------------------------------------------------------------------------
+# -- overrides ---------------------------------------------------------------------------------
 
 
 def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
@@ -150,8 +150,8 @@ async def test_an_async_override_that_fails_after_the_commit(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
     """What an async commit() does after SQLAlchemy's cannot undo it, and the error says so."""
+    options = {"class_": AsyncOutbox}
     with pytest.raises(AfterCommitError):
-        options = {"class_": AsyncOutbox}
         await ask(engine, kind, transactional(), add, session_options=options)
     assert rows.names == ["a"]
 
@@ -178,7 +178,7 @@ def test_an_override_of_the_wrong_colour_is_refused(method: str) -> None:
         install_database(FastAPI(), engine=async_sqlite(), session_options={"class_": class_})
 
 
-# -- listeners where no SQL was sent ---------------------------------------------------------------
+# -- listeners where no SQL was sent -----------------------------------------------------------
 
 
 async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows: Rows) -> None:
@@ -198,7 +198,7 @@ async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows
     assert (rows.names, log) == (["by the listener"], ["after_commit"])
 
 
-# -- classes that are made in other ways -----------------------------------------------------------
+# -- classes that are made in other ways -------------------------------------------------------
 
 
 def sharded(engine: Engine) -> type[Session]:
@@ -253,7 +253,7 @@ async def test_a_class_is_made_as_it_wants_to_be(
     assert rows.names == ["a"]
 
 
-# -- a method beside execute() ---------------------------------------------------------------------
+# -- a method beside execute() -----------------------------------------------------------------
 
 
 class Executing(Session):

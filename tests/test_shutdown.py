@@ -392,6 +392,28 @@ async def test_a_stranded_connection_is_logged(
     wait_until(lambda: states(rows, name) == [], 2)
 
 
+async def test_a_shutdown_does_not_wait_for_another_application(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sessions of another application on the same engine are none of ours to wait for."""
+    engine, ours, other = make_engine(), FastAPI(), FastAPI()
+    install_database(other, engine=engine, shutdown=engine.dispose)
+    install_database(ours, engine=engine, shutdown_timeout=0.1)
+    async with running(other):
+        database = installed_databases(other)["default"]
+        if isinstance(database, AsyncDatabase):
+            async with database.session() as held:
+                await held.execute(text("SELECT 1"))
+                await start_and_stop(ours)
+                assert await held.scalar(text("SELECT 7")) == 7
+        else:
+            with database.session() as session:
+                session.execute(text("SELECT 1"))
+                await start_and_stop(ours)
+                assert session.scalar(text("SELECT 7")) == 7
+    assert "still in use" not in caplog.text
+
+
 async def test_a_session_asked_for_during_a_shutdown_is_refused(postgres: WorkerPostgres) -> None:
     """From the first moment of a shutdown nothing new is handed out, by request or handle."""
     engine = create_async_engine(postgres.url("psycopg"))

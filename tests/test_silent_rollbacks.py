@@ -23,7 +23,7 @@ MARIADB = Kind("pymysql", "pymysql", False), Kind("asyncmy", "asyncmy", True)
 
 
 def engine_at(kind: Kind, url: Any) -> Engine | AsyncEngine:
-    options = {"poolclass": StaticPool} if kind in SQLITE else {}
+    options: dict[str, Any] = {"poolclass": StaticPool} if kind in SQLITE else {}
     if kind.asynchronous:
         return create_async_engine(url, **options)
     if kind in SQLITE:

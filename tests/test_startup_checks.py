@@ -32,7 +32,7 @@ def with_database(*, asynchronous: bool = True, **options: Any) -> FastAPI:
     return app
 
 
-# -- functions that cannot await -------------------------------------------------------------------
+# -- functions that cannot await ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ours", [get_db, transactional, reader])
@@ -49,11 +49,11 @@ async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., 
 
 
 def executes(session: Db) -> Any:
-    session.execute(text("SELECT 1")).close()  # type: ignore[attr-defined] # the mistake
+    session.execute(text("SELECT 1")).close()  # that is the mistake
 
 
 def commits(session: Db) -> Any:
-    session.commit()  # the mistake: nobody awaits it
+    session.commit()  # type: ignore[unused-coroutine] # that is the mistake
 
 
 def passes_on(session: Db) -> Any:
@@ -98,7 +98,7 @@ async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None
         assert (await client.get("/items")).json() == 7
 
 
-# -- generators ------------------------------------------------------------------------------------
+# -- generators --------------------------------------------------------------------------------
 
 
 def yields(session: SyncDb) -> Generator[str]:
@@ -142,7 +142,7 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
         assert (await client.get("/items")).json() == 7
 
 
-# -- overrides and endpoints of any kind -------------------------------------------------------------
+# -- overrides and endpoints of any kind -------------------------------------------------------
 
 
 @pytest.mark.parametrize("maker", [get_db, transactional, reader])
@@ -173,7 +173,7 @@ async def test_an_endpoint_needs_no_hash() -> None:
         assert (await client.get("/items")).json() == 7
 
 
-# -- routes that the application's own lifespan adds -------------------------------------------------
+# -- routes that the application's own lifespan adds -------------------------------------------
 
 
 def adding(endpoint: Callable[..., Any]) -> FastAPI:
@@ -220,7 +220,7 @@ async def test_a_late_route_that_is_right_serves() -> None:
         assert (await client.get("/late")).json() == 7
 
 
-# -- route classes -----------------------------------------------------------------------------------
+# -- route classes -----------------------------------------------------------------------------
 
 
 class Answering(APIRoute):

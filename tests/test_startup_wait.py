@@ -14,15 +14,16 @@ import anyio
 import psycopg
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative._lifespan import startup
+from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, start_and_stop
 from tests.postgres_server import PostgresServer
-from tests.serving import KINDS, Kind, wait_until
+from tests.serving import KINDS, Kind, Rows, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -221,6 +222,45 @@ async def test_a_wait_can_be_cancelled(kind: Kind, postgres: WorkerPostgres) -> 
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(start_and_stop(app), 0.3)
         assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+async def test_a_wait_that_is_cancelled_leaves_no_connection(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """What a cancelled start has connected by then is closed; a sync driver is left behind."""
+    name = f"cancelled start {kind.id}"
+    settings = {"application_name": name}
+    engine = make_engine(
+        connect_args={"server_settings": settings} if kind.driver == "asyncpg" else settings
+    )
+
+    @event.listens_for(getattr(engine, "sync_engine", engine), "connect")
+    def hang(connection: Any, _record: object) -> None:
+        connection.cursor().execute("SELECT pg_advisory_lock(3)")
+
+    def connections(state: str) -> int:
+        found = rows.connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND state LIKE %s",
+            (name, state),
+        ).fetchone()
+        assert found is not None
+        return int(found[0])
+
+    app = FastAPI()
+    install_database(
+        app, engine=engine, shutdown=engine.dispose, startup_wait=60, shutdown_timeout=0.1
+    )
+    rows.connection.execute("SELECT pg_advisory_lock(3)")
+    starting = asyncio.create_task(start_and_stop(app))
+    try:
+        await asyncio.to_thread(wait_until, lambda: connections("active") == 1)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await asyncio.to_thread(wait_until, lambda: connections("%") == 0)
+    finally:
+        rows.connection.execute("SELECT pg_advisory_unlock(3)")
 
 
 # --- a database that says no, or that is full ---

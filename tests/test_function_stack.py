@@ -1,0 +1,124 @@
+"""Rule 1: where the session ends, with FastAPI's own stack, without one, and outside HTTP."""
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx
+import pytest
+from anyio.to_thread import run_sync
+from fastapi import FastAPI
+from fastapi.requests import HTTPConnection
+from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_sqlnative import dependencies, get_db, install_database, transactional
+from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
+from tests.serving import Item, Kind, Rows, route
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+
+def add(name: str, position: int | None = None) -> Body:
+    return lambda session: session.add(Item(name=name, position=position))
+
+
+# -- FastAPI without a stack -------------------------------------------------------------------
+
+
+class Looking:
+    """Look at what is stored when a response starts."""
+
+    def __init__(self, app: ASGIApp, rows: Rows) -> None:
+        self.app, self.rows = app, rows
+        self.stored: list[list[str]] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def looking(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.stored.append(self.rows.names)
+            await send(message)
+
+        await self.app(scope, receive, looking)
+
+
+@pytest.mark.parametrize("has_stack", [True, False], ids=["own stack", "generator"])
+async def test_the_commit_comes_before_the_response(
+    kind: Kind, engine: Engine, rows: Rows, has_stack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where FastAPI keeps no stack, a generator of function scope ends the session as well."""
+    assert dependencies.HAS_FUNCTION_STACK, "this FastAPI keeps one"
+    monkeypatch.setattr(dependencies, "HAS_FUNCTION_STACK", has_stack)
+    name = f"{kind.id} {has_stack}"  # a dependency is made once for each name
+    rows.add("there", position=1)
+    app = FastAPI()
+    install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/", transactional(name), add("a"))
+    route(app, kind, "/taken", transactional(name), add("b", position=1))
+    route(app, kind, "/forgotten", get_db(name), add("c"))
+    looking = Looking(app, rows)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(looking), base_url="http://app") as client,
+    ):
+        assert (await client.post("/")).status_code == 201
+        assert looking.stored == [["a", "there"]]
+        with pytest.raises(IntegrityError):
+            await client.post("/taken")
+        with pytest.raises(UncommittedChangesError):
+            await client.post("/forgotten")
+    assert rows.names == ["a", "there"]
+
+
+# -- a framework that brings its own scope -----------------------------------------------------
+
+
+class BrokerMessage(HTTPConnection):
+    """Be a broker's message, which FastStream hands to FastAPI's dependencies."""
+
+    def __init__(self, app: FastAPI, stack: AsyncExitStack) -> None:
+        self.scope = {"app": app, "fastapi_function_astack": stack}
+
+
+async def consume(app: FastAPI, dependency: Any, body: Body) -> Any:
+    """Handle a message as FastStream does: solve the dependency, and leave its stack."""
+    async with AsyncExitStack() as stack:
+        connection = BrokerMessage(app, stack)
+        session: Any = await get_db()(connection=connection)
+        if dependency is not get_db():
+            session = await dependency(session=session, connection=connection)
+        if isinstance(session, AsyncSession):
+            await session.run_sync(body)
+        else:
+            await run_sync(body, session)
+    return session
+
+
+def fail(session: Session) -> None:
+    session.add(Item(name="lost"))
+    session.flush()
+    raise ZeroDivisionError
+
+
+async def test_a_message_has_a_session_as_a_request_has(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A scope with nothing but the application and the stack commits, rolls back and ends."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    async with app.router.lifespan_context(app):
+        session = await consume(app, transactional(), add("a"))
+        assert rows.names == ["a"]
+        with pytest.raises(SessionFinishedError):
+            session.add(Item(name="late"))
+        with pytest.raises(ZeroDivisionError):
+            await consume(app, transactional(), fail)
+        with pytest.raises(UncommittedChangesError):
+            await consume(app, get_db(), add("forgotten"))
+        assert rows.backends("idle in transaction%") == 0
+    assert rows.names == ["a"]

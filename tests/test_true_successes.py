@@ -1,0 +1,158 @@
+"""Rules 5 and 6, the other side: what is stored, unsent or harmless needs no commit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, func, insert, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import (
+    Mapped,
+    Session,
+    column_property,
+    query_expression,
+    registry,
+    relationship,
+    with_expression,
+)
+
+from fastapi_sqlnative import get_db, transactional
+from tests.in_process import ask
+from tests.serving import Kind, Rows, items
+
+pytestmark = pytest.mark.anyio
+
+Body = Callable[[Session], Any]
+
+
+# -- what is stored already --------------------------------------------------------------------
+
+
+def commit_the_connection(session: Session) -> None:
+    connection = session.connection()
+    connection.execute(insert(items).values(name="stored"))
+    connection.commit()
+
+
+def commit_the_transaction(session: Session) -> None:
+    session.execute(text("INSERT INTO item (name) VALUES ('stored')"))
+    transaction = session.get_transaction()
+    assert transaction is not None
+    transaction.commit()
+
+
+def commit_in_a_block(session: Session) -> None:
+    with session.begin():
+        session.execute(text("INSERT INTO item (name) VALUES ('stored')"))
+    session.execute(select(items)).all()
+
+
+@pytest.mark.parametrize(
+    ("dependency", "body"),
+    [
+        (get_db(), commit_the_connection),
+        (get_db(), commit_the_transaction),
+        (get_db(), commit_in_a_block),
+        (transactional(), commit_the_transaction),
+        (transactional(), commit_in_a_block),
+    ],
+    ids=["connection", "transaction", "block", "enlisted transaction", "enlisted block"],
+)
+async def test_what_the_application_has_stored_is_not_forgotten(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body
+) -> None:
+    """A commit by any of SQLAlchemy's means is a commit."""
+    assert await ask(engine, kind, dependency, body) == 201
+    assert rows.names == ["stored"]
+
+
+# -- attributes that no table keeps ------------------------------------------------------------
+
+
+class Shown:
+    """Be a row with attributes that no flush sends."""
+
+    id: Mapped[int]
+    name: Mapped[str]
+    shown: Mapped[str]
+    upper: Mapped[str]
+    same: Mapped[list["Shown"]]
+
+
+registry().map_imperatively(
+    Shown,
+    items,
+    properties={
+        "shown": query_expression(),
+        "upper": column_property(func.upper(items.c.name)),
+        "same": relationship(
+            lambda: Shown,
+            primaryjoin=items.c.id == items.c.position,
+            foreign_keys=[items.c.position],
+            remote_side=[items.c.position],
+            viewonly=True,
+            uselist=True,
+        ),
+    },
+)
+
+
+def set_to(attribute: str, value: Callable[[Any], Any]) -> Body:
+    def body(session: Session) -> None:
+        query = select(Shown).options(with_expression(Shown.shown, items.c.name))
+        row = session.scalars(query).one()
+        setattr(row, attribute, value(row))
+
+    return body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        set_to("shown", lambda _: "something"),
+        set_to("upper", lambda _: "something"),
+        set_to("same", lambda row: [row]),
+        set_to("name", lambda row: row.name),
+    ],
+    ids=["query_expression", "column_property", "viewonly", "the same value"],
+)
+async def test_what_no_flush_sends_is_not_forgotten(
+    kind: Kind, engine: Engine, rows: Rows, body: Body
+) -> None:
+    """A change to an attribute that no table keeps waits for no commit."""
+    rows.add("there")
+    assert await ask(engine, kind, get_db(), body) == 201
+
+
+# -- what failed, was handled and changes nothing ----------------------------------------------
+
+
+def failing(statement: Any) -> Body:
+    def body(session: Session) -> None:
+        session.execute(text("SELECT count(*), max(name) FROM item")).all()
+        with pytest.raises(DBAPIError):
+            session.execute(statement)
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("dependency", "statement"),
+    [
+        (transactional(), select(items).with_for_update(nowait=True)),
+        (transactional(), text("SELECT * FROM item FOR UPDATE NOWAIT")),
+        (transactional(), text("SELECT 1 / 0")),
+        (transactional(read_only=True), text("SELECT 1 / 0")),
+        (transactional(read_only=True), insert(items).values(name="refused")),
+    ],
+    ids=["nowait", "nowait in text", "division", "read only", "write in read only"],
+)
+async def test_a_failure_where_nothing_was_written_is_no_failure(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Any, statement: Any
+) -> None:
+    """A handled failure in a transaction that has only read does not stop the answer."""
+    rows.add("there")
+    with rows.connection.transaction():
+        rows.connection.execute("SELECT * FROM item FOR UPDATE")
+        assert await ask(engine, kind, dependency, failing(statement)) == 201
+    assert rows.names == ["there"]

@@ -266,7 +266,7 @@ def empty_schema(database: PostgresDatabase) -> Iterator[str]:
         connection.execute(f"CREATE SCHEMA {SCHEMA}")
         url = database.url("psycopg")
         separator = "&" if "?" in url else "?"
-        yield f"{url}{separator}options={quote(f'-csearch_path={SCHEMA}')}"
+        yield f"{url}{separator}options={quote(f'-csearch_path={SCHEMA},public')}"
         connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 

@@ -62,7 +62,9 @@ def test_each_block_has_a_database_of_its_own(
                 answers = threads.map(lambda _: client.post("/names").json(), range(4))
                 assert [*answers] == [["added", "seeded"]] * 4
         after = rows.connection.execute(databases).fetchone()
-        assert before and after and before[0] == after[0] + 1
+        assert before is not None
+        assert after is not None
+        assert before[0] == after[0] + 1
     assert rows.names == []
 
 

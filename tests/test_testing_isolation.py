@@ -175,7 +175,12 @@ def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) ->
     with pytest.raises(IntegrityError):
         session.execute(text("INSERT INTO item (name) VALUES ('unflushed')"))
     session.rollback()
-    assert client.post("/names").json() == ["mine-renamed", "unflushed"]
+    with session.begin(), session.begin_nested() as savepoint:
+        session.add(Item(name="given-up"))
+        savepoint.rollback()
+    with session.begin():
+        session.add(Item(name="begun"))
+    assert client.post("/names").json() == ["begun", "mine-renamed", "unflushed"]
     assert rows.names == []
 
 

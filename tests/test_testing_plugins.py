@@ -97,7 +97,8 @@ def test_polyfactory(factories, isolated_client, isolated_session):
     item = PolyFactory.create_sync(name="poly")
     assert isolated_client.get("/names").json() == ["poly"]
     isolated_client.post("/add?name=added")
-    assert isolated_session.scalars(select(Item.name).order_by(Item.name)).all() == ["added", "poly"]
+    found = isolated_session.scalars(select(Item.name).order_by(Item.name))
+    assert found.all() == ["added", "poly"]
 
 def test_nothing_was_left(isolated_client):
     assert isolated_client.get("/names").json() == []

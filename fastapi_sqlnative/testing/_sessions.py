@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, cast
+from functools import partial
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from sqlalchemy import Connection, Engine, NestedTransaction, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
@@ -125,31 +126,67 @@ class OwnSession(Session):
         """Execute, and return a scalar."""
         return self.execute(*args, **options).scalar()
 
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """Begin a transaction, or a savepoint."""
+        return self._ending_in_turn(self.in_turn(super().begin, nested=nested))
 
-def _in_turn(name: str) -> Callable[..., Any]:
-    def method(self: OwnSession, *args: Any, **options: Any) -> Any:
-        call = getattr(super(OwnSession, self), name)
-        if name in ("close", "rollback") and not self.in_transaction():
-            return call(*args, **options)  # it may well come when the event loop is gone
+    def begin_nested(self) -> SessionTransaction:
+        """Begin a savepoint."""
+        return self._ending_in_turn(self.in_turn(super().begin_nested))
+
+    def _ending_in_turn(self, transaction: SessionTransaction) -> SessionTransaction:
+        return (
+            cast("SessionTransaction", _Ending(self, transaction)) if self.crosses else transaction
+        )
+
+    def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a method when it is this session's turn, where the connection may be used."""
         isolated = self.block.connection_of_own()
         if isolated.turn.holds(self) or isolated.turn.giving_way is isolated:
-            return call(*args, **options)
+            return method(*args, **options)
 
         def work() -> Any:
             isolated.turn.take(self, isolated)
             try:
                 isolated.opened()
-                return call(*args, **options)
+                return method(*args, **options)
             finally:
                 isolated.turn.give_back(self)
 
         return isolated.run(work).result() if self.crosses else work()
 
+
+def _has_turn(name: str) -> Callable[..., Any]:
+    def method(self: OwnSession, *args: Any, **options: Any) -> Any:
+        call = getattr(super(OwnSession, self), name)
+        if name in ("close", "rollback") and not self.in_transaction():
+            return call(*args, **options)  # it may well come when the event loop is gone
+        return self.in_turn(call, *args, **options)
+
     return method
 
 
-for _name in ("execute", "connection", "begin_nested", "flush", "commit", "rollback", "close"):
-    setattr(OwnSession, _name, _in_turn(_name))  # loads, lazy ones too, come by `execute`
+for _name in ("execute", "connection", "flush", "commit", "rollback", "close"):
+    setattr(OwnSession, _name, _has_turn(_name))  # loads, lazy ones too, come by `execute`
+
+
+class _Ending:
+    """A transaction whose end has its turn as well."""
+
+    def __init__(self, session: OwnSession, transaction: SessionTransaction) -> None:
+        self._session = session
+        self._transaction = transaction
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._transaction, name)
+        return partial(self._session.in_turn, found) if callable(found) else found
+
+    def __enter__(self) -> Self:
+        self._transaction.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._session.in_turn(self._transaction.__exit__, *error)
 
 
 @event.listens_for(OwnSession, "do_orm_execute")

@@ -17,7 +17,7 @@ import uvicorn
 import yaml
 from alembic.config import CommandLine
 from fastapi import FastAPI
-from fastapi_sqlnative._registry import registry_of
+from fastapi_sqlnative._lifespan.running import installations_of
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import health_router
@@ -207,7 +207,7 @@ class Deployments:
             return client.get(path).status_code == 200
 
     def installations(self) -> list[Any]:
-        return list(registry_of(self.names["app"]).installations.values())
+        return list(installations_of(self.names["app"]).by_name.values())
 
     def ending(self, served: Mapping[str, Any], drain: float) -> float:
         """Add up the seconds that a process may take to end."""

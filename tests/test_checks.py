@@ -483,7 +483,7 @@ def with_a_handle(
     yield
 
 
-def scoped(dependency: Dependency) -> Callable[..., None]:
+def scoped(dependency: Dependency) -> Callable[..., Any]:
     async def endpoint(value: Annotated[None, Depends(dependency, scope="function")]) -> None: ...
 
     return endpoint

@@ -87,7 +87,7 @@ def add_mistakes(app: FastAPI) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/transaction/orm", "/transaction/text", "/session/orm", "/session/text", "/reader/text"],
+    ["/transaction/orm", "/transaction/text", "/session/orm", "/session/text"],
 )
 def test_the_server_refuses_to_write_to_the_replica(databases: WorkerPostgres, path: str) -> None:
     """A write that is sent to the replica fails there, however it was sent."""

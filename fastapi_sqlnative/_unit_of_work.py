@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, cast
 
@@ -12,65 +11,30 @@ from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._lifespan.running import running_for
-from ._sessions.factory import SessionFactory
+from ._members import (
+    Member,
+    check_nothing_forgotten,
+    commit_member,
+    flush_and_prepare,
+    set_options,
+)
 from ._sessions.finishing import (
     Call,
     close_all,
-    commit,
     directly,
     has_only_read,
-    needs_commit,
     roll_back_and_close,
     run_together,
     tells_of_commit,
 )
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
-from ._sessions.pending import has_pending_changes
-from ._sessions.record import Record
-from ._sessions.session import AnySession, NativeSession, sync_session
-from ._sessions.shared import SharedState
+from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
-from .exceptions import (
-    AfterCommitError,
-    PartialCommitError,
-    ReadOnlySessionError,
-    TransactionOptionsError,
-    UncommittedChangesError,
-)
 
+# Seconds without a connection after which a request lets others in.
+_IDLE: Final = 0.1
 # Under which a request's scope keeps its unit of work.
 UNIT: Final = "fastapi_sqlnative_unit_of_work"
-
-
-@dataclass(eq=False, slots=True)
-class _Member:
-    """A session of the request."""
-
-    name: str
-    factory: SessionFactory
-    session: AnySession
-    inner: NativeSession  # that does the work
-    record: Record
-
-    @property
-    def state(self) -> SharedState:
-        """What the sessions of its database share."""
-        return self.record.state
-
-    @property
-    def waits(self) -> bool:
-        """Tell whether finishing it may wait: for the database, or for code of the application."""
-        return bool(
-            self.record.asked
-            or has_pending_changes(self.inner)
-            or self.state.overridden
-            or (self.record.commits and needs_commit(self.inner))
-        )
-
-    @property
-    def stores(self) -> bool:
-        """Tell whether its commit may store something."""
-        return self.record.may_have_written or has_pending_changes(self.inner)
 
 
 class UnitOfWork:
@@ -94,9 +58,9 @@ class UnitOfWork:
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
         self.scope = connection.scope
-        self._sessions: dict[str, _Member] = {}
-        self._readers: dict[str, _Member] = {}
-        self._members: list[_Member] = []
+        self._sessions: dict[str, Member] = {}
+        self._readers: dict[str, Member] = {}
+        self._members: list[Member] = []
         self._asked_gate = self._has_place = False
 
     async def session(self, name: str) -> AnySession:
@@ -127,13 +91,13 @@ class UnitOfWork:
         if member is None:
             return
         if options != NO_OPTIONS:
-            _set_options(member, options)
+            set_options(member, options)
         member.record.will_commit()
 
-    def _member_of(self, session: AnySession) -> _Member | None:
+    def _member_of(self, session: AnySession) -> Member | None:
         return next((each for each in self._members if each.session is session), None)
 
-    async def _open(self, name: str, options: TransactionOptions) -> _Member:
+    async def _open(self, name: str, options: TransactionOptions) -> Member:
         database = self._running.database(name)
         # A websocket would keep its place for as long as the client stays.
         if self.scope.get("type") == "http":  # FastStream and its like have none
@@ -146,7 +110,7 @@ class UnitOfWork:
         if self._has_place:
             self._loop = asyncio.get_running_loop()
             inner.sqlnative.on_idle = self._gave_connections_back
-        member = _Member(name, factory, session, inner, inner.sqlnative)
+        member = Member(name, factory, session, inner, inner.sqlnative)
         self._members.append(member)
         return member
 
@@ -202,114 +166,37 @@ class UnitOfWork:
 
     def _gave_connections_back(self) -> None:
         """Let others in while the request goes on without a connection; from any thread."""
-        if not any(each.record.connections or each.record.finished for each in self._members):
-            self._loop.call_soon_threadsafe(self._running.gate.leave, self)
+        if not any(each.record.finished for each in self._members):
+            # Not at once: one that goes on to its next statement needs its place.
+            self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
+
+    def _leave_if_idle(self) -> None:
+        if not any(each.record.asked for each in self._members):
+            self._running.gate.leave(self)
 
     # -- plain code over the sessions, in a greenlet or in a thread ------------------------
 
     def _commit_all(self, call: Call) -> None:
         try:
             for member in self._members:
-                _check_nothing_forgotten(call, member)
+                check_nothing_forgotten(call, member)
             marked = [each for each in self._members if each.record.commits]
             if len(marked) > 1:
                 self._prepare(call, marked)
                 # What has nothing to store is rolled back, and never fails the others.
                 marked = [each for each in marked if each.stores or tells_of_commit(each.inner)]
             for place, member in enumerate(marked):
-                _commit(call, member, marked[:place], marked[place + 1 :])
+                commit_member(call, member, marked[:place], marked[place + 1 :])
         finally:
             self._close_all(call)
 
     def _close_all(self, call: Call) -> None:
         close_all(call, self._all_sessions())
 
-    def _prepare(self, call: Call, marked: list[_Member]) -> None:
+    def _prepare(self, call: Call, marked: list[Member]) -> None:
         """Flush all before the first COMMIT, so that only a COMMIT can come too late."""
-        installed = [sessions_of(each).state for each in self._running.databases()]
-        marked.sort(key=lambda each: installed.index(each.state))
+        installed = enumerate(sessions_of(each).state for each in self._running.databases())
+        places = {state: place for place, state in installed}
+        marked.sort(key=lambda each: places.get(each.state, -1))
         for member in marked:
-            call(member.session, _flush_and_prepare)
-
-
-def _set_options(member: _Member, options: TransactionOptions) -> None:
-    record, name = member.record, member.state.name
-    if record.options not in (NO_OPTIONS, options):
-        raise TransactionOptionsError(
-            f"transactional({name!r}) was asked for twice in one request, with {record.options} "
-            f"and with {options}. A request has one transaction for a database: declare it once, "
-            "with the options that it needs."
-        )
-    if record.connections and record.options != options:
-        raise TransactionOptionsError(
-            f"The transaction on database {name!r} has begun: an earlier dependency has used the "
-            f"session, and {options} can no longer apply. Declare the transaction first, in the "
-            f"route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
-        )
-    member.factory.support(options)
-    record.options = options
-
-
-def _check_nothing_forgotten(call: Call, member: _Member) -> None:
-    """Refuse a success while something that was written waits for a commit.
-
-    Raises:
-        UncommittedChangesError: through `get_db`.
-        ReadOnlySessionError: through `reader`.
-    """
-    record, name = member.record, member.state.name
-    record.check_discarded()
-    if record.commits or not member.inner.in_transaction():
-        return
-    pending = has_pending_changes(member.inner)
-    if record.options is AUTOCOMMIT:
-        if pending:
-            raise ReadOnlySessionError(
-                f"Changes wait in the session from reader({name!r}), which only reads. Depend on "
-                f"transactional({name!r}) to write."
-            )
-        return
-    if pending or _leaves_unstored(call, member):
-        raise UncommittedChangesError(
-            f"The request wrote to database {name!r} through get_db({name!r}) and returned "
-            f"without a commit. Depend on transactional({name!r}), which commits before "
-            "the response, or call commit() or rollback() yourself."
-        )
-
-
-def _leaves_unstored(call: Call, member: _Member) -> bool:
-    if not (member.record.may_have_written or member.record.met_no_row):
-        return False
-    answer: list[bool] = []
-    call(member.session, lambda _: answer.append(member.record.leaves_unstored()))
-    return answer[0]
-
-
-def _flush_and_prepare(session: AnySession) -> None:
-    inner = sync_session(session)
-    if inner.in_transaction():
-        inner.flush()
-        inner.sqlnative.prepare()
-
-
-def _commit(call: Call, member: _Member, earlier: list[_Member], later: list[_Member]) -> None:
-    """Commit one of the request's databases.
-
-    Raises:
-        PartialCommitError: some have stored something, and others that were to will not.
-    """
-    record = member.record
-    stores = bool(earlier) and (record.may_have_written or has_pending_changes(member.inner))
-    try:
-        call(member.session, commit)
-    except Exception as error:
-        stored = [each.state.name for each in earlier if each.record.stored]
-        if isinstance(error, AfterCommitError):
-            # It is stored itself; those after it are not.
-            waiting = [each for each in later if each.record.may_have_written]
-            if record.stored and waiting:
-                names = (*stored, member.state.name)
-                raise PartialCommitError(names, waiting[0].state.name) from error
-        elif stored and (stores or record.stored):
-            raise PartialCommitError(tuple(stored), member.state.name) from error
-        raise
+            call(member.session, flush_and_prepare)

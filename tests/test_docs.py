@@ -259,14 +259,14 @@ def endpoints(page: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def empty_schema(database: PostgresDatabase) -> Iterator[str]:
+def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Iterator[str]:
     """Give the URL of a schema that is nobody else's."""
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         connection.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")
         connection.execute(f"CREATE SCHEMA {SCHEMA}")
         url = database.url("psycopg")
         separator = "&" if "?" in url else "?"
-        yield f"{url}{separator}options={quote(f'-csearch_path={SCHEMA}')}"
+        yield f"{url}{separator}options={quote(f'-csearch_path={path}')}"
         connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 
@@ -278,7 +278,9 @@ def test_snippets_run(
     module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
     snippets = Snippets(page, module)
-    with empty_schema(postgres) as url, empty_schema(postgres.second) as second_url:
+    # A database that a page clones has no such schema.
+    path = f"{SCHEMA},public" if page.stem == "testing" else SCHEMA
+    with empty_schema(postgres, path) as url, empty_schema(postgres.second) as second_url:
         monkeypatch.setenv("DATABASE_URL", url)
         monkeypatch.setenv("ANALYTICS_DATABASE_URL", second_url)
         for block in blocks(page):

@@ -1,5 +1,6 @@
 """`override_database`: another engine, wherever the name is looked up."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -132,8 +133,7 @@ def test_it_ends_when_the_block_raises(
     with TestClient(app) as client:
 
         def use() -> None:
-            block = override_database(app, "default", build)
-            with override_database(app, "default", build), block:
+            with override_database(app, "default", build):
                 assert client.post("/names").json() == ["second"]
                 raise ZeroDivisionError
 
@@ -159,7 +159,7 @@ def test_who_builds_closes(
     app = make_app(kind, own, shutdown=own.dispose)
     with override_database(app, "default", build), TestClient(app) as client:
         client.post("/names")
-    assert log == ["built", "own"]
+    assert log == ["own", "built"]
     log.clear()
     with TestClient(app) as client:
         with override_database(app, "default", build):
@@ -227,12 +227,17 @@ def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
 async def test_on_the_applications_loop(
     app: FastAPI, build: Any, rows: Rows, second_rows: Rows, kind: Kind
 ) -> None:
-    """`async with` awaits a factory; `with` does for an engine that is ready."""
+    """`async with` awaits a factory; `with` does for what need not be awaited."""
     second_rows.add("second")
+
+    async def build_slowly() -> Any:
+        await asyncio.sleep(0)
+        return build()
+
     async with async_client(app) as client:
         with pytest.raises(RuntimeError, match="write `async with"):
-            override_database(app, "default", build).__enter__()
-        async with override_database(app, "default", build):
+            override_database(app, "default", build_slowly).__enter__()
+        async with override_database(app, "default", build_slowly):
             assert (await client.post("/names")).json() == ["second"]
         engine = build()
         with override_database(app, "default", engine):

@@ -64,7 +64,7 @@ def test_statements_of_a_route(app: FastAPI, isolate: bool, rows: Rows) -> None:
         assert captured[1].database == "default"
         with capture_statements(app) as captured:
             client.post("/names")
-            assert [each.split()[0] for each in captured.texts] == ["SELECT"]
+            assert [each.sql.split()[0] for each in captured.queries] == ["SELECT"]
             captured.clear()
             client.post("/db-names")
         assert [each.split()[0] for each in captured.texts] == ["BEGIN", "SELECT", "ROLLBACK"]

@@ -1,4 +1,4 @@
-"""The suite of the application: isolated where that is true, on a database of its own elsewhere."""
+"""The suite of the application: isolated where that is true, on a clone elsewhere."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,7 +6,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from sqlalchemy.orm import Session
 
+from examples.testing.app import Show
 from fastapi_sqlnative.testing import (
     CapturedStatements,
     fail_next_checkout,
@@ -19,21 +21,26 @@ SALE = {"show": "Hamlet", "customer": "Ada"}
 
 
 @pytest.fixture
-def hamlet(isolated_client: TestClient) -> None:
+def hamlet(isolated_session: Session) -> Show:
     """Store a show with one ticket, for one test."""
-    assert isolated_client.post("/shows", json=SHOW).status_code == 201
+    isolated_session.add(show := Show(**SHOW))
+    isolated_session.commit()
+    return show
 
 
 # --- isolated: queries, constraints, routes ---
 
 
-@pytest.mark.usefixtures("hamlet")
-def test_a_ticket_is_sold_once(isolated_client: TestClient) -> None:
-    """Who comes second gets none, and is no customer."""
+def test_a_ticket_is_sold_once(
+    isolated_client: TestClient, isolated_session: Session, hamlet: Show
+) -> None:
+    """The second customer gets none, and is not stored."""
     assert isolated_client.post("/tickets", json=SALE).status_code == 201
     late = isolated_client.post("/tickets", json=SALE | {"customer": "Grace"})
     assert (late.status_code, late.json()) == (409, {"detail": "There is no ticket."})
     assert isolated_client.get("/customers").json() == {"Ada": 1}
+    isolated_session.refresh(hamlet)
+    assert hamlet.left == 0
 
 
 @pytest.mark.usefixtures("hamlet")
@@ -110,13 +117,13 @@ def test_a_busy_pool_is_answered(app: FastAPI, isolated_client: TestClient) -> N
 # --- real commits: what only several connections can show ---
 
 
-def test_the_last_ticket_is_sold_once(committing_client: TestClient) -> None:
+def test_the_last_ticket_is_sold_once(cloned_client: TestClient) -> None:
     """Many buy at the same time, and one gets it."""
-    committing_client.post("/shows", json=SHOW)
+    cloned_client.post("/shows", json=SHOW)
 
     def buy(number: int) -> int:
         sale = SALE | {"customer": f"customer-{number}"}
-        return committing_client.post("/tickets", json=sale).status_code
+        return cloned_client.post("/tickets", json=sale).status_code
 
     with ThreadPoolExecutor(8) as threads:
         assert sorted(threads.map(buy, range(8))) == [201, *[409] * 7]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnClause, TextClause
-from sqlalchemy.schema import ExecutableDDLElement
+from sqlalchemy import TextClause
 from sqlalchemy.sql import visitors
-from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 
 
 class Effect(Enum):
@@ -42,17 +39,11 @@ class Statement(NamedTuple):
 def statement_of(compiled: Any) -> Statement:
     """Tell what a compiled statement may do."""
     statement = compiled.statement
-    if statement is None or _is_text(statement) or isinstance(statement, ExecutableDDLElement):
+    if not getattr(statement, "is_dml", False):
+        # Also a SELECT that SQLAlchemy has built: its text has what a mapping or a type adds.
         return _read_text(compiled.string)
-    ctes = getattr(compiled, "ctes", None) or ()
-    if statement.is_dml:
-        skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
-        return Statement(Effect.WRITE, counted=skips and not ctes)
-    if not statement.is_select:
-        return Statement(Effect.UNKNOWN)
-    if any(getattr(cte.element, "is_dml", False) for cte in ctes):
-        return Statement(Effect.WRITE)
-    return Statement(Effect.UNKNOWN if any(_doubtful(statement)) else Effect.NONE)
+    skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
+    return Statement(Effect.WRITE, counted=skips and not getattr(compiled, "ctes", None))
 
 
 def writes(statement: Any) -> bool:
@@ -66,22 +57,6 @@ def writes(statement: Any) -> bool:
 def _is_text(statement: Any) -> bool:
     # text().columns() says so by itself; of text() `is_text` is False.
     return isinstance(statement, TextClause) or bool(getattr(statement, "is_text", False))
-
-
-def _doubtful(statement: Any) -> Iterator[bool]:
-    """Yield, for each part of a SELECT, whether it may call something that writes."""
-    for part in visitors.iterate(statement):
-        if isinstance(part, FunctionElement) and not _is_known(type(part)):
-            yield ".".join((*part.packagenames, part.name)).lower() not in _HARMLESS
-        elif isinstance(part, TextClause):
-            yield _may_write(_without_literals(part.text))
-        elif isinstance(part, ColumnClause) and part.is_literal:
-            yield _may_write(_without_literals(part.name))
-
-
-def _is_known(function: type[Any]) -> bool:
-    """Tell whether SQLAlchemy has a class of its own for a function, as for `func.count`."""
-    return issubclass(function, GenericFunction) and function.__module__.startswith("sqlalchemy.")
 
 
 # -- text ----------------------------------------------------------------------------------------
@@ -119,7 +94,8 @@ _HARMLESS: Final = frozenset(
     """all and any array as between by case cast distinct else except exists extract filter from
     group having in intersect is join lateral like limit materialized not offset on or order over
     partition recursive row rows select set some table then union using values when where with
-    within
+    within bit char decimal float interval nchar numeric nvarchar time timestamp varbinary varbit
+    varchar
     abs array_agg array_length avg bool_and bool_or btrim cardinality ceil ceiling char_length
     clock_timestamp coalesce concat concat_ws count cume_dist current_database current_schema
     current_setting date_part date_trunc dense_rank first_value floor gen_random_uuid

@@ -6,6 +6,7 @@ changes it.
 
 from __future__ import annotations
 
+import select
 from traceback import walk_tb
 from typing import Any, Final
 
@@ -119,11 +120,31 @@ def _is_intercepted(connection: Connection) -> bool:
     return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
-def is_begun(connection: Connection) -> bool:
-    """Tell whether the server knows of the transaction: asyncpg's begins with a statement."""
-    driver: Any = connection.connection.driver_connection
-    begun = getattr(driver, "is_in_transaction", None)
-    return begun() if begun is not None else _status(connection) in (None, _IN_TRANSACTION)
+def begin(connection: Connection) -> None:
+    """Have the server begin the transaction, before somebody uses the driver's own connection.
+
+    With asyncpg SQLAlchemy sends BEGIN with its first statement: a COPY before that would be
+    stored at once, whatever becomes of the transaction.
+    """
+    if connection.dialect.driver == "asyncpg" and not autocommits(connection):
+        driver: Any = connection.connection.driver_connection
+        if not driver.is_in_transaction():
+            _ask(connection, "SELECT 1")
+
+
+def surface_loss(connection: Connection) -> None:
+    """Raise SQLAlchemy's error where the server has ended the transaction, unasked.
+
+    Between statements a server says nothing but that. libpq would send COMMIT all the same, and
+    may then know no more than that the connection is gone.
+    """
+    fileno = getattr(connection.connection.driver_connection, "fileno", None)
+    if fileno is None or is_lost(connection) or not hasattr(select, "poll"):
+        return  # asyncpg reads at once
+    poll = select.poll()
+    poll.register(fileno(), select.POLLIN)
+    if poll.poll(0):
+        connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
 
 
 def _status(connection: Connection) -> int | None:
@@ -183,7 +204,7 @@ def would_store(
         connection: one that holds a transaction.
         wrote: a statement that writes was let through: the answer where nobody knows better.
         unknown: something was let through that may have written.
-        defined: a table or the like was defined, which no count and no lock may show.
+        defined: a table or the like was defined, which SQLite's count does not show.
         since: what `changes` said when the transaction began.
         undone: a savepoint was rolled back, which explains a transaction id.
         joined: the transaction around it is somebody else's, and so is what the server says.
@@ -199,7 +220,6 @@ def would_store(
         return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
-    assured = wrote or defined or unknown
     try:
         answer = _ask(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):
@@ -207,10 +227,10 @@ def would_store(
     if answer is None:
         return False  # aborted
     assigned, written, explained, foreign = answer
-    if not assured:
+    if not (wrote or unknown):
         # Writes that met no row hold a lock, too; an id that a row lock explains is not theirs.
         return bool(assigned and written and not explained)
-    return bool(foreign or (assigned and (written or defined or not (explained or undone))))
+    return bool(foreign or (assigned and (written or not (explained or undone))))
 
 
 # -- what has a failure to say? ----------------------------------------------------------------

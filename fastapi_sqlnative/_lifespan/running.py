@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
@@ -23,26 +23,14 @@ from .gate import Gate, Opened
 EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
 Shutdown: TypeAlias = Callable[[], object]
 Observer: TypeAlias = Callable[[AnyDatabase], None]
+DatabaseT = TypeVar("DatabaseT", bound=AnyDatabase)
 
 _STATE: Final = "fastapi_sqlnative"
 
 
-class Isolation(Protocol):
-    """A block of a test that holds connections of its own."""
-
-    async def leave_loop(self) -> None:
-        """Close what belongs to the event loop that is about to end."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Installation:
-    """What the application gave to `install_database`, and the handle while it runs.
-
-    Attributes:
-        overridden: what a test has put this one in front of: started with it where that costs
-            nothing, and closed with it.
-        isolations: blocks of a test that it is isolated in, the innermost last.
-    """
+    """What the application gave to `install_database`, and the handle while it runs."""
 
     name: str
     engine: AnyEngine | EngineFactory
@@ -51,12 +39,6 @@ class Installation:
     startup_wait: float | None
     shutdown_timeout: float
     database: AnyDatabase | None = None
-    overridden: Installation | None = None
-    isolations: list[Isolation] = field(default_factory=list["Isolation"])
-
-    def chain(self) -> list[Installation]:
-        """List this one and what it overrides, the nearest first."""
-        return [self, *(self.overridden.chain() if self.overridden is not None else ())]
 
 
 @dataclass(eq=False)
@@ -70,7 +52,6 @@ class Installations:
         draining: the application is not to be sent any more requests.
         runs: the application at work, once for each outermost application that it is mounted in.
         loop: the event loop on which it is.
-        around_gate: puts a gate of a test's in front of the application's.
     """
 
     by_name: dict[str, Installation] = field(default_factory=dict[str, Installation])
@@ -78,7 +59,6 @@ class Installations:
     draining: bool = False
     runs: list[Running] = field(default_factory=list["Running"])
     loop: asyncio.AbstractEventLoop | None = None
-    around_gate: Callable[[Gate], Gate] | None = None
 
     def add(self, installation: Installation) -> None:
         """Keep an installation.
@@ -187,8 +167,7 @@ class Running:
         """The outermost application's gate: one for all that are mounted in it."""
         found = self.outermost_gate if self.parent is None else self.parent.gate
         assert found is not None, "an application at work has one"
-        around = self.installed.around_gate
-        return found if around is None else around(found)
+        return found
 
 
 def installations_of(app: Starlette) -> Installations:
@@ -240,18 +219,25 @@ def running_of(app: Starlette) -> Running:
     return next(iter([*own, *installed.runs]), None) or Running(app, installed)
 
 
-class InstalledDatabases(Mapping[str, AnyDatabase]):
+class InstalledDatabases(Mapping[str, DatabaseT]):
     """The databases of an application by name, as they are now."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: Starlette, kind: type[DatabaseT] | None) -> None:
         self._app = app
+        self._kind = kind
 
-    def __getitem__(self, name: str) -> AnyDatabase:
+    def __getitem__(self, name: str) -> DatabaseT:
         running = running_of(self._app)
         if running.find(name) is None:
             # A Mapping promises KeyError for get() and `in`; the message is the useful part.
             raise KeyError(str(not_installed(name, running.names())))
-        return running.database(name)
+        database: Any = running.database(name)
+        if self._kind is not None and not isinstance(database, self._kind):
+            raise TypeError(
+                f"Database {database.name!r} is no {self._kind.__name__}: its engine makes it a "
+                f"{type(database).__name__}."
+            )
+        return cast("DatabaseT", database)
 
     def __contains__(self, name: object) -> bool:
         return name in running_of(self._app).names()
@@ -266,14 +252,23 @@ class InstalledDatabases(Mapping[str, AnyDatabase]):
         return f"<installed databases: {', '.join(self) or 'none'}>"
 
 
-def installed_databases(app: Starlette) -> Mapping[str, AnyDatabase]:
+@overload
+def installed_databases(app: Starlette) -> Mapping[str, AnyDatabase]: ...
+@overload
+def installed_databases(app: Starlette, kind: type[DatabaseT]) -> Mapping[str, DatabaseT]: ...
+def installed_databases(app: Starlette, kind: Any = None) -> Mapping[str, Any]:
     """Return the handles of an application by name, for code outside a request.
 
     The view is live: names are there from `install_database` on, handles while the lifespan
     runs, and a mounted application sees those of the one it is mounted in as well. A handle
     belongs to one run of the lifespan; look it up where you use it.
 
+    Args:
+        app: the application.
+        kind: `Database` or `AsyncDatabase`, which the handles are, for the type checker to know.
+
     Raises:
         DatabaseNotStartedError: when a handle is read and the lifespan is not running.
+        TypeError: when a handle is read and is of the other kind.
     """
-    return InstalledDatabases(app)
+    return InstalledDatabases[Any](app, kind)

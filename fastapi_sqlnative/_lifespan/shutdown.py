@@ -49,8 +49,7 @@ def _ending(runs: Sequence[Running]) -> list[Installation]:
         installed = running.installed
         if all(each in runs for each in installed.runs):
             installed.draining = True
-            for installation in reversed(installed.by_name.values()):
-                ending += installation.chain()
+            ending += reversed(installed.by_name.values())
     return ending
 
 
@@ -62,9 +61,7 @@ async def _close(
     await _drain(state, deadline)
     state.refusal, state.stopped = "stopped", True
     installation.database = None
-    steps: list[tuple[str, Callable[[], Any]]] = [
-        ("isolation", isolation.leave_loop) for isolation in installation.isolations
-    ]
+    steps: list[tuple[str, Callable[[], Any]]] = []
     if installation.shutdown is not None:
         steps.append(("shutdown hook", installation.shutdown))
     if database_class(installation.engine) is None:
@@ -94,7 +91,7 @@ async def _drain(state: SharedState, deadline: float) -> None:
 
 async def _call_within(seconds: float, function: Callable[[], Any]) -> None:
     """Call a hook in a task of its own: one that will not be cancelled is left behind."""
-    task = asyncio.create_task(_call_off_loop(function))
+    task = asyncio.create_task(call_off_loop(function))
     await asyncio.wait({task}, timeout=seconds)
     if not task.done():
         task.cancel()
@@ -106,7 +103,8 @@ async def _call_within(seconds: float, function: Callable[[], Any]) -> None:
     task.result()
 
 
-async def _call_off_loop(function: Callable[[], Any]) -> None:
+async def call_off_loop(function: Callable[[], Any]) -> None:
+    """Call a hook, in a thread if it is synchronous."""
     if inspect.iscoroutinefunction(function):
         await function()
         return

@@ -104,9 +104,6 @@ async def start_installation(installation: Installation) -> None:
         installation.database = await _build(installation)
     else:
         start_with_engine(installation, asyncio.get_running_loop())
-    for overridden in installation.chain()[1:]:
-        if overridden.database is None and database_class(overridden.engine) is not None:
-            overridden.database = make_handle(overridden, overridden.engine)
     if installation.database is not None and installation.startup_wait is not None:
         await _wait_for(installation.database, installation.startup_wait)
 

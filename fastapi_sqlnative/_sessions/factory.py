@@ -10,10 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from ..exceptions import TransactionOptionsError
+from .classes import native_class
 from .engines import AnyEngine, sync_engine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from .record import Record
-from .session import TAKES_OPTIONS, AnySession, NativeSession, native_class, sync_session
+from .session import TAKES_OPTIONS, AnySession, NativeSession, sync_session
 from .shared import SharedState
 
 _AUTOCOMMIT: Final = {"isolation_level": "AUTOCOMMIT"}
@@ -119,6 +120,19 @@ class SessionFactory:
                 NativeSession.close(sync_session(self.open()))
             except TypeError as error:
                 raise self._mistake(str(error)) from error
+
+    @property
+    def native(self) -> Any:
+        """The class of the sessions that do the work; a test may put a subclass in its place."""
+        return self._options["sync_session_class"] if self.asynchronous else self._class
+
+    @native.setter
+    def native(self, class_: Any) -> None:
+        if not self.asynchronous:
+            self._class = class_
+            return
+        for options in self._options, self._autocommit_options:
+            options["sync_session_class"] = class_
 
     # -- opening ---------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ def has_only_read(session: AnySession) -> bool:
     state = record.state
     return (
         isinstance(session, AsyncSession)
-        and not (record.may_have_written or record.met_no_row)
+        and not record.work.is_worth_asking
         and not record.discarded
         and not record.streamed
         and not state.overridden

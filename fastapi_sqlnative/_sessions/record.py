@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from .._drivers import transactions
-from .._drivers.statements import Effect
-from ..exceptions import BlockingSessionError
 from .options import TransactionOptions, engine_with
 from .shared import SharedState
+from .transaction import BegunTransaction
+from .work import Work
 
 
 class Record:
@@ -36,33 +35,28 @@ class Record:
     __slots__ = (
         "__weakref__",
         "asked",
+        "begun",
         "closed",
         "commits",
         "committed",
         "committing",
         "connections",
-        "defined",
         "discarded",
         "ending",
         "engines",
         "failed",
         "finished",
-        "handed_out",
         "joined",
         "loop_thread",
-        "met_no_row",
         "on_idle",
         "open_results",
         "options",
         "rolled_back",
-        "savepoints",
         "state",
         "stored",
         "stores_on",
         "streamed",
-        "undone",
-        "unknown",
-        "wrote",
+        "work",
     )
 
     def __init__(
@@ -74,6 +68,7 @@ class Record:
         self.commits = False  # whoever opened the session commits it at the end
         self.finished = False  # its time is over
         self.ending = False  # though an override of the application's may still use it
+        self.begun: BegunTransaction | None = None  # that was handed out
         self.closed = False  # by the application
         self.discarded = False  # and over work that was not stored
         self.committed = False  # the last COMMIT has got through
@@ -81,27 +76,19 @@ class Record:
         # As the state's, for engines that may have been made for this session alone.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] | None = None
         self.on_idle: Any = None  # called when the session has given its connections back
+        self.open_results: list[Any] | None = None  # not read to their end
         self.connections: dict[Connection, int] = {}  # with the changes made before
         self._begin()
 
     def _begin(self) -> None:
         self.asked = False  # for an engine: there is a connection, or somebody waits for one
-        self.wrote = False
-        self.met_no_row = False  # a write, which only a trigger can have made one
-        self.unknown = False  # a statement that may have written
-        self.defined = False  # a table, a function or the like
-        self.handed_out = False  # a connection, over which anything may have been sent
-        self.undone = False  # a savepoint
+        self.work = Work()
         self.joined = False  # a transaction that is not the session's own
         self.stores_on = 1  # so many connections, as far as it is known before COMMIT
         self.committing = False  # nothing comes between now and COMMIT
         self.failed: BaseException | None = None
         self.rolled_back: BaseException | None = None  # by the database, with this failure
         self.streamed = False  # a result that may fail while it is read
-        self.open_results: list[Any] | None = None
-        # What had been written when a savepoint began, by its name or its depth.
-        self.savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, int]]] | None
-        self.savepoints = None
 
     def begun_on(self, connection: Connection) -> None:
         """Note a connection that the transaction runs on from now on.
@@ -172,12 +159,7 @@ class Record:
     def check_thread(self) -> None:
         """Refuse to wait for the database on the event loop's own thread."""
         if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
-            raise BlockingSessionError(
-                f"The synchronous session of database {self.state.name!r} was used on the event "
-                "loop's thread, where it would block every other request. Declare the endpoint or "
-                "dependency with `def` instead of `async def`, call the code with "
-                "`await run_in_threadpool(...)`, or install an AsyncEngine."
-            )
+            raise self.state.blocking_error()
 
     def check_discarded(self) -> None:
         """Refuse a success when a close() has thrown away what was to be stored."""
@@ -192,58 +174,27 @@ class Record:
         context = getattr(cursor_result, "context", None)
         if context is None:
             # The ORM's bulk statements, and what a listener of the application answered with.
-            self.wrote = self.wrote or getattr(statement, "is_dml", True)
+            self.work.wrote = self.work.wrote or getattr(statement, "is_dml", True)
             return
-        effect, savepoint, counted = self.state.statement_of(context)
-        if effect is Effect.WRITE:
-            if counted and not context.executemany and getattr(result, "rowcount", -1) == 0:
-                self.met_no_row = True
-            else:
-                self.wrote = True
-        elif effect is Effect.UNKNOWN:
-            self.unknown = True
-        elif effect is Effect.DEFINE:
-            self._define(context.dialect.name)
-        elif effect is Effect.SAVEPOINT:
-            self.savepoint_begins(savepoint)
-        elif effect is Effect.UNDO:
-            self.savepoint_undone(savepoint)
+        self.work.note(self.state.statement_of(context), result, context, self.connections)
         if cursor_result.cursor is not None and transactions.reads_later(context):
             self.streamed = True
             still_open = [each for each in self.open_results or () if each.cursor is not None]
             self.open_results = [*still_open, cursor_result]
 
-    def _define(self, database: str) -> None:
-        # MySQL commits what came before, and the definition itself.
-        self.wrote = self.defined = database not in {"mysql", "mariadb"}
-        self.unknown = self.unknown and self.wrote
+    def end_results(self, *, streams_only: bool = False) -> None:
+        """Close what is still read: at COMMIT or ROLLBACK streams, at the end everything.
 
-    def savepoint_begins(self, savepoint: str | int) -> None:
-        """Remember what had been written, for the case that the savepoint is rolled back."""
-        self.savepoints = self.savepoints or {}
-        changes = {each: transactions.changes(each) for each in self.connections}
-        self.savepoints[savepoint] = self.wrote, self.unknown, self.defined, changes
-
-    def savepoint_undone(self, savepoint: str | int) -> None:
-        """Go back to what had been written when the savepoint began."""
-        self.undone = True
-        known = (self.savepoints or {}).get(savepoint)
-        if known is None:
-            return
-        self.wrote, self.unknown, self.defined, changes = known
-        for connection, before in self.connections.items():
-            if not connection.closed and not connection.invalidated:
-                undone = transactions.changes(connection) - changes.get(connection, before)
-                self.connections[connection] = before + undone
-
-    def end_results(self) -> None:
-        """Close what is still read, before COMMIT or ROLLBACK: the connection goes to others."""
+        The connection goes to others then; a stream's rows wait on the server until that.
+        """
         for result in self.open_results or ():
-            self.state.readers[result.context.root_connection] = self
+            context = result.context
+            if streams_only and not context.execution_options.get("stream_results"):
+                continue
+            self.state.readers[context.root_connection] = self
             # One on a lost connection fails, and one that was read meanwhile has no cursor.
-            with contextlib.suppress(result.context.dialect.loaded_dbapi.Error, OSError):
-                result.context.cursor.close()
-        self.open_results = None
+            with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
+                context.cursor.close()
 
     def hears(self, error: BaseException) -> None:
         """Note a failure on one of the session's connections."""
@@ -270,7 +221,7 @@ class Record:
     @property
     def may_have_written(self) -> bool:
         """Tell whether a commit may store something, as far as can be told without asking."""
-        return (self.wrote or self.unknown or self.handed_out) and not self.options.read_only
+        return self.work.may_have_written and not self.options.read_only
 
     def leaves_unstored(self) -> bool:
         """Tell whether a COMMIT now would change the database; in doubt the server is asked."""
@@ -278,16 +229,16 @@ class Record:
 
     def _count_unstored(self) -> int:
         """Count the connections on which a COMMIT would change the database."""
-        if not (self.may_have_written or self.met_no_row):
+        if self.options.read_only or not self.work.is_worth_asking:
             return 0
         return sum(
             transactions.would_store(
                 connection,
-                wrote=self.wrote and self.rolled_back is None,
-                unknown=self.unknown or self.handed_out,
-                defined=self.defined,
+                wrote=self.work.wrote and self.rolled_back is None,
+                unknown=self.work.unknown or self.work.handed_out,
+                defined=self.work.defined,
                 since=changes_before,
-                undone=self.undone,
+                undone=self.work.undone,
                 joined=self.joined,
             )
             for connection, changes_before in self.connections.items()
@@ -298,13 +249,10 @@ class Record:
 
         Other databases depend on it: this one may fail when they have committed.
         """
-        # What went over a connection that was handed out before BEGIN is stored by now. Asked
-        # first, because any question begins the transaction.
-        begun = not self.handed_out or all(map(transactions.is_begun, self.connections))
         self.check_committable()
-        if begun and self.may_have_written and not self.wrote:
-            self.unknown = self.leaves_unstored()
-            self.handed_out = False
+        if self.may_have_written and not self.work.wrote:
+            self.work.unknown = self.leaves_unstored()
+            self.work.handed_out = False
 
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
 
@@ -318,7 +266,9 @@ class Record:
             return
         if len(self.connections) > 1:
             self.stores_on = self._count_unstored()
-        doubtful = self.failed is not None or self.handed_out or self.streamed
+        for connection in self.connections:
+            transactions.surface_loss(connection)
+        doubtful = self.failed is not None or self.work.handed_out or self.streamed
         if self.rolled_back is None and not any(
             transactions.is_aborted(connection, doubtful=doubtful)
             for connection in self.connections

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, cast
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
-from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
-from .pending import has_pending_changes, would_be_flushed
+from .._drivers.transactions import begin
+from .options import AUTOCOMMIT
+from .pending import has_pending_changes
 from .record import Record
-from .transaction import BegunTransaction
+from .transaction import BegunTransaction, depth_of
 
 AnySession: TypeAlias = Session | AsyncSession
 
@@ -62,7 +64,8 @@ class NativeSession(Session):
         """Hand out a connection, over which anything may be sent."""
         with self._way_in() as record:
             connection = super().connection(*args, **options)
-        record.handed_out = True
+            begin(connection)
+        record.work.handed_out = True
         if record.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
         return connection
@@ -100,7 +103,7 @@ class NativeSession(Session):
         with self._way_in() as record:
             if record.options is AUTOCOMMIT:
                 raise record.state.read_only_error()
-            record.wrote = True
+            record.work.wrote = True
             work(*args, **options)
 
     @contextmanager
@@ -144,12 +147,16 @@ class NativeSession(Session):
         transaction = super().begin(nested)
         if not nested:
             return self._begun(transaction)
-        self.sqlnative.savepoint_begins(_depth(transaction))
+        record = self.sqlnative
+        record.work.savepoint_begins(depth_of(transaction), record.connections)
         return transaction
 
     def _begun(self, transaction: SessionTransaction) -> SessionTransaction:
-        begun = BegunTransaction(self, transaction, self.sqlnative.end_results)
-        return cast("SessionTransaction", begun)
+        record = self.sqlnative
+        if record.begun is None or record.begun.transaction is not transaction:
+            end_streams = functools.partial(record.end_results, streams_only=True)
+            record.begun = BegunTransaction(self, transaction, end_streams)
+        return cast("SessionTransaction", record.begun)
 
     def get_transaction(self) -> SessionTransaction | None:
         """Return the transaction, if one has begun."""
@@ -197,7 +204,7 @@ class NativeSession(Session):
         record = self.sqlnative
         if record.connections:
             record.check_thread()
-        record.end_results()
+        record.end_results(streams_only=True)
         super().rollback()
 
     # They roll back too, and nobody who writes `with session:` means that.
@@ -229,35 +236,6 @@ class NativeSession(Session):
         record.discarded = unstored or has_pending_changes(self)
 
 
-class Outermost(Session):
-    """What stands in front of the application's class, so that its listeners hear first."""
-
-    sqlnative: Record
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Keep the application's own from hearing of a subclass that is none of its."""
-
-    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Let the application choose the engine, and give it as one that sets the options.
-
-        In front, because routing classes seldom call SQLAlchemy's own.
-        """
-        bind = super().get_bind(*args, **arguments)
-        record = self.sqlnative
-        record.asked = True
-        if record.options is NO_OPTIONS or not isinstance(bind, Engine):
-            return bind
-        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
-            return bind
-        return record.engine_for(bind)
-
-
-def native_class(base: type[Session]) -> type[Session]:
-    """Put ours behind an application's session class, under the same name."""
-    bases = (Outermost, NativeSession) if base is Session else (Outermost, base, NativeSession)
-    return type(base.__name__, bases, {"__module__": base.__module__})
-
-
 def sync_session(session: AnySession) -> NativeSession:
     """Return the session that does the work: an `AsyncSession` is a proxy for one."""
     return cast("NativeSession", getattr(session, "sync_session", session))
@@ -274,56 +252,5 @@ def _look_last(session: NativeSession) -> None:
     # First what commit() would flush after this, with listeners that may swallow an error.
     session.flush()
     record.check_committable()
-    record.end_results()
+    record.end_results(streams_only=True)
     record.committing = True
-
-
-def _depth(transaction: SessionTransaction) -> int:
-    return 0 if transaction.parent is None else 1 + _depth(transaction.parent)
-
-
-# -- the few events, where no method is passed ---------------------------------------------------
-
-
-# Before the application's own listeners: one that fails must hide neither the connection nor that
-# the COMMIT got through.
-@event.listens_for(Outermost, "after_begin")
-def _after_begin(
-    session: Outermost, _transaction: SessionTransaction, connection: Connection
-) -> None:
-    record = session.sqlnative
-    if connection in record.connections:
-        return  # a savepoint on a connection that is known
-    record.begun_on(connection)
-    if record.finished:
-        # A task or thread that the request left behind has waited for the pool all the while.
-        record.discard_connections()
-        record.check_unfinished()
-    if record.options is not NO_OPTIONS:
-        begin_with(connection, record.options)
-
-
-@event.listens_for(Outermost, "after_flush")
-def _after_flush(session: Outermost, _context: object) -> None:
-    record = session.sqlnative
-    record.wrote = record.wrote or would_be_flushed(session)
-
-
-@event.listens_for(Outermost, "after_commit")
-def _after_commit(session: Outermost) -> None:
-    record = session.sqlnative
-    if record.committing:  # else it was a savepoint
-        record.committed = True
-        record.stored = record.stored or record.may_have_written
-
-
-@event.listens_for(Outermost, "after_soft_rollback")
-def _after_soft_rollback(session: Outermost, previous: SessionTransaction) -> None:
-    if previous.nested:
-        session.sqlnative.savepoint_undone(_depth(previous))
-
-
-@event.listens_for(Outermost, "after_transaction_end")
-def _after_transaction_end(session: Outermost, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.sqlnative.forget()

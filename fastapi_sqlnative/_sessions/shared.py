@@ -15,6 +15,7 @@ from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import is_servers_word, returns_undisturbed
 from ..exceptions import (
     AfterCommitError,
+    BlockingSessionError,
     CommitOutcomeUnknownError,
     DatabaseNotStartedError,
     ReadOnlySessionError,
@@ -118,6 +119,15 @@ class SharedState:
             "belongs to has ended, its connection went back to the pool. In a stream, a "
             "background task or any work that outlives the request, depend on "
             f"get_database_handle({self.name!r}) and open a session there."
+        )
+
+    def blocking_error(self) -> BlockingSessionError:
+        """Build the error for a wait on the event loop's own thread."""
+        return BlockingSessionError(
+            f"The synchronous session of database {self.name!r} was used on the event loop's "
+            "thread, where it would block every other request. Declare the endpoint or dependency "
+            "with `def` instead of `async def`, call the code with `await run_in_threadpool(...)`, "
+            "or install an AsyncEngine."
         )
 
     def discarded_error(self) -> UncommittedChangesError:

@@ -13,29 +13,29 @@ class BegunTransaction:
     """The transaction that `begin()` hands out, whose commit is the session's own."""
 
     def __init__(
-        self, session: Session, transaction: SessionTransaction, end_results: Callable[[], None]
+        self, session: Session, transaction: SessionTransaction, end_streams: Callable[[], None]
     ) -> None:
         self._session = session
-        self._transaction = transaction
-        self._end_results = end_results
+        self.transaction = transaction
+        self._end_streams = end_streams
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._transaction, name)
+        return getattr(self.transaction, name)
 
     def commit(self) -> None:
         """Commit the session, where this is still its transaction."""
-        if self._transaction.is_active:
+        if self.transaction.is_active:
             self._session.commit()
         else:
-            self._transaction.commit()  # raises, and says why
+            self.transaction.commit()  # raises, and says why
 
     def rollback(self) -> None:
         """Roll the transaction back."""
-        self._end_results()
-        self._transaction.rollback()
+        self._end_streams()
+        self.transaction.rollback()
 
     def __enter__(self) -> BegunTransaction:
-        self._transaction.__enter__()
+        self.transaction.__enter__()
         return self
 
     def __exit__(
@@ -44,12 +44,17 @@ class BegunTransaction:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None and self._transaction.is_active:
+        if error is None and self.transaction.is_active:
             try:
                 self._session.commit()
             except BaseException as failure:
-                self._end_results()
-                self._transaction.__exit__(type(failure), failure, failure.__traceback__)
+                self._end_streams()
+                self.transaction.__exit__(type(failure), failure, failure.__traceback__)
                 raise
-        self._end_results()
-        self._transaction.__exit__(kind, error, traceback)
+        self._end_streams()
+        self.transaction.__exit__(kind, error, traceback)
+
+
+def depth_of(transaction: SessionTransaction) -> int:
+    """Tell how many transactions a savepoint is inside of."""
+    return 0 if transaction.parent is None else 1 + depth_of(transaction.parent)

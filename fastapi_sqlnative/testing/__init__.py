@@ -1,18 +1,21 @@
-"""For people who test applications: other engines, isolation, statements, failures, a client."""
+"""For people who test applications: isolation, clones, other engines, statements, failures."""
 
 from ._capture import CapturedStatement, CapturedStatements, capture_statements
 from ._client import async_client
+from ._clones import Templates, cloned
 from ._faults import fail_next_checkout, fail_next_commit, fail_next_statement
 from ._isolation import isolated
-from ._outer import IsolationError
 from ._overrides import override_database
+from ._targets import IsolationError
 
 __all__ = [
     "CapturedStatement",
     "CapturedStatements",
     "IsolationError",
+    "Templates",
     "async_client",
     "capture_statements",
+    "cloned",
     "fail_next_checkout",
     "fail_next_commit",
     "fail_next_statement",

@@ -1,4 +1,4 @@
-"""A client for asynchronous tests, with the application's lifespan around it."""
+"""Clients for asynchronous tests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 if TYPE_CHECKING:
     import httpx
+    from starlette.testclient import TestClient
 
 
 @asynccontextmanager
@@ -34,15 +35,51 @@ async def async_client(
         async with async_client(app) as client, isolated(app):
             await client.post("/books", json={"title": "Emma"})
     """
-    http = _httpx()
     state: dict[str, Any] = {}
-    async with _lifespan(app, state):
-        transport = http.ASGITransport(
-            app=_with_state(app, state), raise_app_exceptions=raise_app_exceptions
-        )
-        given = {"base_url": "http://testserver", "transport": transport} | options
-        async with http.AsyncClient(**given) as client:
-            yield client
+    started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    end = asyncio.Event()
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app) as yielded:
+            state.update(yielded or {})
+            started.set_result(None)
+            await end.wait()
+
+    running = asyncio.create_task(run())
+    try:
+        await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            http = _httpx()
+            transport = http.ASGITransport(
+                app=_with_state(app, state), raise_app_exceptions=raise_app_exceptions
+            )
+            given = {"base_url": "http://testserver", "transport": transport} | options
+            async with http.AsyncClient(**given) as client:
+                yield client
+    finally:
+        end.set()
+        await running
+
+
+def client_beside(served: TestClient) -> httpx.AsyncClient:
+    """Give an asynchronous client of what a `TestClient` runs, on an event loop of its own.
+
+    So the test may be run by any plugin, whose event loop the application never sees.
+    """
+    http = _httpx()
+    transport = http.ASGITransport(app=_with_state(served.app, served.app_state))
+
+    class Transport(http.AsyncBaseTransport):  # type: ignore[misc,name-defined] # either httpx
+        async def handle_async_request(self, request: Any) -> Any:
+            await request.aread()
+            assert served.portal is not None
+            answering = served.portal.start_task_soon(transport.handle_async_request, request)
+            return await asyncio.wrap_future(answering)
+
+    client: httpx.AsyncClient = http.AsyncClient(
+        base_url="http://testserver", transport=Transport()
+    )
+    return client
 
 
 def _httpx() -> Any:
@@ -60,25 +97,3 @@ def _with_state(app: ASGIApp, state: dict[str, Any]) -> ASGIApp:
         await app(scope, receive, send)
 
     return call
-
-
-@asynccontextmanager
-async def _lifespan(app: Starlette, state: dict[str, Any]) -> AsyncGenerator[None]:
-    started, end = asyncio.Event(), asyncio.Event()
-
-    async def run() -> None:
-        async with app.router.lifespan_context(app) as yielded:
-            state.update(yielded or {})
-            started.set()
-            await end.wait()
-
-    running = asyncio.create_task(run())
-    starting = asyncio.create_task(started.wait())
-    try:
-        await asyncio.wait({running, starting}, return_when=asyncio.FIRST_COMPLETED)
-        if started.is_set():
-            yield
-    finally:
-        starting.cancel()
-        end.set()
-        await running

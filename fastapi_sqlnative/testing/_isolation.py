@@ -3,62 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack
-from types import TracebackType
-from typing import Any, Self, cast
+from concurrent.futures import Future
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any, Final
 
-import anyio
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.util.concurrency import in_greenlet
 from starlette.applications import Starlette
 
-from .._gates import Gate
-from .._registry import Installation, Registry
-from ..databases import AnyDatabase, AnyEngine, database_class
-from ._outer import REQUEST, IsolatedPool, IsolationError, OuterTransaction, other_loop
-from ._targets import inner, is_one_database, is_running, known_engine, place, registries
+from .._lifespan.running import Installation
+from .._lifespan.shutdown import call_off_loop
+from .._sessions.engines import sync_engine
+from .._sessions.session import NativeSession
+from ..databases import AnyDatabase, sessions_of
+from ._connections import IsolatedConnection
+from ._sessions import IsolatedSession, OwnSession, own_session_class
+from ._targets import (
+    IsolationError,
+    Place,
+    all_installations,
+    is_one_database,
+    places,
+    ready_engine,
+    running_loop,
+)
+from ._turns import Turn
 
-GateAround = Callable[[Gate | None], Gate]
+# The blocks that the test is in, so that a second application joins the first one's connection.
+_BLOCKS: Final = ContextVar[tuple["Isolated", ...]]("fastapi_sqlnative_isolated", default=())
 
 
-def isolated(app: Starlette, *names: str) -> Isolation:
+def isolated(app: Starlette, *names: str) -> Isolated:
     """Have all that is done to an application's databases within a block be gone afterwards.
 
-    Each database gets one transaction around the block, on one connection of the application's
-    own engine, which is taken at the first use. Until the end the application's transactions are
-    savepoints in it. Its commits, rollbacks and savepoints behave as always, through whatever
-    they come: `get_db`, handles, background work, sessions of its own, Core. A database error
-    takes back only the transaction that it happened in; on PostgreSQL a deferred constraint is
-    checked at each commit.
+    Each database gets one transaction on one connection of the application's own engine, opened
+    at the first use and rolled back at the end. The application's transactions are savepoints in
+    it, one at a time: a commit releases one, and on PostgreSQL checks what is deferred; a
+    rollback takes back what the request did, and nothing of the test's.
 
-    Enter it before the application starts or while it runs, before or after `override_database`,
-    or inside of another one: the inner block keeps what the outer one has. Where the application
-    has an `AsyncEngine`, write `with` in synchronous tests (around `TestClient`) and `async with`
-    on an event loop. The application's engines, and handles fetched before, are isolated
-    themselves; an engine that is not installed is not.
+    `with` gives the test a `Session` of its own, also for an `AsyncEngine`, whose event loop does
+    the work; `async with` gives an `AsyncSession`. It is for the first database named, and may
+    stay open: what it has added is committed as soon as a request begins, and what it reads it
+    reads anew. Blocks may be nested, for several sessions or a module's rows.
 
-    What one connection cannot be true to is refused with an `IsolationError`, or done in turn:
-
-    - Concurrent requests wait for each other, one whole request after the other; so does work in
-      the background. Whoever waits longer than the pool's timeout, 10 seconds at most, is
-      refused.
-    - A second session beside one that is in a transaction is refused at once: `reader(name)`
-      after `get_db(name)` has been used, a handle's session in a request that has begun, a
-      transaction of the test's own around a request. Two sessions one after the other work, and
-      so does `reader` before the transaction begins and after it has ended.
-    - An isolation level of its own, for a request or a connection, is refused; AUTOCOMMIT, which
-      `reader` uses, works, and so does `read_only` on PostgreSQL and SQLite.
-    - Two-phase commits, and COMMIT or ROLLBACK sent as text, are refused.
-    - A SQLite connection that one thread alone may use is refused; the message has the remedy.
-    - Two engines on one database are refused: they could not see each other's commits.
-
-    And it is silent about: `now()`, which stands still on PostgreSQL; locks, which last until the
-    end of the block, and tables with ON COMMIT, for which it never comes; NOTIFY, which is never
-    sent; what a deferred trigger writes, which is undone after the check; sequences, which go on.
-    MySQL commits at every CREATE, ALTER and DROP: that is an `IsolationError` at the end.
+    Enter it before the application starts or while it runs. docs/testing.md has the table of what
+    one connection cannot show; `cloned` shows it.
 
     Args:
         app: the application, or the outermost of those mounted in each other.
@@ -66,244 +58,194 @@ def isolated(app: Starlette, *names: str) -> Isolation:
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
-        IsolationError: see above.
+        IsolationError: by the block or by a session, where one connection does not do.
 
     Example:
-        with TestClient(app) as client, isolated(app):
-            client.post("/books", json={"title": "Emma"})
+        with TestClient(app) as client, isolated(app) as session:
+            session.add(Author(name="Jane"))
+            assert client.get("/authors").json() == ["Jane"]
     """
-    return Isolation(app, names)
+    return Isolated(app, places(app, names))
 
 
-class Isolation:
-    """Be the block of `isolated`."""
+def is_isolated(installation: Installation) -> bool:
+    """Tell whether a block that the test is in takes back what is done to a database."""
+    return any(installation is each for block in _BLOCKS.get() for _, each in block.chosen)
 
-    def __init__(self, app: Starlette, names: Sequence[str]) -> None:
+
+class Isolated:
+    """The block of `isolated`."""
+
+    def __init__(self, app: Starlette, chosen: list[Place]) -> None:
         self._app = app
-        self._names = names
-        self._restore = ExitStack()
-        self._outers: list[OuterTransaction] = []
-        self._databases: list[tuple[Registry, Installation]] = []
+        self.chosen = chosen
+        self._first = chosen[0][1]
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._own: Session | None = None
+        self._around: tuple[Isolated, ...] = ()
+        self.turn = Turn()
+        self._restore = ExitStack()
+        self.connections: dict[Any, IsolatedConnection] = {}  # by the engine's dialect
 
-    def __enter__(self) -> Self:
-        """Isolate the databases, without touching them.
+    # -- as a block ------------------------------------------------------------------------
 
-        Raises:
-            RuntimeError: on an event loop, where the end could not be awaited.
-        """
-        self._databases = self._choose()
-        engines = [known_engine(installation) for _, installation in self._databases]
-        if running_loop() is not None and not all(isinstance(each, Engine) for each in engines):
+    def __enter__(self) -> Session:
+        """Isolate the databases, without touching them."""
+        if running_loop() is not None and not self._all_sync():
             raise RuntimeError(
-                "isolated(app) has to await the end of an asynchronous engine's transaction: on "
-                "an event loop write `async with isolated(app)`."
+                "isolated(app) has to await an AsyncEngine: on an event loop write "
+                "`async with isolated(app)`."
             )
         self._enter()
-        return self
+        return self._own_session(Session)  # type: ignore[no-any-return] # it is
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Roll everything back."""
-        with ExitStack() as ending:
-            for outer in self._outers:
-                ending.callback(_end, outer)
-            ending.callback(self._outers.clear)
-            self._restore.close()
+        for ending in self._leave():
+            ending.result()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncSession:
         """Isolate the databases, without touching them."""
+        if self._all_sync():
+            raise TypeError(
+                "`async with isolated(app)` gives an AsyncSession, and the database has an Engine: "
+                "write `with isolated(app)`, on an event loop too."
+            )
         self._loop = asyncio.get_running_loop()
-        self._databases = self._choose()
         self._enter()
-        return self
+        return self._own_session(AsyncSession)  # type: ignore[no-any-return] # it is
 
-    async def __aexit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Roll everything back."""
-        async with AsyncExitStack() as ending:
-            for outer in self._outers:
-                ending.push_async_callback(_end_async, outer)
-            ending.callback(self._outers.clear)
-            self._restore.close()
+        for ending in self._leave():
+            await asyncio.wrap_future(ending)
 
-    @functools.cached_property
-    def turn(self) -> anyio.CapacityLimiter:
-        """Which request may use the databases; made at the first, on its event loop."""
-        return anyio.CapacityLimiter(1)
-
-    def _choose(self) -> list[tuple[Registry, Installation]]:
-        if self._names:
-            places = [place(self._app, name) for name in self._names]
-        else:
-            places = [(each, name) for each in registries(self._app) for name in each.installations]
-        return [(registry, registry.installations[name]) for registry, name in places]
+    def _all_sync(self) -> bool:
+        return all(isinstance(ready_engine(each), Engine) for _, each in self.chosen)
 
     def _enter(self) -> None:
+        self._around = _BLOCKS.get()
+        self.turn = self._around[0].turn if self._around else self.turn
+        _BLOCKS.set((*self._around, self))
         with ExitStack() as undo:
-            undo.callback(self.__exit__, None, None, None)
-            for registry, installation in self._databases:
-                self.add(registry, installation)
-            for registry in registries(self._app):
-                self._take_turns(registry)
+            undo.callback(self.__exit__)
+            for hook in "after_transaction_create", "before_flush":
+                event.listen(Session, hook, self._welcome)
+                self._restore.callback(event.remove, Session, hook, self._welcome)
+            for installed in all_installations(self._app):
+                installed.observers.append(self._isolate)
+                self._restore.callback(installed.observers.remove, self._isolate)
+            for _, installation in self.chosen:
+                self._close_before_shutdown(installation)
+                if (engine := ready_engine(installation)) is not None:
+                    self.connection_of(installation.name, sync_engine(engine))
+                if installation.database is not None:
+                    self._isolate(installation.database)
             undo.pop_all()
 
-    def _take_turns(self, registry: Registry) -> None:
-        before = registry.around_gate
-        registry.around_gate = lambda gate: RequestTurn(
-            self.turn, gate if before is None else before(gate)
-        )
+    def _leave(self) -> list[Future[None]]:
+        self._restore.close()
+        _BLOCKS.set(tuple(each for each in _BLOCKS.get() if each is not self))
+        return [each.leave(self) for each in dict.fromkeys(self.connections.values())]
 
-        def restore() -> None:
-            registry.around_gate = before
+    # -- the databases ---------------------------------------------------------------------
 
-        self._restore.callback(restore)
-
-    def add(self, registry: Registry, installation: Installation) -> None:
-        """Isolate one database, now or as soon as there is an engine."""
-        engine = known_engine(installation)
-        if engine is not None:
-            self.isolate(installation.name, engine, registry)
-        if database_class(installation.engine) is None:
-            factory = cast("Callable[[], Any]", installation.engine)
-
-            async def build() -> AnyEngine:
-                built = factory()
-                engine: AnyEngine = await built if inspect.isawaitable(built) else built
-                if database_class(engine) is not None:
-                    self.isolate(installation.name, engine, registry)
-                return engine
-
-            def restore() -> None:
-                installation.engine = factory
-
-            installation.engine = build
-            self._restore.callback(restore)
-        installation.isolations.append(self)
-        self._restore.callback(installation.isolations.remove, self)
-
-    def isolate(self, name: str, engine: AnyEngine, registry: Registry) -> None:
-        """Isolate one engine, if this block has not done so already."""
-        wanted = inner(engine)
-        if any(outer.engine.dialect is wanted.dialect for outer in self._outers):
+    def _isolate(self, database: AnyDatabase) -> None:
+        """Put our class in front of a handle's sessions; called at the application's start too."""
+        if all(installation.database is not database for _, installation in self.chosen):
             return
-        for outer in self._outers:
-            if is_one_database(outer.engine, wanted) and (outer.is_open or outer.name != name):
-                raise _two_engines(outer.name, name)
-        self._outers.append(
-            OuterTransaction(name, wanted, lambda: self._may_open(name, wanted, registry))
-        )
+        self.connection_of(database.name, sync_engine(database.engine))
+        if self._own is not None and self._first.database is database:
+            self.connection_of_own()
+        factory = sessions_of(database)
+        native = factory.native
+        if not issubclass(native, IsolatedSession):  # as by the block around this one
+            factory.native = type(native.__name__, (IsolatedSession, native), {"block": self})
+            self._restore.callback(setattr, factory, "native", native)
 
-    def _may_open(self, name: str, engine: Engine, registry: Registry) -> None:
-        """Refuse to open a connection where nobody could close it."""
-        if not engine.dialect.is_async:
-            return
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop and not (is_running(registry) and loop is registry.loop):
-            raise other_loop(name)
+    def connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
+        """Return the connection that stands for all of an engine's."""
+        found = self.connections.get(engine.dialect)
+        if found is None:
+            found = self._joined(name, engine) or IsolatedConnection(name, engine, self.turn)
+            found.guard(engine)
+            found.home = self._application_loop
+            if found not in self.connections.values():
+                found.enter(self)
+            self.connections[engine.dialect] = found
+        return found
 
-    async def leave_loop(self) -> None:
-        """Close, as the lifespan ends, what nobody could close afterwards."""
-        loop = asyncio.get_running_loop()
-        for outer in self._outers:
-            if outer.loop is loop and loop is not self._loop:
-                await _in_greenlet(outer.close)
-
-
-class RequestTurn(Gate):
-    """Have one request at a time use isolated databases, from its first session to its end."""
-
-    def __init__(self, turn: anyio.CapacityLimiter, gate: Gate | None) -> None:
-        super().__init__({})
-        self._turn = turn
-        self._gate = gate
-
-    async def enter(self, request: object, endpoint: object, database: AnyDatabase) -> None:
-        """Wait for the turn, then at the application's own gate."""
-        pool = database.pool
-        if isinstance(pool, IsolatedPool) and not self._has_turn(request):
-            await self._wait_for_turn(request, pool)
-            REQUEST.set(request)
-        if self._gate is not None:
-            await self._gate.enter(request, endpoint, database)
-
-    def leave(self, request: object) -> None:
-        """Give the turn to the next."""
-        if self._gate is not None:
-            self._gate.leave(request)
-        if self._has_turn(request):
-            self._turn.release_on_behalf_of(request)
-            REQUEST.set(None)
-
-    def _has_turn(self, request: object) -> bool:
-        return request in self._turn.statistics().borrowers
-
-    async def _wait_for_turn(self, request: object, pool: IsolatedPool) -> None:
-        try:
-            with anyio.fail_after(pool.timeout()):
-                await self._turn.acquire_on_behalf_of(request)
-        except TimeoutError:
-            raise pool.outer.busy() from None
-
-
-def isolation_of(engine: AnyEngine) -> OuterTransaction | None:
-    """Return the innermost transaction around a test that an engine is in."""
-    pool = inner(engine).pool
-    return pool.outer if isinstance(pool, IsolatedPool) else None
-
-
-def _two_engines(one: str, other: str) -> IsolationError:
-    if one == other:
-        return IsolationError(
-            f"Database {one!r} has been used in this isolated block, and an engine of the test's "
-            "for the same database would not see what was committed. Override it before its "
-            "first use."
-        )
-    return IsolationError(
-        f"Databases {one!r} and {other!r} are one database with two engines, and in two isolated "
-        "transactions they would not see what the other commits. Isolate one of them, "
-        f"isolated(app, {one!r}), and inside of the block let both use its engine: "
-        f"override_database(app, {other!r}, ...)."
-    )
-
-
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of this thread, if one runs."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
+    def _joined(self, name: str, engine: Engine) -> IsolatedConnection | None:
+        for block in (self, *self._around):
+            for other in block.connections.values():
+                if is_one_database(other.engine, engine):
+                    if other.asynchronous is engine.dialect.is_async:
+                        return other
+                    raise IsolationError(
+                        f"Databases {other.name!r} and {name!r} are one, with an Engine and an "
+                        "AsyncEngine, which cannot share a connection. Isolate one by name and "
+                        "override_database() the other, or test with cloned(app)."
+                    )
         return None
 
+    def _application_loop(self) -> asyncio.AbstractEventLoop | None:
+        running = (installed.loop for installed, _ in self.chosen if installed.runs)
+        return self._loop or next(running, None)
 
-async def _in_greenlet(function: Callable[[], None]) -> None:
-    # A session without an engine, for SQLAlchemy's way to run what awaits inside.
-    await AsyncSession().run_sync(lambda _: function())
+    def _close_before_shutdown(self, installation: Installation) -> None:
+        """Close the connection while its event loop runs and its engine is not disposed of."""
+        shutdown = installation.shutdown
 
+        async def close_and_shut_down() -> None:
+            for each in dict.fromkeys(self.connections.values()):
+                if each.loop in (None, asyncio.get_running_loop()):
+                    await asyncio.wrap_future(each.close_now())
+            if shutdown is not None:
+                await call_off_loop(shutdown)
 
-async def _end_on_its_loop(outer: OuterTransaction) -> None:
-    await _in_greenlet(outer.end)
+        installation.shutdown = close_and_shut_down
+        self._restore.callback(setattr, installation, "shutdown", shutdown)
 
+    # -- sessions of the test's ------------------------------------------------------------
 
-def _end(outer: OuterTransaction) -> None:
-    if outer.loop is None or not outer.loop.is_running():
-        outer.end()  # of a loop that has ended it says that the connection is lost
-    else:
-        asyncio.run_coroutine_threadsafe(_end_on_its_loop(outer), outer.loop).result()
+    def _own_session(self, kind: type[Any]) -> Any:
+        if kind is AsyncSession:
+            candidates = [each for _, each in self.chosen]
+            self._first = next(e for e in candidates if not isinstance(ready_engine(e), Engine))
+        options: dict[str, Any] = {"expire_on_commit": False, **self._first.session_options}
+        options["join_transaction_mode"] = "create_savepoint"
+        class_ = options.pop("class_", kind)
+        base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
+        own = own_session_class(base, self, crosses=kind is Session)
+        if kind is Session:
+            class_ = own
+        else:
+            options["sync_session_class"] = own
+        session: Any = class_(**options)
+        self._own = getattr(session, "sync_session", session)
+        if ready_engine(self._first) is not None:
+            self.connection_of_own()
+        return session
 
+    def connection_of_own(self) -> IsolatedConnection:
+        """Return the connection of the test's own session."""
+        engine = ready_engine(self._first)
+        if engine is None or self._own is None:
+            raise IsolationError(
+                f"Database {self._first.name!r} has no engine before the application starts: use "
+                "the session inside of `with TestClient(app)`."
+            )
+        connection = self.connection_of(self._first.name, sync_engine(engine))
+        connection.own_sessions[self._own] = self
+        return connection
 
-async def _end_async(outer: OuterTransaction) -> None:
-    if outer.loop is None:
-        outer.end()
-    elif outer.loop is asyncio.get_running_loop():
-        await _end_on_its_loop(outer)
-    else:
-        ending = asyncio.run_coroutine_threadsafe(_end_on_its_loop(outer), outer.loop)
-        await asyncio.wrap_future(ending)
+    def _welcome(self, guest: Session, *_: object) -> None:
+        """Bind a session that was made without a handle, a factory's say, to the connection."""
+        engine = guest.bind
+        if isinstance(guest, NativeSession | OwnSession) or not isinstance(engine, Engine):
+            return
+        found = self.connections.get(engine.dialect)
+        if found is not None and (not found.asynchronous or in_greenlet()):
+            guest.bind, guest.join_transaction_mode = found.opened(), "create_savepoint"
+            found.own_sessions[guest] = self
+            self._restore.callback(setattr, guest, "bind", engine)

@@ -1,103 +1,109 @@
-"""Which databases a test means."""
+"""Which databases a test means, and where it can reach them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import URL, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import URL
 from starlette.applications import Starlette
 
-from .._registry import Installation, Registry, not_installed, registry_of, trimmed
+from .._lifespan.running import (
+    Installation,
+    Installations,
+    installations_of,
+    not_installed,
+    running_of,
+    trimmed,
+)
 from .._routes import mounted_applications
-from ..databases import AnyDatabase, AnyEngine
+from .._sessions.engines import AnyEngine, sync_engine
+from ..databases import AnyDatabase, database_class
 
-Target: TypeAlias = Starlette | AnyDatabase | AnyEngine
+T = TypeVar("T")
+Target: TypeAlias = Starlette | AnyDatabase
+Place: TypeAlias = tuple[Installations, Installation]
 
 
-def registries(app: Starlette) -> list[Registry]:
-    """List the registries of an application and of those mounted in it, at any depth."""
+class IsolationError(RuntimeError):
+    """A test has asked a database for what the block that it is in cannot do."""
+
+
+def all_installations(app: Starlette) -> list[Installations]:
+    """List what is installed on an application and on those mounted in it, at any depth."""
     applications = [app]
     for above in applications:
         applications += [each for each in mounted_applications(above) if each not in applications]
-    return [registry_of(each) for each in applications]
+    return [installations_of(each) for each in applications]
 
 
-def place(app: Starlette, name: str) -> tuple[Registry, str]:
-    """Find where a name is installed, on the application or on a mounted one.
+def places(app: Starlette, names: Sequence[str]) -> list[Place]:
+    """Find where names are installed, on the application or on a mounted one; all without a name.
 
     Raises:
-        DatabaseNotInstalledError: it is not.
+        DatabaseNotInstalledError: a name is unknown, or there is no database at all.
     """
-    name, found = trimmed(name), registries(app)
-    for registry in found:
-        if name in registry.installations:
-            return registry, name
-    raise not_installed(name, [each for registry in found for each in registry.installations])
+    every = [(each, one) for each in all_installations(app) for one in each.by_name.values()]
+    known = [installation.name for _, installation in every]
+    for name in map(trimmed, names or ["default"] * (not every)):
+        if name not in known:
+            raise not_installed(name, known)
+    return [every[known.index(trimmed(name))] for name in names] or every
 
 
-def is_running(registry: Registry) -> bool:
-    """Tell whether a lifespan keeps the databases open."""
-    return registry.starts > 0
-
-
-def known_engine(installation: Installation) -> AnyEngine | None:
-    """Return the engine; `None` where a factory will make it."""
+def ready_engine(installation: Installation) -> AnyEngine | None:
+    """Return the engine; `None` where a factory has not made it yet."""
+    engine: Any = installation.engine
     if installation.database is not None:
         return installation.database.engine
-    engine = installation.engine
-    return engine if isinstance(engine, Engine | AsyncEngine) else None
+    return None if database_class(engine) is None else engine
 
 
-def inner(engine: AnyEngine) -> Engine:
-    """Return the engine that does the work."""
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+def running_database(target: Target, name: str) -> AnyDatabase:
+    """Return the handle of one of an application's databases, or the one that is given."""
+    if not isinstance(target, Starlette):
+        return target
+    ((_, installation),) = places(target, [name])
+    return installation.database or running_of(target).database(installation.name)
 
 
-def engines(target: Target) -> Iterator[tuple[str, Engine]]:
-    """Yield the engines that a test means now, by name; a factory's only while it runs."""
-    if isinstance(target, Starlette):
-        for registry in registries(target):
-            for name, installation in registry.installations.items():
-                engine = known_engine(installation)
-                if engine is not None:
-                    yield name, inner(engine)
-    elif isinstance(target, Engine | AsyncEngine):
-        yield "default", inner(target)
-    else:
-        yield target.name, inner(target.engine)
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop of this thread, if one runs."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
+def finish(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | None) -> T:
+    """Run a coroutine to its end from plain code: on an event loop, or here if it never awaits.
+
+    Raises:
+        RuntimeError: it awaits something, and this is the event loop's own thread.
+    """
+    if loop is not None and loop is not running_loop():
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return] # the coroutine's own
+    coroutine.close()
+    raise RuntimeError("This block has to await something here: write `async with`.")
 
 
-def is_one_database(one: Engine, other: Engine) -> bool:
+def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
     """Tell whether two engines mean the same database, whoever logs in with whatever driver."""
-    address = _address(one.url)
-    return one is other or (address is not None and address == _address(other.url))
+    first, second = sync_engine(one), sync_engine(other)
+    address = _address(first.url)  # an engine made from another, with options, has its dialect
+    return first.dialect is second.dialect or bool(address and address == _address(second.url))
 
 
 def _address(url: URL) -> tuple[object, ...] | None:
-    backend = url.get_backend_name()
+    backend, port = url.get_backend_name(), url.port or url.query.get("port")
     if backend == "sqlite":
-        memory = not url.database or url.database == ":memory:"
-        return None if memory else (backend, url.database)
+        return (backend, url.database) if (url.database or ":memory:") != ":memory:" else None
     host = url.host or url.query.get("host")
-    port = url.port or url.query.get("port") or _PORTS.get(backend)
+    port = str(port or {"postgresql": 5432}.get(backend, 3306))
     # Nothing at all: the address is in a `creator`, or in the environment.
-    return (backend, host, str(port), url.database) if host or url.database else None
-
-
-def engine_named(target: Target, name: str) -> Engine:
-    """Return the engine of one of an application's databases, or the one that is given.
-
-    Raises:
-        DatabaseNotInstalledError: an unknown name.
-        DatabaseNotStartedError: its factory has not been called yet.
-    """
-    if not isinstance(target, Starlette):
-        return next(engine for _, engine in engines(target))
-    registry, name = place(target, name)
-    engine = known_engine(registry.installations[name])
-    return inner(registry.database(name).engine if engine is None else engine)
+    return (backend, host, port, url.database) if host or url.database else None

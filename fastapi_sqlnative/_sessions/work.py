@@ -1,0 +1,98 @@
+"""What one transaction has let through, and whether a COMMIT would store it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.engine import ExecutionContext
+
+from .._drivers import transactions
+from .._drivers.statements import Effect, Statement
+
+
+class Work:
+    """What one transaction has let through.
+
+    Attributes:
+        wrote: a statement or flush that writes.
+        met_no_row: one that writes and met no row, so that only a trigger can have written.
+        unknown: a statement that may have written.
+        handed_out: a connection, over which anything may have been sent.
+        defined: a table, a function or the like.
+        undone: a savepoint was rolled back.
+    """
+
+    __slots__ = (
+        "_savepoints",
+        "defined",
+        "handed_out",
+        "met_no_row",
+        "undone",
+        "unknown",
+        "wrote",
+    )
+
+    def __init__(self) -> None:
+        self.wrote = self.met_no_row = self.unknown = False
+        self.handed_out = self.defined = self.undone = False
+        # What had been written when a savepoint began, by its name or its depth.
+        self._savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, int]]] = {}
+
+    @property
+    def may_have_written(self) -> bool:
+        """Tell whether a commit may store something, as far as can be told without asking."""
+        return self.wrote or self.unknown or self.handed_out
+
+    @property
+    def is_worth_asking(self) -> bool:
+        """Tell whether the server could say that a commit would store something."""
+        return self.may_have_written or self.met_no_row
+
+    def note(
+        self,
+        statement: Statement,
+        result: Any,
+        context: ExecutionContext,
+        connections: dict[Connection, int],
+    ) -> None:
+        """Note what a statement has done, or may have done."""
+        effect, savepoint, counted = statement
+        if effect is Effect.WRITE:
+            if counted and not context.executemany and getattr(result, "rowcount", -1) == 0:
+                self.met_no_row = True
+            else:
+                self.wrote = True
+        elif effect is Effect.UNKNOWN:
+            self.unknown = True
+        elif effect is Effect.DEFINE:
+            # MySQL commits what came before, and the definition itself.
+            self.wrote = self.defined = context.dialect.name not in {"mysql", "mariadb"}
+            self.unknown = self.unknown and self.wrote
+        elif effect is Effect.SAVEPOINT:
+            self.savepoint_begins(savepoint, connections)
+        elif effect is Effect.UNDO:
+            self.savepoint_undone(savepoint, connections)
+
+    def savepoint_begins(self, savepoint: str | int, connections: Mapping[Connection, int]) -> None:
+        """Remember what had been written, for the case that the savepoint is rolled back."""
+        changes = {each: transactions.changes(each) for each in connections}
+        self._savepoints[savepoint] = self.wrote, self.unknown, self.defined, changes
+
+    def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, int]) -> None:
+        """Go back to what had been written when the savepoint began.
+
+        Args:
+            savepoint: its name or its depth.
+            connections: the changes that do not count, which become more.
+        """
+        self.undone = True
+        known = self._savepoints.get(savepoint)
+        if known is None:
+            return
+        self.wrote, self.unknown, self.defined, changes = known
+        for connection, before in connections.items():
+            if not connection.closed and not connection.invalidated:
+                undone = transactions.changes(connection) - changes.get(connection, before)
+                connections[connection] = before + undone

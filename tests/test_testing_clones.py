@@ -1,0 +1,122 @@
+"""`cloned`: a real database for each test, from a template made once."""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Connection, Engine, create_engine, event, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
+
+from fastapi_sqlnative import install_database, reader, transactional
+from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned
+from tests.conftest import MakeEngine
+from tests.serving import Base, Item, Kind, Rows, route
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="added"))
+
+
+def names(session: Session) -> list[str]:
+    return list(session.scalars(select(Item.name).order_by(Item.name)))
+
+
+def prepare(connection: Connection) -> None:
+    Base.metadata.create_all(connection)
+    connection.execute(text("INSERT INTO item (name) VALUES ('seeded')"))
+
+
+@pytest.fixture(scope="module")
+def templates() -> Iterator[Templates]:
+    with Templates(prepare) as templates:
+        yield templates
+
+
+def make_app(kind: Kind, engine: Any) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=getattr(engine, "dispose", None))
+    route(app, kind, "/add", transactional(), add)
+    route(app, kind, "/names", reader(), names)
+    return app
+
+
+@pytest.mark.parametrize("given", ["engine", "factory"])
+def test_each_block_has_a_database_of_its_own(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, templates: Templates, given: str
+) -> None:
+    """It begins as the template, stores what is committed, and is gone afterwards."""
+    app = make_app(kind, make_engine() if given == "engine" else make_engine)
+    databases = "SELECT count(*) FROM pg_database"
+    for _ in range(2):
+        with cloned(app, templates=templates):
+            before = rows.connection.execute(databases).fetchone()
+            with TestClient(app) as client, ThreadPoolExecutor(4) as threads:
+                assert client.post("/names").json() == ["seeded"]
+                assert client.post("/add").status_code == 201
+                answers = threads.map(lambda _: client.post("/names").json(), range(4))
+                assert [*answers] == [["added", "seeded"]] * 4
+        after = rows.connection.execute(databases).fetchone()
+        assert before is not None
+        assert after is not None
+        assert before[0] == after[0] + 1
+    assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_on_an_event_loop(
+    kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
+) -> None:
+    """`async with` makes it beside the loop, and sessions, Core and listeners all are led there."""
+    engine = make_engine()
+    app = make_app(kind, engine)
+    heard: list[object] = []
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(inner, "connect", lambda *_: heard.append(1))
+    async with cloned(app, templates=templates), async_client(app) as client:
+        assert (await client.post("/names")).json() == ["seeded"]
+        assert heard
+    assert rows.names == []
+
+
+def test_what_cannot_be_cloned_is_named(
+    kind: Kind, make_engine: MakeEngine, templates: Templates
+) -> None:
+    """A running application, an engine that connects its own way, and SQLite in memory."""
+    app = make_app(kind, make_engine())
+    with TestClient(app), pytest.raises(IsolationError, match="enter cloned"):
+        cloned(app, templates=templates).__enter__()
+    memory = make_app(kind, create_engine("sqlite://"))
+    with pytest.raises(IsolationError, match="cannot be cloned"):
+        cloned(memory, templates=templates).__enter__()
+
+
+def test_an_engine_with_a_creator_is_refused(tmp_path: Path, templates: Templates) -> None:
+    """It would use the database that is installed."""
+    creator: Callable[[], Any] = lambda: sqlite3.connect(tmp_path / "installed.db")  # noqa: E731
+    app = make_app(
+        Kind("", "", False), create_engine(f"sqlite:///{tmp_path}/a.db", creator=creator)
+    )
+    with pytest.raises(IsolationError, match="way of its own"):
+        cloned(app, templates=templates).__enter__()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
+def test_sqlite(asynchronous: bool, tmp_path: Path, templates: Templates) -> None:
+    """A file is copied."""
+    engine: Engine | AsyncEngine = (
+        create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/a.db")
+        if asynchronous
+        else create_engine(f"sqlite:///{tmp_path}/a.db")
+    )
+    app = make_app(Kind("", "", asynchronous), engine)
+    for _ in range(2):
+        with cloned(app, templates=templates), TestClient(app) as client:
+            assert client.post("/add").status_code == 201
+            assert client.post("/names").json() == ["added", "seeded"]
+    assert not (tmp_path / "a.db").exists()

@@ -1,0 +1,200 @@
+"""The fixtures of the usual plugins, in suites as their authors write them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import WorkerPostgres
+from tests.serving import Rows
+
+CONFTEST = """
+import os
+from typing import Annotated, Any
+import pytest
+from fastapi import Depends, FastAPI
+from sqlalchemy import create_engine, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+from fastapi_sqlnative import get_db, install_database, transactional
+from tests.serving import Base, Item
+
+pytest_plugins = ["fastapi_sqlnative.testing.fixtures"]
+
+def make_app(asynchronous: bool) -> FastAPI:
+    app = FastAPI()
+    make: Any = create_async_engine if asynchronous else create_engine
+    engine = make(os.environ["DATABASE_URL"])
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    query = select(Item.name).order_by(Item.name)
+
+    async def names(session: Annotated[AsyncSession, Depends(get_db())]) -> list[str]:
+        return list(await session.scalars(query))
+
+    def sync_names(session: Annotated[Session, Depends(get_db())]) -> list[str]:
+        return list(session.scalars(query))
+
+    async def add(name: str, session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name=name))
+
+    def sync_add(name: str, session: Annotated[Session, Depends(transactional())]) -> None:
+        session.add(Item(name=name))
+
+    app.get("/names")(names if asynchronous else sync_names)
+    app.post("/add")(add if asynchronous else sync_add)
+    return app
+
+@pytest.fixture(params=[True, False], ids=["async", "sync"])
+def app(request):
+    return make_app(request.param)
+
+@pytest.fixture(scope="session")
+def prepare_database():
+    return Base.metadata.create_all
+"""
+
+SYNCHRONOUS = """
+import factory
+from factory.alchemy import SQLAlchemyModelFactory
+from polyfactory.factories.sqlalchemy_factory import SQLAlchemyFactory
+from sqlalchemy import select
+from sqlalchemy.orm import scoped_session, sessionmaker
+import pytest
+from tests.serving import Item
+
+Scoped = scoped_session(sessionmaker())
+
+class ItemFactory(SQLAlchemyModelFactory):
+    class Meta:
+        model = Item
+        sqlalchemy_session = Scoped
+        sqlalchemy_session_persistence = "commit"
+
+    name = factory.Sequence(lambda n: f"made-{n}")
+    position = None
+
+class PolyFactory(SQLAlchemyFactory[Item]):
+    __model__ = Item
+    id = None
+    position = None
+
+@pytest.fixture
+def factories(isolated_session):
+    Scoped.registry.set(isolated_session)
+    PolyFactory.__session__ = isolated_session
+    ItemFactory.reset_sequence()
+    yield
+    Scoped.registry.clear()
+
+def test_factory_boy(factories, isolated_client):
+    item = ItemFactory()
+    assert isolated_client.get("/names").json() == [item.name] == ["made-0"]
+    ItemFactory()
+    assert isolated_client.get("/names").json() == ["made-0", "made-1"]
+
+def test_polyfactory(factories, isolated_client, isolated_session):
+    item = PolyFactory.create_sync(name="poly")
+    assert isolated_client.get("/names").json() == ["poly"]
+    isolated_client.post("/add?name=added")
+    found = isolated_session.scalars(select(Item.name).order_by(Item.name))
+    assert found.all() == ["added", "poly"]
+
+def test_nothing_was_left(isolated_client):
+    assert isolated_client.get("/names").json() == []
+"""
+
+ASYNCHRONOUS = """
+import pytest
+from sqlalchemy import select
+from tests.serving import Item
+
+async def test_the_async_client(isolated_async_client, isolated_session, statements):
+    item = Item(name="mine")
+    isolated_session.add(item)
+    isolated_session.commit()
+    isolated_session.refresh(item)
+    statements.clear()
+    assert (await isolated_async_client.get("/names")).json() == ["mine"]
+    assert len(statements.queries) == 1
+    assert (await isolated_async_client.post("/add?name=added")).status_code == 200
+    found = isolated_session.scalars(select(Item.name).order_by(Item.name))
+    assert found.all() == ["added", "mine"]
+
+async def test_nothing_is_left(isolated_async_client):
+    assert (await isolated_async_client.get("/names")).json() == []
+
+async def test_a_clone(cloned_async_client):
+    await cloned_async_client.post("/add?name=cloned")
+    assert (await cloned_async_client.get("/names")).json() == ["cloned"]
+"""
+
+OWN_FIXTURES = """
+import pytest
+import pytest_asyncio
+from conftest import make_app
+from fastapi_sqlnative.testing import async_client, isolated
+from sqlalchemy import select
+from tests.serving import Item
+
+@pytest_asyncio.fixture
+async def client():
+    app = make_app(True)
+    async with async_client(app) as client:
+        client.app = app
+        yield client
+
+@pytest_asyncio.fixture
+async def db_session(client):
+    async with isolated(client.app) as session:
+        yield session
+
+async def test_own_fixtures(client, db_session):
+    item = Item(name="mine")
+    db_session.add(item)
+    await db_session.commit()
+    await db_session.refresh(item)
+    assert (await client.get("/names")).json() == ["mine"]
+    await client.post("/add?name=added")
+    found = await db_session.scalars(select(Item.name).order_by(Item.name))
+    assert found.all() == ["added", "mine"]
+"""
+
+PLUGINS = {
+    "pytest-asyncio-auto": ("asyncio_mode = auto", ASYNCHRONOUS + OWN_FIXTURES),
+    "pytest-asyncio-strict": (
+        "asyncio_mode = strict",
+        "import pytest\npytestmark = pytest.mark.asyncio\n" + ASYNCHRONOUS + OWN_FIXTURES,
+    ),
+    "anyio-factories": (
+        "",
+        SYNCHRONOUS
+        + "\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
+        + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def"),
+    ),
+}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_suites_of_applications(
+    plugin: str, tmp_path: Path, postgres: WorkerPostgres, rows: Rows
+) -> None:
+    """Fixtures, factories and async clients work with each plugin, and leave nothing behind."""
+    settings, suite = PLUGINS[plugin]
+    (tmp_path / "pytest.ini").write_text(
+        f"[pytest]\n{settings}\nasyncio_default_fixture_loop_scope = function\n"
+        "filterwarnings = error\n"
+    )
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_suite.py").write_text(suite)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    environment = {
+        "DATABASE_URL": postgres.url("psycopg"),
+        "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows.names == []

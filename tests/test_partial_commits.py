@@ -33,12 +33,21 @@ def stores(rows: Rows, second_rows: Rows) -> tuple[Rows, Rows]:
     return rows, second_rows
 
 
-def two(kind: Kind, make_engine: MakeEngine, first: Body, second: Body, **options: Any) -> FastAPI:
+def two(
+    kind: Kind,
+    make_engine: MakeEngine,
+    first: Body,
+    second: Body,
+    classes: tuple[type[Session], type[Session]] = (Session, Session),
+) -> FastAPI:
     """Make an application whose one route uses two databases, in the order of installation."""
     app = FastAPI()
-    engines = make_engine(), make_engine(second=True)
-    install_database(app, engine=engines[0], shutdown=engines[0].dispose)
-    install_database(app, name="second", engine=engines[1], shutdown=engines[1].dispose, **options)
+    for name, class_ in zip(("default", "second"), classes, strict=True):
+        engine = make_engine(second=name == "second")
+        options = session_class(kind, class_)
+        install_database(
+            app, name=name, engine=engine, shutdown=engine.dispose, session_options=options
+        )
     beside = Depends(using(kind, Depends(transactional("second")), second))
     route(app, kind, "/", transactional(), first, dependencies=[beside])
     return app
@@ -82,13 +91,25 @@ READS: dict[str, Body] = {
 }
 
 
+class Hearing(Session):
+    """Be a class that is told of each COMMIT, so that it is committed with nothing to store."""
+
+
+event.listen(Hearing, "before_commit", lambda _session: None)
+
+
 @pytest.mark.parametrize("first", READS.values(), ids=READS)
+@pytest.mark.parametrize("class_", [Session, Hearing])
 async def test_a_first_half_that_stores_nothing_is_not_named(
-    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], first: Body
+    kind: Kind,
+    make_engine: MakeEngine,
+    stores: tuple[Rows, Rows],
+    first: Body,
+    class_: type[Session],
 ) -> None:
     """Where only the failing database was to store something, its own error is the answer."""
     with pytest.raises(IntegrityError):
-        await ask(two(kind, make_engine, first, taken))
+        await ask(two(kind, make_engine, first, taken, (class_, Session)))
     assert [each.names for each in stores] == [[], ["there"]]
 
 
@@ -109,9 +130,8 @@ async def test_a_listener_that_fails_hides_no_half(
     def second(session: Session) -> None:
         session.add(Item(name="b"))
 
-    options = session_class(kind, Listening)
     with pytest.raises(PartialCommitError) as caught:
-        await ask(two(kind, make_engine, WRITES["flush"], second, session_options=options))
+        await ask(two(kind, make_engine, WRITES["flush"], second, (Session, Listening)))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert [each.names for each in stores] == [["a"], ["there"]]
 

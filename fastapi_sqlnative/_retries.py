@@ -78,10 +78,11 @@ class Retries:
         """
         if not isinstance(result, Coroutine | Generator | AsyncGenerator):
             return result
+        kind = type(cast("object", result)).__name__
         if isinstance(result, Coroutine | Generator):
             result.close()
         raise TypeError(
-            f"The work on database {self._name!r} returned a {type(result).__name__}, which has "
+            f"The work on database {self._name!r} returned a {kind}, which has "
             "done nothing yet. Write it as a function that returns when it is done: with `def` "
             "for a Database, with `async def` for an AsyncDatabase, and without `yield`."
         )

@@ -272,7 +272,8 @@ AnyDatabase: TypeAlias = Database | AsyncDatabase
 
 def sessions_of(database: AnyDatabase) -> SessionFactory:
     """Return what makes the sessions of a database; for the package only."""
-    return database._sessions  # noqa: SLF001 - the class is this module's own
+    # The class is this module's own, and its users are to see nothing of it.
+    return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:

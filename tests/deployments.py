@@ -17,10 +17,10 @@ import uvicorn
 import yaml
 from alembic.config import CommandLine
 from fastapi import FastAPI
-from fastapi_sqlnative._lifespan.running import installations_of
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import health_router
+from fastapi_sqlnative._lifespan.running import installations_of
 
 API_VERSIONS = {"Deployment": "apps/v1", "Job": "batch/v1"}
 PROBES = {

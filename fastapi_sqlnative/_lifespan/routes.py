@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
@@ -238,7 +239,9 @@ class _Check:
 
     def _check_autocommit(self, call: DatabaseDependency, installation: Installation) -> None:
         database = installation.database
-        options = {} if database is None else database.engine.get_execution_options()
+        options: Mapping[str, Any] = (
+            {} if database is None else database.engine.get_execution_options()
+        )
         if options.get("isolation_level") == "AUTOCOMMIT":
             raise self._mistake(
                 f"transactional({call.name!r}) needs transactions, and the engine of database "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, cast
 
@@ -107,7 +107,7 @@ class NativeSession(Session):
             work(*args, **options)
 
     @contextmanager
-    def _way_in(self) -> Iterator[Record]:
+    def _way_in(self) -> Generator[Record]:
         record = self.sqlnative
         record.check_usable()
         try:

@@ -113,11 +113,13 @@ def undone_after_a_failure(session: Session) -> None:
 
 
 def on_conflict_do_nothing(session: Session) -> None:
-    session.execute(upsert(items).values(name="there").on_conflict_do_nothing())
+    session.execute(
+        upsert(items).values(name="there").on_conflict_do_nothing(index_elements=["name"])
+    )
 
 
 def returning_nothing(session: Session) -> None:
-    statement = upsert(items).values(name="there").on_conflict_do_nothing()
+    statement = upsert(items).values(name="there").on_conflict_do_nothing(index_elements=["name"])
     assert session.scalars(statement.returning(items.c.id)).all() == []
 
 
@@ -144,7 +146,9 @@ STORES_NOTHING: dict[str, Body] = {
     "insert from nothing": run("INSERT INTO item (name) SELECT name FROM item WHERE false"),
     "on conflict do nothing": on_conflict_do_nothing,
     "on conflict, returning": returning_nothing,
-    "on conflict, text": run("INSERT INTO item (name) VALUES ('there') ON CONFLICT DO NOTHING"),
+    "on conflict, text": run(
+        "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO NOTHING"
+    ),
     "temporary table": temporary,
     "temporary table of a query": temporary_of_a_query,
     "for update": run(select(items).with_for_update()),

@@ -138,10 +138,10 @@ def surface_loss(connection: Connection) -> None:
     Between statements a server says nothing but that. libpq would send COMMIT all the same, and
     may then know no more than that the connection is gone.
     """
-    if is_lost(connection) or not hasattr(select, "poll"):
+    if connection.closed or connection.invalidated:
         return
     fileno = getattr(connection.connection.driver_connection, "fileno", None)
-    if fileno is None:
+    if fileno is None or is_lost(connection) or not hasattr(select, "poll"):
         return  # asyncpg reads at once
     poll = select.poll()
     poll.register(fileno(), select.POLLIN)

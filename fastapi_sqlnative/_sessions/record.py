@@ -133,7 +133,10 @@ class Record:
             self.connections.clear()
             if self.on_idle is not None:
                 self.on_idle()
-        self._begin()
+        if self.finished:
+            self.failed = self.rolled_back = None
+        else:
+            self._begin()
 
     def discard_connections(self) -> None:
         """Let go of what a session holds that could not be closed: SQLAlchemy has forgotten it."""

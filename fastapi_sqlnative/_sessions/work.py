@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import ExecutionContext
 
 from .._drivers import transactions
 from .._drivers.statements import Effect, Statement
+
+_Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, int]]
 
 
 class Work:
@@ -38,7 +40,7 @@ class Work:
         self.wrote = self.met_no_row = self.unknown = False
         self.handed_out = self.defined = self.undone = False
         # What had been written when a savepoint began, by its name or its depth.
-        self._savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, int]]] = {}
+        self._savepoints: dict[str | int, _Written] | None = None
 
     @property
     def may_have_written(self) -> bool:
@@ -59,6 +61,8 @@ class Work:
     ) -> None:
         """Note what a statement has done, or may have done."""
         effect, savepoint, counted = statement
+        if effect is Effect.NONE:
+            return  # nearly all of them
         if effect is Effect.WRITE:
             if counted and not context.executemany and getattr(result, "rowcount", -1) == 0:
                 self.met_no_row = True
@@ -78,6 +82,7 @@ class Work:
     def savepoint_begins(self, savepoint: str | int, connections: Mapping[Connection, int]) -> None:
         """Remember what had been written, for the case that the savepoint is rolled back."""
         changes = {each: transactions.changes(each) for each in connections}
+        self._savepoints = self._savepoints or {}
         self._savepoints[savepoint] = self.wrote, self.unknown, self.defined, changes
 
     def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, int]) -> None:
@@ -88,7 +93,7 @@ class Work:
             connections: the changes that do not count, which become more.
         """
         self.undone = True
-        known = self._savepoints.get(savepoint)
+        known = (self._savepoints or {}).get(savepoint)
         if known is None:
             return
         self.wrote, self.unknown, self.defined, changes = known

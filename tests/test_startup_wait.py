@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import psycopg
 import pytest
+import sqlalchemy
 from fastapi import FastAPI
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -224,6 +225,10 @@ async def test_a_wait_can_be_cancelled(kind: Kind, postgres: WorkerPostgres) -> 
         assert time.monotonic() - began < 3
 
 
+@pytest.mark.skipif(
+    sqlalchemy.__version__.startswith("2.0"),
+    reason="SQLAlchemy 2.0 leaves the connection whose `connect` event is cancelled",
+)
 @pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
 async def test_a_wait_that_is_cancelled_leaves_no_connection(
     kind: Kind, make_engine: MakeEngine, rows: Rows

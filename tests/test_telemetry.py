@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -30,6 +31,10 @@ from fastapi_sqlnative.telemetry import instrument_pools
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, sqlite, start_and_stop
 from tests.serving import Item, Kind, route
+
+needs_fastapis_telemetry = pytest.mark.skipif(
+    importlib.util.find_spec("fastapi.telemetry") is None, reason="this FastAPI has no telemetry"
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -220,6 +225,7 @@ async def test_two_that_instrument_one_engine_record_it_once() -> None:
         assert reader.recorded("use_time") == reader.recorded("wait_time") == {("default",): 1}
 
 
+@needs_fastapis_telemetry
 async def test_the_provider_is_fastapis_where_it_has_one() -> None:
     """What `FastAPI(telemetry=...)` was given need not be given again."""
     reader = Reader(FastAPI())
@@ -254,6 +260,7 @@ async def test_no_application_is_kept_alive_by_its_metrics() -> None:
 # --- waits ---
 
 
+@needs_fastapis_telemetry
 @pytest.mark.parametrize("given_up", [False, True], ids=["obtained", "given-up"])
 async def test_waits_are_measured_by_route(
     make_engine: MakeEngine, kind: Kind, given_up: bool

@@ -177,7 +177,11 @@ PLUGINS = {
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_suites_of_applications(
-    plugin: str, tmp_path: Path, postgres: WorkerPostgres, rows: Rows
+    plugin: str,
+    tmp_path: Path,
+    postgres: WorkerPostgres,
+    rows: Rows,
+    pytestconfig: pytest.Config,
 ) -> None:
     """Fixtures, factories and async clients work with each plugin, and leave nothing behind."""
     settings, suite = PLUGINS[plugin]
@@ -187,7 +191,9 @@ def test_suites_of_applications(
     )
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_suite.py").write_text(suite)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    # What this run is told of warnings: the lowest versions have some of their own.
+    warnings = [f"-W{each}" for each in pytestconfig.known_args_namespace.pythonwarnings or ()]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *warnings, "."]
     environment = {
         "DATABASE_URL": postgres.url("psycopg"),
         "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}",

@@ -42,6 +42,14 @@ def autocommits(connection: Connection) -> bool:
     return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
 
 
+def may_be_interrupted(engine: Engine) -> bool:
+    """Tell whether a connection whose ROLLBACK is cancelled is discarded, and no more than that.
+
+    Of aiosqlite's a thread would stay, which the process waits for at its end.
+    """
+    return engine.dialect.driver in {"asyncpg", "psycopg", "psycopg_async"}
+
+
 def returns_undisturbed(engine: Engine) -> bool:
     """Tell whether nothing but a ROLLBACK happens when a connection goes back to the pool.
 
@@ -277,11 +285,11 @@ def _driver_error(error: BaseException) -> BaseException:
 
 
 def _sqlstates(error: BaseException | None) -> set[str]:
-    # asyncpg's own "connection was closed" has the server's reason as its cause.
+    # asyncpg's own "connection was closed" has the server's reason as its cause's cause.
     states: set[str] = set()
-    while error is not None:
+    for _ in range(4):  # not to the end: causes may go round in a circle
         states.update(filter(None, (getattr(error, "sqlstate", ""), getattr(error, "pgcode", ""))))
-        error = error.__cause__
+        error = None if error is None else error.__cause__
     return states
 
 

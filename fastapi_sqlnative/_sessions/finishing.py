@@ -139,6 +139,7 @@ def has_only_read(session: AnySession) -> bool:
     state = record.state
     return (
         isinstance(session, AsyncSession)
+        and state.may_be_interrupted
         and not record.work.is_worth_asking
         and not record.discarded
         and not record.streamed

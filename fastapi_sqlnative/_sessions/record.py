@@ -133,6 +133,7 @@ class Record:
             self.connections.clear()
             if self.on_idle is not None:
                 self.on_idle()
+        self.begun = None
         if self.finished:
             self.failed = self.rolled_back = None
         else:

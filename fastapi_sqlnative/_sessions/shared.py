@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from .._drivers.errors import server_of
 from .._drivers.pools import pool_capacity
 from .._drivers.statements import Effect, Statement, statement_of, writes
-from .._drivers.transactions import is_servers_word, returns_undisturbed
+from .._drivers.transactions import is_servers_word, may_be_interrupted, returns_undisturbed
 from ..exceptions import (
     AfterCommitError,
     BlockingSessionError,
@@ -43,6 +43,7 @@ class SharedState:
         stopped: every session refuses its next statement. A disposed engine would silently
             connect anew.
         overridden: those of commit, rollback and close that the application's class has itself.
+        may_be_interrupted: a cancelled ROLLBACK costs the connection and nothing else.
         returns_undisturbed: nothing but a ROLLBACK happens when a connection goes back.
     """
 
@@ -53,6 +54,7 @@ class SharedState:
         self.refusal: str | None = None
         self.stopped = False
         self.overridden: frozenset[str] = frozenset()
+        self.may_be_interrupted = may_be_interrupted(root)
         self.returns_undisturbed = returns_undisturbed(root)
         self.at_work: dict[Connection, Any] = {}
         # Engines that share a pool and set the options, by the engine and the options.

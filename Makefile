@@ -28,8 +28,8 @@ test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
 	@$(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 # Old frameworks are deprecated by what is below them, and leave streams unclosed; those warnings
-# are not ours to mend. One test is left out: of a hundred clients that go away at once, one has
-# cost a connection there, in one run of several. Not traced yet; both frameworks have mended
+# are not ours to fix. One test is left out: of a hundred clients that go away at once, one has
+# cost a connection there, in one run of several. Not traced yet; both frameworks have fixed
 # leaks of that kind since (FastAPI 0.162.7, SQLAlchemy 2.1.4).
 test-lowest: .venv-lowest/ready ## run the tests on the lowest supported versions
 	@for sqlalchemy in sqlalchemy sqlalchemy==2.1.6; do \

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ._sessions.factory import SessionFactory
-from ._sessions.finishing import Call, commit, needs_commit
+from ._sessions.finishing import Call, commit, tells_of_commit
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.pending import has_pending_changes
 from ._sessions.record import Record
@@ -43,7 +43,7 @@ class Member:
             self.record.asked
             or has_pending_changes(self.inner)
             or self.state.overridden
-            or (self.record.commits and needs_commit(self.inner))
+            or (self.record.commits and tells_of_commit(self.inner))
         )
 
     @property
@@ -105,9 +105,9 @@ def check_nothing_forgotten(call: Call, member: Member) -> None:
 def _leaves_unstored(call: Call, member: Member) -> bool:
     if not member.record.work.is_worth_asking:
         return False
-    answer: list[bool] = []
-    call(member.session, lambda _: answer.append(member.record.leaves_unstored()))
-    return answer[0]
+    answer: list[int] = []
+    call(member.session, lambda _: answer.append(member.record.count_unstored()))
+    return answer[0] > 0
 
 
 def flush_and_prepare(session: AnySession) -> None:

@@ -27,11 +27,12 @@ def routes_of(routes: Sequence[BaseRoute]) -> Iterator[Any]:
             yield from routes_of(behind.routes)
 
 
-def applications_in(app: Starlette) -> Iterator[Starlette]:
-    """Yield an application and all that are mounted in it, at any depth."""
-    yield app
-    for mounted in mounted_applications(app):
-        yield from applications_in(mounted)
+def applications_in(app: Starlette) -> list[Starlette]:
+    """List an application and all that are mounted in it at any depth, each once."""
+    found = [app]
+    for above in found:
+        found += [each for each in mounted_applications(above) if each not in found]
+    return found
 
 
 def paths_with_a_database(app: Starlette) -> Iterator[tuple[str, set[str]]]:

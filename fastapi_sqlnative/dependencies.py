@@ -196,8 +196,9 @@ def reader(name: str = "default") -> Callable[..., Awaitable[Any]]:
     by then. It does not see what the request's own transaction has written.
 
     Raises:
-        ReadOnlySessionError: in the request, for a flush, an ORM write or a Core insert, update
-            or delete. Textual SQL is not recognised, and is committed at once.
+        ReadOnlySessionError: in the request, for a flush, an ORM write or a statement that writes,
+            textual SQL included. A function that writes is not recognised, and is committed at
+            once.
     """
     return _reader_dependency(trimmed(name))
 

@@ -31,7 +31,7 @@ class DatabaseAlreadyInstalledError(RuntimeError):
 
 
 class ApplicationAlreadyStartedError(RuntimeError):
-    """A database was installed after the application had built its middleware stack."""
+    """The application has started: it is too late to install, or it runs on another event loop."""
 
 
 class DatabaseNotStartedError(RuntimeError):

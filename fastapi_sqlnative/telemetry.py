@@ -21,8 +21,6 @@ from ._drivers.pools import ask_pool, pool_capacity, pool_timeout
 from ._lifespan.running import installations_of, running_of
 from ._probe import OUTSIDE
 from ._sessions.engines import sync_engine
-from ._sessions.finishing import close
-from ._sessions.session import sync_session
 from .databases import AnyDatabase, sessions_of
 from .exceptions import ApplicationAlreadyStartedError
 
@@ -264,7 +262,7 @@ class _Waits:
 
     def listen(self, database: AnyDatabase) -> None:
         """Hear of the sessions that this handle opens."""
-        sessions = _session_class(database)
+        sessions = sessions_of(database).native
         event.listen(sessions, "do_orm_execute", self._execute)
         event.listen(sessions, "before_flush", self._begin)
         event.listen(sessions, "after_begin", self._connect)
@@ -294,9 +292,3 @@ class _Waits:
             return
         if perf_counter() - began >= pool_timeout(bind.pool):
             self._instruments.timeouts.add(1, _attributes(self.pool))
-
-
-def _session_class(database: AnyDatabase) -> type[Session]:
-    session = sessions_of(database).open()
-    close(session)
-    return type(sync_session(session))

@@ -39,6 +39,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from fastapi_sqlnative._sessions.engines import sync_engine
+
 PASSWORD = "canary-password"
 
 
@@ -168,7 +170,7 @@ def engine_for(driver: Driver, url: str, **options: Any) -> Engine | AsyncEngine
     full = make_url(url).set(drivername=f"{driver.dialect}+{driver.name}")
     engine = (create_async_engine if driver.asynchronous else create_engine)(full, **options)
     if driver.dialect == "sqlite":
-        inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        inner = sync_engine(engine)
         event.listen(inner, "connect", _enforce_foreign_keys)
     return engine
 

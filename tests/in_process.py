@@ -1,6 +1,9 @@
 """An application started in this process, where nothing is promised about a server."""
 
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,6 +15,7 @@ from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 
 from fastapi_sqlnative import AsyncDatabase, Database, install_database
+from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.serving import Kind, route
 
 
@@ -96,5 +100,16 @@ def async_sqlite() -> AsyncEngine:
 
 def note_disposal(engine: Engine | AsyncEngine, log: list[str], note: str = "disposed") -> None:
     """Write into the log when the engine is disposed of."""
-    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    inner = sync_engine(engine)
     event.listen(inner, "engine_disposed", lambda _engine: log.append(note))
+
+
+async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
+    """Tell whether something keeps an application when it has been used."""
+    app = FastAPI()
+    left = weakref.ref(app)
+    await use(app)
+    del app
+    await asyncio.sleep(0)  # for the callbacks of tasks that have ended
+    gc.collect()
+    return left() is not None

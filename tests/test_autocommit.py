@@ -87,7 +87,7 @@ async def test_so_it_is_on_sqlite(kind: Kind, body: Body, tmp_path: Path) -> Non
 async def test_a_transaction_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows, how: str
 ) -> None:
-    """`transactional` fails the start where it can be known, else at the first use, unstored."""
+    """`transactional` fails start-up where it can be known, else at the first use, unstored."""
     app = application(autocommit(make_engine, how), kind, transactional(), BODIES["core"])
     with pytest.raises((DatabaseDependencyError, TransactionOptionsError)) as caught:
         async with running(app) as client:

@@ -1,4 +1,4 @@
-"""Rule 12: a cancellation leaks nothing, and interrupts no COMMIT before its deadline."""
+"""Rule 13: a cancellation leaks nothing, and interrupts no COMMIT before its deadline."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Section 4 and rule 10: what the start finds in the routes, before a request can."""
+"""Rule 11: what start-up finds in the routes, before a request can."""
 
 import functools
 import sys
@@ -280,7 +280,7 @@ async def test_each_of_our_dependencies_is_checked(ours: Callable[[str], Depende
 
 
 async def test_a_start_that_is_refused_leaves_nothing_open() -> None:
-    """A start that a check refuses closes the databases again, and can be mended and repeated."""
+    """A start that a check refuses closes the databases again, and can be fixed and repeated."""
     app = FastAPI()
     route = get_db("oders")
     with_route(app, Depends(route))
@@ -448,7 +448,7 @@ OUTLIVING: dict[str, Dependency] = {
 
 @pytest.mark.parametrize("dependency", OUTLIVING.values(), ids=OUTLIVING)
 async def test_a_request_scoped_generator_cannot_hold_a_session(dependency: Dependency) -> None:
-    """A generator that runs on after the response fails the start, which says what to write."""
+    """A generator that runs on after the response fails start-up, which says what to write."""
     with pytest.raises(
         DatabaseDependencyError,
         match=r"Route '/items': the generator \S+ .*'orders'.*scope=\"function\"",

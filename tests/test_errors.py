@@ -197,7 +197,7 @@ def test_an_exact_code_goes_before_its_class(code: str, kind: Kind) -> None:
 
 
 def test_an_error_of_a_driver_is_described_without_sqlalchemy(postgres: WorkerPostgres) -> None:
-    """Who calls a driver directly has its errors described too, without their SQL."""
+    """Errors of code that calls a driver directly are described too, without their SQL."""
     with psycopg.connect(postgres.dsn) as connection, pytest.raises(psycopg.Error) as of_psycopg:
         connection.execute("SELECT 'canary'::int")
     with contextlib.closing(sqlite3.connect(":memory:")) as memory:
@@ -750,7 +750,7 @@ def test_a_constraint_goes_before_its_kind() -> None:
 
 
 def test_a_rule_for_foreign_keys_is_one_for_both_ways() -> None:
-    """Who does not care which way it failed writes one; who does is heard."""
+    """A rule for both ways needs one name; a rule for one of them goes before it."""
     missing, referenced = (
         wrapped(asyncpg.ForeignKeyViolationError(), statement)
         for statement in ("INSERT INTO t VALUES (1)", "DELETE FROM t")

@@ -21,6 +21,7 @@ from fastapi_sqlnative import (
     describe_database_error,
     map_database_error,
 )
+from fastapi_sqlnative._sessions.engines import sync_engine
 from tests import failing
 from tests.failing import (
     AIOSQLITE,
@@ -501,7 +502,7 @@ def test_a_value_that_the_driver_cannot_send_is_a_bad_value(
     runner: asyncio.Runner,
 ) -> None:
     """A lone surrogate, a NUL or too big a number is the client's, on whichever driver."""
-    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    inner = sync_engine(engine)
     event.listen(inner, "handle_error", wrap_values)
     found = describe_database_error(failure_of(engine, server, provoke, runner))
     assert found is not None

@@ -106,7 +106,7 @@ def test_nothing_else_is_repeated(kind: Kind, engine: Engine, rows: Rows, sqlsta
 
 
 def test_an_exhausted_pool_is_not_tried_again(kind: Kind, make_engine: MakeEngine) -> None:
-    """Who waits for a connection in vain makes room, and does not wait again."""
+    """A task that waits for a connection in vain makes room, and does not wait again."""
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
     calls = 0
 
@@ -222,7 +222,7 @@ def test_no_attempt_is_begun_after_the_deadline(
 def test_a_cancelled_pause_ends_the_work(
     postgres: WorkerPostgres, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who cancels the task between two attempts has no second one run."""
+    """A task that is cancelled between two attempts makes no second one."""
     monkeypatch.setattr(random, "uniform", lambda _low, high: high)
     work = Failing("40001", times=9)
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import socket
 import threading
@@ -45,12 +44,12 @@ from fastapi_sqlnative import (
     start_draining,
 )
 from fastapi_sqlnative._probe import OUTSIDE
-from fastapi_sqlnative._sessions.engines import run_on_engine
+from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
 from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
-from tests.in_process import async_sqlite, client_of, running, sqlite, start_and_stop
+from tests.in_process import async_sqlite, client_of, is_kept, running, sqlite, start_and_stop
 from tests.serving import Kind, Rows, probing_threads, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -85,10 +84,6 @@ def report(
 ) -> dict[str, Any]:
     """Write down a report; one database is up unless it says otherwise."""
     return {"status": status, "databases": databases or {"default": "up"}, "checks": checks}
-
-
-def inner(engine: AnyEngine) -> Engine:
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 @asynccontextmanager
@@ -250,7 +245,7 @@ async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
     """With NullPool a probe connects, asks and leaves nothing behind."""
     engine = make_engine(poolclass=NullPool, connect_args={})
     opened: list[object] = []
-    event.listen(inner(engine), "connect", lambda _connection, record: opened.append(record))
+    event.listen(sync_engine(engine), "connect", lambda _connection, record: opened.append(record))
     before = rows.backends("%")
     async with running(healthy(engine)) as client:
         assert await ready(client) == (200, report())
@@ -263,7 +258,7 @@ async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
 async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
     """Where the pool has an idle connection the probe opens none, and gives that one back."""
     opened: list[object] = []
-    event.listen(inner(engine), "connect", lambda _connection, record: opened.append(record))
+    event.listen(sync_engine(engine), "connect", lambda _connection, record: opened.append(record))
     app = healthy(engine)
     async with running(app) as client:
         async with held(engine):
@@ -389,7 +384,7 @@ async def test_a_pool_is_listened_to_once(make_engine: MakeEngine) -> None:
     for _ in range(3):
         async with running(healthy(engine)) as client:
             assert (await ready(client))[0] == 200
-        heard.append(len(list(inner(engine).pool.dispatch.checkin)))
+        heard.append(len(list(sync_engine(engine).pool.dispatch.checkin)))
     assert heard == [heard[0]] * 3
 
 
@@ -491,7 +486,9 @@ async def test_a_thousand_probes_cost_one_question(build: Callable[[], AnyEngine
     engine = build()
     statements: list[str] = []
     event.listen(
-        inner(engine), "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+        sync_engine(engine),
+        "before_cursor_execute",
+        lambda *arguments: statements.append(arguments[2]),
     )
     called: list[int] = []
 
@@ -546,7 +543,7 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
         else:
             go_on.wait(20)
 
-    event.listen(inner(engine), "before_cursor_execute", wait)
+    event.listen(sync_engine(engine), "before_cursor_execute", wait)
     async with running(app) as client:
         assert await ready(client) == (503, report("not_ready", {"default": "down"}))
         go_on.set()
@@ -556,7 +553,7 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
         for _ in range(3):
             assert await ready(client) == (200, report())
         go_on.set()
-        pool: Any = inner(engine).pool
+        pool: Any = sync_engine(engine).pool
         await anyio.to_thread.run_sync(wait_until, lambda: pool.checkedout() == 0)
     assert log.records == []
 
@@ -608,15 +605,15 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     def connect(_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         outside.append(OUTSIDE in record.info)
 
-    event.listen(inner(engine), "do_connect", do_connect)
-    event.listen(inner(engine), "connect", connect)
+    event.listen(sync_engine(engine), "do_connect", do_connect)
+    event.listen(sync_engine(engine), "connect", connect)
     async with running(healthy(engine, timeout=5)) as client:
         async with held(engine):
-            pool = inner(engine).pool
+            pool = sync_engine(engine).pool
             before = pool.status()
             for _ in range(3):
                 assert await ready(client) == (200, report(databases={"default": "saturated"}))
-            assert inner(engine).pool is pool
+            assert sync_engine(engine).pool is pool
             assert pool.status() == before
         async with held(engine):
             assert pool.status() == before
@@ -641,7 +638,7 @@ async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeE
     def refuse(_connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
         raise LookupError("no token")
 
-    event.listen(inner(engine), "connect", refuse)
+    event.listen(sync_engine(engine), "connect", refuse)
     async with running(healthy(engine)) as client:
         assert await ready(client) == (503, report("not_ready", {"default": "down"}))
 
@@ -693,7 +690,7 @@ async def test_a_saturated_pool_that_is_degraded_stays_ready(make_engine: MakeEn
 
 
 async def test_an_unknown_name_fails_the_boot() -> None:
-    """A policy for a database that is not installed fails the start, and names route and names."""
+    """A policy for a database that is not installed fails start-up, and names route and names."""
     app = healthy(databases={"report": "degraded"})
     install_database(app, name="reports", engine=async_sqlite)
     expected = r"Route '/health/ready': No database named 'report' .*'default', 'reports'"
@@ -1135,23 +1132,14 @@ async def test_an_application_that_failed_to_start_is_not_ready() -> None:
 async def test_a_run_that_has_ended_is_not_remembered() -> None:
     """A router in a module, checks and all, keeps no application alive that nobody else keeps."""
     router = health_router(max_age=60, checks={"mine": lambda app: isinstance(app, FastAPI)})
-    gone: list[bool] = []
 
-    class Gone(FastAPI):
-        def __del__(self) -> None:
-            gone.append(True)
-
-    async def run() -> None:
-        app = Gone()
+    async def use(app: FastAPI) -> None:
         install_database(app, engine=async_sqlite)
         app.include_router(router)
         async with running(app) as client:
             assert await ready(client) == (200, report(mine="up"))
 
-    await run()
-    await asyncio.sleep(0)
-    gc.collect()
-    assert gone == [True]
+    assert not await is_kept(use)
 
 
 # --- draining, in this process ---
@@ -1278,7 +1266,7 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
 
     async with running(app) as client:
         database = installed_databases(app)["default"]
-        event.listen(inner(database.engine), "do_connect", note)
+        event.listen(sync_engine(database.engine), "do_connect", note)
         probe = asyncio.create_task(client.get("/health/ready"))
         await connecting.wait()
         asked = [asyncio.create_task(run_on_engine(database.engine, ask)) for _ in range(3)]

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import PostgresDatabase
 from fastapi_sqlnative import health_router, install_database
+from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.in_process import running
 from tests.postgres_server import PostgresServer
 from tests.serving import KINDS, Kind, probing_threads, serve, wait_until
@@ -119,7 +120,7 @@ async def held(engine: AnyEngine, count: int = 1) -> AsyncGenerator[None]:
 
 
 def pool_of(engine: AnyEngine) -> QueuePool:
-    pool = (engine.sync_engine if isinstance(engine, AsyncEngine) else engine).pool
+    pool = sync_engine(engine).pool
     assert isinstance(pool, QueuePool)
     return pool
 

@@ -649,7 +649,7 @@ def test_an_install_into_a_served_application_is_refused() -> None:
 
 
 async def test_an_install_in_the_lifespan_is_refused() -> None:
-    """An install in the application's own lifespan body comes too late, and fails the start."""
+    """An install in the application's own lifespan body comes too late, and fails start-up."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -752,7 +752,7 @@ async def test_a_factory_that_fails_unwinds_the_start(
 
 
 async def test_an_engine_that_its_options_do_not_fit_is_disposed_of() -> None:
-    """A factory's engine of the wrong colour for `class_` fails the start, and is not left open."""
+    """A factory's engine of the wrong colour for `class_` fails start-up, and is not left open."""
     log: list[str] = []
 
     def build() -> AsyncEngine:

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.health import CheckResult, health_router
 from fastapi_sqlnative.migrations import alembic_check
 from tests.conftest import MakeEngine
@@ -119,7 +120,7 @@ def installed(engine: Engine | AsyncEngine, name: str = "default") -> FastAPI:
 def note_statements(engine: Engine | AsyncEngine) -> list[str]:
     """List what is sent from now on."""
     sent: list[str] = []
-    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    inner = sync_engine(engine)
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         sent.append(statement)

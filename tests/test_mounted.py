@@ -1,4 +1,4 @@
-"""Rule 14: mounted applications, where the nearest installation wins."""
+"""Rule 15: mounted applications, where the nearest installation wins."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -390,7 +390,7 @@ async def test_a_parents_database_commits_first(first: str) -> None:
 
 
 async def test_the_roots_gate_stands_before_what_is_mounted(tmp_path: Path) -> None:
-    """Requests to a mounted application do not starve the root's synchronous pool (rule 13)."""
+    """Requests to a mounted application do not starve the root's synchronous pool (rule 14)."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

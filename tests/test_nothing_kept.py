@@ -12,8 +12,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import get_db, health_router, install_database, transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import SessionFinishedError
-from tests.in_process import application, ask, async_sqlite, running, session_class
+from tests.in_process import application, ask, async_sqlite, is_kept, running, session_class
 from tests.serving import Item, Kind, Rows, items, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -63,7 +64,7 @@ async def test_an_engine_that_is_gone_leaves_no_dialect(kind: Kind) -> None:
     async with running(app) as client:
         for _ in range(10):
             engine = in_memory(kind)
-            inner = getattr(engine, "sync_engine", engine)
+            inner = sync_engine(engine)
             tenants.append(inner)
             dialects.append(weakref.ref(inner.dialect))
             assert (await client.post("/")).status_code == 201
@@ -152,23 +153,19 @@ async def read(session: Annotated[AsyncSession, Depends(get_db())]) -> int:
     return int(await session.scalar(text("SELECT 7")) or 0)
 
 
-async def serve_once(applications: list["weakref.ref[Any]"]) -> None:
-    app = FastAPI()
+async def serve_once(app: FastAPI) -> None:
     install_database(app, engine=async_sqlite)
     app.include_router(shared_router)
     app.include_router(shared_health)
     async with running(app) as client:
         assert (await client.get("/")).json() == 7
         assert (await client.get("/health/ready")).status_code == 200
-    applications.append(weakref.ref(app))
 
 
 async def test_a_router_of_the_module_keeps_no_application() -> None:
     """Applications that share a router, and readiness, are gone when they are dropped."""
-    applications: list[weakref.ref[Any]] = []
     for _ in range(5):
-        await serve_once(applications)
-    assert left(applications) == 0
+        assert not await is_kept(serve_once)
 
 
 # -- rows of others ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rules 3 and 9: isolation level, read-only and reader, as the server itself sees them."""
+"""Rules 3 and 10: isolation level, read-only and reader, as the server itself sees them."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path

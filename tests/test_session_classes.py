@@ -12,6 +12,7 @@ from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
     TransactionAbortedError,
@@ -239,7 +240,7 @@ async def test_a_class_is_made_as_it_wants_to_be(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows, make: Callable[[Engine], type[Session]]
 ) -> None:
     """Sharded sessions and others with parameters of their own commit, and forget nothing."""
-    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    inner = sync_engine(engine)
     options = {"session_options": session_class(kind, make(inner))}
     assert await ask(engine, kind, transactional(), add, **options) == 201
     assert rows.names == ["a"]

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
 from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
 from tests.conftest import MakeEngine
 from tests.serving import Item, Kind, Rows, items, route, serve
@@ -136,7 +137,7 @@ def test_an_async_session_keeps_its_sync_class(
 def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
     """Install a session class that reads from the first database and writes to the second."""
     reading, writing = make_engine(pool_size=1), make_engine(second=True, pool_size=1)
-    writer = getattr(writing, "sync_engine", writing)
+    writer = sync_engine(writing)
     app = make_app(reading, info={"writer": writer}, **class_options(kind, Routing, RoutingAsync))
     app.router.add_event_handler("shutdown", writing.dispose)
     return app

@@ -1,4 +1,4 @@
-"""Rules 2, 3 and 9: a request has one session for a database, and holds only what it uses."""
+"""Rules 2, 3 and 10: a request has one session for a database, and holds only what it uses."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Rule 13, for both colours: requests with several sessions do not wait for each other for ever."""
+"""Rule 14, for both colours: requests with several sessions do not wait for each other for ever."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -33,7 +33,7 @@ from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, note_disposal, running, sqlite, start_and_stop
-from tests.serving import Kind, Rows, serve
+from tests.serving import Kind, Rows, serve, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -57,13 +57,6 @@ def states(rows: Rows, application: str) -> list[str]:
         "SELECT state FROM pg_stat_activity WHERE application_name = %s", (application,)
     ).fetchall()
     return [str(state) for (state,) in found]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 # --- order, and every one of them ---
@@ -531,7 +524,7 @@ async def test_a_cancelled_scope_still_closes() -> None:
 
 @pytest.mark.parametrize("when", ["factory", "lifespan", "running"])
 async def test_a_cancelled_lifespan_closes_what_was_open(when: str) -> None:
-    """A server that gives up at the start, or while it runs, leaves no database open."""
+    """A server that gives up at start-up, or while it runs, leaves no database open."""
     log: list[str] = []
     reached = asyncio.Event()
 

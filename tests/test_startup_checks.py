@@ -1,4 +1,4 @@
-"""Section 4 and rule 11: functions and routes that cannot work, found before a request."""
+"""Rule 11: functions and routes that cannot work, found before a request."""
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -37,7 +37,7 @@ def with_database(*, asynchronous: bool = True, **options: Any) -> FastAPI:
 
 @pytest.mark.parametrize("ours", [get_db, transactional, reader])
 async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., Any]) -> None:
-    """A `def` endpoint with an AsyncSession fails the start: nothing that it asks for happens."""
+    """A `def` endpoint with an AsyncSession fails start-up: nothing that it asks for happens."""
     app = with_database()
 
     @app.post("/items")
@@ -73,7 +73,7 @@ class Repository:
 
 @pytest.mark.parametrize("dependency", [executes, commits])
 async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) -> None:
-    """A `def` dependency that calls what must be awaited fails the start."""
+    """A `def` dependency that calls what must be awaited fails start-up."""
     app = with_database()
 
     @app.get("/items")
@@ -111,7 +111,7 @@ async def yields_async(session: Db) -> AsyncGenerator[str]:
 
 @pytest.mark.parametrize("endpoint", [yields, yields_async])
 async def test_an_endpoint_that_yields_outlives_its_session(endpoint: Any) -> None:
-    """An endpoint that yields its response over the request's session fails the start."""
+    """An endpoint that yields its response over the request's session fails start-up."""
     app = with_database(asynchronous=endpoint is yields_async)
     app.add_api_route("/items", endpoint, response_model=None)
     with pytest.raises(DatabaseDependencyError, match=r"get_database_handle\('default'\)"):
@@ -147,7 +147,7 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
 
 @pytest.mark.parametrize("maker", [get_db, transactional, reader])
 async def test_an_override_of_the_maker_can_never_match(maker: Callable[..., Any]) -> None:
-    """`dependency_overrides[get_db]`, without the call, fails the start and names the call."""
+    """`dependency_overrides[get_db]`, without the call, fails start-up and names the call."""
     app = with_database()
     app.dependency_overrides[maker] = of_the_application
     name = maker.__name__

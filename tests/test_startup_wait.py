@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative._lifespan import startup
+from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, start_and_stop
 from tests.postgres_server import PostgresServer
@@ -240,7 +241,7 @@ async def test_a_wait_that_is_cancelled_leaves_no_connection(
         connect_args={"server_settings": settings} if kind.driver == "asyncpg" else settings
     )
 
-    @event.listens_for(getattr(engine, "sync_engine", engine), "connect")
+    @event.listens_for(sync_engine(engine), "connect")
     def hang(connection: Any, _record: object) -> None:
         connection.cursor().execute("SELECT pg_advisory_lock(3)")
 
@@ -340,7 +341,7 @@ def strict_engine(server: PostgresServer, driver: Kind, **parts: Any) -> Engine 
 async def test_a_refusal_fails_the_start_at_once(
     strict_server: PostgresServer, driver: Kind, parts: dict[str, str], warnings: Warnings
 ) -> None:
-    """What no wait can mend fails the start at the first attempt, and the error says so."""
+    """A failure that waiting cannot fix ends start-up at once, and the error says so."""
     engine = strict_engine(strict_server, driver, **parts)
     app = FastAPI()
     install_database(app, name="desk", engine=engine, shutdown=engine.dispose, startup_wait=60)

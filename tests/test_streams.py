@@ -1,4 +1,4 @@
-"""Rules 10 and 11: work that outlives the response gets a clear error, or uses the handle."""
+"""Rules 11 and 12: work that outlives the response gets a clear error, or uses the handle."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator

@@ -1,4 +1,4 @@
-"""Rule 13: synchronous engines neither starve threads nor block the event loop."""
+"""Rule 14: synchronous engines neither starve threads nor block the event loop."""
 
 import asyncio
 import threading

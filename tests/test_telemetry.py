@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import importlib
 import importlib.util
 import subprocess
@@ -29,7 +28,7 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
 from fastapi_sqlnative.telemetry import instrument_pools
 from tests.conftest import MakeEngine
-from tests.in_process import async_sqlite, running, sqlite, start_and_stop
+from tests.in_process import async_sqlite, is_kept, running, sqlite, start_and_stop
 from tests.serving import Item, Kind, route
 
 needs_fastapis_telemetry = pytest.mark.skipif(
@@ -239,22 +238,13 @@ async def test_the_provider_is_fastapis_where_it_has_one() -> None:
 async def test_no_application_is_kept_alive_by_its_metrics() -> None:
     """Instruments live as long as their provider, applications do not."""
     reader = Reader(FastAPI())
-    gone: list[bool] = []
 
-    class Gone(FastAPI):
-        def __del__(self) -> None:
-            gone.append(True)
-
-    async def run() -> None:
-        app = Gone()
+    async def use(app: FastAPI) -> None:
         install_database(app, engine=sqlite_file)
         instrument_pools(app, meter_provider=reader.provider)
         await start_and_stop(app)
 
-    await run()
-    await asyncio.sleep(0)
-    gc.collect()
-    assert gone == [True]
+    assert not await is_kept(use)
 
 
 # --- waits ---
@@ -265,7 +255,7 @@ async def test_no_application_is_kept_alive_by_its_metrics() -> None:
 async def test_waits_are_measured_by_route(
     make_engine: MakeEngine, kind: Kind, given_up: bool
 ) -> None:
-    """Who waits for a connection shows while it waits; then how long, or that it was in vain."""
+    """A session that waits for a connection is counted; then its wait, or that it was in vain."""
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.2 if given_up else 20)
     reader = Reader(FastAPI())
     app = FastAPI(telemetry={"meter_provider": reader.provider})
@@ -386,7 +376,7 @@ async def test_a_second_start_records_nothing_twice(make_engine: MakeEngine) -> 
 
 
 async def test_an_engine_of_a_factory_is_heard(build: Callable[[], Engine | AsyncEngine]) -> None:
-    """The engine that a factory makes at the start is instrumented like a ready one."""
+    """The engine that a factory makes at start-up is instrumented like a ready one."""
     app = FastAPI()
     reader = Reader(app)
     install_database(app, engine=build)

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import install_database, reader, transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned
 from tests.conftest import MakeEngine
 from tests.serving import Base, Item, Kind, Rows, route
@@ -76,7 +77,7 @@ async def test_on_an_event_loop(
     engine = make_engine()
     app = make_app(kind, engine)
     heard: list[object] = []
-    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    inner = sync_engine(engine)
     event.listen(inner, "connect", lambda *_: heard.append(1))
     async with cloned(app, templates=templates), async_client(app) as client:
         assert (await client.post("/names")).json() == ["seeded"]

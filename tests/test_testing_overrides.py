@@ -105,7 +105,7 @@ def test_everything_follows_while_the_application_runs(
 def test_everything_follows_from_the_start(
     app: FastAPI, build: Any, rows: Rows, second_rows: Rows
 ) -> None:
-    """Entered before the start it is the same, and the lifespan may end inside of the block."""
+    """Entered before start-up it is the same, and the lifespan may end inside of the block."""
     with override_database(app, "default", build), TestClient(app) as client:
         use_all(client)
     rows.add("own")
@@ -114,7 +114,7 @@ def test_everything_follows_from_the_start(
 
 
 def test_the_block_may_end_first(app: FastAPI, build: Any, rows: Rows, second_rows: Rows) -> None:
-    """Entered before the start and left while it runs, the application's own engine is back."""
+    """Entered before start-up and left while it runs, the application's own engine is back."""
     second_rows.add("second")
     rows.add("own")
     block = override_database(app, "default", build)

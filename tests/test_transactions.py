@@ -452,7 +452,7 @@ def test_a_swallowed_error_is_remembered(
 def test_an_error_that_was_never_sent_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """After a savepoint has mended the transaction, SQLAlchemy's own refusal does not abort it."""
+    """After a savepoint has saved the transaction, SQLAlchemy's own refusal does not abort it."""
     app = make_app(engine)
 
     def body(session: Session) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask, session_class
 from tests.serving import Item, Kind, Rows, copy, items
@@ -173,7 +174,7 @@ async def test_an_error_of_another_name_counts(
         with pytest.raises(ServiceError):
             session.execute(FAILING)
 
-    target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    target = sync_engine(engine)
     event.listen(target, "handle_error", listener)
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body)
@@ -195,7 +196,7 @@ async def test_an_error_that_the_executing_listener_hides_counts(
         write(session)
         session.execute(FAILING)
 
-    target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    target = sync_engine(engine)
     event.listen(target, "do_execute", execute)
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body)

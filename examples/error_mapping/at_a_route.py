@@ -38,7 +38,7 @@ async def add_event(new: NewEvent, session: Transaction) -> int:
 
 @router.post("/events/{event_id}/bookings", responses=error_responses("unique"))
 async def book(event_id: int, guests: Guests, session: Transaction) -> list[str]:
-    """Book seats for several guests; who has one already is left out."""
+    """Book seats for several guests; a guest who has one already is left out."""
     booked: list[str] = []
     for name in guests.names:
         # One savepoint for each: those before stay booked when the whole is refused for none.

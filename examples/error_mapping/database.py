@@ -25,7 +25,7 @@ def create_app_with_database(database_url: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At the start-up only because this is an example: in production Alembic does it.
+        # At start-up only because this is an example: in production Alembic does it.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield

@@ -23,7 +23,7 @@ class Event(Base):
 
 
 class Booking(Base):
-    """Give a seat to somebody, who has one for each event."""
+    """Give a seat to a guest, who has one for each event."""
 
     __tablename__ = "mapping_booking"
     __table_args__ = (UniqueConstraint("event_id", "guest", name="uq_mapping_booking_guest"),)

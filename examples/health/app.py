@@ -41,7 +41,7 @@ class Marker(Base):
 async def build_engine() -> AsyncEngine:
     """Build the engine, with a table that a release step would have made."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
-    async with engine.begin() as connection:  # in production: Alembic, before the start
+    async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
     return engine
 

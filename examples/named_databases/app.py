@@ -83,7 +83,7 @@ def create_app() -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         for engine, base in (shop, ShopBase), (reports, ReportsBase):
-            async with engine.begin() as connection:  # in production: Alembic, before the start
+            async with engine.begin() as connection:  # in production: Alembic, before start-up
                 await connection.run_sync(base.metadata.create_all)
         yield
 

@@ -71,7 +71,7 @@ def create_app() -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        # At the start-up only because this is a demo: in production Alembic does it.
+        # At start-up only because this is a demo: in production Alembic does it.
         for base, on in (Base, engine), (WarehouseBase, warehouse):
             async with on.begin() as connection:
                 await connection.run_sync(base.metadata.create_all)

@@ -92,7 +92,7 @@ def create_app() -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        async with engine.begin() as connection:  # in production: Alembic, before the start
+        async with engine.begin() as connection:  # in production: Alembic, before start-up
             await connection.run_sync(Base.metadata.create_all)
         yield
 

@@ -52,9 +52,9 @@ async def count_on_the_event_loop(session: Db) -> int:
 
 
 def build_engine() -> Engine:
-    """Build the engine at the start; what is built here is disposed of at the end."""
+    """Build the engine at start-up; what is built here is disposed of at the end."""
     engine = create_engine(os.environ["DATABASE_URL"], pool_size=2, max_overflow=0)
-    Base.metadata.create_all(engine)  # in production: Alembic, before the start
+    Base.metadata.create_all(engine)  # in production: Alembic, before start-up
     return engine
 
 

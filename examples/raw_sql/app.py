@@ -79,9 +79,9 @@ async def list_totals(filters: Annotated[Filters, Query()], session: Reader) -> 
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at the start, and the table."""
+    """Build the engine at start-up, and the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
-    async with engine.begin() as connection:  # in production: Alembic, before the start
+    async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.execute(TABLE)
     return engine
 

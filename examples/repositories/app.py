@@ -106,9 +106,9 @@ async def remove_author(author: Found, authors: Repository) -> None:
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at the start, and the table."""
+    """Build the engine at start-up, and the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
-    async with engine.begin() as connection:  # in production: Alembic, before the start
+    async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
     return engine
 

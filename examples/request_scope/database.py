@@ -39,7 +39,7 @@ class Base(DeclarativeBase):
 
 
 class Change(Base):
-    """Record something; who did it, and in which request, the server fills in."""
+    """Record something; the server fills in who did it, and in which request."""
 
     __tablename__ = "request_scope_change"
 

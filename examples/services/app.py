@@ -125,9 +125,9 @@ async def show(session: Db) -> dict[str, dict[str, int] | int]:
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at the start, with two courses and two students."""
+    """Build the engine at start-up, with two courses and two students."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
-    async with engine.begin() as connection:  # in production: Alembic, before the start
+    async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
     async with AsyncSession(engine) as session, session.begin():
         if await session.get(Course, "chess") is None:

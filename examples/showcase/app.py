@@ -43,7 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 async def _create_tables(engine: AsyncEngine, analytics: AsyncEngine) -> None:
-    # At the start-up only because this is a demo: in production `alembic upgrade` does it, once,
+    # At start-up only because this is a demo: in production `alembic upgrade` does it, once,
     # before the new version is served.
     for base, on in (Base, engine), (AnalyticsBase, analytics):
         async with on.begin() as connection:

@@ -91,7 +91,7 @@ def create_app() -> FastAPI:
 
     async def build_engine() -> AsyncEngine:
         engine = build_async_engine(url)
-        async with engine.begin() as connection:  # in production: Alembic, before the start
+        async with engine.begin() as connection:  # in production: Alembic, before start-up
             await connection.run_sync(Base.metadata.create_all)
         async with AsyncSession(engine) as session, session.begin():
             await session.merge(Shelf(id=1))

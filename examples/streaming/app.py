@@ -65,7 +65,7 @@ def create_app(*, pool_size: int = 5) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At the start-up only because this is a demo: in production Alembic does it.
+        # At start-up only because this is a demo: in production Alembic does it.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield

@@ -156,7 +156,7 @@ def test_events_hold_no_connection_while_they_wait(
 
 @needs_events
 def test_what_is_new_reaches_everybody(owner: psycopg.Connection) -> None:
-    """Who follows gets what is stored afterwards."""
+    """A client that follows gets what is stored afterwards."""
     with served(owner) as streaming, ExitStack() as following:
         streams = [follow(streaming, following) for _ in range(5)]
         streaming.add(7, 8)

@@ -76,7 +76,7 @@ def create_app() -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At the start-up only because this is a demo: in production Alembic does it, once for
+        # At start-up only because this is a demo: in production Alembic does it, once for
         # each database.
         for engine in engines.values():
             async with engine.begin() as connection:

@@ -76,7 +76,7 @@ def create_app() -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At the start-up only because this is a demo: in production Alembic does it.
+        # At start-up only because this is a demo: in production Alembic does it.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         async with AsyncSession(engine) as session, session.begin():

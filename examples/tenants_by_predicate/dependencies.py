@@ -1,4 +1,4 @@
-"""Who asks, for which tenant, and the session that serves this tenant."""
+"""The user, the tenant, and the session that serves this tenant."""
 
 import hashlib
 from typing import Annotated

@@ -130,7 +130,7 @@ def create_app(database_url: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        async with engine.begin() as connection:  # in production: Alembic, before the start
+        async with engine.begin() as connection:  # in production: Alembic, before start-up
             await connection.run_sync(Base.metadata.create_all)
         yield
 

@@ -28,7 +28,7 @@ def served(
 def held_up(databases: WorkerPostgres, *locks: str) -> Iterator[list[Future[int]]]:
     """Keep rows locked until all requests that the block sends wait for one; then let go.
 
-    A plain SELECT waits for nobody: who waits to write has read what it decides on.
+    A plain SELECT waits for nobody: a request that waits to write has read by now.
     """
     sent: list[Future[int]] = []
     with (

@@ -7,24 +7,18 @@ changes it.
 from __future__ import annotations
 
 import select
-from traceback import walk_tb
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import ExecutionContext
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from .failures import TELLING, driver_error, sqlstates
 
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 _IN_TRANSACTION: Final = 2
 _IN_ERROR: Final = 3
-# Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
-_TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 # Drivers that fetch a whole result before they hand it on, unless they are asked to stream.
-_BUFFERING: Final = _TELLING | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
-# transaction_resolution_unknown and statement_completion_unknown.
-_OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
-# idle_in_transaction_session_timeout and transaction_timeout: ended before the COMMIT came.
-_ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
+_BUFFERING: Final = TELLING | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
 _MYSQL_DEADLOCK: Final = 1213
 
 
@@ -97,7 +91,7 @@ def has_rolled_back(connection: Connection, error: BaseException) -> bool:
     if connection.dialect.name == "sqlite":
         return _sqlite(connection).in_transaction is False
     if connection.dialect.name in {"mysql", "mariadb"}:
-        return _driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
+        return driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
     return False
 
 
@@ -170,7 +164,7 @@ def _ask(connection: Connection, question: str) -> Any:
         cursor.execute(question)
         return cursor.fetchone()
     except connection.dialect.loaded_dbapi.Error as error:
-        if "25P02" in _sqlstates(error):
+        if "25P02" in sqlstates(error):
             return None
         raise
     finally:
@@ -241,65 +235,3 @@ def would_store(
         # Writes that met no row hold a lock, too; an id that a row lock explains is not theirs.
         return bool(assigned and written and not explained)
     return bool(foreign or (assigned and (written or not (explained or undone))))
-
-
-# -- what has a failure to say? ----------------------------------------------------------------
-
-
-def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool:
-    """Tell whether a COMMIT that failed with this error may have taken effect."""
-    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
-        return False  # SQLAlchemy's own refusal never reached the server
-    states = _sqlstates(_driver_error(error))
-    if not states.isdisjoint(_ENDED_BEFORE) or _was_never_sent(error):
-        return False
-    if not states.isdisjoint(_OUTCOME_UNKNOWN):
-        return True
-    if isinstance(error, DBAPIError):
-        return error.connection_invalidated
-    # A driver's error that SQLAlchemy did not recognise, not that of a listener before the COMMIT.
-    return _passed(error, connection.dialect.do_commit)
-
-
-def _was_never_sent(error: BaseException) -> bool:
-    # asyncpg's InterfaceError: it refuses to send anything over a connection that is closed.
-    cause = _driver_error(error).__cause__
-    return type(cause).__module__.startswith("asyncpg.") and (
-        type(cause).__name__ == "InterfaceError"
-    )
-
-
-def is_servers_word(error: BaseException, connection: Connection) -> bool:
-    """Tell a failure that the server reported from one that the driver made by itself."""
-    if connection.dialect.driver not in _TELLING:
-        return isinstance(_driver_error(error), connection.dialect.loaded_dbapi.Error)
-    raw = _driver_error(error)
-    # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
-    tellers = getattr(raw, "diag", None), raw.__cause__, raw
-    return any(getattr(teller, "severity", None) is not None for teller in tellers)
-
-
-def _driver_error(error: BaseException) -> BaseException:
-    original = error.orig if isinstance(error, DBAPIError) else None
-    return original or error
-
-
-def _sqlstates(error: BaseException | None) -> set[str]:
-    # asyncpg's own "connection was closed" has the server's reason as its cause's cause.
-    states: set[str] = set()
-    for _ in range(4):  # not to the end: causes may go round in a circle
-        states.update(filter(None, (getattr(error, "sqlstate", ""), getattr(error, "pgcode", ""))))
-        error = None if error is None else error.__cause__
-    return states
-
-
-def failed_to_connect(error: BaseException) -> bool:
-    """Tell whether an error was raised while the pool or the driver made a connection."""
-    # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
-    # application's own, in a listener say, has not passed there.
-    return _passed(error, Engine.raw_connection)
-
-
-def _passed(error: BaseException, function: Any) -> bool:
-    """Tell whether an error has come through a function of SQLAlchemy's."""
-    return any(frame.f_code is function.__code__ for frame, _ in walk_tb(error.__traceback__))

@@ -39,15 +39,13 @@ class Gate:
 
     def __init__(self) -> None:
         self._opened: dict[object, Opened] = {}
-        self._opens_several: dict[object, bool] = {}
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def learn(self, route: object, opened: Opened) -> None:
         """Remember what the requests of a route open, the most where it was included twice."""
         key = key_of(route)
         self._opened[key] = self._opened.get(key, Counter()) | opened
-        self._opens_several[key] = self._opened[key].total() > 1
-        if self._opens_several[key]:
+        if self._opened[key].total() > 1:
             self._connections.total_tokens = self._fewest()
 
     def knows(self, route: object) -> bool:
@@ -64,7 +62,7 @@ class Gate:
             sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
         """
         # In this order for everybody: two limiters taken crosswise would be a deadlock again.
-        if self._opens_several.get(key_of(route)):
+        if self._opened[key_of(route)].total() > 1:
             await self._take(request, self._connections, database)
         if not isinstance(database.engine, AsyncEngine):
             await self._take(request, self._threads, database)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import anyio
 
-from .._sessions.completion import in_thread
+from .._sessions.completion import ended_within, in_thread
 from .._sessions.engines import dispose
 from .._sessions.shared import SharedState
 from ..databases import AnyDatabase, database_class, sessions_of
@@ -92,10 +92,7 @@ async def _drain(state: SharedState, deadline: float) -> None:
 async def _call_within(seconds: float, function: Callable[[], Any]) -> None:
     """Call a hook in a task of its own: one that will not be cancelled is left behind."""
     task = asyncio.create_task(call_off_loop(function))
-    await asyncio.wait({task}, timeout=seconds)
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_LEAST)
+    if not await ended_within(seconds, task, grace=_LEAST):
         raise TimeoutError(f"It did not end within {seconds:.1f} s.")
     if task.cancelled():
         # As an error like any other, or the cancellation would end the shutdown of the rest.

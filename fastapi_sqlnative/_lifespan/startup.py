@@ -114,8 +114,14 @@ def start_with_engine(installation: Installation, loop: asyncio.AbstractEventLoo
     installation.database = make_handle(installation, installation.engine)
 
 
+async def call_factory(factory: Any) -> Any:
+    """Call a factory of an engine, sync or async."""
+    engine = factory()
+    return await engine if inspect.isawaitable(engine) else engine
+
+
 async def _build(installation: Installation) -> AnyDatabase:
-    engine = await _call(installation.engine)
+    engine: Any = await call_factory(installation.engine)
     try:
         return make_handle(installation, engine)
     except Exception:
@@ -194,8 +200,3 @@ def _may_pass(error: Exception) -> bool:
     failure = describe_database_error(error)
     passing = (DatabaseErrorKind.UNAVAILABLE, DatabaseErrorKind.TOO_MANY_CONNECTIONS)
     return failure is not None and failure.kind in passing
-
-
-async def _call(function: Any) -> Any:
-    result = function()
-    return await result if inspect.isawaitable(result) else result

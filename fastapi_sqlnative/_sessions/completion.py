@@ -1,4 +1,4 @@
-"""Work that a cancellation does not interrupt (rule 12), and work that may hang."""
+"""Work that a cancellation does not interrupt (rule 13), and work that may hang."""
 
 from __future__ import annotations
 

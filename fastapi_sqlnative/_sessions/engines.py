@@ -20,6 +20,12 @@ def sync_engine(engine: AnyEngine) -> Engine:
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
+async def run_in_greenlet(work: Callable[[], T]) -> T:
+    """Call plain code where it may use asynchronous connections; a cancellation reaches it."""
+    # A session that is there for nothing else has the only public way into a greenlet.
+    return await AsyncSession().run_sync(lambda _: work())
+
+
 async def run_on_engine(engine: AnyEngine, work: Callable[[Engine], T]) -> T:
     """Give the engine to plain code.
 
@@ -27,8 +33,7 @@ async def run_on_engine(engine: AnyEngine, work: Callable[[Engine], T]) -> T:
     for an `Engine`, which a cancellation leaves behind: only the driver's timeouts bound that one.
     """
     if isinstance(engine, AsyncEngine):
-        # A session that is there for nothing else has the only public way into a greenlet.
-        return await AsyncSession(engine).run_sync(lambda _: work(engine.sync_engine))
+        return await run_in_greenlet(lambda: work(engine.sync_engine))
     return await asyncio.wrap_future(in_thread(lambda: work(engine)))
 
 

@@ -35,8 +35,8 @@ def commit(session: AnySession) -> None:
     inner = sync_session(session)
     record = inner.sqlnative
     record.check_discarded()
-    if not needs_commit(inner):
-        return
+    if not (record.asked or has_pending_changes(inner) or tells_of_commit(inner)):
+        return  # SQLAlchemy's own commit would do nothing
     record.committed = False
     try:
         _run(session, "commit")
@@ -46,11 +46,6 @@ def commit(session: AnySession) -> None:
         if record.committed:  # an override of the application's went on after it
             raise record.state.after_commit_error() from error
         raise
-
-
-def needs_commit(session: NativeSession) -> bool:
-    """Tell whether SQLAlchemy's own commit would do anything."""
-    return session.sqlnative.asked or has_pending_changes(session) or tells_of_commit(session)
 
 
 def tells_of_commit(session: NativeSession) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from .._drivers import transactions
+from .._drivers import failures, transactions
 from .options import TransactionOptions, engine_with
 from .shared import SharedState
 from .transaction import BegunTransaction
@@ -74,7 +74,7 @@ class Record:
         self.committed = False  # the last COMMIT has got through
         self.stored = False  # a COMMIT has stored something, or may have
         # As the state's, for engines that may have been made for this session alone.
-        self.engines: dict[tuple[Engine, TransactionOptions], Engine] | None = None
+        self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
         self.on_idle: Any = None  # called when the session has given its connections back
         self.open_results: list[Any] | None = None  # not read to their end
         self.connections: dict[Connection, int] = {}  # with the changes made before
@@ -111,10 +111,7 @@ class Record:
 
         A session sees one engine for one engine, or it would open a second connection.
         """
-        if engine is self.state.root:
-            known = self.state.engines
-        else:
-            known = self.engines = self.engines or {}
+        known = self.state.engines if engine is self.state.root else self.engines
         found = known.get((engine, self.options))
         # Another thread may have been faster.
         return found or known.setdefault((engine, self.options), engine_with(engine, self.options))
@@ -219,7 +216,7 @@ class Record:
         """
         self.hears(error)
         self.state.sign(error)
-        if transactions.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
+        if failures.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
             raise self.state.sign(OperationalError(None, None, error)) from error
 
     @property
@@ -227,12 +224,8 @@ class Record:
         """Tell whether a commit may store something, as far as can be told without asking."""
         return self.work.may_have_written and not self.options.read_only
 
-    def leaves_unstored(self) -> bool:
-        """Tell whether a COMMIT now would change the database; in doubt the server is asked."""
-        return self._count_unstored() > 0
-
-    def _count_unstored(self) -> int:
-        """Count the connections on which a COMMIT would change the database."""
+    def count_unstored(self) -> int:
+        """Count the connections on which a COMMIT now would change something; in doubt ask."""
         if self.options.read_only or not self.work.is_worth_asking:
             return 0
         return sum(
@@ -255,7 +248,7 @@ class Record:
         """
         self.check_committable()
         if self.may_have_written and not self.work.wrote:
-            self.work.unknown = self.leaves_unstored()
+            self.work.unknown = self.count_unstored() > 0
             self.work.handed_out = False
 
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
@@ -269,7 +262,7 @@ class Record:
         if not self.may_have_written:
             return
         if len(self.connections) > 1:
-            self.stores_on = self._count_unstored()
+            self.stores_on = self.count_unstored()
         for connection in self.connections:
             transactions.surface_loss(connection)
         doubtful = self.failed is not None or self.work.handed_out or self.streamed
@@ -294,12 +287,12 @@ class Record:
             return
         # With several engines the first may have stored something when the second says no.
         ended = sum(not each.in_transaction() for each in self.connections)
-        unknown = (ended > 1 and self.stores_on > 1) or any(
-            transactions.leaves_outcome_unknown(error, each) for each in self.connections
+        unknown = self.may_have_written and (
+            (ended > 1 and self.stores_on > 1)
+            or any(failures.leaves_outcome_unknown(error, each) for each in self.connections)
         )
-        unknown = unknown and self.may_have_written
         for connection in self.connections:
-            if not transactions.is_servers_word(error, connection):
+            if not failures.is_servers_word(error, connection):
                 # SQLAlchemy would keep one that may still be in its transaction.
                 connection.invalidate()
         if unknown:

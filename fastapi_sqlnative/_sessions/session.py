@@ -232,7 +232,7 @@ class NativeSession(Session):
         record.closed = True
         if record.finished or record.discarded or not self.in_transaction():
             return
-        unstored = record.leaves_unstored() if ask else record.may_have_written
+        unstored = record.count_unstored() > 0 if ask else record.may_have_written
         record.discarded = unstored or has_pending_changes(self)
 
 

@@ -10,9 +10,10 @@ from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DBAPIError
 
 from .._drivers.errors import server_of
+from .._drivers.failures import is_servers_word
 from .._drivers.pools import pool_capacity
 from .._drivers.statements import Effect, Statement, statement_of, writes
-from .._drivers.transactions import is_servers_word, may_be_interrupted, returns_undisturbed
+from .._drivers.transactions import may_be_interrupted, returns_undisturbed
 from ..exceptions import (
     AfterCommitError,
     BlockingSessionError,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
 from .._lifespan.running import Installation
+from .._lifespan.startup import call_factory
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, run_on_engine, sync_engine
 from ..databases import database_class
@@ -135,10 +135,9 @@ class Clones:
             return
 
         async def build() -> AnyEngine:
-            built = given()
-            built = await built if inspect.isawaitable(built) else built
+            built: AnyEngine = await call_factory(given)
             self._undo.enter_context(_led_to(sync_engine(built), copy))
-            return built  # type: ignore[no-any-return] # start-up says so if it is none
+            return built
 
         installation.engine = build
         undo.callback(setattr, installation, "engine", given)
@@ -196,11 +195,7 @@ def _run(engine: AnyEngine, work: Callable[[Engine], None]) -> None:
 
 
 def _built(factory: Callable[[], Any]) -> AnyEngine:
-    async def build() -> Any:
-        built = factory()
-        return await built if inspect.isawaitable(built) else built
-
-    engine: AnyEngine = in_thread(lambda: asyncio.run(build())).result()
+    engine: AnyEngine = in_thread(lambda: asyncio.run(call_factory(factory))).result()
     return engine
 
 

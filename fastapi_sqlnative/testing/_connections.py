@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, NestedTransaction, event
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits
+from .._sessions.engines import run_in_greenlet
 from ._targets import IsolationError, running_loop
 from ._turns import Turn
 
@@ -239,8 +239,7 @@ class IsolatedConnection:
                 "the event loop of its AsyncEngine's connection is not running. Use the session "
                 "inside of `with TestClient(app)`, and leave isolated(app) on its own event loop."
             )
-        # A session that is there for nothing else has the only public way into a greenlet.
-        return asyncio.run_coroutine_threadsafe(AsyncSession().run_sync(lambda _: work()), loop)
+        return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop)
 
 
 def _done(result: T) -> Future[T]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
 from starlette.applications import Starlette
 
 from .._lifespan.running import EngineFactory
-from .._lifespan.startup import start_installation, start_with_engine
+from .._lifespan.startup import call_factory, start_installation, start_with_engine
 from .._sessions.engines import AnyEngine, dispose
 from ..databases import database_class
 from ._isolation import is_isolated
@@ -93,8 +92,7 @@ class Override:
         was = installation.engine, installation.database
 
         async def build() -> Any:
-            engine = self._engine()
-            engine = await engine if inspect.isawaitable(engine) else engine
+            engine = await call_factory(self._engine)
             try:
                 _check(installation.name, own, engine, isolated)
             except (TypeError, ValueError):

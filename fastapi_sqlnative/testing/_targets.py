@@ -17,7 +17,7 @@ from .._lifespan.running import (
     running_of,
     trimmed,
 )
-from .._routes import mounted_applications
+from .._routes import applications_in
 from .._sessions.engines import AnyEngine, sync_engine
 from ..databases import AnyDatabase, database_class
 
@@ -32,10 +32,7 @@ class IsolationError(RuntimeError):
 
 def all_installations(app: Starlette) -> list[Installations]:
     """List what is installed on an application and on those mounted in it, at any depth."""
-    applications = [app]
-    for above in applications:
-        applications += [each for each in mounted_applications(above) if each not in applications]
-    return [installations_of(each) for each in applications]
+    return [installations_of(each) for each in applications_in(app)]
 
 
 def places(app: Starlette, names: Sequence[str]) -> list[Place]:

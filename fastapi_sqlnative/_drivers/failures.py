@@ -1,0 +1,77 @@
+"""What a failure says of the transaction that it has met: unknown, refused, or never begun."""
+
+from __future__ import annotations
+
+from traceback import walk_tb
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+# Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
+TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
+# transaction_resolution_unknown and statement_completion_unknown.
+_OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
+# idle_in_transaction_session_timeout and transaction_timeout: ended before the COMMIT came.
+_ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
+
+
+def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool:
+    """Tell whether a COMMIT that failed with this error may have taken effect."""
+    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+        return False  # SQLAlchemy's own refusal never reached the server
+    states = sqlstates(driver_error(error))
+    if not states.isdisjoint(_ENDED_BEFORE) or _was_never_sent(error):
+        return False
+    if not states.isdisjoint(_OUTCOME_UNKNOWN):
+        return True
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated
+    # A driver's error that SQLAlchemy did not recognise, not that of a listener before the COMMIT.
+    return _passed(error, connection.dialect.do_commit)
+
+
+def _was_never_sent(error: BaseException) -> bool:
+    # asyncpg's InterfaceError: it refuses to send anything over a connection that is closed.
+    cause = driver_error(error).__cause__
+    return type(cause).__module__.startswith("asyncpg.") and (
+        type(cause).__name__ == "InterfaceError"
+    )
+
+
+def is_servers_word(error: BaseException, connection: Connection) -> bool:
+    """Tell a failure that the server reported from one that the driver made by itself."""
+    if connection.dialect.driver not in TELLING:
+        return isinstance(driver_error(error), connection.dialect.loaded_dbapi.Error)
+    raw = driver_error(error)
+    # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
+    tellers = getattr(raw, "diag", None), raw.__cause__, raw
+    return any(getattr(teller, "severity", None) is not None for teller in tellers)
+
+
+def driver_error(error: BaseException) -> BaseException:
+    """Return the driver's own error, out of SQLAlchemy's."""
+    original = error.orig if isinstance(error, DBAPIError) else None
+    return original or error
+
+
+def sqlstates(error: BaseException | None) -> set[str]:
+    """Return the codes that an error of PostgreSQL's and its causes have."""
+    # asyncpg's own "connection was closed" has the server's reason as its cause's cause.
+    states: set[str] = set()
+    for _ in range(4):  # not to the end: causes may go round in a circle
+        states.update(filter(None, (getattr(error, "sqlstate", ""), getattr(error, "pgcode", ""))))
+        error = None if error is None else error.__cause__
+    return states
+
+
+def failed_to_connect(error: BaseException) -> bool:
+    """Tell whether an error was raised while the pool or the driver made a connection."""
+    # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
+    # application's own, in a listener say, has not passed there.
+    return _passed(error, Engine.raw_connection)
+
+
+def _passed(error: BaseException, function: Any) -> bool:
+    """Tell whether an error has come through a function of SQLAlchemy's."""
+    return any(frame.f_code is function.__code__ for frame, _ in walk_tb(error.__traceback__))

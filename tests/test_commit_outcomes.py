@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownError
+from tests.conftest import MakeEngine
 from tests.in_process import ask, run_in_transaction, run_work, session_class
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, items, wait_until
@@ -20,6 +22,7 @@ from tests.serving import KINDS, Item, Kind, Rows, items, wait_until
 pytestmark = pytest.mark.anyio
 
 Body = Callable[[Session], Any]
+only_asyncpg = pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
 
 
 def add(session: Session) -> None:
@@ -165,22 +168,22 @@ async def test_a_generator_is_no_work(kind: Kind, engine: Engine, rows: Rows, wo
 # -- a connection lost in COMMIT ---------------------------------------------------------------
 
 
-def mended(session: Session) -> None:
+def fail_in_a_savepoint(session: Session) -> None:
     """Let a savepoint fail, and go on."""
     with suppress(DBAPIError), session.begin_nested():
         session.execute(text("SELECT 1 / 0"))
 
 
-def add_and_mend(session: Session) -> None:
+def add_after_a_savepoint(session: Session) -> None:
     add(session)
-    mended(session)
+    fail_in_a_savepoint(session)
 
 
 class Auditing(Session):
     """Be a class whose listener uses a savepoint before each COMMIT."""
 
 
-event.listen(Auditing, "before_commit", mended)
+event.listen(Auditing, "before_commit", fail_in_a_savepoint)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,7 @@ event.listen(Auditing, "before_commit", mended)
         (get_db(), commit_by_hand, Auditing),
         (get_db(), commit_in_a_block, Session),
         (get_db(), commit_in_a_block, Auditing),
-        (transactional(), add_and_mend, Session),
+        (transactional(), add_after_a_savepoint, Session),
     ],
     ids=["at the end", "listener", "listener, by hand", "block", "listener, block", "savepoint"],
 )
@@ -269,7 +272,29 @@ async def test_a_transaction_that_the_server_has_ended_is_not_unknown(
     assert rows.names == []
 
 
-@pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
+class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
+    """Be a connection that has read the first part of what ends it, when COMMIT comes."""
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> Any:
+        if query == "COMMIT;":
+            raise asyncpg.InternalClientError(
+                "cannot switch to state 15; another operation (2) is in progress"
+            )
+        return await super().execute(query, *args, **options)
+
+
+@only_asyncpg
+async def test_a_commit_that_asyncpg_refuses_to_send_is_not_unknown(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """While the end of a connection is still being read asyncpg sends nothing."""
+    engine = make_engine(connect_args={"connection_class": HalfEnded})
+    with pytest.raises(DBAPIError):
+        await ask(engine, kind, transactional(), add)
+    assert rows.names == []
+
+
+@only_asyncpg
 async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

@@ -32,11 +32,12 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
 
 
 def _was_never_sent(error: BaseException) -> bool:
-    # asyncpg's InterfaceError: it refuses to send anything over a connection that is closed.
+    # asyncpg refuses to send anything over a connection that is closed, or that the server has
+    # just ended: then it still waits for the rest of what the server says.
     cause = driver_error(error).__cause__
-    return type(cause).__module__.startswith("asyncpg.") and (
-        type(cause).__name__ == "InterfaceError"
-    )
+    if not type(cause).__module__.startswith("asyncpg."):
+        return False
+    return type(cause).__name__ == "InterfaceError" or "cannot switch to state" in str(cause)
 
 
 def is_servers_word(error: BaseException, connection: Connection) -> bool:

@@ -203,7 +203,13 @@ class Record:
             return  # a cancellation costs the connection
         self.failed = self.failed or error
         if self.may_have_written and any(
-            transactions.has_rolled_back(connection, error) for connection in self.connections
+            transactions.has_rolled_back(connection, error)
+            or (
+                self.committing
+                and not connection.in_nested_transaction()
+                and transactions.is_aborted(connection, doubtful=True)
+            )
+            for connection in self.connections
         ):
             self.rolled_back = error
 
@@ -285,6 +291,8 @@ class Record:
         self.state.sign(error)
         if not self.committing:
             return
+        if self.rolled_back is not None:
+            raise self.state.aborted_error() from self.rolled_back
         # With several engines the first may have stored something when the second says no.
         ended = sum(not each.in_transaction() for each in self.connections)
         unknown = self.may_have_written and (

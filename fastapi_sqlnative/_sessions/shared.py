@@ -204,6 +204,9 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
                 context.is_disconnect = True
         elif not record.finished:
             record.hears(context.original_exception)
+            if record.committing and record.rolled_back is not None:
+                # A listener that runs after the last look may swallow this: COMMIT is to fail.
+                context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
             return _translated(context)
         elif context.statement is None:  # a fetch: a stream may fail long after it has begun
             return found.finished_error()
@@ -215,7 +218,8 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
 def _translated(context: ExceptionContext) -> DBAPIError | None:
     """Make SQLAlchemy's error of what it leaves as it is: a driver's own way to refuse a value."""
     error = context.original_exception
-    if context.sqlalchemy_exception is not None:
+    made = getattr(context, "chained_exception", None)  # by a listener of the application's
+    if context.sqlalchemy_exception is not None or made is not None:
         return None
     # Text that cannot be encoded, a number that is too large; asyncpg's, while a stream is read.
     if not (isinstance(error, ValueError | OverflowError) or server_of(error)):

@@ -14,6 +14,8 @@ LOWEST := .venv-lowest/bin/python
 WORKERS ?= 4
 # More for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
+# few: one driver of each colour, all of them where a driver decides. `make check` runs all.
+DRIVERS ?= few
 DATABASE_URL ?=
 export DATABASE_URL
 
@@ -25,7 +27,7 @@ help: ## list the targets
 env: .venv/ready ## create .venv, or bring it up to date
 
 test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
-	@$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	@$(RUN) -m pytest -n $(WORKERS) --drivers=$(DRIVERS) $(ARGS)
 
 # Old frameworks are deprecated by what is below them, and leave streams unclosed; those warnings
 # are not ours to fix. One test is left out: of a hundred clients that go away at once, one has
@@ -63,6 +65,7 @@ build: .venv/ready-lint ## build the wheel and look into it
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
+check: DRIVERS := all
 check: lint types test test-lowest benchmark build ## run everything CI runs
 
 demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL

@@ -31,10 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--postgres", choices=CHOICES, help="take this PostgreSQL or fail (default: what there is)"
     )
+    parser.addoption(
+        "--drivers",
+        choices=("few", "all"),
+        default="few",
+        help="few: one driver of each colour, all of them where a driver decides; all: always all",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "mariadb: needs a MariaDB server")
+    config.addinivalue_line("markers", "other_driver: one of its colour has shown as much")
+    config.addinivalue_line("markers", "driver_decides: shows something else with each driver")
     handed_over: dict[str, str] | None = getattr(config, "workerinput", {}).get("postgres")
     if handed_over:
         config.stash[SERVER] = RunningPostgres(**handed_over)
@@ -137,10 +145,18 @@ def _leaves_mariadb_out() -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _leaves_mariadb_out():
-        needing = [item for item in items if item.get_closest_marker("mariadb")]
-        items[:] = [item for item in items if item not in needing]
-        config.hook.pytest_deselected(items=needing)
+    without_mariadb = _leaves_mariadb_out()
+    few = config.option.drivers == "few"
+
+    def is_left_out(item: pytest.Item) -> bool:
+        if without_mariadb and item.get_closest_marker("mariadb"):
+            return True
+        other = few and item.get_closest_marker("other_driver")
+        return bool(other) and not item.get_closest_marker("driver_decides")
+
+    left_out = [item for item in items if is_left_out(item)]
+    items[:] = [item for item in items if not is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

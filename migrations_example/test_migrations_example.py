@@ -52,6 +52,7 @@ from tests.serving import Served, serve, wait_until
 LOCK = "bookshop migrations"
 ROOT = Path(__file__).parents[1]
 REVISIONS = list(RUNNING)
+OTHERS = "postgresql+asyncpg", "mysql+pymysql"
 SYNCHRONOUS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
@@ -130,9 +131,16 @@ def placed(
 
 
 def with_marks(*drivers: str) -> list[Any]:
-    """Mark the drivers that need MariaDB."""
+    """Mark the drivers that need MariaDB, and those of which another shows as much."""
     return [
-        pytest.param(each, id=each, marks=[pytest.mark.mariadb] * each.startswith("mysql"))
+        pytest.param(
+            each,
+            id=each,
+            marks=[
+                *[pytest.mark.mariadb] * each.startswith("mysql"),
+                *[pytest.mark.other_driver] * (each in OTHERS),
+            ],
+        )
         for each in drivers
     ]
 

@@ -30,11 +30,10 @@ class Kind(NamedTuple):
     asynchronous: bool
 
 
-KINDS = (
-    Kind("psycopg-async", "psycopg", True),
-    Kind("asyncpg", "asyncpg", True),
-    Kind("psycopg-sync", "psycopg", False),
-)
+PSYCOPG_ASYNC = Kind("psycopg-async", "psycopg", True)
+ASYNCPG = Kind("asyncpg", "asyncpg", True)
+PSYCOPG = Kind("psycopg-sync", "psycopg", False)
+KINDS = PSYCOPG_ASYNC, ASYNCPG, PSYCOPG
 
 
 class Base(DeclarativeBase):

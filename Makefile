@@ -3,6 +3,9 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+# Compiling every module anew takes each of the many processes here longer than its work.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONUNBUFFERED := 1
 
 # The first that is new enough; `make PYTHON=...` chooses another.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -10,8 +13,9 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	&& command -v $$python && break; done)
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
-# The tests wait for a database more than they compute.
-WORKERS ?= 4
+# Processes for the tests; if empty, four, and none for a few tests.
+WORKERS ?=
+export WORKERS
 # More for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
 # few: one driver of each colour, all of them where a driver decides. `make check` runs all.
@@ -27,7 +31,8 @@ help: ## list the targets
 env: .venv/ready ## create .venv, or bring it up to date
 
 test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
-	@$(RUN) -m pytest -n $(WORKERS) --drivers=$(DRIVERS) $(ARGS)
+	@echo "Starting the tests ..."
+	@$(RUN) -m pytest -n auto --dist loadgroup --drivers=$(DRIVERS) $(ARGS)
 
 # Old frameworks are deprecated by what is below them, and leave streams unclosed; those warnings
 # are not ours to fix. One test is left out: of a hundred clients that go away at once, one has

@@ -17,12 +17,15 @@ from sqlalchemy import make_url
 from tests.mariadb_server import REMEDIES, MariadbServer, MariadbServerError, find_server
 from tests.postgres_choice import CHOICES, RunningPostgres, start_postgres
 from tests.postgres_server import PostgresServerError
+from tests.progress import Progress
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
 # --- the run's server: started by the controller, handed to xdist's workers ---
 
+# Tests wait for a database, and a server's end, more than they compute.
+WORKERS = 4
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()
 
@@ -47,11 +50,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if handed_over:
         config.stash[SERVER] = RunningPostgres(**handed_over)
     elif not (config.option.collectonly or config.option.help):
+        progress = Progress()
+        config.pluginmanager.register(progress)
+        progress.says("Finding or starting PostgreSQL")
         config.stash[CLOSING] = ExitStack()
         try:
             config.stash[SERVER] = start_postgres(config.option.postgres, config.stash[CLOSING])
         except PostgresServerError as error:
             raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Start no workers for a few tests: they would only collect the same once more each."""
+    option = config.option
+    files = config.args_source is config.ArgsSource.ARGS and all(".py" in e for e in config.args)
+    few = files or option.keyword or option.markexpr or getattr(option, "lf", False)
+    return 0 if few else int(os.environ.get("WORKERS") or WORKERS)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -143,8 +158,11 @@ def _leaves_mariadb_out() -> bool:
     return False
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("mariadb"):
+            item.add_marker(pytest.mark.xdist_group("mariadb"))  # one worker, so one server
     without_mariadb = _leaves_mariadb_out()
     few = config.option.drivers == "few"
 

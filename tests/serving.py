@@ -1,5 +1,6 @@
 """An application under test, written once for both colours and served by a real uvicorn."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -186,13 +187,22 @@ class _CountStarts:
 
 
 class _Server(uvicorn.Server):
-    """Tell when it serves, and leave signals to pytest."""
+    """Tell when it serves, end at an event, and leave signals to pytest."""
 
     ready: threading.Event
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
+        self.loop, self.ending = asyncio.get_running_loop(), asyncio.Event()
         self.ready.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.ending.wait()  # uvicorn looks ten times a second
+
+    def end(self) -> None:
+        """Shut down gracefully; in whichever thread this is called."""
+        self.loop.call_soon_threadsafe(self.ending.set)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -213,7 +223,6 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
     while not server.ready.wait(0.05):
         assert thread.is_alive(), "the application did not start"
     try:
-        assert server.started, "the application did not start"
         host, port = server.servers[0].sockets[0].getsockname()
         url = f"http://{host}:{port}"
         with httpx.Client(
@@ -221,7 +230,7 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
         ) as client:
             yield Served(client, url, server, starts)
     finally:
-        server.should_exit = True
+        server.end()
         thread.join(20)
     assert not thread.is_alive()
 

@@ -3,6 +3,7 @@
 It stands here because pytest shows a conftest's fixtures only to the folders below it.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -125,6 +126,59 @@ def fresh_database(server: str, name: str) -> Iterator[str]:
         connection.execute(create)
         yield make_url(server).set(database=name).render_as_string(hide_password=False)
         connection.execute(drop)
+
+
+@pytest.fixture(scope="session")
+def _spare_databases(pytestconfig: pytest.Config, postgres: WorkerPostgres) -> Iterator[list[str]]:
+    """Create two more databases for this worker, for tests that want them empty."""
+    server, name = pytestconfig.stash[SERVER].url, str(make_url(postgres.dsn).database)
+    with (
+        fresh_database(server, f"{name}_spare") as first,
+        fresh_database(server, f"{name}_spare_second") as second,
+    ):
+        yield [first, second]
+
+
+@pytest.fixture
+def empty_databases(
+    pytestconfig: pytest.Config, _spare_databases: list[str]
+) -> Iterator[WorkerPostgres]:
+    """Give two databases with nothing in them; they are emptied again at the end."""
+    first, second = _spare_databases
+    yield WorkerPostgres(first, PostgresDatabase(second))
+    for dsn in first, second:
+        empty_database(pytestconfig.stash[SERVER].url, dsn)
+
+
+def empty_database(server: str, dsn: str) -> None:
+    """Drop all that is in a database, which takes a fraction of what a new one does."""
+    name = sql.Identifier(str(make_url(dsn).database))
+    with psycopg.connect(server, autocommit=True) as connection:
+        for change in "ALTER DATABASE {} ALLOW_CONNECTIONS true", "ALTER DATABASE {} RESET ALL":
+            connection.execute(sql.SQL(change).format(name))
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        schemas = connection.execute(
+            "SELECT nspname FROM pg_namespace"
+            " WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'"
+        ).fetchall()
+        for (schema,) in schemas:
+            drop = sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema))
+            connection.execute(drop)
+        connection.execute("CREATE SCHEMA public AUTHORIZATION pg_database_owner")
+        connection.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
+
+
+# --- memory ---
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all tests share to no garbage collection: tests that collect look at their own."""
+    gc.collect()
+    gc.freeze()
 
 
 # --- what the server saw ---

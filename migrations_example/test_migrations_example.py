@@ -40,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from conftest import SERVER, fresh_database
+from conftest import WorkerPostgres
 from fastapi_sqlnative import AsyncDatabase
 from migrations_example.app import ALEMBIC, create_app
 from migrations_example.backfill import backfill
@@ -99,13 +99,12 @@ class Place:
 
 @contextmanager
 def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Iterator[tuple[URL, URL]]:
+    if kind == "postgresql":
+        pair: WorkerPostgres = request.getfixturevalue("empty_databases")
+        yield make_url(pair.dsn), make_url(pair.second.dsn)
+        return
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     first, second = f"sqlnative_{worker}_bookshop", f"sqlnative_{worker}_bookshop_analytics"
-    if kind == "postgresql":
-        server = request.config.stash[SERVER].url
-        with fresh_database(server, first) as one, fresh_database(server, second) as two:
-            yield make_url(one), make_url(two)
-        return
     url = make_url(request.getfixturevalue("mariadb"))
     engine = create_engine(url.set(drivername=SYNCHRONOUS["mysql"]), poolclass=NullPool)
     with engine.connect() as connection:

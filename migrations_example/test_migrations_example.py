@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -570,23 +569,20 @@ def expect_checks(served: Served, status: int, default: str, analytics: str) -> 
 
 
 @pytest.mark.timeout(180)  # five processes, on a machine that may be busy
-def test_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever pastes what the README's command prints is answered as the README says."""
     for variable in ("DATABASE_URL", "ANALYTICS_DATABASE_URL"):
         monkeypatch.delenv(variable, raising=False)
-    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with started(folder) as printed:
-            for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
-                monkeypatch.setenv(name, value)
-            answers = paste(printed)
-        assert not Path(folder, ".demo/migrations/data/postmaster.pid").exists()
+    with started(tmp_path) as printed:
+        for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
+            monkeypatch.setenv(name, value)
+        answers = paste(printed)
     assert answers == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
-def started(folder: str) -> Iterator[str]:
+def started(folder: Path) -> Iterator[str]:
     """Run `python -m migrations_example`, and give what it has printed once it serves."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0"}
     with subprocess.Popen(  # ours

@@ -333,7 +333,6 @@ async def disconnect(url: str, path: str, started: bool) -> None:
     writer.transport.abort()
 
 
-@pytest.mark.driver_decides
 @pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])
 @pytest.mark.parametrize("path", ["/query", "/commit", "/stream"])
 async def test_clients_that_disconnect_leave_nothing(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import re
+import ssl
 import subprocess
 import threading
 import time
@@ -21,6 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.util import await_only
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# A client reads the system's certificates unless it is given some, which takes 20 ms each time.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class Kind(NamedTuple):
@@ -204,6 +208,19 @@ class _Server(uvicorn.Server):
         """Shut down gracefully; in whichever thread this is called."""
         self.loop.call_soon_threadsafe(self.ending.set)
 
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Shut down as uvicorn does, without its pause of a tenth of a second."""
+        if self.config.timeout_graceful_shutdown is not None:
+            await super().shutdown(sockets)
+            return
+        for server in self.servers:
+            server.close()
+        for connection in [*self.server_state.connections]:
+            connection.shutdown()
+        while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        await self.lifespan.shutdown()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -225,9 +242,8 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
     try:
         host, port = server.servers[0].sockets[0].getsockname()
         url = f"http://{host}:{port}"
-        with httpx.Client(
-            base_url=url, timeout=20, limits=httpx.Limits(max_keepalive_connections=0)
-        ) as client:
+        limits = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=url, timeout=20, limits=limits, verify=NO_TLS) as client:
             yield Served(client, url, server, starts)
     finally:
         server.end()
@@ -250,7 +266,7 @@ def launch(
                 line = process.stderr.readline()
                 assert line, said
                 said += line
-            with httpx.Client(base_url=found[0], timeout=10) as client:
+            with httpx.Client(base_url=found[0], timeout=10, verify=NO_TLS) as client:
                 yield process, client
         finally:
             process.kill()

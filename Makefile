@@ -3,6 +3,9 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+# Compiling every module anew takes each of the many processes here longer than its work.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONUNBUFFERED := 1
 
 # The first that is new enough; `make PYTHON=...` chooses another.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -10,13 +13,18 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	&& command -v $$python && break; done)
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
-# The tests wait for a database more than they compute.
-WORKERS ?= 4
+# Processes for the tests; if empty, four, and none for a few tests.
+WORKERS ?=
+export WORKERS
 # More for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
+# few: one driver of each colour, all of them where a driver decides. `make check` runs all.
+DRIVERS ?= few
 DATABASE_URL ?=
 export DATABASE_URL
 
+# Kept, though make reaches it on the way to others.
+.SECONDARY:
 .PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
 
 help: ## list the targets
@@ -25,7 +33,8 @@ help: ## list the targets
 env: .venv/ready ## create .venv, or bring it up to date
 
 test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
-	@$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	@echo "Starting the tests ..."
+	@$(RUN) -m pytest -n auto --dist loadgroup --drivers=$(DRIVERS) $(ARGS)
 
 # Old frameworks are deprecated by what is below them, and leave streams unclosed; those warnings
 # are not ours to fix. One test is left out: of a hundred clients that go away at once, one has
@@ -63,12 +72,13 @@ build: .venv/ready-lint ## build the wheel and look into it
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
+check: DRIVERS := all
 check: lint types test test-lowest benchmark build ## run everything CI runs
 
-demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
+demo: .venv/ready-demo ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
 	@$(RUN) -m examples showcase
 
-example: .venv/ready ## serve one of the examples: make example NAME=quick_start
+example: .venv/ready-demo ## serve one of the examples: make example NAME=quick_start
 	@$(RUN) -m examples $(NAME)
 
 constraints: .venv/ready ## pin the newest versions of the development environment
@@ -76,24 +86,35 @@ constraints: .venv/ready ## pin the newest versions of the development environme
 		--group dev --no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
-clean: ## remove everything made here, the demo's data too
-	@rm -rf .venv .venv-lowest .demo build dist .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove everything made here
+	@rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-%/ready: pyproject.toml constraints.txt
-	@echo "Setting up $* ..."
+# Runs $(2), and says every five seconds that it is still at it: uv itself can be silent for long.
+define saying
+	@echo "$(1) ..."
+	@{ while sleep 5 >/dev/null 2>&1; do echo "... still at it"; done; } & ticker=$$!; \
+		trap 'kill $$ticker 2>/dev/null' EXIT; \
+		$(2)
+endef
+
+# A uv of its own environment installs, quickly, what the constraints pin.
+INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --constraints constraints.txt
+
+%/ready-demo: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found: install one" \
 		"(apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot create" \
 		"environments: apt-get install python3-venv" >&2; exit 1; }
-	@test -x $*/bin/python || $(PYTHON) -m venv $*
-	@$*/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv
-	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
-		--constraints constraints.txt --editable . --group test
+	$(call saying,Setting up $*,{ test -x $*/bin/python || $(PYTHON) -m venv $*; } && \
+		$*/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt uv && \
+		$(INSTALL) --editable . --group demo)
+	@touch $@
+
+%/ready: %/ready-demo
+	$(call saying,Adding to $* what the tests need,$(INSTALL) --editable . --group test)
 	@touch $@
 
 %/ready-lint: %/ready
-	@echo "Adding the linters to $* ..."
-	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
-		--constraints constraints.txt --group dev
+	$(call saying,Adding the linters to $*,$(INSTALL) --group dev)
 	@touch $@

@@ -17,12 +17,12 @@ from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownE
 from tests.conftest import MakeEngine
 from tests.in_process import ask, run_in_transaction, run_work, session_class
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, items, wait_until
+from tests.serving import ASYNCPG, Item, Kind, Rows, items, wait_until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
 Body = Callable[[Session], Any]
-only_asyncpg = pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
+only_asyncpg = pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)
 
 
 def add(session: Session) -> None:

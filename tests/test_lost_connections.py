@@ -18,6 +18,8 @@ from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionA
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
 
+pytestmark = pytest.mark.driver_decides
+
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
     app = FastAPI()

@@ -16,7 +16,7 @@ from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask, session_class
 from tests.serving import Item, Kind, Rows, copy, items
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
 Body = Callable[[Session], Any]
 FAILING = text("SELECT 1 / 0")

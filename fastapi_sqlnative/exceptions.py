@@ -4,17 +4,22 @@ Every message names the object, the state it is in and what to do about it. None
 contains SQL, parameters or what the driver said: those stay in ``__cause__``, for the log.
 """
 
+from fastapi import HTTPException
+
 __all__ = [
     "AfterCommitError",
     "ApplicationAlreadyStartedError",
     "BlockingSessionError",
+    "ClientDisconnectedError",
     "CommitOutcomeUnknownError",
     "DatabaseAlreadyInstalledError",
     "DatabaseDependencyError",
     "DatabaseNotInstalledError",
     "DatabaseNotStartedError",
+    "DeadlineExceededError",
     "PartialCommitError",
     "ReadOnlySessionError",
+    "RequestCancelledError",
     "SessionFinishedError",
     "TransactionAbortedError",
     "TransactionOptionsError",
@@ -98,3 +103,22 @@ class PartialCommitError(RuntimeError):
             "is half stored. Do not repeat it; fix the data by hand, or write the second part "
             "through an outbox in the first database."
         )
+
+
+class RequestCancelledError(HTTPException):
+    """A request was cancelled before its COMMIT, and is rolled back."""
+
+    def __init__(self, status_code: int, detail: str, message: str) -> None:
+        super().__init__(status_code, detail)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineExceededError(RequestCancelledError):
+    """A request was not done when the time of its ``deadline`` was over: the client reads 504."""
+
+
+class ClientDisconnectedError(RequestCancelledError):
+    """The client has gone away, and ``cancel_on_disconnect`` has ended its request."""

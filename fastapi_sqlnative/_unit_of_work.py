@@ -56,6 +56,7 @@ class UnitOfWork:
         "_readers",
         "_running",
         "_sessions",
+        "cancelled",
         "ends_at",
         "scope",
     )
@@ -67,6 +68,8 @@ class UnitOfWork:
         self._readers: dict[str, Member] = {}
         self._members: list[Member] = []
         self._asked_gate = self._has_place = False
+        # Once: a second cancellation would interrupt the driver while it tells the server to stop.
+        self.cancelled = False
         self.ends_at = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
@@ -139,7 +142,8 @@ class UnitOfWork:
     @property
     def may_be_cancelled(self) -> bool:
         """Tell whether it costs nothing that is stored, and leaves no thread behind."""
-        return not self.has_stored and all(each.factory.asynchronous for each in self._members)
+        lasting = self.cancelled or self.has_stored
+        return not lasting and all(each.factory.asynchronous for each in self._members)
 
     # -- the end of the request ------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def deadline(seconds: float) -> _Dependency:
         @app.get("/report", dependencies=[Depends(deadline(2))])
     """
     check_seconds("deadline", seconds)
-    return _deadline(seconds)
+    return _deadline(float(seconds))
 
 
 def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Dependency:
@@ -115,6 +115,7 @@ class _Cancellation:
     def send(self) -> None:
         """Cancel the request, unless that would cost what is stored or leave a thread behind."""
         if self._unit.may_be_cancelled:
+            self._unit.cancelled = True
             now = asyncio.get_running_loop().time()
             self._first.reschedule(now)
             self._second.reschedule(now + _GRACE)

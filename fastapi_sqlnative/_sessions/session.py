@@ -81,14 +81,14 @@ class NativeSession(Session):
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
         looked, record.committing = record.committing, False
-        record.executing = True
+        executing, record.executing = record.executing, True
         try:
             super().flush(*args, **options)
         except Exception as error:
             record.fails(error)
             raise
         finally:
-            record.executing = False
+            record.executing = executing
         if looked:  # objects of a listener's, after the last look
             record.check_committable()
             record.committing = True

@@ -117,8 +117,30 @@ class RequestCancelledError(HTTPException):
 
 
 class DeadlineExceededError(RequestCancelledError):
-    """A request was not done when the time of its ``deadline`` was over: the client reads 504."""
+    """A request was not done when the time of its ``deadline`` was over. The client reads 504.
+
+    What it waited for is the ``__cause__``, as far as a cancellation has found it waiting.
+    """
+
+    def __init__(self, route: str | None, seconds: float) -> None:
+        super().__init__(
+            504,
+            "The service took too long to answer.",
+            f"{route or 'A request'} was not done within {seconds:g} s, its deadline, and is "
+            "rolled back. Make what it waited for faster, which the cause says, or give deadline() "
+            "more seconds.",
+        )
 
 
 class ClientDisconnectedError(RequestCancelledError):
     """The client has gone away, and ``cancel_on_disconnect`` has ended its request."""
+
+    def __init__(self, route: str | None) -> None:
+        # What nginx calls it. No client reads that, but middleware does.
+        super().__init__(
+            499,
+            "The client has gone away.",
+            f"The client of {route or 'a request'} has gone away: the request is rolled back. "
+            "Nothing is to be done, unless it should be finished: leave its method out of "
+            "cancel_on_disconnect(methods=...).",
+        )

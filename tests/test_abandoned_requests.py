@@ -110,8 +110,9 @@ async def test_the_log_says_nothing(
     with caplog.at_level(logging.DEBUG), serve(app, access_log=True) as served:
         await leave(served, lambda: rows.backends("active") == 1, "GET /things/5")
         await quiet(rows)
-    message = "The client of GET /things/{id} has gone away: the request is rolled back."
-    assert ("fastapi_sqlnative", logging.DEBUG, message) in caplog.record_tuples
+    (line,) = [each for each in caplog.records if each.name == "fastapi_sqlnative"]
+    assert line.levelno == logging.DEBUG
+    assert line.message.startswith("The client of GET /things/{id} has gone away")
     assert [each for each in caplog.records if each.levelno > logging.DEBUG] == []
 
 

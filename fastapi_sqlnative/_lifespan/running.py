@@ -38,6 +38,7 @@ class Installation:
     session_options: Mapping[str, Any]
     startup_wait: float | None
     shutdown_timeout: float
+    warn_held_after: float | None = None
     database: AnyDatabase | None = None
 
 

@@ -37,6 +37,7 @@ class SharedState:
         name: the database's.
         root: its engine; a session class of the application's may choose others.
         shutdown_timeout: seconds that a cancelled request may go on with its COMMIT.
+        warn_held_after: seconds that a session may hold a connection without a line in the log.
 
     Attributes:
         at_work: the records of the sessions that hold a connection, by it.
@@ -48,10 +49,18 @@ class SharedState:
         returns_undisturbed: nothing but a ROLLBACK happens when a connection goes back.
     """
 
-    def __init__(self, name: str, root: Engine, shutdown_timeout: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Engine,
+        shutdown_timeout: float,
+        warn_held_after: float | None = None,
+    ) -> None:
         self.name = name
         self.root = root
         self.shutdown_timeout = shutdown_timeout
+        self.warn_held_after = warn_held_after
+        self.told_holders: tuple[float, str] | None = None  # when, and what
         self.refusal: str | None = None
         self.stopped = False
         self.overridden: frozenset[str] = frozenset()

@@ -60,7 +60,7 @@ class IsolatedConnection:
         self.own_sessions: dict[Session, object] = {}
         self.beginning = False
         self.root: NestedTransaction | None = None
-        self._name = name
+        self.name = name
         self._home = home  # finds the application's event loop
         self.loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
@@ -70,7 +70,7 @@ class IsolatedConnection:
 
     def refused(self, why: str) -> IsolationError:
         """Build the error for what one connection cannot do; a request may swallow it."""
-        error = IsolationError(f"Database {self._name!r} is isolated: {why}")
+        error = IsolationError(f"Database {self.name!r} is isolated: {why}")
         if (request := SERVED.get()) is not None:
             request.refusals.append(str(error))
         return error

@@ -184,9 +184,9 @@ class Isolated:
                     if other.asynchronous is engine.dialect.is_async:
                         return other
                     raise IsolationError(
-                        f"Database {name!r} has an Engine and an AsyncEngine, which cannot share "
-                        "a connection. Isolate one by name and override_database() the other, or "
-                        "test with cloned(app)."
+                        f"Databases {other.name!r} and {name!r} are one, with an Engine and an "
+                        "AsyncEngine, which cannot share a connection. Isolate one by name and "
+                        "override_database() the other, or test with cloned(app)."
                     )
         return None
 
@@ -199,10 +199,9 @@ class Isolated:
         shutdown = installation.shutdown
 
         async def close_and_shut_down() -> None:
-            engine = ready_engine(installation)
-            found = None if engine is None else self.connections.get(sync_engine(engine).dialect)
-            if found is not None and found.loop in (None, asyncio.get_running_loop()):
-                await run_in_greenlet(found.close)
+            for each in dict.fromkeys(self.connections.values()):
+                if each.loop in (None, asyncio.get_running_loop()):
+                    await run_in_greenlet(each.close)
             if shutdown is not None:
                 await call_off_loop(shutdown)
 

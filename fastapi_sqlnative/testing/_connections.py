@@ -104,7 +104,7 @@ class IsolatedConnection:
         """Do something when nobody else uses the connection."""
         if self.turn.holds(who):
             return work()
-        self.turn.take(who, self)
+        self.turn.take(who, self, brief=True)
         try:
             return work()
         finally:
@@ -118,7 +118,7 @@ class IsolatedConnection:
                     "the application was to begin a transaction inside of the test's own `with "
                     "session.begin()`. End that block first, or call commit() instead."
                 )
-            with self.turn.lent(own, self):
+            with self.turn.lent(own):
                 if not own.is_active or is_aborted(self.opened(), doubtful=True):
                     own.rollback()  # the test has seen the error
                 else:
@@ -208,7 +208,7 @@ class IsolatedConnection:
     def _undo(self, block: object) -> None:
         first, transaction = next(iter(self._blocks)), self._blocks.pop(block)
         for session, its in [*self.own_sessions.items()]:
-            with self.turn.lent(session, self):
+            with self.turn.lent(session):
                 if its is block:
                     session.close()
                     del self.own_sessions[session]
@@ -223,7 +223,7 @@ class IsolatedConnection:
     def close(self) -> None:
         """Undo everything, because the block or the application ends."""
         for session in self.own_sessions:
-            with self.turn.lent(session, self):
+            with self.turn.lent(session):
                 session.close()
         connection, self._connection, self.loop = self._connection, None, None
         self._blocks = dict.fromkeys(self._blocks)

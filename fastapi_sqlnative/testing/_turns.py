@@ -45,22 +45,26 @@ class Turn:
     def __init__(self) -> None:
         self.refusals: list[str] = []
         self._lock = threading.Lock()
-        self._holders: dict[object, object] = {}  # sessions, and the connection that each uses
+        # Sessions, and the connection that each has for its transaction; `None` for a statement.
+        self._holders: dict[object, object] = {}
         self._waiting: list[Future[None]] = []
 
     def holds(self, session: object) -> bool:
         """Tell whether a session has it."""
         return session in self._holders
 
-    def take(self, session: object, connection: Any, *, beside: bool = False) -> None:
+    def take(
+        self, session: object, connection: Any, *, beside: bool = False, brief: bool = False
+    ) -> None:
         """Wait for the turn: in a greenlet for an asynchronous connection, else in a thread.
 
         Args:
             session: whose it will be.
             connection: that the session is about to use.
             beside: for one statement, which may stand within a transaction of the same request.
+            brief: for one statement, for whose end those may wait that it has started.
         """
-        while (others := self._try(session, connection, beside)) is not None:
+        while (others := self._try(session, connection, beside, brief)) is not None:
             try:
                 if connection.asynchronous:
                     await_only(asyncio.wait_for(asyncio.wrap_future(others), _PATIENCE))
@@ -73,14 +77,16 @@ class Turn:
                     "does so on the event loop; or test with cloned(app)."
                 ) from None
 
-    def _try(self, session: object, connection: Any, beside: bool) -> Future[None] | None:
+    def _try(
+        self, session: object, connection: Any, beside: bool, brief: bool
+    ) -> Future[None] | None:
         with self._lock:
-            own = [used for each, used in self._holders.items() if in_flow(each)]
+            own = [used for each, used in self._holders.items() if used and in_flow(each)]
             if self._holders and not own and session not in self._holders:
                 self._waiting.append(Future())
                 return self._waiting[-1]
             if connection not in own or beside:
-                self._holders[session] = connection
+                self._holders[session] = None if beside or brief else connection
                 return None
         raise connection.refused(
             "a second session was to begin a transaction beside an open one of the same request "
@@ -89,9 +95,9 @@ class Turn:
         )
 
     @contextmanager
-    def lent(self, session: object, connection: object) -> Generator[None]:
+    def lent(self, session: object) -> Generator[None]:
         """Let a session of the test's end beside the one that has the turn."""
-        self._holders[session] = connection
+        self._holders[session] = None
         try:
             yield
         finally:

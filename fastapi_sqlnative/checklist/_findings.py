@@ -71,7 +71,8 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         _TIMEOUTS,
     ),
     "idle in transaction": (
-        "Set it in connect_args, or ALTER ROLE ... SET idle_in_transaction_session_timeout = '30s'.",
+        "Set it in connect_args, or ALTER ROLE ... SET idle_in_transaction_session_timeout = "
+        "'30s'.",
         _TIMEOUTS,
     ),
     "TLS": (

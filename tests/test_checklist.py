@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,30 +17,40 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from fastapi import FastAPI
-from sqlalchemy import (
-    Engine,
-    NullPool,
-    create_engine,
-    event,
-    make_url,
-    text,
-)
+from psycopg import sql
+from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative.checklist import Finding, check_databases, log_findings
 from fastapi_sqlnative.checklist._findings import FIXES, GUIDE
-from tests.mariadb_server import _unprivileged_account
-from tests.postgres_server import PostgresServer, _free_port, _surroundings
+from tests.conftest import find_pgbouncer
+from tests.postgres_server import (
+    Account,
+    PostgresServer,
+    _free_port,
+    _surroundings,
+    _unprivileged_account,
+)
 from tests.serving import KINDS, Kind, wait_until
 from tests.test_docs import anchors
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {
-    "statement_timeout": "5s",
-    "lock_timeout": "2s",
-    "idle_in_transaction_session_timeout": "30s",
-}
+ROLES = """
+CREATE ROLE shop LOGIN;
+ALTER ROLE shop SET statement_timeout = '5s';
+ALTER ROLE shop SET lock_timeout = '2s';
+ALTER ROLE shop SET idle_in_transaction_session_timeout = '30s';
+CREATE ROLE passing LOGIN BYPASSRLS;
+CREATE ROLE limited LOGIN CONNECTION LIMIT 10;
+CREATE ROLE readonly LOGIN;
+ALTER ROLE readonly SET default_transaction_read_only = on;
+CREATE ROLE owner LOGIN;
+CREATE TABLE tenant (id int);
+ALTER TABLE tenant ENABLE ROW LEVEL SECURITY;
+ALTER TABLE tenant OWNER TO owner;
+"""
+LIMITS = "-c statement_timeout=5s -c lock_timeout=2s -c idle_in_transaction_session_timeout=30s"
 DRIVERS = (*KINDS, Kind("psycopg2", "psycopg2", False))
 each_driver = pytest.mark.parametrize("kind", DRIVERS, ids=lambda kind: kind.id)
 
@@ -68,17 +77,7 @@ def server() -> Iterator[Badly]:
     """Start a server whose limits are for nobody else, with a role for each mistake."""
     with Badly(settings={"max_connections": "30", "superuser_reserved_connections": "3"}) as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
-            connection.execute("CREATE ROLE shop LOGIN")
-            for name, value in LIMITS.items():
-                connection.execute(f"ALTER ROLE shop SET {name} = '{value}'")
-            connection.execute("CREATE ROLE passing LOGIN BYPASSRLS")
-            connection.execute("CREATE ROLE limited LOGIN CONNECTION LIMIT 10")
-            connection.execute("CREATE ROLE readonly LOGIN")
-            connection.execute("ALTER ROLE readonly SET default_transaction_read_only = on")
-            connection.execute("CREATE ROLE owner LOGIN")
-            connection.execute("CREATE TABLE tenant (id int)")
-            connection.execute("ALTER TABLE tenant ENABLE ROW LEVEL SECURITY")
-            connection.execute("ALTER TABLE tenant OWNER TO owner")
+            connection.execute(ROLES)
             connection.execute("CREATE DATABASE second")
         yield server
 
@@ -149,9 +148,8 @@ def test_what_is_well_is_not_complained_about(kind: Kind, server: Badly) -> None
 
 def test_limits_of_the_connection_count(server: Badly) -> None:
     """A limit that the engine sends with each connection is as good as one of the role's."""
-    options = " ".join(f"-c {name}={value}" for name, value in LIMITS.items())
     url = url_of(server, "psycopg", "limited")
-    findings = check(create_async_engine(url, connect_args={"options": options}))
+    findings = check(create_async_engine(url, connect_args={"options": LIMITS}))
     assert not {"statement timeout", "lock timeout", "idle in transaction"} & set(
         warnings(findings)
     )
@@ -248,7 +246,7 @@ def test_a_pool_without_a_limit_is_named(server: Badly, options: dict[str, Any])
 @contextlib.contextmanager
 def pgbouncer(server: PostgresServer, folder: Path) -> Iterator[int]:
     """Put PgBouncer in transaction mode in front of a server, and give its port."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    program = find_pgbouncer()
     assert program is not None, "PgBouncer was not found: apt-get install pgbouncer"
     port = _free_port()
     configuration = folder / "pgbouncer.ini"
@@ -257,12 +255,11 @@ def pgbouncer(server: PostgresServer, folder: Path) -> Iterator[int]:
         f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         "pool_mode = transaction\nignore_startup_parameters = extra_float_digits\n"
     )
-    account = _unprivileged_account() if os.geteuid() == 0 else None
+    account = _unprivileged_account() if os.geteuid() == 0 else Account()
     # Opened here: it may not reach the folder by itself.
     with configuration.open() as opened, (folder / "log").open("wb") as log:
-        surroundings = {} if account is None else _surroundings(account)
         process = subprocess.Popen(
-            [program, "/dev/stdin"], stdin=opened, stdout=log, stderr=log, **surroundings
+            [program, "/dev/stdin"], stdin=opened, stdout=log, stderr=log, **_surroundings(account)
         )
 
         def listens() -> bool:
@@ -286,6 +283,7 @@ WITHOUT_PREPARED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pgbouncer
 def test_pgbouncer_is_found(server: Badly, tmp_path: Path) -> None:
     """PgBouncer in between shows, with what it takes; its clients are not the server's."""
     with pgbouncer(server, tmp_path) as port:
@@ -424,9 +422,11 @@ def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
 def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> None:
     """The lifespan does not run, pools stay as they are, and no connection is left."""
 
+    ran: list[FastAPI] = []
+
     @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        raise AssertionError("the lifespan runs")
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        ran.append(app)
         yield
 
     name = f"checked_{kind.id}"
@@ -436,8 +436,10 @@ def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> 
     install_database(app, engine=ready)
     install_database(app, name="made", engine=lambda: engine_for(kind, url))
     with psycopg.connect(server.url, autocommit=True) as connection:
-        connection.execute(f"ALTER ROLE shop SET application_name = '{name}'")
+        set_name = sql.SQL("ALTER ROLE shop SET application_name = {}")
+        connection.execute(set_name.format(sql.Literal(name)))
         findings = asyncio.run(check_databases(app))
+        assert not ran
         assert {each.database for each in findings} == {"default", "made", "default, made"}
         assert ready.pool.checkedin() == 0  # type: ignore[attr-defined] # it is a QueuePool
         query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"

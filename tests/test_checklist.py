@@ -5,10 +5,13 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from alembic import command
 from alembic.config import Config
 from fastapi import FastAPI
 from psycopg import sql
-from sqlalchemy import Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative.checklist import Finding, check_databases, log_findings
 from fastapi_sqlnative.checklist._findings import FIXES, GUIDE
 from tests.conftest import find_pgbouncer
+from tests.mariadb_server import _reachable_home
 from tests.postgres_server import (
     Account,
     PostgresServer,
@@ -87,7 +91,7 @@ def url_of(server: PostgresServer, driver: str, role: str = "shop", database: st
     return str(url.set(database=database or url.database))
 
 
-def engine_for(kind: Kind, url: str, **options: Any) -> Engine | AsyncEngine:
+def engine_for(kind: Kind, url: str | URL, **options: Any) -> Engine | AsyncEngine:
     return (create_async_engine if kind.asynchronous else create_engine)(url, **options)
 
 
@@ -243,38 +247,72 @@ def test_a_pool_without_a_limit_is_named(server: Badly, options: dict[str, Any])
 # --- what is in between, and what is behind -----------------------------------------------------
 
 
-@contextlib.contextmanager
-def pgbouncer(server: PostgresServer, folder: Path) -> Iterator[int]:
-    """Put PgBouncer in transaction mode in front of a server, and give its port."""
+# Of nobody, for db.example and 0.0.0.0, until 2126.
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgyjVgEjnWbEZ+3pnS
+lN/y8DCVID6/LdausmwSFMYpjxehRANCAAQEbBrVlWMqkOMFa9t03uDkJY+KZ9L4
++VIX9lZVtybXpHapYRvtY7orDQhdNICbP9v6Hdqj2VN+GCQCG7ryxu7G
+-----END PRIVATE KEY-----
+"""
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBnjCCAUSgAwIBAgIUKJIMDKVLchtK35DsNE2pV71GAR4wCgYIKoZIzj0EAwIw
+FTETMBEGA1UEAwwKZGIuZXhhbXBsZTAgFw0yNjExMjYxMzI3MzlaGA8yMTI2MTEw
+MjEzMjczOVowFTETMBEGA1UEAwwKZGIuZXhhbXBsZTBZMBMGByqGSM49AgEGCCqG
+SM49AwEHA0IABARsGtWVYyqQ4wVr23Te4OQlj4pn0vj5Uhf2VlW3JtekdqlhG+1j
+uisNCF00gJs/2/od2qPZU34YJAIbuvLG7sajcDBuMB0GA1UdDgQWBBQWusWoOIu9
+ghSlSvBpY72jprl0VjAfBgNVHSMEGDAWgBQWusWoOIu9ghSlSvBpY72jprl0VjAP
+BgNVHRMBAf8EBTADAQH/MBsGA1UdEQQUMBKCCmRiLmV4YW1wbGWHBAAAAAAwCgYI
+KoZIzj0EAwIDSAAwRQIgZ9MfHX4033jBBoc8hNaneRYU1ddcZg/3W0xYE4jbFwQC
+IQDzcGFDaUtQCB/pxro0DROVtFmtqLt0eVjT1i9oo5l78g==
+-----END CERTIFICATE-----
+"""
+
+
+@dataclass(frozen=True)
+class PgBouncer:
+    """PgBouncer at work: its port, and the certificate that it shows."""
+
+    port: int
+    certificate: str
+
+
+@pytest.fixture(scope="module")
+def pgbouncer(server: Badly) -> Iterator[PgBouncer]:
+    """Put PgBouncer in front of the server, in transaction mode and with TLS."""
     program = find_pgbouncer()
     assert program is not None, "PgBouncer was not found: apt-get install pgbouncer"
-    port = _free_port()
-    configuration = folder / "pgbouncer.ini"
-    configuration.write_text(
+    account = _unprivileged_account() if os.geteuid() == 0 else Account()
+    home, port = _reachable_home(account), _free_port()
+    for name, content in {"key": KEY, "certificate": CERTIFICATE}.items():
+        (home / name).write_text(content)
+    (home / "ini").write_text(
         f"[databases]\n* = host=127.0.0.1 port={server.port} user=shop\n[pgbouncer]\n"
         f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         "pool_mode = transaction\nignore_startup_parameters = extra_float_digits\n"
+        f"client_tls_sslmode = allow\nclient_tls_cert_file = {home / 'certificate'}\n"
+        f"client_tls_key_file = {home / 'key'}\n"
     )
-    account = _unprivileged_account() if os.geteuid() == 0 else Account()
-    # Opened here: it may not reach the folder by itself.
-    with configuration.open() as opened, (folder / "log").open("wb") as log:
+    with (home / "log").open("wb") as log:
         process = subprocess.Popen(
-            [program, "/dev/stdin"], stdin=opened, stdout=log, stderr=log, **_surroundings(account)
+            [program, home / "ini"], stdout=log, stderr=log, **_surroundings(account)
         )
 
-        def listens() -> bool:
-            assert process.poll() is None, (folder / "log").read_text()
-            with contextlib.suppress(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                return True
-            return False
+    def listens() -> bool:
+        assert process.poll() is None, (home / "log").read_text()
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+        return False
 
-        try:
-            wait_until(listens)
-            yield port
-        finally:
-            process.kill()
-            process.wait()
+    try:
+        wait_until(listens)
+        yield PgBouncer(port, str(home / "certificate"))
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(home)
 
 
 WITHOUT_PREPARED: dict[str, dict[str, Any]] = {
@@ -284,18 +322,53 @@ WITHOUT_PREPARED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.pgbouncer
-def test_pgbouncer_is_found(server: Badly, tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", WITHOUT_PREPARED)
+def test_pgbouncer_is_found(server: Badly, pgbouncer: PgBouncer, driver: str) -> None:
     """PgBouncer in between shows, with what it takes; its clients are not the server's."""
-    with pgbouncer(server, tmp_path) as port:
-        for driver, arguments in WITHOUT_PREPARED.items():
-            url = make_url(url_of(server, driver)).set(port=port)
-            findings = check(create_async_engine(url))
-            assert row(findings, "pooler") == ("warning", "in between, and statements are prepared")
-            assert "connections" not in {each.subject for each in findings}
-            findings = check(create_async_engine(url, connect_args=arguments))
-            assert row(findings, "pooler") == ("ok", "in between, and no statements are prepared")
-        findings = check(create_engine(make_url(url_of(server, "psycopg2")).set(port=port)))
-        assert row(findings, "pooler")[0] == "ok"
+    url = make_url(url_of(server, driver)).set(port=pgbouncer.port)
+    findings = check(create_async_engine(url))
+    assert row(findings, "pooler") == ("warning", "in between, and statements are prepared")
+    assert "connections" not in {each.subject for each in findings}
+    findings = check(create_async_engine(url, connect_args=WITHOUT_PREPARED[driver]))
+    assert row(findings, "pooler") == ("ok", "in between, and no statements are prepared")
+    # psycopg2 prepares none.
+    findings = check(create_engine(url.set(drivername="postgresql+psycopg2")))
+    assert row(findings, "pooler")[0] == "ok"
+
+
+ANYBODY = "any server is believed"
+OF_LIBPQ = {"host": "db.example", "hostaddr": "127.0.0.1"}
+
+
+@pytest.mark.pgbouncer
+@pytest.mark.parametrize(
+    ("driver", "arguments", "expected"),
+    [
+        ("psycopg", OF_LIBPQ | {"sslmode": "disable"}, "off"),
+        ("psycopg", OF_LIBPQ, f"on, and {ANYBODY}"),
+        ("psycopg", OF_LIBPQ | {"sslmode": "verify-full"}, "on"),
+        ("psycopg2", OF_LIBPQ | {"sslmode": "verify-ca"}, f"on, and {ANYBODY}"),
+        ("psycopg2", OF_LIBPQ | {"sslmode": "verify-full"}, "on"),
+        ("asyncpg", {"host": "0.0.0.0"}, ANYBODY),
+        ("asyncpg", {"host": "0.0.0.0", "ssl": "believing"}, ANYBODY),
+        ("asyncpg", {"host": "0.0.0.0", "ssl": "verifying"}, "on"),
+    ],
+    ids=str,
+)
+def test_a_server_that_nobody_verifies_is_found(
+    server: Badly, pgbouncer: PgBouncer, driver: str, arguments: dict[str, Any], expected: str
+) -> None:
+    """A connection that is encrypted is well only where the server's name is verified."""
+    if str(arguments.get("sslmode")).startswith("verify"):
+        arguments = arguments | {"sslrootcert": pgbouncer.certificate}
+    if "ssl" in arguments:
+        context = ssl.create_default_context(cafile=pgbouncer.certificate)
+        context.check_hostname = arguments["ssl"] == "verifying"
+        arguments = arguments | {"ssl": context}
+    url = make_url(url_of(server, driver)).set(port=pgbouncer.port)
+    kind = Kind(driver, driver, driver != "psycopg2")
+    found = row(check(engine_for(kind, url, connect_args=arguments)), "TLS")
+    assert found == ("ok" if expected == "on" else "warning", expected)
 
 
 def test_a_standby_is_found() -> None:

@@ -92,8 +92,8 @@ def _transactions(asked: Asked) -> Answer:
 
 def _tls(asked: Asked) -> Answer:
     encrypted = connections.encrypts(asked.connection)
-    if encrypted is None:  # asyncpg: the server knows
-        encrypted = asked.value("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()") is True
+    if encrypted is None and not pooler_in_between(asked):
+        encrypted = bool(asked.value("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"))
     return _judge_tls(asked, encrypted)
 
 
@@ -102,14 +102,14 @@ def _mysql_tls(asked: Asked) -> Answer:
     return _judge_tls(asked, bool(row[1]))
 
 
-def _judge_tls(asked: Asked, encrypted: bool) -> Answer:
+def _judge_tls(asked: Asked, encrypted: bool | None) -> Answer:
     hosts = str(asked.parameters.get("host") or "/").split(",")
     if all(host.startswith(_LOCAL) for host in hosts):
         return Answer("not needed, the server is on this machine", fine=True)
-    if not encrypted:
-        return Answer("off", fine=False)
-    verified = connections.verifies_server(asked.parameters)
-    return Answer("on" if verified else "on, and any server is believed", verified)
+    if connections.verifies_server(asked.parameters):
+        return Answer("on", fine=True)
+    believing = "on, and any server is believed" if encrypted else "any server is believed"
+    return Answer("off" if encrypted is False else believing, fine=False)
 
 
 def pooler_in_between(asked: Asked) -> bool:

@@ -25,7 +25,7 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,13 +62,18 @@ types: .venv/ready-lint ## check types: mypy --strict and pyright
 
 benchmark: .venv/ready ## compare with the hand-written pattern
 	@$(RUN) -m tests.benchmark
+	@$(RUN) -m tests.import_time
 
-build: .venv/ready-lint ## build the wheel and look into it
+build: .venv/ready-lint ## build the wheel and the sdist, and look into the wheel
 	@rm -rf dist
-	@$(RUN) -m hatchling build --target wheel
-	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >dist/contents
-	@grep -qx fastapi_sqlnative/py.typed dist/contents
-	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' dist/contents
+	@$(RUN) -m hatchling build
+	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >.venv/wheel
+	@grep -qx fastapi_sqlnative/py.typed .venv/wheel
+	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' .venv/wheel
+
+# From the network: each environment is empty at first. In CONTRIBUTING.md: how a release is made.
+release-check: build ## try what was built in empty environments, before a release
+	@$(RUN) -m tests.release dist
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true

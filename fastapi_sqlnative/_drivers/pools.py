@@ -80,6 +80,12 @@ def pool_capacity(pool: Pool) -> int | None:
     return None if size is None or overflow is None or size == 0 else size + overflow
 
 
+def pre_pings(pool: Pool) -> bool | None:
+    """Tell whether a pool asks its connections before it hands them out."""
+    # Private, because SQLAlchemy tells it nowhere else. Without it nothing is said.
+    return getattr(pool, "_pre_ping", None)
+
+
 def pool_timeout(pool: Pool) -> float:
     """Return the seconds that a pool lets its callers wait; SQLAlchemy's default if unknown."""
     ask: Callable[[], float] | None = getattr(pool, "timeout", None)

@@ -244,27 +244,32 @@ def check_with(app: FastAPI, settings: object, url: str = ADDRESS) -> bool:
     raise NotImplementedError
 
 
+# The mistakes are those that a type checker would find.
+install: Any = install_database
+sync: Any = Database
+asynchronous: Any = AsyncDatabase
+block: Any = http_errors
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
-        lambda: install_database(FastAPI(), engine=ADDRESS),  # type: ignore[arg-type]
-        lambda: install_database(FastAPI(), engine=make_url(ADDRESS)),  # type: ignore[arg-type]
-        lambda: install_database(FastAPI(), engine=build_with),  # type: ignore[arg-type]
-        lambda: install_database(
+        lambda: install(FastAPI(), engine=ADDRESS),
+        lambda: install(FastAPI(), engine=make_url(ADDRESS)),
+        lambda: install(FastAPI(), engine=build_with),
+        lambda: install(
             FastAPI(),
             engine=functools.partial(build_with, url=ADDRESS),
         ),
-        lambda: install_database(
+        lambda: install(
             FastAPI(),
             engine=create_engine(ADDRESS),
-            shutdown=build_with,  # type: ignore[arg-type]
+            shutdown=build_with,
         ),
-        lambda: Database(ADDRESS),  # type: ignore[arg-type]
-        lambda: AsyncDatabase(create_engine(ADDRESS)),  # type: ignore[arg-type]
-        lambda: http_errors(ADDRESS),  # type: ignore[call-overload]
-        lambda: http_errors(
-            create_engine(ADDRESS.replace(f":{CANARY}", "") + f"?password={CANARY}")
-        ),  # type: ignore[call-overload]
+        lambda: sync(ADDRESS),
+        lambda: asynchronous(create_engine(ADDRESS)),
+        lambda: block(ADDRESS),
+        lambda: block(create_engine(ADDRESS.replace(f":{CANARY}", "") + f"?password={CANARY}")),
         lambda: health_router(checks={"x": functools.partial(check_with, url=ADDRESS)}),
         lambda: health_router(
             checks={"x": ReadinessCheck(functools.partial(check_with, url=ADDRESS))}

@@ -17,7 +17,7 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
+.PHONY: help env test test-lowest test-ha test-docker lint types audit benchmark build check demo example constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,7 +63,20 @@ build: .venv/ready-lint ## build the wheel and look into it
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
-check: lint types test test-lowest benchmark build ## run everything CI runs
+check: lint types audit test test-lowest benchmark build ## run everything CI runs
+
+# More databases than one, from Debian's packages; where one is missing it fails.
+test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)
+	@tests/ha/install postgresql pgbouncer patroni etcd-server
+	@$(RUN) -m pytest tests/ha $(ARGS)
+	@$(MAKE) test-docker
+
+test-docker: .venv/ready ## run tests on PostgreSQL in a container (Debian, root)
+	@tests/ha/install postgresql docker.io iptables
+	@$(RUN) -m tests.ha.docker $(ARGS)
+
+audit: .venv/ready-lint ## ask for known vulnerabilities of the pinned versions
+	@$(RUN) -m tests.audit
 
 demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
 	@$(RUN) -m examples showcase

@@ -28,20 +28,20 @@ class Service(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    server: Service
-
     def do_POST(self) -> None:
+        service = self.server
+        assert isinstance(service, Service)
         query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = query["package"]["name"]
-        self.server.asked.add(name)
-        found = self.server.vulnerable.get(name)
+        service.asked.add(name)
+        found = service.vulnerable.get(name)
         body = json.dumps({"vulns": [found]} if found else {}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Print nothing."""
 
 

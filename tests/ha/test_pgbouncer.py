@@ -262,11 +262,11 @@ def clients_waiting(bouncer: PgBouncer, postgres: WorkerPostgres) -> int:
     return sum(int(str(each[3])) for each in pools if each[0] == database_of(postgres))
 
 
-@pytest.mark.timeout(300)
 # It tells the server's backends apart by the pid that libpq knows, and PgBouncer makes one up.
 BY_PID = "examples/showcase/test_showcase.py::test_the_user_is_read_in_the_transaction"
 
 
+@pytest.mark.timeout(300)
 def test_the_showcase_passes_through_it(bouncer: PgBouncer, pytestconfig: pytest.Config) -> None:
     """The showcase's own tests pass through PgBouncer, with nothing but its settings added."""
     passed = subprocess.run(

@@ -111,6 +111,14 @@ def configure(server: PostgresServer, setting: str, value: str) -> None:
 def copy(primary: PostgresServer, folder: Path, binaries: Path) -> None:
     """Copy a running server into `data`, as the standby's beginning."""
     port = make_url(primary.url).port
-    command = [binaries / "pg_basebackup", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres"]
+    command: list[str | Path] = [
+        binaries / "pg_basebackup",
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-U",
+        "postgres",
+    ]
     command += ["-D", folder / "data", "-R", "-X", "stream", "-c", "fast", "--no-sync"]
     subprocess.run(command, check=True, **_surroundings(primary._account))

@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 from sqlalchemy import URL, make_url
@@ -81,6 +82,6 @@ def pgbouncer(
         settings["auth_file"] = str(place.write("users.txt", "\n".join(users) + "\n"))
         lines += [f"{name} = {value}" for name, value in settings.items()]
         configuration = place.write("pgbouncer.ini", "\n".join(lines) + "\n")
-        command = [program("pgbouncer", "pgbouncer"), configuration]
+        command: list[str | Path] = [program("pgbouncer", "pgbouncer"), configuration]
         with running(place, command, answers):
             yield found

@@ -13,7 +13,7 @@ import pytest
 from tests.audit import audit
 
 TODAY = date(2026, 11, 26)
-FOUND = {
+FOUND: dict[str, Any] = {
     "id": "GHSA-test-test-test",
     "summary": "It is only for a test.",
     "affected": [{"package": {"ecosystem": "PyPI", "name": "fastapi"}}],

@@ -102,7 +102,7 @@ def replicated(kind: Kind, pair: Replication, policy: Any) -> FastAPI:
         kind,
         "/write-to-replica",
         transactional("replica"),
-        lambda session: session.execute(insert) and None,
+        lambda session: session.execute(insert).close(),
     )
     return app
 

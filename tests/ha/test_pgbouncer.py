@@ -151,12 +151,14 @@ def test_parameters_at_the_start_are_refused(
     bouncer: PgBouncer, postgres: WorkerPostgres, how: str
 ) -> None:
     """`options` and `server_settings` do not get through, with an error that names them."""
+    driver: str
+    given: dict[str, Any]
     driver, given = {
         "options": ("psycopg", {"options": "-c statement_timeout=1s"}),
         "server_settings": ("asyncpg", {"server_settings": {"statement_timeout": "1s"}}),
     }[how]
     engine = engine_through(
-        bouncer, Kind(driver, driver, True), postgres, connect_args=SETTINGS[driver] | given
+        bouncer, Kind(driver, driver, True), postgres, connect_args={**SETTINGS[driver], **given}
     )
     assert isinstance(engine, AsyncEngine)
     name = "options" if how == "options" else "statement_timeout"

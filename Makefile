@@ -72,7 +72,7 @@ test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (De
 	@$(MAKE) test-docker
 
 test-docker: .venv/ready ## run tests on PostgreSQL in a container (Debian, root)
-	@tests/ha/install postgresql docker.io iptables
+	@tests/ha/install postgresql docker.io iptables iproute2
 	@$(RUN) -m tests.ha.docker $(ARGS)
 
 audit: .venv/ready-lint ## ask for known vulnerabilities of the pinned versions

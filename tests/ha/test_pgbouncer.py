@@ -151,12 +151,12 @@ def test_parameters_at_the_start_are_refused(
     bouncer: PgBouncer, postgres: WorkerPostgres, how: str
 ) -> None:
     """`options` and `server_settings` do not get through, with an error that names them."""
-    driver: str
-    given: dict[str, Any]
-    driver, given = {
+    setting = {"statement_timeout": "1s"}
+    drivers: dict[str, tuple[str, dict[str, Any]]] = {
         "options": ("psycopg", {"options": "-c statement_timeout=1s"}),
-        "server_settings": ("asyncpg", {"server_settings": {"statement_timeout": "1s"}}),
-    }[how]
+        "server_settings": ("asyncpg", {"server_settings": setting}),
+    }
+    driver, given = drivers[how]
     engine = engine_through(
         bouncer, Kind(driver, driver, True), postgres, connect_args={**SETTINGS[driver], **given}
     )

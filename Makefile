@@ -25,7 +25,7 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,7 +78,20 @@ release-check: build ## try what was built in empty environments, before a relea
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
 check: DRIVERS := all
-check: lint types test test-lowest benchmark build ## run everything CI runs
+check: lint types audit test test-lowest benchmark build ## run everything CI runs
+
+# More databases than one, from Debian's packages; where one is missing it fails.
+test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)
+	@tests/ha/install postgresql pgbouncer patroni etcd-server
+	@$(RUN) -m pytest tests/ha $(ARGS)
+	@$(MAKE) test-docker
+
+test-docker: .venv/ready ## run tests on PostgreSQL in a container (Debian, root)
+	@tests/ha/install postgresql docker.io iptables iproute2
+	@$(RUN) -m tests.ha.docker $(ARGS)
+
+audit: .venv/ready-lint ## ask for known vulnerabilities of the pinned versions
+	@$(RUN) -m tests.audit
 
 demo: .venv/ready-demo ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
 	@$(RUN) -m examples showcase

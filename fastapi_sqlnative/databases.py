@@ -54,7 +54,8 @@ class _Database(Generic[EngineT]):
         )
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {self.engine!r}>"
+        # Not the engine's own: SQLAlchemy prints a password that stands in the URL's query.
+        return f"<{type(self).__name__} {self.name!r} {self.engine.url.drivername}>"
 
     def pool_status(self) -> PoolStatus:
         """Look into the connection pool, and who has its connections; touches no database."""

@@ -13,6 +13,7 @@ from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError
+from .functions import signature_of
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 from .startup import make_handle, started
 
@@ -135,7 +136,7 @@ def _takes_nothing(function: object) -> bool:
 def _shown(value: object) -> str:
     if not callable(value):
         return type(value).__name__
-    return f"{getattr(value, '__qualname__', type(value).__name__)}{inspect.signature(value)}"
+    return signature_of(value)
 
 
 def _wrap_lifespan(app: Starlette) -> None:

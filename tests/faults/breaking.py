@@ -1,0 +1,263 @@
+"""What is broken, and how it is repaired: each fault is a context manager around the broken time.
+
+A fault is handed the stage: everything that it can break.
+"""
+
+import contextlib
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from anyio.from_thread import BlockingPortal
+
+from tests.faults.audit import vanish
+from tests.faults.processes import Deployed, PgBouncer
+from tests.postgres_server import PostgresServer
+from tests.proxy import Fault, Proxy
+
+EVERY = 0.3  # seconds between the blows of a fault that strikes again and again
+DATABASE, ROLE, TABLESPACE = "faults", "app", "small"
+TABLESPACE_SIZE = 2**24  # bytes
+OF_THE_APPLICATION = f"usename = '{ROLE}'"
+
+
+@dataclass
+class Cluster:
+    """The server, its database, and a disk of its own that is small enough to be filled."""
+
+    server: PostgresServer
+    disk: Path | None
+
+    @property
+    def admin(self) -> str:
+        """Return the address for a superuser."""
+        return f"postgresql://postgres@127.0.0.1:{self.server.port}/{DATABASE}"
+
+    def execute(self, statement: str, *parameters: Any) -> list[Any]:
+        """Run one statement as a superuser, on a connection of its own."""
+        with psycopg.connect(self.admin, autocommit=True) as connection:
+            cursor = connection.execute(statement, parameters)  # type: ignore[arg-type] # our text
+            return cursor.fetchall() if cursor.description else []
+
+
+@dataclass
+class Stage:
+    """All that a fault can break."""
+
+    cluster: Cluster
+    proxy: Proxy
+    bouncer: PgBouncer | None
+    deployed: Deployed
+    portal: BlockingPortal
+
+
+Break = Callable[[Stage], AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def repeating(strike: Callable[[], Any]) -> Iterator[None]:
+    """Strike again and again, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def strike_until_it_ends() -> None:
+        while True:
+            strike()
+            if ended.wait(EVERY):
+                return
+
+    thread = threading.Thread(target=strike_until_it_ends)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+# -- the server ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def kill_server(stage: Stage) -> Iterator[None]:
+    stage.cluster.server.kill()
+    yield
+    stage.cluster.server.start()
+
+
+@contextlib.contextmanager
+def stop_server(stage: Stage) -> Iterator[None]:
+    stage.cluster.server.stop()
+    yield
+    stage.cluster.server.start()
+
+
+@contextlib.contextmanager
+def freeze_server(stage: Stage) -> Iterator[None]:
+    stage.cluster.server.freeze()
+    yield
+    stage.cluster.server.thaw()
+
+
+@contextlib.contextmanager
+def fill_server(stage: Stage) -> Iterator[None]:
+    """Take every connection that an ordinary role may have, those of the application too."""
+    address = stage.cluster.admin.replace("postgres@", f"{ROLE}@")
+    address += "?application_name=crowd"
+    with contextlib.ExitStack() as crowd, psycopg.connect(stage.cluster.admin) as admin:
+        admin.autocommit = True
+        while True:
+            with contextlib.suppress(psycopg.OperationalError):
+                while True:
+                    crowd.enter_context(contextlib.closing(psycopg.connect(address)))
+            if not admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                f" WHERE {OF_THE_APPLICATION} AND application_name <> 'crowd'"
+            ).fetchall():
+                break
+        yield
+
+
+@contextlib.contextmanager
+def refuse_writes(stage: Stage) -> Iterator[None]:
+    for statement in (
+        "ALTER SYSTEM SET default_transaction_read_only = on",
+        "SELECT pg_reload_conf()",
+    ):
+        stage.cluster.execute(statement)
+    yield
+    for statement in (
+        "ALTER SYSTEM RESET default_transaction_read_only",
+        "SELECT pg_reload_conf()",
+    ):
+        stage.cluster.execute(statement)
+
+
+@contextlib.contextmanager
+def terminate_backends(stage: Stage) -> Iterator[None]:
+    ending = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
+    with repeating(lambda: stage.cluster.execute(ending)):
+        yield
+
+
+@contextlib.contextmanager
+def fill_disk(stage: Stage) -> Iterator[None]:
+    """Fill the disk of the table, and the room that is left in the table's own file."""
+    assert stage.cluster.disk is not None
+    ballast = stage.cluster.disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 4096):
+            pass
+    yield
+    ballast.unlink()
+
+
+@contextlib.contextmanager
+def mounted_disk(folder: Path, owner: int) -> Iterator[Path]:
+    """Mount a small file system for one tablespace; only root may."""
+    folder.mkdir()
+    options = f"size={TABLESPACE_SIZE},uid={owner},mode=700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+# -- the network -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _faulty(stage: Stage, fault: Fault) -> Iterator[None]:
+    stage.proxy.go_on.clear()
+    stage.proxy.fault = fault
+    yield
+    stage.proxy.fault = Fault.NONE
+    stage.proxy.go_on.set()
+
+
+@contextlib.contextmanager
+def reset_connections(stage: Stage) -> Iterator[None]:
+    with repeating(stage.proxy.reset):
+        yield
+
+
+@contextlib.contextmanager
+def refuse_connections(stage: Stage) -> Iterator[None]:
+    with _faulty(stage, Fault.REFUSED):
+        stage.proxy.reset()
+        yield
+
+
+def stall_network(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.FROZEN)
+
+
+def slow_network(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.SLOW)
+
+
+@contextlib.contextmanager
+def swallow_packets(stage: Stage) -> Iterator[None]:
+    """Lose everything, as a firewall does that has forgotten its connections, then reset them."""
+    with _faulty(stage, Fault.SWALLOWED):
+        yield
+        stage.proxy.reset()
+
+
+def drop_commits(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.DROPPED)
+
+
+def lose_answers_to_commits(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.ANSWER_LOST)
+
+
+@contextlib.contextmanager
+def kill_pgbouncer(stage: Stage) -> Iterator[None]:
+    assert stage.bouncer is not None
+    stage.bouncer.kill()
+    yield
+    stage.bouncer.start()
+
+
+# -- clients and workers ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def clients_vanish(stage: Stage) -> Iterator[None]:
+    """Have twenty clients hang up in the middle of a write, at moments that differ."""
+    chance = random.Random(13)  # noqa: S311 - the same moments in every run
+
+    def strike() -> None:
+        now = time.monotonic_ns()
+        for number in range(20):
+            stage.portal.start_task_soon(
+                vanish, stage.deployed.port, f"vanishing-{now}-{number}", chance.random() * 0.3
+            )
+
+    with repeating(strike):
+        yield
+
+
+@contextlib.contextmanager
+def kill_worker(stage: Stage) -> Iterator[None]:
+    """Kill one of the workers; whoever started it starts another."""
+    worker = min(stage.deployed.pools())
+    subprocess.run(["kill", "-KILL", str(worker)], check=True)
+    yield
+
+
+@contextlib.contextmanager
+def stop_application(stage: Stage) -> Iterator[None]:
+    """Tell the application to end."""
+    stage.deployed.process.send_signal(signal.SIGTERM)
+    stage.deployed.ends()
+    yield

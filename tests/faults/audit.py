@@ -28,13 +28,15 @@ class State(Enum):
 
 @dataclass
 class Entry:
-    """A write in the ledger. Times are seconds of `time.monotonic`."""
+    """A request in the ledger. Times are seconds of `time.monotonic`."""
 
     name: str
-    sent: float
+    method: str
+    path: str
+    sent: float = 0.0
     answered: float = 0.0
     status: int = 0  # 0 is no answer
-    detail: str = ""
+    answer: Any = None
 
     @property
     def state(self) -> State:
@@ -47,6 +49,14 @@ class Entry:
     def seconds(self) -> float:
         """Return how long the client has waited."""
         return self.answered - self.sent
+
+    @property
+    def said(self) -> str:
+        """Return the status and, of an error, its words."""
+        if self.state is State.ACKNOWLEDGED:
+            return str(self.status)
+        detail = self.answer.get("detail") if isinstance(self.answer, dict) else self.answer
+        return f"{self.status} {detail}" if self.status else "no answer"
 
 
 async def ask(port: int, method: str, path: str) -> tuple[int, Any]:
@@ -88,15 +98,18 @@ class Load:
             for client in clients:
                 client.result()
 
+    def next_entry(self, number: int) -> Entry:
+        """Choose what is written next."""
+        name = f"entry-{number}"
+        return Entry(name, "POST", f"/{next(self._ways)}/{name}")
+
     async def _write_for_ever(self) -> None:
         while not self._ending:
-            entry = Entry(f"entry-{next(self._numbers)}", time.monotonic())
-            path = f"/{next(self._ways)}/{entry.name}"
+            entry = self.next_entry(next(self._numbers))
             self.ledger.append(entry)
-            entry.status, answer = await ask(self.port, "POST", path)
+            entry.sent = time.monotonic()
+            entry.status, entry.answer = await ask(self.port, entry.method, entry.path)
             entry.answered = time.monotonic()
-            detail = answer.get("detail") if isinstance(answer, dict) else answer
-            entry.detail = str(detail or "")
             await asyncio.sleep(PAUSE)
 
     def failures(self, since: float) -> list[Entry]:

@@ -4,6 +4,7 @@ A fault is handed the stage: everything that it can break.
 """
 
 import contextlib
+import itertools
 import random
 import signal
 import subprocess
@@ -44,7 +45,7 @@ class Cluster:
     def execute(self, statement: str, *parameters: Any) -> list[Any]:
         """Run one statement as a superuser, on a connection of its own."""
         with psycopg.connect(self.admin, autocommit=True) as connection:
-            cursor = connection.execute(statement, parameters)  # type: ignore[arg-type] # our text
+            cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
 
 
@@ -142,9 +143,14 @@ def refuse_writes(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminate_backends(stage: Stage) -> Iterator[None]:
-    ending = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
-    with repeating(lambda: stage.cluster.execute(ending)):
+    with repeating(lambda: _terminate(stage)):
         yield
+
+
+def _terminate(stage: Stage) -> None:
+    stage.cluster.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
+    )
 
 
 @contextlib.contextmanager
@@ -221,6 +227,20 @@ def lose_answers_to_commits(stage: Stage) -> AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
+def lose_some(stage: Stage) -> Iterator[None]:
+    """Terminate backends, and lose the answers to COMMIT for a third of the time."""
+    kinds = itertools.cycle((Fault.ANSWER_LOST, Fault.NONE, Fault.NONE))
+
+    def strike() -> None:
+        stage.proxy.fault = next(kinds)
+        _terminate(stage)
+
+    with repeating(strike):
+        yield
+    stage.proxy.fault = Fault.NONE
+
+
+@contextlib.contextmanager
 def kill_pgbouncer(stage: Stage) -> Iterator[None]:
     assert stage.bouncer is not None
     stage.bouncer.kill()
@@ -234,7 +254,7 @@ def kill_pgbouncer(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def clients_vanish(stage: Stage) -> Iterator[None]:
     """Have twenty clients hang up in the middle of a write, at moments that differ."""
-    chance = random.Random(13)  # noqa: S311 - the same moments in every run
+    chance = random.Random(13)
 
     def strike() -> None:
         now = time.monotonic_ns()

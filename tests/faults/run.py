@@ -6,17 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from anyio.from_thread import start_blocking_portal
 
+from tests.faults import registers
 from tests.faults.audit import Load, Prober, State
 from tests.faults.breaking import DATABASE, OF_THE_APPLICATION, ROLE, Cluster, Stage
-from tests.faults.processes import Deployed, PgBouncer, deployed
+from tests.faults.processes import PgBouncer, deployed
+from tests.faults.registers import RegisterLoad
 from tests.faults.scenarios import Scenario
 from tests.proxy import Proxy
 from tests.serving import KINDS
 
+WAYS = ("transactional", "own-commit", "handle")
 CALM = 0.7  # seconds of load before the fault
 CLIENTS = 8
 GIVE_UP = 15.0  # seconds in which an application has to recover by itself
@@ -33,6 +35,7 @@ class Finding:
         lost: writes that were acknowledged and are not stored.
         lies: writes that were refused and are stored.
         unknown_stored: writes of unknown outcome that are stored.
+        inconsistent: registers whose history no order of operations explains.
         leaks: what was still in use when nobody used anything.
         recovery: from the repair to the last failure, or None where it was not to recover.
         noticed, back: from the fault, and from its repair, to readiness that says so.
@@ -45,7 +48,7 @@ class Finding:
     driver: str
     server: str
     path: str
-    writes: int = 0
+    requests: int = 0
     acknowledged: int = 0
     refused: int = 0
     unknown: int = 0
@@ -53,6 +56,7 @@ class Finding:
     statuses: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     lies: list[str] = field(default_factory=list)
+    inconsistent: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     recovery: float | None = None
     slowest_error: float = 0.0
@@ -75,7 +79,9 @@ class Run:
     def perform(self, cluster: Cluster, folder: Path, certificate: Path) -> Finding:
         """Break, repair, and audit."""
         found = Finding(self.scenario.name, self.driver, self.server, self.scenario.path)
-        cluster.execute("TRUNCATE entry")
+        cluster.execute("TRUNCATE entry, register")
+        for name in registers.NAMES:
+            cluster.execute("INSERT INTO register VALUES (%s, %s)", name, registers.INITIAL)
         with self._stage(cluster, folder, certificate) as stage:
             load = self._break(stage, found)
             _audit(load, cluster, found)
@@ -103,12 +109,15 @@ class Run:
             environment["DATABASE_URL"] = (
                 f"postgresql+{driver}://{ROLE}@127.0.0.1:{port}/{DATABASE}"
             )
-            served = stack.enter_context(deployed(self.server, folder / "application.log", environment))
+            served = stack.enter_context(
+                deployed(self.server, folder / "application.log", environment)
+            )
             portal = stack.enter_context(start_blocking_portal())
             yield Stage(cluster, proxy, bouncer, served, portal)
 
     def _break(self, stage: Stage, found: Finding) -> Load:
-        load = Load(stage.deployed.port, self.scenario.ways, CLIENTS)
+        port, level = stage.deployed.port, self.scenario.level
+        load = RegisterLoad(port, level, CLIENTS) if level else Load(port, WAYS, CLIENTS)
         prober = Prober(stage.deployed.port)
         with prober.asking(stage.portal), load.writing(stage.portal):
             time.sleep(CALM)
@@ -163,18 +172,23 @@ def _judge(
 
 def _audit(load: Load, cluster: Cluster, found: Finding) -> None:
     """Compare the ledger with what is stored."""
-    stored = {name for (name,) in cluster.execute("SELECT name FROM entry")}
-    by_state: dict[State, list[str]] = {state: [] for state in State}
-    for each in load.ledger:
-        by_state[each.state].append(each.name)
-    found.writes = len(load.ledger)
-    found.acknowledged, found.refused, found.unknown = (len(by_state[state]) for state in State)
-    found.lost = sorted(set(by_state[State.ACKNOWLEDGED]) - stored)
-    found.lies = sorted(set(by_state[State.REFUSED]) & stored)
-    found.unknown_stored = len(set(by_state[State.UNKNOWN]) & stored)
-    found.statuses = dict(Counter(f"{each.status} {each.detail}".strip() for each in load.ledger))
+    by_state: dict[State, set[str]] = {
+        state: {each.name for each in load.ledger if each.state is state} for state in State
+    }
+    states = Counter(each.state for each in load.ledger)
+    found.requests = len(load.ledger)
+    found.acknowledged, found.refused, found.unknown = (states[state] for state in State)
+    found.statuses = dict(Counter(each.said for each in load.ledger))
     errors = [each.seconds for each in load.ledger if each.status >= 400]
     found.slowest_error = max(errors, default=0.0)
+    if isinstance(load, RegisterLoad):
+        values = dict(cluster.execute("SELECT name, value FROM register"))
+        found.inconsistent = load.inconsistent(values, time.monotonic())
+        return
+    stored = {name for (name,) in cluster.execute("SELECT name FROM entry")}
+    found.lost = sorted(by_state[State.ACKNOWLEDGED] - stored)
+    found.lies = sorted(by_state[State.REFUSED] & stored)
+    found.unknown_stored = len(by_state[State.UNKNOWN] & stored)
 
 
 def _leaks(stage: Stage, *, ends: bool) -> list[str]:
@@ -208,12 +222,17 @@ def _in_use(stage: Stage, *, ends: bool) -> list[str]:
 
 def _broken(found: Finding) -> list[str]:
     """Say which promises were not kept."""
-    unmapped = [each for each in found.statuses if each in ("500 Internal Server Error",)]
+    unmapped = [each for each in found.statuses if each.startswith("500 Internal")]
     said = {
         "acknowledged and not stored": found.lost,
         "refused and stored": found.lies,
+        "registers inconsistent": found.inconsistent,
         "still in use": found.leaks,
         "readiness was wrong": found.wrong,
         "answered without a word": unmapped,
     }
-    return [f"{len(each)} {what}: {', '.join(map(str, each[:3]))}" for what, each in said.items() if each]
+    return [
+        f"{len(each)} {what}: {', '.join(map(str, each[:3]))}"
+        for what, each in said.items()
+        if each
+    ]

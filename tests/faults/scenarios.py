@@ -13,7 +13,6 @@ REFUSED = application.MAX_AGE + application.PROBE_TIMEOUT + BUSY
 SILENT = application.DOWN_AFTER + REFUSED
 DRIVERS = ("psycopg-async", "asyncpg", "psycopg-sync")
 SERVERS = ("uvicorn", "uvicorn, 2 workers", "gunicorn, 2 workers")
-WAYS = ("transactional", "own-commit", "handle")
 
 Path = Literal["direct", "proxy", "pgbouncer", "pgbouncer over TLS"]
 
@@ -29,6 +28,7 @@ class Scenario:
             the time, `None` where nothing is promised.
         notice: seconds in which readiness has to notice, and to notice the repair.
         ends: the application is not to be there afterwards.
+        level: the clients use registers under this isolation level, instead of adding entries.
         drivers, servers: those of the long form, the first of which the short form takes.
     """
 
@@ -39,7 +39,7 @@ class Scenario:
     ready: bool | None = True
     notice: float = REFUSED
     ends: bool = False
-    ways: Sequence[str] = WAYS
+    level: Literal["", "read-committed", "serializable"] = ""
     drivers: Sequence[str] = DRIVERS
     servers: Sequence[str] = SERVERS
 
@@ -107,5 +107,21 @@ SCENARIOS = (
         notice=SILENT,
         seconds=3.5,
         drivers=ASYNCPG,
+    ),
+    Scenario(
+        *("registers, READ COMMITTED", breaking.lose_some),
+        path="proxy",
+        level="read-committed",
+        seconds=4.0,
+        ready=None,
+    ),
+    Scenario(
+        *("registers, SERIALIZABLE", breaking.lose_some),
+        path="proxy",
+        level="serializable",
+        seconds=4.0,
+        ready=None,
+        drivers=ASYNCPG,
+        servers=TWO,
     ),
 )

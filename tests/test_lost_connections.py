@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -17,6 +17,9 @@ from fastapi_sqlnative import install_database, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+
+
+LOST = {"DBAPIError", "InterfaceError", "OperationalError"}  # SQLAlchemy's
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -81,6 +84,49 @@ def test_a_connection_lost_before_commit_is_not_unknown(
         assert response.status_code == 500
         assert response.json()["error"] != "CommitOutcomeUnknownError"
     assert rows.names == []
+
+
+def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Whoever is handed one reads SQLAlchemy's error, not the driver's; the next request works."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), lambda session: touch(session.connection()))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        terminate_others(rows)
+        wait_until(lambda: rows.backends("%") == 0)
+        assert served.post("/").json()["error"] in LOST
+        assert served.post("/").status_code == 201
+
+
+def test_a_connection_lost_while_the_commit_is_prepared_is_sqlalchemys_error(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """It is lost before COMMIT is sent: nothing is stored, and nobody says that it may be."""
+
+    def add_and_lose(session: Session) -> None:
+        add(session)
+        session.flush()
+        touch(session.connection())  # what is sent over it nobody knows: the server is asked
+        terminate_others(rows)
+
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), add_and_lose)
+    with serve(app) as served:
+        assert served.post("/").json()["error"] in LOST
+    assert rows.names == []
+
+
+def touch(connection: Connection) -> None:
+    connection.exec_driver_sql("SELECT 1")
+
+
+def terminate_others(rows: Rows) -> None:
+    rows.connection.execute(
+        "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
 
 
 def sleep_long(session: Session) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,10 @@ def main() -> int:
             begun = time.monotonic()
             findings.append(found := run.perform(cluster, folder, certificate))
             _tell(found, time.monotonic() - begun)
+            if found.broken:
+                logs = options.report / "logs"
+                logs.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / "application.log", logs / f"{len(findings)}.log")
     seconds = time.monotonic() - started
     write_report(options.report, findings, seconds)
     print(f"{len(findings)} faults in {seconds:.0f} s; the report is in {options.report}")

@@ -148,8 +148,10 @@ def terminate_backends(stage: Stage) -> Iterator[None]:
 
 
 def _terminate(stage: Stage) -> None:
+    """End backends that are a second old: not the one that readiness opens and closes at once."""
     stage.cluster.execute(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
+        " AND backend_start < now() - interval '1s'"
     )
 
 

@@ -34,7 +34,7 @@ class Scenario:
 
     name: str
     fault: Break
-    seconds: float = 2.0
+    seconds: float = 3.0
     path: Path = "direct"
     ready: bool | None = True
     notice: float = REFUSED

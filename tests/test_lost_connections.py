@@ -13,8 +13,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative import install_database, install_error_handlers, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
+from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
 
@@ -116,6 +117,42 @@ def test_a_connection_lost_while_the_commit_is_prepared_is_sqlalchemys_error(
     with serve(app) as served:
         assert served.post("/").json()["error"] in LOST
     assert rows.names == []
+
+
+impatient = pytest.mark.parametrize("kind", KINDS[1:2], indirect=True, ids=lambda kind: kind.id)
+
+
+@impatient
+def test_a_driver_that_waits_no_longer_is_a_statement_timeout(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """asyncpg's `command_timeout` is answered as any statement that took too long."""
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args={"command_timeout": 0.3})
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    install_error_handlers(app)
+    route(app, kind, "/slow", transactional(), sleep_long)
+    route(app, kind, "/", transactional(), add)
+    with serve(app) as served:
+        assert served.post("/slow").status_code == 504
+        assert served.post("/").status_code == 201
+    assert rows.names == ["a"]
+
+
+@impatient
+def test_a_driver_that_waits_no_longer_for_commit_leaves_the_outcome_unknown(
+    kind: Kind, make_engine: MakeEngine, proxy: Proxy, rows: Rows
+) -> None:
+    """A COMMIT that is on its way when `command_timeout` ends may take effect all the same."""
+    arguments = {"host": "127.0.0.1", "port": proxy.own_port, "ssl": False, "command_timeout": 0.3}
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=arguments)
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), add)
+    with serve(app) as served:
+        proxy.fault = Fault.STALLED
+        assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
+        proxy.go_on.set()
+        wait_until(lambda: rows.backends("idle in transaction%") == 0)
 
 
 def touch(connection: Connection) -> None:

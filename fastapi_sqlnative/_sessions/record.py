@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from .._drivers import failures, transactions
 from .options import TransactionOptions, engine_with
@@ -218,12 +217,12 @@ class Record:
 
         Raises:
             sqlalchemy.exc.OperationalError: in place of what SQLAlchemy does not know, when a
-                driver cannot connect.
+                driver cannot connect or waits no longer.
         """
         self.hears(error)
         self.state.sign(error)
-        if failures.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
-            raise self.state.sign(OperationalError(None, None, error)) from error
+        if (recognized := failures.recognize(error)) is not None:
+            raise self.state.sign(recognized) from error
 
     @property
     def may_have_written(self) -> bool:

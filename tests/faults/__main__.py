@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psycopg
@@ -18,12 +18,11 @@ from tests.faults.application import Base
 from tests.faults.breaking import DATABASE, ROLE, Cluster, mounted_disk
 from tests.faults.report import write_report
 from tests.faults.run import Finding, Run
-from tests.faults.scenarios import SCENARIOS
+from tests.faults.scenarios import SCENARIOS, Scenario
 from tests.postgres_server import PostgresServer
 
 # As it is in production: what is acknowledged has reached the disk.
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
-BUDGET = 300.0  # seconds, of the short form on two cores
 
 
 def main() -> int:
@@ -36,32 +35,43 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [each for each in SCENARIOS if options.only in each.name]
     short = [Run(each, options.driver or each.drivers[0], each.servers[0]) for each in chosen]
-    long = itertools.cycle(
-        Run(each, driver, server, pre_ping)
-        for pre_ping in (False, True)
-        for driver_index in range(3)
-        for server_index in range(3)
-        for each in chosen
-        for driver in each.drivers[driver_index : driver_index + 1]
-        for server in each.servers[server_index : server_index + 1]
-    )
+    runs = short if options.minutes is None else every_run(chosen)
+    budget = 60 * (options.minutes or 60)
     started = time.monotonic()
     findings: list[Finding] = []
     with _cluster() as (cluster, folder, certificate):
-        for run in short if options.minutes is None else long:
-            if options.minutes and time.monotonic() - started > options.minutes * 60:
+        (postgres,) = cluster.execute("SHOW server_version")[0]
+        for run in runs:
+            if time.monotonic() - started > budget:
                 break
             begun = time.monotonic()
             findings.append(found := run.perform(cluster, folder, certificate))
             _tell(found, time.monotonic() - begun)
-            if found.broken:
-                logs = options.report / "logs"
-                logs.mkdir(parents=True, exist_ok=True)
-                shutil.copy(folder / "application.log", logs / f"{len(findings)}.log")
-    seconds = time.monotonic() - started
-    write_report(options.report, findings, seconds)
-    print(f"{len(findings)} faults in {seconds:.0f} s; the report is in {options.report}")
-    return int(any(each.broken for each in findings))
+            seconds = time.monotonic() - started
+            # After each fault, so that an interrupted run has its report.
+            write_report(options.report, findings, seconds=seconds, postgres=postgres)
+            _keep_logs(folder, options.report if found.broken else None, len(findings))
+    broken = sum(bool(each.broken) for each in findings)
+    print(f"{len(findings)} faults, {broken} with a broken promise; see {options.report}/report.md")
+    return int(bool(broken))
+
+
+def _keep_logs(folder: Path, report: Path | None, number: int) -> None:
+    """Keep what the application has logged beside the report, or throw it away."""
+    for log in folder.glob("application*.log"):
+        if report is not None:
+            (report / "logs").mkdir(exist_ok=True)
+            shutil.copy(log, report / "logs" / f"{number}-{log.name}")
+        log.unlink()
+
+
+def every_run(scenarios: Sequence[Scenario]) -> Iterator[Run]:
+    """Give every fault with every driver and deployment, again and again."""
+    for pre_ping in itertools.cycle((False, True)):
+        for turn in range(9):
+            for each in scenarios:
+                driver = each.drivers[turn % len(each.drivers)]
+                yield Run(each, driver, each.servers[turn // 3 % len(each.servers)], pre_ping)
 
 
 def _tell(found: Finding, seconds: float) -> None:

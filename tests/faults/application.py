@@ -30,7 +30,7 @@ from fastapi_sqlnative.health import drain_on_sigterm
 from tests.serving import KINDS, Kind
 
 # Seconds. They are short so that a fault has time to outlast them.
-CONNECT_TIMEOUT, POOL_TIMEOUT, COMMAND_TIMEOUT, DRAIN = 2, 2, 3, 0.5
+CONNECT_TIMEOUT, POOL_TIMEOUT, COMMAND_TIMEOUT, DRAIN = 2, 2, 3, 1.5
 MAX_AGE, PROBE_TIMEOUT, DOWN_AFTER = 0.5, 0.5, 1.5
 POOL = {"pool_size": 3, "max_overflow": 2, "pool_timeout": POOL_TIMEOUT}
 

@@ -20,7 +20,7 @@ import psycopg
 from anyio.from_thread import BlockingPortal
 
 from tests.faults.audit import vanish
-from tests.faults.processes import Deployed, PgBouncer
+from tests.faults.processes import Deployed, Fleet, PgBouncer
 from tests.postgres_server import PostgresServer
 from tests.proxy import Fault, Proxy
 
@@ -56,7 +56,7 @@ class Stage:
     cluster: Cluster
     proxy: Proxy
     bouncer: PgBouncer | None
-    deployed: Deployed
+    deployed: Deployed | Fleet
     portal: BlockingPortal
 
 
@@ -280,6 +280,17 @@ def kill_worker(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def stop_application(stage: Stage) -> Iterator[None]:
     """Tell the application to end."""
+    assert isinstance(stage.deployed, Deployed)
     stage.deployed.process.send_signal(signal.SIGTERM)
     stage.deployed.ends()
+    yield
+
+
+@contextlib.contextmanager
+def restart_one_by_one(stage: Stage) -> Iterator[None]:
+    """Replace every process behind the balancer by a new one."""
+    assert isinstance(stage.deployed, Fleet)
+    for each in tuple(stage.deployed.members):
+        stage.deployed.add()
+        stage.deployed.remove(each)
     yield

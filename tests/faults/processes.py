@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyio.from_thread import BlockingPortal
+
+from tests.balancer import Balancer
 from tests.postgres_server import _free_port
 from tests.serving import wait_until
 
@@ -50,6 +53,11 @@ class Deployed:
     def said(self) -> str:
         """Return all that it has logged."""
         return self.log.read_text(errors="replace")
+
+    @property
+    def logged(self) -> int:
+        """Count the bytes of that."""
+        return self.log.stat().st_size
 
     def listens(self) -> bool:
         """Tell whether it has found its port, and whether its application has started."""
@@ -94,6 +102,56 @@ def deployed(server: str, log: Path, environment: Mapping[str, str]) -> Iterator
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+class Fleet:
+    """Processes behind a load balancer, each of which can be replaced by another."""
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], portal: BlockingPortal
+    ) -> None:
+        self.members: list[Deployed] = []
+        self._folder = folder
+        self._environment = environment
+        self._portal = portal
+        self._balancer = Balancer()
+        self._running = contextlib.ExitStack()
+
+    @property
+    def port(self) -> int:
+        """Return where the balancer listens."""
+        return self._balancer.port
+
+    @property
+    def logged(self) -> int:
+        """Count the bytes that all of them have logged, ended ones too."""
+        return sum(log.stat().st_size for log in self._folder.glob("application-*.log"))
+
+    @contextlib.contextmanager
+    def serving(self, size: int) -> Iterator["Fleet"]:
+        """Start so many processes and the balancer, and leave none of them behind."""
+        listening = self._portal.wrap_async_context_manager(self._balancer.listening())
+        with self._running, listening:
+            for _ in range(size):
+                self.add()
+            yield self
+
+    def add(self) -> None:
+        """Start one more, and wait until the balancer sends it requests."""
+        log = self._folder / f"application-{time.monotonic_ns()}.log"
+        member = self._running.enter_context(deployed("uvicorn", log, self._environment))
+        self.members.append(member)
+        self._portal.call(self._balancer.add, member.port)
+
+    def remove(self, member: Deployed) -> None:
+        """Tell one to end; it drains until the balancer has noticed, and longer."""
+        member.process.send_signal(signal.SIGTERM)
+        member.ends()
+        self.members.remove(member)
+
+    def pools(self) -> dict[int, dict[str, Any]]:
+        """Ask every process for its pool."""
+        return {number: pool for each in self.members for number, pool in each.pools().items()}
 
 
 class PgBouncer:

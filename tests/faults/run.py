@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from anyio.from_thread import start_blocking_portal
 from tests.faults import registers
 from tests.faults.audit import Load, Prober, State
 from tests.faults.breaking import DATABASE, OF_THE_APPLICATION, ROLE, Cluster, Stage
-from tests.faults.processes import PgBouncer, deployed
+from tests.faults.processes import SERVERS, Deployed, Fleet, PgBouncer, deployed
 from tests.faults.registers import RegisterLoad
 from tests.faults.scenarios import Scenario
 from tests.proxy import Proxy
@@ -109,19 +110,22 @@ class Run:
             environment["DATABASE_URL"] = (
                 f"postgresql+{driver}://{ROLE}@127.0.0.1:{port}/{DATABASE}"
             )
-            served = stack.enter_context(
-                deployed(self.server, folder / "application.log", environment)
-            )
             portal = stack.enter_context(start_blocking_portal())
-            yield Stage(cluster, proxy, bouncer, served, portal)
+            serving: AbstractContextManager[Deployed | Fleet] = (
+                deployed(self.server, folder / "application.log", environment)
+                if self.server in SERVERS
+                else Fleet(folder, environment, portal).serving(2)
+            )
+            yield Stage(cluster, proxy, bouncer, stack.enter_context(serving), portal)
 
     def _break(self, stage: Stage, found: Finding) -> Load:
         port, level = stage.deployed.port, self.scenario.level
         load = RegisterLoad(port, level, CLIENTS) if level else Load(port, WAYS, CLIENTS)
         prober = Prober(stage.deployed.port)
         with prober.asking(stage.portal), load.writing(stage.portal):
+            began = time.monotonic()
             time.sleep(CALM)
-            logged = stage.deployed.log.stat().st_size
+            logged = stage.deployed.logged
             broken = time.monotonic()
             with self.scenario.fault(stage):
                 time.sleep(self.scenario.seconds)
@@ -132,7 +136,9 @@ class Run:
                     found.broken.append(f"It did not recover within {GIVE_UP:g} s.")
                 # A probe that comes after the time to notice has to be asked in that time.
                 time.sleep(max(0.0, repaired + self.scenario.notice + 0.5 - time.monotonic()))
-        found.logged = stage.deployed.log.stat().st_size - logged
+            if self.scenario.unbroken and (failed := load.failures(began)):
+                found.broken.append(f"{len(failed)} requests failed: {failed[0].said}")
+        found.logged = stage.deployed.logged - logged
         if self.scenario.ready is not None:
             _judge(prober, self.scenario, broken, repaired, found)
         return load

@@ -27,6 +27,7 @@ class Scenario:
         ready: what readiness has to say meanwhile: `False` from `notice` seconds on, `True` all
             the time, `None` where nothing is promised.
         notice: seconds in which readiness has to notice, and to notice the repair.
+        unbroken: every request has to succeed.
         ends: the application is not to be there afterwards.
         level: the clients use registers under this isolation level, instead of adding entries.
         drivers, servers: those of the long form, the first of which the short form takes.
@@ -38,6 +39,7 @@ class Scenario:
     path: Path = "direct"
     ready: bool | None = True
     notice: float = REFUSED
+    unbroken: bool = False
     ends: bool = False
     level: Literal["", "read-committed", "serializable"] = ""
     drivers: Sequence[str] = DRIVERS
@@ -62,7 +64,9 @@ SCENARIOS = (
         notice=SILENT,
         drivers=SYNC,
     ),
-    Scenario("server full", breaking.fill_server, ready=False, servers=GUNICORN),
+    # While requests try to connect, their places in the pool look as if they had connections,
+    # and readiness may say `saturated`.
+    Scenario("server full", breaking.fill_server, ready=None, servers=GUNICORN),
     Scenario("server read-only", breaking.refuse_writes, ready=False, drivers=ASYNCPG),
     Scenario("backends terminated", breaking.terminate_backends, servers=TWO),
     Scenario("disk full", breaking.fill_disk, drivers=SYNC),
@@ -98,6 +102,13 @@ SCENARIOS = (
         ends=True,
         drivers=SYNC,
         servers=GUNICORN,
+    ),
+    Scenario(
+        *("rolling restart", breaking.restart_one_by_one),
+        seconds=0.0,
+        ready=None,  # the balancer may still ask the one that drains
+        unbroken=True,
+        servers=("uvicorn, behind a balancer",),
     ),
     Scenario("PgBouncer killed", breaking.kill_pgbouncer, path="pgbouncer", ready=False),
     Scenario(

@@ -17,7 +17,7 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
+.PHONY: help env test test-lowest lint types benchmark test-faults soak build check demo example constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,14 @@ types: .venv/ready-lint ## check types: mypy --strict and pyright
 benchmark: .venv/ready ## compare with the hand-written pattern
 	@$(RUN) -m tests.benchmark
 
+test-faults: .venv/ready ## break the server, the network and the workers; build/faults/report.md
+	@$(RUN) -m tests.faults
+
+# Every fault with every driver, deployment and pool_pre_ping, again and again.
+MINUTES ?= 60
+soak: .venv/ready ## do that for a long time: make soak MINUTES=60
+	@$(RUN) -m tests.faults --minutes $(MINUTES)
+
 build: .venv/ready-lint ## build the wheel and look into it
 	@rm -rf dist
 	@$(RUN) -m hatchling build --target wheel
@@ -63,7 +71,7 @@ build: .venv/ready-lint ## build the wheel and look into it
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
-check: lint types test test-lowest benchmark build ## run everything CI runs
+check: lint types test test-lowest benchmark test-faults build ## run everything CI runs
 
 demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
 	@$(RUN) -m examples showcase

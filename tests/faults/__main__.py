@@ -1,28 +1,20 @@
 """Run the faults: `python -m tests.faults`, or for MINUTES with every driver and deployment."""
 
 import argparse
-import contextlib
 import itertools
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import psycopg
-from sqlalchemy import create_engine
-
-from tests.faults.application import Base
-from tests.faults.breaking import DATABASE, ROLE, Cluster, mounted_disk
+from tests.faults.breaking import fill_disk
+from tests.faults.cluster import make_certificate, running_cluster
 from tests.faults.report import write_report
 from tests.faults.run import Finding, Run
 from tests.faults.scenarios import SCENARIOS, Scenario
-from tests.postgres_server import PostgresServer
-
-# As it is in production: what is acknowledged has reached the disk.
-DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
 
 
 def main() -> int:
@@ -33,27 +25,47 @@ def main() -> int:
     parser.add_argument("--driver", default="", help="one driver instead of each fault's own")
     parser.add_argument("--report", type=Path, default=Path("build/faults"))
     options = parser.parse_args()
-    chosen = [each for each in SCENARIOS if options.only in each.name]
-    short = [Run(each, options.driver or each.drivers[0], each.servers[0]) for each in chosen]
-    runs = short if options.minutes is None else every_run(chosen)
-    budget = 60 * (options.minutes or 60)
-    started = time.monotonic()
-    findings: list[Finding] = []
-    with _cluster() as (cluster, folder, certificate):
-        (postgres,) = cluster.execute("SHOW server_version")[0]
-        for run in runs:
-            if time.monotonic() - started > budget:
-                break
-            begun = time.monotonic()
-            findings.append(found := run.perform(cluster, folder, certificate))
-            _tell(found, time.monotonic() - begun)
-            seconds = time.monotonic() - started
-            # After each fault, so that an interrupted run has its report.
-            write_report(options.report, findings, seconds=seconds, postgres=postgres)
-            _keep_logs(folder, options.report if found.broken else None, len(findings))
+    scenarios = list(chosen(options.only))
+    runs: Iterable[Run] = every_run(scenarios)
+    if options.minutes is None:
+        runs = [Run(each, options.driver or each.drivers[0], each.servers[0]) for each in scenarios]
+    findings = perform(runs, (options.minutes or 60) * 60, options.report)
     broken = sum(bool(each.broken) for each in findings)
     print(f"{len(findings)} faults, {broken} with a broken promise; see {options.report}/report.md")
     return int(bool(broken))
+
+
+def chosen(part: str) -> Iterator[Scenario]:
+    """Give the faults with this in their name, but for one that only root can do."""
+    for each in SCENARIOS:
+        if part not in each.name:
+            continue
+        if each.fault is fill_disk and os.geteuid() != 0 and "CI" not in os.environ:
+            print(f"{each.name!r} is left out: only root may mount a small disk.")
+            continue
+        yield each
+
+
+def perform(runs: Iterable[Run], seconds: float, report: Path) -> list[Finding]:
+    """Do one fault after the other for so long, and write the report after each."""
+    findings: list[Finding] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sqlnative-faults-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # the server's account and PgBouncer's look into it
+        certificate = make_certificate(folder)
+        with running_cluster(folder, with_disk=os.geteuid() == 0) as cluster:
+            (postgres,) = cluster.execute("SHOW server_version")[0]
+            for run in runs:
+                begun = time.monotonic()
+                if begun - started > seconds:
+                    break
+                findings.append(found := run.perform(cluster, folder, certificate))
+                _tell(found, time.monotonic() - begun)
+                spent = time.monotonic() - started
+                write_report(report, findings, seconds=spent, postgres=postgres)
+                _keep_logs(folder, report if found.broken else None, len(findings))
+    return findings
 
 
 def _keep_logs(folder: Path, report: Path | None, number: int) -> None:
@@ -83,44 +95,6 @@ def _tell(found: Finding, seconds: float) -> None:
         *("\n    BROKEN: " + each for each in found.broken),
         flush=True,
     )
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[tuple[Cluster, Path, Path]]:
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sqlnative-faults-")))
-        folder.chmod(0o755)  # the server's account and PgBouncer's look into it
-        settings = DURABLE | {"max_connections": "40"}
-        server = stack.enter_context(PostgresServer(settings=settings))
-        disk = stack.enter_context(mounted_disk(folder / "disk", server.user))
-        with psycopg.connect(server.url, autocommit=True) as admin:
-            admin.execute(f"CREATE ROLE {ROLE} LOGIN")
-            admin.execute(f"CREATE DATABASE {DATABASE} OWNER {ROLE}")
-            admin.execute(f"CREATE TABLESPACE small LOCATION '{disk}'")
-        cluster = Cluster(server, disk)
-        engine = create_engine(cluster.admin.replace("postgresql", "postgresql+psycopg", 1))
-        Base.metadata.create_all(engine)
-        engine.dispose()
-        cluster.execute("ALTER TABLE entry SET TABLESPACE small")
-        cluster.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
-        yield cluster, folder, make_certificate(folder)
-
-
-def make_certificate(folder: Path) -> Path:
-    """Make a certificate for 127.0.0.1 that is its own authority; its key lies beside it."""
-    certificate = folder / "server.pem"
-    key = certificate.with_suffix(".key")
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", key, "-out", certificate),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    key.chmod(0o644)  # PgBouncer reads it as nobody; it is worth nothing to anybody
-    return certificate
 
 
 if __name__ == "__main__":

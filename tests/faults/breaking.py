@@ -13,40 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from anyio.from_thread import BlockingPortal
 
 from tests.faults.audit import vanish
+from tests.faults.cluster import OF_THE_APPLICATION, ROLE, Cluster
 from tests.faults.processes import Deployed, Fleet, PgBouncer
-from tests.postgres_server import PostgresServer
 from tests.proxy import Fault, Proxy
 
 EVERY = 0.3  # seconds between the blows of a fault that strikes again and again
-DATABASE, ROLE, TABLESPACE = "faults", "app", "small"
-TABLESPACE_SIZE = 2**24  # bytes
-OF_THE_APPLICATION = f"usename = '{ROLE}'"
-
-
-@dataclass
-class Cluster:
-    """The server, its database, and a disk of its own that is small enough to be filled."""
-
-    server: PostgresServer
-    disk: Path | None
-
-    @property
-    def admin(self) -> str:
-        """Return the address for a superuser."""
-        return f"postgresql://postgres@127.0.0.1:{self.server.port}/{DATABASE}"
-
-    def execute(self, statement: str, *parameters: Any) -> list[Any]:
-        """Run one statement as a superuser, on a connection of its own."""
-        with psycopg.connect(self.admin, autocommit=True) as connection:
-            cursor = connection.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else []
 
 
 @dataclass
@@ -165,18 +142,6 @@ def fill_disk(stage: Stage) -> Iterator[None]:
             pass
     yield
     ballast.unlink()
-
-
-@contextlib.contextmanager
-def mounted_disk(folder: Path, owner: int) -> Iterator[Path]:
-    """Mount a small file system for one tablespace; only root may."""
-    folder.mkdir()
-    options = f"size={TABLESPACE_SIZE},uid={owner},mode=700"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 # -- the network -----------------------------------------------------------------------------

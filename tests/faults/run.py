@@ -12,7 +12,8 @@ from anyio.from_thread import start_blocking_portal
 
 from tests.faults import registers
 from tests.faults.audit import Load, Prober, State
-from tests.faults.breaking import DATABASE, OF_THE_APPLICATION, ROLE, Cluster, Stage
+from tests.faults.breaking import Stage
+from tests.faults.cluster import DATABASE, OF_THE_APPLICATION, ROLE, Cluster
 from tests.faults.processes import SERVERS, Deployed, Fleet, PgBouncer, deployed
 from tests.faults.registers import RegisterLoad
 from tests.faults.scenarios import Scenario

@@ -36,7 +36,7 @@ class Cluster:
     def execute(self, statement: str, *parameters: Any) -> list[Any]:
         """Run one statement as a superuser, on a connection of its own."""
         with psycopg.connect(self.admin, autocommit=True) as connection:
-            cursor = connection.execute(statement, parameters)
+            cursor = connection.execute(statement.encode(), parameters)
             return cursor.fetchall() if cursor.description else []
 
 

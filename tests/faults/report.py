@@ -36,8 +36,8 @@ def write_report(
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     parts = ["# Faults", ", ".join(f"{name} {value}" for name, value in about.items())]
     parts += [table(("promise", "figure"), promises(findings).items())]
-    parts += [table(COLUMNS, map(row, findings)), "\n".join(broken(findings)), answers(findings)]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+    parts += [table(COLUMNS, map(row, findings)), answers(findings), "\n".join(broken(findings))]
+    (folder / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n", "utf-8")
 
 
 def promises(findings: Sequence[Finding]) -> dict[str, str]:

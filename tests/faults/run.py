@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.proxy import Proxy
 from tests.serving import KINDS
 
 WAYS = ("transactional", "own-commit", "handle")
+UNKNOWN = "500 This may or may not have been stored. Look before."
 CALM = 0.7  # seconds of load before the fault
 CLIENTS = 8
 GIVE_UP = 15.0  # seconds in which an application has to recover by itself
@@ -33,7 +34,7 @@ class Finding:
     """What a fault has shown. Times are seconds.
 
     Attributes:
-        statuses: how often each answer was given; 0 is none.
+        statuses: how often each answer was given, with its words where it is an error.
         lost: writes that were acknowledged and are not stored.
         lies: writes that were refused and are stored.
         unknown_stored: writes of unknown outcome that are stored.
@@ -229,17 +230,15 @@ def _in_use(stage: Stage, *, ends: bool) -> list[str]:
 
 def _broken(found: Finding) -> list[str]:
     """Say which promises were not kept."""
-    unmapped = [each for each in found.statuses if each.startswith("500 Internal")]
-    said = {
+    said_500 = [each for each in found.statuses if each.startswith("500 ")]
+    said: dict[str, Collection[str]] = {
         "acknowledged and not stored": found.lost,
         "refused and stored": found.lies,
         "registers inconsistent": found.inconsistent,
         "still in use": found.leaks,
         "readiness was wrong": found.wrong,
-        "answered without a word": unmapped,
+        "answered with 500, and it is no unknown outcome": set(said_500) - {UNKNOWN},
     }
     return [
-        f"{len(each)} {what}: {', '.join(map(str, each[:3]))}"
-        for what, each in said.items()
-        if each
+        f"{len(each)} {what}: {', '.join(list(each)[:3])}" for what, each in said.items() if each
     ]

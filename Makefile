@@ -25,7 +25,7 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,14 @@ benchmark: .venv/ready ## compare with the hand-written pattern
 	@$(RUN) -m tests.benchmark
 	@$(RUN) -m tests.import_time
 
+test-faults: .venv/ready ## break the server, the network and the workers; build/faults/report.md
+	@$(RUN) -m tests.faults
+
+# Every fault with every driver, deployment and pool_pre_ping, again and again.
+MINUTES ?= 60
+soak: .venv/ready ## do that for a long time: make soak MINUTES=60
+	@$(RUN) -m tests.faults --minutes $(MINUTES)
+
 build: .venv/ready-lint ## build the wheel and the sdist, and look into the wheel
 	@rm -rf dist
 	@$(RUN) -m hatchling build
@@ -78,7 +86,7 @@ release-check: build ## try what was built in empty environments, before a relea
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
 check: DRIVERS := all
-check: lint types audit test test-lowest benchmark build ## run everything CI runs
+check: lint types audit test test-lowest benchmark test-faults build ## run everything CI runs
 
 # More databases than one, from Debian's packages; where one is missing it fails.
 test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)

@@ -116,7 +116,7 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     doubtful = doubtful or _is_intercepted(connection)
     if not doubtful or is_lost(connection) or autocommits(connection):
         return False  # where it is lost, COMMIT fails by itself
-    return _ask(connection, "SELECT 1") is None
+    return not _serves(connection)
 
 
 def _is_intercepted(connection: Connection) -> bool:
@@ -134,7 +134,7 @@ def begin(connection: Connection) -> None:
     if connection.dialect.driver == "asyncpg" and not autocommits(connection):
         driver: Any = connection.connection.driver_connection
         if not driver.is_in_transaction():
-            _ask(connection, "SELECT 1")
+            _serves(connection)
 
 
 # The shorter of what is left and what is set. The server writes a time as text that it reads as an
@@ -200,6 +200,16 @@ def _status(connection: Connection) -> int | None:
     info = getattr(connection.connection.driver_connection, "info", None)
     status = getattr(info, "transaction_status", None)
     return None if status is None else int(status)
+
+
+def _serves(connection: Connection) -> bool:
+    """Tell whether the server still answers in this transaction, and has not aborted it."""
+    try:
+        return _ask(connection, "SELECT 1") is not None
+    except connection.dialect.loaded_dbapi.Error:
+        if is_lost(connection):
+            connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
+        raise
 
 
 def _ask(connection: Connection, question: str) -> Any:

@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._drivers import failures, transactions
@@ -209,14 +208,14 @@ class Record(Holder):
 
         Raises:
             sqlalchemy.exc.OperationalError: in place of what SQLAlchemy does not know, when a
-                driver cannot connect.
+                driver cannot connect or waits no longer.
         """
         self.hears(error)
         self.state.sign(error)
         if isinstance(error, PoolTimeoutError) and not hasattr(error, "__notes__"):
             tell_holders(self.state, error)
-        if failures.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
-            raise self.state.sign(OperationalError(None, None, error)) from error
+        if (recognized := failures.recognize(error)) is not None:
+            raise self.state.sign(recognized) from error
 
     @property
     def may_have_written(self) -> bool:

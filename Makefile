@@ -17,7 +17,8 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
+.PHONY: help env test test-lowest test-site lint types benchmark build docs docs-serve check demo \
+	example constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +44,10 @@ test-lowest: .venv-lowest/ready ## run the tests on the lowest supported version
 			$(ARGS) || exit 1; \
 	done
 
+# Its own target, because it wants a browser (Debian: chromium, chromium-driver) and the network.
+test-site: .venv/ready-lint ## read the site in a browser, run the tutorial from an empty folder
+	@$(RUN) -m pytest tests/test_site.py $(ARGS)
+
 lint: .venv/ready-lint ## check style
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
@@ -61,9 +66,15 @@ build: .venv/ready-lint ## build the wheel and look into it
 	@grep -qx fastapi_sqlnative/py.typed dist/contents
 	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' dist/contents
 
+docs: .venv/ready-lint ## build the site into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+docs-serve: .venv/ready-lint ## show the site while you write it
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --strict --watch fastapi_sqlnative
+
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
-check: lint types test test-lowest benchmark build ## run everything CI runs
+check: lint types test test-lowest test-site benchmark build docs ## run everything CI runs
 
 demo: .venv/ready ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
 	@$(RUN) -m examples showcase
@@ -77,7 +88,7 @@ constraints: .venv/ready ## pin the newest versions of the development environme
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here, the demo's data too
-	@rm -rf .venv .venv-lowest .demo build dist .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lowest .demo build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/ready: pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ The rules for whoever writes a page. None of its blocks is exempt:
 - ``console`` names targets of the Makefile, extras and an ``app`` that exist.
 - ``sql`` runs in one transaction that is rolled back. A statement that ends with ``-- refused`` is
   one for which the role lacks the privilege.
+- ``toml`` is FastAPI's table in pyproject.toml.
 - ``dockerfile``, ``yaml`` (Kubernetes), ``ini`` (systemd) and the commands that go with them are
   held against the page's ``app``: tests/deployments.py.
 """
@@ -27,6 +28,7 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import signal
@@ -100,6 +102,11 @@ def code(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def module_name(page: Path) -> str:
+    """Return the name of the module that a page's python is."""
+    return re.sub(r"\W", "_", page.relative_to(ROOT).with_suffix("").as_posix().lower())
+
+
 # --- snippets -----------------------------------------------------------------------------------
 
 
@@ -141,6 +148,7 @@ class Snippets:
             "http": self.http,
             "console": self.console,
             "sql": self.sql,
+            "toml": self.toml,
             "dockerfile": lambda block: self.deployments.dockerfile(block.content),
             "yaml": lambda block: self.deployments.kubernetes(block.content),
             "ini": lambda block: self.deployments.systemd(block.content),
@@ -215,11 +223,21 @@ class Snippets:
             match words:
                 case ["make", target]:
                     assert f"\n{target}: " in (ROOT / "Makefile").read_text("utf-8")
-                case ["pip", "install", *packages]:
+                case ["pip" | ".venv/bin/pip", "install", *packages] | ["uv", "add", *packages]:
                     for package in packages:
                         check_package(package)
+                case ["python", "-m", "venv", ".venv"] | ["uv", "init", "--bare", *_]:
+                    pass  # tests/test_site.py runs the tutorial
+                case ["uv", "run", "fastapi", "dev"]:
+                    assert isinstance(self.names["app"], FastAPI)
                 case _:
                     self.deployments.run(words)
+
+    def toml(self, block: Token) -> None:
+        tables = tomllib.loads(block.content)
+        module, _, name = tables["tool"]["fastapi"]["entrypoint"].partition(":")
+        assert module == "main"
+        assert isinstance(self.names[name], FastAPI)
 
     def sql(self, block: Token) -> None:
         url = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql")
@@ -242,7 +260,7 @@ def check_package(requirement: str) -> None:
         extras = (found[2] or "").split(",")
         assert set(filter(None, extras)) <= project["optional-dependencies"].keys()
     else:
-        assert found[1] == "uvicorn"
+        assert found[1] in {"aiosqlite", "asyncmy", "fastapi", "uvicorn"}
 
 
 def endpoints(page: Path) -> set[str]:
@@ -275,7 +293,7 @@ def test_snippets_run(
     page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every block of a page runs, prints and answers as the page says."""
-    module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
+    module = ModuleType(module_name(page))
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
     snippets = Snippets(page, module)
     # A database that a page clones has no such schema.
@@ -316,10 +334,9 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
 def test_snippets_type_check(tmp_path: Path) -> None:
     """mypy --strict finds nothing in the README's application, nor in the pages."""
     for page in PAGES:
-        module = page.stem.lower().replace("-", "_")
         # SQLAlchemy 2.0 does not know the type of func.count(), 2.1 does.
         option = "" if page == README else "# mypy: no-warn-return-any"
-        (tmp_path / f"docs_{module}.py").write_text(option + code(page), "utf-8")
+        (tmp_path / f"{module_name(page)}.py").write_text(option + code(page), "utf-8")
     checked = subprocess.run(
         [
             *(sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"),
@@ -384,6 +401,30 @@ def test_every_public_name_is_documented() -> None:
 def test_every_exception_is_documented() -> None:
     """Whatever the package raises stands on the page about exceptions."""
     assert set(exceptions.__all__) <= words([ROOT / "docs" / "exceptions.md"])
+
+
+def public_modules() -> list[ModuleType]:
+    """List the package and its public modules: those that say what is public."""
+    found = pkgutil.walk_packages(fastapi_sqlnative.__path__, f"{fastapi_sqlnative.__name__}.")
+    names = [each.name for each in found if "._" not in each.name]
+    modules = [fastapi_sqlnative, *map(importlib.import_module, names)]
+    return [module for module in modules if hasattr(module, "__all__")]
+
+
+def test_the_reference_is_complete() -> None:
+    """Every public name of every public module is in the reference, once, with a docstring."""
+    described = [
+        path
+        for page in GUIDE
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.MULTILINE)
+    ]
+    objects = [pkgutil.resolve_name(path) for path in described]
+    assert len(described) == len(set(described))
+    for module in public_modules():
+        for name in module.__all__:
+            found = [each for each in objects if each is getattr(module, name)]
+            assert len(found) == 1, f"{module.__name__}.{name} is described {len(found)} times"
+            assert found[0].__doc__, f"{module.__name__}.{name} has no docstring"
 
 
 def test_names_in_the_guide_exist() -> None:

@@ -1,7 +1,7 @@
-"""What MkDocs does beyond docs/: the navigation of docs/index.md, and the pages beside docs/.
+"""What MkDocs does beyond docs/: navigation and llms.txt from docs/index.md, pages beside docs/.
 
 The repository is read as files too, so every link is relative to the repository. The site takes
-the pages beside ``docs/`` (examples, changelog, ...) in, and links to them are turned here.
+the pages beside ``docs/`` (examples, changelog, ...) in, and links to them are changed here.
 """
 
 import posixpath
@@ -28,23 +28,43 @@ BESIDE = (
 )
 # Only these lead out of a page's own folder; the others are the same on the site.
 LINK = re.compile(r"(?<=\]\()(?:\.\./|docs/)[^)\s#]+")
-HEADING_OR_LINK = re.compile(
-    r"^## (?P<section>.+)$|^\| \[(?P<title>.+?)\]\((?P<page>[^)#]+)\)", re.M
+HEADING_OR_ROW = re.compile(
+    r"^## (?P<section>.+)$|^\| \[(?P<title>.+?)\]\((?P<page>[^)#]+)\) \| (?P<answers>.+) \|$",
+    re.MULTILINE,
 )
-HOME = "docs/index.md"
+FIRST_PAGE = ROOT / "docs" / "index.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Take the navigation from the tables of the guide's first page."""
-    sections: list[dict[str, list[dict[str, str]]]] = []
-    for found in HEADING_OR_LINK.finditer((ROOT / HOME).read_text("utf-8")):
-        if found["section"]:
-            pages: list[dict[str, str]] = []
-            sections.append({found["section"]: pages})
-        else:
-            pages.append({found["title"].strip("`"): place("docs", found["page"])})
-    config.nav = [{"Overview": "index.md"}, *(each for each in sections if [*each.values()][0])]
+    sections = [
+        {name: [{row["title"].strip("`"): place("docs", row["page"])} for row in rows]}
+        for name, rows in contents().items()
+    ]
+    config.nav = [{"Overview": "index.md"}, *sections]
     return config
+
+
+def contents() -> dict[str, list[re.Match[str]]]:
+    """Return the rows that lead to pages, by section."""
+    sections: dict[str, list[re.Match[str]]] = {}
+    for found in HEADING_OR_ROW.finditer(FIRST_PAGE.read_text("utf-8")):
+        if found["section"]:
+            rows = sections[found["section"]] = []
+        else:
+            rows.append(found)
+    return {name: rows for name, rows in sections.items() if rows}
+
+
+def llms_txt(config: MkDocsConfig) -> str:
+    """List the pages for language models, as llmstxt.org describes it."""
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
+    for name, rows in contents().items():
+        lines += ["", f"## {name}", ""]
+        for row in rows:
+            page = place("docs", row["page"]).removesuffix("README.md").removesuffix(".md")
+            lines.append(f"- [{row['title'].strip('`')}]({page}/): {row['answers']}")
+    return "\n".join(lines).replace("//)", "/)") + "\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -52,18 +72,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted({path for glob in BESIDE for path in ROOT.glob(glob)}):
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
+    files.append(File.generated(config, "llms.txt", content=llms_txt(config)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links that hold in the repository into links that hold on the site."""
+    """Change links that hold in the repository into links that hold on the site."""
     source = page.file.src_uri
     folder = posixpath.dirname(source if page.file.generated_by else f"docs/{source}")
 
-    def turn(link: re.Match[str]) -> str:
+    def on_this_page(link: re.Match[str]) -> str:
         return posixpath.relpath(place(folder, link[0]), posixpath.dirname(source) or ".")
 
-    return LINK.sub(turn, markdown)
+    return LINK.sub(on_this_page, markdown)
 
 
 def place(folder: str, link: str) -> str:

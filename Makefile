@@ -2,6 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.SECONDARY:
 MAKEFLAGS += --no-print-directory
 
 # The first that is new enough; `make PYTHON=...` chooses another.
@@ -10,6 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	&& command -v $$python && break; done)
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
+SITE := .venv-site/bin/python
 # The tests wait for a database more than they compute.
 WORKERS ?= 4
 # More for pytest, as in: make test ARGS="-k transfer"
@@ -44,9 +46,10 @@ test-lowest: .venv-lowest/ready ## run the tests on the lowest supported version
 			$(ARGS) || exit 1; \
 	done
 
-# Its own target, because it wants a browser (Debian: chromium, chromium-driver) and the network.
-test-site: .venv/ready-lint ## read the site in a browser, run the tutorial from an empty folder
-	@$(RUN) -m pytest tests/test_site.py $(ARGS)
+# Its own target, because it wants a browser (Debian: chromium, chromium-driver), the network, and
+# an environment with what docs/works-with.md works with.
+test-site: .venv-site/ready-integrations ## read the site in a browser, run the tutorial and integrations
+	@$(SITE) -m pytest tests/test_site.py $(ARGS)
 
 lint: .venv/ready-lint ## check style
 	@$(RUN) -m ruff check
@@ -84,11 +87,11 @@ example: .venv/ready ## serve one of the examples: make example NAME=quick_start
 
 constraints: .venv/ready ## pin the newest versions of the development environment
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-		--group dev --no-annotate --custom-compile-command "make constraints" \
+		--group dev --group integrations --no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here, the demo's data too
-	@rm -rf .venv .venv-lowest .demo build dist site .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lowest .venv-site .demo build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/ready: pyproject.toml constraints.txt
@@ -107,4 +110,9 @@ clean: ## remove everything made here, the demo's data too
 	@echo "Adding the linters to $* ..."
 	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
 		--constraints constraints.txt --group dev
+	@touch $@
+
+%/ready-integrations: %/ready-lint
+	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
+		--constraints constraints.txt --group integrations
 	@touch $@

@@ -59,7 +59,8 @@ from tests.serving import launch, wait_until
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDE = sorted((ROOT / "docs").glob("**/*.md"))
-PAGES = [README, *GUIDE]
+INTEGRATIONS = ROOT / "docs" / "works-with.md"  # tests/test_site.py runs it: it needs the packages
+PAGES = [README, *(page for page in GUIDE if page != INTEGRATIONS)]
 LINKED = [
     *GUIDE,
     *(
@@ -288,11 +289,8 @@ def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Iterator[str
         connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 
-@each_page
-def test_snippets_run(
-    page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every block of a page runs, prints and answers as the page says."""
+def run_snippets(page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks of a page from its top, on empty schemas."""
     module = ModuleType(module_name(page))
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
     snippets = Snippets(page, module)
@@ -305,6 +303,14 @@ def test_snippets_run(
             snippets.run(block)
     assert not snippets.printed, "printed, and no text block says so"
     assert endpoints(page) <= snippets.called, "endpoints that no http block requests"
+
+
+@each_page
+def test_snippets_run(
+    page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of a page runs, prints and answers as the page says."""
+    run_snippets(page, postgres, monkeypatch)
 
 
 @pytest.mark.parametrize("page", ["deployment.md", "health.md"])

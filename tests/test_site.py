@@ -27,8 +27,9 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from conftest import WorkerPostgres
 from tests.serving import wait_until
-from tests.test_docs import ANSWER, GUIDE, ROOT, blocks, public_modules
+from tests.test_docs import ANSWER, GUIDE, INTEGRATIONS, ROOT, blocks, public_modules, run_snippets
 
 SECONDS = 20
 
@@ -239,6 +240,16 @@ def test_llms_txt_leads_to_every_page(built: Path) -> None:
     assert all((built / link / "index.html").exists() for link in links)
     guide = {each.relative_to(ROOT / "docs").with_suffix("").as_posix() for each in GUIDE}
     assert {f"{each}/" for each in guide - {"index"}} <= set(links)
+
+
+# --- other packages -----------------------------------------------------------------------------
+
+
+def test_it_works_with_other_packages(
+    postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snippets about other packages run, in an environment that has them."""
+    run_snippets(INTEGRATIONS, postgres, monkeypatch)
 
 
 # --- the tutorial -------------------------------------------------------------------------------

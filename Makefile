@@ -67,6 +67,7 @@ build: .venv/ready-lint ## build the wheel and look into it
 	@$(RUN) -m hatchling build --target wheel
 	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >dist/contents
 	@grep -qx fastapi_sqlnative/py.typed dist/contents
+	@grep -qx 'fastapi_sqlnative/.agents/skills/.*/SKILL.md' dist/contents
 	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' dist/contents
 
 docs: .venv/ready-lint ## build the site into site/

@@ -40,6 +40,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote
 
+import fastapi
 import psycopg
 import pytest
 from fastapi import FastAPI
@@ -59,8 +60,9 @@ from tests.serving import launch, wait_until
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDE = sorted((ROOT / "docs").glob("**/*.md"))
+(SKILL,) = (ROOT / "fastapi_sqlnative").glob(".agents/skills/*/SKILL.md")
 INTEGRATIONS = ROOT / "docs" / "works-with.md"  # tests/test_site.py runs it: it needs the packages
-PAGES = [README, *(page for page in GUIDE if page != INTEGRATIONS)]
+PAGES = [README, SKILL, *(page for page in GUIDE if page != INTEGRATIONS)]
 LINKED = [
     *GUIDE,
     *(
@@ -154,6 +156,8 @@ class Snippets:
             "yaml": lambda block: self.deployments.kubernetes(block.content),
             "ini": lambda block: self.deployments.systemd(block.content),
         }
+        if block.type == "code_block" and self.page == SKILL:
+            return  # what not to write
         assert block.type == "fence", "an indented block says not what it is: use a fence"
         assert block.info in runners, f"nothing here runs {block.info!r}"
         assert block.map is not None
@@ -442,6 +446,31 @@ def test_names_in_the_guide_exist() -> None:
             ):
                 public = importlib.import_module(node.module or "").__all__
                 assert {alias.name for alias in node.names} <= set(public), page.name
+
+
+def test_the_skill_is_found_by_its_name() -> None:
+    """The skill for agents ships in the package, and has the form that FastAPI's own has."""
+    own = next((Path(fastapi.__file__).parent / ".agents" / "skills").glob("*/SKILL.md"), None)
+    if own is not None:  # FastAPI's oldest supported version has none
+        assert own.relative_to(own.parents[3]).parts[:2] == SKILL.relative_to(ROOT).parts[1:3]
+    _, matter, _ = SKILL.read_text("utf-8").split("---\n", 2)
+    described = dict(line.split(": ", 1) for line in matter.splitlines())
+    assert described["name"] == SKILL.parent.name
+    assert len(described["description"]) <= 1024
+    assert set(fastapi_sqlnative.exceptions.__all__) >= {
+        name for name in words([SKILL]) if name.endswith("Error")
+    }
+
+
+def test_the_lowest_versions_are_the_ones_supported() -> None:
+    """The page about support names the lowest versions that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [each for names in project["optional-dependencies"].values() for each in names]
+    page = (ROOT / "docs" / "support.md").read_text("utf-8")
+    for requirement in [*project["dependencies"], *extras, f"python{project['requires-python']}"]:
+        lowest = re.search(r">=([\d.]+)", requirement)
+        assert lowest is not None
+        assert re.search(rf"\b{re.escape(lowest[1])}\b", page), requirement
 
 
 def test_the_readme_is_short() -> None:

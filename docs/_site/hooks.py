@@ -19,6 +19,7 @@ BESIDE = (
     "CONTRIBUTING.md",
     "LICENSE",
     "SECURITY.md",
+    "constraints.txt",
     "examples/**/*.md",
     "examples/**/*.py",
     "migrations_example/**/*.md",

@@ -16,6 +16,7 @@ LOWEST := .venv-lowest/bin/python
 # Processes for the tests; if empty, four, and none for a few tests.
 WORKERS ?=
 export WORKERS
+SITE := .venv-site/bin/python
 # More for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
 # few: one driver of each colour, all of them where a driver decides. `make check` runs all.
@@ -25,7 +26,7 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak test-site docs docs-serve
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,11 @@ test-lowest: .venv-lowest/ready ## run the tests on the lowest supported version
 			$(ARGS) || exit 1; \
 	done
 
+# Its own target, because it wants a browser (Debian: chromium, chromium-driver), the network, and
+# an environment with what docs/works-with.md works with.
+test-site: .venv-site/ready-integrations ## read the site in a browser, run the tutorial and integrations
+	@$(SITE) -m pytest tests/test_site.py $(ARGS)
+
 lint: .venv/ready-lint ## check style
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
@@ -77,16 +83,23 @@ build: .venv/ready-lint ## build the wheel and the sdist, and look into the whee
 	@$(RUN) -m hatchling build
 	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >.venv/wheel
 	@grep -qx fastapi_sqlnative/py.typed .venv/wheel
+	@grep -qx 'fastapi_sqlnative/.agents/skills/.*/SKILL.md' .venv/wheel
 	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' .venv/wheel
 
 # From the network: each environment is empty at first. In CONTRIBUTING.md: how a release is made.
 release-check: build ## try what was built in empty environments, before a release
 	@$(RUN) -m tests.release dist
 
+docs: .venv/ready-lint ## build the site into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+docs-serve: .venv/ready-lint ## show the site while you write it
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --strict --watch fastapi_sqlnative
+
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
 check: DRIVERS := all
-check: lint types audit test test-lowest benchmark test-faults build ## run everything CI runs
+check: lint types audit test test-lowest test-site benchmark test-faults build docs ## run everything CI runs
 
 # More databases than one, from Debian's packages; where one is missing it fails.
 test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)
@@ -109,11 +122,11 @@ example: .venv/ready-demo ## serve one of the examples: make example NAME=quick_
 
 constraints: .venv/ready ## pin the newest versions of the development environment
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-		--group dev --no-annotate --custom-compile-command "make constraints" \
+		--group dev --group integrations --no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here
-	@rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lowest .venv-site build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs $(2), and says every five seconds that it is still at it: uv itself can be silent for long.
@@ -143,4 +156,9 @@ INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --const
 
 %/ready-lint: %/ready
 	$(call saying,Adding the linters to $*,$(INSTALL) --group dev)
+	@touch $@
+
+%/ready-integrations: %/ready-lint
+	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
+		--constraints constraints.txt --group integrations
 	@touch $@

@@ -17,10 +17,10 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
+.PHONY: help env test test-lowest lint types benchmark benchmark-peers build check demo example constraints clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 env: .venv/ready ## create .venv, or bring it up to date
 
@@ -54,6 +54,10 @@ types: .venv/ready-lint ## check types: mypy --strict and pyright
 benchmark: .venv/ready ## compare with the hand-written pattern
 	@$(RUN) -m tests.benchmark
 
+# Quiet for half an hour: ARGS="--quick" is for trying it out, ARGS="cpu" for one part.
+benchmark-peers: .venv-peers/ready ## compare with other packages; writes docs/performance-compared.md
+	@.venv-peers/bin/python -m tests.peers $(ARGS)
+
 build: .venv/ready-lint ## build the wheel and look into it
 	@rm -rf dist
 	@$(RUN) -m hatchling build --target wheel
@@ -73,12 +77,15 @@ example: .venv/ready ## serve one of the examples: make example NAME=quick_start
 
 constraints: .venv/ready ## pin the newest versions of the development environment
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-		--group dev --no-annotate --custom-compile-command "make constraints" \
+		--group dev --group peers --no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here, the demo's data too
-	@rm -rf .venv .venv-lowest .demo build dist .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lowest .venv-peers .demo build dist .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+GROUP := test
+.venv-peers/ready: GROUP := peers
 
 %/ready: pyproject.toml constraints.txt
 	@echo "Setting up $* ..."
@@ -89,7 +96,7 @@ clean: ## remove everything made here, the demo's data too
 	@test -x $*/bin/python || $(PYTHON) -m venv $*
 	@$*/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv
 	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
-		--constraints constraints.txt --editable . --group test
+		--constraints constraints.txt --editable . --group $(GROUP)
 	@touch $@
 
 %/ready-lint: %/ready

@@ -3,11 +3,12 @@
 import gc
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
 Request = Callable[[], Awaitable[None]]
+Name = TypeVar("Name")
 
 
 def request(app: FastAPI, path: str = "/") -> Request:
@@ -46,18 +47,18 @@ async def cpu(call: Request, times: int) -> float:
 
 
 async def alternate(
-    calls: Mapping[str, Request],
+    calls: Mapping[Name, Request],
     *,
     rounds: int,
     times: int,
     after_each: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Measure the calls in alternating rounds, each of which begins with another of them.
 
     Returns:
         The CPU seconds of one call, by name and round.
     """
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[Name, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         await cpu(call, times)
     order = list(calls)

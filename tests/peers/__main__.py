@@ -10,7 +10,7 @@ from rich.table import Table
 from sqlalchemy import create_engine, text
 
 from tests.peers import measures
-from tests.peers.page import write_page
+from tests.peers.page import table, title_of, write_page
 from tests.peers.results import Part, Results, about
 from tests.peers.workloads import create_tables
 from tests.postgres_server import PostgresServer
@@ -46,17 +46,15 @@ def measure(part: Part, *, quick: bool) -> Results:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print each row: ratios to the best hand-written dependency, with their quartiles."""
-    for row in results.figures:
-        table = Table(title=f"{row.engine}: {row.name}, {row.measure}", title_justify="left")
-        for column in ("", "ratio", "quartiles", "median"):
-            table.add_column(column, justify="left" if not column else "right")
-        ratios = results.ratios(row)
-        for name, values in results.figures[row].items():
-            ratio = ratios.get(name)
-            cells = (f"{ratio.median:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else ()
-            table.add_row(name, *cells or ("", ""), f"{results.median(row, name):.6g}")
-        console.print(table)
+    """Print the tables of the page."""
+    for key, rows in results.tables().items():
+        names, *lines = table(results, rows)
+        shown = Table(title=title_of(key), title_justify="left")
+        for name in names:
+            shown.add_column(name, justify="right" if name else "left")
+        for line in lines:
+            shown.add_row(*line)
+        console.print(shown)
 
 
 def main() -> None:

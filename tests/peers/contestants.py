@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, FastAPI, Response
+from fastapi import Depends, FastAPI
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -21,7 +21,6 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import sessionmaker
 
-from fastapi_sqlnative import get_db, install_database, reader, transactional
 from tests.peers.workloads import WORKLOADS, Workload
 
 POOL = {"pool_size": 10, "max_overflow": 0}
@@ -264,37 +263,39 @@ def inline_sync(urls: Sequence[str]) -> Built:
     return Built(closing(of_urls), opened_sync(makers[-1]), opened_sync(makers[-1].begin))
 
 
-def _installed(of_urls: Sequence[AsyncEngine | Engine]) -> tuple[FastAPI, str]:
+# Every package is imported late: some are not installed, and nobody's memory is to hold another.
+
+
+def _installed(of_urls: Sequence[AsyncEngine | Engine]) -> tuple[FastAPI, Any, str]:
+    package = importlib.import_module("fastapi_sqlnative")
     app = FastAPI()
     for place, engine in enumerate(of_urls):
-        install_database(app, name=f"db{place}", engine=engine, shutdown=engine.dispose)
-    return app, f"db{len(of_urls) - 1}"
+        package.install_database(app, name=f"db{place}", engine=engine, shutdown=engine.dispose)
+    return app, package, f"db{len(of_urls) - 1}"
 
 
 def sqlnative(urls: Sequence[str]) -> Built:
-    app, name = _installed(engines(urls))
-    return Built(app, declared(Depends(get_db(name))), declared(Depends(transactional(name))))
+    app, package, name = _installed(engines(urls))
+    write = declared(Depends(package.transactional(name)))
+    return Built(app, declared(Depends(package.get_db(name))), write)
 
 
 def sqlnative_sync(urls: Sequence[str]) -> Built:
-    app, name = _installed(sync_engines(urls))
-    read, write = Depends(get_db(name)), Depends(transactional(name))
-    return Built(app, declared_sync(read), declared_sync(write))
+    app, package, name = _installed(sync_engines(urls))
+    write = declared_sync(Depends(package.transactional(name)))
+    return Built(app, declared_sync(Depends(package.get_db(name))), write)
 
 
 def sqlnative_reader(urls: Sequence[str]) -> Built:
-    app, name = _installed(engines(urls))
-    way = declared(Depends(reader(name)))
+    app, package, name = _installed(engines(urls))
+    way = declared(Depends(package.reader(name)))
     return Built(app, way, way)
 
 
 def sqlnative_reader_sync(urls: Sequence[str]) -> Built:
-    app, name = _installed(sync_engines(urls))
-    way = declared_sync(Depends(reader(name)))
+    app, package, name = _installed(sync_engines(urls))
+    way = declared_sync(Depends(package.reader(name)))
     return Built(app, way, way)
-
-
-# Others: imported late, because each is there only where it is installed.
 
 
 def advanced_alchemy(urls: Sequence[str]) -> Built:

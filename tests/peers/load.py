@@ -62,7 +62,7 @@ class _Client(asyncio.Protocol):
         self.buffer = b""
         self.generator.answered(self, ok=head.startswith(b"HTTP/1.1 200 "))
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self.generator.lost(self)
 
 
@@ -125,9 +125,7 @@ class _Generator:
                 self.idle.set()
 
 
-async def open_loop(
-    port: int, path: str, *, connections: int, rate: float, seconds: float
-) -> Load:
+async def open_loop(port: int, path: str, *, connections: int, rate: float, seconds: float) -> Load:
     """Send so many requests a second over so many connections, for so many seconds.
 
     Returns when the last of them is answered.

@@ -6,7 +6,6 @@ else the machine does, and whatever drifts, hits all of them alike.
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,7 +79,7 @@ def calls_of(engine: Engine, apps: dict[str, FastAPI]) -> dict[tuple[str, str], 
 
 def measure_cpu(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
     """Measure the CPU of a request: the application's alone, without HTTP."""
-    rounds, times = (3, 5) if quick else (21, 30)
+    rounds, times = (3, 5) if quick else (61, 8)
     for engine in ENGINES:
         asyncio.run(_cpu(engine, engine.url(address), results, progress, rounds, times))
 
@@ -93,7 +92,7 @@ async def _cpu(
         step = progress(f"CPU, {engine.name}", rounds * len(calls))
         found = await alternate(calls, rounds=rounds, times=times, after_each=step)
         for (name, contestant), values in found.items():
-            results.add(Row(engine.name, name, "cpu"), contestant, *values)
+            results.add(Row("cpu", engine.name, "", name), contestant, *values)
 
 
 # -- round trips, on the wire ---------------------------------------------------------------------
@@ -115,7 +114,7 @@ async def _wire(engine: Engine, address: str, results: Results, progress: Progre
             await cpu(call, 3)  # connected, and its statements prepared
             before = wire.round_trips
             await call()
-            results.add(Row(engine.name, name, "trips"), contestant, wire.round_trips - before)
+            results.add(Row("trips", engine.name, "", name), contestant, wire.round_trips - before)
             step()
 
 
@@ -137,8 +136,10 @@ class Cell:
 
     def row(self, engine: Engine, milliseconds: int, measure: str) -> Row:
         """Name the row."""
-        rate = "calm" if self.of_capacity == CALM else f"{self.connections} connections"
-        return Row(engine.name, f"{self.workload.name}; {rate}; {milliseconds} ms", measure)
+        calm = self.of_capacity == CALM
+        name = f"{milliseconds} ms" if calm else f"{self.connections} at {milliseconds} ms"
+        measure = f"{measure}, calm" if calm else measure
+        return Row(measure, engine.name, self.workload.name, name)
 
 
 def cells(*, quick: bool) -> Iterator[Cell]:
@@ -170,7 +171,9 @@ def measure_load(address: str, results: Results, progress: Progress, *, quick: b
                 }
                 for cell in cells(quick=quick):
                     asyncio.run(
-                        _load(cell, engine, milliseconds, servers, results, progress, rounds, seconds)
+                        _load(
+                            cell, engine, milliseconds, servers, results, progress, rounds, seconds
+                        )
                     )
 
 
@@ -190,8 +193,8 @@ async def _load(
         await open_loop(servers[name].port, path, connections=32, rate=400, seconds=0.2)
     by_hand = servers[BY_HAND[0]]
     most = await capacity(by_hand.port, path, connections=64, seconds=seconds / 2)
-    label = cell.row(engine, milliseconds, "").name
-    step = progress(f"{engine.name}, {label}", rounds * len(order))
+    label = f"{engine.name}, {cell.workload.name}, {cell.connections} at {milliseconds} ms"
+    step = progress(label, rounds * len(order))
     for _ in range(rounds):
         for name in order:
             before = servers[name].used()
@@ -236,14 +239,13 @@ def measure_databases(address: str, results: Results, progress: Progress, *, qui
 
 async def _databases(name: str, databases: int, url: str, times: int, results: Results) -> None:
     row = "1 database" if databases == 1 else f"{databases} databases"
-    begun = time.perf_counter()
     with running("server", name, "async", url, databases) as server:
-        ready = time.perf_counter() - begun
+        ready = server.used()
         await open_loop(server.port, "/read", connections=8, rate=500, seconds=0.1)
         before = server.used()
         load = await open_loop(server.port, "/read", connections=1, rate=times, seconds=1)
         after = server.used()
     cpu = (after["cpu"] - before["cpu"]) / len(load.latencies)
-    results.add(Row(ASYNCPG.name, row, "server CPU"), name, cpu)
-    results.add(Row(ASYNCPG.name, row, "memory"), name, after["memory"])
-    results.add(Row(ASYNCPG.name, row, "start-up"), name, ready)
+    results.add(Row("server CPU", ASYNCPG.name, "one read", row), name, cpu)
+    results.add(Row("memory", ASYNCPG.name, "one read", row), name, after["memory"])
+    results.add(Row("start-up", ASYNCPG.name, "one read", row), name, ready["cpu"])

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,12 +19,33 @@ HIGHER_IS_BETTER = {"throughput"}
 COUNTED = {"trips", "failed"}
 
 
-class Row(NamedTuple):
-    """What is compared between contestants."""
+class TableKey(NamedTuple):
+    """What a table shows."""
 
-    engine: str
-    name: str
     measure: str
+    engine: str
+    workload: str
+
+
+class Row(NamedTuple):
+    """What is compared between contestants: one row of figures, and a column of a table.
+
+    Attributes:
+        measure: what was measured.
+        engine: the driver, and the colour.
+        workload: what the whole table is about; nothing where each column has one of its own.
+        name: the column's.
+    """
+
+    measure: str
+    engine: str
+    workload: str
+    name: str
+
+    @property
+    def table(self) -> TableKey:
+        """Name the table that it belongs to."""
+        return TableKey(*self[:3])
 
 
 class Spread(NamedTuple):
@@ -67,9 +88,7 @@ class Results:
 
     def reference(self, row: Row) -> str | None:
         """Name the best of the hand-written dependencies in a row."""
-        medians = {
-            name: self.median(row, name) for name in self.figures[row] if name in BY_HAND
-        }
+        medians = {name: self.median(row, name) for name in self.figures[row] if name in BY_HAND}
         best = max if row.measure in HIGHER_IS_BETTER else min
         return best(medians, key=medians.__getitem__) if medians else None
 
@@ -84,19 +103,32 @@ class Results:
             for name, values in self.figures[row].items()
         }
 
-    def ahead(self, row: Row) -> list[str]:
-        """List who is ahead of this package in a row."""
-        medians = {name: self.median(row, name) for name in self.figures[row]}
-        sign = -1 if row.measure in HIGHER_IS_BETTER else 1
-        return [name for name in medians if sign * medians[name] < sign * medians[OURS]]
+    def tables(self) -> dict[TableKey, list[Row]]:
+        """Give the columns of each table."""
+        found: dict[TableKey, list[Row]] = {}
+        for row in self.figures:
+            found.setdefault(row.table, []).append(row)
+        return found
+
+    def ahead(self, row: Row) -> dict[str, bool]:
+        """List who is ahead of this package in a row, and whether in most rounds.
+
+        Most are three of four: where they are fewer, another run may well say otherwise.
+        """
+        found: dict[str, bool] = {}
+        for name, values in self.figures[row].items():
+            sign = -1 if row.measure in HIGHER_IS_BETTER else 1
+            ours = self.figures[row][OURS]
+            lead = spread([sign * (our - value) for our, value in zip(ours, values, strict=True)])
+            if lead.median > 0:
+                found[name] = lead.low > 0
+        return found
 
     def save(self) -> Path:
         """Write the file of this part."""
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{self.part}.json"
-        rows = [
-            {**row._asdict(), "values": values} for row, values in self.figures.items()
-        ]
+        rows = [{**row._asdict(), "values": values} for row, values in self.figures.items()]
         path.write_text(json.dumps({**asdict(self), "figures": rows}, indent=1))
         return path
 
@@ -108,7 +140,7 @@ def load_results(part: Part) -> Results | None:
         return None
     kept = json.loads(path.read_text())
     figures = {
-        Row(each["engine"], each["name"], each["measure"]): each["values"]
+        Row(each["measure"], each["engine"], each["workload"], each["name"]): each["values"]
         for each in kept["figures"]
     }
     return Results(part, kept["about"], figures)
@@ -120,7 +152,7 @@ def about(postgres: str) -> dict[str, str]:
     peers = [each.package for each in installed() if each.package]
     versions = {each: importlib.metadata.version(each) for each in (*packages, *peers)}
     return {
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "Python": platform.python_version(),
         "PostgreSQL": postgres,
         "cores": str(os.cpu_count()),

@@ -64,7 +64,7 @@ class _End(asyncio.Protocol):
         elif not self.transport.is_closing():
             self.transport.write(data)
 
-    def connection_lost(self, _error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if self.other is not None and self.other.transport is not None:
             self.other.transport.close()
 

@@ -1,4 +1,4 @@
-"""The benchmark beside the peers: who is compared does the same work, and the page says what was."""
+"""The benchmark beside the peers: everybody does the same work, and is counted alike."""
 
 from collections.abc import Iterator
 

@@ -18,8 +18,9 @@ from tests.postgres_server import PostgresServer
 PARTS: Mapping[Part, Callable[..., None]] = {
     "cpu": measures.measure_cpu,
     "wire": measures.measure_wire,
-    "databases": measures.measure_databases,
     "load": measures.measure_load,
+    "load-sync": measures.measure_load_sync,
+    "databases": measures.measure_databases,
 }
 
 

@@ -151,30 +151,35 @@ def cells(*, quick: bool) -> Iterator[Cell]:
 
 
 def measure_load(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
-    """Measure throughput and latency of servers, each in a process of its own."""
-    engines = (ASYNCPG,) if quick else (ASYNCPG, SYNC)
-    rounds, seconds = (1, 0.3) if quick else (3, 1.0)
+    """Measure throughput and latency of asynchronous servers, each in a process of its own."""
+    _measure_load(ASYNCPG, address, results, progress, quick=quick)
+
+
+def measure_load_sync(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+    """Measure the same of synchronous ones."""
+    _measure_load(SYNC, address, results, progress, quick=quick)
+
+
+def _measure_load(
+    engine: Engine, address: str, results: Results, progress: Progress, *, quick: bool
+) -> None:
+    rounds = 1 if quick else 3
     server = make_url(address)
-    for engine in engines:
-        for milliseconds in (0, 1) if quick else MILLISECONDS:
-            with contextlib.ExitStack() as processes:
-                port = None
-                if milliseconds:
-                    wire = running("wire", server.host, server.port, milliseconds)
-                    port = processes.enter_context(wire).port
-                url = engine.url(address, port)
-                servers = {
-                    each.name: processes.enter_context(
-                        running("server", each.name, engine.colour, url, 1)
-                    )
-                    for each in engine.contestants(WORKLOADS[0])
-                }
-                for cell in cells(quick=quick):
-                    asyncio.run(
-                        _load(
-                            cell, engine, milliseconds, servers, results, progress, rounds, seconds
-                        )
-                    )
+    for milliseconds in (0, 1) if quick else MILLISECONDS:
+        with contextlib.ExitStack() as processes:
+            port = None
+            if milliseconds:
+                wire = running("wire", server.host, server.port, milliseconds)
+                port = processes.enter_context(wire).port
+            url = engine.url(address, port)
+            servers = {
+                each.name: processes.enter_context(
+                    running("server", each.name, engine.colour, url, 1)
+                )
+                for each in engine.contestants(WORKLOADS[0])
+            }
+            for cell in cells(quick=quick):
+                asyncio.run(_load(cell, engine, milliseconds, servers, results, progress, rounds))
 
 
 async def _load(
@@ -185,14 +190,13 @@ async def _load(
     results: Results,
     progress: Progress,
     rounds: int,
-    seconds: float,
 ) -> None:
     path = cell.workload.path
     order = [each.name for each in engine.contestants(cell.workload)]
     for name in order:  # every connection of the pool is there before anything counts
         await open_loop(servers[name].port, path, connections=32, rate=400, seconds=0.2)
     by_hand = servers[BY_HAND[0]]
-    most = await capacity(by_hand.port, path, connections=64, seconds=seconds / 2)
+    most = await capacity(by_hand.port, path, connections=64, seconds=0.3)
     label = f"{engine.name}, {cell.workload.name}, {cell.connections} at {milliseconds} ms"
     step = progress(label, rounds * len(order))
     for _ in range(rounds):
@@ -203,7 +207,8 @@ async def _load(
                 path,
                 connections=cell.connections,
                 rate=most * cell.of_capacity,
-                seconds=seconds,
+                # Those that fall behind take twice as long as they are due, or more.
+                seconds=1.0 if cell.of_capacity == CALM else 0.5,
             )
             cpu = servers[name].used()["cpu"] - before["cpu"]
             results.add(cell.row(engine, milliseconds, "failed"), name, load.failed)

@@ -45,6 +45,10 @@ HEADINGS: dict[Part, tuple[str, str]] = {
         "connections, with so many milliseconds more to the database and back. What is called "
         "twice and half is measured against the hand-written dependency in the same minute.",
     ),
+    "load-sync": (
+        "Under load, synchronously",
+        "The same with `def` endpoints, whose requests wait for FastAPI's forty threads too.",
+    ),
     "databases": (
         "One, ten and a hundred databases",
         "So many are installed, the last of them is read from. Memory is the server's peak.",
@@ -166,7 +170,7 @@ def _part(results: Results) -> Iterator[str]:
     if failures and all(is_dull(results, rows) for rows in failures.values()):
         yield from ("No request failed.", "")
     for key, rows in results.tables().items():
-        if key.measure in ("server CPU", "server CPU, calm") and results.part == "load":
+        if key.measure in ("server CPU", "server CPU, calm") and results.part != "databases":
             continue  # the same as in process, with HTTP around it
         if is_dull(results, rows):
             continue

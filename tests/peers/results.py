@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from tests.peers.contestants import BY_HAND, OURS, installed
 
 RESULTS = Path("dist/peers")
-Part = Literal["cpu", "load", "wire", "databases"]
+Part = Literal["cpu", "wire", "load", "load-sync", "databases"]
 HIGHER_IS_BETTER = {"throughput"}
 # Often none, so that there is nothing to divide by.
 COUNTED = {"trips", "failed"}

@@ -230,7 +230,7 @@ DATABASES = (1, 10, 100)
 
 def measure_databases(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
     """Measure memory, start-up and the CPU of a read where several databases are installed."""
-    rounds, times = (1, 50) if quick else (5, 400)
+    rounds, times = (1, 50) if quick else (3, 300)
     names = [each.name for each in ASYNCPG.contestants(workload("/read"))]
     step = progress("databases", rounds * len(names) * len(DATABASES))
     url = ASYNCPG.url(address)

@@ -26,10 +26,10 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak test-site docs docs-serve
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak test-site docs docs-serve benchmark-peers
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 env: .venv/ready ## create .venv, or bring it up to date
 
@@ -69,6 +69,10 @@ types: .venv/ready-lint ## check types: mypy --strict and pyright
 benchmark: .venv/ready ## compare with the hand-written pattern
 	@$(RUN) -m tests.benchmark
 	@$(RUN) -m tests.import_time
+
+# Quiet for half an hour: ARGS="--quick" is for trying it out, ARGS="cpu" for one part.
+benchmark-peers: .venv-peers/ready-peers ## compare with other packages; writes docs/performance-compared.md
+	@.venv-peers/bin/python -m tests.peers $(ARGS)
 
 test-faults: .venv/ready ## break the server, the network and the workers; build/faults/report.md
 	@$(RUN) -m tests.faults
@@ -122,11 +126,12 @@ example: .venv/ready-demo ## serve one of the examples: make example NAME=quick_
 
 constraints: .venv/ready ## pin the newest versions of the development environment
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-		--group dev --group integrations --no-annotate --custom-compile-command "make constraints" \
+		--group dev --group integrations --group peers \
+		--no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here
-	@rm -rf .venv .venv-lowest .venv-site build dist site .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lowest .venv-site .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs $(2), and says every five seconds that it is still at it: uv itself can be silent for long.
@@ -159,6 +164,9 @@ INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --const
 	@touch $@
 
 %/ready-integrations: %/ready-lint
-	@$*/bin/python -m uv pip install --quiet --python $*/bin/python \
-		--constraints constraints.txt --group integrations
+	$(call saying,Adding to $* what the package works with,$(INSTALL) --group integrations)
+	@touch $@
+
+%/ready-peers: %/ready-demo
+	$(call saying,Adding to $* who is compared,$(INSTALL) --group peers)
 	@touch $@

@@ -3,38 +3,26 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative import transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, Rows, add, make_app, route, serve, wait_until
 
+ANSWERING: dict[str, Any] = {
+    "answered": (CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError),
+    "status": 500,
+}
+add_a = add("a")
 pytestmark = pytest.mark.driver_decides
-
-
-def make_app(engine: Engine | AsyncEngine) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 500)
-
-    for kind in CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError:
-        app.add_exception_handler(kind, answer)
-    return app
-
-
-def add(session: Session) -> None:
-    session.add(Item(name="a"))
 
 
 @pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
@@ -46,8 +34,8 @@ def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
     fault: Fault,
 ) -> None:
     """Stored or not, the application gets one error for it, and the next request works."""
-    app = make_app(behind_proxy)
-    route(app, kind, "/", transactional(), add)
+    app = make_app(behind_proxy, **ANSWERING)
+    route(app, kind, "/", transactional(), add_a)
     route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
     with serve(app) as served:
         proxy.fault = fault
@@ -76,7 +64,7 @@ def test_a_connection_lost_before_commit_is_not_unknown(
     kind: Kind, behind_proxy: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:
     """Before COMMIT is sent nothing can be stored, and the error is another one."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
         response = served.post("/")
@@ -94,7 +82,7 @@ def test_a_query_that_was_given_up_is_not_committed_around(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
     """A handler that cancels a query with a timeout and goes on cannot commit what came before."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
 
     @app.post("/")
     async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
@@ -114,7 +102,7 @@ def test_a_session_in_use_at_the_commit_poisons_nothing(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
     """When a task that was left behind is in mid-query, the next request is well all the same."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
     left: list[object] = []
 
     @app.post("/")

@@ -16,6 +16,7 @@ LOWEST := .venv-lowest/bin/python
 # Processes for the tests; if empty, four, and none for a few tests.
 WORKERS ?=
 export WORKERS
+SITE := .venv-site/bin/python
 # More for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
 # few: one driver of each colour, all of them where a driver decides. `make check` runs all.
@@ -25,10 +26,10 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak test-site docs docs-serve benchmark-peers
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 env: .venv/ready ## create .venv, or bring it up to date
 
@@ -59,6 +60,11 @@ define on_lowest
 		--deselect tests/test_cancellation.py::test_clients_that_disconnect_leave_nothing $(ARGS)
 endef
 
+# Its own target, because it wants a browser (Debian: chromium, chromium-driver), the network, and
+# an environment with what docs/works-with.md works with.
+test-site: .venv-site/ready-integrations ## read the site in a browser, run the tutorial and integrations
+	@$(SITE) -m pytest tests/test_site.py $(ARGS)
+
 lint: .venv/ready-lint ## check style
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
@@ -69,18 +75,55 @@ types: .venv/ready-lint ## check types: mypy --strict and pyright
 
 benchmark: .venv/ready ## compare with the hand-written pattern
 	@$(RUN) -m tests.benchmark
+	@$(RUN) -m tests.import_time
 
-build: .venv/ready-lint ## build the wheel and look into it
+# Quiet for half an hour: ARGS="--quick" is for trying it out, ARGS="cpu" for one part.
+benchmark-peers: .venv-peers/ready-peers ## compare with other packages; writes docs/performance-compared.md
+	@.venv-peers/bin/python -m tests.peers $(ARGS)
+
+test-faults: .venv/ready ## break the server, the network and the workers; build/faults/report.md
+	@$(RUN) -m tests.faults
+
+# Every fault with every driver, deployment and pool_pre_ping, again and again.
+MINUTES ?= 60
+soak: .venv/ready ## do that for a long time: make soak MINUTES=60
+	@$(RUN) -m tests.faults --minutes $(MINUTES)
+
+build: .venv/ready-lint ## build the wheel and the sdist, and look into the wheel
 	@rm -rf dist
-	@$(RUN) -m hatchling build --target wheel
-	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >dist/contents
-	@grep -qx fastapi_sqlnative/py.typed dist/contents
-	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' dist/contents
+	@$(RUN) -m hatchling build
+	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >.venv/wheel
+	@grep -qx fastapi_sqlnative/py.typed .venv/wheel
+	@grep -qx 'fastapi_sqlnative/.agents/skills/.*/SKILL.md' .venv/wheel
+	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' .venv/wheel
+
+# From the network: each environment is empty at first. In CONTRIBUTING.md: how a release is made.
+release-check: build ## try what was built in empty environments, before a release
+	@$(RUN) -m tests.release dist
+
+docs: .venv/ready-lint ## build the site into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+docs-serve: .venv/ready-lint ## show the site while you write it
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --strict --watch fastapi_sqlnative
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
 check: DRIVERS := all
-check: lint types test test-lowest benchmark build ## run everything CI runs
+check: lint types audit test test-lowest test-site benchmark test-faults build docs ## run everything CI runs
+
+# More databases than one, from Debian's packages; where one is missing it fails.
+test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)
+	@tests/ha/install postgresql pgbouncer patroni etcd-server
+	@$(RUN) -m pytest tests/ha $(ARGS)
+	@$(MAKE) test-docker
+
+test-docker: .venv/ready ## run tests on PostgreSQL in a container (Debian, root)
+	@tests/ha/install postgresql docker.io iptables iproute2
+	@$(RUN) -m tests.ha.docker $(ARGS)
+
+audit: .venv/ready-lint ## ask for known vulnerabilities of the pinned versions
+	@$(RUN) -m tests.audit
 
 demo: .venv/ready-demo ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
 	@$(RUN) -m examples showcase
@@ -90,11 +133,12 @@ example: .venv/ready-demo ## serve one of the examples: make example NAME=quick_
 
 constraints: .venv/ready ## pin the newest versions of the development environment
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-		--group dev --no-annotate --custom-compile-command "make constraints" \
+		--group dev --group integrations --group peers \
+		--no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here
-	@rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lowest .venv-site .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs $(2), and says every five seconds that it is still at it: uv itself can be silent for long.
@@ -124,4 +168,12 @@ INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --const
 
 %/ready-lint: %/ready
 	$(call saying,Adding the linters to $*,$(INSTALL) --group dev)
+	@touch $@
+
+%/ready-integrations: %/ready-lint
+	$(call saying,Adding to $* what the package works with,$(INSTALL) --group integrations)
+	@touch $@
+
+%/ready-peers: %/ready-demo
+	$(call saying,Adding to $* who is compared,$(INSTALL) --group peers)
 	@touch $@

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypedDict
@@ -109,6 +109,11 @@ class PostgresServer:
         return self._home / "log"
 
     @property
+    def user(self) -> int:
+        """The number of the user who runs the server."""
+        return os.geteuid() if self._account.user is None else self._account.user
+
+    @property
     def running(self) -> bool:
         """Whether the server process is there."""
         return self._process is not None and self._process.poll() is None
@@ -152,6 +157,23 @@ class PostgresServer:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop every process of the server where it is; connections stay, and nobody answers."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let all of them go on."""
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        """Signal the server first, which starts no further backend then; Linux only."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        for child in children.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
     def __enter__(self) -> Self:
         """Start the server; one that fails to start leaves nothing behind."""

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import install_database
 from fastapi_sqlnative.exceptions import (
+    CommitOutcomeUnknownError,
     PartialCommitError,
     TransactionAbortedError,
     UncommittedChangesError,
@@ -64,7 +65,13 @@ class Item(Base):
     position: Mapped[int | None]
 
 
-ANSWERED = IntegrityError, PartialCommitError, TransactionAbortedError, UncommittedChangesError
+ANSWERED = (
+    CommitOutcomeUnknownError,
+    IntegrityError,
+    PartialCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
 items: Table = Base.metadata.tables["item"]
 
 
@@ -101,6 +108,14 @@ class Rows:
         ).fetchone()
         assert found is not None
         return int(found[0])
+
+    @property
+    def at_work(self) -> list[tuple[str, str, str]]:
+        """Tell what this database's other connections are in: the state, the wait, the query."""
+        return self.connection.execute(
+            "SELECT state, coalesce(wait_event, ''), left(query, 60) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+        ).fetchall()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -350,7 +350,11 @@ async def test_clients_that_disconnect_leave_nothing(
         def settled() -> bool:
             return pool.checkedout() == 0 and not rows.backends("%transaction%")
 
-        with anyio.fail_after(20):
-            while not await anyio.to_thread.run_sync(settled):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+        try:
+            with anyio.fail_after(30):
+                while not await anyio.to_thread.run_sync(settled):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            error.add_note(f"{pool.status()}; in a transaction: {rows.at_work}")
+            raise
         assert served.client.post("/query").status_code == 201

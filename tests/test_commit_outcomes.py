@@ -233,9 +233,23 @@ def terminate(rows: Rows, pid: int) -> None:
     rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
 
-@pytest.mark.parametrize("body", [read, read_text])
+def undo_a_savepoint(session: Session) -> None:
+    savepoint = session.begin_nested()
+    add(session)
+    session.flush()
+    savepoint.rollback()
+
+
 @pytest.mark.parametrize(
-    "dependency", [transactional(), transactional(read_only=True)], ids=["reading", "read only"]
+    ("dependency", "body"),
+    [
+        (transactional(), read),
+        (transactional(), read_text),
+        (transactional(), undo_a_savepoint),
+        (transactional(read_only=True), read),
+        (transactional(read_only=True), read_text),
+    ],
+    ids=["read", "text", "undone savepoint", "read only", "read only, text"],
 )
 async def test_a_connection_lost_while_reading_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body

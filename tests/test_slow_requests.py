@@ -280,6 +280,24 @@ async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) 
         await assert_clean(app, rows)
 
 
+@asynchronous
+async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
+    """What waits once more when it is cancelled is cancelled once more."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(60)
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
 async def test_an_answer_that_is_late_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """Work that no cancellation reaches ends by itself, and then is rolled back."""
 
@@ -405,7 +423,7 @@ TRUNCATE slow_commit;
 
 @synchronous
 async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """What the server does at COMMIT does not count for the timeout of statements."""
+    """PostgreSQL's statement timeout is no limit for what it does at COMMIT."""
     rows.connection.execute(AT_COMMIT)
 
     def body(session: Session) -> None:

@@ -18,6 +18,7 @@ class Fault(Enum):
     DROPPED = "cut the connection before the server sees it"
     ANSWER_LOST = "let the server do it, and cut the connection before its answer"
     STALLED = "hold it back"
+    SWALLOWED = "hold back everything else as well"
 
 
 @dataclass
@@ -72,7 +73,7 @@ class _Pair:
         with contextlib.suppress(OSError):
             while data := self.client.recv(CHUNK):
                 # Drivers send COMMIT as text, and nothing else in these tests says it.
-                if b"COMMIT" in data:
+                if b"COMMIT" in data or self.proxy.fault is Fault.SWALLOWED:
                     self.fail()
                 self.server.sendall(data)
             self.server.shutdown(socket.SHUT_RDWR)
@@ -87,7 +88,7 @@ class _Pair:
 
     def fail(self) -> None:
         self.proxy.reached.set()
-        if self.proxy.fault is Fault.STALLED:
+        if self.proxy.fault in (Fault.STALLED, Fault.SWALLOWED):
             self.proxy.go_on.wait()
         elif self.proxy.fault is Fault.ANSWER_LOST:
             self.muted = True

@@ -114,6 +114,7 @@ class _Pair:
         if self.proxy.fault is Fault.SLOW:
             time.sleep(DELAY)
         elif self.proxy.fault is Fault.FROZEN:
+            self.proxy.reached.set()
             self.proxy.go_on.wait()
         return self.proxy.fault is not Fault.SWALLOWED
 

@@ -20,13 +20,13 @@ from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
-from ._requests import marking_requests
 from ._sessions import IsolatedSession, OwnSession, own_session_class
 from ._targets import (
     IsolationError,
     Place,
     all_installations,
     is_one_database,
+    marking_requests,
     places,
     ready_engine,
     running_loop,

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, event, exc
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+from starlette.types import Scope
 
 from .._drivers.pools import pool_status, pool_timeout
 from .._lifespan.running import running_of
@@ -164,7 +165,7 @@ class _Fault:
     def happens(self) -> bool:
         """Tell whether it happens here and now."""
         request = SERVED.get()
-        scope = request.scope if request is not None else {}
+        scope: Scope = request.scope if request is not None else {}
         paths = scope.get("path"), getattr(scope.get("route"), "path", None)
         happens = not self.happened and (self._route is None or self._route in paths)
         self.happened = self.happened or happens

@@ -125,6 +125,7 @@ class OwnSession(Session):
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method when it is this session's turn, where the connection may be used."""
         isolated = self.own_connection()
+        joins_flow(self)  # here, not where it crosses to
         if isolated.turn.holds(self):
             return method(*args, **options)
 

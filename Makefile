@@ -10,6 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	&& command -v $$python && break; done)
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
+CANARY := .venv-canary/bin/python
 # The tests wait for a database more than they compute.
 WORKERS ?= 4
 # More for pytest, as in: make test ARGS="-k transfer"
@@ -17,7 +18,7 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest lint types benchmark build release-check check demo example constraints clean
+.PHONY: help env test test-lowest test-python canary lint types benchmark build release-check check demo example constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +43,19 @@ test-lowest: .venv-lowest/ready ## run the tests on the lowest supported version
 			--deselect tests/test_cancellation.py::test_clients_that_disconnect_leave_nothing \
 			$(ARGS) || exit 1; \
 	done
+
+test-python: ## run the tests on another Python: make test-python PYTHON=python3.13
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+		$(MAKE) .venv-$$version/ready && \
+		.venv-$$version/bin/python -m pytest -n $(or $(WORKERS),4) $(ARGS)
+
+# Not in `make check`: what it finds may be theirs. It tells what the next versions will break.
+canary: .venv-canary/ready ## run the tests on the newest pre-releases of all that is below
+	@$(CANARY) -m uv pip install --quiet --python $(CANARY) --upgrade --prerelease allow \
+		--editable . --group test
+	@$(CANARY) -m uv --quiet pip list --python $(CANARY) --format freeze \
+		| grep -E '^(fastapi|starlette|pydantic|anyio|sqlalchemy|psycopg|asyncpg)=='
+	@$(CANARY) -m pytest -n $(or $(WORKERS),4) $(ARGS)
 
 lint: .venv/ready-lint ## check style
 	@$(RUN) -m ruff check
@@ -82,7 +96,7 @@ constraints: .venv/ready ## pin the newest versions of the development environme
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here, the demo's data too
-	@rm -rf .venv .venv-lowest .demo build dist .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-* .demo build dist .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/ready: pyproject.toml constraints.txt

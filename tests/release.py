@@ -170,7 +170,7 @@ def check_installation(folder: Path, installer: str, wheel: Path, extra: str | N
     found = {each["name"] for each in json.loads(listed)}
     # FastAPI may bring one of them by itself.
     wanted = names(EXTRAS[extra]) if extra else set[str]()
-    unwanted = names(sum(EXTRAS.values(), [])) - wanted - BROUGHT
+    unwanted = names([each for needs in EXTRAS.values() for each in needs]) - wanted - BROUGHT
     assert wanted <= found, f"{wanted} of {found}"
     assert not unwanted & found, f"{unwanted} in {found}"
     print(f"{installer:4} {extra or 'no extras':10} {len(found)} packages", flush=True)

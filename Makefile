@@ -18,7 +18,7 @@ ARGS ?=
 DATABASE_URL ?=
 export DATABASE_URL
 
-.PHONY: help env test test-lowest test-python canary lint types benchmark build release-check check demo example constraints clean
+.PHONY: help env test test-lowest test-python canary lint types benchmark build release-check release-notes check demo example constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,12 @@ build: .venv/ready-lint ## build the wheel and the sdist, and look into the whee
 # From the network: each environment is empty at first. In CONTRIBUTING.md: how a release is made.
 release-check: build ## try what was built in empty environments, before a release
 	@$(RUN) -m tests.release dist
+
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+release-notes: ## print what the changelog says of this version
+	@awk -v heading='## [$(VERSION)]' 'index($$0, "## [") == 1 { on = index($$0, heading) == 1; next } \
+		on { print; found = found || /[^ ]/ } END { exit !found }' CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no section [$(VERSION)]" >&2; exit 1; }
 
 # Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true

@@ -3,8 +3,8 @@
 `python -m tests.release dist`, by `make release-check`. Nothing is published. In this order:
 
 1. The wheel and the sdist hold what they are to hold, and the sdist builds the same wheel.
-2. Installed by uv and by pip, without extras and with each of them, the package serves an
-   application, and the environment has nothing that was not asked for.
+2. Installed without extras, with each of them and with all, by uv and by pip, the package serves
+   an application, and the environment has nothing that was not asked for.
 3. All that is public has a type, for whoever has only the wheel.
 4. The core's tests pass on the installed wheel, with what the sdist has beside it.
 """
@@ -158,22 +158,21 @@ def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[^\w-]", each)[0] for each in requirements}
 
 
-def check_installation(folder: Path, installer: str, wheel: Path, extra: str | None) -> None:
+def check_installation(folder: Path, installer: str, wheel: Path, *extras: str) -> None:
     """Install the wheel where nothing is, and serve the application of `SMOKE`."""
-    suffix = f"[{extra}]" if extra else ""
-    python = environment(folder / "env", installer, f"{wheel}{suffix}")
+    python = environment(folder / "env", installer, f"{wheel}[{','.join(extras)}]")
     (folder / "smoke.py").write_text(SMOKE)
-    run(python, "-W", "error", "smoke.py", *filter(None, [extra]), cwd=folder)
+    run(python, "-W", "error", "smoke.py", *extras, cwd=folder)
     checked = run(python, "-m", "fastapi_sqlnative", "check", "smoke:app", "--json", cwd=folder)
     assert {each["status"] for each in json.loads(checked)} <= {"ok", "warning"}
     listed = run(sys.executable, "-m", "uv", "pip", "list", "--format=json", "--python", python)
     found = {each["name"] for each in json.loads(listed)}
     # FastAPI may bring one of them by itself.
-    wanted = names(EXTRAS[extra]) if extra else set[str]()
+    wanted = names([each for extra in extras for each in EXTRAS[extra]])
     unwanted = names([each for needs in EXTRAS.values() for each in needs]) - wanted - BROUGHT
     assert wanted <= found, f"{wanted} of {found}"
     assert not unwanted & found, f"{unwanted} in {found}"
-    print(f"{installer:4} {extra or 'no extras':10} {len(found)} packages", flush=True)
+    print(f"{installer:4} {', '.join(extras) or 'no extras':10}: {len(found)} packages", flush=True)
 
 
 def check_types(folder: Path, wheel: Path) -> None:
@@ -213,9 +212,11 @@ def main() -> None:
             return found
 
         check_archives(wheel, sdist, folder())
+        for extra in EXTRAS:
+            check_installation(folder(), "uv", wheel, extra)
         for installer in "uv", "pip":
-            for extra in (None, *EXTRAS):
-                check_installation(folder(), installer, wheel, extra)
+            check_installation(folder(), installer, wheel)
+            check_installation(folder(), installer, wheel, *EXTRAS)
         check_types(folder(), wheel)
         check_tests(folder(), wheel, sdist)
 

@@ -135,7 +135,7 @@ def check_archives(wheel: Path, sdist: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         name = next(each for each in in_wheel if each.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(opened.read(name))
-    relative = re.findall(r"\]\((?!https://)[^)]*\)", metadata.get_payload())
+    relative = re.findall(r"\]\((?!https://)[^)]*\)", str(metadata.get_payload()))
     assert not relative, f"on PyPI these lead nowhere: {relative}"
     print(f"{wheel.name}: {len(in_wheel)} files; {sdist.name}: {len(in_sdist)} files", flush=True)
 
@@ -145,7 +145,16 @@ def environment(folder: Path, installer: str, *requirements: str) -> Path:
     python = folder / "bin" / "python"
     if installer == "uv":
         run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, folder)
-        install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+        install: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            python,
+        ]
     else:
         run(sys.executable, "-m", "venv", folder)
         install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]

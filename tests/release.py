@@ -169,7 +169,8 @@ def names(requirements: list[str]) -> set[str]:
 
 def check_installation(folder: Path, installer: str, wheel: Path, *extras: str) -> None:
     """Install the wheel where nothing is, and serve the application of `SMOKE`."""
-    python = environment(folder / "env", installer, f"{wheel}[{','.join(extras)}]")
+    suffix = f"[{','.join(extras)}]" if extras else ""
+    python = environment(folder / "env", installer, f"{wheel}{suffix}")
     (folder / "smoke.py").write_text(SMOKE)
     run(python, "-W", "error", "smoke.py", *extras, cwd=folder)
     checked = run(python, "-m", "fastapi_sqlnative", "check", "smoke:app", "--json", cwd=folder)

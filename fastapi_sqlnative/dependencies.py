@@ -20,6 +20,7 @@ from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import AnySession
 from ._unit_of_work import UNIT, UnitOfWork
 from .databases import AnyDatabase
+from .exceptions import DatabaseDependencyError
 
 # -- where FastAPI ends it ------------------------------------------------------------------------
 
@@ -63,6 +64,22 @@ def _has_function_stack() -> bool:
 HAS_FUNCTION_STACK: Final = _has_function_stack()
 
 
+class _NoRequest:
+    """The connection of a dependency that is called by hand, in a unit test say."""
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        raise DatabaseDependencyError(
+            "A dependency of fastapi_sqlnative was called without a request: FastAPI calls it, "
+            "and gives the result to your function. A test that calls your function itself passes "
+            "a session, from `with isolated(app) as session` or a handle's "
+            "`session()`; one that needs the dependency sends a request."
+        )
+
+
+_NO_REQUEST: Final[Any] = _NoRequest()
+
+
 class DatabaseDependency:
     """A callable for `Depends`, named for its database: what `get_db` and its like return.
 
@@ -86,7 +103,9 @@ class SessionDependency(DatabaseDependency):
         super().__init__(name)
         self.__signature__ = _signature()
 
-    async def __call__(self, connection: HTTPConnection, unit: object = None) -> AnySession:
+    async def __call__(
+        self, connection: HTTPConnection = _NO_REQUEST, unit: object = None
+    ) -> AnySession:
         """Open the session at the first call of a request."""
         return await unit_of(connection).session(self.name)
 
@@ -100,7 +119,10 @@ class TransactionDependency(DatabaseDependency):
         self.__signature__ = _signature(session=get_db(name))
 
     async def __call__(
-        self, session: AnySession, connection: HTTPConnection, unit: object = None
+        self,
+        session: AnySession = _NO_REQUEST,
+        connection: HTTPConnection = _NO_REQUEST,
+        unit: object = None,
     ) -> AnySession:
         """Enlist what `get_db` has given."""
         unit_of(connection).enlist(session, self.options)
@@ -115,7 +137,10 @@ class ReaderDependency(DatabaseDependency):
         self.__signature__ = _signature(session=get_db(name))
 
     async def __call__(
-        self, session: AnySession, connection: HTTPConnection, unit: object = None
+        self,
+        session: AnySession = _NO_REQUEST,
+        connection: HTTPConnection = _NO_REQUEST,
+        unit: object = None,
     ) -> AnySession:
         """Open a session beside the one that `get_db` has given."""
         return await unit_of(connection).reader(session)
@@ -126,7 +151,7 @@ class HandleDependency(DatabaseDependency):
 
     gives_handle = True
 
-    async def __call__(self, connection: HTTPConnection) -> AnyDatabase:
+    async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Look the handle up."""
         return running_for(connection).database(self.name)
 
@@ -219,6 +244,17 @@ async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWo
     """End the unit of work by FastAPI's public means: a generator with function scope."""
     async with unit_of(connection) as unit:
         yield unit
+
+
+async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
+    """Begin the unit of work, which ends after whatever is entered from now on."""
+    return unit_of(connection)
+
+
+# What depends on this is left before the request's COMMIT, if it has function scope.
+UNIT_OF_WORK: Final = (
+    Depends(_unit_of_work) if HAS_FUNCTION_STACK else Depends(_end_of_request, scope="function")
+)
 
 
 def _signature(**dependencies: Callable[..., Any]) -> inspect.Signature:

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import WorkerPostgres
 from tests.proxy import Proxy
-from tests.serving import KINDS, Kind, Rows
+from tests.serving import ASYNCPG, KINDS, Kind, Rows
 
 # --- PgBouncer, for the tests marked `pgbouncer` ---
 
@@ -56,9 +56,17 @@ CREATE TABLE IF NOT EXISTS item (
 """
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.id)
+@pytest.fixture(
+    params=[
+        pytest.param(each, id=each.id, marks=[pytest.mark.other_driver] * (each is ASYNCPG))
+        for each in KINDS
+    ]
+)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Give each colour and driver in turn."""
+    """Give each colour in turn, and with `--drivers=all` each driver.
+
+    A test marked `driver_decides` always has all of them.
+    """
     found: Kind = request.param
     return found
 

@@ -13,6 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	&& command -v $$python && break; done)
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
+CANARY := .venv-canary/bin/python
 # Processes for the tests; if empty, four, and none for a few tests.
 WORKERS ?=
 export WORKERS
@@ -26,7 +27,7 @@ export DATABASE_URL
 
 # Kept, though make reaches it on the way to others.
 .SECONDARY:
-.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check test-ha test-docker audit test-faults soak test-site docs docs-serve benchmark-peers
+.PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check release-notes test-python canary test-ha test-docker audit test-faults soak test-site docs docs-serve benchmark-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +60,21 @@ define on_lowest
 	@$(LOWEST) -m pytest -n auto --dist loadgroup --drivers=$(2) $(OLD_WARNINGS) \
 		--deselect tests/test_cancellation.py::test_clients_that_disconnect_leave_nothing $(ARGS)
 endef
+
+test-python: ## run the tests on another Python: make test-python PYTHON=python3.13
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+		$(MAKE) .venv-$$version/ready && \
+		.venv-$$version/bin/python -m pytest -n auto --dist loadgroup $(ARGS)
+
+# A lower bound that is a pre-release itself lets uv take others; of these, and not of what the
+# tests use by the way. Not in `make check`: what fails here may be theirs.
+BELOW = fastapi starlette pydantic anyio sqlalchemy greenlet psycopg asyncpg aiosqlite alembic
+canary: .venv-canary/ready ## run the tests on the newest pre-releases of what is below
+	@$(CANARY) -m uv pip install --quiet --python $(CANARY) --upgrade \
+		$(BELOW:%='%>=0.dev0') --editable . --group test
+	@$(CANARY) -m uv --quiet pip list --python $(CANARY) --format freeze \
+		| grep -E '^($(subst $() ,|,$(BELOW)))=='
+	@$(CANARY) -m pytest -n auto --dist loadgroup $(ARGS)
 
 # Its own target, because it wants a browser (Debian: chromium, chromium-driver), the network, and
 # an environment with what docs/works-with.md works with.
@@ -101,6 +117,12 @@ build: .venv/ready-lint ## build the wheel and the sdist, and look into the whee
 release-check: build ## try what was built in empty environments, before a release
 	@$(RUN) -m tests.release dist
 
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+release-notes: ## print what the changelog says of this version
+	@awk -v heading='## [$(VERSION)]' 'index($$0, "## [") == 1 { on = index($$0, heading) == 1; next } \
+		on { print; found = found || /[^ ]/ } END { exit !found }' CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no section [$(VERSION)]" >&2; exit 1; }
+
 docs: .venv/ready-lint ## build the site into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
@@ -138,7 +160,7 @@ constraints: .venv/ready ## pin the newest versions of the development environme
 		--output-file constraints.txt pyproject.toml
 
 clean: ## remove everything made here
-	@rm -rf .venv .venv-lowest .venv-site .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Runs $(2), and says every five seconds that it is still at it: uv itself can be silent for long.

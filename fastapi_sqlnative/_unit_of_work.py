@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.types import Scope
 
 from ._lifespan.running import running_for
 from ._members import (
@@ -63,14 +64,14 @@ class UnitOfWork:
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
-        self.scope = connection.scope
+        self.scope: Scope = connection.scope
         self._sessions: dict[str, Member] = {}
         self._readers: dict[str, Member] = {}
         self._members: list[Member] = []
         self._asked_gate = self._has_place = False
         # Once: a second cancellation would interrupt the driver while it tells the server to stop.
-        self.cancelled = False
-        self.ends_at = math.inf  # by time.monotonic(): then the request's deadline is over
+        self.cancelled: bool = False
+        self.ends_at: float = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""

@@ -24,7 +24,7 @@ from .exceptions import ClientDisconnectedError, DeadlineExceededError
 
 __all__ = ["cancel_on_disconnect", "deadline"]
 
-logger = logging.getLogger("fastapi_sqlnative")
+logger: logging.Logger = logging.getLogger("fastapi_sqlnative")
 
 # Seconds in which a cancelled driver tells the server to stop. Then it is cancelled once more,
 # which costs the connection: a network that swallows packets may have swallowed that as well.

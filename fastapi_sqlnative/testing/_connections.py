@@ -55,9 +55,9 @@ class IsolatedConnection:
     ) -> None:
         self.engine = engine
         self.turn = turn
-        self.asynchronous = engine.dialect.is_async
+        self.asynchronous: bool = engine.dialect.is_async
         self.own_sessions: dict[Session, object] = {}
-        self.beginning = False
+        self.beginning: bool = False
         self.root: NestedTransaction | None = None
         self.name = name
         self._home = home  # finds the application's event loop

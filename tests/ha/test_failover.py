@@ -1,6 +1,7 @@
 """A primary with a standby: who is found, what a promotion costs, and what is lost."""
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -193,3 +194,15 @@ def test_a_synchronous_standby_that_is_behind_delays_the_answer(
         pair.primary.kill()
         answer = waiting.result(20)
     assert (answer.status_code, answer.json()) == (500, {"detail": "unknown"})
+
+
+def test_a_host_that_is_silent_stands_in_front(steady_pair: Replication, kind: Kind) -> None:
+    """libpq gives each host its own time; asyncpg gives all of them one, and gets no further."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = [silent.getsockname()[1], steady_pair.primary.port]
+        if kind.driver == "asyncpg":
+            with pytest.raises(TimeoutError):
+                is_on_standby(kind, ports, "read-write")
+        else:
+            assert not is_on_standby(kind, ports, "read-write")
+        assert not is_on_standby(kind, ports[::-1], "read-write")

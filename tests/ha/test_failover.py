@@ -18,9 +18,16 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
-from tests.ha.cluster import Attributes, Replication, address, engine_at, replication
+from tests.ha.cluster import (
+    Attributes,
+    Replication,
+    address,
+    configure,
+    engine_at,
+    replication,
+)
 from tests.ha.ledger import application, load
-from tests.serving import Item, Kind, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, route, serve, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -187,9 +194,11 @@ def test_a_synchronous_standby_that_is_behind_delays_the_answer(
     with serve(application(kind, engine)) as served, ThreadPoolExecutor(1) as thread:
         assert served.client.post("/items").status_code == 201
         pair.stop_receiving()
+        configure(pair.primary, "statement_timeout", "200ms")  # which does not end the COMMIT
         waiting = thread.submit(served.client.post, "/items")
-        asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        wait_until(lambda: pair.ask(pair.primary, asked) == 1)
+        asked = "SELECT now() - query_start > '1 s' FROM pg_stat_activity"
+        asked += " WHERE wait_event = 'SyncRep'"
+        wait_until(lambda: pair.ask(pair.primary, asked) is True)
         assert not waiting.done()
         pair.primary.kill()
         answer = waiting.result(20)
@@ -206,3 +215,16 @@ def test_a_host_that_is_silent_stands_in_front(steady_pair: Replication, kind: K
         else:
             assert not is_on_standby(kind, ports, "read-write")
         assert not is_on_standby(kind, ports[::-1], "read-write")
+
+
+def test_a_command_timeout_leaves_the_outcome_of_a_commit_unknown(
+    synchronous_pair: Replication,
+) -> None:
+    """asyncpg gives up on a COMMIT that waits for the standby, and nobody says that it failed."""
+    pair, kind = synchronous_pair, KINDS[1]
+    url = address(pair.ports, kind.driver, "read-write")
+    engine = engine_at(kind, url, connect_args={"timeout": 2, "command_timeout": 1})
+    with serve(application(kind, engine)) as served:
+        pair.stop_receiving()
+        answer = served.client.post("/items")
+    assert (answer.status_code, answer.json()) == (500, {"detail": "unknown"})

@@ -229,20 +229,23 @@ def test_readiness_while_it_is_paused(
     app = FastAPI()
     engine = engine_through(bouncer, kind, postgres)
     install_database(app, engine=engine, shutdown=engine.dispose)
-    app.include_router(health_router(timeout=0.2, max_age=0.01, down_after=1.5))
+    for prefix, seconds in ("/patient", 120), ("/impatient", 0.5):
+        times = {"timeout": 0.2, "max_age": 0.01, "down_after": seconds}
+        app.include_router(health_router(prefix=prefix, **times))
     with serve(app) as served:
 
-        def status() -> str:
-            answered: str = served.client.get("/health/ready").json()["status"]
+        def status(prefix: str) -> str:
+            answered: str = served.client.get(f"{prefix}/ready").json()["status"]
             return answered
 
-        assert status() == "ready"
+        assert [status("/patient"), status("/impatient")] == ["ready", "ready"]
         bouncer.command(f"PAUSE {database_of(postgres)}")
-        assert [status() for _ in range(3)] == ["ready"] * 3
-        wait_until(lambda: status() == "not_ready")
-        assert served.client.get("/health/live").status_code == 200
+        wait_until(lambda: status("/impatient") == "not_ready")
+        assert status("/patient") == "ready"
+        assert served.client.get("/patient/live").status_code == 200
         bouncer.command(f"RESUME {database_of(postgres)}")
-        wait_until(lambda: status() == "ready")
+        wait_until(lambda: status("/impatient") == "ready")
+        assert status("/patient") == "ready"
 
 
 def test_readiness_while_it_queues(

@@ -24,6 +24,8 @@ from tests.faults.processes import Deployed, Fleet, PgBouncer
 from tests.proxy import Fault, Proxy
 
 EVERY = 0.3  # seconds between the blows of a fault that strikes again and again
+# Seconds: what strikes again and again spares the connection that readiness opens and closes.
+YOUNGEST = 1.0
 
 
 @dataclass
@@ -125,10 +127,9 @@ def terminate_backends(stage: Stage) -> Iterator[None]:
 
 
 def _terminate(stage: Stage) -> None:
-    """End backends that are a second old: not the one that readiness opens and closes at once."""
     stage.cluster.execute(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
-        " AND backend_start < now() - interval '1s'"
+        f" AND backend_start < now() - interval '{YOUNGEST} s'"
     )
 
 
@@ -158,7 +159,7 @@ def _faulty(stage: Stage, fault: Fault) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reset_connections(stage: Stage) -> Iterator[None]:
-    with repeating(stage.proxy.reset):
+    with repeating(lambda: stage.proxy.reset(YOUNGEST)):
         yield
 
 

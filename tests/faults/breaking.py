@@ -5,9 +5,9 @@ A fault is handed the stage: everything that it can break.
 
 import contextlib
 import itertools
+import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -238,8 +238,7 @@ def clients_vanish(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def kill_worker(stage: Stage) -> Iterator[None]:
     """Kill one of the workers; whoever started it starts another."""
-    worker = min(stage.deployed.pools())
-    subprocess.run(["kill", "-KILL", str(worker)], check=True)
+    os.kill(min(stage.deployed.pools()), signal.SIGKILL)
     yield
 
 

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,13 @@ def repeating(strike: Callable[[], Any]) -> Iterator[None]:
             if ended.wait(EVERY):
                 return
 
-    thread = threading.Thread(target=strike_until_it_ends)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        striking = thread.submit(strike_until_it_ends)
+        try:
+            yield
+        finally:
+            ended.set()
+        striking.result()
 
 
 # -- the server ------------------------------------------------------------------------------
@@ -82,8 +83,10 @@ def stop_server(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def freeze_server(stage: Stage) -> Iterator[None]:
     stage.cluster.server.freeze()
-    yield
-    stage.cluster.server.thaw()
+    try:
+        yield
+    finally:  # what is frozen would outlive us
+        stage.cluster.server.thaw()
 
 
 @contextlib.contextmanager
@@ -107,17 +110,11 @@ def fill_server(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refuse_writes(stage: Stage) -> Iterator[None]:
-    for statement in (
-        "ALTER SYSTEM SET default_transaction_read_only = on",
-        "SELECT pg_reload_conf()",
-    ):
-        stage.cluster.execute(statement)
+    stage.cluster.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+    stage.cluster.execute("SELECT pg_reload_conf()")
     yield
-    for statement in (
-        "ALTER SYSTEM RESET default_transaction_read_only",
-        "SELECT pg_reload_conf()",
-    ):
-        stage.cluster.execute(statement)
+    stage.cluster.execute("ALTER SYSTEM RESET default_transaction_read_only")
+    stage.cluster.execute("SELECT pg_reload_conf()")
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def calls_of(engine: Engine, apps: dict[str, FastAPI]) -> dict[tuple[str, str], 
 
 def measure_cpu(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
     """Measure the CPU of a request: the application's alone, without HTTP."""
-    rounds, times = (3, 5) if quick else (61, 8)
+    rounds, times = (3, 5) if quick else (41, 15)
     for engine in ENGINES:
         asyncio.run(_cpu(engine, engine.url(address), results, progress, rounds, times))
 

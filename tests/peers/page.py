@@ -165,7 +165,11 @@ def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
 
 def _part(results: Results) -> Iterator[str]:
     heading, text = HEADINGS[results.part]
-    yield from (f"## {heading}", "", f"{text} Measured on {results.about['date']}.", "")
+    date, rounds = results.about["date"], results.about["rounds"]
+    of_rounds = {"wire": "", "cpu": f", {rounds} rounds of each"}.get(
+        results.part, f", {rounds} round{'' if rounds == '1' else 's'}"
+    )
+    yield from (f"## {heading}", "", f"{text} Measured on {date}{of_rounds}.", "")
     failures = {key: rows for key, rows in results.tables().items() if "failed" in key.measure}
     if failures and all(is_dull(results, rows) for rows in failures.values()):
         yield from ("No request failed.", "")
@@ -185,7 +189,9 @@ def write_page() -> None:
     found = [results for part in get_args(Part) if (results := load_results(part))]
     lines = list(INTRODUCTION)
     about = found[0].about if found else {}
-    versions = ", ".join(f"{name} {about[name]}" for name in about if name not in ("date", "cores"))
+    versions = ", ".join(
+        f"{name} {about[name]}" for name in about if name not in ("date", "cores", "rounds")
+    )
     lines += [f"Versions: {versions}; {about.get('cores')} cores.", ""]
     lines += ["| left out | why |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why in LEFT_OUT.items()]

@@ -156,7 +156,7 @@ def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
     panels = {row.name: results.ratios(row) for row in rows if row.name in columns}
     if not panels:
         return
-    title = f"{title_of(key)} (the best of those by hand is 1)"
+    title = f"{title_of(key)} (the best of those by hand is 1)".replace("`", "")
     words = "".join(letter if letter.isalnum() else " " for letter in " ".join(key)).split()
     path = CHARTS / f"{'-'.join(words).lower()}.svg"
     path.write_text(bar_chart(title, panels, {name: kind_of(name) for name in NAMES}), "utf-8")
@@ -165,11 +165,9 @@ def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
 
 def _part(results: Results) -> Iterator[str]:
     heading, text = HEADINGS[results.part]
-    date, rounds = results.about["date"], results.about["rounds"]
-    of_rounds = {"wire": "", "cpu": f", {rounds} rounds of each"}.get(
-        results.part, f", {rounds} round{'' if rounds == '1' else 's'}"
-    )
-    yield from (f"## {heading}", "", f"{text} Measured on {date}{of_rounds}.", "")
+    about = results.about
+    rounds = f", in {about['rounds']} rounds" if about["rounds"] != "1" else ""
+    yield from (f"## {heading}", "", f"{text} Measured on {about['date']}{rounds}.", "")
     failures = {key: rows for key, rows in results.tables().items() if "failed" in key.measure}
     if failures and all(is_dull(results, rows) for rows in failures.values()):
         yield from ("No request failed.", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from types import TracebackType
 from typing import Any, Final, cast
@@ -30,7 +31,10 @@ from ._sessions.finishing import (
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
+from .exceptions import RequestCancelledError
 
+# FastAPI raises what a dependency has made of a cancellation in its place.
+_CANCELLED: Final = (asyncio.CancelledError, RequestCancelledError)
 # Seconds without a connection after which a request lets others in.
 _IDLE: Final = 0.1
 # Under which a request's scope keeps its unit of work.
@@ -52,6 +56,8 @@ class UnitOfWork:
         "_readers",
         "_running",
         "_sessions",
+        "cancelled",
+        "ends_at",
         "scope",
     )
 
@@ -62,6 +68,9 @@ class UnitOfWork:
         self._readers: dict[str, Member] = {}
         self._members: list[Member] = []
         self._asked_gate = self._has_place = False
+        # Once: a second cancellation would interrupt the driver while it tells the server to stop.
+        self.cancelled = False
+        self.ends_at = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
@@ -107,12 +116,34 @@ class UnitOfWork:
         loop_thread = None if factory.asynchronous else threading.get_ident()
         session = factory.open(options, loop_thread=loop_thread)
         inner = sync_session(session)
+        inner.sqlnative.request = self.scope
         if self._has_place:
             self._loop = asyncio.get_running_loop()
             inner.sqlnative.on_idle = self._gave_connections_back
         member = Member(name, factory, session, inner, inner.sqlnative)
         self._members.append(member)
+        self.limit(self.ends_at)
         return member
+
+    # -- requests that are cancelled -------------------------------------------------------
+
+    def limit(self, ends_at: float) -> None:
+        """Have the server end what synchronous sessions ask for by then: nobody else can."""
+        self.ends_at = min(self.ends_at, ends_at)
+        for member in self._members:
+            if not member.factory.asynchronous:
+                member.record.ends_at = self.ends_at
+
+    @property
+    def has_stored(self) -> bool:
+        """Tell whether a COMMIT of the endpoint's own has stored something, or may be about to."""
+        return any(each.record.stored or each.record.is_storing for each in self._members)
+
+    @property
+    def may_be_cancelled(self) -> bool:
+        """Tell whether it costs nothing that is stored, and leaves no thread behind."""
+        lasting = self.cancelled or self.has_stored
+        return not lasting and all(each.factory.asynchronous for each in self._members)
 
     # -- the end of the request ------------------------------------------------------------
 
@@ -130,7 +161,7 @@ class UnitOfWork:
             if error is None:
                 await self._complete()
             else:
-                await self._abandon(cancelled=isinstance(error, asyncio.CancelledError))
+                await self._abandon(cancelled=isinstance(error, _CANCELLED))
         finally:
             self.scope.pop(UNIT, None)
             if self._asked_gate:

@@ -246,6 +246,17 @@ async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWo
         yield unit
 
 
+async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
+    """Begin the unit of work, which ends after whatever is entered from now on."""
+    return unit_of(connection)
+
+
+# What depends on this is left before the request's COMMIT, if it has function scope.
+UNIT_OF_WORK: Final = (
+    Depends(_unit_of_work) if HAS_FUNCTION_STACK else Depends(_end_of_request, scope="function")
+)
+
+
 def _signature(**dependencies: Callable[..., Any]) -> inspect.Signature:
     """Describe a dependency to FastAPI.
 

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from conftest import SERVER, fresh_database
+from conftest import WorkerPostgres
 from fastapi_sqlnative import AsyncDatabase
 from migrations_example.app import ALEMBIC, create_app
 from migrations_example.backfill import backfill
@@ -53,6 +52,7 @@ from tests.serving import Served, serve, wait_until
 LOCK = "bookshop migrations"
 ROOT = Path(__file__).parents[1]
 REVISIONS = list(RUNNING)
+OTHERS = "postgresql+asyncpg", "mysql+pymysql"
 SYNCHRONOUS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
@@ -99,13 +99,12 @@ class Place:
 
 @contextmanager
 def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Iterator[tuple[URL, URL]]:
+    if kind == "postgresql":
+        pair: WorkerPostgres = request.getfixturevalue("empty_databases")
+        yield make_url(pair.dsn), make_url(pair.second.dsn)
+        return
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     first, second = f"sqlnative_{worker}_bookshop", f"sqlnative_{worker}_bookshop_analytics"
-    if kind == "postgresql":
-        server = request.config.stash[SERVER].url
-        with fresh_database(server, first) as one, fresh_database(server, second) as two:
-            yield make_url(one), make_url(two)
-        return
     url = make_url(request.getfixturevalue("mariadb"))
     engine = create_engine(url.set(drivername=SYNCHRONOUS["mysql"]), poolclass=NullPool)
     with engine.connect() as connection:
@@ -131,9 +130,16 @@ def placed(
 
 
 def with_marks(*drivers: str) -> list[Any]:
-    """Mark the drivers that need MariaDB."""
+    """Mark the drivers that need MariaDB, and those of which another shows as much."""
     return [
-        pytest.param(each, id=each, marks=[pytest.mark.mariadb] * each.startswith("mysql"))
+        pytest.param(
+            each,
+            id=each,
+            marks=[
+                *[pytest.mark.mariadb] * each.startswith("mysql"),
+                *[pytest.mark.other_driver] * (each in OTHERS),
+            ],
+        )
         for each in drivers
     ]
 
@@ -592,23 +598,20 @@ def test_the_steps_to_copy_it(
 
 
 @pytest.mark.timeout(180)  # five processes, on a machine that may be busy
-def test_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever pastes what the README's command prints is answered as the README says."""
     for variable in ("DATABASE_URL", "ANALYTICS_DATABASE_URL"):
         monkeypatch.delenv(variable, raising=False)
-    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with started(folder) as printed:
-            for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
-                monkeypatch.setenv(name, value)
-            answers = paste(printed)
-        assert not Path(folder, ".demo/migrations/data/postmaster.pid").exists()
+    with started(tmp_path) as printed:
+        for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
+            monkeypatch.setenv(name, value)
+        answers = paste(printed)
     assert answers == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
-def started(folder: str) -> Iterator[str]:
+def started(folder: Path) -> Iterator[str]:
     """Run `python -m migrations_example`, and give what it has printed once it serves."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0"}
     with subprocess.Popen(  # ours

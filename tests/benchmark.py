@@ -7,11 +7,9 @@ cheapest hand-written spelling. Only ratios are promised.
 
 import asyncio
 import contextlib
-import gc
 import statistics
 import sys
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import Any
 
 from fastapi import Depends, FastAPI, Response
@@ -28,9 +26,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.telemetry import instrument_pools
+from tests.cpu import alternate, request
 from tests.postgres_choice import start_postgres
 
-Request = Callable[[], Awaitable[None]]
 ROUNDS, CALLS = 25, 60
 # The most that a request may cost, to the cheapest hand-written dependency: row by row, for
 # asynchronous and synchronous engines.
@@ -177,57 +175,13 @@ def applications(engine: AsyncEngine | Engine, endpoints: dict[str, Any]) -> App
     return result
 
 
-def request(app: FastAPI) -> Request:
-    """Make a call of the application as a server would make it."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-        "path": "/",
-        "raw_path": b"/",
-        "query_string": b"",
-        "headers": [],
-        "state": {},
-    }
-
-    async def receive() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: MutableMapping[str, Any]) -> None:
-        assert message.get("status", 200) == 200
-
-    async def call() -> None:
-        await app(dict(scope), receive, send)
-
-    return call
-
-
-async def cpu(call: Request, times: int) -> float:
-    """Return the CPU seconds of one call, among many."""
-    before = time.process_time()
-    for _ in range(times):
-        await call()
-    return (time.process_time() - before) / times
-
-
 async def compare(apps: Applications) -> dict[str, list[float]]:
     """Measure every application in alternating rounds."""
-    found: dict[str, list[float]] = {name: [] for name in apps}
     async with contextlib.AsyncExitStack() as running:
         for app in apps.values():
             await running.enter_async_context(app.router.lifespan_context(app))
         calls = {name: request(app) for name, app in apps.items()}
-        for call in calls.values():
-            await cpu(call, CALLS)
-        gc.collect()
-        gc.disable()
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                found[name].append(await cpu(call, CALLS))
-            gc.collect()
-        gc.enable()
-    return found
+        return await alternate(calls, rounds=ROUNDS, times=CALLS)
 
 
 ROWS = ("untouched", "read", "write", "reader")

@@ -80,6 +80,7 @@ def add(session: Session) -> None:
     session.add(Item(name="a"))
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("cancel", CANCELS.values(), ids=CANCELS)
 async def test_a_commit_is_awaited(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, cancel: Cancel
@@ -98,6 +99,7 @@ async def test_a_commit_is_awaited(
 
 # FastAPI shields the exit of a dependency from anyio: a cancellation that it does not let through
 # starts no deadline.
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("cancel", [CANCELS["asyncio-twice"]], ids=["asyncio-twice"])
 async def test_a_commit_that_hangs_is_given_up(
     kind: Kind,
@@ -118,6 +120,7 @@ async def test_a_commit_that_hangs_is_given_up(
     assert told is kind.asynchronous
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("cancel", CANCELS.values(), ids=CANCELS)
 async def test_a_query_is_interrupted(
     kind: Kind, make_engine: MakeEngine, rows: Rows, cancel: Cancel

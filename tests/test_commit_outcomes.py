@@ -17,12 +17,12 @@ from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownE
 from tests.conftest import MakeEngine
 from tests.in_process import ask, run_in_transaction, run_work, session_class
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, items, wait_until
+from tests.serving import ASYNCPG, Item, Kind, Rows, items, wait_until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
 Body = Callable[[Session], Any]
-only_asyncpg = pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
+only_asyncpg = pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)
 
 
 def add(session: Session) -> None:
@@ -232,9 +232,23 @@ def terminate(rows: Rows, pid: int) -> None:
     rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
 
-@pytest.mark.parametrize("body", [read, read_text])
+def undo_a_savepoint(session: Session) -> None:
+    savepoint = session.begin_nested()
+    add(session)
+    session.flush()
+    savepoint.rollback()
+
+
 @pytest.mark.parametrize(
-    "dependency", [transactional(), transactional(read_only=True)], ids=["reading", "read only"]
+    ("dependency", "body"),
+    [
+        (transactional(), read),
+        (transactional(), read_text),
+        (transactional(), undo_a_savepoint),
+        (transactional(read_only=True), read),
+        (transactional(read_only=True), read_text),
+    ],
+    ids=["read", "text", "undone savepoint", "read only", "read only, text"],
 )
 async def test_a_connection_lost_while_reading_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body

@@ -275,6 +275,7 @@ def test_a_block_of_the_other_colour_is_refused(kind: Kind, engine: AsyncEngine)
 # --- app-wide -----------------------------------------------------------------------------------
 
 
+@pytest.mark.driver_decides
 def test_a_failed_commit_is_answered(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A constraint that waits for COMMIT is answered as if it had failed at once."""
     rows.add("a", position=1)

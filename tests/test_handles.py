@@ -144,6 +144,7 @@ async def test_a_session_never_commits(database: Any, rows: Rows) -> None:
     assert (rows.names, clean(database, rows)) == (["a"], True)
 
 
+@pytest.mark.driver_decides
 async def test_a_transaction_commits_or_rolls_back(database: Any, rows: Rows) -> None:
     """transaction() commits at the end of its block, and rolls back on any exception."""
     with pytest.raises(ZeroDivisionError):
@@ -156,6 +157,7 @@ async def test_a_transaction_commits_or_rolls_back(database: Any, rows: Rows) ->
     assert clean(database, rows)
 
 
+@pytest.mark.driver_decides
 async def test_a_transaction_refuses_a_swallowed_error(database: Any, rows: Rows) -> None:
     """An error that the block ignored is no commit, and the next block finds a clean connection."""
     with pytest.raises(TransactionAbortedError, match="begin_nested") as caught:
@@ -339,6 +341,7 @@ def test_wrong_session_options_are_told_at_once(options: Any, message: str) -> N
 # -- ping ------------------------------------------------------------------------------------
 
 
+@pytest.mark.driver_decides
 async def test_a_ping_that_is_answered(database: Any, rows: Rows) -> None:
     """ping() returns when the database answers, and gives its connection back."""
     await ping(database, 5)
@@ -350,6 +353,7 @@ def elsewhere(kind: Kind, postgres: WorkerPostgres, **changes: Any) -> Any:
     return (create_async_engine if kind.asynchronous else create_engine)(url)
 
 
+@pytest.mark.driver_decides
 async def test_a_ping_of_nobody_fails(kind: Kind, postgres: WorkerPostgres) -> None:
     """A port that nobody listens on fails with the driver's own error, at once."""
     with socket.socket() as unused:
@@ -391,6 +395,7 @@ async def silence() -> AsyncIterator[int]:
                 each.close()
 
 
+@pytest.mark.driver_decides
 async def test_a_ping_of_a_silent_server_has_an_end(kind: Kind, postgres: WorkerPostgres) -> None:
     """A server that takes the connection and never answers is a TimeoutError within the bound."""
     async with silence() as port:

@@ -8,15 +8,21 @@ from typing import Annotated
 import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative import install_database, install_error_handlers, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
+from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+
+pytestmark = pytest.mark.driver_decides
+
+
+LOST = {"DBAPIError", "InterfaceError", "OperationalError"}  # SQLAlchemy's
 
 
 def make_app(engine: Engine | AsyncEngine) -> FastAPI:
@@ -81,6 +87,85 @@ def test_a_connection_lost_before_commit_is_not_unknown(
         assert response.status_code == 500
         assert response.json()["error"] != "CommitOutcomeUnknownError"
     assert rows.names == []
+
+
+def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Whoever is handed one reads SQLAlchemy's error, not the driver's; the next request works."""
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), lambda session: touch(session.connection()))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        terminate_others(rows)
+        wait_until(lambda: rows.backends("%") == 0)
+        assert served.post("/").json()["error"] in LOST
+        assert served.post("/").status_code == 201
+
+
+def test_a_connection_lost_while_the_commit_is_prepared_is_sqlalchemys_error(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """It is lost before COMMIT is sent: nothing is stored, and nobody says that it may be."""
+
+    def add_and_lose(session: Session) -> None:
+        add(session)
+        session.flush()
+        touch(session.connection())  # what is sent over it nobody knows: the server is asked
+        terminate_others(rows)
+
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), add_and_lose)
+    with serve(app) as served:
+        assert served.post("/").json()["error"] in LOST
+    assert rows.names == []
+
+
+impatient = pytest.mark.parametrize("kind", KINDS[1:2], indirect=True, ids=lambda kind: kind.id)
+
+
+@impatient
+def test_a_driver_that_waits_no_longer_is_a_statement_timeout(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """asyncpg's `command_timeout` is answered as any statement that took too long."""
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args={"command_timeout": 0.3})
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    install_error_handlers(app)
+    route(app, kind, "/slow", transactional(), sleep_long)
+    route(app, kind, "/", transactional(), add)
+    with serve(app) as served:
+        assert served.post("/slow").status_code == 504
+        assert served.post("/").status_code == 201
+    assert rows.names == ["a"]
+
+
+@impatient
+def test_a_driver_that_waits_no_longer_for_commit_leaves_the_outcome_unknown(
+    kind: Kind, make_engine: MakeEngine, proxy: Proxy, rows: Rows
+) -> None:
+    """A COMMIT that is on its way when `command_timeout` ends may take effect all the same."""
+    arguments = {"host": "127.0.0.1", "port": proxy.own_port, "ssl": False, "command_timeout": 0.3}
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=arguments)
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), add)
+    with serve(app) as served:
+        proxy.fault = Fault.STALLED
+        assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
+        proxy.go_on.set()
+        wait_until(lambda: rows.backends("idle in transaction%") == 0)
+
+
+def touch(connection: Connection) -> None:
+    connection.exec_driver_sql("SELECT 1")
+
+
+def terminate_others(rows: Rows) -> None:
+    rows.connection.execute(
+        "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
 
 
 def sleep_long(session: Session) -> None:

@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, delete, event, insert, select, text
+from sqlalchemy import Connection, Engine, delete, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
-from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
+from fastapi_sqlnative.exceptions import (
+    CommitOutcomeUnknownError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
 from tests.conftest import MakeEngine
 from tests.serving import Item, Kind, Rows, items, route, serve
 
@@ -51,7 +55,7 @@ def make_app(engine: Any, **options: Any) -> FastAPI:
     def answer(_request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": type(error).__name__}, 409)
 
-    for error in TransactionAbortedError, UncommittedChangesError:
+    for error in CommitOutcomeUnknownError, TransactionAbortedError, UncommittedChangesError:
         app.add_exception_handler(error, answer)
     return app
 
@@ -187,6 +191,35 @@ def test_the_guards_hold_on_every_engine(
         assert rows.backends("idle in transaction%") == 0
         assert second_rows.backends("idle in transaction%") == 0
     assert second_rows.names == ["taken"]
+
+
+def test_a_half_that_one_engine_has_stored_is_unknown(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Where a session has two engines, and the second refuses to commit, the outcome is unknown."""
+    reading, writing = make_engine(), make_engine(second=True)
+    options = class_options(kind, Routing, RoutingAsync)
+    app = make_app(reading, info={"writer": sync_engine(writing)}, **options)
+    app.router.add_event_handler("shutdown", writing.dispose)
+    committing: list[Connection] = []
+
+    def refuse_the_second(connection: Connection) -> None:
+        committing.append(connection)  # in an order of SQLAlchemy's own
+        if len(committing) == 2:
+            connection.execute(insert(items).values(name="refused", position=7))
+
+    for engine, stored in (reading, rows), (writing, second_rows):
+        stored.add("there", position=7)
+        event.listen(sync_engine(engine), "commit", refuse_the_second)
+
+    def body(session: Session) -> None:
+        session.connection().execute(insert(items).values(name="stored"))
+        session.add(Item(name="stored"))
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
+    assert sorted([*rows.names, *second_rows.names]) == ["stored", "there", "there"]
 
 
 # -- the application's events ----------------------------------------------------------------

@@ -251,6 +251,7 @@ def test_a_connection_is_taken_at_the_first_statement(
     assert held == [0, 1, 0]
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize(
     ("dependency", "expected"),
     [
@@ -354,6 +355,7 @@ def leave_behind(
     app.get("/")(asynchronous if kind.asynchronous else synchronous)
 
 
+@pytest.mark.driver_decides
 def test_a_statement_left_behind_in_the_queue_of_the_pool(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -384,6 +386,7 @@ def test_a_statement_left_behind_in_the_queue_of_the_pool(
     assert "a task that the request left behind" in caplog.text
 
 
+@pytest.mark.driver_decides
 def test_a_statement_left_behind_on_the_server(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

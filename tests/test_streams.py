@@ -211,6 +211,7 @@ async def test_an_endpoint_that_yields_over_a_session_fails_the_start(
 SERIES = text("SELECT * FROM generate_series(1, 5000)")
 
 
+@pytest.mark.driver_decides
 def test_a_result_does_not_outlive_its_session(kind: Kind, engine: Engine, rows: Rows) -> None:
     """Rows fetched after the end touch no connection: another request's transaction is safe."""
     app = make_app(engine)
@@ -244,6 +245,7 @@ def test_a_result_does_not_outlive_its_session(kind: Kind, engine: Engine, rows:
     assert rows.names == ["a", "b"]
 
 
+@pytest.mark.driver_decides
 def test_an_error_in_the_middle_of_a_stream_aborts(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A server error while rows are fetched, if swallowed, is no success either (rule 5)."""
     app = FastAPI()
@@ -263,6 +265,7 @@ def test_an_error_in_the_middle_of_a_stream_aborts(kind: Kind, engine: Engine, r
     assert rows.names == []
 
 
+@pytest.mark.driver_decides
 def test_a_stream_inside_the_request_commits(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A result that is read, or left half read, before the end is no hindrance to the commit."""
     app = make_app(engine)

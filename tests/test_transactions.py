@@ -63,6 +63,7 @@ def add(name: str, position: int | None = None) -> Callable[[Session], dict[str,
     return body
 
 
+@pytest.mark.driver_decides
 def test_a_success_is_stored(kind: Kind, engine: Engine, rows: Rows) -> None:
     """What a transactional endpoint adds is committed when the client reads its 201."""
     app = make_app(engine)
@@ -208,6 +209,7 @@ def roll_back_in_sql(session: Session) -> None:
     session.execute(insert(items).values(name="twice"))
 
 
+@pytest.mark.driver_decides
 def test_a_swallowed_error_is_no_success(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A handler that ignores an IntegrityError is not answered with 201, and stores nothing."""
     app = make_app(engine)
@@ -224,6 +226,7 @@ def test_a_swallowed_error_is_no_success(kind: Kind, engine: Engine, rows: Rows)
     assert rows.names == ["next"]
 
 
+@pytest.mark.driver_decides
 def test_an_explicit_commit_of_a_swallowed_error_is_refused(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
@@ -240,6 +243,7 @@ def test_an_explicit_commit_of_a_swallowed_error_is_refused(
     assert rows.names == []
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("body", [swallow_in_savepoint, roll_back_in_sql])
 def test_an_error_in_a_savepoint_may_be_ignored(
     kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
@@ -259,6 +263,7 @@ def swallow_client_error(session: Session) -> None:
         session.execute(text("SELECT CAST(:number AS integer)"), {"number": object()})
 
 
+@pytest.mark.driver_decides
 def test_an_error_of_the_client_alone_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
@@ -437,6 +442,7 @@ def swallow_in_a_listener(session: Session) -> None:
     session.commit()
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("body", [swallow_two, swallow_in_a_listener])
 def test_a_swallowed_error_is_remembered(
     kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
@@ -449,6 +455,7 @@ def test_a_swallowed_error_is_remembered(
     assert rows.names == []
 
 
+@pytest.mark.driver_decides
 def test_an_error_that_was_never_sent_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

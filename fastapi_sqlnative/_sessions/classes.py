@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -62,6 +63,8 @@ def _after_begin(
         record.check_unfinished()
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)
+    if record.ends_at != math.inf:
+        record.limit_statements(connection)
 
 
 @event.listens_for(Outermost, "after_flush")

@@ -78,7 +78,9 @@ def http_errors(
         return cast("_AsyncBlock", _async_savepoint(session, mapping))
     if isinstance(cast("object", session), Session):
         return cast("_Block", _savepoint(session, mapping))
-    raise TypeError(f"http_errors takes a Session or an AsyncSession, not {session!r}.")
+    raise TypeError(
+        f"http_errors takes a Session or an AsyncSession, not {type(session).__name__}."
+    )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from .._lifespan.functions import signature_of
 from .._sessions.completion import in_thread
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -43,7 +44,8 @@ def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
             inspect.signature(check).bind(*arguments)
             return arguments
     raise TypeError(
-        f"Check {name!r} must be a function of the application or of nothing, not {check!r}."
+        f"Check {name!r} must be a function of the application or of nothing, not "
+        f"{signature_of(check)}."
     )
 
 

@@ -49,8 +49,11 @@ class IsolatedSession(NativeSession):
         if not isinstance(bind, Engine):
             return bind
         isolated = self.block.connection_of(self.sqlnative.state.name, bind)
+        connection = isolated.begin(self, beside=self._one_statement)
         self._isolated.add(isolated)
-        return isolated.begin(self, beside=self._one_statement)
+        if not self.in_transaction():
+            self.begin()  # whose end gives the turn back: somebody may only look at the bind
+        return connection
 
     def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Let a statement of `reader` stand for itself, as AUTOCOMMIT does."""
@@ -109,6 +112,7 @@ class OwnSession(Session):
 
     block: ClassVar[Block]
     crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
+    open_blocks = 0  # of `with session.begin()`
 
     def get_bind(self, *_: Any, **__: Any) -> Connection:
         """Return the isolated connection."""
@@ -128,49 +132,44 @@ class OwnSession(Session):
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction, or a savepoint."""
-        return self._ending_in_turn(self.in_turn(super().begin, nested=nested))
+        begun = self.in_turn(super().begin, nested=nested) if nested else super().begin()
+        return cast("SessionTransaction", _Begun(self, begun))
 
     def begin_nested(self) -> SessionTransaction:
         """Begin a savepoint."""
-        return self._ending_in_turn(self.in_turn(super().begin_nested))
-
-    def _ending_in_turn(self, transaction: SessionTransaction) -> SessionTransaction:
-        return (
-            cast("SessionTransaction", _Ending(self, transaction)) if self.crosses else transaction
-        )
+        return self.begin(nested=True)
 
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method when it is this session's turn, where the connection may be used."""
         isolated = self.block.connection_of_own()
-        if isolated.turn.holds(self) or isolated.turn.giving_way is isolated:
+        if isolated.turn.holds(self):
             return method(*args, **options)
 
         def work() -> Any:
-            isolated.turn.take(self, isolated)
-            try:
-                isolated.opened()
-                return method(*args, **options)
-            finally:
-                isolated.turn.give_back(self)
+            isolated.opened()
+            return method(*args, **options)
 
-        return isolated.run(work).result() if self.crosses else work()
+        if not self.crosses:
+            return isolated.exclusively(self, work)
+        return isolated.run(partial(isolated.exclusively, self, work)).result()
 
 
 def _has_turn(name: str) -> Callable[..., Any]:
     def method(self: OwnSession, *args: Any, **options: Any) -> Any:
         call = getattr(super(OwnSession, self), name)
-        if name in ("close", "rollback") and not self.in_transaction():
+        if name in ("close", "rollback", "reset") and not self.in_transaction():
             return call(*args, **options)  # it may well come when the event loop is gone
         return self.in_turn(call, *args, **options)
 
     return method
 
 
-for _name in ("execute", "connection", "flush", "commit", "rollback", "close"):
+_BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
+for _name in ("execute", "connection", "flush", "commit", "rollback", "close", "reset", *_BULK):
     setattr(OwnSession, _name, _has_turn(_name))  # loads, lazy ones too, come by `execute`
 
 
-class _Ending:
+class _Begun:
     """A transaction whose end has its turn as well."""
 
     def __init__(self, session: OwnSession, transaction: SessionTransaction) -> None:
@@ -183,9 +182,11 @@ class _Ending:
 
     def __enter__(self) -> Self:
         self._transaction.__enter__()
+        self._session.open_blocks += 1
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._session.open_blocks -= 1
         self._session.in_turn(self._transaction.__exit__, *error)
 
 

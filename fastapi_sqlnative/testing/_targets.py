@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 from starlette.applications import Starlette
@@ -18,10 +19,10 @@ from .._lifespan.running import (
     trimmed,
 )
 from .._routes import applications_in
+from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, sync_engine
 from ..databases import AnyDatabase, database_class
 
-T = TypeVar("T")
 Target: TypeAlias = Starlette | AnyDatabase
 Place: TypeAlias = tuple[Installations, Installation]
 
@@ -73,20 +74,60 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def finish(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | None) -> T:
-    """Run a coroutine to its end from plain code: on an event loop, or here if it never awaits.
+class Block:
+    """What `with` and `async with` enter alike: both do the same, where it can be awaited.
 
-    Raises:
-        RuntimeError: it awaits something, and this is the event loop's own thread.
+    Args:
+        begin: does it, and puts what undoes it on the stack.
+        loop: finds the event loop that all of it needs, if there is one.
     """
-    if loop is not None and loop is not running_loop():
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return] # the coroutine's own
-    coroutine.close()
-    raise RuntimeError("This block has to await something here: write `async with`.")
+
+    def __init__(
+        self,
+        begin: Callable[[AsyncExitStack], Coroutine[Any, Any, None]],
+        loop: Callable[[], asyncio.AbstractEventLoop | None],
+    ) -> None:
+        self._begin = begin
+        self._loop = loop
+        self._undo = AsyncExitStack()
+
+    def __enter__(self) -> None:
+        self._finish(self._enter())
+
+    def __exit__(self, *_: object) -> None:
+        self._finish(self._undo.aclose())
+
+    async def __aenter__(self) -> None:
+        await self._there(self._enter())
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._there(self._undo.aclose())
+
+    async def _enter(self) -> None:
+        async with AsyncExitStack() as undo:
+            await self._begin(undo)
+            self._undo = undo.pop_all()
+
+    async def _there(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        loop = self._loop()
+        if loop in (None, running_loop()):
+            await coroutine
+        else:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+    def _finish(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        loop = self._loop()
+        if loop is None:
+            in_thread(lambda: asyncio.run(coroutine)).result()
+        elif loop is not running_loop():
+            asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+        else:
+            try:
+                coroutine.send(None)
+            except StopIteration:
+                return
+            coroutine.close()
+            raise RuntimeError("This block has to await something here: write `async with`.")
 
 
 def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:

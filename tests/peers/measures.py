@@ -1,0 +1,256 @@
+"""The four parts of the comparison, each a function that fills its results.
+
+The contestants take turns, within each round and with another one first in each, so that whatever
+else the machine does, and whatever drifts, hits all of them alike.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from sqlalchemy import make_url
+
+from tests.cpu import Request, alternate, cpu, request
+from tests.peers.contestants import BY_HAND, Contestant, installed
+from tests.peers.load import capacity, open_loop
+from tests.peers.processes import Process, running
+from tests.peers.results import Results, Row
+from tests.peers.wire import Wire
+from tests.peers.workloads import WORKLOADS, Workload, workload
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A driver, and the colour of its engine."""
+
+    name: str
+    driver: str
+    asynchronous: bool
+
+    @property
+    def colour(self) -> str:
+        """What `tests.peers.server` calls it."""
+        return "async" if self.asynchronous else "sync"
+
+    def url(self, address: str, port: int | None = None) -> str:
+        """Give the address of the database, as this driver wants it."""
+        url = make_url(address).set(drivername=f"postgresql+{self.driver}")
+        url = url if port is None else url.set(host="127.0.0.1", port=port)
+        return url.render_as_string(hide_password=False)
+
+    def contestants(self, each: Workload) -> list[Contestant]:
+        """List who takes part in a row."""
+        return [one for one in installed() if one.serves(each, asynchronous=self.asynchronous)]
+
+
+PSYCOPG = Engine("psycopg", "psycopg", True)
+ASYNCPG = Engine("asyncpg", "asyncpg", True)
+SYNC = Engine("psycopg, sync `def`", "psycopg", False)
+ENGINES = (PSYCOPG, ASYNCPG, SYNC)
+
+# Called after each step, with how many there are in all.
+Progress = Callable[[str, int], Callable[[], None]]
+
+
+@contextlib.asynccontextmanager
+async def started(engine: Engine, url: str) -> AsyncIterator[dict[str, FastAPI]]:
+    """Run the lifespan of every contestant's application."""
+    async with contextlib.AsyncExitStack() as lifespans:
+        apps: dict[str, FastAPI] = {}
+        for each in engine.contestants(WORKLOADS[0]):
+            app = apps[each.name] = each.application([url], asynchronous=engine.asynchronous)
+            await lifespans.enter_async_context(app.router.lifespan_context(app))
+        yield apps
+
+
+def calls_of(engine: Engine, apps: dict[str, FastAPI]) -> dict[tuple[str, str], Request]:
+    """Give a call for each workload and contestant."""
+    return {
+        (each.name, one.name): request(apps[one.name], each.path)
+        for each in WORKLOADS
+        for one in engine.contestants(each)
+    }
+
+
+# -- CPU of a request, in process -----------------------------------------------------------------
+
+
+def measure_cpu(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+    """Measure the CPU of a request: the application's alone, without HTTP."""
+    rounds, times = (3, 5) if quick else (61, 8)
+    for engine in ENGINES:
+        asyncio.run(_cpu(engine, engine.url(address), results, progress, rounds, times))
+
+
+async def _cpu(
+    engine: Engine, url: str, results: Results, progress: Progress, rounds: int, times: int
+) -> None:
+    async with started(engine, url) as apps:
+        calls = calls_of(engine, apps)
+        step = progress(f"CPU, {engine.name}", rounds * len(calls))
+        found = await alternate(calls, rounds=rounds, times=times, after_each=step)
+        for (name, contestant), values in found.items():
+            results.add(Row("cpu", engine.name, "", name), contestant, *values)
+
+
+# -- round trips, on the wire ---------------------------------------------------------------------
+
+
+def measure_wire(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+    """Count the round trips of a request between its application and the database."""
+    for engine in ENGINES:
+        asyncio.run(_wire(engine, address, results, progress))
+
+
+async def _wire(engine: Engine, address: str, results: Results, progress: Progress) -> None:
+    server = make_url(address)
+    wire = Wire(server.host or "", server.port or 5432)
+    async with wire.listening(), started(engine, engine.url(address, wire.own_port)) as apps:
+        calls = calls_of(engine, apps)
+        step = progress(f"round trips, {engine.name}", len(calls))
+        for (name, contestant), call in calls.items():
+            await cpu(call, 3)  # connected, and its statements prepared
+            before = wire.round_trips
+            await call()
+            results.add(Row("trips", engine.name, "", name), contestant, wire.round_trips - before)
+            step()
+
+
+# -- under uvicorn, in an open loop ---------------------------------------------------------------
+
+# Twice what the hand-written dependency can do, so that everybody falls behind; and half of it.
+OVERLOAD, CALM = 2.0, 0.5
+CONNECTIONS = (8, 64, 512)
+MILLISECONDS = (0, 1, 5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row under load: what is asked for, and how much of it."""
+
+    workload: Workload
+    connections: int
+    of_capacity: float
+
+    def row(self, engine: Engine, milliseconds: int, measure: str) -> Row:
+        """Name the row."""
+        calm = self.of_capacity == CALM
+        name = f"{milliseconds} ms" if calm else f"{self.connections} at {milliseconds} ms"
+        measure = f"{measure}, calm" if calm else measure
+        return Row(measure, engine.name, self.workload.name, name)
+
+
+def cells(*, quick: bool) -> Iterator[Cell]:
+    """List what is measured for each engine and distance."""
+    for path in ("/read", "/write"):
+        yield Cell(workload(path), 64, CALM)
+        for connections in (64,) if quick else CONNECTIONS:
+            yield Cell(workload(path), connections, OVERLOAD)
+
+
+def measure_load(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+    """Measure throughput and latency of asynchronous servers, each in a process of its own."""
+    _measure_load(ASYNCPG, address, results, progress, quick=quick)
+
+
+def measure_load_sync(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+    """Measure the same of synchronous ones."""
+    _measure_load(SYNC, address, results, progress, quick=quick)
+
+
+def _measure_load(
+    engine: Engine, address: str, results: Results, progress: Progress, *, quick: bool
+) -> None:
+    rounds = 1 if quick else 3
+    server = make_url(address)
+    for milliseconds in (0, 1) if quick else MILLISECONDS:
+        with contextlib.ExitStack() as processes:
+            port = None
+            if milliseconds:
+                wire = running("wire", server.host, server.port, milliseconds)
+                port = processes.enter_context(wire).port
+            url = engine.url(address, port)
+            servers = {
+                each.name: processes.enter_context(
+                    running("server", each.name, engine.colour, url, 1)
+                )
+                for each in engine.contestants(WORKLOADS[0])
+            }
+            for cell in cells(quick=quick):
+                asyncio.run(_load(cell, engine, milliseconds, servers, results, progress, rounds))
+
+
+async def _load(
+    cell: Cell,
+    engine: Engine,
+    milliseconds: int,
+    servers: dict[str, Process],
+    results: Results,
+    progress: Progress,
+    rounds: int,
+) -> None:
+    path = cell.workload.path
+    order = [each.name for each in engine.contestants(cell.workload)]
+    for name in order:  # every connection of the pool is there before anything counts
+        await open_loop(servers[name].port, path, connections=32, rate=400, seconds=0.2)
+    by_hand = servers[BY_HAND[0]]
+    most = await capacity(by_hand.port, path, connections=64, seconds=0.3)
+    label = f"{engine.name}, {cell.workload.name}, {cell.connections} at {milliseconds} ms"
+    step = progress(label, rounds * len(order))
+    for _ in range(rounds):
+        for name in order:
+            before = servers[name].used()
+            load = await open_loop(
+                servers[name].port,
+                path,
+                connections=cell.connections,
+                rate=most * cell.of_capacity,
+                # Those that fall behind take twice as long as they are due, or more.
+                seconds=1.0 if cell.of_capacity == CALM else 0.5,
+            )
+            cpu = servers[name].used()["cpu"] - before["cpu"]
+            results.add(cell.row(engine, milliseconds, "failed"), name, load.failed)
+            results.add(cell.row(engine, milliseconds, "p50"), name, load.percentile(50))
+            results.add(cell.row(engine, milliseconds, "p99"), name, load.percentile(99))
+            results.add(
+                cell.row(engine, milliseconds, "server CPU"), name, cpu / len(load.latencies)
+            )
+            if cell.of_capacity != CALM:
+                results.add(cell.row(engine, milliseconds, "throughput"), name, load.throughput)
+            step()
+        order.append(order.pop(0))
+
+
+# -- one, ten and a hundred databases -------------------------------------------------------------
+
+DATABASES = (1, 10, 100)
+
+
+def measure_databases(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+    """Measure memory, start-up and the CPU of a read where several databases are installed."""
+    rounds, times = (1, 50) if quick else (3, 300)
+    names = [each.name for each in ASYNCPG.contestants(workload("/read"))]
+    step = progress("databases", rounds * len(names) * len(DATABASES))
+    url = ASYNCPG.url(address)
+    for databases in DATABASES:
+        for _ in range(rounds):
+            for name in names:
+                asyncio.run(_databases(name, databases, url, times, results))
+                step()
+            names.append(names.pop(0))
+
+
+async def _databases(name: str, databases: int, url: str, times: int, results: Results) -> None:
+    row = "1 database" if databases == 1 else f"{databases} databases"
+    with running("server", name, "async", url, databases) as server:
+        ready = server.used()
+        await open_loop(server.port, "/read", connections=8, rate=500, seconds=0.1)
+        before = server.used()
+        load = await open_loop(server.port, "/read", connections=1, rate=times, seconds=1)
+        after = server.used()
+    cpu = (after["cpu"] - before["cpu"]) / len(load.latencies)
+    results.add(Row("server CPU", ASYNCPG.name, "one read", row), name, cpu)
+    results.add(Row("memory", ASYNCPG.name, "one read", row), name, after["memory"])
+    results.add(Row("start-up", ASYNCPG.name, "one read", row), name, ready["cpu"])

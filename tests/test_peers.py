@@ -1,0 +1,110 @@
+"""The benchmark beside the peers: everybody does the same work, and is counted alike."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import create_engine, func, make_url, select
+from sqlalchemy.engine import Engine
+
+from conftest import WorkerPostgres
+from tests.in_process import running
+from tests.peers import page
+from tests.peers.contestants import BY_HAND, CONTESTANTS, OURS, Contestant
+from tests.peers.load import open_loop
+from tests.peers.page import cell
+from tests.peers.results import Results, Row
+from tests.peers.wire import Wire
+from tests.peers.workloads import NOTES, WORKLOADS, Base, Entry, Note, create_tables
+from tests.serving import Kind, serve
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def database(postgres: WorkerPostgres) -> Iterator[Engine]:
+    """Give a database with the comparison's tables, from outside."""
+    engine = create_engine(postgres.url("psycopg"))
+    create_tables(engine)
+    yield engine
+    Base.metadata.drop_all(engine)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize(
+    "contestant", [each for each in CONTESTANTS if not each.package], ids=lambda each: each.name
+)
+async def test_contestants_do_the_same_work(
+    kind: Kind, postgres: WorkerPostgres, database: Engine, contestant: Contestant, number: int
+) -> None:
+    """Every route of a contestant answers, and its writes are stored."""
+    urls = [postgres.url(kind.driver)] * number
+    app = contestant.application(urls, asynchronous=kind.asynchronous)
+    async with running(app) as client:
+        paths = [each.path for each in WORKLOADS if each.path in app.openapi()["paths"]]
+        answers = {path: await client.get(path) for path in paths}
+    assert {answer.status_code for answer in answers.values()} == {200}
+    wanted = [each for each in WORKLOADS if contestant.serves(each, asynchronous=kind.asynchronous)]
+    assert paths == [each.path for each in wanted]
+    with database.connect() as connection:
+        stored = connection.scalar(select(func.count()).select_from(Entry))
+        reads = connection.scalar(select(func.sum(Note.reads)))
+    assert stored == len([each for each in wanted if each.writes])
+    assert reads == len([path for path in paths if path == "/update"])
+    if "/list" in answers:
+        assert len(answers["/list"].json()) == NOTES
+
+
+async def test_the_wire_counts_questions_that_wait_for_an_answer(
+    kind: Kind, postgres: WorkerPostgres, database: Engine
+) -> None:
+    """A transaction with one statement is three round trips, whatever the driver."""
+    address = make_url(postgres.dsn)
+    wire = Wire(address.host or "", address.port or 5432)
+    (by_hand,) = (each for each in CONTESTANTS if each.name == BY_HAND[0])
+    async with wire.listening():
+        url = make_url(postgres.url(kind.driver)).set(host="127.0.0.1", port=wire.own_port)
+        urls = [url.render_as_string(hide_password=False)]
+        app = by_hand.application(urls, asynchronous=kind.asynchronous)
+        async with running(app) as client:
+            for _ in range(3):
+                await client.get("/read")
+            before = wire.round_trips
+            await client.get("/read")
+            assert wire.round_trips == before + 3
+
+
+async def test_an_open_loop_counts_what_was_answered(
+    postgres: WorkerPostgres, database: Engine
+) -> None:
+    """All that was due is answered or failed, over as many connections as are asked for."""
+    (by_hand,) = (each for each in CONTESTANTS if each.name == BY_HAND[0])
+    app = by_hand.application([postgres.url("psycopg")], asynchronous=True)
+    with serve(app) as served:
+        port = served.client.base_url.port
+        assert port is not None
+        found = await open_loop(port, "/read", connections=4, rate=200, seconds=0.2)
+        missing = await open_loop(port, "/nowhere", connections=4, rate=200, seconds=0.2)
+    assert (len(found.latencies), found.failed) == (40, 0)
+    assert (len(missing.latencies), missing.failed) == (0, 40)
+    assert 0 < found.percentile(50) <= found.percentile(99) <= found.seconds
+
+
+def test_ratios_are_to_the_best_by_hand() -> None:
+    """A figure is divided by the best hand-written one of its round, and who leads is named."""
+    results = Results("cpu")
+    row = Row("cpu", "psycopg", "", "one read")
+    results.add(row, OURS, 2.0, 2.0, 2.0, 2.0)
+    results.add(row, BY_HAND[0], 4.0, 4.0, 4.0, 4.0)
+    results.add(row, BY_HAND[1], 5.0, 5.0, 5.0, 5.0)
+    results.add(row, "quicker", 1.0, 1.0, 1.0, 1.0)
+    results.add(row, "sometimes", 1.0, 1.0, 1.0, 9.0)
+    assert results.reference(row) == BY_HAND[0]
+    assert cell(results, row, OURS) == "0.50"
+    assert cell(results, row, BY_HAND[1]) == "1.25"
+    assert results.ahead(row) == {"quicker": True, "sometimes": False}
+    throughput = row._replace(measure="throughput")
+    results.figures[throughput] = results.figures[row]
+    assert results.reference(throughput) == BY_HAND[1]
+    assert set(results.ahead(throughput)) == set(BY_HAND[:2])
+    assert page.title_of(row.table) == "CPU of a request: psycopg"

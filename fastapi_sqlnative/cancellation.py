@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from ._routes import name_of_route
 from ._seconds import check_seconds
 from ._unit_of_work import UnitOfWork
-from .dependencies import UNIT_OF_WORK
+from .dependencies import in_unit_of_work
 from .errors import DatabaseErrorKind, describe_database_error
 from .exceptions import ClientDisconnectedError, DeadlineExceededError
 
@@ -89,7 +89,7 @@ def _around_request(guard: _Guard) -> _Dependency:
     """Make a dependency that is left before the COMMIT, with whatever scope it is declared."""
 
     async def around(
-        connection: HTTPConnection, unit: Annotated[UnitOfWork, UNIT_OF_WORK]
+        connection: HTTPConnection, unit: Annotated[UnitOfWork, in_unit_of_work()]
     ) -> AsyncGenerator[None]:
         if not isinstance(connection, Request):
             yield  # a websocket lives for as long as its client likes

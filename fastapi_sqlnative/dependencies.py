@@ -251,10 +251,14 @@ async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
     return unit_of(connection)
 
 
-# What depends on this is left before the request's COMMIT, if it has function scope.
-UNIT_OF_WORK: Final = (
-    Depends(_unit_of_work) if HAS_FUNCTION_STACK else Depends(_end_of_request, scope="function")
-)
+def in_unit_of_work() -> Any:
+    """Depend on the request's unit of work.
+
+    What does so with function scope is left before the unit ends, and with it before the COMMIT.
+    """
+    if HAS_FUNCTION_STACK:
+        return Depends(_unit_of_work)
+    return Depends(_end_of_request, scope="function")
 
 
 def _signature(**dependencies: Callable[..., Any]) -> inspect.Signature:

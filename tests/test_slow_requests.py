@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fastapi_sqlnative import (
+    dependencies,
     get_database_handle,
     get_db,
     install_database,
@@ -116,6 +117,29 @@ async def test_a_slow_query_is_ended(
             {"detail": "The service took too long to answer."},
         )
         await assert_clean(app, rows)
+
+
+async def test_a_fastapi_without_a_stack_of_its_own(
+    kind: Kind,
+    app: FastAPI,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the session is ended by a generator, the deadline is over before that as well."""
+    monkeypatch.setattr(dependencies, "HAS_FUNCTION_STACK", False)
+    soon = SOON * 1.001  # a dependency is made once for each time
+    name = f"without a stack {kind.id}"  # and name
+    install_database(app, name=name, engine=engine)
+    options = {"dependencies": [Depends(deadline(soon), scope="request")]}
+    route(app, kind, "/", transactional(name), slow, **options)
+    options = {"dependencies": [Depends(deadline(60 * 1.001), scope="request")]}
+    route(app, kind, "/quick", transactional(name), lambda s: s.add(Item(name="b")), **options)
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+        assert (await client.post("/quick")).status_code == 201
+    assert rows.names == ["b"]
 
 
 async def test_a_request_in_time_is_untouched(kind: Kind, app: FastAPI, rows: Rows) -> None:

@@ -6,7 +6,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from time import monotonic
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -15,6 +16,8 @@ from .._drivers import transactions
 from .._drivers.pools import ConnectionHolder, ask_pool
 from .._routes import name_of_route
 from .shared import SharedState
+
+_NOBODYS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -27,7 +30,7 @@ class Holder:
 
     Attributes:
         connections: in use, with the changes made before.
-        request: the scope of the request that opened the session, if one did.
+        request: the scope of the request that opened the session; empty for a handle's.
         executing: a statement of the session's is on its way.
         ends_at: by `time.monotonic()`, when the server is to end what the session asks for.
         on_idle: called when the connections are given back.
@@ -47,7 +50,7 @@ class Holder:
     def __init__(self, state: SharedState) -> None:
         self.state = state
         self.connections: dict[Connection, int] = {}
-        self.request: Mapping[str, Any] | None = None
+        self.request: Mapping[str, Any] = _NOBODYS
         self.executing = False
         self.ends_at = math.inf
         self.on_idle: Any = None
@@ -106,7 +109,7 @@ def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
     """List who holds the database's connections, those with the oldest first."""
     held: dict[object, list[tuple[Holder, Connection]]] = {}
     for connection, holder in state.at_work.copy().items():  # threads may change it meanwhile
-        request = holder.request or {}
+        request = holder.request
         who = request.get("method"), id(request.get("route")), request.get("root_path")
         held.setdefault(who, []).append((holder, connection))
     found = (

@@ -427,7 +427,7 @@ def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
     with contextlib.suppress(ValueError):  # a class without a signature
         yield from ((name, docstring) for name in inspect.signature(described).parameters)
     if inspect.isclass(described):
-        for name, method in vars(described).items():
+        for method in vars(described).values():
             if inspect.isfunction(method) and "\n" in (method.__doc__ or ""):
                 yield from described_parameters(method)
 

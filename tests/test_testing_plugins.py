@@ -219,8 +219,7 @@ PLUGINS = {
     "two-workers": ("addopts = -n 2", SYNCHRONOUS),
     "anyio": (
         "",
-        "import pytest"
-        + "\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
+        "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
         + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def"),
     ),
 }

@@ -154,11 +154,9 @@ def engines(urls: Sequence[str], asynchronous: bool = True) -> list[Any]:
 
 
 def makers(of_urls: Sequence[Any]) -> list[Any]:
+    of_colour: dict[bool, Any] = {True: async_sessionmaker, False: sessionmaker}
     return [
-        (async_sessionmaker if isinstance(each, AsyncEngine) else sessionmaker)(
-            each, expire_on_commit=False
-        )
-        for each in of_urls
+        of_colour[isinstance(each, AsyncEngine)](each, expire_on_commit=False) for each in of_urls
     ]
 
 

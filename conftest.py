@@ -3,6 +3,7 @@
 It stands here because pytest shows a conftest's fixtures only to the folders below it.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,15 @@ from sqlalchemy import make_url
 from tests.mariadb_server import REMEDIES, MariadbServer, MariadbServerError, find_server
 from tests.postgres_choice import CHOICES, RunningPostgres, start_postgres
 from tests.postgres_server import PostgresServerError
+from tests.progress import Progress
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
 # --- the run's server: started by the controller, handed to xdist's workers ---
 
+# Tests wait for a database, and a server's end, more than they compute.
+WORKERS = 4
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()
 
@@ -31,19 +35,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--postgres", choices=CHOICES, help="take this PostgreSQL or fail (default: what there is)"
     )
+    parser.addoption(
+        "--drivers",
+        choices=("few", "all"),
+        default="few",
+        help="few: one driver of each colour, all of them where a driver decides; all: always all",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "mariadb: needs a MariaDB server")
+    config.addinivalue_line("markers", "other_driver: one of its colour has shown as much")
+    config.addinivalue_line("markers", "driver_decides: shows something else with each driver")
     handed_over: dict[str, str] | None = getattr(config, "workerinput", {}).get("postgres")
     if handed_over:
         config.stash[SERVER] = RunningPostgres(**handed_over)
     elif not (config.option.collectonly or config.option.help):
+        progress = Progress()
+        config.pluginmanager.register(progress)
+        progress.says("Finding or starting PostgreSQL")
         config.stash[CLOSING] = ExitStack()
         try:
             config.stash[SERVER] = start_postgres(config.option.postgres, config.stash[CLOSING])
         except PostgresServerError as error:
             raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Start no workers for a few tests: they would only collect the same once more each."""
+    option = config.option
+    files = config.args_source is config.ArgsSource.ARGS and all(".py" in e for e in config.args)
+    few = files or option.keyword or option.markexpr or getattr(option, "lf", False)
+    return 0 if few else int(os.environ.get("WORKERS") or WORKERS)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -104,6 +128,59 @@ def fresh_database(server: str, name: str) -> Iterator[str]:
         connection.execute(drop)
 
 
+@pytest.fixture(scope="session")
+def _spare_databases(pytestconfig: pytest.Config, postgres: WorkerPostgres) -> Iterator[list[str]]:
+    """Create two more databases for this worker, for tests that want them empty."""
+    server, name = pytestconfig.stash[SERVER].url, str(make_url(postgres.dsn).database)
+    with (
+        fresh_database(server, f"{name}_spare") as first,
+        fresh_database(server, f"{name}_spare_second") as second,
+    ):
+        yield [first, second]
+
+
+@pytest.fixture
+def empty_databases(
+    pytestconfig: pytest.Config, _spare_databases: list[str]
+) -> Iterator[WorkerPostgres]:
+    """Give two databases with nothing in them; they are emptied again at the end."""
+    first, second = _spare_databases
+    yield WorkerPostgres(first, PostgresDatabase(second))
+    for dsn in first, second:
+        empty_database(pytestconfig.stash[SERVER].url, dsn)
+
+
+def empty_database(server: str, dsn: str) -> None:
+    """Drop all that is in a database, which takes a fraction of what a new one does."""
+    name = sql.Identifier(str(make_url(dsn).database))
+    with psycopg.connect(server, autocommit=True) as connection:
+        for change in "ALTER DATABASE {} ALLOW_CONNECTIONS true", "ALTER DATABASE {} RESET ALL":
+            connection.execute(sql.SQL(change).format(name))
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        schemas = connection.execute(
+            "SELECT nspname FROM pg_namespace"
+            " WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'"
+        ).fetchall()
+        for (schema,) in schemas:
+            drop = sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema))
+            connection.execute(drop)
+        connection.execute("CREATE SCHEMA public AUTHORIZATION pg_database_owner")
+        connection.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
+
+
+# --- memory ---
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all tests share to no garbage collection: tests that collect look at their own."""
+    gc.collect()
+    gc.freeze()
+
+
 # --- what the server saw ---
 
 
@@ -135,12 +212,23 @@ def _leaves_mariadb_out() -> bool:
     return False
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _leaves_mariadb_out():
-        needing = [item for item in items if item.get_closest_marker("mariadb")]
-        items[:] = [item for item in items if item not in needing]
-        config.hook.pytest_deselected(items=needing)
+    for item in items:
+        if item.get_closest_marker("mariadb"):
+            item.add_marker(pytest.mark.xdist_group("mariadb"))  # one worker, so one server
+    without_mariadb = _leaves_mariadb_out()
+    few = config.option.drivers == "few"
+
+    def is_left_out(item: pytest.Item) -> bool:
+        if without_mariadb and item.get_closest_marker("mariadb"):
+            return True
+        other = few and item.get_closest_marker("other_driver")
+        return bool(other) and not item.get_closest_marker("driver_decides")
+
+    left_out = [item for item in items if is_left_out(item)]
+    items[:] = [item for item in items if not is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

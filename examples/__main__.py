@@ -1,10 +1,10 @@
-"""Serve an example: on DATABASE_URL, or on a database of its own.
+"""Serve an example: on DATABASE_URL, or on an empty database that is gone afterwards.
 
     python -m examples quick_start
 
-It sets DATABASE_URL and SECOND_DATABASE_URL, two databases kept in `.demo`, and serves
-`examples.quick_start.app:create_app()`. What it prints to try are the `sh` blocks of the
-example's README.md, where the address is always http://127.0.0.1:8000.
+It sets DATABASE_URL and SECOND_DATABASE_URL, and serves `examples.quick_start.app:create_app()`.
+What it prints to try are the commands in the `sh` blocks of the example's README.md, where the
+address is always http://127.0.0.1:8000, and what they answer.
 """
 
 import errno
@@ -18,9 +18,11 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 from sqlalchemy import URL, NullPool, create_engine, make_url, text
 
 from tests.mariadb_server import MariadbServer, MariadbServerError
@@ -29,23 +31,44 @@ from tests.postgres_server import PostgresServer, PostgresServerError
 say = partial(print, flush=True)
 
 HERE = Path(__file__).parent
-KEPT = Path(".demo")
 ADDRESS = "http://127.0.0.1:8000"
+ANSWER = re.compile(r"# (\d{3}(?: .+)?)")
 TO_TRY = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Server(uvicorn.Server):
     """Say what to try once requests are answered."""
 
-    commands: str
+    readme: str
+    empty: bool
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()
         address = f"http://{host}:{port}"
+        commands, answers = to_try(self.readme)
         say(f"\nThe example is served on {address}\nEvery endpoint, to try out: {address}/docs\n")
-        say(self.commands.replace(ADDRESS, address))
-        say("Ctrl-C stops everything.")
+        say(*(line.replace(ADDRESS, address) for line in commands), sep="\n")
+        first = "" if self.empty else "if the database was empty, "
+        say(f"\nIn this order they answer, {first}with status and body:\n")
+        say(*(f"{number:3}. {answer}" for number, answer in enumerate(answers, 1)), sep="\n")
+        say("\nCtrl-C stops everything.")
+
+
+def to_try(readme: str) -> tuple[list[str], list[str]]:
+    """Separate the commands from what stands around them: a prompt of zsh takes no comments."""
+    commands: list[str] = []
+    answers: list[str] = []
+    title = ""
+    for line in filter(None, "".join(TO_TRY.findall(readme)).splitlines()):
+        if found := ANSWER.fullmatch(line):
+            answers.append(f"{title}{found[1]}")
+            title = ""
+        elif line.startswith("# "):
+            title = f"{line.removeprefix('# ')}: "
+        else:
+            commands.append(line.partition(" # ")[0])
+    return commands, answers
 
 
 def main(arguments: list[str]) -> None:
@@ -55,13 +78,14 @@ def main(arguments: list[str]) -> None:
         signal.signal(each, _stop)
     with ExitStack() as closing:
         listener = closing.enter_context(_listen(int(os.environ.get("PORT") or 8000)))
+        given = bool(os.environ.get("DATABASE_URL"))
         os.environ.update(_addresses(name, closing))
         say(f"Starting {name} on {make_url(os.environ['DATABASE_URL']).get_backend_name()} ...")
         app = _build(name)
         # Somebody who still reads a stream cannot keep the example from stopping.
         server = Server(uvicorn.Config(app, timeout_graceful_shutdown=3))
-        readme = (HERE / name / "README.md").read_text("utf-8")
-        server.commands = "\n".join(TO_TRY.findall(readme))
+        server.readme = (HERE / name / "README.md").read_text("utf-8")
+        server.empty = not given
         server.run(sockets=[listener])
 
 
@@ -75,6 +99,7 @@ def _example(arguments: list[str]) -> str:
 
 def _build(name: str) -> FastAPI:
     app: FastAPI = importlib.import_module(f"examples.{name}.app").create_app()
+    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     return app
 
 
@@ -132,17 +157,14 @@ def _text(url: URL) -> str:
 
 
 def _postgres(name: str, closing: ExitStack) -> Mapping[str, str]:
-    directory = KEPT / "postgres"
-    say(f"Starting PostgreSQL in {directory} (the first time takes a few seconds) ...")
-    server = closing.enter_context(PostgresServer(directory))
+    say("Starting a PostgreSQL that keeps nothing (which takes a few seconds) ...")
+    server = closing.enter_context(PostgresServer())
     url = make_url(server.url).set(drivername="postgresql+psycopg")
     databases = {"DATABASE_URL": name, "SECOND_DATABASE_URL": f"{name}_second"}
     engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with engine.connect() as connection:
-        existing = connection.scalars(text("SELECT datname FROM pg_database")).all()
         for database in databases.values():
-            if database not in existing:
-                connection.execute(text(f"CREATE DATABASE {database}"))
+            connection.execute(text(f"CREATE DATABASE {database}"))
     return {variable: _text(url.set(database=each)) for variable, each in databases.items()}
 
 
@@ -155,9 +177,9 @@ def _mariadb(name: str, closing: ExitStack) -> Mapping[str, str]:
     return {"DATABASE_URL": _text(url.set(drivername="mysql+asyncmy", database=name))}
 
 
-def _sqlite(name: str, _closing: ExitStack) -> Mapping[str, str]:
-    KEPT.mkdir(exist_ok=True)
-    return {"DATABASE_URL": f"sqlite+aiosqlite:///{KEPT / name}.db"}
+def _sqlite(name: str, closing: ExitStack) -> Mapping[str, str]:
+    folder = closing.enter_context(TemporaryDirectory(prefix="sqlnative-"))
+    return {"DATABASE_URL": f"sqlite+aiosqlite:///{folder}/{name}.db"}
 
 
 # All others are served on PostgreSQL.

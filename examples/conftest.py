@@ -7,7 +7,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import NullPool, create_engine, make_url, text
 
-from conftest import SERVER, PostgresDatabase, WorkerPostgres, fresh_database
+from conftest import SERVER, WorkerPostgres, empty_database
 
 
 @pytest.fixture
@@ -19,19 +19,17 @@ def worker(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture
 def databases(
-    pytestconfig: pytest.Config, worker: str, monkeypatch: pytest.MonkeyPatch
+    pytestconfig: pytest.Config, empty_databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[WorkerPostgres]:
-    """Create two databases for one test, with their addresses in the environment."""
+    """Give two empty databases, with their addresses in the environment."""
+    monkeypatch.setenv("DATABASE_URL", empty_databases.url("psycopg"))
+    monkeypatch.setenv("SECOND_DATABASE_URL", empty_databases.second.url("psycopg"))
+    yield empty_databases
     server = pytestconfig.stash[SERVER].url
-    first, second = f"sqlnative_{worker}_example", f"sqlnative_{worker}_example_second"
-    with fresh_database(server, first) as dsn, fresh_database(server, second) as second_dsn:
-        pair = WorkerPostgres(dsn, PostgresDatabase(second_dsn))
-        monkeypatch.setenv("DATABASE_URL", pair.url("psycopg"))
-        monkeypatch.setenv("SECOND_DATABASE_URL", pair.second.url("psycopg"))
-        yield pair
+    empty_database(server, empty_databases.dsn)
     with psycopg.connect(server, autocommit=True) as connection:
         # Of tenants_by_row_security. A role is the server's, and outlives its database.
-        role = sql.Identifier(f"{first}_app")
+        role = sql.Identifier(f"{make_url(empty_databases.dsn).database}_app")
         connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(role))
 
 

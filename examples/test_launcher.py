@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from conftest import WorkerPostgres
-from examples.__main__ import ADDRESS, TO_TRY
+from examples.__main__ import ADDRESS, TO_TRY, main, to_try
 from tests.serving import serve
 
 ROOT = Path(__file__).parents[1]
@@ -89,14 +89,12 @@ def paste(command: str) -> tuple[int, str]:
     parser.add_argument("url")
     parser.add_argument("-w")
     parser.add_argument("-X", default="")
-    parser.add_argument("--json")
+    parser.add_argument("-d")
     parser.add_argument("-H", action="append", default=[])
     given = parser.parse_args(words[1:])
     headers = dict(header.split(": ", 1) for header in given.H)
-    if given.json:
-        headers["Content-Type"] = "application/json"
-    method = given.X or ("POST" if given.json else "GET")
-    response = httpx.request(method, given.url, content=given.json, headers=headers)
+    method = given.X or ("POST" if given.d else "GET")
+    response = httpx.request(method, given.url, content=given.d, headers=headers)
     return response.status_code, response.text
 
 
@@ -152,8 +150,9 @@ def is_free(port: int) -> bool:
         return True
 
 
-def paste_all(printed: list[str], *, ada: int) -> None:
+def paste_all(printed: list[str], *, ada: int = 1_000_00) -> None:
     """Run the showcase's five printed lines; `ada` is the balance they begin with."""
+    assert """1. ada's accounts: 200 [{"number":"ada-1","balance":100000}]""" in printed
     accounts, small, large, ready, ledger = (line for line in printed if line.startswith("curl"))
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada}])
     status, entries = answer_of(small)
@@ -177,7 +176,7 @@ def test_an_example_runs_on_a_given_postgres(databases: WorkerPostgres, tmp_path
         port = taken.getsockname()[1]
         with launched("showcase", tmp_path, signal.SIGINT, PORT=str(port), **given) as printed:
             assert port_of(printed) != port
-            paste_all(printed, ada=1_000_00)
+            paste_all(printed)
     assert is_free(port_of(printed))
 
 
@@ -191,44 +190,55 @@ def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)  # two clusters' worth of starting, on a machine that does more
-def test_an_example_keeps_a_postgres_of_its_own() -> None:
-    """With no address it starts PostgreSQL, stops it too, and finds its data again."""
+def test_two_examples_have_a_postgres_each_and_leave_nothing(tmp_path: Path) -> None:
+    """With no address each starts a PostgreSQL that begins empty, and that goes when it ends."""
     # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        for ada, stop in (1_000_00, signal.SIGINT), (995_00, signal.SIGTERM):
-            with launched("showcase", Path(folder), stop) as printed:
-                paste_all(printed, ada=ada)
-            data = Path(folder, ".demo/postgres/data")
-            assert data.exists()
-            assert not (data / "postmaster.pid").exists()
+    with tempfile.TemporaryDirectory() as temporary:
+        Path(temporary).chmod(0o755)
+        with (
+            launched("showcase", tmp_path, signal.SIGTERM, TMPDIR=temporary) as first,
+            launched("showcase", tmp_path, signal.SIGINT, TMPDIR=temporary) as second,
+        ):
+            paste_all(first)
+            paste_all(second)
+            root = httpx.get(f"http://127.0.0.1:{port_of(first)}/", follow_redirects=True)
+            assert (root.status_code, root.url.path) == (200, "/docs")
+        assert list(Path(temporary).iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def refusal(directory: Path, *arguments: str, **environment: str) -> str:
-    """Launch what cannot be, and return what it says."""
-    done = subprocess.run(  # noqa: S603 # ours
-        [sys.executable, "-m", "examples", *arguments],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    return done.stderr
+def test_what_is_printed_can_be_pasted() -> None:
+    """Whichever shell it is pasted into: a comment is none at the prompt of zsh."""
+    for readme in (example / "README.md" for example in EXAMPLES):
+        lines, answers = to_try(readme.read_text("utf-8"))
+        assert [line for line in lines if "#" in line] == []
+        assert len([line for line in lines if line.startswith("curl ")]) == len(answers)
+        for line in lines:  # what stands outside of quotes means the same to each of them
+            assert re.fullmatch(r"[\w ./:@-]+", re.sub(r"'[^']*'|\"[^\"$`!]*\"", "", line)), line
+
+
+def refusal(*arguments: str) -> str:
+    """Launch what cannot be, and return what it says; whatever starts a server comes later."""
+    with pytest.raises(SystemExit) as refused:
+        main(list(arguments))
+    return str(refused.value)
 
 
 @pytest.mark.parametrize("arguments", [[], ["quick_strat"], ["showcase", "quick_start"]])
-def test_a_name_that_is_none_is_refused(arguments: list[str], tmp_path: Path) -> None:
+def test_a_name_that_is_none_is_refused(arguments: list[str]) -> None:
     """Without the name of an example nothing is started, and the message lists the names."""
-    said = refusal(tmp_path, *arguments)
+    said = refusal(*arguments)
     assert re.findall(r"^  (\w+)$", said, re.MULTILINE) == [each.name for each in EXAMPLES]
 
 
-def test_a_second_address_that_is_missing_is_asked_for(tmp_path: Path) -> None:
+def test_a_second_address_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """An example with two databases that is given one says which variable to set."""
-    said = refusal(tmp_path, "named_databases", DATABASE_URL="postgresql://me@127.0.0.1/shop")
-    assert said == "named_databases has two databases: set SECOND_DATABASE_URL too.\n"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1/shop")
+    monkeypatch.setenv("PORT", "0")
+    monkeypatch.delenv("SECOND_DATABASE_URL", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    said = refusal("named_databases")
+    assert said == "named_databases has two databases: set SECOND_DATABASE_URL too."
 
 
 def test_the_index_leads_to_every_example() -> None:

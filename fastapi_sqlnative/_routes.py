@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import routing
@@ -47,6 +47,24 @@ def route_of(request: Request) -> str:
     """Name a request's route by its pattern: a path holds what the client has written."""
     pattern = getattr(request.scope.get("route"), "path", None)
     return f" on {request.method} {pattern}" if pattern else ""
+
+
+def name_of_route(scope: Mapping[str, Any]) -> str | None:
+    """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none.
+
+    It walks through the application's routes: those of an included router don't know its prefix.
+    """
+    route = scope.get("route")
+    if route is None:
+        return None
+    contexts, mount = routes_of(scope["app"].routes), scope.get("root_path", "")
+    full = (each.path for each in contexts if getattr(each, "original_route", each) is route)
+    pattern = next(full, getattr(route, "path", None))
+    if pattern is None:
+        return None
+    # What is before the application's own path is the server's, or that of a proxy.
+    mount = mount.removeprefix(scope.get("app_root_path", mount)).rstrip("/")
+    return f"{scope.get('method', 'WS')} {mount}{pattern}"
 
 
 def _uses_a_database(dependant: Dependant) -> bool:

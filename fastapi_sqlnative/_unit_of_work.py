@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from types import TracebackType
 from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.types import Scope
 
 from ._lifespan.running import running_for
 from ._members import (
@@ -30,7 +32,10 @@ from ._sessions.finishing import (
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
+from .exceptions import RequestCancelledError
 
+# Seconds that a request which is too slow may take to roll back.
+_GRACE: Final = 1.0
 # Seconds without a connection after which a request lets others in.
 _IDLE: Final = 0.1
 # Under which a request's scope keeps its unit of work.
@@ -52,16 +57,21 @@ class UnitOfWork:
         "_readers",
         "_running",
         "_sessions",
+        "cancelled",
+        "ends_at",
         "scope",
     )
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
-        self.scope = connection.scope
+        self.scope: Scope = connection.scope
         self._sessions: dict[str, Member] = {}
         self._readers: dict[str, Member] = {}
         self._members: list[Member] = []
         self._asked_gate = self._has_place = False
+        # Once: a second cancellation would interrupt the driver while it tells the server to stop.
+        self.cancelled: bool = False
+        self.ends_at: float = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
@@ -107,12 +117,34 @@ class UnitOfWork:
         loop_thread = None if factory.asynchronous else threading.get_ident()
         session = factory.open(options, loop_thread=loop_thread)
         inner = sync_session(session)
+        inner.sqlnative.request = self.scope
         if self._has_place:
             self._loop = asyncio.get_running_loop()
             inner.sqlnative.on_idle = self._gave_connections_back
         member = Member(name, factory, session, inner, inner.sqlnative)
         self._members.append(member)
+        self.limit(self.ends_at)
         return member
+
+    # -- requests that are cancelled -------------------------------------------------------
+
+    def limit(self, ends_at: float) -> None:
+        """Have the server end what synchronous sessions ask for by then: nobody else can."""
+        self.ends_at = min(self.ends_at, ends_at)
+        for member in self._members:
+            if not member.factory.asynchronous:
+                member.record.ends_at = self.ends_at
+
+    @property
+    def has_stored(self) -> bool:
+        """Tell whether a COMMIT of the endpoint's own has stored something, or may be about to."""
+        return any(each.record.stored or each.record.is_storing for each in self._members)
+
+    @property
+    def may_be_cancelled(self) -> bool:
+        """Tell whether it costs nothing that is stored, and leaves no thread behind."""
+        lasting = self.cancelled or self.has_stored
+        return not lasting and all(each.factory.asynchronous for each in self._members)
 
     # -- the end of the request ------------------------------------------------------------
 
@@ -130,7 +162,7 @@ class UnitOfWork:
             if error is None:
                 await self._complete()
             else:
-                await self._abandon(cancelled=isinstance(error, asyncio.CancelledError))
+                await self._abandon(error)
         finally:
             self.scope.pop(UNIT, None)
             if self._asked_gate:
@@ -148,17 +180,22 @@ class UnitOfWork:
         else:
             await self._run_together(self._commit_all)
 
-    async def _abandon(self, *, cancelled: bool) -> None:
+    async def _abandon(self, error: BaseException) -> None:
         def end(call: Call) -> None:
             close_all(call, self._all_sessions(), roll_back_and_close)
 
         if any(each.record.asked or each.state.overridden for each in self._members):
-            await self._run_together(end, cancelled=cancelled)
+            cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
+            # A client waits for the answer, and there is no COMMIT to wait for.
+            limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
+            await self._run_together(end, cancelled=cancelled, limit=limit)
         else:
             end(directly)
 
-    async def _run_together(self, work: Any, *, cancelled: bool = False) -> None:
-        timeout = max(each.state.shutdown_timeout for each in self._members)
+    async def _run_together(
+        self, work: Any, *, cancelled: bool = False, limit: float = math.inf
+    ) -> None:
+        timeout = min(limit, max(each.state.shutdown_timeout for each in self._members))
         await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
 
     def _all_sessions(self) -> list[AnySession]:

@@ -19,6 +19,7 @@ from ._sessions.completion import in_thread
 from ._sessions.engines import AnyEngine, ask_for_one_row, run_on_engine, sync_engine
 from ._sessions.factory import SessionFactory
 from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
+from ._sessions.holders import holders_of
 from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import record_of
 
@@ -38,6 +39,7 @@ class _Database(Generic[EngineT]):
         name: str = "default",
         session_options: Mapping[str, Any] | None = None,
         shutdown_timeout: float = 10.0,
+        warn_held_after: float | None = None,
     ) -> None:
         given: object = engine
         if not isinstance(given, self._engine_type):
@@ -47,14 +49,17 @@ class _Database(Generic[EngineT]):
             )
         self.name = name
         self.engine: EngineT = engine
-        self._sessions = SessionFactory(name, engine, session_options or {}, shutdown_timeout)
+        self._sessions = SessionFactory(
+            name, engine, session_options or {}, shutdown_timeout, warn_held_after
+        )
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {self.engine!r}>"
+        # Not the engine's own: SQLAlchemy prints a password that stands in the URL's query.
+        return f"<{type(self).__name__} {self.name!r} {self.engine.url.drivername}>"
 
     def pool_status(self) -> PoolStatus:
-        """Look into the connection pool, without touching the database."""
-        return pool_status(sync_engine(self.engine).pool)
+        """Look into the connection pool, and who has its connections; touches no database."""
+        return pool_status(sync_engine(self.engine).pool, holders_of(self._sessions.state))
 
     def _no_answer(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
@@ -70,6 +75,14 @@ class Database(_Database[Engine]):
         database = Database(create_engine(url))
         with database.transaction() as session:
             session.add(Account(name="Ada"))
+
+    Args:
+        engine: whoever built it disposes of it; the handle does not.
+        name: appears in messages; give each handle its own where there are several.
+        session_options: keyword arguments for the sessions, as for `install_database`.
+        shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
+        warn_held_after: seconds after which a connection that is still in use is logged, with
+            where its session was opened; `None` for never.
     """
 
     _engine_type = Engine
@@ -85,6 +98,10 @@ class Database(_Database[Engine]):
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
     ) -> Generator[Session]:
         """Open a session for a block; commit at its end, roll back on any exception.
+
+        Args:
+            isolation_level: for this transaction only; the pooled connection gets its own back.
+            read_only: have the server refuse writes.
 
         Raises:
             TransactionAbortedError: an error inside the block was swallowed.
@@ -185,6 +202,14 @@ class AsyncDatabase(_Database[AsyncEngine]):
         database = AsyncDatabase(create_async_engine(url))
         async with database.transaction() as session:
             session.add(Account(name="Ada"))
+
+    Args:
+        engine: whoever built it disposes of it; the handle does not.
+        name: appears in messages; give each handle its own where there are several.
+        session_options: keyword arguments for the sessions, as for `install_database`.
+        shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
+        warn_held_after: seconds after which a connection that is still in use is logged, with
+            where its session was opened; `None` for never.
     """
 
     _engine_type = AsyncEngine
@@ -203,7 +228,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         """Open a session for a block; commit at its end, roll back on any exception.
 
         A cancellation does not interrupt the COMMIT: it is awaited, for `shutdown_timeout`
-        seconds at most.
+        seconds at most. The arguments are those that `Database.transaction` has.
 
         Raises:
             TransactionAbortedError: an error inside the block was swallowed.

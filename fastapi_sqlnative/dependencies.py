@@ -20,6 +20,7 @@ from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import AnySession
 from ._unit_of_work import UNIT, UnitOfWork
 from .databases import AnyDatabase
+from .exceptions import DatabaseDependencyError
 
 # -- where FastAPI ends it ------------------------------------------------------------------------
 
@@ -63,6 +64,22 @@ def _has_function_stack() -> bool:
 HAS_FUNCTION_STACK: Final = _has_function_stack()
 
 
+class _NoRequest:
+    """The connection of a dependency that is called by hand, in a unit test say."""
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        raise DatabaseDependencyError(
+            "A dependency of fastapi_sqlnative was called without a request: FastAPI calls it, "
+            "and gives the result to your function. A test that calls your function itself passes "
+            "a session, from `with isolated(app) as session` or a handle's "
+            "`session()`; one that needs the dependency sends a request."
+        )
+
+
+_NO_REQUEST: Final[Any] = _NoRequest()
+
+
 class DatabaseDependency:
     """A callable for `Depends`, named for its database: what `get_db` and its like return.
 
@@ -84,9 +101,11 @@ class SessionDependency(DatabaseDependency):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__signature__ = _signature()
+        self.__signature__: inspect.Signature = _signature()
 
-    async def __call__(self, connection: HTTPConnection, unit: object = None) -> AnySession:
+    async def __call__(
+        self, connection: HTTPConnection = _NO_REQUEST, unit: object = None
+    ) -> AnySession:
         """Open the session at the first call of a request."""
         return await unit_of(connection).session(self.name)
 
@@ -97,10 +116,13 @@ class TransactionDependency(DatabaseDependency):
     def __init__(self, name: str, options: TransactionOptions) -> None:
         super().__init__(name)
         self.options = options
-        self.__signature__ = _signature(session=get_db(name))
+        self.__signature__: inspect.Signature = _signature(session=get_db(name))
 
     async def __call__(
-        self, session: AnySession, connection: HTTPConnection, unit: object = None
+        self,
+        session: AnySession = _NO_REQUEST,
+        connection: HTTPConnection = _NO_REQUEST,
+        unit: object = None,
     ) -> AnySession:
         """Enlist what `get_db` has given."""
         unit_of(connection).enlist(session, self.options)
@@ -112,10 +134,13 @@ class ReaderDependency(DatabaseDependency):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__signature__ = _signature(session=get_db(name))
+        self.__signature__: inspect.Signature = _signature(session=get_db(name))
 
     async def __call__(
-        self, session: AnySession, connection: HTTPConnection, unit: object = None
+        self,
+        session: AnySession = _NO_REQUEST,
+        connection: HTTPConnection = _NO_REQUEST,
+        unit: object = None,
     ) -> AnySession:
         """Open a session beside the one that `get_db` has given."""
         return await unit_of(connection).reader(session)
@@ -126,7 +151,7 @@ class HandleDependency(DatabaseDependency):
 
     gives_handle = True
 
-    async def __call__(self, connection: HTTPConnection) -> AnyDatabase:
+    async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Look the handle up."""
         return running_for(connection).database(self.name)
 
@@ -147,6 +172,9 @@ def get_db(name: str = "default") -> Callable[..., Awaitable[Any]]:
     for the same name, and rolled back and closed before the response starts: streams and
     background tasks need `get_database_handle`. Nothing is committed unless you call `commit()`
     or something in the request depends on `transactional(name)`.
+
+    Args:
+        name: the name given to `install_database`.
 
     Raises:
         UncommittedChangesError: in the request, when something was written and not committed.
@@ -192,13 +220,19 @@ def transactional(
 def reader(name: str = "default") -> Callable[..., Awaitable[Any]]:
     """Depend on a session for reads that need no transaction.
 
-    A session of its own, in AUTOCOMMIT: one round trip a query, each seeing what is committed
-    by then. It does not see what the request's own transaction has written.
+    It is a second session, in AUTOCOMMIT: one round trip for each query, which sees what is
+    committed at that moment. It does not see what the request's own transaction has written.
+
+    Args:
+        name: the name given to `install_database`.
 
     Raises:
         ReadOnlySessionError: in the request, for a flush, an ORM write or a statement that writes,
             textual SQL included. A function that writes is not recognised, and is committed at
             once.
+
+    Example:
+        Reader = Annotated[AsyncSession, Depends(reader())]
     """
     return _reader_dependency(trimmed(name))
 
@@ -207,6 +241,9 @@ def get_database_handle(name: str = "default") -> Callable[..., Awaitable[Any]]:
     """Depend on the handle of a database, for work that outlives the request's session.
 
     The handle is a `Database` or an `AsyncDatabase` and lives as long as the application runs.
+
+    Args:
+        name: the name given to `install_database`.
 
     Example:
         async def rows(database: Annotated[AsyncDatabase, Depends(get_database_handle())]):
@@ -219,6 +256,21 @@ async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWo
     """End the unit of work by FastAPI's public means: a generator with function scope."""
     async with unit_of(connection) as unit:
         yield unit
+
+
+async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
+    """Begin the unit of work, which ends after whatever is entered from now on."""
+    return unit_of(connection)
+
+
+def in_unit_of_work() -> Any:
+    """Depend on the request's unit of work.
+
+    What does so with function scope is left before the unit ends, and with it before the COMMIT.
+    """
+    if HAS_FUNCTION_STACK:
+        return Depends(_unit_of_work)
+    return Depends(_end_of_request, scope="function")
 
 
 def _signature(**dependencies: Callable[..., Any]) -> inspect.Signature:

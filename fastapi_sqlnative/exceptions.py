@@ -4,17 +4,22 @@ Every message names the object, the state it is in and what to do about it. None
 contains SQL, parameters or what the driver said: those stay in ``__cause__``, for the log.
 """
 
+from fastapi import HTTPException
+
 __all__ = [
     "AfterCommitError",
     "ApplicationAlreadyStartedError",
     "BlockingSessionError",
+    "ClientDisconnectedError",
     "CommitOutcomeUnknownError",
     "DatabaseAlreadyInstalledError",
     "DatabaseDependencyError",
     "DatabaseNotInstalledError",
     "DatabaseNotStartedError",
+    "DeadlineExceededError",
     "PartialCommitError",
     "ReadOnlySessionError",
+    "RequestCancelledError",
     "SessionFinishedError",
     "TransactionAbortedError",
     "TransactionOptionsError",
@@ -97,4 +102,45 @@ class PartialCommitError(RuntimeError):
             f"Database {self.failed!r} failed to commit after {kept} had committed: the request "
             "is half stored. Do not repeat it; fix the data by hand, or write the second part "
             "through an outbox in the first database."
+        )
+
+
+class RequestCancelledError(HTTPException):
+    """A request was cancelled before its COMMIT, and is rolled back."""
+
+    def __init__(self, status_code: int, detail: str, message: str) -> None:
+        super().__init__(status_code, detail)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineExceededError(RequestCancelledError):
+    """A request was not done when the time of its ``deadline`` was over. The client reads 504.
+
+    What it waited for is the ``__cause__``, as far as a cancellation has found it waiting.
+    """
+
+    def __init__(self, route: str | None, seconds: float) -> None:
+        super().__init__(
+            504,
+            "The service took too long to answer.",
+            f"{route or 'A request'} was not done within {seconds:g} s, its deadline, and is "
+            "rolled back. Make what it waited for faster, which the cause says, or give deadline() "
+            "more seconds.",
+        )
+
+
+class ClientDisconnectedError(RequestCancelledError):
+    """The client has gone away, and ``cancel_on_disconnect`` has ended its request."""
+
+    def __init__(self, route: str | None) -> None:
+        # What nginx calls it. No client reads that, but middleware does.
+        super().__init__(
+            499,
+            "The client has gone away.",
+            f"The client of {route or 'a request'} has gone away: the request is rolled back. "
+            "Nothing is to be done, unless it should be finished: leave its method out of "
+            "cancel_on_disconnect(methods=...).",
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from starlette.applications import Starlette
 
 from ._lifespan.running import running_of, trimmed
@@ -25,14 +25,14 @@ try:
     from alembic.config import Config
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         'fastapi_sqlnative.migrations needs Alembic: pip install "fastapi-sqlnative[alembic]"'
-    ) from error
+    ) from _error
 
 __all__ = ["alembic_check"]
 
-logger = logging.getLogger("fastapi_sqlnative")
+logger: logging.Logger = logging.getLogger("fastapi_sqlnative")
 
 _CURRENT: Final = CheckResult(ready=True, state="current")
 _AHEAD: Final = CheckResult(ready=True, state="ahead")
@@ -74,14 +74,12 @@ def alembic_check(
         app.include_router(health_router(checks={"migrations": alembic_check("alembic.ini")}))
     """
     name = trimmed(database)
-    wanted = _Revisions.read(config)
-    options = {"version_table": version_table, "version_table_schema": version_table_schema}
+    wanted = Revisions.read(config)
     seen = WeakKeyDictionary[AnyDatabase, CheckResult]()
 
     def read(engine: Engine) -> frozenset[str]:
         with engine.connect() as connection:
-            context = MigrationContext.configure(connection, opts=options)
-            return frozenset(context.get_current_heads())
+            return current_revisions(connection, version_table, version_table_schema)
 
     async def check(app: Starlette) -> CheckResult:
         handle = running_of(app).database(name)
@@ -98,15 +96,25 @@ def alembic_check(
     return check
 
 
+def current_revisions(
+    connection: Connection, table: str = "alembic_version", schema: str | None = None
+) -> frozenset[str]:
+    """Read the version table of a database; there are none where it is missing."""
+    options = {"version_table": table, "version_table_schema": schema}
+    context = MigrationContext.configure(connection, opts=options)
+    return frozenset(context.get_current_heads())
+
+
 @dataclass(frozen=True)
-class _Revisions:
+class Revisions:
     """Hold what a script directory knows, and which of it a migrated database has."""
 
     known: frozenset[str]
     heads: frozenset[str]
 
     @classmethod
-    def read(cls, config: Config | str | os.PathLike[str]) -> _Revisions:
+    def read(cls, config: Config | str | os.PathLike[str]) -> Revisions:
+        """Read a script directory; raise as `alembic_check` does."""
         if not isinstance(config, Config):
             if not Path(config).is_file():
                 raise FileNotFoundError(
@@ -128,6 +136,7 @@ class _Revisions:
         return cls(known, frozenset(effective))
 
     def compare(self, found: frozenset[str]) -> CheckResult:
+        """Judge the revisions of a database."""
         if found == self.heads:
             return _CURRENT
         unknown = found - self.known

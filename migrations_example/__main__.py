@@ -19,7 +19,6 @@ from tests.postgres_server import PostgresServer, PostgresServerError
 say = partial(print, flush=True)
 
 HERE = Path(__file__).parent
-KEPT = Path(".demo/migrations")
 
 
 def main() -> None:
@@ -36,10 +35,10 @@ def main() -> None:
 
 
 def _start_postgres(closing: ExitStack) -> dict[str, str]:
-    """Start the server, and empty its databases: the demo begins before the first migration."""
-    say(f"Starting PostgreSQL in {KEPT} (the first time takes a few seconds) ...")
+    """Start the server, with empty databases: the demo begins before the first migration."""
+    say("Starting a PostgreSQL that keeps nothing (which takes a few seconds) ...")
     try:
-        server = closing.enter_context(PostgresServer(KEPT))
+        server = closing.enter_context(PostgresServer())
     except PostgresServerError as error:
         raise SystemExit(str(error)) from error
     url = make_url(server.url).set(drivername="postgresql+psycopg")
@@ -47,7 +46,6 @@ def _start_postgres(closing: ExitStack) -> dict[str, str]:
     addresses: dict[str, str] = {}
     with engine.connect() as connection:
         for name, variable in VARIABLES.items():
-            connection.execute(text(f"DROP DATABASE IF EXISTS bookshop_{name}"))
             connection.execute(text(f"CREATE DATABASE bookshop_{name}"))
             address = url.set(database=f"bookshop_{name}")
             addresses[variable] = address.render_as_string(hide_password=False)

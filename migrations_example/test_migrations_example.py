@@ -7,9 +7,9 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from conftest import SERVER, fresh_database
+from conftest import WorkerPostgres
 from fastapi_sqlnative import AsyncDatabase
 from migrations_example.app import ALEMBIC, create_app
 from migrations_example.backfill import backfill
@@ -52,6 +52,7 @@ from tests.serving import Served, serve, wait_until
 LOCK = "bookshop migrations"
 ROOT = Path(__file__).parents[1]
 REVISIONS = list(RUNNING)
+OTHERS = "postgresql+asyncpg", "mysql+pymysql"
 SYNCHRONOUS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
@@ -98,13 +99,12 @@ class Place:
 
 @contextmanager
 def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Iterator[tuple[URL, URL]]:
+    if kind == "postgresql":
+        pair: WorkerPostgres = request.getfixturevalue("empty_databases")
+        yield make_url(pair.dsn), make_url(pair.second.dsn)
+        return
     worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
     first, second = f"sqlnative_{worker}_bookshop", f"sqlnative_{worker}_bookshop_analytics"
-    if kind == "postgresql":
-        server = request.config.stash[SERVER].url
-        with fresh_database(server, first) as one, fresh_database(server, second) as two:
-            yield make_url(one), make_url(two)
-        return
     url = make_url(request.getfixturevalue("mariadb"))
     engine = create_engine(url.set(drivername=SYNCHRONOUS["mysql"]), poolclass=NullPool)
     with engine.connect() as connection:
@@ -130,9 +130,16 @@ def placed(
 
 
 def with_marks(*drivers: str) -> list[Any]:
-    """Mark the drivers that need MariaDB."""
+    """Mark the drivers that need MariaDB, and those of which another shows as much."""
     return [
-        pytest.param(each, id=each, marks=[pytest.mark.mariadb] * each.startswith("mysql"))
+        pytest.param(
+            each,
+            id=each,
+            marks=[
+                *[pytest.mark.mariadb] * each.startswith("mysql"),
+                *[pytest.mark.other_driver] * (each in OTHERS),
+            ],
+        )
         for each in drivers
     ]
 
@@ -562,24 +569,49 @@ def expect_checks(served: Served, status: int, default: str, analytics: str) -> 
 # --- the README ---
 
 
+@pytest.mark.timeout(120)  # Alembic starts three times
+def test_the_steps_to_copy_it(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever copies the project as the README says has a first revision that fits the models."""
+    copied = tmp_path / "migrations_example"
+    shutil.copytree(
+        ROOT / "migrations_example", copied, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    readme = (copied / "README.md").read_text("utf-8")
+    steps = re.findall(r"^```console\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    assert len(steps) == 2
+    tools = Path(sys.executable).parent
+    with placed("postgresql+psycopg", request, monkeypatch) as place:
+        for command_line in "".join(steps).splitlines():
+            subprocess.run(  # noqa: S602 # the README's own line
+                command_line,
+                shell=True,
+                cwd=tmp_path,
+                env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+                check=True,
+            )
+        assert place.tables() == {"alembic_version", "book"}
+        assert place.version() == "0001"
+    left = [path.name for path in (tmp_path / "migrating").glob("*.py")]
+    assert sorted(left) == ["__init__.py", "locking.py", "models.py", "settings.py"]
+
+
 @pytest.mark.timeout(180)  # five processes, on a machine that may be busy
-def test_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever pastes what the README's command prints is answered as the README says."""
     for variable in ("DATABASE_URL", "ANALYTICS_DATABASE_URL"):
         monkeypatch.delenv(variable, raising=False)
-    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with started(folder) as printed:
-            for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
-                monkeypatch.setenv(name, value)
-            answers = paste(printed)
-        assert not Path(folder, ".demo/migrations/data/postmaster.pid").exists()
+    with started(tmp_path) as printed:
+        for name, value in re.findall(r"^export (\w+)=(.+)$", printed, re.MULTILINE):
+            monkeypatch.setenv(name, value)
+        answers = paste(printed)
     assert answers == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
-def started(folder: str) -> Iterator[str]:
+def started(folder: Path) -> Iterator[str]:
     """Run `python -m migrations_example`, and give what it has printed once it serves."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0"}
     with subprocess.Popen(  # ours

@@ -1,5 +1,7 @@
 """Fixtures for the package's own tests: one parameter for colours and drivers, two databases."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +12,40 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import WorkerPostgres
 from tests.proxy import Proxy
-from tests.serving import KINDS, Kind, Rows
+from tests.serving import ASYNCPG, KINDS, Kind, Rows
+
+# --- PgBouncer, for the tests marked `pgbouncer` ---
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "pgbouncer: needs PgBouncer")
+
+
+def find_pgbouncer() -> str | None:
+    """Find the program, which distributions keep out of a user's PATH."""
+    return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+
+
+def _leaves_pgbouncer_out() -> bool:
+    """Tell whether it is not there, and nobody has said that it has to be."""
+    return not os.environ.get("CI") and find_pgbouncer() is None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _leaves_pgbouncer_out():
+        needing = [item for item in items if item.get_closest_marker("pgbouncer")]
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _leaves_pgbouncer_out():
+        terminalreporter.section("PgBouncer was not found: its tests were left out", yellow=True)
+        terminalreporter.line("Install it: apt-get install pgbouncer")
+
+
+# --- databases ---
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS item (
@@ -21,9 +56,17 @@ CREATE TABLE IF NOT EXISTS item (
 """
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.id)
+@pytest.fixture(
+    params=[
+        pytest.param(each, id=each.id, marks=[pytest.mark.other_driver] * (each is ASYNCPG))
+        for each in KINDS
+    ]
+)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Give each colour and driver in turn."""
+    """Give each colour in turn, and with `--drivers=all` each driver.
+
+    A test marked `driver_decides` always has all of them.
+    """
     found: Kind = request.param
     return found
 

@@ -5,12 +5,17 @@ the programs that they start, and what must agree is compared: ports, paths, nam
 """
 
 import configparser
+import contextlib
 import inspect
+import io
 import json
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -19,6 +24,7 @@ from alembic.config import CommandLine
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from fastapi_sqlnative import __main__ as checklist
 from fastapi_sqlnative import health_router
 from fastapi_sqlnative._lifespan.running import installations_of
 
@@ -151,6 +157,8 @@ class Deployments:
         match words:
             case ["uvicorn", *_]:
                 self.uvicorn(words)
+            case ["python", "-m", "fastapi_sqlnative", *arguments]:
+                self.checklist(arguments)
             case ["alembic", *_]:
                 alembic(words)
             case ["gunicorn", application, *options]:
@@ -173,6 +181,18 @@ class Deployments:
                 assert self.answers(urlsplit(url).path)
             case _:
                 raise AssertionError(f"nothing here checks {' '.join(words)!r}")
+
+    def checklist(self, arguments: Sequence[str]) -> None:
+        """Run the checklist on the page's application, whose databases answer."""
+        module = ModuleType("main")
+        module.__dict__.update(self.names)
+        nowhere = io.StringIO()
+        with (
+            patch.dict(sys.modules, main=module),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            assert checklist.main(list(arguments)) == ("--strict" in arguments)
 
     def uvicorn(self, words: Sequence[str]) -> dict[str, Any]:
         """Return what uvicorn makes of its arguments."""

@@ -19,7 +19,7 @@ from tests.postgres_server import PostgresServer, PostgresServerError
 Choice = Literal["url", "docker", "wheel", "system"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 
-IMAGE = "postgres:18"
+IMAGE = os.environ.get("TEST_POSTGRES_IMAGE", "postgres:18")
 PING_TIMEOUT = 2.0
 DOCKER_TIMEOUT = 30
 SETTINGS = {

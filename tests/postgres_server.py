@@ -4,7 +4,6 @@ The tests, the benchmark and the demo use it. POSIX only.
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 import pwd
@@ -17,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypedDict
@@ -37,7 +36,12 @@ REMEDIES = """Any one of these helps:
   - install PostgreSQL: apt-get install postgresql"""
 
 # A throw-away cluster has nothing to lose in a power cut.
-THROW_AWAY_SETTINGS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+SETTINGS = {
+    "max_connections": "200",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+}
 
 
 class Account(NamedTuple):
@@ -68,25 +72,17 @@ class PostgresServerError(RuntimeError):
 class PostgresServer:
     """Run one PostgreSQL cluster, with trust authentication, on 127.0.0.1 only.
 
-    Without ``data_directory`` the cluster is throw-away: it lives in a temporary folder until the
-    context manager exits, through any number of ``stop``, ``kill`` and ``start``. With one, the
-    cluster is kept durably, and taken up again by the next start. The server never outlives this
-    process, on Linux not even when the process is killed.
+    It is throw-away: it lives in a temporary folder until the context manager exits, through any
+    number of ``stop``, ``kill`` and ``start``. The server never outlives this process, on Linux
+    not even when the process is killed.
     """
 
     def __init__(
-        self,
-        data_directory: Path | None = None,
-        *,
-        port: int | None = None,
-        settings: Mapping[str, str] | None = None,
-        source: Source | None = None,
+        self, *, settings: Mapping[str, str] | None = None, source: Source | None = None
     ) -> None:
-        self._kept = data_directory
-        self._fixed_port = port
-        self._port = port
-        durability = THROW_AWAY_SETTINGS if data_directory is None else {}
-        self._settings = {"max_connections": "200"} | durability | dict(settings or {})
+        self._fixed_port: int | None = None
+        self._port: int | None = None
+        self._settings = SETTINGS | dict(settings or {})
         self._source: Source | None = source
         self._home: Path | None = None
         self._account = Account()
@@ -111,6 +107,11 @@ class PostgresServer:
         if self._home is None:
             raise RuntimeError("This PostgresServer has no log yet: call start() first.")
         return self._home / "log"
+
+    @property
+    def user(self) -> int:
+        """The number of the user who runs the server."""
+        return os.geteuid() if self._account.user is None else self._account.user
 
     @property
     def running(self) -> bool:
@@ -157,6 +158,23 @@ class PostgresServer:
             self._process.kill()
             self._process.wait()
 
+    def freeze(self) -> None:
+        """Stop every process of the server where it is; connections stay, and nobody answers."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let all of them go on."""
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        """Signal the server first, which starts no further backend then; Linux only."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        for child in children.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), number)
+
     def __enter__(self) -> Self:
         """Start the server; one that fails to start leaves nothing behind."""
         with ExitStack() as unwinding:
@@ -173,7 +191,7 @@ class PostgresServer:
     ) -> None:
         """Stop the server and remove a throw-away cluster."""
         self.stop()
-        if self._kept is None and self._home is not None:
+        if self._home is not None:
             shutil.rmtree(self._home)
             self._home = None
 
@@ -181,14 +199,13 @@ class PostgresServer:
         """Settle, once, where the cluster lives, who runs it, and with which binaries."""
         binaries = find_binaries(self._source)
         if os.geteuid() != 0:
-            self._home = _new_or_kept(self._kept)
+            self._home = Path(tempfile.mkdtemp(prefix="sqlnative-postgres-"))
         else:
-            self._home, self._account = _home_and_account_for_root(self._kept)
+            self._home, self._account = _home_and_account_for_root()
             if not _can_reach(binaries / "initdb", self._account):
                 binaries = _copy_installation(binaries, self._home / "binaries", self._account)
         self.binaries = binaries
-        if not self._data.exists():
-            self._initialize()
+        self._initialize()
 
     @property
     def _data(self) -> Path:
@@ -196,15 +213,10 @@ class PostgresServer:
         return self._home / "data"
 
     def _initialize(self) -> None:
-        """Create the cluster under another name first: a half-made one is never taken for ready."""
-        unfinished = self._data.with_name("data.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700)
-        _give(unfinished, self._account)
-        command: list[str | Path] = [self.binaries / "initdb", "--pgdata", unfinished]
+        self._data.mkdir(mode=0o700)
+        _give(self._data, self._account)
+        command: list[str | Path] = [self.binaries / "initdb", "--pgdata", self._data, "--no-sync"]
         command += ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        if self._kept is None:
-            command.append("--no-sync")
         with subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
@@ -220,7 +232,6 @@ class PostgresServer:
                 raise
         if initdb.returncode != 0:
             raise PostgresServerError(f"initdb from {self.binaries} failed:\n{said.strip()}")
-        unfinished.rename(self._data)
 
     def _launch(self) -> bool:
         """Start the process and wait until it is ready; False when it has ended instead."""
@@ -304,49 +315,14 @@ def _system_folders() -> Iterator[Path]:
         yield Path(found).resolve().parent
 
 
-def _new_or_kept(kept: Path | None) -> Path:
-    if kept is None:
-        return Path(tempfile.mkdtemp(prefix="sqlnative-postgres-"))
-    home = kept.absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    data = home / "data"
-    if data.exists() and data.stat().st_uid != os.geteuid():
-        raise PostgresServerError(
-            f"{data} belongs to another user (uid {data.stat().st_uid}) and only that user can "
-            f"start it: remove {home}, or give another directory."
-        )
-    return home
-
-
-def _home_and_account_for_root(kept: Path | None) -> tuple[Path, Account]:
-    """Choose a place that the server's unprivileged account can reach, and that account.
-
-    Data that exists is run by whoever owns it. Below a closed folder, as root's home is, nobody
-    else can reach it: then it is kept in /var/tmp, under a name made from the place asked for.
-    """
+def _home_and_account_for_root() -> tuple[Path, Account]:
+    """Choose a place that the server's unprivileged account can reach, and that account."""
     account = _unprivileged_account()
-    if kept is None:
-        parent = tempfile.gettempdir()
-        open_parent = parent if _can_reach(Path(parent), account) else "/var/tmp"
-        home = Path(tempfile.mkdtemp(prefix="sqlnative-postgres-", dir=open_parent))
-        home.chmod(0o755)
-        return home, account
-    home = _open_directory(kept.absolute())
-    if not _can_reach(home, account):
-        key = hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:12]
-        home = _open_directory(Path("/var/tmp") / f"sqlnative-postgres-{key}")
-        if home.is_symlink() or home.stat().st_uid != 0:
-            raise PostgresServerError(f"{home} is not root's own: remove it and start again.")
-        print(f"PostgreSQL's account cannot reach {kept.absolute()}: its data is kept in {home}")
-    data = home / "data"
-    return home, Account(data.stat().st_uid, data.stat().st_gid) if data.exists() else account
-
-
-def _open_directory(path: Path) -> Path:
-    if not path.exists():
-        path.mkdir(parents=True)
-        path.chmod(0o755)  # whatever the umask says; the data below is closed
-    return path
+    parent = tempfile.gettempdir()
+    open_parent = parent if _can_reach(Path(parent), account) else "/var/tmp"
+    home = Path(tempfile.mkdtemp(prefix="sqlnative-postgres-", dir=open_parent))
+    home.chmod(0o755)
+    return home, account
 
 
 def _unprivileged_account() -> Account:

@@ -1,28 +1,37 @@
-"""A TCP proxy on loopback, to lose or hold back what a driver and its server say."""
+"""A TCP proxy on loopback, to lose, delay or hold back what a driver and its server say."""
 
 import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 CHUNK = 65536
+DELAY = 0.02  # seconds, each way
 
 
 class Fault(Enum):
-    """Name what happens to a COMMIT on its way."""
+    """Name what happens to a COMMIT on its way, or to everything."""
 
     NONE = "pass it on"
     DROPPED = "cut the connection before the server sees it"
     ANSWER_LOST = "let the server do it, and cut the connection before its answer"
     STALLED = "hold it back"
+    REFUSED = "reset whoever connects"
+    FROZEN = "hold everything back"
+    SWALLOWED = "lose everything without a word"
+    SLOW = "pass everything on late"
 
 
 @dataclass
 class Proxy:
-    """Forward connections to one server, and do to a COMMIT what `fault` says."""
+    """Forward connections to one server, and do to them what `fault` says.
+
+    What is held back goes on when `go_on` is set.
+    """
 
     host: str
     port: int
@@ -46,20 +55,36 @@ class Proxy:
                 # close() alone would leave the thread in accept().
                 listener.shutdown(socket.SHUT_RDWR)
                 thread.join(10)
-                for pair in self._pairs:
-                    pair.cut()
+                self.reset()
+
+    def reset(self, age: float = 0.0) -> None:
+        """Cut every connection that is at least so many seconds old."""
+        for each in tuple(self._pairs):
+            if time.monotonic() - each.since >= age:
+                self._pairs.remove(each)
+                each.cut()
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = listener.accept()
-                pair = _Pair(self, client, socket.create_connection((self.host, self.port)))
-                self._pairs.append(pair)
-                threading.Thread(target=pair.forward, daemon=True).start()
-                threading.Thread(target=pair.answer, daemon=True).start()
+                self._join(client)
+
+    def _join(self, client: socket.socket) -> None:
+        try:
+            if self.fault is Fault.REFUSED:
+                raise ConnectionRefusedError
+            server = socket.create_connection((self.host, self.port))
+        except ConnectionRefusedError:
+            _cut(client)
+            return
+        pair = _Pair(self, client, server)
+        self._pairs.append(pair)
+        threading.Thread(target=pair.forward, daemon=True).start()
+        threading.Thread(target=pair.answer, daemon=True).start()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pair:
     """Join a client's connection to one of the server's."""
 
@@ -67,6 +92,7 @@ class _Pair:
     client: socket.socket
     server: socket.socket
     muted: bool = False
+    since: float = field(default_factory=time.monotonic)
 
     def forward(self) -> None:
         with contextlib.suppress(OSError):
@@ -74,16 +100,26 @@ class _Pair:
                 # Drivers send COMMIT as text, and nothing else in these tests says it.
                 if b"COMMIT" in data:
                     self.fail()
-                self.server.sendall(data)
-            self.server.shutdown(socket.SHUT_RDWR)
+                if self.passes():
+                    self.server.sendall(data)
+        _hang_up(self.server)
 
     def answer(self) -> None:
         with contextlib.suppress(OSError):
             while data := self.server.recv(CHUNK):
                 if self.muted:
                     self.cut()
-                self.client.sendall(data)
-            self.client.shutdown(socket.SHUT_RDWR)
+                if self.passes():
+                    self.client.sendall(data)
+        _hang_up(self.client)
+
+    def passes(self) -> bool:
+        if self.proxy.fault is Fault.SLOW:
+            time.sleep(DELAY)
+        elif self.proxy.fault is Fault.FROZEN:
+            self.proxy.reached.set()
+            self.proxy.go_on.wait()
+        return self.proxy.fault is not Fault.SWALLOWED
 
     def fail(self) -> None:
         self.proxy.reached.set()
@@ -96,8 +132,17 @@ class _Pair:
 
     def cut(self) -> None:
         """Close both ends with a reset; whoever forwards next finds them closed."""
-        for each in self.client, self.server:
-            with contextlib.suppress(OSError):
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+        _cut(self.client)
+        _cut(self.server)
+
+
+def _cut(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    _hang_up(end)
+    end.close()
+
+
+def _hang_up(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)

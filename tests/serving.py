@@ -1,12 +1,14 @@
 """An application under test, written once for both colours and served by a real uvicorn."""
 
+import asyncio
 import contextlib
 import os
 import re
+import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,12 +16,25 @@ from typing import Annotated, Any, NamedTuple
 import httpx
 import psycopg
 import uvicorn
-from fastapi import Depends, FastAPI
-from sqlalchemy import MetaData, Table
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import Engine, MetaData, Table, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.util import await_only
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_sqlnative import install_database
+from fastapi_sqlnative.exceptions import (
+    CommitOutcomeUnknownError,
+    PartialCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
+
+# A client reads the system's certificates unless it is given some, which takes 20 ms each time.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class Kind(NamedTuple):
@@ -30,11 +45,10 @@ class Kind(NamedTuple):
     asynchronous: bool
 
 
-KINDS = (
-    Kind("psycopg-async", "psycopg", True),
-    Kind("asyncpg", "asyncpg", True),
-    Kind("psycopg-sync", "psycopg", False),
-)
+PSYCOPG_ASYNC = Kind("psycopg-async", "psycopg", True)
+ASYNCPG = Kind("asyncpg", "asyncpg", True)
+PSYCOPG = Kind("psycopg-sync", "psycopg", False)
+KINDS = PSYCOPG_ASYNC, ASYNCPG, PSYCOPG
 
 
 class Base(DeclarativeBase):
@@ -51,6 +65,13 @@ class Item(Base):
     position: Mapped[int | None]
 
 
+ANSWERED = (
+    CommitOutcomeUnknownError,
+    IntegrityError,
+    PartialCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
 items: Table = Base.metadata.tables["item"]
 
 
@@ -87,6 +108,14 @@ class Rows:
         ).fetchone()
         assert found is not None
         return int(found[0])
+
+    @property
+    def at_work(self) -> list[tuple[str, str, str]]:
+        """Tell what this database's other connections are in: the state, the wait, the query."""
+        return self.connection.execute(
+            "SELECT state, coalesce(wait_event, ''), left(query, 60) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+        ).fetchall()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -150,6 +179,44 @@ async def _copy(copying: Any, names: Sequence[str]) -> None:
             await copied.write_row([name])
 
 
+def make_app(
+    engine: Engine | AsyncEngine,
+    *,
+    answered: Iterable[type[Exception]] = ANSWERED,
+    status: int = 409,
+    **options: Any,
+) -> FastAPI:
+    """Make an application with one database, which answers failures by the name of their class."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, **options)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, status)
+
+    for failure in answered:
+        app.add_exception_handler(failure, answer)
+    return app
+
+
+def add(
+    name: str, position: int | None = None, *, flush: bool = False
+) -> Callable[[Session], dict[str, str]]:
+    """Make a body that adds one row."""
+
+    def body(session: Session) -> dict[str, str]:
+        session.add(Item(name=name, position=position))
+        if flush:
+            session.flush()
+        return {"name": name}
+
+    return body
+
+
+def names(session: Session) -> list[str]:
+    """List the names stored, in order, as a body."""
+    return list(session.scalars(select(Item.name).order_by(Item.name)))
+
+
 RUNNING = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
@@ -187,13 +254,35 @@ class _CountStarts:
 
 
 class _Server(uvicorn.Server):
-    """Tell when it serves, and leave signals to pytest."""
+    """Tell when it serves, end at an event, and leave signals to pytest."""
 
     ready: threading.Event
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
+        self.loop, self.ending = asyncio.get_running_loop(), asyncio.Event()
         self.ready.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.ending.wait()  # uvicorn looks ten times a second
+
+    def end(self) -> None:
+        """Shut down gracefully; in whichever thread this is called."""
+        self.loop.call_soon_threadsafe(self.ending.set)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Shut down as uvicorn does, without its pause of a tenth of a second."""
+        if self.config.timeout_graceful_shutdown is not None:
+            await super().shutdown(sockets)
+            return
+        for server in self.servers:
+            server.close()
+        for connection in [*self.server_state.connections]:
+            connection.shutdown()
+        while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        await self.lifespan.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -214,15 +303,13 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
     while not server.ready.wait(0.05):
         assert thread.is_alive(), "the application did not start"
     try:
-        assert server.started, "the application did not start"
         host, port = server.servers[0].sockets[0].getsockname()
         url = f"http://{host}:{port}"
-        with httpx.Client(
-            base_url=url, timeout=20, limits=httpx.Limits(max_keepalive_connections=0)
-        ) as client:
+        limits = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=url, timeout=20, limits=limits, verify=NO_TLS) as client:
             yield Served(client, url, server, starts)
     finally:
-        server.should_exit = True
+        server.end()
         thread.join(20)
     assert not thread.is_alive()
 
@@ -242,7 +329,7 @@ def launch(
                 line = process.stderr.readline()
                 assert line, said
                 said += line
-            with httpx.Client(base_url=found[0], timeout=10) as client:
+            with httpx.Client(base_url=found[0], timeout=10, verify=NO_TLS) as client:
                 yield process, client
         finally:
             process.kill()

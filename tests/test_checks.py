@@ -615,8 +615,6 @@ async def test_a_handle_s_annotation_is_checked(
 AGREEMENTS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
     "Session": (Session, sqlite),
     "AsyncSession": (AsyncSession, async_sqlite),
-    "subclass": (OwnSession, sqlite),
-    "async-subclass": (OwnAsyncSession, async_sqlite),
     "optional": (Session | None, sqlite),
     "either": (Session | AsyncSession, async_sqlite),
     "any": (Any, async_sqlite),

@@ -17,6 +17,7 @@ The rules for whoever writes a page. None of its blocks is exempt:
 - ``console`` names targets of the Makefile, extras and an ``app`` that exist.
 - ``sql`` runs in one transaction that is rolled back. A statement that ends with ``-- refused`` is
   one for which the role lacks the privilege.
+- ``toml`` is FastAPI's table in pyproject.toml.
 - ``dockerfile``, ``yaml`` (Kubernetes), ``ini`` (systemd) and the commands that go with them are
   held against the page's ``app``: tests/deployments.py.
 """
@@ -24,20 +25,24 @@ The rules for whoever writes a page. None of its blocks is exempt:
 import ast
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import quote
 
+import fastapi
 import psycopg
 import pytest
 from fastapi import FastAPI
@@ -57,7 +62,9 @@ from tests.serving import launch, wait_until
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDE = sorted((ROOT / "docs").glob("**/*.md"))
-PAGES = [README, *GUIDE]
+(SKILL,) = (ROOT / "fastapi_sqlnative").glob(".agents/skills/*/SKILL.md")
+INTEGRATIONS = ROOT / "docs" / "works-with.md"  # tests/test_site.py runs it: it needs the packages
+PAGES = [README, SKILL, *(page for page in GUIDE if page != INTEGRATIONS)]
 LINKED = [
     *GUIDE,
     *(
@@ -98,6 +105,11 @@ def code(page: Path) -> str:
             lines += [""] * (block.map[0] + 1 - len(lines))
             lines += block.content.splitlines()
     return "\n".join(lines) + "\n"
+
+
+def module_name(page: Path) -> str:
+    """Return the name of the module that a page's python is."""
+    return re.sub(r"\W", "_", page.relative_to(ROOT).with_suffix("").as_posix().lower())
 
 
 # --- snippets -----------------------------------------------------------------------------------
@@ -141,10 +153,13 @@ class Snippets:
             "http": self.http,
             "console": self.console,
             "sql": self.sql,
+            "toml": self.toml,
             "dockerfile": lambda block: self.deployments.dockerfile(block.content),
             "yaml": lambda block: self.deployments.kubernetes(block.content),
             "ini": lambda block: self.deployments.systemd(block.content),
         }
+        if block.type == "code_block" and self.page == SKILL:
+            return  # what not to write
         assert block.type == "fence", "an indented block says not what it is: use a fence"
         assert block.info in runners, f"nothing here runs {block.info!r}"
         assert block.map is not None
@@ -215,11 +230,21 @@ class Snippets:
             match words:
                 case ["make", target]:
                     assert f"\n{target}: " in (ROOT / "Makefile").read_text("utf-8")
-                case ["pip", "install", *packages]:
+                case ["pip" | ".venv/bin/pip", "install", *packages] | ["uv", "add", *packages]:
                     for package in packages:
                         check_package(package)
+                case ["python", "-m", "venv", ".venv"] | ["uv", "init", "--bare", *_]:
+                    pass  # tests/test_site.py runs the tutorial
+                case ["uv", "run", "fastapi", "dev"]:
+                    assert isinstance(self.names["app"], FastAPI)
                 case _:
                     self.deployments.run(words)
+
+    def toml(self, block: Token) -> None:
+        tables = tomllib.loads(block.content)
+        module, _, name = tables["tool"]["fastapi"]["entrypoint"].partition(":")
+        assert module == "main"
+        assert isinstance(self.names[name], FastAPI)
 
     def sql(self, block: Token) -> None:
         url = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql")
@@ -242,7 +267,7 @@ def check_package(requirement: str) -> None:
         extras = (found[2] or "").split(",")
         assert set(filter(None, extras)) <= project["optional-dependencies"].keys()
     else:
-        assert found[1] == "uvicorn"
+        assert found[1] in {"aiosqlite", "asyncmy", "fastapi", "uvicorn"}
 
 
 def endpoints(page: Path) -> set[str]:
@@ -270,12 +295,9 @@ def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Iterator[str
         connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 
-@each_page
-def test_snippets_run(
-    page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every block of a page runs, prints and answers as the page says."""
-    module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
+def run_snippets(page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks of a page from its top, on empty schemas."""
+    module = ModuleType(module_name(page))
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
     snippets = Snippets(page, module)
     # A database that a page clones has no such schema.
@@ -287,6 +309,14 @@ def test_snippets_run(
             snippets.run(block)
     assert not snippets.printed, "printed, and no text block says so"
     assert endpoints(page) <= snippets.called, "endpoints that no http block requests"
+
+
+@each_page
+def test_snippets_run(
+    page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of a page runs, prints and answers as the page says."""
+    run_snippets(page, postgres, monkeypatch)
 
 
 @pytest.mark.parametrize("page", ["deployment.md", "health.md"])
@@ -310,27 +340,6 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
         assert client.get("/health/ready").status_code == 503
         assert client.get("/answer").json() == 42
         assert process.wait(20) == -signal.SIGTERM
-
-
-@pytest.mark.timeout(300)  # without a cache mypy reads all of FastAPI and SQLAlchemy first
-def test_snippets_type_check(tmp_path: Path) -> None:
-    """mypy --strict finds nothing in the README's application, nor in the pages."""
-    for page in PAGES:
-        module = page.stem.lower().replace("-", "_")
-        # SQLAlchemy 2.0 does not know the type of func.count(), 2.1 does.
-        option = "" if page == README else "# mypy: no-warn-return-any"
-        (tmp_path / f"docs_{module}.py").write_text(option + code(page), "utf-8")
-    checked = subprocess.run(
-        [
-            *(sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"),
-            *sorted(tmp_path.glob("*.py")),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 # --- links and names ----------------------------------------------------------------------------
@@ -386,6 +395,59 @@ def test_every_exception_is_documented() -> None:
     assert set(exceptions.__all__) <= words([ROOT / "docs" / "exceptions.md"])
 
 
+def public_modules() -> list[ModuleType]:
+    """List the package and its public modules: those that say what is public."""
+    found = pkgutil.walk_packages(fastapi_sqlnative.__path__, f"{fastapi_sqlnative.__name__}.")
+    names = [each.name for each in found if "._" not in each.name]
+    modules = [fastapi_sqlnative, *map(importlib.import_module, names)]
+    return [module for module in modules if hasattr(module, "__all__")]
+
+
+def test_the_reference_is_complete() -> None:
+    """Every public name of every public module is in the reference, once, with a docstring."""
+    described = [
+        path
+        for page in GUIDE
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.MULTILINE)
+    ]
+    objects = [pkgutil.resolve_name(path) for path in described]
+    assert len(described) == len(set(described))
+    for module in public_modules():
+        for name in module.__all__:
+            found = [each for each in objects if each is getattr(module, name)]
+            assert len(found) == 1, f"{module.__name__}.{name} is described {len(found)} times"
+            assert found[0].__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
+    """Yield each parameter of a function or class, and of its methods, with what describes it."""
+    docstring = inspect.getdoc(described) or ""
+    for name in re.findall(r"(?:as|what|that) `(\w+(?:\.\w+)?)` (?:does|has)", docstring):
+        docstring += inspect.getdoc(pkgutil.resolve_name(f"fastapi_sqlnative.{name}")) or ""
+    with contextlib.suppress(ValueError):  # a class without a signature
+        yield from ((name, docstring) for name in inspect.signature(described).parameters)
+    if inspect.isclass(described):
+        for method in vars(described).values():
+            if inspect.isfunction(method) and "\n" in (method.__doc__ or ""):
+                yield from described_parameters(method)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [each for each in public_modules() if not hasattr(each, "pytest")],
+    ids=lambda module: module.__name__,
+)
+def test_every_parameter_is_described(module: ModuleType) -> None:
+    """The docstring of a public function or class says what each of its parameters means."""
+    for public in module.__all__:
+        described = getattr(module, public)
+        if inspect.isclass(described) and issubclass(described, BaseException | Enum | list):
+            continue
+        for name, docstring in described_parameters(described):
+            line = rf"^\s*\*{{0,2}}{name}: |`{name}"
+            assert name == "self" or re.search(line, docstring, re.MULTILINE), f"{public}: {name}"
+
+
 def test_names_in_the_guide_exist() -> None:
     """An import that a page shows gives what the page says, and nothing private."""
     for page in PAGES:
@@ -395,6 +457,31 @@ def test_names_in_the_guide_exist() -> None:
             ):
                 public = importlib.import_module(node.module or "").__all__
                 assert {alias.name for alias in node.names} <= set(public), page.name
+
+
+def test_the_skill_is_found_by_its_name() -> None:
+    """The skill for agents ships in the package, and has the form that FastAPI's own has."""
+    own = next((Path(fastapi.__file__).parent / ".agents" / "skills").glob("*/SKILL.md"), None)
+    if own is not None:  # FastAPI's oldest supported version has none
+        assert own.relative_to(own.parents[3]).parts[:2] == SKILL.relative_to(ROOT).parts[1:3]
+    _, matter, _ = SKILL.read_text("utf-8").split("---\n", 2)
+    described = dict(line.split(": ", 1) for line in matter.splitlines())
+    assert described["name"] == SKILL.parent.name
+    assert len(described["description"]) <= 1024
+    assert set(fastapi_sqlnative.exceptions.__all__) >= {
+        name for name in words([SKILL]) if name.endswith("Error")
+    }
+
+
+def test_the_lowest_versions_are_the_ones_supported() -> None:
+    """The page about support names the lowest versions that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [each for names in project["optional-dependencies"].values() for each in names]
+    page = (ROOT / "docs" / "support.md").read_text("utf-8")
+    for requirement in [*project["dependencies"], *extras, f"python{project['requires-python']}"]:
+        lowest = re.search(r">=([\d.]+)", requirement)
+        assert lowest is not None
+        assert re.search(rf"\b{re.escape(lowest[1])}\b", page), requirement
 
 
 def test_the_readme_is_short() -> None:

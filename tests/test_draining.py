@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from conftest import WorkerPostgres
 from fastapi_sqlnative.health import drain_on_sigterm
 from tests.balancer import Balancer, exchange
-from tests.serving import KINDS, Kind, Rows, wait_until
+from tests.serving import ASYNCPG, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -94,7 +94,7 @@ async def processes(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], indirect=True, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("kind", [PSYCOPG_ASYNC, PSYCOPG], indirect=True, ids=lambda kind: kind.id)
 async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, rows: Rows) -> None:
     """On SIGTERM it is not ready at once, serves on for a while, finishes its work and ends."""
     process = await processes.start(1)
@@ -119,7 +119,7 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("%") == 0)
 
 
-@pytest.mark.parametrize("kind", KINDS[:1], indirect=True, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("kind", [PSYCOPG_ASYNC], indirect=True, ids=lambda kind: kind.id)
 async def test_a_second_signal_ends_the_draining(processes: Processes) -> None:
     """Whoever cannot wait says so twice; and a time that cannot be is refused at once."""
     process = await processes.start(600)
@@ -174,7 +174,12 @@ async def load(port: int) -> AsyncGenerator[Load]:
 
 
 @pytest.mark.timeout(180)  # four processes start, and the machine may be busy
-@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+@pytest.mark.parametrize(
+    "kind",
+    [PSYCOPG_ASYNC, pytest.param(ASYNCPG, marks=pytest.mark.other_driver)],
+    indirect=True,
+    ids=lambda kind: kind.id,
+)
 async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Rows) -> None:
     """Two processes are replaced one by one under load: every request is answered and stored."""
     async with Balancer().listening() as balancer:

@@ -123,6 +123,7 @@ def test_an_exhausted_pool_is_not_tried_again(kind: Kind, make_engine: MakeEngin
     assert calls == 1
 
 
+@pytest.mark.driver_decides
 def test_a_connection_lost_before_commit_is_replaced(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_connection_lost_before_commit_is_replaced(
     assert (calls, rows.names) == (2, ["a"])
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
 def test_an_unknown_outcome_is_never_repeated(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, fault: Fault
@@ -377,6 +379,7 @@ def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: En
     outside.dispose()
 
 
+@pytest.mark.driver_decides
 def test_a_deadlock_ends_right(
     kind: Kind, make_engine: MakeEngine, postgres: WorkerPostgres
 ) -> None:

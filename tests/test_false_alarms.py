@@ -128,6 +128,11 @@ def nowait(session: Session) -> None:
     session.execute(select(items).with_for_update(nowait=True)).all()
 
 
+def for_update_and_update_of_no_row(session: Session) -> None:
+    session.execute(select(items).with_for_update()).all()
+    session.execute(update(items).values(position=2).where(items.c.name == "nobody"))
+
+
 def over_the_connection(session: Session) -> None:
     session.connection().execute(text("TABLE item FOR UPDATE")).close()
 
@@ -152,6 +157,7 @@ STORES_NOTHING: dict[str, Body] = {
     "temporary table": temporary,
     "temporary table of a query": temporary_of_a_query,
     "for update": run(select(items).with_for_update()),
+    "for update, and update of no row": for_update_and_update_of_no_row,
     "for update, text": run("SELECT * FROM item FOR UPDATE"),
     "for update, orm": run(select(Item).with_for_update(skip_locked=True)),
     "nowait": nowait,

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from anyio.to_thread import run_sync
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.requests import HTTPConnection
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
@@ -17,15 +17,38 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import dependencies, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
-from tests.serving import Item, Kind, Rows, route
+from tests.in_process import running
+from tests.serving import Item, Kind, Rows, add, route
 
 pytestmark = pytest.mark.anyio
 
 Body = Callable[[Session], Any]
 
 
-def add(name: str, position: int | None = None) -> Body:
-    return lambda session: session.add(Item(name=name, position=position))
+# -- an endpoint that calls the application ----------------------------------------------------
+
+
+async def test_a_copy_of_the_scope_is_another_request(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A request that an endpoint makes with its own scope commits and rolls back by itself."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/inner", transactional(), add("inner"))
+    seen: list[list[str]] = []
+
+    @app.post("/", dependencies=[Depends(transactional())])
+    async def outer(request: Request) -> None:
+        async def look(message: Message) -> None:
+            seen.append(rows.names)
+
+        await app({**request.scope, "path": "/inner"}, request.receive, look)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with running(app) as client:
+            await client.post("/")
+    assert seen[0] == rows.names == ["inner"]
 
 
 # -- FastAPI without a stack -------------------------------------------------------------------

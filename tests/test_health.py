@@ -388,6 +388,7 @@ async def test_a_pool_is_listened_to_once(make_engine: MakeEngine) -> None:
     assert heard == [heard[0]] * 3
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("policy", ["writable", "required", None])
 async def test_a_read_only_server_is_not_ready_where_it_must_be_writable(
     kind: Kind, make_engine: MakeEngine, policy: Any
@@ -443,6 +444,7 @@ def refused(kind: Kind, postgres: WorkerPostgres, own_port: int) -> AnyEngine:
     return (create_async_engine if kind.asynchronous else create_engine)(url)
 
 
+@pytest.mark.driver_decides
 async def test_a_refused_connection_is_down(
     refused: AnyEngine, log: pytest.LogCaptureFixture
 ) -> None:
@@ -585,6 +587,7 @@ async def test_a_prober_that_goes_away_takes_nobodys_answer() -> None:
 # --- the connection outside the pool ---
 
 
+@pytest.mark.driver_decides
 async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     make_engine: MakeEngine, rows: Rows, kind: Kind
 ) -> None:
@@ -1246,6 +1249,7 @@ async def test_live_asks_no_database_and_no_check() -> None:
     assert called == []
 
 
+@pytest.mark.driver_decides
 async def test_a_first_probe_leaves_no_dialect_half_ready(
     kind: Kind, make_engine: MakeEngine
 ) -> None:

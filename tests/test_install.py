@@ -449,6 +449,7 @@ def read_once(app: FastAPI) -> None:
         assert client.get("/").json() == 1
 
 
+@pytest.mark.driver_decides
 def test_an_application_starts_again_on_another_event_loop(
     kind: Kind, postgres: WorkerPostgres
 ) -> None:
@@ -501,6 +502,7 @@ def test_an_engine_bound_to_another_event_loop_is_refused(
         second.run(engine.dispose())
 
 
+@pytest.mark.driver_decides
 async def test_an_engine_may_start_again_on_the_same_event_loop(
     kind: Kind, postgres: WorkerPostgres
 ) -> None:

@@ -3,36 +3,30 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, text
+from fastapi import Depends, FastAPI
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative import install_database, install_error_handlers, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
+from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, Rows, add, make_app, route, serve, wait_until
+
+ANSWERING: dict[str, Any] = {
+    "answered": (CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError),
+    "status": 500,
+}
+add_a = add("a")
+pytestmark = pytest.mark.driver_decides
 
 
-def make_app(engine: Engine | AsyncEngine) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 500)
-
-    for kind in CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError:
-        app.add_exception_handler(kind, answer)
-    return app
-
-
-def add(session: Session) -> None:
-    session.add(Item(name="a"))
+LOST = {"DBAPIError", "InterfaceError", "OperationalError"}  # SQLAlchemy's
 
 
 @pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
@@ -44,8 +38,8 @@ def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
     fault: Fault,
 ) -> None:
     """Stored or not, the application gets one error for it, and the next request works."""
-    app = make_app(behind_proxy)
-    route(app, kind, "/", transactional(), add)
+    app = make_app(behind_proxy, **ANSWERING)
+    route(app, kind, "/", transactional(), add_a)
     route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
     with serve(app) as served:
         proxy.fault = fault
@@ -74,13 +68,92 @@ def test_a_connection_lost_before_commit_is_not_unknown(
     kind: Kind, behind_proxy: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:
     """Before COMMIT is sent nothing can be stored, and the error is another one."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
         response = served.post("/")
         assert response.status_code == 500
         assert response.json()["error"] != "CommitOutcomeUnknownError"
     assert rows.names == []
+
+
+def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Whoever is handed one reads SQLAlchemy's error, not the driver's; the next request works."""
+    app = make_app(engine, **ANSWERING)
+    route(app, kind, "/", transactional(), lambda session: touch(session.connection()))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        terminate_others(rows)
+        wait_until(lambda: rows.backends("%") == 0)
+        assert served.post("/").json()["error"] in LOST
+        assert served.post("/").status_code == 201
+
+
+def test_a_connection_lost_while_the_commit_is_prepared_is_sqlalchemys_error(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """It is lost before COMMIT is sent: nothing is stored, and nobody says that it may be."""
+
+    def add_and_lose(session: Session) -> None:
+        add_a(session)
+        session.flush()
+        touch(session.connection())  # what is sent over it nobody knows: the server is asked
+        terminate_others(rows)
+
+    app = make_app(engine, **ANSWERING)
+    route(app, kind, "/", transactional(), add_and_lose)
+    with serve(app) as served:
+        assert served.post("/").json()["error"] in LOST
+    assert rows.names == []
+
+
+impatient = pytest.mark.parametrize("kind", KINDS[1:2], indirect=True, ids=lambda kind: kind.id)
+
+
+@impatient
+def test_a_driver_that_waits_no_longer_is_a_statement_timeout(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """asyncpg's `command_timeout` is answered as any statement that took too long."""
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args={"command_timeout": 0.3})
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    install_error_handlers(app)
+    route(app, kind, "/slow", transactional(), sleep_long)
+    route(app, kind, "/", transactional(), add_a)
+    with serve(app) as served:
+        assert served.post("/slow").status_code == 504
+        assert served.post("/").status_code == 201
+    assert rows.names == ["a"]
+
+
+@impatient
+def test_a_driver_that_waits_no_longer_for_commit_leaves_the_outcome_unknown(
+    kind: Kind, make_engine: MakeEngine, proxy: Proxy, rows: Rows
+) -> None:
+    """A COMMIT that is on its way when `command_timeout` ends may take effect all the same."""
+    arguments = {"host": "127.0.0.1", "port": proxy.own_port, "ssl": False, "command_timeout": 0.3}
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=arguments)
+    app = make_app(engine, **ANSWERING)
+    route(app, kind, "/", transactional(), add_a)
+    with serve(app) as served:
+        proxy.fault = Fault.STALLED
+        assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
+        proxy.go_on.set()
+        wait_until(lambda: rows.backends("idle in transaction%") == 0)
+
+
+def touch(connection: Connection) -> None:
+    connection.exec_driver_sql("SELECT 1")
+
+
+def terminate_others(rows: Rows) -> None:
+    rows.connection.execute(
+        "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
 
 
 def sleep_long(session: Session) -> None:
@@ -92,7 +165,7 @@ def test_a_query_that_was_given_up_is_not_committed_around(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
     """A handler that cancels a query with a timeout and goes on cannot commit what came before."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
 
     @app.post("/")
     async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
@@ -112,7 +185,7 @@ def test_a_session_in_use_at_the_commit_poisons_nothing(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
     """When a task that was left behind is in mid-query, the next request is well all the same."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
     left: list[object] = []
 
     @app.post("/")

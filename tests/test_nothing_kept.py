@@ -77,6 +77,7 @@ async def test_an_engine_that_is_gone_leaves_no_dialect(kind: Kind) -> None:
 # -- within one session ------------------------------------------------------------------------
 
 
+@pytest.mark.driver_decides
 async def test_results_that_were_read_are_let_go(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A session that reads many streams to their end keeps none of their results."""
     rows.add("a")

@@ -82,6 +82,7 @@ def raw_settings(engine: Any) -> Callable[[Any], Any]:
 # -- transactions ----------------------------------------------------------------------------
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("read_only", [False, True], ids=["writes", "read-only"])
 @pytest.mark.parametrize("level", [None, *LEVELS])
 def test_options_hold_for_one_transaction(
@@ -100,6 +101,7 @@ def test_options_hold_for_one_transaction(
             assert served.post(path).json() == ["read committed", "off", backend]
 
 
+@pytest.mark.driver_decides
 def test_options_are_gone_after_a_failure(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A transaction that was rolled back leaves as little behind as one that was committed."""
     app = make_app(engine)
@@ -133,6 +135,7 @@ def test_options_hold_after_an_explicit_commit(kind: Kind, engine: Engine, rows:
         assert served.post("/").json() == [["repeatable read", "on"]] * 3
 
 
+@pytest.mark.driver_decides
 def test_options_of_the_engine_come_back(kind: Kind, make_engine: MakeEngine) -> None:
     """An engine with an isolation level of its own has it again when the transaction is over."""
     engine = make_engine(pool_size=1, max_overflow=0, isolation_level="REPEATABLE READ")
@@ -148,6 +151,7 @@ def test_options_of_the_engine_come_back(kind: Kind, make_engine: MakeEngine) ->
             assert served.post(path).json()[0] == "repeatable read"
 
 
+@pytest.mark.driver_decides
 def test_the_server_refuses_a_write_in_read_only(kind: Kind, engine: Engine, rows: Rows) -> None:
     """In a read-only transaction the server answers a write, even a textual one, with 25006."""
     app = make_app(engine)
@@ -170,6 +174,7 @@ def test_the_server_refuses_a_write_in_read_only(kind: Kind, engine: Engine, row
     assert rows.names == []
 
 
+@pytest.mark.driver_decides
 def test_serializable_is_the_servers(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
     """A conflict between serializable transactions fails the request that commits second."""
     rows.add("a", position=1)
@@ -294,6 +299,7 @@ def state_of(rows: Rows, pid: int) -> str:
     return str(row[0])
 
 
+@pytest.mark.driver_decides
 def test_a_reader_is_in_no_transaction(kind: Kind, engine: Engine, rows: Rows) -> None:
     """Between its queries the server calls the connection idle, and each query sees what is new."""
     app = make_app(engine)

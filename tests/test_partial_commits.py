@@ -10,7 +10,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import install_database, transactional
-from fastapi_sqlnative.exceptions import PartialCommitError, TransactionAbortedError
+from fastapi_sqlnative.exceptions import (
+    AfterCommitError,
+    PartialCommitError,
+    TransactionAbortedError,
+)
 from tests.conftest import MakeEngine
 from tests.in_process import running, session_class
 from tests.serving import Item, Kind, Rows, copy, items, route, using
@@ -133,6 +137,28 @@ async def test_a_listener_that_fails_hides_no_half(
     with pytest.raises(PartialCommitError) as caught:
         await ask(two(kind, make_engine, WRITES["flush"], second, (Session, Listening)))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+class Publishing(Session):
+    """Be a class whose listener fails after the COMMIT."""
+
+
+event.listen(Publishing, "after_commit", _fail)
+
+
+async def test_a_failure_after_the_first_commit_hides_no_half(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """An after_commit listener of the first database that fails keeps the second from storing."""
+
+    def second(session: Session) -> None:
+        session.add(Item(name="b"))
+
+    with pytest.raises(PartialCommitError) as caught:
+        await ask(two(kind, make_engine, WRITES["flush"], second, (Publishing, Session)))
+    assert (caught.value.committed, caught.value.failed) == (("default",), "second")
+    assert isinstance(caught.value.__cause__, AfterCommitError)
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 

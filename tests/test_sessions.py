@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, Request, Security
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,27 +25,22 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
-from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
+from fastapi_sqlnative.exceptions import SessionFinishedError
 from tests.conftest import MakeEngine
 from tests.in_process import running
-from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using, wait_until
-
-
-def make_app(engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose, **options)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 409)
-
-    for error in IntegrityError, UncommittedChangesError:
-        app.add_exception_handler(error, answer)
-    return app
-
-
-def add(name: str) -> Callable[[Session], None]:
-    return lambda session: session.add(Item(name=name))
-
+from tests.serving import (
+    KINDS,
+    Item,
+    Kind,
+    Rows,
+    add,
+    items,
+    make_app,
+    route,
+    serve,
+    using,
+    wait_until,
+)
 
 # -- one session -----------------------------------------------------------------------------
 
@@ -251,6 +246,7 @@ def test_a_connection_is_taken_at_the_first_statement(
     assert held == [0, 1, 0]
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize(
     ("dependency", "expected"),
     [
@@ -354,6 +350,7 @@ def leave_behind(
     app.get("/")(asynchronous if kind.asynchronous else synchronous)
 
 
+@pytest.mark.driver_decides
 def test_a_statement_left_behind_in_the_queue_of_the_pool(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -384,6 +381,7 @@ def test_a_statement_left_behind_in_the_queue_of_the_pool(
     assert "a task that the request left behind" in caplog.text
 
 
+@pytest.mark.driver_decides
 def test_a_statement_left_behind_on_the_server(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

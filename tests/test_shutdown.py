@@ -33,7 +33,7 @@ from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, note_disposal, running, sqlite, start_and_stop
-from tests.serving import Kind, Rows, serve, wait_until
+from tests.serving import NO_TLS, Kind, Rows, serve, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -586,7 +586,7 @@ def test_a_server_that_cancels_strands_no_connection(
 
             def call() -> None:
                 with suppress(httpx.HTTPError):
-                    httpx.get(f"{served.url}/wait/{key}", timeout=20)
+                    httpx.get(f"{served.url}/wait/{key}", timeout=20, verify=NO_TLS)
 
             requests = [threading.Thread(target=call) for _ in range(clients)]
             for request in requests:

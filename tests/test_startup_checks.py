@@ -13,7 +13,13 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import get_db, install_database, reader, transactional
+from fastapi_sqlnative import (
+    get_database_handle,
+    get_db,
+    install_database,
+    reader,
+    transactional,
+)
 from fastapi_sqlnative.exceptions import (
     DatabaseDependencyError,
     DatabaseNotInstalledError,
@@ -171,6 +177,59 @@ async def test_an_endpoint_needs_no_hash() -> None:
     app.add_api_route("/items", Unhashable())
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
+
+
+# -- what is handed out --------------------------------------------------------------------------
+
+
+class AuditedSession(AsyncSession):
+    """Be a session class of an application's own."""
+
+    async def audit(self) -> int:
+        return int(await self.scalar(text("SELECT 7")) or 0)
+
+
+class AuditedSyncSession(Session):
+    """Be the same for an Engine."""
+
+
+def audited(annotation: Any, *, asynchronous: bool = True, **options: Any) -> FastAPI:
+    app = FastAPI()
+    engine = async_sqlite if asynchronous else sqlite
+    install_database(app, engine=engine, session_options=options)
+
+    @app.get("/items")
+    async def endpoint(session: Annotated[annotation, Depends(get_db())]) -> int:
+        return await session.audit() if hasattr(session, "audit") else 7
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("annotation", "asynchronous"), [(AuditedSession, True), (AuditedSyncSession, False)]
+)
+async def test_an_annotation_narrower_than_the_session(annotation: Any, asynchronous: bool) -> None:
+    """A session class in an annotation only fails start-up, and the advice serves it."""
+    app = audited(annotation, asynchronous=asynchronous)
+    advice = rf"session_options=\{{\"class_\": {annotation.__name__}\}}"
+    with pytest.raises(DatabaseDependencyError, match=advice):
+        await start_and_stop(app)
+    advised = audited(annotation, asynchronous=asynchronous, class_=annotation)
+    async with running(advised) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+async def test_an_annotation_may_be_wider_than_the_session() -> None:
+    """SQLAlchemy's own class in an annotation fits a session class of the application's own."""
+    async with running(audited(AsyncSession, class_=AuditedSession)) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional(), reader(), get_database_handle()])
+async def test_a_dependency_without_a_request_says_what_to_do(dependency: Any) -> None:
+    """A dependency that a unit test calls by hand raises an error that names the way out."""
+    with pytest.raises(DatabaseDependencyError, match=r"without a request.* isolated\(app\)"):
+        await dependency()
 
 
 # -- routes that the application's own lifespan adds -------------------------------------------

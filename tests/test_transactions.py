@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy import (
@@ -22,47 +22,17 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import Database, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import (
-    PartialCommitError,
-    TransactionAbortedError,
     UncommittedChangesError,
 )
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using
+from tests.serving import KINDS, Item, Kind, Rows, add, items, make_app, route, serve, using
 
 
-def make_app(engine: Engine | AsyncEngine) -> FastAPI:
-    """Build an application that answers its own errors by class name."""
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 409)
-
-    for kind in (
-        IntegrityError,
-        PartialCommitError,
-        TransactionAbortedError,
-        UncommittedChangesError,
-    ):
-        app.add_exception_handler(kind, answer)
-    return app
-
-
-def add(name: str, position: int | None = None) -> Callable[[Session], dict[str, str]]:
-    """Make a handler's body that adds one row."""
-
-    def body(session: Session) -> dict[str, str]:
-        session.add(Item(name=name, position=position))
-        return {"name": name}
-
-    return body
-
-
+@pytest.mark.driver_decides
 def test_a_success_is_stored(kind: Kind, engine: Engine, rows: Rows) -> None:
     """What a transactional endpoint adds is committed when the client reads its 201."""
     app = make_app(engine)
@@ -208,6 +178,7 @@ def roll_back_in_sql(session: Session) -> None:
     session.execute(insert(items).values(name="twice"))
 
 
+@pytest.mark.driver_decides
 def test_a_swallowed_error_is_no_success(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A handler that ignores an IntegrityError is not answered with 201, and stores nothing."""
     app = make_app(engine)
@@ -224,6 +195,7 @@ def test_a_swallowed_error_is_no_success(kind: Kind, engine: Engine, rows: Rows)
     assert rows.names == ["next"]
 
 
+@pytest.mark.driver_decides
 def test_an_explicit_commit_of_a_swallowed_error_is_refused(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
@@ -240,6 +212,7 @@ def test_an_explicit_commit_of_a_swallowed_error_is_refused(
     assert rows.names == []
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("body", [swallow_in_savepoint, roll_back_in_sql])
 def test_an_error_in_a_savepoint_may_be_ignored(
     kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
@@ -259,6 +232,7 @@ def swallow_client_error(session: Session) -> None:
         session.execute(text("SELECT CAST(:number AS integer)"), {"number": object()})
 
 
+@pytest.mark.driver_decides
 def test_an_error_of_the_client_alone_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
@@ -437,6 +411,7 @@ def swallow_in_a_listener(session: Session) -> None:
     session.commit()
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("body", [swallow_two, swallow_in_a_listener])
 def test_a_swallowed_error_is_remembered(
     kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
@@ -449,6 +424,7 @@ def test_a_swallowed_error_is_remembered(
     assert rows.names == []
 
 
+@pytest.mark.driver_decides
 def test_an_error_that_was_never_sent_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

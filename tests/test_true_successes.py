@@ -136,6 +136,7 @@ def failing(statement: Any) -> Body:
     return body
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize(
     ("dependency", "statement"),
     [

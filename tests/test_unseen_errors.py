@@ -1,11 +1,12 @@
 """Rule 5: an error swallowed where no method of the session lets it through is no success."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, select, text
+from sqlalchemy import Connection, Engine, event, insert, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -15,7 +16,7 @@ from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask, session_class
 from tests.serving import Item, Kind, Rows, copy, items
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
 Body = Callable[[Session], Any]
 FAILING = text("SELECT 1 / 0")
@@ -134,6 +135,58 @@ async def test_an_error_in_a_session_event_counts(
     assert rows.names == []
 
 
+def listen_at_commit(session: Session) -> None:
+    """Have the engine's own event fail, after every listener of the session's."""
+
+    def hide(connection: Connection) -> None:
+        swallow(lambda: connection.execute(FAILING))
+
+    event.listen(session.get_bind(), "commit", hide, once=True)
+
+
+class Adding(Session):
+    """Be a class whose listener adds another, which runs after those that were there."""
+
+
+@event.listens_for(Adding, "before_commit")
+def _listen_last(session: Session) -> None:
+    event.listen(session, "before_commit", connect_and_hide)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "class_"),
+    [(listen_at_commit, Session), (lambda _session: None, Adding)],
+    ids=["engine", "added"],
+)
+async def test_an_error_between_the_last_look_and_commit_counts(
+    kind: Kind, engine: Engine, rows: Rows, prepare: Body, class_: type[Session]
+) -> None:
+    """A listener that runs right before COMMIT, and hides a failure, lets nothing be committed."""
+
+    def body(session: Session) -> None:
+        write(session)
+        prepare(session)
+
+    options = session_class(kind, class_)
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body, session_options=options)
+    assert rows.names == []
+
+
+async def test_a_savepoint_between_the_last_look_and_commit_is_no_failure(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """What a listener of the engine undoes by itself, right before COMMIT, is no false alarm."""
+
+    def undo(connection: Connection) -> None:
+        with suppress(DBAPIError), connection.begin_nested():
+            connection.execute(FAILING)
+
+    event.listen(sync_engine(engine), "commit", undo)
+    assert await ask(engine, kind, transactional(), write) == 201
+    assert rows.names == ["lost"]
+
+
 async def test_an_error_in_a_mapper_event_counts(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A failure that a mapper's listener hides, on the connection that it is given, counts."""
 
@@ -163,16 +216,30 @@ def return_another(_context: object) -> Exception:
     return ServiceError()
 
 
+def fail_at_once(session: Session) -> None:
+    session.execute(FAILING)
+
+
+def fail_in_a_stream(session: Session) -> None:
+    statement = text("SELECT 1 / (300 - n) FROM generate_series(1, 5000) n")
+    session.execute(statement, execution_options={"yield_per": 100}).all()
+
+
+@pytest.mark.parametrize("fail", [fail_at_once, fail_in_a_stream])
 @pytest.mark.parametrize("listener", [raise_another, return_another])
 async def test_an_error_of_another_name_counts(
-    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, listener: Callable[[Any], Any]
+    kind: Kind,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    listener: Callable[[Any], Any],
+    fail: Callable[[Session], None],
 ) -> None:
     """An application's handle_error listener, earlier or later than ours, hides no failure."""
 
     def body(session: Session) -> None:
         write(session)
         with pytest.raises(ServiceError):
-            session.execute(FAILING)
+            fail(session)
 
     target = sync_engine(engine)
     event.listen(target, "handle_error", listener)

@@ -15,7 +15,9 @@ from tests.serving import serve
 PARTY = {"title": "Party", "seats": 3}
 
 
-@pytest.fixture(params=["psycopg", "asyncpg", "sqlite"])
+@pytest.fixture(
+    params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver), "sqlite"]
+)
 def url(request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path) -> Iterator[str]:
     """Give an empty database of each kind in turn."""
     if request.param == "sqlite":

@@ -146,7 +146,9 @@ def waiting(owner: psycopg.Connection) -> int:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize(
+    "driver", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)]
+)
 async def test_workers_share_the_work(databases: WorkerPostgres, driver: str) -> None:
     """Workers at once deliver every message once: none waits for another, or takes its messages."""
     engine = create_async_engine(databases.url(driver))

@@ -8,7 +8,9 @@ from examples.quick_start.app import create_app
 from tests.serving import serve
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize(
+    "driver", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)]
+)
 def test_a_stored_book_is_there_and_a_forgotten_one_is_no_success(
     driver: str, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:

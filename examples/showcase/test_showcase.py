@@ -29,10 +29,19 @@ from tests.serving import serve
 
 START = {"ada-1": 1_000_00, "grace-1": 1_000_00}
 
-on_postgres = pytest.mark.parametrize("settings", ["psycopg", "asyncpg"], indirect=True)
+on_postgres = pytest.mark.parametrize(
+    "settings", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)], indirect=True
+)
 
 
-@pytest.fixture(params=["psycopg", "asyncpg", "postgresql-alone", "sqlite"])
+@pytest.fixture(
+    params=[
+        "psycopg",
+        pytest.param("asyncpg", marks=pytest.mark.other_driver),
+        "postgresql-alone",
+        "sqlite",
+    ]
+)
 def settings(
     request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path
 ) -> Iterator[Settings]:

@@ -31,7 +31,7 @@ EVERYTHING = f"SELECT title FROM {DOCUMENT}"
 Reader = Annotated[AsyncSession, Depends(reader())]
 
 
-@pytest.fixture(params=["psycopg", "asyncpg"])
+@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
 def owner(
     request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[psycopg.Connection]:

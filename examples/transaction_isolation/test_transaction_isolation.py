@@ -14,7 +14,7 @@ from tests.serving import Served, serve, wait_until
 SAFE = ["/tickets/locked", "/tickets/at-once", "/tickets/serializable"]
 
 
-@pytest.fixture(params=["psycopg", "asyncpg"])
+@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
 def served(
     request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Served]:

@@ -6,12 +6,14 @@ from traceback import walk_tb
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 # Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
 TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
+_EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
 # idle_in_transaction_session_timeout and transaction_timeout: ended before the COMMIT came.
 _ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
 
@@ -66,11 +68,17 @@ def sqlstates(error: BaseException | None) -> set[str]:
     return states
 
 
-def failed_to_connect(error: BaseException) -> bool:
-    """Tell whether an error was raised while the pool or the driver made a connection."""
+def recognize(error: BaseException) -> OperationalError | None:
+    """Return SQLAlchemy's error for one that a driver, or the pool, has raised past it."""
     # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
     # application's own, in a listener say, has not passed there.
-    return _passed(error, Engine.raw_connection)
+    if isinstance(error, SQLAlchemyError):
+        return None
+    if _passed(error, Engine.raw_connection):
+        return OperationalError(None, None, error)
+    if isinstance(error, OSError) and any(_passed(error, each) for each in _EXECUTING):
+        return OperationalError("", None, error)  # its `command_timeout`; of some statement
+    return None
 
 
 def _passed(error: BaseException, function: Any) -> bool:

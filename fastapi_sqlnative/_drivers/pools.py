@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionHolder:
+    """Describe the sessions of one route that hold connections.
+
+    Attributes:
+        route: such as `GET /orders/{id}`, `None` for sessions that a handle has opened.
+        connections: how many they hold.
+        seconds: how long the oldest has been held.
+        idle_in_transaction: so many of them ask nothing of the server, and keep a transaction open.
+    """
+
+    route: str | None
+    connections: int
+    seconds: float
+    idle_in_transaction: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +35,7 @@ class PoolStatus:
         checked_out: connections in use.
         checked_in: connections that wait to be used.
         overflow: connections open beyond `size`.
+        holders: the sessions of this database that have those in use, the oldest first.
     """
 
     size: int | None
@@ -25,9 +43,10 @@ class PoolStatus:
     checked_out: int | None
     checked_in: int | None
     overflow: int | None
+    holders: tuple[ConnectionHolder, ...] = field(default=(), compare=False)
 
 
-def pool_status(pool: Pool) -> PoolStatus:
+def pool_status(pool: Pool, holders: tuple[ConnectionHolder, ...] = ()) -> PoolStatus:
     """Look into a pool."""
     size = ask_pool(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
     overflow = None if size is None else ask_pool(pool, "overflow")
@@ -37,6 +56,7 @@ def pool_status(pool: Pool) -> PoolStatus:
         checked_out=ask_pool(pool, "checkedout"),
         checked_in=ask_pool(pool, "checkedin"),
         overflow=None if overflow is None else max(overflow, 0),
+        holders=holders,
     )
 
 
@@ -58,6 +78,12 @@ def pool_capacity(pool: Pool) -> int | None:
     """Return the number of connections a pool hands out at a time; `None` for unlimited."""
     size, overflow = ask_pool(pool, "size"), max_overflow(pool)
     return None if size is None or overflow is None or size == 0 else size + overflow
+
+
+def pre_pings(pool: Pool) -> bool | None:
+    """Tell whether a pool asks its connections before it hands them out."""
+    # Private, because SQLAlchemy tells it nowhere else. Without it nothing is said.
+    return getattr(pool, "_pre_ping", None)
 
 
 def pool_timeout(pool: Pool) -> float:

@@ -6,11 +6,13 @@ changes it.
 
 from __future__ import annotations
 
+import math
 import select
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.exc import InvalidRequestError
 
 from .failures import TELLING, driver_error, sqlstates
 
@@ -20,6 +22,7 @@ _IN_ERROR: Final = 3
 # Drivers that fetch a whole result before they hand it on, unless they are asked to stream.
 _BUFFERING: Final = TELLING | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
 _MYSQL_DEADLOCK: Final = 1213
+_LONGEST: Final = 2**31 - 1  # milliseconds
 
 
 def autocommits(connection: Connection) -> bool:
@@ -113,7 +116,7 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     doubtful = doubtful or _is_intercepted(connection)
     if not doubtful or is_lost(connection) or autocommits(connection):
         return False  # where it is lost, COMMIT fails by itself
-    return _ask(connection, "SELECT 1") is None
+    return not _serves(connection)
 
 
 def _is_intercepted(connection: Connection) -> bool:
@@ -131,7 +134,41 @@ def begin(connection: Connection) -> None:
     if connection.dialect.driver == "asyncpg" and not autocommits(connection):
         driver: Any = connection.connection.driver_connection
         if not driver.is_in_transaction():
-            _ask(connection, "SELECT 1")
+            _serves(connection)
+
+
+# The shorter of what is left and what is set. The server writes a time as text that it reads as an
+# interval: 250ms, 2min.
+_LIMIT: Final = text("""
+SELECT set_config('statement_timeout', least(
+    nullif(extract(epoch FROM current_setting('statement_timeout')::interval) * 1000, 0), :left
+)::int::text, true)
+""")
+
+
+def limit_statements(connection: Connection, seconds: float) -> None:
+    """Have the server end each statement of the transaction within so many seconds from now.
+
+    COMMIT has no such limit. Other databases than PostgreSQL have none for one transaction only,
+    and in AUTOCOMMIT there is no transaction.
+    """
+    if connection.dialect.name == "postgresql" and not autocommits(connection):
+        left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
+        connection.execute(_LIMIT, {"left": left})
+
+
+def is_idle_in_transaction(connection: Connection) -> bool | None:
+    """Tell whether a transaction is open and no statement runs; `None` if the driver doesn't say.
+
+    Another thread may use the connection, and close it meanwhile.
+    """
+    try:
+        if connection.closed or connection.invalidated or autocommits(connection):
+            return False
+        status = _status(connection)
+    except InvalidRequestError:
+        return False
+    return None if status is None else status in (_IN_TRANSACTION, _IN_ERROR)
 
 
 def surface_loss(connection: Connection) -> None:
@@ -155,6 +192,16 @@ def _status(connection: Connection) -> int | None:
     info = getattr(connection.connection.driver_connection, "info", None)
     status = getattr(info, "transaction_status", None)
     return None if status is None else int(status)
+
+
+def _serves(connection: Connection) -> bool:
+    """Tell whether the server still answers in this transaction, and has not aborted it."""
+    try:
+        return _ask(connection, "SELECT 1") is not None
+    except connection.dialect.loaded_dbapi.Error:
+        if is_lost(connection):
+            connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
+        raise
 
 
 def _ask(connection: Connection, question: str) -> Any:

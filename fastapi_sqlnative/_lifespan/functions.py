@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
@@ -19,6 +20,13 @@ _AWAITED: Final = frozenset(
 def name_of(call: object) -> str:
     """Name a dependency for a message."""
     return getattr(call, "__qualname__", None) or type(call).__qualname__
+
+
+def signature_of(function: Callable[..., Any]) -> str:
+    """Name a function and its parameters, without defaults: an address may be one."""
+    signature = inspect.signature(function)
+    bare = [each.replace(default=each.empty) for each in signature.parameters.values()]
+    return f"{name_of(function)}{signature.replace(parameters=bare)}"
 
 
 def is_request_scoped_generator(dependant: Dependant) -> bool:

@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._drivers.pools import pool_capacity, pool_timeout
 from .._sessions.engines import sync_engine
-from ..databases import AnyDatabase
+from .._sessions.holders import tell_holders
+from ..databases import AnyDatabase, sessions_of
 
 # What the requests of a route open, by the route. A route has no hash; a method bound to it has
 # one, by identity.
@@ -93,11 +94,13 @@ class Gate:
             with anyio.fail_after(timeout):
                 await limiter.acquire_on_behalf_of(request)
         except TimeoutError:
-            raise exc.TimeoutError(
+            error = exc.TimeoutError(
                 f"Database {database.name!r} is busy: {limiter.total_tokens:g} requests are at "
                 f"work with such sessions, and none ended within {timeout:g} s.",
                 code="3o7r",
-            ) from None
+            )
+            tell_holders(sessions_of(database).state, error)
+            raise error from None
 
     @functools.cached_property
     def _threads(self) -> anyio.CapacityLimiter:

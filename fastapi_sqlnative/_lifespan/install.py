@@ -13,6 +13,7 @@ from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError
+from .functions import signature_of
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 from .startup import make_handle, started
 
@@ -26,6 +27,7 @@ def install_database(
     session_options: Mapping[str, Any] | None = None,
     startup_wait: float | None = None,
     shutdown_timeout: float = 10.0,
+    warn_held_after: float | None = None,
 ) -> None:
     """Install a database on an application, for as long as its lifespan runs.
 
@@ -47,6 +49,8 @@ def install_database(
             answers and refuses, a wrong password say, fails it at once.
         shutdown_timeout: seconds for connections in use to come back and for `shutdown` to end.
             Also how long a cancelled request may go on with its COMMIT.
+        warn_held_after: seconds. A connection that a session has held for longer is logged, with
+            its route, when it comes back.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -60,7 +64,7 @@ def install_database(
     """
     _check_application(app)
     installation = _installation(
-        name, engine, shutdown, session_options, startup_wait, shutdown_timeout
+        name, engine, shutdown, session_options, startup_wait, shutdown_timeout, warn_held_after
     )
     installed = installations_of(app)
     installed.add(installation)
@@ -86,6 +90,7 @@ def _installation(
     session_options: Mapping[str, Any] | None,
     startup_wait: float | None,
     shutdown_timeout: float,
+    warn_held_after: float | None,
 ) -> Installation:
     name = trimmed(name)
     if shutdown is not None and not _takes_nothing(shutdown):
@@ -96,6 +101,8 @@ def _installation(
     if startup_wait is not None:
         check_seconds(f"startup_wait of database {name!r}", startup_wait)
     check_seconds(f"shutdown_timeout of database {name!r}", shutdown_timeout)
+    if warn_held_after is not None:
+        check_seconds(f"warn_held_after of database {name!r}", warn_held_after, zero=True)
     installation = Installation(
         name=name,
         engine=engine,
@@ -103,6 +110,7 @@ def _installation(
         session_options=dict(session_options or {}),
         startup_wait=startup_wait,
         shutdown_timeout=shutdown_timeout,
+        warn_held_after=warn_held_after,
     )
     if database_class(engine) is not None:
         make_handle(installation, engine)  # mistakes in the options show now, not at start-up
@@ -128,7 +136,7 @@ def _takes_nothing(function: object) -> bool:
 def _shown(value: object) -> str:
     if not callable(value):
         return type(value).__name__
-    return f"{getattr(value, '__qualname__', type(value).__name__)}{inspect.signature(value)}"
+    return signature_of(value)
 
 
 def _wrap_lifespan(app: Starlette) -> None:

@@ -256,16 +256,28 @@ class _Check:
         if found.database is None or annotation is None:
             return
         asynchronous = isinstance(found.database.engine, AsyncEngine)
-        session: type = AsyncSession if asynchronous else Session
+        plain: type = AsyncSession if asynchronous else Session
+        session: type = found.session_options.get("class_", plain)
         given = type(found.database) if call.gives_handle else session
         named = [each for each in classes_in(annotation) if issubclass(each, _GIVEN)]
-        if named and not any(issubclass(each, given) for each in named):
+        if not named or any(issubclass(given, each) for each in named):
+            return
+        said = f"parameter {child.name!r} of {name_of(parent.call)} is annotated with"
+        if issubclass(named[0], given):
             raise self._mistake(
-                f"parameter {child.name!r} of {name_of(parent.call)} is annotated with "
-                f"{named[0].__name__}, but database {call.name!r} is installed with an "
-                f"{type(found.database.engine).__name__} and gives {_article(given)}. Fix the "
-                "annotation, or install the other kind of engine."
+                f"{said} {_path(named[0])}, but database {call.name!r} gives "
+                f"{_path(given)}. Install it with session_options="
+                f'{{"class_": {named[0].__name__}}}, or fix the annotation.'
             )
+        raise self._mistake(
+            f"{said} {named[0].__name__}, but database {call.name!r} is installed with an "
+            f"{type(found.database.engine).__name__} and gives {_article(given)}. Fix the "
+            "annotation, or install the other kind of engine."
+        )
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _article(kind: type) -> str:

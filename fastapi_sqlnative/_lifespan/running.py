@@ -33,11 +33,13 @@ class Installation:
     """What the application gave to `install_database`, and the handle while it runs."""
 
     name: str
-    engine: AnyEngine | EngineFactory
-    shutdown: Shutdown | None
+    # Engines, and bound methods of theirs, are printed with a URL that may have a password in it.
+    engine: AnyEngine | EngineFactory = field(repr=False)
+    shutdown: Shutdown | None = field(repr=False)
     session_options: Mapping[str, Any]
     startup_wait: float | None
     shutdown_timeout: float
+    warn_held_after: float | None = None
     database: AnyDatabase | None = None
 
 

@@ -144,6 +144,7 @@ def make_handle(installation: Installation, engine: Any) -> AnyDatabase:
         name=installation.name,
         session_options=installation.session_options,
         shutdown_timeout=installation.shutdown_timeout,
+        warn_held_after=installation.warn_held_after,
     )
 
 

@@ -31,6 +31,7 @@ class SessionFactory:
         engine: the sessions' engine; a session class of the application's may choose others.
         options: keyword arguments for the sessions, as for `sessionmaker`.
         shutdown_timeout: seconds that a cancelled request may go on with its COMMIT.
+        warn_held_after: seconds that a session may hold a connection without a line in the log.
 
     Raises:
         TypeError: options that no session can be made with, or a class whose `commit`,
@@ -38,10 +39,17 @@ class SessionFactory:
     """
 
     def __init__(
-        self, name: str, engine: AnyEngine, options: Mapping[str, Any], shutdown_timeout: float
+        self,
+        name: str,
+        engine: AnyEngine,
+        options: Mapping[str, Any],
+        shutdown_timeout: float,
+        warn_held_after: float | None = None,
     ) -> None:
-        self.state = SharedState(name, sync_engine(engine), shutdown_timeout)
-        self.asynchronous = isinstance(engine, AsyncEngine)
+        self.state: SharedState = SharedState(
+            name, sync_engine(engine), shutdown_timeout, warn_held_after
+        )
+        self.asynchronous: bool = isinstance(engine, AsyncEngine)
         self._engine = engine
         self._class, self._options = self._prepare(dict(options))
         self._autocommit_options = self._options | (

@@ -11,16 +11,17 @@ import threading
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._drivers import failures, transactions
+from .holders import Holder, tell_holders
 from .options import TransactionOptions, engine_with
 from .shared import SharedState
 from .transaction import BegunTransaction
 from .work import Work
 
 
-class Record:
+class Record(Holder):
     """The memory of one session, from its last commit or rollback on.
 
     It belongs to the session and ends with it. An exception is kept until the transaction ends and
@@ -40,7 +41,6 @@ class Record:
         "commits",
         "committed",
         "committing",
-        "connections",
         "discarded",
         "ending",
         "engines",
@@ -48,11 +48,9 @@ class Record:
         "finished",
         "joined",
         "loop_thread",
-        "on_idle",
         "open_results",
         "options",
         "rolled_back",
-        "state",
         "stored",
         "stores_on",
         "streamed",
@@ -62,7 +60,7 @@ class Record:
     def __init__(
         self, state: SharedState, options: TransactionOptions, loop_thread: int | None
     ) -> None:
-        self.state = state
+        super().__init__(state)
         self.options = options
         self.loop_thread = loop_thread
         self.commits = False  # whoever opened the session commits it at the end
@@ -75,9 +73,7 @@ class Record:
         self.stored = False  # a COMMIT has stored something, or may have
         # As the state's, for engines that may have been made for this session alone.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
-        self.on_idle: Any = None  # called when the session has given its connections back
         self.open_results: list[Any] | None = None  # not read to their end
-        self.connections: dict[Connection, int] = {}  # with the changes made before
         self._begin()
 
     def _begin(self) -> None:
@@ -97,10 +93,9 @@ class Record:
             TransactionOptionsError: its engine commits each statement by itself, so that there
                 is no transaction to commit or roll back.
         """
-        self.connections[connection] = transactions.changes(connection)
+        self.take(connection)
         # With a savepoint on it from the beginning the transaction around it is somebody else's.
         self.joined = self.joined or connection.in_nested_transaction()
-        self.state.at_work[connection] = self
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
         if self.commits and transactions.autocommits(connection):
@@ -124,12 +119,7 @@ class Record:
 
     def forget(self) -> None:
         """Start anew: the session's transaction has ended, and it holds no connection."""
-        if self.connections:
-            for connection in self.connections:
-                self.state.at_work.pop(connection, None)
-            self.connections.clear()
-            if self.on_idle is not None:
-                self.on_idle()
+        self.give_back()
         self.begun = None
         if self.finished:
             self.failed = self.rolled_back = None
@@ -203,7 +193,13 @@ class Record:
             return  # a cancellation costs the connection
         self.failed = self.failed or error
         if self.may_have_written and any(
-            transactions.has_rolled_back(connection, error) for connection in self.connections
+            transactions.has_rolled_back(connection, error)
+            or (
+                self.committing
+                and not connection.in_nested_transaction()
+                and transactions.is_aborted(connection, doubtful=True)
+            )
+            for connection in self.connections
         ):
             self.rolled_back = error
 
@@ -212,17 +208,24 @@ class Record:
 
         Raises:
             sqlalchemy.exc.OperationalError: in place of what SQLAlchemy does not know, when a
-                driver cannot connect.
+                driver cannot connect or waits no longer.
         """
         self.hears(error)
         self.state.sign(error)
-        if failures.failed_to_connect(error) and not isinstance(error, SQLAlchemyError):
-            raise self.state.sign(OperationalError(None, None, error)) from error
+        if isinstance(error, PoolTimeoutError) and not hasattr(error, "__notes__"):
+            tell_holders(self.state, error)
+        if (recognized := failures.recognize(error)) is not None:
+            raise self.state.sign(recognized) from error
 
     @property
     def may_have_written(self) -> bool:
         """Tell whether a commit may store something, as far as can be told without asking."""
         return self.work.may_have_written and not self.options.read_only
+
+    @property
+    def is_storing(self) -> bool:
+        """Tell whether a COMMIT is on its way that may store something."""
+        return self.committing and self.may_have_written
 
     def count_unstored(self) -> int:
         """Count the connections on which a COMMIT now would change something; in doubt ask."""
@@ -285,6 +288,8 @@ class Record:
         self.state.sign(error)
         if not self.committing:
             return
+        if self.rolled_back is not None:
+            raise self.state.aborted_error() from self.rolled_back
         # With several engines the first may have stored something when the second says no.
         ended = sum(not each.in_transaction() for each in self.connections)
         unknown = self.may_have_written and (

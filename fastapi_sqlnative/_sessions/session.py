@@ -44,11 +44,14 @@ class NativeSession(Session):
         record.check_usable()
         if record.options is AUTOCOMMIT and writes(statement):
             raise record.state.read_only_error()  # now: nothing undoes it
+        record.executing = True
         try:
             result = super().execute(statement, *args, **options)
         except Exception as error:
             record.fails(error)
             raise
+        finally:
+            record.executing = False
         record.let_through(result, statement)
         return result
 
@@ -78,11 +81,14 @@ class NativeSession(Session):
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
         looked, record.committing = record.committing, False
+        executing, record.executing = record.executing, True
         try:
             super().flush(*args, **options)
         except Exception as error:
             record.fails(error)
             raise
+        finally:
+            record.executing = executing
         if looked:  # objects of a listener's, after the last look
             record.check_committable()
             record.committing = True

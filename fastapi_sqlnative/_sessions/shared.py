@@ -37,6 +37,7 @@ class SharedState:
         name: the database's.
         root: its engine; a session class of the application's may choose others.
         shutdown_timeout: seconds that a cancelled request may go on with its COMMIT.
+        warn_held_after: seconds that a session may hold a connection without a line in the log.
 
     Attributes:
         at_work: the records of the sessions that hold a connection, by it.
@@ -48,15 +49,23 @@ class SharedState:
         returns_undisturbed: nothing but a ROLLBACK happens when a connection goes back.
     """
 
-    def __init__(self, name: str, root: Engine, shutdown_timeout: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Engine,
+        shutdown_timeout: float,
+        warn_held_after: float | None = None,
+    ) -> None:
         self.name = name
         self.root = root
         self.shutdown_timeout = shutdown_timeout
+        self.warn_held_after = warn_held_after
+        self.told_holders: tuple[float, str] | None = None  # when, and what
         self.refusal: str | None = None
         self.stopped = False
         self.overridden: frozenset[str] = frozenset()
-        self.may_be_interrupted = may_be_interrupted(root)
-        self.returns_undisturbed = returns_undisturbed(root)
+        self.may_be_interrupted: bool = may_be_interrupted(root)
+        self.returns_undisturbed: bool = returns_undisturbed(root)
         self.at_work: dict[Connection, Any] = {}
         # Engines that share a pool and set the options, by the engine and the options.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
@@ -204,6 +213,9 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
                 context.is_disconnect = True
         elif not record.finished:
             record.hears(context.original_exception)
+            if record.committing and record.rolled_back is not None:
+                # A listener that runs after the last look may swallow this: COMMIT is to fail.
+                context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
             return _translated(context)
         elif context.statement is None:  # a fetch: a stream may fail long after it has begun
             return found.finished_error()
@@ -215,7 +227,8 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
 def _translated(context: ExceptionContext) -> DBAPIError | None:
     """Make SQLAlchemy's error of what it leaves as it is: a driver's own way to refuse a value."""
     error = context.original_exception
-    if context.sqlalchemy_exception is not None:
+    made = getattr(context, "chained_exception", None)  # by a listener of the application's
+    if context.sqlalchemy_exception is not None or made is not None:
         return None
     # Text that cannot be encoded, a number that is too large; asyncpg's, while a stream is read.
     if not (isinstance(error, ValueError | OverflowError) or server_of(error)):

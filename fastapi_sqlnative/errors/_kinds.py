@@ -31,7 +31,7 @@ class DatabaseErrorKind(StrEnum):
     SERIALIZATION = auto()
     DEADLOCK = auto()
     LOCK_NOT_AVAILABLE = auto()
-    STATEMENT_TIMEOUT = auto()  # or cancelled: the servers have one code for both
+    STATEMENT_TIMEOUT = auto()  # or cancelled: the servers have one code for both; our deadline
     POOL_TIMEOUT = auto()
     TOO_MANY_CONNECTIONS = auto()
     UNAVAILABLE = auto()
@@ -57,6 +57,7 @@ _CLASSES: Final[Mapping[type[Exception], DatabaseErrorKind]] = {
     own.PartialCommitError: Kind.PARTIAL_COMMIT,
     own.CommitOutcomeUnknownError: Kind.OUTCOME_UNKNOWN,
     own.AfterCommitError: Kind.AFTER_COMMIT,
+    own.DeadlineExceededError: Kind.STATEMENT_TIMEOUT,
 }
 OUR_ERRORS: Final = tuple(each for each in _CLASSES if not issubclass(each, exc.SQLAlchemyError))
 

@@ -11,6 +11,7 @@ from fastapi import HTTPException
 from sqlalchemy import MetaData
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from ..exceptions import DeadlineExceededError
 from ._kinds import (
     DatabaseErrorDescription,
     Kind,
@@ -143,7 +144,8 @@ class ErrorMapping:
     def map(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
         """Log the failure and return its exception, or what was given."""
         failure = describe_database_error(error, metadata=self._metadata)
-        if failure is None or isinstance(error, AnyHTTPException):
+        is_answer = isinstance(error, AnyHTTPException)
+        if failure is None or (is_answer and not isinstance(error, DeadlineExceededError)):
             return error
         mapped = DatabaseHTTPException(self._rule_for(failure, error))
         mapped.__cause__ = error

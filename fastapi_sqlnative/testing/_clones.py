@@ -7,21 +7,20 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
-from .._lifespan.running import Installation
 from .._lifespan.startup import call_factory
 from .._sessions.completion import in_thread
-from .._sessions.engines import AnyEngine, run_on_engine, sync_engine
+from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
-from ._targets import IsolationError, Place, places
+from ._targets import Block, IsolationError, Place, places
 
 Prepare: TypeAlias = Callable[[Connection], object]
 
@@ -41,28 +40,26 @@ class Templates:
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
         self._prepare = prepare
         self._made: dict[tuple[str, str], str] = {}
-        self._undo = ExitStack()
+        self._undo = AsyncExitStack()
 
     def __enter__(self) -> Self:
-        """Begin without any."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Drop them."""
-        self._undo.close()
+        in_thread(lambda: asyncio.run(self._undo.aclose())).result()
 
-    def of(self, name: str, engine: AnyEngine) -> str:
+    async def of(self, name: str, engine: AnyEngine) -> str:
         """Return the template for a database."""
         key = name, sync_engine(engine).url.render_as_string()
         if key not in self._made:
             prepare = self._prepare if callable(self._prepare) else self._prepare[name]
-            template = _create(name, engine, None, self._undo)
-            _use(engine, template, prepare)
+            template = await _create(name, engine, None, self._undo)
+            await _use(engine, template, prepare)
             self._made[key] = template
         return self._made[key]
 
 
-def cloned(app: Starlette, *names: str, templates: Templates) -> Clones:
+def cloned(app: Starlette, *names: str, templates: Templates) -> Block:
     """Give an application databases of its own within a block, copied from templates.
 
     Nothing is simulated: requests overtake each other, COMMIT is one, and so are locks, isolation
@@ -85,65 +82,39 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Clones:
     Example:
         with cloned(app, templates=templates), TestClient(app) as client: ...
     """
-    return Clones(places(app, names), templates)
+    chosen = places(app, names)
+    return Block(partial(_clone_all, chosen, templates), chosen[0][0])
 
 
-class Clones:
-    """The block of `cloned`."""
-
-    def __init__(self, chosen: list[Place], templates: Templates) -> None:
-        self._chosen = chosen
-        self._templates = templates
-        self._undo = ExitStack()
-
-    def __enter__(self) -> Self:
-        """Make the copies, and lead the engines to them."""
-        with ExitStack() as undo:
-            copies: dict[str, str] = {}
-            for installed, installation in self._chosen:
-                if installed.runs:
-                    raise IsolationError(
-                        f"Database {installation.name!r} cannot be cloned while the application "
-                        "runs: enter cloned(app) first, and start the application inside of it."
-                    )
-                self._clone(installation, copies, undo)
-            self._undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Drop the copies."""
-        self._undo.close()
-
-    async def __aenter__(self) -> Self:
-        """Make the copies, beside the event loop."""
-        return await asyncio.wrap_future(in_thread(self.__enter__))
-
-    async def __aexit__(self, *_: object) -> None:
-        """Drop the copies, beside the event loop."""
-        await asyncio.wrap_future(in_thread(self._undo.close))
-
-    def _clone(self, installation: Installation, copies: dict[str, str], undo: ExitStack) -> None:
+async def _clone_all(chosen: list[Place], templates: Templates, undo: AsyncExitStack) -> None:
+    copies: dict[str, str] = {}
+    for installed, installation in chosen:
+        if installed.runs:
+            raise IsolationError(
+                f"Database {installation.name!r} cannot be cloned while the application runs: "
+                "enter cloned(app) first, and start the application inside of it."
+            )
         given: Any = installation.engine
-        engine = _built(given) if database_class(given) is None else given
-        template = self._templates.of(installation.name, engine)
+        builds = database_class(given) is None
+        engine = await call_factory(given) if builds else given
+        template = await templates.of(installation.name, engine)
         if template not in copies:
-            copies[template] = _create(installation.name, engine, template, undo)
-        copy = copies[template]
-        if engine is given:
-            undo.enter_context(_led_to(sync_engine(engine), copy))
-            undo.callback(_run, engine, Engine.dispose)
-            return
-
-        async def build() -> AnyEngine:
-            built: AnyEngine = await call_factory(given)
-            self._undo.enter_context(_led_to(sync_engine(built), copy))
-            return built
-
-        installation.engine = build
-        undo.callback(setattr, installation, "engine", given)
+            copies[template] = await _create(installation.name, engine, template, undo)
+        if builds:
+            installation.engine = partial(_build, given, copies[template])
+            undo.callback(setattr, installation, "engine", given)
+        else:
+            undo.push_async_callback(dispose, engine)
+            undo.callback(*_lead(sync_engine(engine), copies[template], []))
 
 
-def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack) -> str:
+async def _build(factory: Any, database: str) -> AnyEngine:
+    engine: AnyEngine = await call_factory(factory)
+    _lead(sync_engine(engine), database, [])  # for good: it ends with the application
+    return engine
+
+
+async def _create(name: str, engine: AnyEngine, template: str | None, undo: AsyncExitStack) -> str:
     """Create a database, empty or from a template, and drop it with the block."""
     url = sync_engine(engine).url
     backend, original = url.get_backend_name(), url.database or ":memory:"
@@ -160,75 +131,53 @@ def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack)
             "SQLite can. Have the test use a database of its own, with override_database()."
         )
     database = f"{original[:40]}_{token}"
-    undo.callback(_administer, engine, f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
+    drop = f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)'
+    undo.push_async_callback(_use, engine, "postgres", partial(_administer, drop))
     source = "" if template is None else f' TEMPLATE "{template}"'
-    _administer(engine, f'CREATE DATABASE "{database}"{source}')
+    create = f'CREATE DATABASE "{database}"{source}'
+    await _use(engine, "postgres", partial(_administer, create))
     return database
 
 
-def _administer(engine: AnyEngine, statement: str) -> None:
-    autocommit = {"isolation_level": "AUTOCOMMIT"}
-    _use(
-        engine,
-        "postgres",
-        lambda connection: connection.execution_options(**autocommit).exec_driver_sql(statement),
-    )
+def _administer(statement: str, connection: Connection) -> None:
+    connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
 
 
-def _use(engine: AnyEngine, database: str, work: Callable[[Connection], object]) -> None:
+async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
     """Do something in another database of the engine's server."""
+    led: list[str] = []
 
     def use(inner: Engine) -> None:
-        with _led_to(inner, database), inner.connect() as connection:
+        with inner.connect() as connection:
+            if not led:
+                raise IsolationError(
+                    "The engine has a way of its own to connect, by creator= or a do_connect "
+                    "listener, and would have used the database that is installed. Have the test "
+                    "use another engine, with override_database()."
+                )
             work(connection)
             connection.commit()
 
-    _run(engine, use)
+    await dispose(engine)  # of what is idle, and leads to the original
+    unlead = _lead(sync_engine(engine), database, led)
+    try:
+        await run_on_engine(engine, use)
+        await dispose(engine)
+    finally:
+        event.remove(*unlead[1:])
 
 
-def _run(engine: AnyEngine, work: Callable[[Engine], None]) -> None:
-    if isinstance(engine, AsyncEngine):
-        # On an event loop for this alone: there may be none, or one that must not be blocked.
-        in_thread(lambda: asyncio.run(run_on_engine(engine, work))).result()
-    else:
-        work(engine)
-
-
-def _built(factory: Callable[[], Any]) -> AnyEngine:
-    engine: AnyEngine = in_thread(lambda: asyncio.run(call_factory(factory))).result()
-    return engine
-
-
-@contextmanager
-def _led_to(engine: Engine, database: str) -> Generator[None]:
-    """Have an engine connect to another database of its server, for a block."""
+def _lead(engine: Engine, database: str, led: list[str]) -> tuple[Any, ...]:
+    """Have an engine connect to another database of its server; return what undoes it."""
     own, other = (
         engine.dialect.create_connect_args(url)
         for url in (engine.url, engine.url.set(database=database))
     )
     changed = {key: value for key, value in other[1].items() if own[1].get(key) != value}
-    led: list[object] = []
 
     def lead(dialect: Any, _record: object, _arguments: object, options: dict[str, Any]) -> Any:
-        led.append(dialect.connect(*other[0], **options | changed))
-        return led[-1]
+        led.append(database)
+        return dialect.connect(*other[0], **options | changed)
 
-    def check(connection: object, _record: object) -> None:
-        if connection not in led:
-            raise IsolationError(
-                "The engine has a way of its own to connect, by creator= or a do_connect "
-                "listener, and would have used the database that is installed. Have the test use "
-                "another engine, with override_database()."
-            )
-        led.remove(connection)
-
-    engine.dispose()  # what is idle leads to the original
-    listeners = ("do_connect", lead), ("connect", check)
-    for listener in listeners:
-        event.listen(engine, *listener)
-    try:
-        yield
-    finally:
-        for listener in listeners:
-            event.remove(engine, *listener)
-        engine.dispose()
+    event.listen(engine, "do_connect", lead)
+    return event.remove, engine, "do_connect", lead

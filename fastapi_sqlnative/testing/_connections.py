@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, NestedTransaction, event
+from sqlalchemy import Connection, Engine, NestedTransaction, Transaction, event
 from sqlalchemy.orm import Session
 
 from .._drivers.statements import writes
-from .._drivers.transactions import autocommits
+from .._drivers.transactions import autocommits, is_aborted
 from .._sessions.engines import run_in_greenlet
-from ._targets import IsolationError, running_loop
-from ._turns import Turn
+from ._targets import SERVED, IsolationError, running_loop
+from ._turns import Turn, in_flow
 
 T = TypeVar("T")
 # Marks a connection, and what is sent for the block's own sake.
@@ -25,85 +26,102 @@ _ENDS: Final = re.compile(
     r"\s*(commit|end|abort|rollback(?!\s+to|\s+(work|transaction)\s+to))\b", re.IGNORECASE
 )
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
-# Deferrable constraints, with whether they wait for COMMIT unless they are told otherwise.
-_DEFERRABLE: Final = """
-SELECT quote_ident(nspname) || '.' || quote_ident(conname), condeferred
+# Constraints that wait for COMMIT, unless they are told otherwise.
+_DEFERRED: Final = """
+SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace n ON n.oid = connamespace
-WHERE condeferrable
+WHERE condeferred AND has_schema_privilege(n.oid, 'USAGE')
 """
+# What is sent in production where a block ends a savepoint.
+_IN_PRODUCTION: Final = {"RELEASE SAVEPOINT": "COMMIT", "ROLLBACK TO SAVEPOINT": "ROLLBACK"}
 
 
 class IsolatedConnection:
     """The connection that all sessions of a database share, from its first use to the block's end.
 
     Attributes:
-        home: finds the event loop to open it on, when a thread asks for it.
-        loop: the event loop that it belongs to.
-        own_sessions: of the test, with their blocks; they give way to the application's.
+        loop: the event loop that it belongs to, once it is open.
+        own_sessions: the test's, with their blocks; they give way to the application's.
         beginning: the next savepoint stands for the BEGIN of a transaction.
-        root: the savepoint that stands for a transaction of the application's.
+        root: the one that stands for the application's transaction.
     """
 
-    def __init__(self, name: str, engine: Engine, turn: Turn) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        turn: Turn,
+        home: Callable[[], asyncio.AbstractEventLoop | None],
+    ) -> None:
         self.engine = engine
         self.turn = turn
-        self.asynchronous = engine.dialect.is_async
-        self.home: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.asynchronous: bool = engine.dialect.is_async
         self.own_sessions: dict[Session, object] = {}
-        self.beginning = False
+        self.beginning: bool = False
         self.root: NestedTransaction | None = None
+        self.name = name
+        self._home = home  # finds the application's event loop
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
-        self._entering = False
-        # Blocks that are open on it, the first with the transaction, the others with a savepoint.
-        self._blocks: dict[object, NestedTransaction | None] = {}
+        # Blocks that are open on it: the first has the transaction, the others savepoints in it.
+        self._blocks: dict[object, Transaction | None] = {}
         self._guarded = ExitStack()
 
-    def _refused(self, why: str) -> IsolationError:
-        return IsolationError(f"Database {self.name!r} is isolated: {why}")
+    def refused(self, why: str) -> IsolationError:
+        """Build the error for what one connection cannot do; a request may swallow it."""
+        error = IsolationError(f"Database {self.name!r} is isolated: {why}")
+        if (request := SERVED.get()) is not None:
+            request.refusals.append(str(error))
+        return error
 
-    # -- sessions of the application -------------------------------------------------------
+    # -- sessions --------------------------------------------------------------------------
 
     def begin(self, session: Any, *, beside: bool = False) -> Connection:
         """Return the connection to a session of the application's, when its turn has come."""
         if self.turn.holds(session):
             return self.opened()
-        if self.asynchronous and self.loop not in (None, running_loop()):
-            raise self._refused(
+        here = running_loop()
+        if self.asynchronous and here is not (self.loop or self._home() or here):
+            raise self.refused(
                 "its connection belongs to another event loop, the application's. Use the session "
-                "that `with isolated(app)` gives, or call what awaits with client.portal.call(). "
-                "Two applications can share a database on one event loop, with async_client."
+                "that `with isolated(app)` gives, the client that runs the application, or "
+                "client.portal.call(). Two applications can share a database on one event loop, "
+                "with async_client."
             )
-        self._check_alive()  # one that is lost gives no turn back
         self.turn.take(session, self, beside=beside)
-        if self.turn.holds(session):
-            try:
-                self.opened()  # and in every block, before anything is sent
-                self._settle()
-            except BaseException:
-                self.turn.give_back(session)
-                raise
-            self.beginning = not beside
+        try:
+            self.opened()
+            # Whoever sends a request waits for it: its sessions are at rest.
+            self._settle(filter(in_flow, self.own_sessions))
+        except BaseException:
+            self.turn.give_back(session)
+            raise
+        self.beginning = not beside
         return self.opened()
 
-    def _settle(self, block: object = None) -> None:
-        """Commit what the test has added, outside of a block or all: others cannot undo it."""
-        for own in [each for each, its in self.own_sessions.items() if its is not block]:
-            if not own.in_transaction():
-                continue
-            try:
-                self._end(own.commit)
-            except BaseException:
-                self._end(own.rollback)
-                raise
-
-    def _end(self, method: Callable[[], None]) -> None:
-        self.turn.giving_way = self
+    def exclusively(self, who: object, work: Callable[[], T]) -> T:
+        """Do something when nobody else uses the connection."""
+        if self.turn.holds(who):
+            return work()
+        self.turn.take(who, self, brief=True)
         try:
-            method()
+            return work()
         finally:
-            self.turn.giving_way = None
+            self.turn.give_back(who)
+
+    def _settle(self, sessions: Iterable[Session]) -> None:
+        """Commit what the test's sessions have added, which others then cannot undo."""
+        for own in [each for each in sessions if each.in_transaction()]:
+            if getattr(own, "open_blocks", 0):
+                raise self.refused(
+                    "the application was to begin a transaction inside of the test's own `with "
+                    "session.begin()`. End that block first, or call commit() instead."
+                )
+            with self.turn.lent(own):
+                if not own.is_active or is_aborted(self.opened(), doubtful=True):
+                    own.rollback()  # the test has seen the error
+                else:
+                    own.commit()
 
     # -- the connection --------------------------------------------------------------------
 
@@ -111,36 +129,29 @@ class IsolatedConnection:
         """Return the connection, in the transaction of every block that is open."""
         if self._connection is None:
             self._connection = self._open()
-        self._check_alive()
-        for block in [] if self._entering else [*self._blocks][1:]:
-            if self._blocks[block] is None:
-                self._entering = True
-                try:
-                    self._settle(block)  # it stays when the block ends
-                    self._blocks[block] = self._connection.begin_nested()
-                finally:
-                    self._entering = False
-        return self._connection
-
-    def _check_alive(self) -> None:
-        if self._connection and (self._connection.closed or self._connection.invalidated):
-            raise self._refused(
+        if self._connection.closed or self._connection.invalidated:
+            raise self.refused(
                 "its one connection was lost, and with it all that the test has stored: the "
                 "server hung up, or a statement was cancelled. Test that with cloned(app)."
             )
+        for block in [each for each, begun in self._blocks.items() if begun is None]:
+            self._blocks[block] = self._connection.get_transaction()  # settling comes here again
+            self._settle(each for each, its in self.own_sessions.items() if its is not block)
+            self._blocks[block] = self._connection.begin_nested()
+        return self._connection
 
     def _open(self) -> Connection:
         self.loop = running_loop() if self.asynchronous else None
         self._pool = self.engine.pool
         connection = self.engine.connect()
         connection.info[_MARK] = self
-        connection.begin()
+        self._blocks[next(iter(self._blocks))] = connection.begin()
         driver: Any = connection.connection.driver_connection
         if self.engine.dialect.name == "sqlite" and not driver.in_transaction:
             _send(connection, "BEGIN")  # else the first savepoint would be the transaction
         if autocommits(connection):
             connection.close()
-            raise self._refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
+            raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
         event.listen(connection, "release_savepoint", self._before_release)
         return connection
 
@@ -150,15 +161,13 @@ class IsolatedConnection:
             return
         if connection.dialect.name != "postgresql":
             return
-        constraints = _send(connection, _DEFERRABLE).all()
-        deferred = ", ".join(constraint for constraint, waits in constraints if waits)
+        deferred = _send(connection, _DEFERRED).scalar()
         try:
-            if constraints:
-                _send(connection, "SET CONSTRAINTS ALL IMMEDIATE")
+            _send(connection, "SET CONSTRAINTS ALL IMMEDIATE")
             if deferred:
                 _send(connection, f"SET CONSTRAINTS {deferred} DEFERRED")
         except BaseException:
-            self.root.rollback()  # SQLAlchemy takes the failed release for the savepoint's end
+            self.root.rollback()  # SQLAlchemy takes the failed release for its end
             raise
 
     def guard(self, engine: Engine) -> None:
@@ -173,11 +182,11 @@ class IsolatedConnection:
         # Tables may be created before the first use; later it could wait for the test's locks.
         harmless = statement.lstrip().lower().startswith(_READS) and not writes(statement)
         harmless = harmless or (context.isddl and self._connection is None)
-        if isolated_on(connection) is self:
+        if connection.info.get(_MARK) is self:
             if _ENDS.match(statement):
-                raise self._refused("COMMIT and ROLLBACK as text would end the block.")
+                raise self.refused("COMMIT and ROLLBACK as text would end the block.")
         elif not harmless:
-            raise self._refused(
+            raise self.refused(
                 "this was sent over another connection, on its engine itself, and would be stored "
                 "for good. Use a session, or test with cloned(app), where Core may be used."
             )
@@ -193,33 +202,28 @@ class IsolatedConnection:
         if self._connection is None:
             self._undo(block)
             return _done(None)
-        return self.run(lambda: self._leave(block))
-
-    def _leave(self, block: object) -> None:
-        try:
-            self.turn.take(block, self)
-        finally:
-            self._undo(block)
-            self.turn.give_back(block)
+        return self.run(lambda: self.exclusively(block, lambda: self._undo(block)))
 
     def _undo(self, block: object) -> None:
-        first, savepoint = next(iter(self._blocks)), self._blocks.pop(block)
-        for session in [each for each, its in self.own_sessions.items() if its is block]:
-            self._end(session.close)
-            del self.own_sessions[session]
+        first, transaction = next(iter(self._blocks)), self._blocks.pop(block)
+        for session, its in [*self.own_sessions.items()]:
+            with self.turn.lent(session):
+                if its is block:
+                    session.close()
+                    del self.own_sessions[session]
+                elif session.in_transaction():
+                    session.rollback()  # to a savepoint that is about to go
         if block is first:
             self._guarded.close()
-            self._close()
-        elif savepoint is not None and savepoint.is_active:
-            savepoint.rollback()
+            self.close()
+        elif transaction is not None and transaction.is_active:
+            transaction.rollback()
 
-    def close_now(self) -> Future[None]:
-        """Undo everything, because the application ends."""
-        return self.run(self._close) if self._connection else _done(None)
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Undo everything, because the block or the application ends."""
         for session in self.own_sessions:
-            self._end(session.close)
+            with self.turn.lent(session):
+                session.close()
         connection, self._connection, self.loop = self._connection, None, None
         self._blocks = dict.fromkeys(self._blocks)
         if connection is not None and not connection.closed:
@@ -233,9 +237,9 @@ class IsolatedConnection:
         """Run plain code where the connection may be used: here, or on its event loop."""
         if not self.asynchronous:
             return _done(work())
-        loop = self.loop or self.home()
+        loop = self.loop or self._home()
         if loop is None or not loop.is_running():
-            raise self._refused(
+            raise self.refused(
                 "the event loop of its AsyncEngine's connection is not running. Use the session "
                 "inside of `with TestClient(app)`, and leave isolated(app) on its own event loop."
             )
@@ -248,8 +252,7 @@ def _done(result: T) -> Future[T]:
     return done
 
 
-def _send(connection: Connection, sql: str) -> Any:
-    return connection.exec_driver_sql(sql, execution_options={_MARK: True})
+_send = partial(Connection.exec_driver_sql, execution_options={_MARK: True})
 
 
 def is_ours(context: Any) -> bool:
@@ -268,11 +271,9 @@ def as_in_production(connection: Connection, sql: str) -> str | None:
     isolated = isolated_on(connection)
     if isolated is None or sql in ("BEGIN", "COMMIT", "ROLLBACK"):
         return sql if isolated is None else None
+    command = sql.rpartition(" ")[0]
+    if command == "SAVEPOINT":
+        return "BEGIN" if isolated.beginning else sql
     savepoint = connection.get_nested_transaction()
-    if isolated.beginning and sql.startswith("SAVEPOINT "):
-        return "BEGIN"
-    if savepoint is None or savepoint is not isolated.root:
-        return sql
-    if sql.startswith("RELEASE SAVEPOINT "):
-        return "COMMIT"
-    return "ROLLBACK" if sql.startswith("ROLLBACK TO SAVEPOINT ") else sql
+    at_root = savepoint is not None and savepoint is isolated.root
+    return _IN_PRODUCTION.get(command, sql) if at_root else sql

@@ -16,21 +16,22 @@ from starlette.applications import Starlette
 
 from .._lifespan.running import Installation
 from .._lifespan.shutdown import call_off_loop
-from .._sessions.engines import sync_engine
+from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
-from ._sessions import IsolatedSession, OwnSession, own_session_class
+from ._sessions import IsolatedSession, OwnSession
 from ._targets import (
     IsolationError,
     Place,
     all_installations,
     is_one_database,
+    marking_requests,
     places,
     ready_engine,
     running_loop,
 )
-from ._turns import Turn
+from ._turns import Turn, joins_flow
 
 # The blocks that the test is in, so that a second application joins the first one's connection.
 _BLOCKS: Final = ContextVar[tuple["Isolated", ...]]("fastapi_sqlnative_isolated", default=())
@@ -81,57 +82,52 @@ class Isolated:
         self.chosen = chosen
         self._first = chosen[0][1]
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._own: Session | None = None
-        self._around: tuple[Isolated, ...] = ()
-        self.turn = Turn()
+        self._own_class: type[Session] = OwnSession
+        self._around = _BLOCKS.get()
+        self.turn: Turn = self._around[0].turn if self._around else Turn()
         self._restore = ExitStack()
         self.connections: dict[Any, IsolatedConnection] = {}  # by the engine's dialect
 
     # -- as a block ------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
-        """Isolate the databases, without touching them."""
         if running_loop() is not None and not self._all_sync():
             raise RuntimeError(
                 "isolated(app) has to await an AsyncEngine: on an event loop write "
                 "`async with isolated(app)`."
             )
-        self._enter()
-        return self._own_session(Session)  # type: ignore[no-any-return] # it is
+        return self._enter(Session)  # type: ignore[no-any-return] # it is
 
-    def __exit__(self, *_: object) -> None:
-        """Roll everything back."""
+    def __exit__(self, kind: object, *_: object) -> None:
         for ending in self._leave():
             ending.result()
+        self._raise_refusal(kind)
 
     async def __aenter__(self) -> AsyncSession:
-        """Isolate the databases, without touching them."""
         if self._all_sync():
             raise TypeError(
                 "`async with isolated(app)` gives an AsyncSession, and the database has an Engine: "
                 "write `with isolated(app)`, on an event loop too."
             )
         self._loop = asyncio.get_running_loop()
-        self._enter()
-        return self._own_session(AsyncSession)  # type: ignore[no-any-return] # it is
+        return self._enter(AsyncSession)  # type: ignore[no-any-return] # it is
 
-    async def __aexit__(self, *_: object) -> None:
-        """Roll everything back."""
+    async def __aexit__(self, kind: object, *_: object) -> None:
         for ending in self._leave():
             await asyncio.wrap_future(ending)
+        self._raise_refusal(kind)
 
     def _all_sync(self) -> bool:
         return all(isinstance(ready_engine(each), Engine) for _, each in self.chosen)
 
-    def _enter(self) -> None:
-        self._around = _BLOCKS.get()
-        self.turn = self._around[0].turn if self._around else self.turn
+    def _enter(self, kind: type[Any]) -> Any:
         _BLOCKS.set((*self._around, self))
         with ExitStack() as undo:
-            undo.callback(self.__exit__)
+            undo.callback(self._leave)
             for hook in "after_transaction_create", "before_flush":
                 event.listen(Session, hook, self._welcome)
                 self._restore.callback(event.remove, Session, hook, self._welcome)
+            self._restore.enter_context(marking_requests(self._app, self.turn.refusals))
             for installed in all_installations(self._app):
                 installed.observers.append(self._isolate)
                 self._restore.callback(installed.observers.remove, self._isolate)
@@ -142,11 +138,19 @@ class Isolated:
                 if installation.database is not None:
                     self._isolate(installation.database)
             undo.pop_all()
+        return self._own_session(kind)
 
     def _leave(self) -> list[Future[None]]:
         self._restore.close()
         _BLOCKS.set(tuple(each for each in _BLOCKS.get() if each is not self))
         return [each.leave(self) for each in dict.fromkeys(self.connections.values())]
+
+    def _raise_refusal(self, kind: object) -> None:
+        """Raise again what the application has been refused, and has swallowed."""
+        refusals = [*self.turn.refusals]
+        self.turn.refusals.clear()
+        if refusals and kind is None:
+            raise IsolationError(refusals[0])
 
     # -- the databases ---------------------------------------------------------------------
 
@@ -155,21 +159,21 @@ class Isolated:
         if all(installation.database is not database for _, installation in self.chosen):
             return
         self.connection_of(database.name, sync_engine(database.engine))
-        if self._own is not None and self._first.database is database:
-            self.connection_of_own()
         factory = sessions_of(database)
         native = factory.native
         if not issubclass(native, IsolatedSession):  # as by the block around this one
-            factory.native = type(native.__name__, (IsolatedSession, native), {"block": self})
+            found = {"connection_of": staticmethod(self.connection_of)}
+            factory.native = type(native.__name__, (IsolatedSession, native), found)
             self._restore.callback(setattr, factory, "native", native)
 
     def connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
         """Return the connection that stands for all of an engine's."""
         found = self.connections.get(engine.dialect)
         if found is None:
-            found = self._joined(name, engine) or IsolatedConnection(name, engine, self.turn)
+            found = self._joined(name, engine) or IsolatedConnection(
+                name, engine, self.turn, self._application_loop
+            )
             found.guard(engine)
-            found.home = self._application_loop
             if found not in self.connections.values():
                 found.enter(self)
             self.connections[engine.dialect] = found
@@ -190,7 +194,7 @@ class Isolated:
 
     def _application_loop(self) -> asyncio.AbstractEventLoop | None:
         running = (installed.loop for installed, _ in self.chosen if installed.runs)
-        return self._loop or next(running, None)
+        return next(running, self._loop)
 
     def _close_before_shutdown(self, installation: Installation) -> None:
         """Close the connection while its event loop runs and its engine is not disposed of."""
@@ -199,7 +203,7 @@ class Isolated:
         async def close_and_shut_down() -> None:
             for each in dict.fromkeys(self.connections.values()):
                 if each.loop in (None, asyncio.get_running_loop()):
-                    await asyncio.wrap_future(each.close_now())
+                    await run_in_greenlet(each.close)
             if shutdown is not None:
                 await call_off_loop(shutdown)
 
@@ -212,40 +216,45 @@ class Isolated:
         if kind is AsyncSession:
             candidates = [each for _, each in self.chosen]
             self._first = next(e for e in candidates if not isinstance(ready_engine(e), Engine))
-        options: dict[str, Any] = {"expire_on_commit": False, **self._first.session_options}
-        options["join_transaction_mode"] = "create_savepoint"
+        options: dict[str, Any] = dict(self._first.session_options)
+        # What is expired has to be awaited again.
+        options |= {
+            "join_transaction_mode": "create_savepoint",
+            "expire_on_commit": kind is Session,
+        }
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
-        own = own_session_class(base, self, crosses=kind is Session)
-        if kind is Session:
-            class_ = own
-        else:
-            options["sync_session_class"] = own
-        session: Any = class_(**options)
-        self._own = getattr(session, "sync_session", session)
-        if ready_engine(self._first) is not None:
-            self.connection_of_own()
-        return session
+        own_connection = staticmethod(self.connection_of_own)
+        attributes = {"own_connection": own_connection, "crosses": kind is Session}
+        own = self._own_class = type(base.__name__, (OwnSession, base), attributes)
+        return own(**options) if kind is Session else class_(sync_session_class=own, **options)
 
     def connection_of_own(self) -> IsolatedConnection:
         """Return the connection of the test's own session."""
         engine = ready_engine(self._first)
-        if engine is None or self._own is None:
+        if engine is None:
             raise IsolationError(
                 f"Database {self._first.name!r} has no engine before the application starts: use "
                 "the session inside of `with TestClient(app)`."
             )
-        connection = self.connection_of(self._first.name, sync_engine(engine))
-        connection.own_sessions[self._own] = self
-        return connection
+        return self.connection_of(self._first.name, sync_engine(engine))
 
     def _welcome(self, guest: Session, *_: object) -> None:
-        """Bind a session that was made without a handle, a factory's say, to the connection."""
-        engine = guest.bind
-        if isinstance(guest, NativeSession | OwnSession) or not isinstance(engine, Engine):
+        """Note that a session of the test's begins, and with it what has been made by others.
+
+        Bind one that was made without a handle, by a factory say, to the connection.
+        """
+        if isinstance(guest, NativeSession):
             return
-        found = self.connections.get(engine.dialect)
+        if isinstance(guest, OwnSession):
+            if isinstance(guest, self._own_class) and ready_engine(self._first) is not None:
+                joins_flow(guest)
+                self.connection_of_own().own_sessions[guest] = self
+            return
+        engine = guest.bind
+        found = self.connections.get(engine.dialect) if isinstance(engine, Engine) else None
         if found is not None and (not found.asynchronous or in_greenlet()):
             guest.bind, guest.join_transaction_mode = found.opened(), "create_savepoint"
+            joins_flow(guest)
             found.own_sessions[guest] = self
             self._restore.callback(setattr, guest, "bind", engine)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 
 from .._lifespan.running import EngineFactory
-from .._lifespan.startup import call_factory, start_installation, start_with_engine
+from .._lifespan.startup import call_factory, start_installation
 from .._sessions.engines import AnyEngine, dispose
 from ..databases import database_class
 from ._isolation import is_isolated
-from ._targets import Place, finish, is_one_database, places, ready_engine
+from ._targets import Block, Place, is_one_database, places, ready_engine
 
 
-def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFactory) -> Override:
+def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFactory) -> Block:
     """Have an application use another engine for one of its databases within a block.
 
     It is swapped where names are looked up, so that routes, handles, background work, websockets,
@@ -30,106 +30,56 @@ def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFacto
         app: the application, or the outermost of those mounted in each other.
         name: of the database.
         engine: of the kind that is installed: a ready one, which the test closes, or a factory,
-            whose engine is disposed of at the end. The application's own `shutdown` is still
-            called when it ends.
+            whose engine is disposed of at the end.
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
         TypeError: the engine is of the other kind.
         ValueError: it leads to the database that is installed, and no `isolated` block takes
             back what the tests write.
+        RuntimeError: `with` on the application's event loop.
 
     Example:
         with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
     """
     (place,) = places(app, [name])
-    return Override(place, engine)
+    return Block(partial(_swap, place, engine), place[0])
 
 
-class Override:
-    """The block of `override_database`."""
+async def _swap(place: Place, engine: Any, undo: AsyncExitStack) -> None:
+    installed, installation = place
+    own, isolated = ready_engine(installation), is_isolated(installation)
+    was = installation.engine, installation.database
+    builds = database_class(engine) is None
 
-    def __init__(self, place: Place, engine: AnyEngine | EngineFactory) -> None:
-        self._installed, self._installation = place
-        self._engine: Any = engine
-        self._is_factory = database_class(engine) is None
-        self._undo = AsyncExitStack()
+    async def build() -> Any:
+        built = await call_factory(engine)
+        try:
+            _check(installation.name, own, built, isolated)
+        except (TypeError, ValueError):
+            await dispose(built)
+            raise
+        return built
 
-    def __enter__(self) -> Self:
-        """Swap the engine.
+    async def restore() -> None:
+        built = installation.database if builds else None
+        installation.engine, installation.database = was
+        if not installed.runs:
+            installation.database = None  # the end of the lifespan has closed it
+        elif installation.database is None:
+            await start_installation(installation)
+        if installed.runs and built is not None:
+            await dispose(built.engine)
 
-        Raises:
-            RuntimeError: on the application's event loop, where a factory had to be awaited.
-        """
-        return finish(self._swap(), self._loop())
-
-    def __exit__(self, *_: object) -> None:
-        """Swap back."""
-        finish(self._undo.aclose(), self._loop())
-
-    async def __aenter__(self) -> Self:
-        """Swap the engine."""
-        await self._on_loop(self._swap())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Swap back."""
-        await self._on_loop(self._undo.aclose())
-
-    def _loop(self) -> asyncio.AbstractEventLoop | None:
-        return self._installed.loop if self._installed.runs else None
-
-    async def _on_loop(self, coroutine: Any) -> None:
-        loop = self._loop()
-        if loop in (None, asyncio.get_running_loop()):
-            await coroutine
-        else:
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
-
-    async def _swap(self) -> Self:
-        installation, own = self._installation, ready_engine(self._installation)
-        isolated = is_isolated(installation)
-        was = installation.engine, installation.database
-
-        async def build() -> Any:
-            engine = await call_factory(self._engine)
-            try:
-                _check(installation.name, own, engine, isolated)
-            except (TypeError, ValueError):
-                await dispose(engine)
-                raise
-            return engine
-
-        async def restore() -> None:
-            built = installation.database if self._is_factory else None
-            installation.engine, installation.database = was
-            if not self._installed.runs:
-                installation.database = None  # the end of the lifespan has closed it
-            elif installation.database is None:
-                await start_installation(installation)
-            if self._installed.runs and built is not None:
-                await dispose(built.engine)
-
-        if not self._is_factory:
-            _check(installation.name, own, self._engine, isolated)
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(restore)
-            installation.engine = build if self._is_factory else self._engine
-            installation.database = None
-            if self._installed.runs and self._installed.loop is not None:
-                if self._is_factory:
-                    await start_installation(installation)
-                else:
-                    start_with_engine(installation, self._installed.loop)
-                self._show()
-            self._undo = undo.pop_all()
-        return self
-
-    def _show(self) -> None:
-        """Show the handle to metrics, and to the blocks that isolate it or hear its statements."""
-        for observer in [*self._installed.observers]:
-            if self._installation.database is not None:
-                observer(self._installation.database)
+    if not builds:
+        _check(installation.name, own, engine, isolated)
+    undo.push_async_callback(restore)
+    installation.engine, installation.database = (build if builds else engine), None
+    if installed.runs:
+        await start_installation(installation)
+        # Those who count, hear or isolate what is sent follow too.
+        for observer in [*installed.observers]:
+            observer(installation.database)  # type: ignore[arg-type] # it has just been made
 
 
 def _check(name: str, own: AnyEngine | None, engine: AnyEngine, isolated: bool) -> None:

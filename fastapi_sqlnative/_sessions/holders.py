@@ -1,0 +1,132 @@
+"""Who holds the connections of a database: for which route, since when, and until when at most."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from time import monotonic
+from types import MappingProxyType
+from typing import Any, Final
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from .._drivers import transactions
+from .._drivers.pools import ConnectionHolder, ask_pool
+from .._routes import name_of_route
+from .shared import SharedState
+
+_NOBODYS: Final[Mapping[str, Any]] = MappingProxyType({})
+
+logger = logging.getLogger("fastapi_sqlnative")
+
+
+class Holder:
+    """What one session holds of the pool. Ends with the session.
+
+    Args:
+        state: what the sessions of the database share.
+
+    Attributes:
+        connections: in use, with the changes made before.
+        request: the scope of the request that opened the session; empty for a handle's.
+        executing: a statement of the session's is on its way.
+        ends_at: by `time.monotonic()`, when the server is to end what the session asks for.
+        on_idle: called when the connections are given back.
+    """
+
+    __slots__ = (
+        "_since",
+        "connections",
+        "ends_at",
+        "executing",
+        "on_idle",
+        "request",
+        "state",
+    )
+
+    def __init__(self, state: SharedState) -> None:
+        self.state = state
+        self.connections: dict[Connection, int] = {}
+        self.request: Mapping[str, Any] = _NOBODYS
+        self.executing = False
+        self.ends_at = math.inf
+        self.on_idle: Any = None
+        self._since = 0.0
+
+    def take(self, connection: Connection) -> None:
+        """Note a connection that the session holds from now on."""
+        if not self.connections:
+            self._since = monotonic()
+        self.connections[connection] = transactions.changes(connection)
+        self.state.at_work[connection] = self
+
+    def give_back(self) -> None:
+        """Note that the session holds none any more."""
+        if not self.connections:
+            return
+        for connection in self.connections:
+            self.state.at_work.pop(connection, None)
+        self.connections.clear()
+        limit = self.state.warn_held_after
+        if limit is not None and (held := self.seconds) > limit:
+            route = name_of_route(self.request) or "A session of the handle's"
+            logger.warning(
+                "%s held a connection of database %r for %.1f s.", route, self.state.name, held
+            )
+        if self.on_idle is not None:
+            self.on_idle()
+
+    @property
+    def seconds(self) -> float:
+        """How long the session has held its connections."""
+        return monotonic() - self._since
+
+    def is_idle_on(self, connection: Connection) -> bool:
+        """Tell whether a transaction is open, and nothing is asked of the server."""
+        idle = transactions.is_idle_in_transaction(connection)
+        return not self.executing if idle is None else idle
+
+
+def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
+    """List who holds the database's connections, those with the oldest first."""
+    held: dict[object, list[tuple[Holder, Connection]]] = {}
+    for connection, holder in state.at_work.copy().items():  # threads may change it meanwhile
+        request = holder.request
+        who = request.get("method"), id(request.get("route")), request.get("root_path")
+        held.setdefault(who, []).append((holder, connection))
+    found = (
+        ConnectionHolder(
+            route=name_of_route(uses[0][0].request),
+            connections=len(uses),
+            seconds=max(holder.seconds for holder, _ in uses),
+            idle_in_transaction=sum(holder.is_idle_on(each) for holder, each in uses),
+        )
+        for uses in held.values()
+    )
+    return tuple(sorted(found, key=lambda each: each.seconds, reverse=True))
+
+
+def tell_holders(state: SharedState, error: PoolTimeoutError) -> None:
+    """Note on an error who had the connections that it was raised for want of, and log it.
+
+    Once in a second: where hundreds wait in vain, the others get what the first has found.
+    """
+    told = state.told_holders
+    if told is None or monotonic() - told[0] > 1:
+        told = state.told_holders = monotonic(), "; ".join(_described(state))
+        logger.warning("No connection of database %r came back in time: %s.", state.name, told[1])
+    error.add_note(f"The connections of database {state.name!r} are held by {told[1]}.")
+
+
+def _described(state: SharedState) -> Iterator[str]:
+    holders = holders_of(state)
+    for each in holders:
+        idle = f", {each.idle_in_transaction} idle in transaction" * bool(each.idle_in_transaction)
+        route = each.route or "sessions of the handle"
+        yield f"{route}: {each.connections}, up to {each.seconds:.1f} s{idle}"
+    ours = sum(each.connections for each in holders)
+    others = (ask_pool(state.root.pool, "checkedout") or 0) - ours
+    if others > 0 or not ours:
+        yield f"others than sessions of fastapi-sqlnative: {max(others, 0)}"

@@ -1,0 +1,6 @@
+"""A checklist for production that asks the databases of an application themselves."""
+
+from ._asking import check_databases
+from ._findings import Finding, FindingStatus, log_findings
+
+__all__ = ["Finding", "FindingStatus", "check_databases", "log_findings"]

@@ -1,0 +1,258 @@
+"""What is broken, and how it is repaired: each fault is a context manager around the broken time.
+
+A fault is handed the stage: everything that it can break.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from anyio.from_thread import BlockingPortal
+
+from tests.faults.audit import vanish
+from tests.faults.cluster import OF_THE_APPLICATION, ROLE, Cluster
+from tests.faults.processes import Deployed, Fleet, PgBouncer
+from tests.proxy import Fault, Proxy
+
+EVERY = 0.3  # seconds between the blows of a fault that strikes again and again
+# Seconds: what strikes again and again spares the connection that readiness opens and closes.
+YOUNGEST = 1.0
+
+
+@dataclass
+class Stage:
+    """All that a fault can break."""
+
+    cluster: Cluster
+    proxy: Proxy
+    bouncer: PgBouncer | None
+    deployed: Deployed | Fleet
+    portal: BlockingPortal
+
+
+Break = Callable[[Stage], AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def repeating(strike: Callable[[], Any]) -> Iterator[None]:
+    """Strike again and again, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def strike_until_it_ends() -> None:
+        while True:
+            strike()
+            if ended.wait(EVERY):
+                return
+
+    with ThreadPoolExecutor(1) as thread:
+        striking = thread.submit(strike_until_it_ends)
+        try:
+            yield
+        finally:
+            ended.set()
+        striking.result()
+
+
+# -- the server ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def kill_server(stage: Stage) -> Iterator[None]:
+    stage.cluster.server.kill()
+    yield
+    stage.cluster.server.start()
+
+
+@contextlib.contextmanager
+def stop_server(stage: Stage) -> Iterator[None]:
+    stage.cluster.server.stop()
+    yield
+    stage.cluster.server.start()
+
+
+@contextlib.contextmanager
+def freeze_server(stage: Stage) -> Iterator[None]:
+    stage.cluster.server.freeze()
+    try:
+        yield
+    finally:  # what is frozen would outlive us
+        stage.cluster.server.thaw()
+
+
+@contextlib.contextmanager
+def fill_server(stage: Stage) -> Iterator[None]:
+    """Take every connection that an ordinary role may have, those of the application too."""
+    address = stage.cluster.admin.replace("postgres@", f"{ROLE}@")
+    address += "?application_name=crowd"
+    with contextlib.ExitStack() as crowd, psycopg.connect(stage.cluster.admin) as admin:
+        admin.autocommit = True
+        while True:
+            with contextlib.suppress(psycopg.OperationalError):
+                while True:
+                    crowd.enter_context(contextlib.closing(psycopg.connect(address)))
+            if not admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                f" WHERE {OF_THE_APPLICATION} AND application_name <> 'crowd'"
+            ).fetchall():
+                break
+        yield
+
+
+@contextlib.contextmanager
+def refuse_writes(stage: Stage) -> Iterator[None]:
+    stage.cluster.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+    stage.cluster.execute("SELECT pg_reload_conf()")
+    yield
+    stage.cluster.execute("ALTER SYSTEM RESET default_transaction_read_only")
+    stage.cluster.execute("SELECT pg_reload_conf()")
+
+
+@contextlib.contextmanager
+def terminate_backends(stage: Stage) -> Iterator[None]:
+    with repeating(lambda: _terminate(stage)):
+        yield
+
+
+def _terminate(stage: Stage) -> None:
+    stage.cluster.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
+        f" AND backend_start < now() - interval '{YOUNGEST} s'"
+    )
+
+
+@contextlib.contextmanager
+def fill_disk(stage: Stage) -> Iterator[None]:
+    """Fill the disk of the table, and the room that is left in the table's own file."""
+    assert stage.cluster.disk is not None
+    ballast = stage.cluster.disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 4096):
+            pass
+    yield
+    ballast.unlink()
+
+
+# -- the network -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _faulty(stage: Stage, fault: Fault) -> Iterator[None]:
+    stage.proxy.go_on.clear()
+    stage.proxy.fault = fault
+    yield
+    stage.proxy.fault = Fault.NONE
+    stage.proxy.go_on.set()
+
+
+@contextlib.contextmanager
+def reset_connections(stage: Stage) -> Iterator[None]:
+    with repeating(lambda: stage.proxy.reset(YOUNGEST)):
+        yield
+
+
+@contextlib.contextmanager
+def refuse_connections(stage: Stage) -> Iterator[None]:
+    with _faulty(stage, Fault.REFUSED):
+        stage.proxy.reset()
+        yield
+
+
+def stall_network(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.FROZEN)
+
+
+def slow_network(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.SLOW)
+
+
+@contextlib.contextmanager
+def swallow_packets(stage: Stage) -> Iterator[None]:
+    """Lose everything, as a firewall does that has forgotten its connections, then reset them."""
+    with _faulty(stage, Fault.SWALLOWED):
+        yield
+        stage.proxy.reset()
+
+
+def drop_commits(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.DROPPED)
+
+
+def lose_answers_to_commits(stage: Stage) -> AbstractContextManager[None]:
+    return _faulty(stage, Fault.ANSWER_LOST)
+
+
+@contextlib.contextmanager
+def lose_some(stage: Stage) -> Iterator[None]:
+    """Terminate backends, and lose the answers to COMMIT for a third of the time."""
+    kinds = itertools.cycle((Fault.ANSWER_LOST, Fault.NONE, Fault.NONE))
+
+    def strike() -> None:
+        stage.proxy.fault = next(kinds)
+        _terminate(stage)
+
+    with repeating(strike):
+        yield
+    stage.proxy.fault = Fault.NONE
+
+
+@contextlib.contextmanager
+def kill_pgbouncer(stage: Stage) -> Iterator[None]:
+    assert stage.bouncer is not None
+    stage.bouncer.kill()
+    yield
+    stage.bouncer.start()
+
+
+# -- clients and workers ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def clients_vanish(stage: Stage) -> Iterator[None]:
+    """Have twenty clients hang up in the middle of a write, at moments that differ."""
+    chance = random.Random(13)
+
+    def strike() -> None:
+        now = time.monotonic_ns()
+        for number in range(20):
+            stage.portal.start_task_soon(
+                vanish, stage.deployed.port, f"vanishing-{now}-{number}", chance.random() * 0.3
+            )
+
+    with repeating(strike):
+        yield
+
+
+@contextlib.contextmanager
+def kill_worker(stage: Stage) -> Iterator[None]:
+    """Kill one of the workers; whoever started it starts another."""
+    os.kill(min(stage.deployed.pools()), signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def stop_application(stage: Stage) -> Iterator[None]:
+    """Tell the application to end."""
+    assert isinstance(stage.deployed, Deployed)
+    stage.deployed.process.send_signal(signal.SIGTERM)
+    stage.deployed.ends()
+    yield
+
+
+@contextlib.contextmanager
+def restart_one_by_one(stage: Stage) -> Iterator[None]:
+    """Replace every process behind the balancer by a new one."""
+    assert isinstance(stage.deployed, Fleet)
+    for each in tuple(stage.deployed.members):
+        stage.deployed.add()
+        stage.deployed.remove(each)
+    yield

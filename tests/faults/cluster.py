@@ -1,0 +1,90 @@
+"""The server that is broken: durable, with few connections, and a disk that is soon full."""
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import create_engine
+
+from tests.faults.application import Base
+from tests.postgres_server import PostgresServer
+
+# As it is in production: what is acknowledged has reached the disk.
+DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+CONNECTIONS = 40
+DATABASE, ROLE, TABLESPACE = "faults", "app", "small"
+TABLESPACE_SIZE = 2**24  # bytes
+OF_THE_APPLICATION = f"usename = '{ROLE}'"
+
+
+@dataclass
+class Cluster:
+    """The server, its database, and a disk of its own that is small enough to be filled."""
+
+    server: PostgresServer
+    disk: Path | None = None
+
+    @property
+    def admin(self) -> str:
+        """Return the address for a superuser."""
+        return f"postgresql://postgres@127.0.0.1:{self.server.port}/{DATABASE}"
+
+    def execute(self, statement: str, *parameters: Any) -> list[Any]:
+        """Run one statement as a superuser, on a connection of its own."""
+        with psycopg.connect(self.admin, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode(), parameters)
+            return cursor.fetchall() if cursor.description else []
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path, *, with_disk: bool) -> Iterator[Cluster]:
+    """Start the server, with the tables of the application and a role of its own."""
+    with contextlib.ExitStack() as stack:
+        settings = DURABLE | {"max_connections": str(CONNECTIONS)}
+        server = stack.enter_context(PostgresServer(settings=settings))
+        with psycopg.connect(server.url, autocommit=True) as admin:
+            admin.execute(f"CREATE ROLE {ROLE} LOGIN")
+            admin.execute(f"CREATE DATABASE {DATABASE} OWNER {ROLE}")
+        cluster = Cluster(server)
+        engine = create_engine(cluster.admin.replace("postgresql", "postgresql+psycopg", 1))
+        Base.metadata.create_all(engine)
+        engine.dispose()
+        cluster.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
+        if with_disk:
+            cluster.disk = stack.enter_context(mounted_disk(folder / "disk", server.user))
+            cluster.execute(f"CREATE TABLESPACE {TABLESPACE} LOCATION '{cluster.disk}'")
+            cluster.execute(f"ALTER TABLE entry SET TABLESPACE {TABLESPACE}")
+        yield cluster
+
+
+@contextlib.contextmanager
+def mounted_disk(folder: Path, owner: int) -> Iterator[Path]:
+    """Mount a small file system for one tablespace; only root may."""
+    folder.mkdir()
+    options = f"size={TABLESPACE_SIZE},uid={owner},mode=700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def make_certificate(folder: Path) -> Path:
+    """Make a certificate for 127.0.0.1 that is its own authority; its key lies beside it."""
+    certificate = folder / "server.pem"
+    key = certificate.with_suffix(".key")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    key.chmod(0o644)  # PgBouncer reads it as nobody; it is worth nothing to anybody
+    return certificate

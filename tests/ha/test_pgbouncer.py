@@ -1,0 +1,300 @@
+"""PgBouncer in transaction mode: what has to be set, what works then, and what does not."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import Engine, bindparam, create_engine, func, make_url, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+
+from conftest import SERVER, WorkerPostgres
+from fastapi_sqlnative import (
+    get_db,
+    health_router,
+    install_database,
+    install_error_handlers,
+    reader,
+    transactional,
+)
+from tests.ha.pgbouncer import ROLE, PgBouncer, version
+from tests.serving import Item, Kind, Rows, copy, route, serve, wait_until
+
+# What docs/pgbouncer.md says that a driver takes.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "psycopg": {"prepare_threshold": None},
+    "asyncpg": {"statement_cache_size": 0, "prepared_statement_cache_size": 0},
+}
+ROOT = Path(__file__).parents[2]
+
+
+def engine_through(
+    bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, **options: Any
+) -> Engine | AsyncEngine:
+    """Build an engine as docs/pgbouncer.md says."""
+    url = bouncer.through(make_url(postgres.url(kind.driver)))
+    create = create_async_engine if kind.asynchronous else create_engine
+    return create(url, **{"connect_args": SETTINGS[kind.driver], "pool_size": 8} | options)
+
+
+def application(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
+    """Write and read in every way that the package has."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    install_error_handlers(app)
+    app.include_router(health_router(databases={"default": "writable"}, max_age=0.01))
+
+    def add(session: Session) -> int:
+        with session.begin_nested():
+            item = Item(name=str(session.scalar(text("SELECT gen_random_uuid()"))))
+            session.add(item)
+        return item.id
+
+    def add_and_commit(session: Session) -> int:
+        found = add(session)
+        session.commit()
+        return found
+
+    def level(session: Session) -> Any:
+        found = session.scalar(text("SHOW transaction_isolation"))
+        return found, session.scalar(text("SHOW transaction_read_only"))
+
+    def read(session: Session) -> list[Any]:
+        one = session.scalar(select(bindparam("x", 1)))
+        return [one, session.scalar(select(bindparam("y", "two")))]
+
+    def add_by_copy(session: Session) -> None:
+        copy(session, str(session.scalar(text("SELECT gen_random_uuid()"))))
+
+    def stream(session: Session) -> int:
+        numbers = text("SELECT generate_series(1, 500)").execution_options(yield_per=50)
+        return sum(session.scalars(numbers))
+
+    snapshot = transactional(isolation_level="REPEATABLE READ", read_only=True)
+    route(app, kind, "/transaction", transactional(), add)
+    route(app, kind, "/by-hand", get_db(), add_and_commit)
+    route(app, kind, "/snapshot", snapshot, level, status_code=200)
+    route(app, kind, "/read", reader(), read, status_code=200)
+    route(app, kind, "/copy", transactional(), add_by_copy)
+    route(app, kind, "/stream", get_db(), stream, status_code=200)
+    return app
+
+
+ANSWERS = {
+    "/transaction": (201, None),
+    "/by-hand": (201, None),
+    "/snapshot": (200, ["repeatable read", "on"]),
+    "/read": (200, [1, "two"]),
+    "/copy": (201, None),
+    "/stream": (200, 125250),
+}
+
+
+def test_it_is_the_version_that_the_guide_names() -> None:
+    """What the guide says was tried with the version that is tried here."""
+    assert f"PgBouncer {version()}" in (ROOT / "docs" / "pgbouncer.md").read_text("utf-8")
+
+
+def test_every_kind_of_session_works(
+    bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, rows: Rows
+) -> None:
+    """Eight clients at once on three connections: each request is answered right, and stored."""
+    paths = [*ANSWERS] * 40
+    with (
+        serve(application(kind, engine_through(bouncer, kind, postgres))) as served,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        answers = list(threads.map(served.client.post, paths))
+    for path, answer in zip(paths, answers, strict=True):
+        status, body = ANSWERS[path]
+        assert answer.status_code == status, f"{path} {answer.text}"
+        assert body is None or answer.json() == body
+    assert len(rows.names) == 3 * 40  # of three paths that write
+
+
+FAILING = [
+    pytest.param("psycopg", {}, psycopg.errors.DuplicatePreparedStatement, id="psycopg"),
+    pytest.param("asyncpg", {}, None, id="asyncpg"),
+    pytest.param("asyncpg", {"prepared_statement_cache_size": 0}, None, id="asyncpg-half"),
+]
+
+
+@pytest.mark.parametrize(("driver", "settings", "expected"), FAILING)
+def test_without_the_settings_statements_get_lost(
+    bouncer: PgBouncer,
+    postgres: WorkerPostgres,
+    rows: Rows,
+    driver: str,
+    settings: Mapping[str, Any],
+    expected: type[Exception] | None,
+) -> None:
+    """With a driver's defaults, prepared statements are looked for where they are not."""
+    kind = Kind(driver, driver, True)
+    engine = engine_through(bouncer, kind, postgres, connect_args=settings)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    failures: list[BaseException] = []
+
+    @app.exception_handler(Exception)
+    async def note(_request: object, error: Exception) -> Any:
+        failures.append(error)
+        raise error
+
+    route(app, kind, "/read", reader(), lambda session: session.scalar(select(1)))
+    with serve(app) as served, ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda _: served.client.post("/read").status_code, range(400))
+        assert 500 in set(found)
+    said = str(failures[0])
+    assert "prepared statement" in said
+    assert expected is None or any(isinstance(each.__cause__, expected) for each in failures)
+
+
+@pytest.mark.parametrize("how", ["options", "server_settings"])
+def test_parameters_at_the_start_are_refused(
+    bouncer: PgBouncer, postgres: WorkerPostgres, how: str
+) -> None:
+    """`options` and `server_settings` do not get through, with an error that names them."""
+    setting = {"statement_timeout": "1s"}
+    drivers: dict[str, tuple[str, dict[str, Any]]] = {
+        "options": ("psycopg", {"options": "-c statement_timeout=1s"}),
+        "server_settings": ("asyncpg", {"server_settings": setting}),
+    }
+    driver, given = drivers[how]
+    engine = engine_through(
+        bouncer, Kind(driver, driver, True), postgres, connect_args={**SETTINGS[driver], **given}
+    )
+    assert isinstance(engine, AsyncEngine)
+    name = "options" if how == "options" else "statement_timeout"
+
+    async def connect() -> None:
+        async with engine.connect():
+            pass
+
+    with pytest.raises(Exception, match=f"unsupported startup parameter: {name}"):
+        asyncio.run(connect())
+
+
+@pytest.fixture
+def role(postgres: WorkerPostgres) -> Iterator[str]:
+    """Create a role with a setting of its own."""
+    with psycopg.connect(postgres.dsn, autocommit=True) as owner:
+        owner.execute(f"DROP ROLE IF EXISTS {ROLE}")
+        owner.execute(f"CREATE ROLE {ROLE} LOGIN")
+        owner.execute(f"ALTER ROLE {ROLE} SET statement_timeout = '1234ms'")
+        yield ROLE
+        owner.execute(f"DROP ROLE {ROLE}")
+
+
+def test_settings_of_the_role_get_through(
+    bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, role: str
+) -> None:
+    """What is set on the role holds on every connection that PgBouncer makes for it."""
+    url = bouncer.through(make_url(postgres.url(kind.driver))).set(username=role, password=None)
+    create = create_async_engine if kind.asynchronous else create_engine
+    engine = create(url, connect_args=SETTINGS[kind.driver])
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    show = text("SHOW statement_timeout")
+    route(app, kind, "/show", reader(), lambda session: session.scalar(show))
+    with serve(app) as served:
+        assert served.client.post("/show").json() == "1234ms"
+
+
+def test_what_belongs_to_a_connection_is_somebody_elses(
+    bouncer: PgBouncer, postgres: WorkerPostgres
+) -> None:
+    """What one client SETs without LOCAL another client finds, and the first one may not."""
+    dsn = bouncer.dsn(postgres.dsn)
+    asked = "SELECT current_setting('bookshop.tenant', true)"
+    with psycopg.connect(dsn, autocommit=True) as one, psycopg.connect(dsn, autocommit=True) as two:
+        one.execute("SET bookshop.tenant = 'acme'")
+        with two.transaction():
+            # The one connection there is, which the other client has left so.
+            assert two.execute(asked).fetchone() == ("acme",)
+            assert one.execute(asked).fetchone() == (None,)
+
+
+def test_readiness_while_it_is_paused(
+    bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres
+) -> None:
+    """A pause shorter than `down_after` takes nobody away, a longer one does until it ends."""
+    app = FastAPI()
+    engine = engine_through(bouncer, kind, postgres)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    for prefix, seconds in ("/patient", 120), ("/impatient", 0.5):
+        times = {"timeout": 0.2, "max_age": 0.01, "down_after": seconds}
+        app.include_router(health_router(prefix=prefix, **times))
+    with serve(app) as served:
+
+        def status(prefix: str) -> str:
+            answered: str = served.client.get(f"{prefix}/ready").json()["status"]
+            return answered
+
+        assert [status("/patient"), status("/impatient")] == ["ready", "ready"]
+        bouncer.command(f"PAUSE {database_of(postgres)}")
+        wait_until(lambda: status("/impatient") == "not_ready")
+        assert status("/patient") == "ready"
+        assert served.client.get("/patient/live").status_code == 200
+        bouncer.command(f"RESUME {database_of(postgres)}")
+        wait_until(lambda: status("/impatient") == "ready")
+        assert status("/patient") == "ready"
+
+
+def test_readiness_while_it_queues(
+    bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, rows: Rows
+) -> None:
+    """Requests that queue in PgBouncer keep readiness at its last answer, and are all answered."""
+    app = application(kind, engine_through(bouncer, kind, postgres))
+    lock = select(func.pg_advisory_xact_lock(7))
+    route(app, kind, "/wait", transactional(), lambda session: session.execute(lock).scalar())
+    with serve(app) as served, ThreadPoolExecutor(6) as threads:
+        assert served.client.get("/health/ready").json()["status"] == "ready"
+        with psycopg.connect(postgres.dsn) as holder:
+            holder.execute("SELECT pg_advisory_xact_lock(7)")
+            waiting = [threads.submit(served.client.post, "/wait") for _ in range(6)]
+            wait_until(lambda: clients_waiting(bouncer, postgres) >= 3)
+            assert served.client.get("/health/ready").json() == {
+                "status": "ready",
+                "databases": {"default": "up"},
+                "checks": {},
+            }
+        assert {each.result(20).status_code for each in waiting} == {201}
+
+
+def database_of(postgres: WorkerPostgres) -> str:
+    return str(make_url(postgres.dsn).database)
+
+
+def clients_waiting(bouncer: PgBouncer, postgres: WorkerPostgres) -> int:
+    pools = bouncer.command("SHOW POOLS")
+    return sum(int(str(each[3])) for each in pools if each[0] == database_of(postgres))
+
+
+# It tells the server's backends apart by the pid that libpq knows, and PgBouncer makes one up.
+BY_PID = "examples/showcase/test_showcase.py::test_the_user_is_read_in_the_transaction"
+
+
+@pytest.mark.timeout(300)
+def test_the_showcase_passes_through_it(bouncer: PgBouncer, pytestconfig: pytest.Config) -> None:
+    """The showcase's own tests pass through PgBouncer, with nothing but its settings added."""
+    passed = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "examples/showcase", "--postgres=url"),
+            *("-p", "tests.ha.showcase_through_pgbouncer", "-q", "--timeout=120"),
+            f"--deselect={BY_PID}",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TEST_DATABASE_URL": bouncer.dsn(pytestconfig.stash[SERVER].url)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert passed.returncode == 0, passed.stdout + passed.stderr

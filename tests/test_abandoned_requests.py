@@ -1,0 +1,311 @@
+"""`cancel_on_disconnect`: the work of a request ends when its client has gone away."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from fastapi import Depends, FastAPI, Request
+from pydantic import BaseModel
+from sqlalchemy import Engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
+from fastapi_sqlnative.exceptions import ClientDisconnectedError
+from tests.conftest import MakeEngine
+from tests.in_process import running
+from tests.proxy import Fault, Proxy
+from tests.serving import KINDS, Item, Kind, Rows, Served, serve, using, wait_until
+
+pytestmark = pytest.mark.anyio
+asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+SLOW = text("SELECT pg_sleep(60)")
+SELECT_1 = text("SELECT 1")
+EVERY = cancel_on_disconnect(methods=["GET", "POST"])
+Db = Annotated[AsyncSession, Depends(get_db())]
+
+
+def slow(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.flush()
+    session.execute(SLOW)
+
+
+def make_app(engine: Engine | AsyncEngine) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    return app
+
+
+@pytest.fixture
+def app(engine: Engine | AsyncEngine) -> FastAPI:
+    """Make an application whose database has one connection for everybody."""
+    return make_app(engine)
+
+
+async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Any:
+    return await call_next(request)
+
+
+async def leave(
+    served: Served, when: Callable[[], bool], request: str = "GET /", body: bytes = b""
+) -> None:
+    """Send a request, and go away when something has happened."""
+    host, port = served.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"{request} HTTP/1.1\r\nHost: {host}\r\n"
+    if body:
+        head += f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}\r\n".encode() + body)
+    await writer.drain()
+    await anyio.to_thread.run_sync(lambda: wait_until(when))
+    writer.transport.abort()
+
+
+async def quiet(rows: Rows) -> None:
+    """Wait until the server has nothing to do for us any more."""
+
+    def is_quiet() -> bool:
+        return rows.backends("active") == rows.backends("idle in transaction%") == 0
+
+    await anyio.to_thread.run_sync(lambda: wait_until(is_quiet))
+
+
+@asynchronous
+@pytest.mark.parametrize("scope", [None, "function", "request"])
+@pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])
+async def test_an_abandoned_query_ends(
+    kind: Kind, app: FastAPI, rows: Rows, scope: Any, middleware: bool
+) -> None:
+    """The query ends on the server when the client has gone; nothing is stored, all is given back.
+
+    The pool of one serves the next request at once.
+    """
+    options: Any = {"dependencies": [Depends(cancel_on_disconnect(), scope=scope)]}
+    app.get("/", **options)(using(kind, Depends(transactional()), slow))
+    app.get("/next")(using(kind, Depends(get_db()), lambda session: session.scalar(SELECT_1)))
+    if middleware:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    with serve(app) as served:
+        await leave(served, lambda: rows.backends("active") == 1)
+        await quiet(rows)
+        assert served.client.get("/next").status_code == 200
+    assert rows.names == []
+
+
+@asynchronous
+async def test_the_log_says_nothing(
+    kind: Kind, app: FastAPI, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a client that has gone the log has a line at DEBUG, and none above."""
+    options: Any = {"dependencies": [Depends(cancel_on_disconnect())]}
+    app.get("/things/{id}", **options)(using(kind, Depends(get_db()), slow))
+    with caplog.at_level(logging.DEBUG), serve(app, access_log=True) as served:
+        await leave(served, lambda: rows.backends("active") == 1, "GET /things/5")
+        await quiet(rows)
+    (line,) = [each for each in caplog.records if each.name == "fastapi_sqlnative"]
+    assert line.levelno == logging.DEBUG
+    assert line.message.startswith("The client of GET /things/{id} has gone away")
+    assert [each for each in caplog.records if each.levelno > logging.DEBUG] == []
+
+
+@asynchronous
+async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A POST is finished though its client has gone; where `methods` names it, it is cancelled."""
+    reached, going_on = threading.Event(), threading.Event()
+
+    async def wait(session: AsyncSession, name: str) -> None:
+        session.add(Item(name=name))
+        await session.flush()
+        reached.set()
+        await anyio.to_thread.run_sync(going_on.wait)
+
+    @app.post("/default", dependencies=[Depends(cancel_on_disconnect())])
+    async def default(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        await wait(session, "default")
+
+    @app.post("/named", dependencies=[Depends(EVERY)])
+    async def named(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="named"))
+        await session.flush()
+        await session.execute(SLOW)
+
+    with serve(app) as served:
+        await leave(served, reached.is_set, "POST /default")
+        going_on.set()
+        await quiet(rows)
+        await leave(served, lambda: rows.backends("active") == 1, "POST /named")
+        await quiet(rows)
+    assert rows.names == ["default"]
+
+
+class Thing(BaseModel):
+    """Map a body."""
+
+    name: str
+
+
+@asynchronous
+async def test_a_body_is_not_taken_from_the_endpoint(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """Whatever reads the body, FastAPI or the endpoint, gets all of it, also an empty one."""
+    options: Any = {"dependencies": [Depends(EVERY)]}
+
+    @app.post("/model", **options)
+    async def model(thing: Thing, session: Db) -> str:
+        await session.execute(SELECT_1)
+        return thing.name
+
+    @app.api_route("/raw", methods=["GET", "POST"], **options)
+    async def raw(request: Request, session: Db) -> int:
+        await session.execute(SELECT_1)
+        return len(await request.body())
+
+    @app.api_route("/stream", methods=["GET", "POST"], **options)
+    async def stream(request: Request, session: Db) -> int:
+        await session.execute(SELECT_1)
+        return sum([len(chunk) async for chunk in request.stream()])
+
+    big = b"a" * 300_000
+
+    def chunks() -> Any:
+        yield from (big, big)
+
+    with serve(app) as served:
+        client = served.client
+        assert client.post("/model", json={"name": "a"}).json() == "a"
+        for path in "/raw", "/stream":
+            assert client.post(path, content=big).json() == len(big)
+            assert client.post(path, content=chunks()).json() == 2 * len(big)
+            assert client.get(path).json() == 0
+
+
+@asynchronous
+async def test_a_read_body_is_no_hindrance(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A request with a body that FastAPI has read is cancelled as well."""
+
+    @app.post("/", dependencies=[Depends(EVERY)])
+    async def endpoint(thing: Thing, session: Db) -> None:
+        await session.execute(SLOW)
+
+    with serve(app) as served:
+        await leave(served, lambda: rows.backends("active") == 1, "POST /", b'{"name": "a"}')
+        await quiet(rows)
+
+
+async def test_no_commit_is_interrupted(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
+) -> None:
+    """A COMMIT on its way when the client goes away is not interrupted."""
+    app = make_app(behind_proxy)
+    options: Any = {"dependencies": [Depends(EVERY)]}
+    app.post("/", **options)(using(kind, Depends(transactional()), add))
+    proxy.fault = Fault.STALLED
+    with serve(app) as served:
+        await leave(served, proxy.reached.is_set, "POST /")
+        await asyncio.sleep(0.1)  # for the server to see it, and to do nothing
+        proxy.go_on.set()
+        await anyio.to_thread.run_sync(lambda: wait_until(lambda: rows.names == ["a"]))
+        await quiet(rows)
+
+
+def add(session: Session) -> None:
+    session.add(Item(name="a"))
+
+
+@asynchronous
+async def test_a_swallowed_cancellation_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """An endpoint that answers although it was cancelled is rolled back."""
+    reached, swallowed = threading.Event(), threading.Event()
+
+    @app.get("/", dependencies=[Depends(cancel_on_disconnect())])
+    async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            reached.set()
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            swallowed.set()
+
+    with serve(app) as served:
+        await leave(served, reached.is_set)
+        assert await anyio.to_thread.run_sync(swallowed.wait, 10)
+        await quiet(rows)
+    assert rows.names == []
+
+
+@asynchronous
+async def test_a_request_beside_a_deadline(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """With a deadline as well the first of the two ends the request, once."""
+    dependencies = [Depends(deadline(0.2)), Depends(cancel_on_disconnect())]
+    options: Any = {"dependencies": dependencies}
+    app.get("/", **options)(using(kind, Depends(transactional()), slow))
+    with serve(app) as served:
+        assert served.client.get("/").status_code == 504
+        await quiet(rows)
+    assert rows.names == []
+
+
+@asynchronous
+async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A handler for ClientDisconnectedError is called, and the request's dependencies see it."""
+    seen: list[object] = []
+
+    async def outer() -> Any:
+        try:
+            yield
+        except ClientDisconnectedError as error:
+            seen.append(error.status_code)
+            raise
+
+    options: Any = {"dependencies": [Depends(outer), Depends(cancel_on_disconnect())]}
+    app.get("/", **options)(using(kind, Depends(get_db()), slow))
+    with serve(app) as served:
+        await leave(served, lambda: rows.backends("active") == 1)
+        await anyio.to_thread.run_sync(lambda: wait_until(lambda: seen == [499]))
+        await quiet(rows)
+
+
+async def test_a_client_that_stays_is_served(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """In process too, where nobody can go away, a request is as it is without."""
+    options: Any = {"dependencies": [Depends(cancel_on_disconnect())]}
+    app.get("/", **options)(using(kind, Depends(get_db()), lambda s: s.scalar(SELECT_1)))
+    async with running(app) as client:
+        assert (await client.get("/")).json() == 1
+
+
+@pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])
+async def test_a_storm_leaves_the_pool_whole(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, middleware: bool
+) -> None:
+    """A hundred clients go away from five connections; then nothing is in use or runs."""
+    engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=20)
+    app = make_app(engine)
+    options: Any = {"dependencies": [Depends(deadline(20)), Depends(cancel_on_disconnect())]}
+
+    def body(session: Session) -> None:
+        session.add(Item(name=f"{threading.get_ident()}"))
+        session.execute(
+            text("SELECT pg_sleep(0.2)" if not kind.asynchronous else "SELECT pg_sleep(60)")
+        )
+
+    app.get("/", **options)(using(kind, Depends(get_db()), body))
+    app.get("/next", **options)(using(kind, Depends(get_db()), lambda s: s.scalar(SELECT_1)))
+    if middleware:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    pool: Any = engine.pool
+    with serve(app) as served:
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(100):
+                clients.create_task(leave(served, lambda: True))
+        await anyio.to_thread.run_sync(lambda: wait_until(lambda: pool.checkedout() == 0, 30))
+        await quiet(rows)
+        assert served.client.get("/next").json() == 1
+    assert rows.names == []

@@ -1,0 +1,678 @@
+"""The checklist: databases that are configured badly on purpose, and what is said of them."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.config import Config
+from fastapi import FastAPI
+from psycopg import sql
+from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from fastapi_sqlnative import install_database, installed_databases
+from fastapi_sqlnative.checklist import Finding, check_databases, log_findings
+from fastapi_sqlnative.checklist._findings import FIXES, GUIDE
+from tests.conftest import find_pgbouncer
+from tests.mariadb_server import _reachable_home
+from tests.postgres_server import (
+    Account,
+    PostgresServer,
+    _free_port,
+    _surroundings,
+    _unprivileged_account,
+)
+from tests.serving import KINDS, Kind, wait_until
+from tests.test_docs import anchors
+
+ROOT = Path(__file__).parents[1]
+ROLES = """
+CREATE ROLE shop LOGIN;
+ALTER ROLE shop SET statement_timeout = '5s';
+ALTER ROLE shop SET lock_timeout = '2s';
+ALTER ROLE shop SET idle_in_transaction_session_timeout = '30s';
+CREATE ROLE passing LOGIN BYPASSRLS;
+CREATE ROLE limited LOGIN CONNECTION LIMIT 10;
+CREATE ROLE readonly LOGIN;
+ALTER ROLE readonly SET default_transaction_read_only = on;
+CREATE ROLE owner LOGIN;
+CREATE TABLE tenant (id int);
+ALTER TABLE tenant ENABLE ROW LEVEL SECURITY;
+ALTER TABLE tenant OWNER TO owner;
+"""
+LIMITS = "-c statement_timeout=5s -c lock_timeout=2s -c idle_in_transaction_session_timeout=30s"
+DRIVERS = (*KINDS, Kind("psycopg2", "psycopg2", False))
+each_driver = pytest.mark.parametrize("kind", DRIVERS, ids=lambda kind: kind.id)
+
+
+class Badly(PostgresServer):
+    """A server with few connections; as a standby it is ready in another word."""
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+            if len(lines) > 7 and lines[7].strip() == "standby":
+                return True
+        return super()._is_ready()
+
+    def become_standby(self) -> None:
+        """Start again as a standby of nobody, which takes no writes."""
+        self.stop()
+        (self._data / "standby.signal").touch()
+        self.start()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Badly]:
+    """Start a server whose limits are for nobody else, with a role for each mistake."""
+    with Badly(settings={"max_connections": "30", "superuser_reserved_connections": "3"}) as server:
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute(ROLES)
+            connection.execute("CREATE DATABASE second")
+        yield server
+
+
+def url_of(server: PostgresServer, driver: str, role: str = "shop", database: str = "") -> str:
+    url = make_url(server.url).set(drivername=f"postgresql+{driver}", username=role)
+    return str(url.set(database=database or url.database))
+
+
+def engine_for(kind: Kind, url: str | URL, **options: Any) -> Engine | AsyncEngine:
+    return (create_async_engine if kind.asynchronous else create_engine)(url, **options)
+
+
+def well(kind: Kind) -> dict[str, Any]:
+    """Give the options that leave nothing to be desired."""
+    timeout = "timeout" if kind.driver == "asyncpg" else "connect_timeout"
+    return {"pool_pre_ping": True, "connect_args": {timeout: 5}}
+
+
+def check(*engines: Any, **options: Any) -> list[Finding]:
+    """Check an application with these databases, the first of which is the default one."""
+    app = FastAPI()
+    for number, engine in enumerate(engines):
+        install_database(app, name=f"db{number}" if number else "default", engine=engine)
+    return asyncio.run(check_databases(app, **options))
+
+
+def warnings(findings: list[Finding]) -> dict[str, str]:
+    return {each.subject: each.detail for each in findings if each.status == "warning"}
+
+
+def row(findings: list[Finding], subject: str) -> tuple[str, str]:
+    (found,) = (each for each in findings if each.subject == subject)
+    return found.status, found.detail
+
+
+# --- what is found ------------------------------------------------------------------------------
+
+
+@each_driver
+def test_what_is_missing_is_found(kind: Kind, server: Badly) -> None:
+    """An engine as the tutorial makes it, with a superuser, gets a warning for each omission."""
+    findings = check(engine_for(kind, url_of(server, kind.driver, "postgres")), processes=2)
+    assert set(warnings(findings)) == {
+        "connect timeout",
+        "pre-ping",
+        "statement timeout",
+        "lock timeout",
+        "idle in transaction",
+        "role",
+        "connections",
+    }
+    assert row(findings, "role") == ("warning", "superuser")
+    assert row(findings, "connections") == ("warning", "32 wanted by 2 process(es), 30 to be had")
+    assert all(each.fix and each.link for each in findings if each.status != "ok")
+
+
+@each_driver
+def test_what_is_well_is_not_complained_about(kind: Kind, server: Badly) -> None:
+    """Nothing is left to be said where every row has been seen to."""
+    findings = check(engine_for(kind, url_of(server, kind.driver), **well(kind)))
+    assert {each.status for each in findings} == {"ok"}, findings
+    assert row(findings, "statement timeout") == ("ok", "5s")
+    assert row(findings, "connect timeout") == ("ok", "5 s")
+    assert row(findings, "connections") == ("ok", "16 wanted by 1 process(es), 27 to be had")
+    assert not any(each.fix or each.link for each in findings)
+
+
+def test_limits_of_the_connection_count(server: Badly) -> None:
+    """A limit that the engine sends with each connection is as good as one of the role's."""
+    url = url_of(server, "psycopg", "limited")
+    findings = check(create_async_engine(url, connect_args={"options": LIMITS}))
+    assert not {"statement timeout", "lock timeout", "idle in transaction"} & set(
+        warnings(findings)
+    )
+
+
+def test_a_connect_timeout_of_the_environment_counts(
+    server: Badly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What libpq finds in its environment is known."""
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "7")
+    findings = check(create_engine(url_of(server, "psycopg")))
+    assert row(findings, "connect timeout") == ("ok", "7 s")
+
+
+@pytest.mark.parametrize(
+    ("role", "subject", "detail"),
+    [
+        ("passing", "role", "bypasses row-level security"),
+        ("owner", "role", "owns tables whose row-level security is not forced on their owner"),
+        ("readonly", "writes", "read only"),
+    ],
+)
+def test_roles_are_seen_through(server: Badly, role: str, subject: str, detail: str) -> None:
+    """A role that sees every tenant's rows, or that cannot write, is named."""
+    findings = check(create_engine(url_of(server, "psycopg", role)))
+    assert row(findings, subject) == ("warning", detail)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.id)
+def test_an_engine_in_autocommit_is_found(kind: Kind, server: Badly) -> None:
+    """An engine without transactions is named."""
+    url = url_of(server, kind.driver)
+    findings = check(
+        engine_for(kind, url, isolation_level="AUTOCOMMIT"),
+        engine_for(kind, url, execution_options={"isolation_level": "AUTOCOMMIT"}),
+    )
+    found = [each.detail for each in findings if each.subject == "transactions"]
+    assert found == ["AUTOCOMMIT", "AUTOCOMMIT"]
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_a_connection_without_tls_is_found(driver: str, server: Badly) -> None:
+    """Beyond this machine a connection in plain text is named."""
+    # 0.0.0.0 leads to this machine, and does not look as if it did.
+    url = make_url(url_of(server, driver)).set(host="0.0.0.0")
+    assert row(check(create_async_engine(url)), "TLS") == ("warning", "off")
+    assert row(check(create_async_engine(url_of(server, driver))), "TLS")[0] == "ok"
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+def test_pools_on_one_server_are_added_up(server: Badly) -> None:
+    """Databases of one server share its connections; an engine under two names counts once."""
+    first, second = (
+        create_async_engine(url_of(server, "psycopg", database=name), pool_size=4, max_overflow=1)
+        for name in ("postgres", "second")
+    )
+    (found,) = (
+        each for each in check(first, second, first, processes=2) if each.subject == "connections"
+    )
+    assert found.database == "default, db1, db2"
+    assert found.detail == "24 wanted by 2 process(es), 27 to be had"
+
+
+def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
+    """What other roles use is subtracted, and what this application's own processes use is not."""
+    engine = create_engine(url_of(server, "psycopg"))
+    with (
+        psycopg.connect(url_of(server, "psycopg").replace("+psycopg", "")),
+        psycopg.connect(server.url),
+        psycopg.connect(server.url),
+    ):
+        found = row(check(engine), "connections")
+    assert found == ("ok", "16 wanted by 1 process(es), 25 to be had")
+
+
+def test_a_limit_of_the_role_counts(server: Badly) -> None:
+    """A role's CONNECTION LIMIT is all that there is for its pools."""
+    found = row(check(create_engine(url_of(server, "psycopg", "limited"))), "connections")
+    assert found == ("warning", "16 wanted by 1 process(es), 10 to be had")
+
+
+@pytest.mark.parametrize("options", [{"max_overflow": -1}, {"poolclass": NullPool}], ids=str)
+def test_a_pool_without_a_limit_is_named(server: Badly, options: dict[str, Any]) -> None:
+    """A pool that opens as many as are wanted is a warning of its own."""
+    found = row(check(create_engine(url_of(server, "psycopg"), **options)), "connections")
+    assert found == ("warning", "a pool has no limit")
+
+
+# --- what is in between, and what is behind -----------------------------------------------------
+
+
+# Of nobody, for db.example and 0.0.0.0, until 2126.
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgyjVgEjnWbEZ+3pnS
+lN/y8DCVID6/LdausmwSFMYpjxehRANCAAQEbBrVlWMqkOMFa9t03uDkJY+KZ9L4
++VIX9lZVtybXpHapYRvtY7orDQhdNICbP9v6Hdqj2VN+GCQCG7ryxu7G
+-----END PRIVATE KEY-----
+"""
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBnjCCAUSgAwIBAgIUKJIMDKVLchtK35DsNE2pV71GAR4wCgYIKoZIzj0EAwIw
+FTETMBEGA1UEAwwKZGIuZXhhbXBsZTAgFw0yNjExMjYxMzI3MzlaGA8yMTI2MTEw
+MjEzMjczOVowFTETMBEGA1UEAwwKZGIuZXhhbXBsZTBZMBMGByqGSM49AgEGCCqG
+SM49AwEHA0IABARsGtWVYyqQ4wVr23Te4OQlj4pn0vj5Uhf2VlW3JtekdqlhG+1j
+uisNCF00gJs/2/od2qPZU34YJAIbuvLG7sajcDBuMB0GA1UdDgQWBBQWusWoOIu9
+ghSlSvBpY72jprl0VjAfBgNVHSMEGDAWgBQWusWoOIu9ghSlSvBpY72jprl0VjAP
+BgNVHRMBAf8EBTADAQH/MBsGA1UdEQQUMBKCCmRiLmV4YW1wbGWHBAAAAAAwCgYI
+KoZIzj0EAwIDSAAwRQIgZ9MfHX4033jBBoc8hNaneRYU1ddcZg/3W0xYE4jbFwQC
+IQDzcGFDaUtQCB/pxro0DROVtFmtqLt0eVjT1i9oo5l78g==
+-----END CERTIFICATE-----
+"""
+
+
+@dataclass(frozen=True)
+class PgBouncer:
+    """PgBouncer at work: its port, and the certificate that it shows."""
+
+    port: int
+    certificate: str
+
+
+@pytest.fixture(scope="module")
+def pgbouncer(server: Badly) -> Iterator[PgBouncer]:
+    """Put PgBouncer in front of the server, in transaction mode and with TLS."""
+    program = find_pgbouncer()
+    assert program is not None, "PgBouncer was not found: apt-get install pgbouncer"
+    account = _unprivileged_account() if os.geteuid() == 0 else Account()
+    home, port = _reachable_home(account), _free_port()
+    for name, content in {"key": KEY, "certificate": CERTIFICATE}.items():
+        (home / name).write_text(content)
+    (home / "ini").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port} user=shop\n[pgbouncer]\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        "pool_mode = transaction\nignore_startup_parameters = extra_float_digits\n"
+        f"client_tls_sslmode = allow\nclient_tls_cert_file = {home / 'certificate'}\n"
+        f"client_tls_key_file = {home / 'key'}\n"
+    )
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [program, home / "ini"], stdout=log, stderr=log, **_surroundings(account)
+        )
+
+    def listens() -> bool:
+        assert process.poll() is None, (home / "log").read_text()
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+        return False
+
+    try:
+        wait_until(listens)
+        yield PgBouncer(port, str(home / "certificate"))
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(home)
+
+
+WITHOUT_PREPARED: dict[str, dict[str, Any]] = {
+    "psycopg": {"prepare_threshold": None},
+    "asyncpg": {"statement_cache_size": 0, "prepared_statement_cache_size": 0},
+}
+
+
+@pytest.mark.pgbouncer
+@pytest.mark.parametrize("driver", WITHOUT_PREPARED)
+def test_pgbouncer_is_found(server: Badly, pgbouncer: PgBouncer, driver: str) -> None:
+    """PgBouncer in between shows, with what it takes; its clients are not the server's."""
+    url = make_url(url_of(server, driver)).set(port=pgbouncer.port)
+    findings = check(create_async_engine(url))
+    assert row(findings, "pooler") == ("warning", "in between, and statements are prepared")
+    assert "connections" not in {each.subject for each in findings}
+    findings = check(create_async_engine(url, connect_args=WITHOUT_PREPARED[driver]))
+    assert row(findings, "pooler") == ("ok", "in between, and no statements are prepared")
+    # psycopg2 prepares none.
+    findings = check(create_engine(url.set(drivername="postgresql+psycopg2")))
+    assert row(findings, "pooler")[0] == "ok"
+
+
+ANYBODY = "any server is believed"
+OF_LIBPQ = {"host": "db.example", "hostaddr": "127.0.0.1"}
+
+
+@pytest.mark.pgbouncer
+@pytest.mark.parametrize(
+    ("driver", "arguments", "expected"),
+    [
+        ("psycopg", OF_LIBPQ | {"sslmode": "disable"}, "off"),
+        ("psycopg", OF_LIBPQ, f"on, and {ANYBODY}"),
+        ("psycopg", OF_LIBPQ | {"sslmode": "verify-full"}, "on"),
+        ("psycopg2", OF_LIBPQ | {"sslmode": "verify-ca"}, f"on, and {ANYBODY}"),
+        ("psycopg2", OF_LIBPQ | {"sslmode": "verify-full"}, "on"),
+        ("asyncpg", {"host": "0.0.0.0"}, ANYBODY),
+        ("asyncpg", {"host": "0.0.0.0", "ssl": "believing"}, ANYBODY),
+        ("asyncpg", {"host": "0.0.0.0", "ssl": "verifying"}, "on"),
+    ],
+    ids=str,
+)
+def test_a_server_that_nobody_verifies_is_found(
+    server: Badly, pgbouncer: PgBouncer, driver: str, arguments: dict[str, Any], expected: str
+) -> None:
+    """A connection that is encrypted is well only where the server's name is verified."""
+    if str(arguments.get("sslmode")).startswith("verify"):
+        arguments = arguments | {"sslrootcert": pgbouncer.certificate}
+    if "ssl" in arguments:
+        context = ssl.create_default_context(cafile=pgbouncer.certificate)
+        context.check_hostname = arguments["ssl"] == "verifying"
+        arguments = arguments | {"ssl": context}
+    url = make_url(url_of(server, driver)).set(port=pgbouncer.port)
+    kind = Kind(driver, driver, driver != "psycopg2")
+    found = row(check(engine_for(kind, url, connect_args=arguments)), "TLS")
+    assert found == ("ok" if expected == "on" else "warning", expected)
+
+
+def test_a_standby_is_found() -> None:
+    """A server that follows another one, and takes no writes, is named."""
+    with Badly() as server:
+        server.become_standby()
+        findings = check(create_engine(url_of(server, "psycopg", "postgres")))
+    assert row(findings, "writes") == ("warning", "standby")
+
+
+def test_a_missing_migration_is_found(tmp_path: Path, server: Badly) -> None:
+    """Where Alembic's configuration is given, the database has its heads or a warning."""
+    config = Config(tmp_path / "alembic.ini")
+    url = url_of(server, "psycopg", "postgres", "second")
+    config.set_main_option("script_location", str(tmp_path / "script"))
+    command.init(config, str(tmp_path / "script"))
+    command.revision(config, rev_id="abc")
+    engine = create_engine(url)
+    found = row(check(engine, alembic={"default": config}), "migrations")
+    assert found == ("warning", "behind (none)")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE alembic_version (version_num text)"))
+        connection.execute(text("INSERT INTO alembic_version VALUES ('abc')"))
+    engine.dispose()
+    assert row(check(engine, alembic={"default": config}), "migrations") == ("ok", "current (abc)")
+
+
+# --- other databases ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["pysqlite", "aiosqlite"])
+def test_sqlite_as_it_comes_is_found(driver: str, tmp_path: Path) -> None:
+    """SQLite without WAL, foreign keys or a busy timeout gets a warning for each."""
+    make = create_async_engine if driver == "aiosqlite" else create_engine
+    url = f"sqlite+{driver}:///{tmp_path / 'database'}"
+    found = warnings(check(make(url, connect_args={"timeout": 0})))
+    assert found == {"journal mode": "delete", "foreign keys": "0", "busy timeout": "none"}
+    engine = make(url)
+
+    @event.listens_for(getattr(engine, "sync_engine", engine), "connect")
+    def set_pragmas(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    assert {each.status for each in check(engine)} == {"ok"}
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_mariadb_as_it_comes_is_found(driver: str, mariadb: str) -> None:
+    """MariaDB gets the rows that it has."""
+    url = make_url(mariadb).set(drivername=f"mariadb+{driver}")
+    make = create_async_engine if driver == "asyncmy" else create_engine
+    findings = check(make(url), processes=20)
+    assert not {each.status for each in findings} & {"unknown", "no answer"}, findings
+    assert set(warnings(findings)) == {
+        *("statement timeout", "idle in transaction", "pre-ping", "role", "connections")
+    }
+    assert row(findings, "writes") == ("ok", "writable")
+    limits = "SET SESSION max_statement_time = 5, idle_transaction_timeout = 30"
+    options: dict[str, Any] = {"connect_args": {"init_command": limits}, "pool_pre_ping": True}
+    assert set(warnings(check(make(url, **options)))) == {"role"}
+
+
+# --- who does not answer ------------------------------------------------------------------------
+
+
+def test_a_database_that_is_away_is_one_row(server: Badly, tmp_path: Path) -> None:
+    """Nobody at the port, a wrong name, a factory that fails: each is a row; the others answer."""
+
+    def fails() -> Engine:
+        raise KeyError("DATABASE_URL")
+
+    findings = check(
+        create_engine(url_of(server, "psycopg")),
+        create_async_engine("postgresql+psycopg://127.0.0.1:1/shop"),
+        create_async_engine("postgresql+asyncpg://127.0.0.1:1/shop"),
+        create_engine(url_of(server, "psycopg", database="nowhere")),
+        fails,
+        lambda: "postgresql://",
+        create_engine(f"sqlite:///{tmp_path / 'no' / 'folder'}"),
+    )
+    found = {each.database: each.detail for each in findings if each.status == "no answer"}
+    assert set(found) == {"db1", "db2", "db3", "db4", "db5", "db6"}
+    assert "refused" in found["db1"]
+    assert 'database "nowhere" does not exist' in found["db3"]
+    assert found["db4"] == "KeyError: 'DATABASE_URL'"
+    assert found["db5"].startswith("TypeError: The engine factory of database 'db5' must return")
+    assert len([each for each in findings if each.database in found]) == len(found)
+    assert row([each for each in findings if each.database == "default"], "writes")[0] == "ok"
+
+
+@each_driver
+def test_a_database_that_hangs_is_one_row(kind: Kind) -> None:
+    """A port that accepts and says nothing costs the seconds that were given, and is a row."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        url = f"postgresql+{kind.driver}://shop@127.0.0.1:{port}/shop"
+        (found,) = check(engine_for(kind, url), timeout=0.2)
+    assert found.status == "no answer"
+    assert found.detail == "nothing within 0.2 s (connecting)"
+
+
+def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
+    """A question that is refused is a row without an answer, and the others are asked."""
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute("REVOKE SELECT ON pg_stat_activity FROM public")
+        try:
+            findings = check(create_engine(url_of(server, "psycopg")))
+        finally:
+            connection.execute("GRANT SELECT ON pg_stat_activity TO public")
+    status, detail = row(findings, "connections")
+    assert status == "unknown"
+    assert detail == "InsufficientPrivilege: permission denied for view pg_stat_activity"
+    assert row(findings, "pooler") == ("ok", "none in between")
+
+
+# --- what it leaves alone -----------------------------------------------------------------------
+
+
+@each_driver
+def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> None:
+    """The lifespan does not run, pools stay as they are, and no connection is left."""
+
+    ran: list[FastAPI] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        ran.append(app)
+        yield
+
+    name = f"checked_{kind.id}"
+    url = url_of(server, kind.driver)
+    ready = engine_for(kind, url)
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=ready)
+    install_database(app, name="made", engine=lambda: engine_for(kind, url))
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        set_name = sql.SQL("ALTER ROLE shop SET application_name = {}")
+        connection.execute(set_name.format(sql.Literal(name)))
+        findings = asyncio.run(check_databases(app))
+        assert not ran
+        assert {each.database for each in findings} == {"default", "made", "default, made"}
+        assert ready.pool.checkedin() == 0  # type: ignore[attr-defined] # it is a QueuePool
+        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+        wait_until(lambda: connection.execute(query, (name,)).fetchone() == (0,))
+    with pytest.raises(RuntimeError, match="lifespan is not running"):
+        installed_databases(app)["default"]
+
+
+@pytest.mark.anyio
+async def test_a_running_application_logs_a_line(
+    server: Badly, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a lifespan the engines that are up are asked, and one line says how it stands."""
+    built: list[AsyncEngine] = []
+
+    def build() -> AsyncEngine:
+        built.append(create_async_engine(url_of(server, "psycopg"), pool_pre_ping=True))
+        return built[-1]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        log_findings(await check_databases(app))
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=build)
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
+        async with app.router.lifespan_context(app):
+            assert len(built) == 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "Checklist: 11 ok, 1 warning (default: connect timeout). "
+        "`python -m fastapi_sqlnative check` names the fixes."
+    )
+
+
+def test_mounted_applications_are_asked_too(server: Badly) -> None:
+    """Databases of mounted applications have rows of their own, told apart where names meet."""
+    app, mounted = FastAPI(), FastAPI()
+    for each in app, mounted:
+        install_database(each, engine=create_engine(url_of(server, "psycopg")))
+    app.mount("/mounted", mounted)
+    lines: list[str] = []
+    findings = asyncio.run(check_databases(app, progress=lines.append))
+    assert {"default", "default (2)"} < {each.database for each in findings}
+    assert lines[:2] == ["Asking database 'default' ...", "Asking database 'default (2)' ..."]
+    assert sorted(lines[2:]) == [
+        "Database 'default (2)': 9 ok, 2 warning.",
+        "Database 'default': 9 ok, 2 warning.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processes": 0}, "at least 1"),
+        ({"timeout": 0}, "above 0"),
+        ({"alembic": {"other": str(ROOT / "migrations_example" / "alembic.ini")}}, "'default'"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused(options: dict[str, Any], message: str) -> None:
+    """What cannot be meant is an error before anything is asked."""
+    with pytest.raises(ValueError, match=message):
+        check(create_engine("sqlite://"), **options)
+
+
+def test_every_link_leads_to_the_guide() -> None:
+    """Each warning leads to a page that exists, and to a heading in it."""
+    assert (ROOT / "pyproject.toml").read_text().count(f'"{GUIDE}index.md"') == 1
+    for _, page in FIXES.values():
+        path, _, anchor = page.partition("#")
+        assert not anchor or anchor in anchors(ROOT / "docs" / path), page
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+MAIN = """
+from fastapi import FastAPI
+from sqlalchemy import create_engine
+from fastapi_sqlnative import install_database
+
+def create_app():
+    app = FastAPI()
+    install_database(app, engine=create_engine({url!r}))
+    return app
+
+app = create_app()
+"""
+
+
+def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "fastapi_sqlnative", "check", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture
+def application(server: Badly, tmp_path: Path) -> Path:
+    """Write an application with two warnings."""
+    (tmp_path / "main.py").write_text(MAIN.format(url=url_of(server, "psycopg")))
+    return tmp_path
+
+
+def test_the_command_prints_a_table(application: Path) -> None:
+    """The table has every row, the fix below what is wrong, and progress goes elsewhere."""
+    done = run(application, "main:app", "--processes", "1")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "default"
+    place = next(i for i, line in enumerate(lines) if "pre-ping" in line)
+    assert lines[place].split() == ["warning", "pre-ping", "off"]
+    assert "pool_pre_ping=True" in lines[place + 1]
+    assert lines[place + 2].strip().startswith("https://")
+    assert lines[-1] == "10 ok, 2 warning"
+    assert done.stderr.splitlines() == [
+        "Asking database 'default' ...",
+        "Database 'default': 9 ok, 2 warning.",
+    ]
+
+
+def test_the_command_fails_a_pipeline_on_request(application: Path) -> None:
+    """With --strict a warning fails, unless somebody has accepted it."""
+    accepted = ("--accept", "default:pre-ping", "--accept", "default:connect timeout")
+    assert run(application, "main:create_app", "--factory", "--strict").returncode == 1
+    done = run(application, "main", "--strict", *accepted)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "10 ok, 2 accepted"
+    assert "pool_pre_ping" not in done.stdout
+
+
+def test_the_command_prints_json(application: Path) -> None:
+    """JSON has the same rows, and nothing else is printed."""
+    rows = json.loads(run(application, "main:app", "--json").stdout)
+    assert {"default: pre-ping: warning", "default: writes: ok"} < {
+        f"{each['database']}: {each['subject']}: {each['status']}" for each in rows
+    }
+    assert set(rows[0]) == {"database", "subject", "status", "detail", "fix", "link"}
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("nowhere:app", "No module named 'nowhere'"),
+        ("main:nothing", "has no attribute 'nothing'"),
+        ("main:create_app", "--factory"),
+        ("failing:app", "KeyError: 'DATABASE_URL'"),
+        ("away:app", "Asking database 'default'"),
+    ],
+)
+def test_what_cannot_be_asked_is_no_success(application: Path, target: str, says: str) -> None:
+    """An application that cannot be imported, or a database that is away, is status 2."""
+    (application / "failing.py").write_text("import os; os.environ['DATABASE_URL']")
+    (application / "away.py").write_text(MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop"))
+    done = run(application, target)
+    assert done.returncode == 2
+    assert says in done.stderr

@@ -1,0 +1,201 @@
+"""Who holds the connections: named where a pool times out, in `pool_status()`, and in the log."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio.to_thread
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI, Response
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+
+from fastapi_sqlnative import (
+    PoolStatus,
+    get_db,
+    install_database,
+    installed_databases,
+    transactional,
+)
+from tests.conftest import MakeEngine
+from tests.in_process import running
+from tests.serving import Item, Kind, Rows, route, wait_until
+
+pytestmark = pytest.mark.anyio
+LOCK, UNLOCK = "SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)"
+
+
+def status_of(app: FastAPI) -> PoolStatus:
+    return installed_databases(app)["default"].pool_status()
+
+
+def wait(session: Session) -> None:
+    session.execute(text("SELECT pg_advisory_xact_lock(7)"))
+
+
+@asynccontextmanager
+async def held(
+    app: FastAPI, rows: Rows, client: httpx.AsyncClient, *paths: str
+) -> AsyncGenerator[None]:
+    """Have requests wait for a lock, each with a connection, until the block ends."""
+    rows.connection.execute(LOCK)
+    requests = [asyncio.create_task(client.post(path)) for path in paths]
+    try:
+        await anyio.to_thread.run_sync(
+            lambda: wait_until(lambda: len(requests) == rows.backends("active"))
+        )
+        yield
+    finally:
+        rows.connection.execute(UNLOCK)
+        answers = await asyncio.gather(*requests)
+    assert {each.status_code for each in answers} == {201}
+
+
+@pytest.fixture
+def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
+    """Make an application with three connections, and a route under two prefixes that waits."""
+    app = FastAPI()
+    engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=0.1)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    router = APIRouter(prefix="/orders")
+    route(router, kind, "/{id}", transactional(), wait)  # type: ignore[arg-type] # it has post(), too
+    app.include_router(router, prefix="/api")
+    route(app, kind, "/waiting", get_db(), wait)
+    return app
+
+
+async def test_the_pool_says_who_has_its_connections(app: FastAPI, rows: Rows) -> None:
+    """`pool_status()` has the routes that hold connections, how many and how long."""
+    async with running(app) as client:
+        assert status_of(app).holders == ()
+        async with held(app, rows, client, "/api/orders/1", "/api/orders/2", "/waiting"):
+            found = {each.route: each for each in status_of(app).holders}
+            assert set(found) == {"POST /api/orders/{id}", "POST /waiting"}
+            orders = found["POST /api/orders/{id}"]
+            assert (orders.connections, orders.idle_in_transaction) == (2, 0)
+            assert orders.seconds > 0
+            oldest = [each.seconds for each in status_of(app).holders]
+            assert oldest == sorted(oldest, reverse=True)
+        assert status_of(app).holders == ()
+
+
+async def test_an_idle_transaction_shows(kind: Kind, engine: Engine | AsyncEngine) -> None:
+    """A transaction that is open while nothing is asked counts as idle in transaction."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    seen: list[Any] = []
+
+    def body(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        seen.append(status_of(app).holders)
+        session.commit()
+        seen.append(status_of(app).holders)
+
+    route(app, kind, "/", get_db(), body)
+    async with running(app) as client:
+        await client.post("/")
+    ((held,), after) = seen
+    assert (held.route, held.connections, held.idle_in_transaction) == ("POST /", 1, 1)
+    assert after == ()
+
+
+async def test_a_handles_session_has_no_route(kind: Kind, engine: Engine | AsyncEngine) -> None:
+    """A session of the handle's holds a connection for nobody that is known."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    async with running(app):
+        database: Any = installed_databases(app)["default"]
+        if kind.asynchronous:
+            async with database.session() as session:
+                await session.execute(text("SELECT 1"))
+                (holder,) = database.pool_status().holders
+        else:
+            with database.session() as session:
+                session.execute(text("SELECT 1"))
+                (holder,) = database.pool_status().holders
+    assert (holder.route, holder.connections) == (None, 1)
+
+
+async def test_a_pool_that_times_out_says_who(
+    kind: Kind, app: FastAPI, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error's note and one line of the log name the holders, however many wait in vain."""
+    errors: list[PoolTimeoutError] = []
+
+    async def note(_request: Any, error: PoolTimeoutError) -> Response:
+        errors.append(error)
+        return Response(status_code=503)
+
+    app.add_exception_handler(PoolTimeoutError, note)  # type: ignore[arg-type] # a subclass
+
+    holding = "/api/orders/1", "/api/orders/2", "/waiting"
+    async with running(app) as client, held(app, rows, client, *holding):
+        answers = await asyncio.gather(*(client.post("/waiting") for _ in range(5)))
+    assert [each.status_code for each in answers] == [503] * 5
+    assert len(errors) == 5
+    told = errors[0].__notes__[0]
+    for error in errors:
+        assert error.__notes__ == [told]
+        assert told.startswith("The connections of database 'default' are held by ")
+        assert "POST /api/orders/{id}: 2, up to " in told
+        assert "POST /waiting: 1, up to " in told
+        assert "idle" not in told
+    (line,) = [each for each in caplog.messages if "came back in time" in each]
+    assert line.endswith(f": {told.partition(' held by ')[2]}")
+
+
+async def test_connections_of_others_are_counted(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """What the application has taken from the engine itself is told as well, without a route."""
+    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/", get_db(), wait)
+    async with running(app) as client:
+        connection: Any = engine.connect()
+        if kind.asynchronous:
+            await connection.start()
+        with pytest.raises(PoolTimeoutError) as raised:
+            await client.post("/")
+        closed = connection.close()
+        if kind.asynchronous:
+            await closed
+    (told,) = raised.value.__notes__
+    assert told.endswith("are held by others than sessions of fastapi-sqlnative: 1.")
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(0, True), (60, False), (None, False)])
+async def test_a_connection_held_for_long_is_logged(
+    kind: Kind,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    caplog: pytest.LogCaptureFixture,
+    limit: float | None,
+    warned: bool,
+) -> None:
+    """With `warn_held_after` the log names the route, when the connection comes back."""
+    app = FastAPI()
+    install_database(
+        app, engine=engine, shutdown=engine.dispose, name="books", warn_held_after=limit
+    )
+    route(app, kind, "/books", transactional("books"), lambda s: s.add(Item(name="a")))
+    async with running(app) as client:
+        assert (await client.post("/books")).status_code == 201
+    lines = [each for each in caplog.record_tuples if each[0] == "fastapi_sqlnative"]
+    assert len(lines) == warned
+    for _, level, message in lines:
+        assert level == logging.WARNING
+        assert message.startswith("POST /books held a connection of database 'books' for ")
+
+
+@pytest.mark.parametrize(("value", "error"), [("1", TypeError), (-1, ValueError)])
+def test_a_time_that_is_none_is_refused(value: Any, error: type[Exception]) -> None:
+    """A wrong `warn_held_after` is refused where it is written."""
+    with pytest.raises(error, match="warn_held_after of database 'default'"):
+        install_database(FastAPI(), engine=lambda: None, warn_held_after=value)  # type: ignore[arg-type,return-value] # never called

@@ -1,0 +1,182 @@
+"""What nobody means to send, give or write: requests, names, options and constraints."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import IntegrityError
+
+from conftest import WorkerPostgres
+from examples.showcase.app import create_app
+from examples.showcase.models import AnalyticsBase, Base
+from examples.showcase.settings import Settings
+from fastapi_sqlnative import (
+    ErrorRule,
+    get_database_handle,
+    get_db,
+    health_router,
+    install_database,
+    installed_databases,
+    map_database_error,
+    reader,
+    transactional,
+)
+from fastapi_sqlnative.errors import describe_database_error
+from tests.serving import serve
+
+shortly = settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+# --- requests -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["psycopg", "asyncpg"])
+def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterator[FastAPI]:
+    """Build the showcase on two databases, and leave nothing in them."""
+    first, second = (make_url(each.url(request.param)) for each in (postgres, postgres.second))
+    yield create_app(Settings(first, second))
+    for base, url in (Base, first), (AnalyticsBase, second):
+        engine = create_engine(url.set(drivername="postgresql+psycopg"))
+        base.metadata.drop_all(engine)
+        engine.dispose()
+
+
+def test_the_showcase_has_an_answer_to_any_request(showcase: FastAPI) -> None:
+    """Whatever fits its OpenAPI document, or just not, is answered as that says, never by a 500."""
+    schema = schemathesis.openapi.from_dict(showcase.openapi())
+    with serve(showcase) as served:
+        operations: Any = schema.get_all_operations()
+        for operation in (found.ok() for found in operations):
+
+            @shortly
+            @given(case=operation.as_strategy(), known=st.booleans())
+            def send(case: Any, known: bool) -> None:
+                headers = {"X-User": "ada"} if known else {}
+                case.call_and_validate(
+                    base_url=served.url,
+                    headers=headers,
+                    checks=[not_a_server_error, response_schema_conformance],
+                )
+
+            send()
+        assert served.client.get("/health/ready").json()["status"] == "ready"
+
+
+# --- names and options --------------------------------------------------------------------------
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.binary(),
+    st.lists(st.text()),
+)
+
+
+@shortly
+@given(st.text())
+def test_any_text_is_a_name(name: str) -> None:
+    """However it is spelt, a name is one database and one dependency; a blank one is `default`."""
+    app = FastAPI()
+    engine = create_engine("sqlite://")
+    install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    (installed,) = installed_databases(app)
+    assert installed == (name.strip() or "default")
+    for dependency in get_db, transactional, reader, get_database_handle:
+        assert dependency(f" {name}\t") is dependency(name)
+
+
+@shortly
+@given(ANYTHING)
+def test_a_time_is_one_or_is_refused_at_once(seconds: Any) -> None:
+    """No value is taken for a time and found not to be one when it is waited for."""
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    is_time = is_number and 0 < seconds < math.inf
+    engine = create_engine("sqlite://")
+    makers = (
+        lambda: health_router(timeout=seconds, down_after=seconds, wedged_after=seconds),
+        lambda: install_database(FastAPI(), engine=engine, shutdown_timeout=seconds),
+    )
+    for make in makers:
+        if is_time:
+            make()
+        else:
+            with pytest.raises((TypeError, ValueError), match="seconds"):
+                make()
+
+
+@shortly
+@given(ANYTHING, ANYTHING, ANYTHING, ANYTHING)
+def test_a_rule_can_be_answered_or_is_refused_at_once(
+    detail: Any, status: Any, retry_after: Any, pointer: Any
+) -> None:
+    """A rule that was made makes an answer."""
+    try:
+        rule = ErrorRule(detail, status, retry_after, pointer)
+    except (TypeError, ValueError):
+        return
+    mapped: Any = map_database_error(IntegrityError(None, None, psycopg.Error()), other=rule)
+    assert mapped.status_code == (500 if status is None else status)
+
+
+@shortly
+@given(ANYTHING)
+def test_an_isolation_level_is_one_or_is_refused_at_once(level: Any) -> None:
+    """No text of a stranger's gets to the server as an isolation level."""
+    if level is None:
+        transactional(isolation_level=level)
+        return
+    with pytest.raises((TypeError, ValueError)):
+        transactional(isolation_level=level)
+
+
+# --- constraints --------------------------------------------------------------------------------
+
+# What PostgreSQL takes for a name; 63 bytes of it.
+CONSTRAINT_NAMES = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=15
+).filter(str.strip)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_constraint_is_found_whatever_its_name(postgres: WorkerPostgres, driver: str) -> None:
+    """Quotes, dots, percent signs, line ends: the name is the server's, and its rule is found."""
+    engine = create_engine(postgres.url(driver))
+
+    @shortly
+    @given(CONSTRAINT_NAMES, CONSTRAINT_NAMES)
+    def violate(name: str, value: str) -> None:
+        define = sql.SQL("CREATE TEMPORARY TABLE odd (v text, CONSTRAINT {} CHECK (v IS NULL))")
+        with engine.connect() as connection:
+            # Not through SQLAlchemy: there a percent sign would want a parameter.
+            cursor = connection.connection.cursor()
+            cursor.execute(define.format(sql.Identifier(name)).as_string())
+            with pytest.raises(IntegrityError) as raised:
+                connection.execute(text("INSERT INTO odd VALUES (:v)"), {"v": value})
+        found = describe_database_error(raised.value)
+        assert found is not None
+        assert (found.kind, found.constraint, found.table) == ("check", name, "odd")
+        mapped: Any = map_database_error(raised.value, constraints={name: "No."})
+        assert (mapped.status_code, mapped.detail) == (422, "No.")
+
+    try:
+        violate()
+    finally:
+        engine.dispose()

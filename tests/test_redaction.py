@@ -1,0 +1,324 @@
+"""A database's password is in no message, no log record and no repr, however it was given."""
+
+import asyncio
+import functools
+import logging
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from sqlalchemy import Engine, create_engine, insert, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    health_router,
+    http_errors,
+    install_database,
+    install_error_handlers,
+    installed_databases,
+    transactional,
+)
+from fastapi_sqlnative._sessions.engines import dispose
+from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
+from fastapi_sqlnative.health import ReadinessCheck
+from fastapi_sqlnative.migrations import alembic_check
+from fastapi_sqlnative.telemetry import instrument_pools
+from fastapi_sqlnative.testing import Templates, capture_statements, cloned, override_database
+from tests.in_process import running, start_and_stop
+from tests.proxy import Fault, Proxy
+from tests.serving import Item, Kind, Rows, route
+
+pytestmark = pytest.mark.anyio
+
+CANARY = "canary7h3n"
+NOBODY = 1  # a port that no server of ours has
+ROOT = Path(__file__).parents[1]
+MIGRATIONS = ROOT / "migrations_example" / "alembic.ini"
+
+
+class Heard(logging.Handler):
+    """Collect every log record as a handler would print it, and whatever else is shown."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(name)s %(message)s"))
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(self.format(record))
+
+    def raised(self, error: BaseException) -> None:
+        """Add an exception, with its causes and notes, as a server would log it."""
+        self.texts.append("".join(traceback.format_exception(error)))
+        self.texts.append(repr(error))
+
+    def answered(self, response: httpx.Response) -> None:
+        """Add what a client reads."""
+        self.texts.append(f"{response.status_code} {dict(response.headers)} {response.text}")
+
+
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    """Listen to every logger, and in the end find the password nowhere."""
+    handler = Heard()
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield handler
+    root.removeHandler(handler)
+    root.setLevel(level)
+    assert handler.texts, "nothing was heard"
+    assert not [text for text in handler.texts if CANARY in text]
+
+
+Build = Callable[..., Engine | AsyncEngine]
+
+
+@pytest.fixture
+def build(kind: Kind, postgres: WorkerPostgres) -> Build:
+    """Build engines with the password wherever it can be given; the tests' server wants none."""
+
+    def make(port: int | None = None, **options: Any) -> Engine | AsyncEngine:
+        url = make_url(postgres.url(kind.driver))
+        url = url.set(host="127.0.0.1", port=port or url.port, password=CANARY)
+        url = url.update_query_dict({"password": CANARY})
+        given = {"ssl": False} if kind.driver == "asyncpg" else {"sslmode": "disable"}
+        create = create_async_engine if kind.asynchronous else create_engine
+        return create(url, connect_args=given | {"password": CANARY}, **options)
+
+    return make
+
+
+def add(session: Any) -> None:
+    session.execute(insert(Item).values(name="x"))
+
+
+def application(kind: Kind, engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
+    app = FastAPI()
+    install_database(app, engine=engine, **{"shutdown": engine.dispose, **options})
+    route(app, kind, "/items", transactional(), add)
+    return app
+
+
+async def test_what_is_printed_of_a_database(build: Build, kind: Kind, heard: Heard) -> None:
+    """A handle, its pool and an application's installations can be printed; a driver is named."""
+    app = application(kind, build())
+    async with running(app):
+        database = installed_databases(app)["default"]
+        assert repr(database).startswith(f"<{type(database).__name__} 'default' postgresql+")
+        for shown in (database, database.pool_status(), installed_databases(app), app.state._state):
+            heard.texts += [repr(shown), str(shown)]
+
+
+@pytest.mark.parametrize("problem_details", [False, True])
+async def test_a_database_that_is_away(
+    build: Build, kind: Kind, heard: Heard, problem_details: bool
+) -> None:
+    """A failed request, readiness and a ping say nothing of the address that they failed at."""
+    app = application(kind, build(NOBODY))
+    app.include_router(health_router(checks={"migrations": alembic_check(MIGRATIONS)}))
+    install_error_handlers(app, problem_details=problem_details)
+    async with running(app) as client:
+        for response in await client.post("/items"), await client.get("/health/ready"):
+            assert response.status_code == 503
+            heard.answered(response)
+        with pytest.raises(Exception) as raised:  # noqa: PT011 # the driver's own
+            await ping(installed_databases(app)["default"])
+        heard.raised(raised.value)
+
+
+async def ping(database: Database | AsyncDatabase) -> None:
+    if isinstance(database, AsyncDatabase):
+        await database.ping()
+    else:
+        await asyncio.to_thread(database.ping)
+
+
+async def test_an_unanswered_failure(build: Build, kind: Kind, heard: Heard) -> None:
+    """What the server logs of a request that nobody answers is without the address."""
+    app = application(kind, build(NOBODY))
+    async with running(app) as client:
+        with pytest.raises(Exception) as raised:  # noqa: PT011 # the driver's own
+            await client.post("/items")
+        heard.raised(raised.value)
+
+
+async def test_a_start_that_fails(build: Build, kind: Kind, heard: Heard) -> None:
+    """A start that waits in vain raises and logs, and names the database only."""
+    with pytest.raises(Exception, match="Database 'default' did not answer") as raised:
+        await start_and_stop(application(kind, build(NOBODY), startup_wait=0.2))
+    heard.raised(raised.value)
+
+
+async def test_a_shutdown_that_fails(build: Build, kind: Kind, heard: Heard) -> None:
+    """A hook that fails, over a connection that is still in use, is told by the database's name."""
+
+    async def fail() -> None:
+        raise OSError("the hook has failed")
+
+    engine = build()
+    app = application(kind, engine, shutdown=fail, shutdown_timeout=0.05)
+    lifespan = app.router.lifespan_context(app)
+    await lifespan.__aenter__()
+    database: Any = installed_databases(app)["default"]
+    async with AsyncExitStack() as closing:
+        closing.push_async_callback(dispose, engine)
+        if kind.asynchronous:
+            await (await closing.enter_async_context(database.session())).connection()
+        else:
+            closing.enter_context(database.session()).connection()
+        with pytest.raises(ExceptionGroup) as raised:
+            await lifespan.__aexit__(None, None, None)
+        heard.raised(raised.value)
+    assert any("still in use" in text for text in heard.texts)
+
+
+async def test_a_commit_whose_answer_is_lost(
+    build: Build, kind: Kind, heard: Heard, proxy: Proxy, rows: Rows
+) -> None:
+    """An unknown outcome is told without saying where."""
+    proxy.fault = Fault.ANSWER_LOST
+    async with running(application(kind, build(proxy.own_port))) as client:
+        with pytest.raises(CommitOutcomeUnknownError) as raised:
+            await client.post("/items")
+        heard.raised(raised.value)
+    assert rows.names == ["x"]
+
+
+async def test_metrics(build: Build, kind: Kind, heard: Heard, rows: Rows) -> None:
+    """The metrics of a pool have its database's name, and no address."""
+    app = application(kind, build())
+    reader = InMemoryMetricReader()
+    instrument_pools(app, meter_provider=MeterProvider([reader]))
+    async with running(app) as client:
+        assert (await client.post("/items")).status_code == 201
+        data = reader.get_metrics_data()
+        assert data is not None
+        heard.texts.append(data.to_json())
+    assert '"default"' in heard.texts[-1]
+
+
+async def test_the_toolkit(build: Build, kind: Kind, heard: Heard, rows: Rows) -> None:
+    """Clones, overrides and captures work on such a database, and do not print it."""
+    app = application(kind, build())
+    with Templates(lambda _engine: None) as templates:
+        async with cloned(app, templates=templates), running(app):
+            heard.texts.append(repr(installed_databases(app)["default"]))
+    other = build()
+    with (
+        pytest.raises(ValueError, match="leads to the very database") as raised,
+        override_database(app, "default", engine=other),
+    ):
+        pass
+    heard.raised(raised.value)
+    async with running(app) as client:
+        with capture_statements(app) as statements:
+            assert (await client.post("/items")).status_code == 201
+        heard.texts += [repr(statements), *map(repr, statements)]
+    assert rows.names == ["x"]
+
+
+# A password in the query is one that SQLAlchemy prints.
+ADDRESS = f"postgresql+psycopg://ada:{CANARY}@127.0.0.1:{NOBODY}/shop?password={CANARY}"
+
+
+def build_with(settings: object, url: str = ADDRESS) -> Engine:
+    raise NotImplementedError
+
+
+def check_with(app: FastAPI, settings: object, url: str = ADDRESS) -> bool:
+    raise NotImplementedError
+
+
+# The mistakes are those that a type checker would find.
+install: Any = install_database
+sync: Any = Database
+asynchronous: Any = AsyncDatabase
+block: Any = http_errors
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: install(FastAPI(), engine=ADDRESS),
+        lambda: install(FastAPI(), engine=make_url(ADDRESS)),
+        lambda: install(FastAPI(), engine=build_with),
+        lambda: install(
+            FastAPI(),
+            engine=functools.partial(build_with, url=ADDRESS),
+        ),
+        lambda: install(
+            FastAPI(),
+            engine=create_engine(ADDRESS),
+            shutdown=build_with,
+        ),
+        lambda: sync(ADDRESS),
+        lambda: asynchronous(create_engine(ADDRESS)),
+        lambda: block(ADDRESS),
+        lambda: block(create_engine(ADDRESS.replace(f":{CANARY}", "") + f"?password={CANARY}")),
+        lambda: health_router(checks={"x": functools.partial(check_with, url=ADDRESS)}),
+        lambda: health_router(
+            checks={"x": ReadinessCheck(functools.partial(check_with, url=ADDRESS))}
+        ),
+    ],
+)
+def test_mistakes(mistake: Callable[[], object], heard: Heard) -> None:
+    """An argument that is refused is named by its type, or by its parameters without defaults."""
+    with pytest.raises(TypeError) as raised:
+        mistake()
+    heard.texts += [str(raised.value), repr(raised.value)]
+
+
+async def test_a_factory_of_something_else(heard: Heard) -> None:
+    """A factory that gives the address instead of an engine is told what it should give."""
+    app = FastAPI()
+    install_database(app, engine=lambda: ADDRESS)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="it returned str") as raised:
+        await start_and_stop(app)
+    heard.texts.append(str(raised.value))
+
+
+async def test_two_databases_that_are_dependencies(heard: Heard) -> None:
+    """A dependency is printed with its database's name."""
+    heard.texts += [repr(transactional("x")), repr(Annotated[object, Depends(transactional())])]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        ADDRESS,
+        f"ada:{CANARY}@127.0.0.1/shop",
+    ],
+    ids=["away", "no-address"],
+)
+@pytest.mark.parametrize(
+    "command",
+    ["examples quick_start", "alembic -c migrations_example/alembic.ini upgrade head"],
+    ids=["example", "migration"],
+)
+def test_commands(command: str, address: str, heard: Heard) -> None:
+    """What the examples and migrations print when they cannot connect has no password in it."""
+    said = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=ROOT,
+        env={**os.environ, "PORT": "0", "DATABASE_URL": address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode != 0
+    heard.texts += [said.stdout, said.stderr]

@@ -1,0 +1,656 @@
+"""`deadline`: a request that is too slow is answered with 504, and nothing of it is stored."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Annotated, Any
+
+import anyio
+import anyio.to_thread
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.testclient import TestClient
+from sqlalchemy import Engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from fastapi_sqlnative import (
+    dependencies,
+    get_database_handle,
+    get_db,
+    install_database,
+    install_error_handlers,
+    installed_databases,
+    reader,
+    transactional,
+)
+from fastapi_sqlnative.cancellation import deadline
+from fastapi_sqlnative.exceptions import DeadlineExceededError
+from tests.conftest import MakeEngine
+from tests.in_process import running
+from tests.proxy import Fault, Proxy
+from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+
+pytestmark = pytest.mark.anyio
+asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+synchronous = pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+# Waits that only a cancellation ends in the time of a test.
+SLOW = text("SELECT pg_sleep(60)")
+SOON = 0.2
+Transaction = Annotated[AsyncSession, Depends(transactional())]
+
+
+def slow(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.flush()
+    session.execute(SLOW)
+
+
+@pytest.fixture
+def app(engine: Engine | AsyncEngine) -> FastAPI:
+    """Make an application whose database has one connection for everybody."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    return app
+
+
+async def assert_clean(app: FastAPI, rows: Rows) -> None:
+    """Look on the server and in the pool: nothing runs, nothing is open, nothing is stored."""
+    pool: Any = installed_databases(app)["default"].engine.pool
+    assert pool.checkedout() == 0
+    await let_the_server_hear(rows)
+    assert rows.names == []
+
+
+async def let_the_server_hear(rows: Rows) -> None:
+    """Wait until nothing runs and nothing is open; it hears of a closed connection by and by."""
+
+    def is_quiet() -> bool:
+        return rows.backends("active") == rows.backends("idle in transaction%") == 0
+
+    await anyio.to_thread.run_sync(lambda: wait_until(is_quiet))
+
+
+# -- wherever it is declared, and however ----------------------------------------------------
+
+
+def on_the_route(app: FastAPI, kind: Kind, dependency: Any) -> None:
+    route(app, kind, "/", transactional(), slow, dependencies=[dependency])
+
+
+def on_a_router(app: FastAPI, kind: Kind, dependency: Any) -> None:
+    router = APIRouter(dependencies=[dependency])
+    route(router, kind, "/", transactional(), slow)  # type: ignore[arg-type] # it has post(), too
+    app.include_router(router)
+
+
+def on_the_app(app: FastAPI, kind: Kind, dependency: Any) -> None:
+    app.router.dependencies.append(dependency)
+    route(app, kind, "/", transactional(), slow)
+
+
+def after_the_session(app: FastAPI, kind: Kind, dependency: Any) -> None:
+    """Let the session be opened, and used, before the deadline begins."""
+
+    async def look(session: Annotated[Any, Depends(get_db())]) -> None:
+        if kind.asynchronous:
+            await session.execute(text("SELECT 1"))
+
+    route(app, kind, "/", transactional(), slow, dependencies=[Depends(look), dependency])
+
+
+@pytest.mark.parametrize("scope", [None, "function", "request"])
+@pytest.mark.parametrize("add", [on_the_route, on_a_router, on_the_app, after_the_session])
+async def test_a_slow_query_is_ended(
+    kind: Kind, app: FastAPI, rows: Rows, add: Callable[..., None], scope: Any
+) -> None:
+    """The query ends on the server, the connection comes back, the client reads 504."""
+    add(app, kind, Depends(deadline(SOON), scope=scope))
+    async with running(app) as client:
+        answer = await client.post("/")
+        assert (answer.status_code, answer.json()) == (
+            504,
+            {"detail": "The service took too long to answer."},
+        )
+        await assert_clean(app, rows)
+
+
+async def test_a_fastapi_without_a_stack_of_its_own(
+    kind: Kind,
+    app: FastAPI,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the session is ended by a generator, the deadline is over before that as well."""
+    monkeypatch.setattr(dependencies, "HAS_FUNCTION_STACK", False)
+    soon = SOON * 1.001  # a dependency is made once for each time
+    name = f"without a stack {kind.id}"  # and name
+    install_database(app, name=name, engine=engine)
+    options = {"dependencies": [Depends(deadline(soon), scope="request")]}
+    route(app, kind, "/", transactional(name), slow, **options)
+    options = {"dependencies": [Depends(deadline(60 * 1.001), scope="request")]}
+    route(app, kind, "/quick", transactional(name), lambda s: s.add(Item(name="b")), **options)
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+        assert (await client.post("/quick")).status_code == 201
+    assert rows.names == ["b"]
+
+
+async def test_a_request_in_time_is_untouched(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A deadline that is not reached changes nothing."""
+    route(
+        app,
+        kind,
+        "/",
+        transactional(),
+        lambda session: session.add(Item(name="a")),
+        dependencies=[Depends(deadline(60)), Depends(deadline(61))],
+    )
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+    assert rows.names == ["a"]
+
+
+# -- whatever it waits for -------------------------------------------------------------------
+
+
+@asynchronous
+async def test_a_full_pool_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A request that waits for a connection stops waiting."""
+    route(app, kind, "/", get_db(), slow, dependencies=[Depends(deadline(SOON))])
+    async with running(app) as client:
+        database: Any = installed_databases(app)["default"]
+        async with database.session() as session:
+            await session.execute(text("SELECT 1"))
+            assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """A request that waits for a row that somebody else has locked stops waiting."""
+    rows.add("locked")
+
+    def take(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.execute(text("SELECT * FROM item FOR UPDATE"))
+
+    route(app, kind, "/", transactional(), take, dependencies=[Depends(deadline(SOON))])
+    with rows.connection.transaction():
+        rows.connection.execute("SELECT * FROM item FOR UPDATE")
+        async with running(app) as client:
+            assert (await client.post("/")).status_code == 504
+            await let_the_server_hear(rows)
+    assert rows.names == ["locked"]
+
+
+@asynchronous
+async def test_a_network_that_swallows_is_given_up(
+    kind: Kind, behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows
+) -> None:
+    """Where the server cannot even be told to stop, the connection is discarded."""
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.flush()
+        session.execute(text("SELECT 'COMMIT'"))  # by which the proxy knows what to swallow
+
+    proxy.fault = Fault.STALLED
+    route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(SOON))])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        proxy.fault = Fault.NONE
+        proxy.go_on.set()
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_rollback_that_is_swallowed_is_given_up(
+    kind: Kind,
+    behind_proxy: AsyncEngine,
+    proxy: Proxy,
+    rows: Rows,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nor is a ROLLBACK waited for that gets no answer; no COMMIT is told of that nobody sent."""
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose, shutdown_timeout=60)
+
+    @app.post("/", dependencies=[Depends(deadline(1))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        proxy.fault = Fault.FROZEN
+        await asyncio.sleep(60)
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        proxy.fault = Fault.NONE
+        proxy.go_on.set()
+        await assert_clean(app, rows)
+    assert "COMMIT" not in caplog.text
+
+
+async def in_a_task_group() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.sleep(60))
+        await asyncio.sleep(60)
+
+
+async def in_anyios_task_group() -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.sleep, 60)
+
+
+async def in_a_timeout_of_its_own() -> None:
+    async with asyncio.timeout(60), asyncio.timeout(50):
+        with anyio.fail_after(40):
+            await asyncio.sleep(60)
+
+
+async def in_a_shield() -> None:
+    await asyncio.shield(asyncio.ensure_future(asyncio.sleep(0.5)))
+
+
+@asynchronous
+@pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])
+@pytest.mark.parametrize(
+    "wait", [in_a_task_group, in_anyios_task_group, in_a_timeout_of_its_own, in_a_shield]
+)
+async def test_other_waits_are_ended(
+    app: FastAPI, rows: Rows, wait: Callable[[], Awaitable[None]], middleware: bool
+) -> None:
+    """A wait for something else is ended as well, inside whatever scopes and groups it is."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        await wait()
+
+    async def pass_on(request: Request, call_next: Any) -> Any:
+        return await call_next(request)
+
+    if middleware:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+# -- what the endpoint makes of it -----------------------------------------------------------
+
+
+@asynchronous
+async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) -> None:
+    """An endpoint that answers although it was cancelled is rolled back and answered with 504."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await session.flush()
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
+    """What waits once more when it is cancelled is cancelled once more."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(60)
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+async def test_an_answer_that_is_late_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """Work that no cancellation reaches ends by itself, and then is rolled back."""
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        time.sleep(SOON)
+
+    route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(SOON))])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_an_error_of_the_endpoints_own_stays(app: FastAPI, rows: Rows) -> None:
+    """An endpoint that raises when it is cancelled is answered with what it raises."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise HTTPException(418) from None
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 418
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_timeout_of_the_endpoints_own_is_not_ours(app: FastAPI, rows: Rows) -> None:
+    """What the endpoint's own timeout raises, or it handles, is no deadline."""
+
+    @app.post("/", dependencies=[Depends(deadline(60))])
+    async def endpoint(session: Transaction, handled: bool) -> bool:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            if not handled:
+                raise
+        return handled
+
+    async with running(app) as client:
+        with pytest.raises(TimeoutError) as raised:
+            await client.post("/", params={"handled": False})
+        assert not isinstance(raised.value, DeadlineExceededError)
+        await assert_clean(app, rows)
+        assert (await client.post("/", params={"handled": True})).status_code == 200
+    assert rows.names == ["a"]
+
+
+@asynchronous
+@pytest.mark.parametrize(("outer", "inner"), [(SOON, 60), (60, SOON), (SOON, SOON * 1.01)])
+async def test_the_earliest_counts(
+    kind: Kind, app: FastAPI, rows: Rows, outer: float, inner: float
+) -> None:
+    """Of the deadlines of an application, a router and a route the earliest ends the request."""
+    messages: list[str] = []
+
+    async def note(_request: Request, error: DeadlineExceededError) -> JSONResponse:
+        messages.append(str(error))
+        return JSONResponse({}, 504)
+
+    app.router.dependencies.append(Depends(deadline(outer)))
+    app.add_exception_handler(DeadlineExceededError, note)  # type: ignore[arg-type] # a subclass
+    router = APIRouter(prefix="/items")
+    options = {"dependencies": [Depends(deadline(inner))]}
+    route(router, kind, "/{id}", transactional(), slow, **options)  # type: ignore[arg-type] # as above
+    app.include_router(router, prefix="/api")
+    async with running(app) as client:
+        assert (await client.post("/api/items/5")).status_code == 504
+        await assert_clean(app, rows)
+    (message,) = messages
+    assert message.startswith(
+        f"POST /api/items/{{id}} was not done within {min(outer, inner):g} s, its"
+    )
+
+
+# -- COMMIT ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "the endpoint's own"])
+async def test_no_commit_is_interrupted(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, own: bool
+) -> None:
+    """A COMMIT on its way when the time is over ends, and the client reads that it is stored."""
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        if own:
+            session.commit()
+
+    dependency = get_db() if own else transactional()
+    route(app, kind, "/", dependency, body, dependencies=[Depends(deadline(1))])
+    proxy.fault = Fault.STALLED
+    async with running(app) as client:
+        request = asyncio.create_task(client.post("/"))
+        assert await anyio.to_thread.run_sync(proxy.reached.wait, 10)
+        done, _ = await asyncio.wait({request}, timeout=1.2)
+        assert not done
+        proxy.go_on.set()
+        assert (await request).status_code == 201
+        assert rows.names == ["a"]
+        assert rows.backends("idle in transaction%") == 0
+
+
+AT_COMMIT = """
+CREATE TABLE IF NOT EXISTS slow_commit (id serial);
+CREATE OR REPLACE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_sleep(1.2); RETURN NULL; END';
+DROP TRIGGER IF EXISTS at_commit ON slow_commit;
+CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow_commit DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION wait_at_commit();
+TRUNCATE slow_commit;
+"""
+
+
+@synchronous
+async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """PostgreSQL's statement timeout is no limit for what it does at COMMIT."""
+    rows.connection.execute(AT_COMMIT)
+
+    def body(session: Session) -> None:
+        session.execute(text("INSERT INTO slow_commit DEFAULT VALUES"))
+
+    route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(1))])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+    assert rows.connection.execute("SELECT count(*) FROM slow_commit").fetchall() == [(1,)]
+
+
+# -- synchronous engines ---------------------------------------------------------------------
+
+
+@synchronous
+@pytest.mark.parametrize(
+    ("set_by_the_application", "expected"), [("0", range(50_000, 60_001)), ("250ms", [250])]
+)
+async def test_the_server_keeps_the_time_of_a_transaction(
+    kind: Kind,
+    make_engine: MakeEngine,
+    rows: Rows,
+    set_by_the_application: str,
+    expected: Any,
+) -> None:
+    """A synchronous transaction has what is left as its statement timeout, and no longer one."""
+    options = f"-cstatement_timeout={set_by_the_application}"
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args={"options": options})
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    setting = text("SELECT setting::int FROM pg_settings WHERE name = 'statement_timeout'")
+    seen: list[Any] = []
+
+    def body(session: Session) -> None:
+        seen.append(session.scalar(setting))
+
+    route(app, kind, "/", get_db(), body, dependencies=[Depends(deadline(60))])
+    route(app, kind, "/without", get_db(), body)
+    async with running(app) as client:
+        await client.post("/")
+        await client.post("/without")
+    assert seen[0] in expected
+    assert seen[1] == int(set_by_the_application.removesuffix("ms"))
+
+
+@synchronous
+async def test_a_reader_reads_beside_a_deadline(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """In AUTOCOMMIT there is no transaction to have a timeout; it works all the same."""
+    route(
+        app,
+        kind,
+        "/",
+        reader(),
+        lambda session: session.scalar(text("SELECT 1")),
+        dependencies=[Depends(deadline(60))],
+    )
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+
+
+# -- what the client reads, and the log ------------------------------------------------------
+
+
+def answer_504(app: FastAPI) -> None:
+    app.add_exception_handler(504, lambda *_: PlainTextResponse("by status", 504))
+
+
+def answer_http_exception(app: FastAPI) -> None:
+    app.add_exception_handler(HTTPException, lambda *_: PlainTextResponse("by class", 504))
+
+
+def answer_both(app: FastAPI) -> None:
+    install_error_handlers(app)
+    answer_504(app)
+
+
+HANDLERS: dict[str, tuple[Callable[[FastAPI], None], str]] = {
+    "none": (lambda _: None, '{"detail":"The service took too long to answer."}'),
+    "504": (answer_504, "by status"),
+    "HTTPException": (answer_http_exception, "by class"),
+    "install_error_handlers": (
+        lambda app: install_error_handlers(app, statement_timeout="Too slow."),
+        '{"detail":"Too slow."}',
+    ),
+    "problem_details": (
+        lambda app: install_error_handlers(app, problem_details=True),
+        '{"type":"about:blank","title":"Gateway Timeout","status":504,'
+        '"detail":"The service took too long to answer."}',
+    ),
+    "both": (answer_both, "by status"),
+}
+
+
+@pytest.mark.parametrize(("install", "expected"), HANDLERS.values(), ids=HANDLERS)
+async def test_the_applications_handlers_answer(
+    kind: Kind, app: FastAPI, rows: Rows, install: Callable[[FastAPI], None], expected: str
+) -> None:
+    """The 504 passes through the application's handlers as any other HTTPException."""
+    route(app, kind, "/", transactional(), slow, dependencies=[Depends(deadline(SOON))])
+    install(app)
+    async with running(app) as client:
+        answer = await client.post("/")
+    assert (answer.status_code, answer.text) == (504, expected)
+
+
+async def test_the_log_has_one_line(
+    kind: Kind, app: FastAPI, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With install_error_handlers the log has one line for it, and no traceback."""
+    route(app, kind, "/slow", transactional(), slow, dependencies=[Depends(deadline(SOON))])
+    install_error_handlers(app)
+    with caplog.at_level(logging.INFO, logger="fastapi_sqlnative"):
+        async with running(app) as client:
+            await client.post("/slow")
+    ((_, level, message),) = caplog.record_tuples
+    assert level == logging.WARNING
+    assert message == "A failure (statement_timeout) is answered with 504 on POST /slow."
+    assert caplog.records[0].exc_info is None
+
+
+# -- what it does not reach ------------------------------------------------------------------
+
+
+@asynchronous
+async def test_a_body_that_is_sent_is_not_cut(app: FastAPI, rows: Rows) -> None:
+    """The response has begun: a stream goes on past the deadline."""
+
+    async def numbers() -> AsyncGenerator[str]:
+        for number in range(3):
+            await asyncio.sleep(SOON)
+            yield f"{number}\n"
+
+    @app.get("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> StreamingResponse:
+        await session.execute(text("SELECT 1"))
+        return StreamingResponse(numbers())
+
+    async with running(app) as client:
+        answer = await client.get("/")
+    assert (answer.status_code, answer.text) == (200, "0\n1\n2\n")
+
+
+@asynchronous
+def test_a_websocket_has_no_deadline(app: FastAPI, rows: Rows) -> None:
+    """An application's deadline leaves its websockets alone."""
+    app.router.dependencies.append(Depends(deadline(SOON)))
+
+    @app.websocket("/")
+    async def echo(
+        websocket: WebSocket, database: Annotated[Any, Depends(get_database_handle())]
+    ) -> None:
+        await websocket.accept()
+        await asyncio.sleep(2 * SOON)
+        async with database.session() as session:
+            await websocket.send_json(await session.scalar(text("SELECT 1")))
+
+    with TestClient(app) as client, client.websocket_connect("/") as websocket:
+        assert websocket.receive_json() == 1
+
+
+@pytest.mark.parametrize(("seconds", "error"), [(0, ValueError), ("2", TypeError)])
+def test_a_time_that_is_none_is_refused(seconds: Any, error: type[Exception]) -> None:
+    """What is no time above zero is refused where it is written."""
+    with pytest.raises(error, match="deadline must be"):
+        deadline(seconds)
+
+
+def test_one_deadline_can_be_overridden() -> None:
+    """There is one object for one time, which `dependency_overrides` finds."""
+    assert deadline(2) is deadline(2.0)
+
+
+# -- storms ----------------------------------------------------------------------------------
+
+
+async def test_a_storm_leaves_the_pool_whole(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A hundred requests on five connections run into their deadlines; the next one is served."""
+    engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=20)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/slow", transactional(), slow, dependencies=[Depends(deadline(0.3))])
+    route(
+        app,
+        kind,
+        "/quick",
+        transactional(),
+        lambda session: session.scalar(text("SELECT 1")),
+        dependencies=[Depends(deadline(60))],
+    )
+    with serve(app) as served:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=served.url, timeout=60, limits=limits) as client:
+            paths = ["/slow" if place % 3 else "/quick" for place in range(100)]
+            answers = await asyncio.gather(*(client.post(path) for path in paths))
+        found = {(path, each.status_code) for path, each in zip(paths, answers, strict=True)}
+        assert found == {("/slow", 504), ("/quick", 201)}
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        await let_the_server_hear(rows)
+        assert rows.names == []
+        assert served.post("/quick").status_code == 201

@@ -49,13 +49,13 @@ def route_of(request: Request) -> str:
     return f" on {request.method} {pattern}" if pattern else ""
 
 
-def name_of_route(scope: Mapping[str, Any] | None) -> str | None:
+def name_of_route(scope: Mapping[str, Any]) -> str | None:
     """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none.
 
     It walks through the application's routes: those of an included router don't know its prefix.
     """
-    route = scope.get("route") if scope else None
-    if scope is None or route is None:
+    route = scope.get("route")
+    if route is None:
         return None
     contexts, mount = routes_of(scope["app"].routes), scope.get("root_path", "")
     full = (each.path for each in contexts if getattr(each, "original_route", each) is route)

@@ -75,6 +75,14 @@ class Database(_Database[Engine]):
         database = Database(create_engine(url))
         with database.transaction() as session:
             session.add(Account(name="Ada"))
+
+    Args:
+        engine: whoever built it disposes of it; the handle does not.
+        name: appears in messages; give each handle its own where there are several.
+        session_options: keyword arguments for the sessions, as for `install_database`.
+        shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
+        warn_held_after: seconds after which a connection that is still in use is logged, with
+            where its session was opened; `None` for never.
     """
 
     _engine_type = Engine
@@ -90,6 +98,10 @@ class Database(_Database[Engine]):
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
     ) -> Generator[Session]:
         """Open a session for a block; commit at its end, roll back on any exception.
+
+        Args:
+            isolation_level: for this transaction only; the pooled connection gets its own back.
+            read_only: have the server refuse writes.
 
         Raises:
             TransactionAbortedError: an error inside the block was swallowed.
@@ -190,6 +202,14 @@ class AsyncDatabase(_Database[AsyncEngine]):
         database = AsyncDatabase(create_async_engine(url))
         async with database.transaction() as session:
             session.add(Account(name="Ada"))
+
+    Args:
+        engine: whoever built it disposes of it; the handle does not.
+        name: appears in messages; give each handle its own where there are several.
+        session_options: keyword arguments for the sessions, as for `install_database`.
+        shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
+        warn_held_after: seconds after which a connection that is still in use is logged, with
+            where its session was opened; `None` for never.
     """
 
     _engine_type = AsyncEngine
@@ -208,7 +228,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         """Open a session for a block; commit at its end, roll back on any exception.
 
         A cancellation does not interrupt the COMMIT: it is awaited, for `shutdown_timeout`
-        seconds at most.
+        seconds at most. The arguments are those that `Database.transaction` has.
 
         Raises:
             TransactionAbortedError: an error inside the block was swallowed.

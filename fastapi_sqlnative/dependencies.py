@@ -173,6 +173,9 @@ def get_db(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     background tasks need `get_database_handle`. Nothing is committed unless you call `commit()`
     or something in the request depends on `transactional(name)`.
 
+    Args:
+        name: the name given to `install_database`.
+
     Raises:
         UncommittedChangesError: in the request, when something was written and not committed.
 
@@ -217,13 +220,19 @@ def transactional(
 def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     """Depend on a session for reads that need no transaction.
 
-    A session of its own, in AUTOCOMMIT: one round trip a query, each seeing what is committed
-    by then. It does not see what the request's own transaction has written.
+    It is a second session, in AUTOCOMMIT: one round trip for each query, which sees what is
+    committed at that moment. It does not see what the request's own transaction has written.
+
+    Args:
+        name: the name given to `install_database`.
 
     Raises:
         ReadOnlySessionError: in the request, for a flush, an ORM write or a statement that writes,
             textual SQL included. A function that writes is not recognised, and is committed at
             once.
+
+    Example:
+        Reader = Annotated[AsyncSession, Depends(reader())]
     """
     return _reader_dependency(trimmed(name))
 
@@ -232,6 +241,9 @@ def get_database_handle(name: str = "default") -> Callable[..., Awaitable[AnyDat
     """Depend on the handle of a database, for work that outlives the request's session.
 
     The handle is a `Database` or an `AsyncDatabase` and lives as long as the application runs.
+
+    Args:
+        name: the name given to `install_database`.
 
     Example:
         async def rows(database: Annotated[AsyncDatabase, Depends(get_database_handle())]):
@@ -251,10 +263,14 @@ async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
     return unit_of(connection)
 
 
-# What depends on this is left before the request's COMMIT, if it has function scope.
-UNIT_OF_WORK: Final = (
-    Depends(_unit_of_work) if HAS_FUNCTION_STACK else Depends(_end_of_request, scope="function")
-)
+def in_unit_of_work() -> Any:
+    """Depend on the request's unit of work.
+
+    What does so with function scope is left before the unit ends, and with it before the COMMIT.
+    """
+    if HAS_FUNCTION_STACK:
+        return Depends(_unit_of_work)
+    return Depends(_end_of_request, scope="function")
 
 
 def _signature(**dependencies: Callable[..., Any]) -> inspect.Signature:

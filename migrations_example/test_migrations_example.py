@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -566,6 +567,34 @@ def expect_checks(served: Served, status: int, default: str, analytics: str) -> 
 
 
 # --- the README ---
+
+
+@pytest.mark.timeout(120)  # Alembic starts three times
+def test_the_steps_to_copy_it(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever copies the project as the README says has a first revision that fits the models."""
+    copied = tmp_path / "migrations_example"
+    shutil.copytree(
+        ROOT / "migrations_example", copied, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    readme = (copied / "README.md").read_text("utf-8")
+    steps = re.findall(r"^```console\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    assert len(steps) == 2
+    tools = Path(sys.executable).parent
+    with placed("postgresql+psycopg", request, monkeypatch) as place:
+        for command_line in "".join(steps).splitlines():
+            subprocess.run(  # noqa: S602 # the README's own line
+                command_line,
+                shell=True,
+                cwd=tmp_path,
+                env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+                check=True,
+            )
+        assert place.tables() == {"alembic_version", "book"}
+        assert place.version() == "0001"
+    left = [path.name for path in (tmp_path / "migrating").glob("*.py")]
+    assert sorted(left) == ["__init__.py", "locking.py", "models.py", "settings.py"]
 
 
 @pytest.mark.timeout(180)  # five processes, on a machine that may be busy

@@ -25,6 +25,7 @@ The rules for whoever writes a page. None of its blocks is exempt:
 import ast
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -35,8 +36,10 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import quote
 
 import fastapi
@@ -414,6 +417,35 @@ def test_the_reference_is_complete() -> None:
             found = [each for each in objects if each is getattr(module, name)]
             assert len(found) == 1, f"{module.__name__}.{name} is described {len(found)} times"
             assert found[0].__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
+    """Yield each parameter of a function or class, and of its methods, with what describes it."""
+    docstring = inspect.getdoc(described) or ""
+    for name in re.findall(r"(?:as|what|that) `(\w+(?:\.\w+)?)` (?:does|has)", docstring):
+        docstring += inspect.getdoc(pkgutil.resolve_name(f"fastapi_sqlnative.{name}")) or ""
+    with contextlib.suppress(ValueError):  # a class without a signature
+        yield from ((name, docstring) for name in inspect.signature(described).parameters)
+    if inspect.isclass(described):
+        for method in vars(described).values():
+            if inspect.isfunction(method) and "\n" in (method.__doc__ or ""):
+                yield from described_parameters(method)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [each for each in public_modules() if not hasattr(each, "pytest")],
+    ids=lambda module: module.__name__,
+)
+def test_every_parameter_is_described(module: ModuleType) -> None:
+    """The docstring of a public function or class says what each of its parameters means."""
+    for public in module.__all__:
+        described = getattr(module, public)
+        if inspect.isclass(described) and issubclass(described, BaseException | Enum | list):
+            continue
+        for name, docstring in described_parameters(described):
+            line = rf"^\s*\*{{0,2}}{name}: |`{name}"
+            assert name == "self" or re.search(line, docstring, re.MULTILINE), f"{public}: {name}"
 
 
 def test_names_in_the_guide_exist() -> None:

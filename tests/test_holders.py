@@ -138,8 +138,9 @@ async def test_a_pool_that_times_out_says_who(
         answers = await asyncio.gather(*(client.post("/waiting") for _ in range(5)))
     assert [each.status_code for each in answers] == [503] * 5
     assert len(errors) == 5
+    told = errors[0].__notes__[0]
     for error in errors:
-        (told,) = error.__notes__
+        assert error.__notes__ == [told]
         assert told.startswith("The connections of database 'default' are held by ")
         assert "POST /api/orders/{id}: 2, up to " in told
         assert "POST /waiting: 1, up to " in told

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fastapi_sqlnative import (
+    dependencies,
     get_database_handle,
     get_db,
     install_database,
@@ -118,6 +119,29 @@ async def test_a_slow_query_is_ended(
         await assert_clean(app, rows)
 
 
+async def test_a_fastapi_without_a_stack_of_its_own(
+    kind: Kind,
+    app: FastAPI,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the session is ended by a generator, the deadline is over before that as well."""
+    monkeypatch.setattr(dependencies, "HAS_FUNCTION_STACK", False)
+    soon = SOON * 1.001  # a dependency is made once for each time
+    name = f"without a stack {kind.id}"  # and name
+    install_database(app, name=name, engine=engine)
+    options = {"dependencies": [Depends(deadline(soon), scope="request")]}
+    route(app, kind, "/", transactional(name), slow, **options)
+    options = {"dependencies": [Depends(deadline(60 * 1.001), scope="request")]}
+    route(app, kind, "/quick", transactional(name), lambda s: s.add(Item(name="b")), **options)
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+        assert (await client.post("/quick")).status_code == 201
+    assert rows.names == ["b"]
+
+
 async def test_a_request_in_time_is_untouched(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """A deadline that is not reached changes nothing."""
     route(
@@ -189,6 +213,34 @@ async def test_a_network_that_swallows_is_given_up(
         await assert_clean(app, rows)
 
 
+@asynchronous
+async def test_a_rollback_that_is_swallowed_is_given_up(
+    kind: Kind,
+    behind_proxy: AsyncEngine,
+    proxy: Proxy,
+    rows: Rows,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nor is a ROLLBACK waited for that gets no answer; no COMMIT is told of that nobody sent."""
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose, shutdown_timeout=60)
+
+    @app.post("/", dependencies=[Depends(deadline(1))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        proxy.fault = Fault.FROZEN
+        await asyncio.sleep(60)
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        proxy.fault = Fault.NONE
+        proxy.go_on.set()
+        await assert_clean(app, rows)
+    assert "COMMIT" not in caplog.text
+
+
 async def in_a_task_group() -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(asyncio.sleep(60))
@@ -250,6 +302,24 @@ async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) 
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             await session.flush()
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
+    """What waits once more when it is cancelled is cancelled once more."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(60)
 
     async with running(app) as client:
         assert (await client.post("/")).status_code == 504
@@ -381,7 +451,7 @@ TRUNCATE slow_commit;
 
 @synchronous
 async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """What the server does at COMMIT does not count for the timeout of statements."""
+    """PostgreSQL's statement timeout is no limit for what it does at COMMIT."""
     rows.connection.execute(AT_COMMIT)
 
     def body(session: Session) -> None:

@@ -49,7 +49,7 @@ get_db(7)  # no name
 reader(read_only=True)  # it always is
 install_database(app, engine="sqlite://")  # an address
 install_database(app, create_engine("sqlite://"))  # by its place
-install_database(app, engine=sync.engine, shutdown=sync.engine.dispose())  # called already
+install_database(app, engine=sync.engine, shutdown="dispose")  # no function
 install_database(app, engine=sync.engine, startup_wait="10")  # no number
 install_database(app, engine=lambda url: create_engine(url))  # wants a parameter
 installed_databases(app)["a"].transaction().__enter__()  # either colour

@@ -6,7 +6,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from time import monotonic
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -15,6 +16,8 @@ from .._drivers import transactions
 from .._drivers.pools import ConnectionHolder, ask_pool
 from .._routes import name_of_route
 from .shared import SharedState
+
+_NOBODYS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -27,14 +30,13 @@ class Holder:
 
     Attributes:
         connections: in use, with the changes made before.
-        request: the scope of the request that opened the session, if one did.
+        request: the scope of the request that opened the session; empty for a handle's.
         executing: a statement of the session's is on its way.
         ends_at: by `time.monotonic()`, when the server is to end what the session asks for.
         on_idle: called when the connections are given back.
     """
 
     __slots__ = (
-        "_limited",
         "_since",
         "connections",
         "ends_at",
@@ -47,12 +49,11 @@ class Holder:
     def __init__(self, state: SharedState) -> None:
         self.state = state
         self.connections: dict[Connection, int] = {}
-        self.request: Mapping[str, Any] | None = None
+        self.request: Mapping[str, Any] = _NOBODYS
         self.executing = False
         self.ends_at = math.inf
         self.on_idle: Any = None
         self._since = 0.0
-        self._limited: dict[Connection, str] | None = None
 
     def take(self, connection: Connection) -> None:
         """Note a connection that the session holds from now on."""
@@ -68,7 +69,6 @@ class Holder:
         for connection in self.connections:
             self.state.at_work.pop(connection, None)
         self.connections.clear()
-        self._limited = None
         limit = self.state.warn_held_after
         if limit is not None and (held := self.seconds) > limit:
             route = name_of_route(self.request) or "A session of the handle's"
@@ -88,25 +88,12 @@ class Holder:
         idle = transactions.is_idle_in_transaction(connection)
         return not self.executing if idle is None else idle
 
-    # -- how long the server may take --------------------------------------------------------
-
-    def limit_statements(self, connection: Connection) -> None:
-        """Have the server end what is sent over a connection when the session's time is over."""
-        before = transactions.limit_statements(connection, self.ends_at - monotonic())
-        if before is not None:
-            self._limited = {**(self._limited or {}), connection: before}
-
-    def lift_limits(self) -> None:
-        """Let COMMIT take the time that it would have without."""
-        for connection, before in (self._limited or {}).items():
-            transactions.lift_limit(connection, before)
-
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
     """List who holds the database's connections, those with the oldest first."""
     held: dict[object, list[tuple[Holder, Connection]]] = {}
     for connection, holder in state.at_work.copy().items():  # threads may change it meanwhile
-        request = holder.request or {}
+        request = holder.request
         who = request.get("method"), id(request.get("route")), request.get("root_path")
         held.setdefault(who, []).append((holder, connection))
     found = (

@@ -121,7 +121,11 @@ def finding(
 
 
 def log_findings(findings: Iterable[Finding]) -> None:
-    """Log one line: how many rows are well, and which are not. For an application's lifespan."""
+    """Log one line, for an application's lifespan: how many findings are ok, and which are not.
+
+    Args:
+        findings: what `check_databases` returned.
+    """
     findings = list(findings)
     counts = Counter(each.status for each in findings)
     wrong = [f"{each.database}: {each.subject}" for each in findings if each.status != "ok"]

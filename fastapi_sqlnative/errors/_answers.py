@@ -67,6 +67,10 @@ def http_errors(
     waits for COMMIT. Write `with` for a `Session` and `async with` for an `AsyncSession`; without
     a session it is `with`, in `async` code too. A wrong argument is a `TypeError` at once.
 
+    Args:
+        session: the one that the block uses, for a savepoint; without one there is none.
+        **options: those that `map_database_error` has.
+
     Example:
         async with http_errors(session, unique="E-mail already registered."):
             session.add(User(email=email))

@@ -20,9 +20,12 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 
 def start_draining(app: Starlette) -> None:
-    """Be not ready from now on, with whatever is mounted in it; all else is still served.
+    """Make an application not ready from now on; everything else is still served.
 
-    It can be called from a signal handler, and more than once; the next start ends it.
+    It can be called from a signal handler, and more than once. The next start resets it.
+
+    Args:
+        app: the application; those mounted in it are not ready either.
     """
     installed = installations_of(app)
     if not installed.draining:
@@ -31,10 +34,13 @@ def start_draining(app: Starlette) -> None:
 
 
 def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
-    """On SIGTERM start draining, and let the server's own handler run so many seconds later.
+    """On SIGTERM start draining, and run the server's own handler some seconds later.
 
-    Call it on the application that is served, before it starts, with more seconds than whoever
-    sends requests takes to notice. A second SIGTERM stops the server at once.
+    Call it before the application starts. A second SIGTERM stops the server at once.
+
+    Args:
+        app: the application that is served.
+        seconds: for which it drains: more than a load balancer needs to notice.
     """
     check_seconds("seconds", seconds, zero=True)
     inner = app.router.lifespan_context

@@ -19,7 +19,12 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a check has found: whether it is ready, and a word that everybody may read."""
+    """The result of a check.
+
+    Attributes:
+        ready: whether the application should get requests, as far as this check knows.
+        state: a word for the answer of readiness, which anyone may read.
+    """
 
     ready: bool
     state: str
@@ -30,11 +35,18 @@ Check: TypeAlias = Callable[..., bool | CheckResult | Awaitable[bool | CheckResu
 
 @dataclass(frozen=True, slots=True)
 class ReadinessCheck:
-    """A check, sync or async, with a time of its own or one that is only reported."""
+    """A check with a timeout of its own, or one that is only reported.
 
-    check: Check  # of the application or of nothing; a sync one runs in a thread
-    timeout: float | None = None  # seconds, within those of the router, which are the default
-    required: bool = True  # else its failure is reported, and the application still ready
+    Attributes:
+        check: a function, sync or async, that takes the application or nothing; a sync one runs
+            in a thread.
+        timeout: seconds, at most those of the router, which are the default.
+        required: if not, a failure is reported and the application is still ready.
+    """
+
+    check: Check
+    timeout: float | None = None
+    required: bool = True
 
 
 def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:

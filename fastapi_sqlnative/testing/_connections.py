@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, is_aborted
 from .._sessions.engines import run_in_greenlet
-from ._requests import SERVED
-from ._targets import IsolationError, running_loop
+from ._targets import SERVED, IsolationError, running_loop
 from ._turns import Turn, in_flow
 
 T = TypeVar("T")

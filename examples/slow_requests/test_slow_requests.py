@@ -1,0 +1,61 @@
+"""What becomes of a query that nobody waits for any more."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import httpx
+import psycopg
+import pytest
+
+from conftest import WorkerPostgres
+from examples.slow_requests.app import create_app
+from tests.serving import Served, serve, wait_until
+
+
+@pytest.fixture(params=["psycopg", "asyncpg"])
+def served(
+    request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Served]:
+    """Serve the example with each driver in turn."""
+    monkeypatch.setenv("DATABASE_URL", databases.url(request.param))
+    with serve(create_app()) as served:
+        yield served
+
+
+Running = Callable[[], int]
+
+
+@pytest.fixture
+def running(databases: WorkerPostgres) -> Iterator[Running]:
+    """Count, from outside, what the server works on or keeps open."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND pid <> pg_backend_pid() AND state <> 'idle'"
+    )
+    with psycopg.connect(databases.dsn, autocommit=True) as connection:
+        yield lambda: connection.execute(query).fetchall()[0][0]
+
+
+def test_a_report_that_takes_too_long_ends(served: Served, running: Running) -> None:
+    """The client reads 504, and the server works on it no longer."""
+    assert served.client.get("/reports/60").status_code == 504
+    wait_until(lambda: running() == 0)
+    assert served.client.get("/reports/0").json() == "done"
+
+
+def test_a_search_that_nobody_waits_for_ends(served: Served, running: Running) -> None:
+    """The pool names the route while it runs, and is empty when the client has gone."""
+    with httpx.Client(base_url=served.url, timeout=20) as other:
+        search = threading.Thread(target=give_up, args=(served.url,))
+        search.start()
+        holder = {"route": "GET /searches/{seconds}", "connections": 1, "idle_in_transaction": 0}
+        wait_until(lambda: other.get("/pool").json() == [holder])
+        search.join()
+        wait_until(lambda: running() == 0)
+        wait_until(lambda: other.get("/pool").json() == [])
+
+
+def give_up(url: str) -> None:
+    """Ask for a search, and wait for five seconds."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(f"{url}/searches/60", timeout=5)

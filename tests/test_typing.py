@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_docs import PAGES, README, code
+from tests.test_docs import PAGES, README, code, module_name
 
 # An application under the strictest rules, and what each public name is to a type checker.
 RIGHT = [Path(__file__).with_name(f"typing_{name}.py") for name in ("app", "types")]
@@ -110,8 +110,7 @@ def snippets(folder: Path) -> list[Path]:
     """Write the python of each page into a module."""
     found = []
     for page in PAGES:
-        name = "_".join(page.relative_to(ROOT).with_suffix("").parts)
-        module = folder / f"{name.lower().replace('-', '_').replace('.', '_')}.py"
+        module = folder / f"{module_name(page)}.py"
         # SQLAlchemy 2.0 does not know the type of func.count(), 2.1 does.
         option = "" if page == README else "# mypy: no-warn-return-any"
         module.write_text(option + code(page), "utf-8")

@@ -9,7 +9,7 @@ from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
-from sqlalchemy import Engine
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -45,7 +45,7 @@ class _Database(Generic[EngineT]):
         if not isinstance(given, self._engine_type):
             raise TypeError(
                 f"{type(self).__name__} {name!r} takes an {self._engine_type.__name__}, not "
-                f"{type(engine).__name__}."
+                f"{type(engine).__name__}.{remedy_for_address(given)}"
             )
         self.name = name
         self.engine: EngineT = engine
@@ -299,6 +299,13 @@ def sessions_of(database: AnyDatabase) -> SessionFactory:
     """Return what makes the sessions of a database; for the package only."""
     # The class is this module's own, and its users are to see nothing of it.
     return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+
+
+def remedy_for_address(given: object) -> str:
+    """Say how an address becomes an engine, where one was given in place of it."""
+    if not isinstance(given, str | URL):
+        return ""
+    return " Make one of the address: create_async_engine(url), or create_engine(url)."
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:

@@ -423,7 +423,7 @@ def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
     """Yield each parameter of a function or class, and of its methods, with what describes it."""
     docstring = inspect.getdoc(described) or ""
     for name in re.findall(r"(?:as|what|that) `(\w+(?:\.\w+)?)` (?:does|has)", docstring):
-        docstring += inspect.getdoc(pkgutil.resolve_name(f"fastapi_sqlnative.{name}")) or ""
+        docstring += inspect.getdoc(pkgutil.resolve_name(f"{described.__module__}.{name}")) or ""
     with contextlib.suppress(ValueError):  # a class without a signature
         yield from ((name, docstring) for name in inspect.signature(described).parameters)
     if inspect.isclass(described):

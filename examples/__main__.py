@@ -56,10 +56,19 @@ class Server(uvicorn.Server):
 
 
 def to_try(readme: str) -> tuple[list[str], list[str]]:
-    """Separate the commands from what stands below them: a prompt of zsh takes no comments."""
-    lines = "".join(TO_TRY.findall(readme)).splitlines()
-    commands = [line.partition(" # ")[0] for line in lines if line and not line.startswith("#")]
-    return commands, [found[1] for line in lines if (found := ANSWER.fullmatch(line))]
+    """Separate the commands from what stands around them: a prompt of zsh takes no comments."""
+    commands: list[str] = []
+    answers: list[str] = []
+    title = ""
+    for line in filter(None, "".join(TO_TRY.findall(readme)).splitlines()):
+        if found := ANSWER.fullmatch(line):
+            answers.append(f"{title}{found[1]}")
+            title = ""
+        elif line.startswith("# "):
+            title = f"{line.removeprefix('# ')}: "
+        else:
+            commands.append(line.partition(" # ")[0])
+    return commands, answers
 
 
 def main(arguments: list[str]) -> None:

@@ -152,7 +152,7 @@ def is_free(port: int) -> bool:
 
 def paste_all(printed: list[str], *, ada: int = 1_000_00) -> None:
     """Run the showcase's five printed lines; `ada` is the balance they begin with."""
-    assert f'1. 200 [{{"number":"ada-1","balance":{1_000_00}}}]' in printed
+    assert """1. ada's accounts: 200 [{"number":"ada-1","balance":100000}]""" in printed
     accounts, small, large, ready, ledger = (line for line in printed if line.startswith("curl"))
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada}])
     status, entries = answer_of(small)

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.types import Scope
 
 from ._lifespan.running import running_for
 from ._members import (
@@ -33,8 +34,8 @@ from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
 from .exceptions import RequestCancelledError
 
-# FastAPI raises what a dependency has made of a cancellation in its place.
-_CANCELLED: Final = (asyncio.CancelledError, RequestCancelledError)
+# Seconds that a request which is too slow may take to roll back.
+_GRACE: Final = 1.0
 # Seconds without a connection after which a request lets others in.
 _IDLE: Final = 0.1
 # Under which a request's scope keeps its unit of work.
@@ -63,14 +64,14 @@ class UnitOfWork:
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
-        self.scope = connection.scope
+        self.scope: Scope = connection.scope
         self._sessions: dict[str, Member] = {}
         self._readers: dict[str, Member] = {}
         self._members: list[Member] = []
         self._asked_gate = self._has_place = False
         # Once: a second cancellation would interrupt the driver while it tells the server to stop.
-        self.cancelled = False
-        self.ends_at = math.inf  # by time.monotonic(): then the request's deadline is over
+        self.cancelled: bool = False
+        self.ends_at: float = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
@@ -161,7 +162,7 @@ class UnitOfWork:
             if error is None:
                 await self._complete()
             else:
-                await self._abandon(cancelled=isinstance(error, _CANCELLED))
+                await self._abandon(error)
         finally:
             self.scope.pop(UNIT, None)
             if self._asked_gate:
@@ -179,17 +180,22 @@ class UnitOfWork:
         else:
             await self._run_together(self._commit_all)
 
-    async def _abandon(self, *, cancelled: bool) -> None:
+    async def _abandon(self, error: BaseException) -> None:
         def end(call: Call) -> None:
             close_all(call, self._all_sessions(), roll_back_and_close)
 
         if any(each.record.asked or each.state.overridden for each in self._members):
-            await self._run_together(end, cancelled=cancelled)
+            cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
+            # A client waits for the answer, and there is no COMMIT to wait for.
+            limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
+            await self._run_together(end, cancelled=cancelled, limit=limit)
         else:
             end(directly)
 
-    async def _run_together(self, work: Any, *, cancelled: bool = False) -> None:
-        timeout = max(each.state.shutdown_timeout for each in self._members)
+    async def _run_together(
+        self, work: Any, *, cancelled: bool = False, limit: float = math.inf
+    ) -> None:
+        timeout = min(limit, max(each.state.shutdown_timeout for each in self._members))
         await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
 
     def _all_sessions(self) -> list[AnySession]:

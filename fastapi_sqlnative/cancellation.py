@@ -7,11 +7,12 @@ import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Annotated, Final, TypeAlias
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any, Final, TypeAlias
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
+from sqlalchemy.exc import DBAPIError
 from starlette.requests import ClientDisconnect, Request
 
 from ._routes import name_of_route
@@ -23,13 +24,12 @@ from .exceptions import ClientDisconnectedError, DeadlineExceededError
 
 __all__ = ["cancel_on_disconnect", "deadline"]
 
-logger = logging.getLogger("fastapi_sqlnative")
+logger: logging.Logger = logging.getLogger("fastapi_sqlnative")
 
 # Seconds in which a cancelled driver tells the server to stop. Then it is cancelled once more,
 # which costs the connection: a network that swallows packets may have swallowed that as well.
 _GRACE: Final = 1.0
 
-_Guard: TypeAlias = Callable[[Request, UnitOfWork], AbstractAsyncContextManager[None]]
 _Dependency: TypeAlias = Callable[..., Awaitable[None]]
 
 
@@ -54,7 +54,7 @@ def deadline(seconds: float) -> _Dependency:
         @app.get("/report", dependencies=[Depends(deadline(2))])
     """
     check_seconds("deadline", seconds)
-    return _deadline(float(seconds))
+    return _around_request(_until, float(seconds))
 
 
 def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Dependency:
@@ -72,30 +72,22 @@ def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Depend
     Example:
         @app.get("/report", dependencies=[Depends(cancel_on_disconnect())])
     """
-    return _cancel_on_disconnect(frozenset(method.upper() for method in methods))
+    return _around_request(_while_connected, frozenset(each.upper() for each in methods))
 
 
+# One dependency for one limit, so that FastAPI's cache and `dependency_overrides` recognise it.
 @functools.cache
-def _deadline(seconds: float) -> _Dependency:
-    return _around_request(functools.partial(_until, seconds))
-
-
-@functools.cache
-def _cancel_on_disconnect(methods: frozenset[str]) -> _Dependency:
-    return _around_request(functools.partial(_while_connected, methods))
-
-
-def _around_request(guard: _Guard) -> _Dependency:
+def _around_request(guard: Any, limit: object) -> _Dependency:
     """Make a dependency that is left before the COMMIT, with whatever scope it is declared."""
 
     async def around(
         connection: HTTPConnection, unit: Annotated[UnitOfWork, in_unit_of_work()]
     ) -> AsyncGenerator[None]:
-        if not isinstance(connection, Request):
+        if isinstance(connection, Request):
+            async with guard(limit, connection, unit):
+                yield
+        else:
             yield  # a websocket lives for as long as its client likes
-            return
-        async with guard(connection, unit):
-            yield
 
     async def dependency(around: Annotated[None, Depends(around, scope="function")]) -> None: ...
 
@@ -147,20 +139,16 @@ async def _until(seconds: float, request: Request, unit: UnitOfWork) -> AsyncGen
         timer = asyncio.get_running_loop().call_later(seconds, cancel)
         try:
             yield
-        except Exception as failure:
-            if is_over() and _is_servers_timeout(failure):
+        except DBAPIError as failure:
+            described = describe_database_error(failure)
+            timed_out = described and described.kind is DatabaseErrorKind.STATEMENT_TIMEOUT
+            if timed_out and is_over():
                 raise error() from failure
             raise
         finally:
             timer.cancel()
     if is_over():
         raise error()
-
-
-def _is_servers_timeout(failure: Exception) -> bool:
-    found = describe_database_error(failure)
-    timed_out = found is not None and found.kind is DatabaseErrorKind.STATEMENT_TIMEOUT
-    return timed_out and not isinstance(failure, DeadlineExceededError)
 
 
 @asynccontextmanager
@@ -176,18 +164,17 @@ async def _while_connected(
         logger.debug("%s", gone)
         return gone
 
+    async def watch(cancel: Callable[[], None]) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass  # the end of a body
+        cancel()
+
     async with _cancellable(unit, error) as cancel:
-        watching = asyncio.create_task(_watch(request, cancel))
+        watching = asyncio.create_task(watch(cancel))
         try:
             yield
         finally:
             watching.cancel()
-
-
-async def _watch(request: Request, gone: Callable[[], None]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass  # the end of a body
-    gone()
 
 
 async def _is_read(request: Request) -> bool:

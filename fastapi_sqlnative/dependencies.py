@@ -101,7 +101,7 @@ class SessionDependency(DatabaseDependency):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__signature__ = _signature()
+        self.__signature__: inspect.Signature = _signature()
 
     async def __call__(
         self, connection: HTTPConnection = _NO_REQUEST, unit: object = None
@@ -116,7 +116,7 @@ class TransactionDependency(DatabaseDependency):
     def __init__(self, name: str, options: TransactionOptions) -> None:
         super().__init__(name)
         self.options = options
-        self.__signature__ = _signature(session=get_db(name))
+        self.__signature__: inspect.Signature = _signature(session=get_db(name))
 
     async def __call__(
         self,
@@ -134,7 +134,7 @@ class ReaderDependency(DatabaseDependency):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__signature__ = _signature(session=get_db(name))
+        self.__signature__: inspect.Signature = _signature(session=get_db(name))
 
     async def __call__(
         self,

@@ -25,14 +25,14 @@ try:
     from alembic.config import Config
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         'fastapi_sqlnative.migrations needs Alembic: pip install "fastapi-sqlnative[alembic]"'
-    ) from error
+    ) from _error
 
 __all__ = ["alembic_check"]
 
-logger = logging.getLogger("fastapi_sqlnative")
+logger: logging.Logger = logging.getLogger("fastapi_sqlnative")
 
 _CURRENT: Final = CheckResult(ready=True, state="current")
 _AHEAD: Final = CheckResult(ready=True, state="ahead")

@@ -26,11 +26,11 @@ from .exceptions import ApplicationAlreadyStartedError
 
 try:
     from opentelemetry import metrics
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "fastapi_sqlnative.telemetry needs OpenTelemetry's API: "
         'pip install "fastapi-sqlnative[telemetry]"'
-    ) from error
+    ) from _error
 try:
     from fastapi.telemetry import get_telemetry_data
 

@@ -57,10 +57,12 @@ class Proxy:
                 thread.join(10)
                 self.reset()
 
-    def reset(self) -> None:
-        """Cut every connection that there is."""
-        while self._pairs:
-            self._pairs.pop().cut()
+    def reset(self, age: float = 0.0) -> None:
+        """Cut every connection that is at least so many seconds old."""
+        for each in tuple(self._pairs):
+            if time.monotonic() - each.since >= age:
+                self._pairs.remove(each)
+                each.cut()
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -82,7 +84,7 @@ class Proxy:
         threading.Thread(target=pair.answer, daemon=True).start()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pair:
     """Join a client's connection to one of the server's."""
 
@@ -90,6 +92,7 @@ class _Pair:
     client: socket.socket
     server: socket.socket
     muted: bool = False
+    since: float = field(default_factory=time.monotonic)
 
     def forward(self) -> None:
         with contextlib.suppress(OSError):
@@ -99,7 +102,7 @@ class _Pair:
                     self.fail()
                 if self.passes():
                     self.server.sendall(data)
-            self.server.shutdown(socket.SHUT_RDWR)
+        _hang_up(self.server)
 
     def answer(self) -> None:
         with contextlib.suppress(OSError):
@@ -108,12 +111,13 @@ class _Pair:
                     self.cut()
                 if self.passes():
                     self.client.sendall(data)
-            self.client.shutdown(socket.SHUT_RDWR)
+        _hang_up(self.client)
 
     def passes(self) -> bool:
         if self.proxy.fault is Fault.SLOW:
             time.sleep(DELAY)
         elif self.proxy.fault is Fault.FROZEN:
+            self.proxy.reached.set()
             self.proxy.go_on.wait()
         return self.proxy.fault is not Fault.SWALLOWED
 
@@ -135,5 +139,10 @@ class _Pair:
 def _cut(end: socket.socket) -> None:
     with contextlib.suppress(OSError):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        end.shutdown(socket.SHUT_RDWR)
+    _hang_up(end)
     end.close()
+
+
+def _hang_up(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)

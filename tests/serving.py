@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,12 +16,22 @@ from typing import Annotated, Any, NamedTuple
 import httpx
 import psycopg
 import uvicorn
-from fastapi import Depends, FastAPI
-from sqlalchemy import MetaData, Table
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import Engine, MetaData, Table, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.util import await_only
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_sqlnative import install_database
+from fastapi_sqlnative.exceptions import (
+    CommitOutcomeUnknownError,
+    PartialCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
 
 # A client reads the system's certificates unless it is given some, which takes 20 ms each time.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -55,6 +65,13 @@ class Item(Base):
     position: Mapped[int | None]
 
 
+ANSWERED = (
+    CommitOutcomeUnknownError,
+    IntegrityError,
+    PartialCommitError,
+    TransactionAbortedError,
+    UncommittedChangesError,
+)
 items: Table = Base.metadata.tables["item"]
 
 
@@ -91,6 +108,14 @@ class Rows:
         ).fetchone()
         assert found is not None
         return int(found[0])
+
+    @property
+    def at_work(self) -> list[tuple[str, str, str]]:
+        """Tell what this database's other connections are in: the state, the wait, the query."""
+        return self.connection.execute(
+            "SELECT state, coalesce(wait_event, ''), left(query, 60) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+        ).fetchall()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -152,6 +177,44 @@ async def _copy(copying: Any, names: Sequence[str]) -> None:
     async with copying as copied:
         for name in names:
             await copied.write_row([name])
+
+
+def make_app(
+    engine: Engine | AsyncEngine,
+    *,
+    answered: Iterable[type[Exception]] = ANSWERED,
+    status: int = 409,
+    **options: Any,
+) -> FastAPI:
+    """Make an application with one database, which answers failures by the name of their class."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, **options)
+
+    def answer(_request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__}, status)
+
+    for failure in answered:
+        app.add_exception_handler(failure, answer)
+    return app
+
+
+def add(
+    name: str, position: int | None = None, *, flush: bool = False
+) -> Callable[[Session], dict[str, str]]:
+    """Make a body that adds one row."""
+
+    def body(session: Session) -> dict[str, str]:
+        session.add(Item(name=name, position=position))
+        if flush:
+            session.flush()
+        return {"name": name}
+
+    return body
+
+
+def names(session: Session) -> list[str]:
+    """List the names stored, in order, as a body."""
+    return list(session.scalars(select(Item.name).order_by(Item.name)))
 
 
 RUNNING = re.compile(r"http://127\.0\.0\.1:\d+")

@@ -119,11 +119,12 @@ async def test_the_log_says_nothing(
 @asynchronous
 async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """A POST is finished though its client has gone; where `methods` names it, it is cancelled."""
-    going_on = threading.Event()
+    reached, going_on = threading.Event(), threading.Event()
 
     async def wait(session: AsyncSession, name: str) -> None:
         session.add(Item(name=name))
         await session.flush()
+        reached.set()
         await anyio.to_thread.run_sync(going_on.wait)
 
     @app.post("/default", dependencies=[Depends(cancel_on_disconnect())])
@@ -136,11 +137,8 @@ async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, 
         await session.flush()
         await session.execute(SLOW)
 
-    def waits() -> bool:
-        return rows.backends("idle in transaction%") == 1
-
     with serve(app) as served:
-        await leave(served, waits, "POST /default")
+        await leave(served, reached.is_set, "POST /default")
         going_on.set()
         await quiet(rows)
         await leave(served, lambda: rows.backends("active") == 1, "POST /named")
@@ -219,6 +217,28 @@ async def test_no_commit_is_interrupted(
 
 def add(session: Session) -> None:
     session.add(Item(name="a"))
+
+
+@asynchronous
+async def test_a_swallowed_cancellation_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
+    """An endpoint that answers although it was cancelled is rolled back."""
+    reached, swallowed = threading.Event(), threading.Event()
+
+    @app.get("/", dependencies=[Depends(cancel_on_disconnect())])
+    async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            reached.set()
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            swallowed.set()
+
+    with serve(app) as served:
+        await leave(served, reached.is_set)
+        assert await anyio.to_thread.run_sync(swallowed.wait, 10)
+        await quiet(rows)
+    assert rows.names == []
 
 
 @asynchronous

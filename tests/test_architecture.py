@@ -220,3 +220,10 @@ def test_there_are_two_hard_dependencies() -> None:
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     names = [each.partition(">")[0] for each in project["dependencies"]]
     assert names == ["fastapi", "sqlalchemy[asyncio]"]
+
+
+def test_the_picture_shows_this_order() -> None:
+    """The architecture page shows the modules as they are: `python -m tests.architecture_picture`."""
+    from tests.architecture_picture import PICTURE, draw
+
+    assert PICTURE.read_text("utf-8") == draw(ORDER)

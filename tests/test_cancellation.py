@@ -26,8 +26,9 @@ from fastapi_sqlnative import (
 )
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve
+from tests.serving import KINDS, Item, Kind, Rows, add, route, serve
 
+add_a = add("a")
 pytestmark = pytest.mark.anyio
 Cancel = Callable[["asyncio.Task[Any]", anyio.CancelScope], object]
 CANCELS: dict[str, Cancel] = {
@@ -76,10 +77,6 @@ async def ended(task: "asyncio.Task[Any]") -> None:
     assert task.cancelled() or task.exception() is None
 
 
-def add(session: Session) -> None:
-    session.add(Item(name="a"))
-
-
 @pytest.mark.driver_decides
 @pytest.mark.parametrize("cancel", CANCELS.values(), ids=CANCELS)
 async def test_a_commit_is_awaited(
@@ -87,7 +84,7 @@ async def test_a_commit_is_awaited(
 ) -> None:
     """A request cancelled while its COMMIT is on the way ends after it, and it is stored."""
     proxy.fault = Fault.STALLED
-    async with running(behind_proxy, kind, add) as client:
+    async with running(behind_proxy, kind, add_a) as client:
         task = await cancelled_request(client, proxy.reached, cancel)
         await asyncio.wait({task}, timeout=0.05)
         assert not task.done()
@@ -113,7 +110,7 @@ async def test_a_commit_that_hangs_is_given_up(
     if not kind.asynchronous:
         proxy.go_on.set()  # a sync COMMIT is waited for: its driver's timeouts bound it
     proxy.fault = Fault.STALLED
-    async with running(behind_proxy, kind, add, shutdown_timeout=0.2) as client:
+    async with running(behind_proxy, kind, add_a, shutdown_timeout=0.2) as client:
         task = await cancelled_request(client, proxy.reached, cancel)
         await ended(task)
     told = "whether a COMMIT took effect is unknown" in caplog.text
@@ -130,7 +127,7 @@ async def test_a_query_is_interrupted(
     reached = threading.Event()
 
     def body(session: Session) -> None:
-        add(session)
+        add_a(session)
         session.flush()
         reached.set()
         session.execute(text("SELECT pg_sleep(0.3)"))
@@ -353,7 +350,11 @@ async def test_clients_that_disconnect_leave_nothing(
         def settled() -> bool:
             return pool.checkedout() == 0 and not rows.backends("%transaction%")
 
-        with anyio.fail_after(20):
-            while not await anyio.to_thread.run_sync(settled):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+        try:
+            with anyio.fail_after(30):
+                while not await anyio.to_thread.run_sync(settled):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            error.add_note(f"{pool.status()}; in a transaction: {rows.at_work}")
+            raise
         assert served.client.post("/query").status_code == 201

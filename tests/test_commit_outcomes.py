@@ -17,16 +17,12 @@ from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownE
 from tests.conftest import MakeEngine
 from tests.in_process import ask, run_in_transaction, run_work, session_class
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, Item, Kind, Rows, items, wait_until
+from tests.serving import ASYNCPG, Item, Kind, Rows, add, items, wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
 Body = Callable[[Session], Any]
 only_asyncpg = pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)
-
-
-def add(session: Session) -> None:
-    session.add(Item(name="once"))
 
 
 # -- after COMMIT ------------------------------------------------------------------------------
@@ -38,6 +34,9 @@ def other(postgres: WorkerPostgres) -> Iterator[Engine]:
     engine = create_engine(postgres.second.url("psycopg"))
     yield engine
     engine.dispose()
+
+
+add_once = add("once")
 
 
 def serialization_failure(connection: Any) -> None:
@@ -75,21 +74,21 @@ def failing_commit(other: Engine | None) -> type[Session]:
 
 
 def commit_by_hand(session: Session) -> None:
-    add(session)
+    add_once(session)
     session.commit()
 
 
 def commit_in_a_block(session: Session) -> None:
     with session.begin():
-        add(session)
+        add_once(session)
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["own error", "40001 of another database"])
 @pytest.mark.parametrize(
     ("dependency", "body", "make"),
     [
-        (transactional(), add, failing_after_commit),
-        (transactional(), add, failing_commit),
+        (transactional(), add_once, failing_after_commit),
+        (transactional(), add_once, failing_commit),
         (get_db(), commit_by_hand, failing_after_commit),
         (get_db(), commit_in_a_block, failing_after_commit),
     ],
@@ -121,7 +120,9 @@ async def test_what_is_stored_is_not_repeated(
     rows.connection.execute("ALTER TABLE item DROP CONSTRAINT item_name_key")
     try:
         with pytest.raises(AfterCommitError):
-            await run_in_transaction(engine, add, session_options=session_class(kind, make(other)))
+            await run_in_transaction(
+                engine, add_once, session_options=session_class(kind, make(other))
+            )
         assert rows.names == ["once"]
     finally:
         rows.connection.execute("TRUNCATE item; ALTER TABLE item ADD UNIQUE (name)")
@@ -148,7 +149,7 @@ async def test_work_that_committed_by_itself_is_not_repeated(
 
 
 def generator(session: Session) -> Any:
-    add(session)
+    add_once(session)
     yield
 
 
@@ -175,7 +176,7 @@ def fail_in_a_savepoint(session: Session) -> None:
 
 
 def add_after_a_savepoint(session: Session) -> None:
-    add(session)
+    add_once(session)
     fail_in_a_savepoint(session)
 
 
@@ -189,8 +190,8 @@ event.listen(Auditing, "before_commit", fail_in_a_savepoint)
 @pytest.mark.parametrize(
     ("dependency", "body", "class_"),
     [
-        (transactional(), add, Session),
-        (transactional(), add, Auditing),
+        (transactional(), add_once, Session),
+        (transactional(), add_once, Auditing),
         (get_db(), commit_by_hand, Auditing),
         (get_db(), commit_in_a_block, Session),
         (get_db(), commit_in_a_block, Auditing),
@@ -277,7 +278,7 @@ async def test_a_transaction_that_the_server_has_ended_is_not_unknown(
     """idle_in_transaction_session_timeout (25P03) ends it before the COMMIT comes."""
 
     def body(session: Session) -> None:
-        add(session)
+        add_once(session)
         session.flush()
         ended_by_the_server(session, rows)
 
@@ -304,7 +305,7 @@ async def test_a_commit_that_asyncpg_refuses_to_send_is_not_unknown(
     """While the end of a connection is still being read asyncpg sends nothing."""
     engine = make_engine(connect_args={"connection_class": HalfEnded})
     with pytest.raises(DBAPIError):
-        await ask(engine, kind, transactional(), add)
+        await ask(engine, kind, transactional(), add_once)
     assert rows.names == []
 
 
@@ -315,7 +316,7 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
     """Over a connection that asyncpg knows to be closed no COMMIT is sent."""
 
     def body(session: Session) -> None:
-        add(session)
+        add_once(session)
         session.flush()
         driver: Any = session.connection().connection.driver_connection
         driver.terminate()

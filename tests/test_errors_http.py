@@ -47,7 +47,7 @@ from fastapi_sqlnative.errors._rules import ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, items, route
+from tests.serving import KINDS, Item, Kind, Rows, add, items, route
 
 UNIQUE_NAME = "item_name_key"
 PROBLEM = "application/problem+json"
@@ -68,13 +68,6 @@ def call(app: FastAPI, kind: Kind, body: Work, dependency: Any = None) -> Any:
     route(app, kind, "/", dependency or transactional(), body)
     with TestClient(app, raise_server_exceptions=False) as client:
         return client.post("/")
-
-
-def add(name: str, position: int | None = None) -> Work:
-    def body(session: Session) -> None:
-        session.add(Item(name=name, position=position))
-
-    return body
 
 
 def add_and_flush(session: Session) -> None:

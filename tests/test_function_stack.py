@@ -18,15 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastapi_sqlnative import dependencies, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
 from tests.in_process import running
-from tests.serving import Item, Kind, Rows, route
+from tests.serving import Item, Kind, Rows, add, route
 
 pytestmark = pytest.mark.anyio
 
 Body = Callable[[Session], Any]
-
-
-def add(name: str, position: int | None = None) -> Body:
-    return lambda session: session.add(Item(name=name, position=position))
 
 
 # -- an endpoint that calls the application ----------------------------------------------------

@@ -23,7 +23,6 @@ from sqlalchemy import (
     create_engine,
     insert,
     make_url,
-    select,
     text,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -40,10 +39,11 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import SessionFinishedError, TransactionAbortedError
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, items, serve
+from tests.serving import Item, Kind, Rows, add, items, names, serve
 
 pytestmark = pytest.mark.anyio
 Body = Callable[[Session], Any]
+add_a = add("a", flush=True)
 
 
 def handle_of(engine: Any, **options: Any) -> Any:
@@ -99,18 +99,13 @@ async def ping(database: Any, timeout: float) -> None:
         await anyio.to_thread.run_sync(database.ping, timeout)
 
 
-def add(session: Session) -> None:
-    session.add(Item(name="a"))
-    session.flush()
-
-
 def add_and_fail(session: Session) -> None:
-    add(session)
+    add_a(session)
     raise ZeroDivisionError
 
 
 def add_and_commit(session: Session) -> None:
-    add(session)
+    add_a(session)
     session.commit()
 
 
@@ -118,10 +113,6 @@ def swallow(session: Session) -> None:
     session.execute(insert(items).values(name="a"))
     with pytest.raises(IntegrityError):
         session.execute(insert(items).values(name="a"))
-
-
-def names(session: Session) -> list[str]:
-    return list(session.scalars(select(Item.name).order_by(Item.name)))
 
 
 def clean(database: Any, rows: Rows) -> bool:
@@ -135,7 +126,7 @@ def clean(database: Any, rows: Rows) -> bool:
 
 async def test_a_session_never_commits(database: Any, rows: Rows) -> None:
     """session() rolls back what its block did not commit, and closes, however the block ends."""
-    await in_session(database, add)
+    await in_session(database, add_a)
     assert (rows.names, clean(database, rows)) == ([], True)
     with pytest.raises(ZeroDivisionError):
         await in_session(database, add_and_fail)
@@ -150,7 +141,7 @@ async def test_a_transaction_commits_or_rolls_back(database: Any, rows: Rows) ->
     with pytest.raises(ZeroDivisionError):
         await in_transaction(database, add_and_fail)
     assert (rows.names, clean(database, rows)) == ([], True)
-    await in_transaction(database, add)
+    await in_transaction(database, add_a)
     assert (rows.names, clean(database, rows)) == (["a"], True)
     with pytest.raises(IntegrityError):
         await in_transaction(database, lambda session: session.add(Item(name="a")))
@@ -164,7 +155,7 @@ async def test_a_transaction_refuses_a_swallowed_error(database: Any, rows: Rows
         await in_transaction(database, swallow)
     assert isinstance(caught.value.__cause__, Exception)
     assert (rows.names, clean(database, rows)) == ([], True)
-    await in_transaction(database, add)
+    await in_transaction(database, add_a)
     assert rows.names == ["a"]
 
 
@@ -172,7 +163,7 @@ async def test_a_block_may_commit_and_roll_back_itself(database: Any, rows: Rows
     """An explicit commit stores at once, whatever comes after it in the block."""
 
     def body(session: Session) -> None:
-        add(session)
+        add_a(session)
         session.commit()
         session.add(Item(name="rolled back"))
         session.flush()
@@ -190,7 +181,7 @@ async def test_a_block_may_close_its_session(database: Any, rows: Rows) -> None:
     """A block that has committed and closed by itself ends in peace."""
 
     def body(session: Session) -> None:
-        add(session)
+        add_a(session)
         session.commit()
         session.close()
 
@@ -222,10 +213,10 @@ async def test_a_transaction_has_options(database: Any, rows: Rows) -> None:
     assert (level, read_only) == ("serializable", "on")
     assert await in_transaction(database, show) == ["read committed", "off", backend]
     with pytest.raises(DBAPIError, match="read-only"):
-        await in_transaction(database, add, read_only=True)
+        await in_transaction(database, add_a, read_only=True)
     with pytest.raises(ValueError, match="is no isolation level"):
-        await in_transaction(database, add, isolation_level="AUTOCOMMIT")
-    await in_transaction(database, add)
+        await in_transaction(database, add_a, isolation_level="AUTOCOMMIT")
+    await in_transaction(database, add_a)
     assert rows.names == ["a"]
 
 
@@ -242,7 +233,7 @@ async def test_a_session_does_not_outlive_its_block(database: Any, rows: Rows) -
         with pytest.raises(SessionFinishedError, match=r"request \(or block\).*has ended"):
             kept[0].execute(text("SELECT 1"))
         with pytest.raises(SessionFinishedError):
-            add(kept[0])
+            add_a(kept[0])
         assert clean(database, rows)
 
 
@@ -255,14 +246,14 @@ async def test_sessions_may_be_used_side_by_side(
 
     async def asynchronous() -> None:
         async with database.transaction() as outer:
-            await outer.run_sync(add)
+            await outer.run_sync(add_a)
             async with database.transaction() as inner:
                 inner.add(Item(name="b"))
             raise ZeroDivisionError
 
     def synchronous() -> None:
         with database.transaction() as outer:
-            add(outer)
+            add_a(outer)
             with database.transaction() as inner:
                 inner.add(Item(name="b"))
             raise ZeroDivisionError

@@ -3,42 +3,30 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import install_database, install_error_handlers, transactional
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, Rows, add, make_app, route, serve, wait_until
 
+ANSWERING: dict[str, Any] = {
+    "answered": (CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError),
+    "status": 500,
+}
+add_a = add("a")
 pytestmark = pytest.mark.driver_decides
 
 
 LOST = {"DBAPIError", "InterfaceError", "OperationalError"}  # SQLAlchemy's
-
-
-def make_app(engine: Engine | AsyncEngine) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 500)
-
-    for kind in CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError:
-        app.add_exception_handler(kind, answer)
-    return app
-
-
-def add(session: Session) -> None:
-    session.add(Item(name="a"))
 
 
 @pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
@@ -50,8 +38,8 @@ def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
     fault: Fault,
 ) -> None:
     """Stored or not, the application gets one error for it, and the next request works."""
-    app = make_app(behind_proxy)
-    route(app, kind, "/", transactional(), add)
+    app = make_app(behind_proxy, **ANSWERING)
+    route(app, kind, "/", transactional(), add_a)
     route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
     with serve(app) as served:
         proxy.fault = fault
@@ -80,7 +68,7 @@ def test_a_connection_lost_before_commit_is_not_unknown(
     kind: Kind, behind_proxy: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:
     """Before COMMIT is sent nothing can be stored, and the error is another one."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
         response = served.post("/")
@@ -93,7 +81,7 @@ def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
     """Whoever is handed one reads SQLAlchemy's error, not the driver's; the next request works."""
-    app = make_app(engine)
+    app = make_app(engine, **ANSWERING)
     route(app, kind, "/", transactional(), lambda session: touch(session.connection()))
     with serve(app) as served:
         assert served.post("/").status_code == 201
@@ -109,12 +97,12 @@ def test_a_connection_lost_while_the_commit_is_prepared_is_sqlalchemys_error(
     """It is lost before COMMIT is sent: nothing is stored, and nobody says that it may be."""
 
     def add_and_lose(session: Session) -> None:
-        add(session)
+        add_a(session)
         session.flush()
         touch(session.connection())  # what is sent over it nobody knows: the server is asked
         terminate_others(rows)
 
-    app = make_app(engine)
+    app = make_app(engine, **ANSWERING)
     route(app, kind, "/", transactional(), add_and_lose)
     with serve(app) as served:
         assert served.post("/").json()["error"] in LOST
@@ -134,7 +122,7 @@ def test_a_driver_that_waits_no_longer_is_a_statement_timeout(
     install_database(app, engine=engine, shutdown=engine.dispose)
     install_error_handlers(app)
     route(app, kind, "/slow", transactional(), sleep_long)
-    route(app, kind, "/", transactional(), add)
+    route(app, kind, "/", transactional(), add_a)
     with serve(app) as served:
         assert served.post("/slow").status_code == 504
         assert served.post("/").status_code == 201
@@ -148,8 +136,8 @@ def test_a_driver_that_waits_no_longer_for_commit_leaves_the_outcome_unknown(
     """A COMMIT that is on its way when `command_timeout` ends may take effect all the same."""
     arguments = {"host": "127.0.0.1", "port": proxy.own_port, "ssl": False, "command_timeout": 0.3}
     engine = make_engine(pool_size=1, max_overflow=0, connect_args=arguments)
-    app = make_app(engine)
-    route(app, kind, "/", transactional(), add)
+    app = make_app(engine, **ANSWERING)
+    route(app, kind, "/", transactional(), add_a)
     with serve(app) as served:
         proxy.fault = Fault.STALLED
         assert served.post("/").json() == {"error": "CommitOutcomeUnknownError"}
@@ -177,7 +165,7 @@ def test_a_query_that_was_given_up_is_not_committed_around(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
     """A handler that cancels a query with a timeout and goes on cannot commit what came before."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
 
     @app.post("/")
     async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
@@ -197,7 +185,7 @@ def test_a_session_in_use_at_the_commit_poisons_nothing(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
     """When a task that was left behind is in mid-query, the next request is well all the same."""
-    app = make_app(behind_proxy)
+    app = make_app(behind_proxy, **ANSWERING)
     left: list[object] = []
 
     @app.post("/")

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, route, serve, using
+from tests.serving import Item, Kind, Rows, add, route, serve, using
 
 DEPENDENCIES = {
     "get_db": get_db(),
@@ -65,17 +65,9 @@ def as_async_generator(own: Any) -> Callable[..., Any]:
 STYLES = [as_function, as_coroutine_function, as_generator, as_async_generator]
 
 
-def add(name: str) -> Callable[[Session], None]:
-    def body(session: Session) -> None:
-        session.add(Item(name=name))
-        session.flush()
-
-    return body
-
-
 def add_and_fail(name: str) -> Callable[[Session], None]:
     def body(session: Session) -> None:
-        add(name)(session)
+        add(name, flush=True)(session)
         raise ZeroDivisionError
 
     return body
@@ -105,7 +97,7 @@ def test_an_overriding_session_is_the_applications(
     """What overrides get_db reaches all, and is not committed, rolled back or closed for it."""
     app.dependency_overrides[get_db(" default")] = style(own)
     for name, dependency in DEPENDENCIES.items():
-        route(app, kind, f"/{name}/returns", dependency, add(f"{name} returned"))
+        route(app, kind, f"/{name}/returns", dependency, add(f"{name} returned", flush=True))
         route(app, kind, f"/{name}/raises", dependency, add_and_fail(f"{name} raised"))
     route_the_end(app, kind, own)
     stored: list[str] = []
@@ -135,7 +127,7 @@ def test_an_override_by_another_database_is_a_transaction_there(
         found.extend(session.scalars(select(Item.name)))
 
     looking = [Depends(using(kind, Depends(reader()), read))]
-    route(app, kind, "/", transactional(), add("a"), dependencies=looking)
+    route(app, kind, "/", transactional(), add("a", flush=True), dependencies=looking)
     route(app, kind, "/fails", transactional(), add_and_fail("b"))
     with serve(app) as served:
         assert served.post("/fails").status_code == 500
@@ -168,7 +160,7 @@ def test_transactional_and_reader_can_be_overridden_alone(
 def test_an_override_ends_with_its_removal(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """Without the override the next request has a session of ours again, and commits it."""
     app.dependency_overrides[get_db()] = lambda: None
-    route(app, kind, "/", transactional(), add("a"))
+    route(app, kind, "/", transactional(), add("a", flush=True))
     with serve(app) as served:
         assert served.post("/").status_code == 500
         app.dependency_overrides.clear()

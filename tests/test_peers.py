@@ -1,6 +1,8 @@
 """The benchmark beside the peers: everybody does the same work, and is counted alike."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from sqlalchemy import create_engine, func, make_url, select
@@ -8,10 +10,9 @@ from sqlalchemy.engine import Engine
 
 from conftest import WorkerPostgres
 from tests.in_process import running
-from tests.peers import page
 from tests.peers.contestants import BY_HAND, CONTESTANTS, OURS, Contestant
 from tests.peers.load import open_loop
-from tests.peers.page import cell
+from tests.peers.page import cell, title_of, write_page
 from tests.peers.results import Results, Row
 from tests.peers.wire import Wire
 from tests.peers.workloads import NOTES, WORKLOADS, Base, Entry, Note, create_tables
@@ -107,4 +108,22 @@ def test_ratios_are_to_the_best_by_hand() -> None:
     results.figures[throughput] = results.figures[row]
     assert results.reference(throughput) == BY_HAND[1]
     assert set(results.ahead(throughput)) == set(BY_HAND[:2])
-    assert page.title_of(row.table) == "CPU of a request: psycopg"
+    assert title_of(row.table) == "CPU of a request: psycopg"
+
+
+def test_the_page_says_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page has a table and a chart of what was measured, and names whoever is ahead."""
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    results = Results("cpu", {"date": "2026-11-26", "cores": "2", "rounds": "2"})
+    row = Row("cpu", "psycopg", "", "one read")
+    results.add(row, OURS, 2.0, 2.0)
+    results.add(row, BY_HAND[0], 4.0, 4.0)
+    results.add(row, CONTESTANTS[-1].name, 1.0, 1.0)
+    results.save()
+    write_page()
+    page = Path("docs/performance-compared.md").read_text("utf-8")
+    assert f"| {OURS} | 0.50 |" in page
+    assert f"one read (we: 0.50): {CONTESTANTS[-1].name} 0.25." in page
+    chart = ElementTree.parse(Path("docs", "charts", "cpu-psycopg.svg"))
+    assert "0.25" in [each.text for each in chart.iter("{http://www.w3.org/2000/svg}text")]

@@ -19,20 +19,16 @@ from fastapi_sqlnative.exceptions import (
     UncommittedChangesError,
 )
 from tests.in_process import ask, async_sqlite, session_class, sqlite
-from tests.serving import KINDS, Item, Kind, Rows, items
+from tests.serving import KINDS, Item, Kind, Rows, add, items
 
 pytestmark = pytest.mark.anyio
 
 Body = Callable[[Session], Any]
-
-
-def add(session: Session) -> None:
-    session.add(Item(name="a"))
-    session.flush()
+add_a = add("a", flush=True)
 
 
 def fail(session: Session) -> None:
-    add(session)
+    add_a(session)
     raise ZeroDivisionError
 
 
@@ -87,7 +83,7 @@ def telling_options(kind: Kind, request: pytest.FixtureRequest) -> tuple[dict[st
 @pytest.mark.parametrize(
     ("dependency", "body", "expected"),
     [
-        (transactional(), add, ["commit", "close"]),
+        (transactional(), add_a, ["commit", "close"]),
         (transactional(), nothing, ["commit", "close"]),
         (transactional(), fail, ["rollback", "close"]),
         (get_db(), lambda session: session.execute(select(items)).close(), ["close"]),
@@ -110,10 +106,10 @@ async def test_an_override_is_called_at_the_end_of_a_request(
     except ZeroDivisionError:
         assert body is fail
     assert log == expected
-    assert rows.names == (["a"] if body is add else [])
+    assert rows.names == (["a"] if body is add_a else [])
 
 
-@pytest.mark.parametrize("body", [add, fail])
+@pytest.mark.parametrize("body", [add_a, fail], ids=["add", "fail"])
 async def test_an_override_is_called_at_the_end_of_a_block(
     kind: Kind,
     engine: Engine | AsyncEngine,
@@ -134,8 +130,8 @@ async def test_an_override_is_called_at_the_end_of_a_block(
         assert body is fail
     finally:
         await engine.dispose() if isinstance(engine, AsyncEngine) else engine.dispose()
-    assert log == (["commit", "close"] if body is add else ["rollback", "close"])
-    assert rows.names == (["a"] if body is add else [])
+    assert log == (["commit", "close"] if body is add_a else ["rollback", "close"])
+    assert rows.names == (["a"] if body is add_a else [])
 
 
 class AsyncOutbox(AsyncSession):
@@ -153,7 +149,7 @@ async def test_an_async_override_that_fails_after_the_commit(
     """What an async commit() does after SQLAlchemy's cannot undo it, and the error says so."""
     options = {"class_": AsyncOutbox}
     with pytest.raises(AfterCommitError):
-        await ask(engine, kind, transactional(), add, session_options=options)
+        await ask(engine, kind, transactional(), add_a, session_options=options)
     assert rows.names == ["a"]
 
 
@@ -242,7 +238,7 @@ async def test_a_class_is_made_as_it_wants_to_be(
     """Sharded sessions and others with parameters of their own commit, and forget nothing."""
     inner = sync_engine(engine)
     options = {"session_options": session_class(kind, make(inner))}
-    assert await ask(engine, kind, transactional(), add, **options) == 201
+    assert await ask(engine, kind, transactional(), add_a, **options) == 201
     assert rows.names == ["a"]
 
     def forget(session: Session) -> None:

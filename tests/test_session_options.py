@@ -5,22 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, delete, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
-from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
-from fastapi_sqlnative.exceptions import (
-    CommitOutcomeUnknownError,
-    TransactionAbortedError,
-    UncommittedChangesError,
-)
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, items, route, serve
+from tests.serving import Item, Kind, Rows, items, make_app, route, serve
 
 
 class Own(Session):
@@ -48,18 +42,6 @@ def class_options(kind: Kind, sync: type[Session], asynchronous: type[AsyncSessi
     return {"class_": asynchronous if kind.asynchronous else sync}
 
 
-def make_app(engine: Any, **options: Any) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 409)
-
-    for error in CommitOutcomeUnknownError, TransactionAbortedError, UncommittedChangesError:
-        app.add_exception_handler(error, answer)
-    return app
-
-
 @contextmanager
 def listening(
     target: Any, name: str, function: Callable[..., Any], *, insert: bool = False
@@ -81,7 +63,11 @@ def test_sessions_have_the_options_of_the_installation(
     """class_, autoflush, expire_on_commit and info are what the application says."""
     rows.add("there")
     options = class_options(kind, Own, OwnAsync)
-    app = make_app(engine, autoflush=False, expire_on_commit=True, info={"tenant": 7}, **options)
+    app = make_app(
+        engine,
+        session_options={"autoflush": False, "expire_on_commit": True, "info": {"tenant": 7}}
+        | options,
+    )
 
     def body(session: Session) -> None:
         assert isinstance(session, Own)
@@ -123,10 +109,10 @@ def test_an_async_session_keeps_its_sync_class(
     """The class that does an AsyncSession's work is the application's, whichever way it is told."""
     if not kind.asynchronous:
         with pytest.raises(TypeError, match="'sync_session_class' is not for you to give"):
-            make_app(make_engine(), sync_session_class=Own)
+            make_app(make_engine(), session_options={"sync_session_class": Own})
         return
     options = {"class_": OwnAsync} if way == "class_" else {"sync_session_class": Own}
-    app = make_app(make_engine(), **options)
+    app = make_app(make_engine(), session_options=options)
     kinds: list[type[Session]] = []
     route(app, kind, "/", get_db(), lambda session: kinds.append(type(session)))
     with serve(app) as served:
@@ -142,7 +128,10 @@ def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
     """Install a session class that reads from the first database and writes to the second."""
     reading, writing = make_engine(pool_size=1), make_engine(second=True, pool_size=1)
     writer = sync_engine(writing)
-    app = make_app(reading, info={"writer": writer}, **class_options(kind, Routing, RoutingAsync))
+    app = make_app(
+        reading,
+        session_options={"info": {"writer": writer}, **class_options(kind, Routing, RoutingAsync)},
+    )
     app.router.add_event_handler("shutdown", writing.dispose)
     return app
 
@@ -199,7 +188,7 @@ def test_a_half_that_one_engine_has_stored_is_unknown(
     """Where a session has two engines, and the second refuses to commit, the outcome is unknown."""
     reading, writing = make_engine(), make_engine(second=True)
     options = class_options(kind, Routing, RoutingAsync)
-    app = make_app(reading, info={"writer": sync_engine(writing)}, **options)
+    app = make_app(reading, session_options={"info": {"writer": sync_engine(writing)}, **options})
     app.router.add_event_handler("shutdown", writing.dispose)
     committing: list[Connection] = []
 
@@ -230,7 +219,7 @@ def test_the_applications_listeners_are_called(
     kind: Kind, engine: Engine, rows: Rows, target: type[Session]
 ) -> None:
     """Listeners on Session or on the application's class hear of commits, and may add to them."""
-    app = make_app(engine, **class_options(kind, Own, OwnAsync))
+    app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
     heard: list[str] = []
 
     def outbox(session: Session) -> None:
@@ -255,7 +244,7 @@ def test_a_listener_may_filter_what_is_read(kind: Kind, engine: Engine, rows: Ro
     """do_orm_execute with loader criteria, the way to filter by tenant, works unchanged."""
     rows.add("mine", position=1)
     rows.add("theirs", position=2)
-    app = make_app(engine, **class_options(kind, Own, OwnAsync))
+    app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
 
     def mine(state: ORMExecuteState) -> None:
         state.statement = state.statement.options(with_loader_criteria(Item, Item.position == 1))
@@ -270,7 +259,7 @@ def test_a_listener_sets_up_the_transaction(
     kind: Kind, engine: Engine, rows: Rows, first: bool
 ) -> None:
     """after_begin can set what row security reads, and a failure there frees the connection."""
-    app = make_app(engine, **class_options(kind, Own, OwnAsync))
+    app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
 
     def fail(_session: Session, _transaction: Any, connection: Any) -> None:
         connection.execute(text("SELECT set_config('app.tenant', '7', true)"))

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, Request, Security
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,27 +25,22 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
-from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
+from fastapi_sqlnative.exceptions import SessionFinishedError
 from tests.conftest import MakeEngine
 from tests.in_process import running
-from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using, wait_until
-
-
-def make_app(engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose, **options)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 409)
-
-    for error in IntegrityError, UncommittedChangesError:
-        app.add_exception_handler(error, answer)
-    return app
-
-
-def add(name: str) -> Callable[[Session], None]:
-    return lambda session: session.add(Item(name=name))
-
+from tests.serving import (
+    KINDS,
+    Item,
+    Kind,
+    Rows,
+    add,
+    items,
+    make_app,
+    route,
+    serve,
+    using,
+    wait_until,
+)
 
 # -- one session -----------------------------------------------------------------------------
 

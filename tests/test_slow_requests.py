@@ -213,6 +213,34 @@ async def test_a_network_that_swallows_is_given_up(
         await assert_clean(app, rows)
 
 
+@asynchronous
+async def test_a_rollback_that_is_swallowed_is_given_up(
+    kind: Kind,
+    behind_proxy: AsyncEngine,
+    proxy: Proxy,
+    rows: Rows,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nor is a ROLLBACK waited for that gets no answer; no COMMIT is told of that nobody sent."""
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose, shutdown_timeout=60)
+
+    @app.post("/", dependencies=[Depends(deadline(1))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        proxy.fault = Fault.FROZEN
+        await asyncio.sleep(60)
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        proxy.fault = Fault.NONE
+        proxy.go_on.set()
+        await assert_clean(app, rows)
+    assert "COMMIT" not in caplog.text
+
+
 async def in_a_task_group() -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(asyncio.sleep(60))
@@ -274,6 +302,24 @@ async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) 
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             await session.flush()
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
+    """What waits once more when it is cancelled is cancelled once more."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(60)
 
     async with running(app) as client:
         assert (await client.post("/")).status_code == 504
@@ -405,7 +451,7 @@ TRUNCATE slow_commit;
 
 @synchronous
 async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """What the server does at COMMIT does not count for the timeout of statements."""
+    """PostgreSQL's statement timeout is no limit for what it does at COMMIT."""
     rows.connection.execute(AT_COMMIT)
 
     def body(session: Session) -> None:

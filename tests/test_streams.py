@@ -5,10 +5,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, Request
+from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import Engine, ForeignKey, select, text
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from starlette.background import BackgroundTask
@@ -23,7 +22,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import DatabaseDependencyError
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, items, route, serve, using, wait_until
+from tests.serving import Item, Kind, Rows, items, make_app, route, serve, using, wait_until
 
 EventSourceResponse: Any = None
 with contextlib.suppress(ModuleNotFoundError):  # before FastAPI 0.135
@@ -46,17 +45,6 @@ class Node(Base):
     name: Mapped[str] = mapped_column(deferred=True)
     position: Mapped[int | None] = mapped_column(ForeignKey("item.id"))
     parts: Mapped[list["Node"]] = relationship(viewonly=True)
-
-
-def make_app(engine: Engine) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 409)
-
-    app.add_exception_handler(IntegrityError, answer)
-    return app
 
 
 # -- the finished session --------------------------------------------------------------------
@@ -311,7 +299,7 @@ def names_by_handle(kind: Kind, database: Any) -> Any:
 
 def test_the_handle_serves_streams(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
     """With the handle a stream reads what the request has committed before it."""
-    app = make_app(make_engine(pool_size=1, max_overflow=0))  # type: ignore[arg-type] # either
+    app = make_app(make_engine(pool_size=1, max_overflow=0))
 
     @app.post("/stream")
     async def stream(
@@ -331,7 +319,7 @@ def test_the_handle_serves_generator_endpoints(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
     """With the handle a generator endpoint and server-sent events read what is stored."""
-    app = make_app(make_engine(pool_size=1, max_overflow=0))  # type: ignore[arg-type] # either
+    app = make_app(make_engine(pool_size=1, max_overflow=0))
 
     async def asynchronous(database: Handle) -> Any:
         async for name in names_by_handle(kind, database):

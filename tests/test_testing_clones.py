@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, create_engine, event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -53,16 +55,18 @@ def test_each_block_has_a_database_of_its_own(
 ) -> None:
     """It begins as the template, stores what is committed, and is gone afterwards."""
     app = make_app(kind, make_engine() if given == "engine" else make_engine)
-    databases = "SELECT count(*) FROM pg_database"
+    # Those of this worker's database alone: others clone at the same time.
+    databases = "SELECT count(*) FROM pg_database WHERE datname ~ ('^' || %s || '_[0-9]+_')"
+    name = [rows.connection.info.dbname]
     for _ in range(2):
         with cloned(app, templates=templates):
-            before = rows.connection.execute(databases).fetchone()
+            before = rows.connection.execute(databases, name).fetchone()
             with TestClient(app) as client, ThreadPoolExecutor(4) as threads:
                 assert client.post("/names").json() == ["seeded"]
                 assert client.post("/add").status_code == 201
                 answers = threads.map(lambda _: client.post("/names").json(), range(4))
                 assert [*answers] == [["added", "seeded"]] * 4
-        after = rows.connection.execute(databases).fetchone()
+        after = rows.connection.execute(databases, name).fetchone()
         assert before is not None
         assert after is not None
         assert before[0] == after[0] + 1
@@ -83,6 +87,23 @@ async def test_on_an_event_loop(
         assert (await client.post("/names")).json() == ["seeded"]
         assert heard
     assert rows.names == []
+
+
+def test_alembic_makes_a_template(kind: Kind, make_engine: MakeEngine) -> None:
+    """It migrates over the connection that it is given, of either kind."""
+
+    def migrate(connection: Connection) -> None:
+        config = Config(Path(__file__).parents[1] / "migrations_example" / "alembic.ini")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+    app = make_app(kind, make_engine())
+    revision = text("SELECT count(*) FROM alembic_version")
+    route(app, kind, "/revisions", reader(), lambda session: session.scalar(revision))
+    with Templates(migrate) as templates:
+        for _ in range(2):
+            with cloned(app, templates=templates), TestClient(app) as client:
+                assert client.post("/revisions").json() == 1
 
 
 def test_what_cannot_be_cloned_is_named(

@@ -1,9 +1,12 @@
 """`isolated`: what a test does is gone afterwards, and the application hardly can tell."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -231,6 +234,77 @@ def test_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
     assert rows.names == []
 
 
+@pytest.mark.parametrize("failing", ["flush", "execute"])
+def test_an_error_of_the_tests_own(app: FastAPI, kind: Kind, failing: str, rows: Rows) -> None:
+    """A request is not in the way of a test that has seen an error and has not rolled back."""
+    with TestClient(app) as client, isolated(app) as session:
+        session.bulk_save_objects([Item(name="mine")])
+        session.commit()
+        fail: Callable[[], Any] = session.flush
+        if failing == "execute":
+            fail = partial(session.execute, items.insert().values(name="mine"))
+        else:
+            session.add(Item(name="mine"))
+        with pytest.raises(IntegrityError):
+            fail()
+        assert client.post("/names").json() == ["mine"]
+        assert client.post("/add").status_code == 201
+        session.rollback()
+        assert names(session) == ["added", "mine"]
+
+
+def test_what_the_test_holds_follows(app: FastAPI, rows: Rows) -> None:
+    """What is committed is expired, as in every Session, and read again when it is looked at."""
+    with TestClient(app) as client, isolated(app) as session:
+        session.add(item := Item(name="mine"))
+        session.commit()
+        assert client.post("/rename").status_code == 201
+        assert item.name == "mine-renamed"
+
+
+def test_a_transaction_of_the_tests_around_a_request_is_refused(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """It would be committed in the middle, or undo what the request has stored: told at once."""
+    with TestClient(app) as client, isolated(app) as session:
+
+        def around() -> None:
+            with session.begin():
+                session.add(Item(name="mine"))
+                client.post("/names")
+
+        def around_with_handle() -> None:
+            database: Any = installed_databases(app)["default"]
+            with database.transaction() as own:
+                names(own)
+                client.post("/add")
+
+        with pytest.raises(IsolationError, match=r"session\.begin"):
+            around()
+        if not kind.asynchronous:
+            with pytest.raises(IsolationError, match="beside an open one"):
+                around_with_handle()
+        assert client.post("/names").json() == []
+
+
+def test_a_refusal_that_is_swallowed_fails_the_block(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """The application may catch it; the test is told at the block's end."""
+    app = make_app(kind, make_engine())
+
+    def swallow_text(session: Session) -> None:
+        with contextlib.suppress(IsolationError):
+            session.execute(text("COMMIT"))
+
+    route(app, kind, "/text", get_db(), swallow_text)
+    with TestClient(app) as client:
+        with pytest.raises(IsolationError, match="COMMIT"), isolated(app):
+            assert client.post("/text").status_code == 201
+        with isolated(app):
+            client.post("/names")
+
+
 # --- who takes turns with whom ---
 
 
@@ -337,6 +411,60 @@ def test_work_after_the_request(kind: Kind, engine: Engine | AsyncEngine, rows: 
             client.post("/background")
             assert client.post("/names").json() == ["background"]
     assert rows.names == []
+
+
+def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """Work that polls all the while neither disturbs the test's session nor is kept waiting."""
+    app = make_app(kind, make_engine(pool_size=5))
+    ended, polled, failed = threading.Event(), threading.Event(), list[Exception]()
+    poll = in_handle(kind, names)
+
+    async def poll_once() -> None:
+        await poll(installed_databases(app)["default"])
+
+    def work(client: TestClient) -> None:
+        while not ended.is_set():
+            try:
+                if kind.asynchronous:
+                    assert client.portal is not None
+                    client.portal.call(poll_once)
+                else:
+                    poll(installed_databases(app)["default"])
+            except Exception as error:  # noqa: BLE001 - shown below
+                failed.append(error)
+            polled.set()
+
+    with TestClient(app) as client, isolated(app) as session, ThreadPoolExecutor(1) as threads:
+        threads.submit(work, client)
+        polled.wait()
+        for number in range(20):
+            session.add(item := Item(name=f"mine-{number}"))
+            session.commit()
+            session.refresh(item)
+            if number % 5 == 0:
+                assert client.post("/rename").status_code == 201
+        polled.clear()
+        polled.wait()
+        ended.set()
+    assert failed == []
+    assert rows.names == []
+
+
+def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, rows: Rows) -> None:
+    """A session that has asked for its engine gives its turn back when it is closed."""
+    route(app, kind, "/dialect", get_db(), lambda session: session.get_bind().dialect.name)
+    with TestClient(app) as client, isolated(app):
+        assert client.post("/dialect").json() == "postgresql"
+        assert client.post("/add").status_code == 201
+        assert client.post("/names").json() == ["added"]
+
+
+@on_a_loop
+def test_a_client_on_a_loop_of_its_own_is_refused(app: FastAPI, kind: Kind, rows: Rows) -> None:
+    """A second TestClient that is not entered runs its requests elsewhere: told at once."""
+    refused = pytest.raises(IsolationError, match="another event loop")
+    with TestClient(app), isolated(app), refused:
+        TestClient(app).post("/names")
 
 
 # --- what does not come by the handle ---

@@ -227,7 +227,7 @@ def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
 async def test_on_the_applications_loop(
     app: FastAPI, build: Any, rows: Rows, second_rows: Rows, kind: Kind
 ) -> None:
-    """`async with` awaits a factory; `with` does for what need not be awaited."""
+    """`async with` awaits what is done there; `with` would have to block the loop."""
     second_rows.add("second")
 
     async def build_slowly() -> Any:
@@ -240,7 +240,7 @@ async def test_on_the_applications_loop(
         async with override_database(app, "default", build_slowly):
             assert (await client.post("/names")).json() == ["second"]
         engine = build()
-        with override_database(app, "default", engine):
+        async with override_database(app, "default", engine):
             assert (await client.post("/names")).json() == ["second"]
         await engine.dispose() if kind.asynchronous else engine.dispose()
         assert (await client.post("/names")).json() == []

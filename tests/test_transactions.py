@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy import (
@@ -22,45 +22,14 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import Database, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import (
-    PartialCommitError,
-    TransactionAbortedError,
     UncommittedChangesError,
 )
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using
-
-
-def make_app(engine: Engine | AsyncEngine) -> FastAPI:
-    """Build an application that answers its own errors by class name."""
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": type(error).__name__}, 409)
-
-    for kind in (
-        IntegrityError,
-        PartialCommitError,
-        TransactionAbortedError,
-        UncommittedChangesError,
-    ):
-        app.add_exception_handler(kind, answer)
-    return app
-
-
-def add(name: str, position: int | None = None) -> Callable[[Session], dict[str, str]]:
-    """Make a handler's body that adds one row."""
-
-    def body(session: Session) -> dict[str, str]:
-        session.add(Item(name=name, position=position))
-        return {"name": name}
-
-    return body
+from tests.serving import KINDS, Item, Kind, Rows, add, items, make_app, route, serve, using
 
 
 @pytest.mark.driver_decides

@@ -140,29 +140,21 @@ def begin(connection: Connection) -> None:
 # The shorter of what is left and what is set. The server writes a time as text that it reads as an
 # interval: 250ms, 2min.
 _LIMIT: Final = text("""
-SELECT current_setting('statement_timeout'), set_config('statement_timeout', least(
+SELECT set_config('statement_timeout', least(
     nullif(extract(epoch FROM current_setting('statement_timeout')::interval) * 1000, 0), :left
 )::int::text, true)
 """)
-_LIFT: Final = text("SELECT set_config('statement_timeout', :before, true)")
 
 
-def limit_statements(connection: Connection, seconds: float) -> str | None:
-    """Have the server end each statement of a transaction by then, and return what was set before.
+def limit_statements(connection: Connection, seconds: float) -> None:
+    """Have the server end each statement of the transaction within so many seconds from now.
 
-    `None` where the database has no such limit for one transaction, or there is no transaction.
+    COMMIT has no such limit. Other databases than PostgreSQL have none for one transaction only,
+    and in AUTOCOMMIT there is no transaction.
     """
-    if connection.dialect.name != "postgresql" or autocommits(connection):
-        return None
-    left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
-    before: str = connection.execute(_LIMIT, {"left": left}).scalar_one()
-    return before
-
-
-def lift_limit(connection: Connection, before: str) -> None:
-    """Give what comes the time that it would have without the limit."""
-    if not (connection.closed or connection.invalidated):
-        connection.execute(_LIFT, {"before": before})
+    if connection.dialect.name == "postgresql" and not autocommits(connection):
+        left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
+        connection.execute(_LIMIT, {"left": left})
 
 
 def is_idle_in_transaction(connection: Connection) -> bool | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
+from .._drivers.transactions import limit_statements
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .pending import would_be_flushed
 from .record import Record
@@ -64,7 +66,7 @@ def _after_begin(
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)
     if record.ends_at != math.inf:
-        record.limit_statements(connection)
+        limit_statements(connection, record.ends_at - time.monotonic())
 
 
 @event.listens_for(Outermost, "after_flush")

@@ -46,8 +46,10 @@ class SessionFactory:
         shutdown_timeout: float,
         warn_held_after: float | None = None,
     ) -> None:
-        self.state = SharedState(name, sync_engine(engine), shutdown_timeout, warn_held_after)
-        self.asynchronous = isinstance(engine, AsyncEngine)
+        self.state: SharedState = SharedState(
+            name, sync_engine(engine), shutdown_timeout, warn_held_after
+        )
+        self.asynchronous: bool = isinstance(engine, AsyncEngine)
         self._engine = engine
         self._class, self._options = self._prepare(dict(options))
         self._autocommit_options = self._options | (

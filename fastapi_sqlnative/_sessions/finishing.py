@@ -180,9 +180,10 @@ async def run_together(
     def abandon(task: asyncio.Task[None]) -> None:
         logger.error(
             "Database %s did not finish within %s s of a cancellation: the connection is "
-            "discarded, and whether a COMMIT took effect is unknown.",
+            "discarded%s.",
             ", ".join(repr(record_of(session).state.name) for session in sessions),
             timeout,
+            "" if cancelled else ", and whether a COMMIT took effect is unknown",
         )
         # SQLAlchemy invalidates a connection that is cancelled in mid-flight.
         bridge.cancel() if len(asynchronous) < len(sessions) else task.cancel()

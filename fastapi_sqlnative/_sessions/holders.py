@@ -37,7 +37,6 @@ class Holder:
     """
 
     __slots__ = (
-        "_limited",
         "_since",
         "connections",
         "ends_at",
@@ -55,7 +54,6 @@ class Holder:
         self.ends_at = math.inf
         self.on_idle: Any = None
         self._since = 0.0
-        self._limited: dict[Connection, str] | None = None
 
     def take(self, connection: Connection) -> None:
         """Note a connection that the session holds from now on."""
@@ -71,7 +69,6 @@ class Holder:
         for connection in self.connections:
             self.state.at_work.pop(connection, None)
         self.connections.clear()
-        self._limited = None
         limit = self.state.warn_held_after
         if limit is not None and (held := self.seconds) > limit:
             route = name_of_route(self.request) or "A session of the handle's"
@@ -90,19 +87,6 @@ class Holder:
         """Tell whether a transaction is open, and nothing is asked of the server."""
         idle = transactions.is_idle_in_transaction(connection)
         return not self.executing if idle is None else idle
-
-    # -- how long the server may take --------------------------------------------------------
-
-    def limit_statements(self, connection: Connection) -> None:
-        """Have the server end what is sent over a connection when the session's time is over."""
-        before = transactions.limit_statements(connection, self.ends_at - monotonic())
-        if before is not None:
-            self._limited = {**(self._limited or {}), connection: before}
-
-    def lift_limits(self) -> None:
-        """Let COMMIT take the time that it would have without."""
-        for connection, before in (self._limited or {}).items():
-            transactions.lift_limit(connection, before)
 
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:

@@ -259,6 +259,4 @@ def _look_last(session: NativeSession) -> None:
     session.flush()
     record.check_committable()
     record.end_results(streams_only=True)
-    if record.may_have_written:
-        record.lift_limits()
     record.committing = True

@@ -64,8 +64,8 @@ class SharedState:
         self.refusal: str | None = None
         self.stopped = False
         self.overridden: frozenset[str] = frozenset()
-        self.may_be_interrupted = may_be_interrupted(root)
-        self.returns_undisturbed = returns_undisturbed(root)
+        self.may_be_interrupted: bool = may_be_interrupted(root)
+        self.returns_undisturbed: bool = returns_undisturbed(root)
         self.at_work: dict[Connection, Any] = {}
         # Engines that share a pool and set the options, by the engine and the options.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}

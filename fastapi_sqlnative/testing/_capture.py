@@ -24,13 +24,7 @@ _SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
 
 @dataclass(frozen=True, slots=True)
 class CapturedStatement:
-    """One statement, as the driver got it.
-
-    Attributes:
-        database: the name of the database.
-        sql: the text, or `BEGIN`, `COMMIT`, `ROLLBACK`.
-        parameters: as the driver got them.
-    """
+    """One statement: the database's name, the SQL or `BEGIN`, `COMMIT`, `ROLLBACK`, parameters."""
 
     database: str
     sql: str
@@ -72,9 +66,6 @@ def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatemen
     Args:
         target: an application, a handle or an engine.
 
-    Raises:
-        DatabaseNotInstalledError: the application has no database.
-
     Example:
         with capture_statements(app) as statements:
             client.get("/authors")
@@ -84,38 +75,34 @@ def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatemen
     heard: set[Engine] = set()  # one may have two names
     with ExitStack() as listening:
 
-        def hear(database: AnyDatabase) -> None:
-            _hear(database.name, sync_engine(database.engine), captured, heard, listening)
+        def hear(name: str, engine: AnyEngine) -> None:
+            if sync_engine(engine) not in heard:
+                heard.add(sync_engine(engine))
+                for each, listener in _listeners(name, captured).items():
+                    event.listen(sync_engine(engine), each, listener)
+                    listening.callback(event.remove, sync_engine(engine), each, listener)
 
         if isinstance(target, Engine | AsyncEngine):
-            _hear("default", sync_engine(target), captured, heard, listening)
+            hear("default", target)
         elif not isinstance(target, Starlette):
-            hear(target)
+            hear(target.name, target.engine)
         else:
             for _, installation in places(target, ()):
-                engine = ready_engine(installation)
-                if engine is not None:
-                    _hear(installation.name, sync_engine(engine), captured, heard, listening)
+                if (engine := ready_engine(installation)) is not None:
+                    hear(installation.name, engine)
             for installed in all_installations(target):
-                installed.observers.append(hear)
-                listening.callback(installed.observers.remove, hear)
+
+                def observer(database: AnyDatabase) -> None:
+                    hear(database.name, database.engine)
+
+                installed.observers.append(observer)
+                listening.callback(installed.observers.remove, observer)
         yield captured
 
 
-def _hear(
-    name: str,
-    engine: Engine,
-    captured: CapturedStatements,
-    heard: set[Engine],
-    listening: ExitStack,
-) -> None:
-    if engine in heard:
-        return
-    heard.add(engine)
-
+def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..., None]]:
     def note(connection: Connection, sql: str, parameters: Any = None) -> None:
-        shown = as_in_production(connection, sql)
-        if shown is not None:
+        if (shown := as_in_production(connection, sql)) is not None:
             captured.append(CapturedStatement(name, shown, parameters))
 
     def statement(connection: Connection, *call: Any) -> None:
@@ -126,9 +113,5 @@ def _hear(
         if not connection.closed and not autocommits(connection):
             note(connection, sql)
 
-    listeners: dict[str, Callable[..., None]] = {
-        each: partial(end, each.upper()) for each in ("begin", "commit", "rollback")
-    }
-    for each, listener in (listeners | {"before_cursor_execute": statement}).items():
-        event.listen(engine, each, listener)
-        listening.callback(event.remove, engine, each, listener)
+    ends = {sql.lower(): partial(end, sql) for sql in _ENDS}
+    return {"before_cursor_execute": statement, **ends}

@@ -82,7 +82,8 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Block:
     Example:
         with cloned(app, templates=templates), TestClient(app) as client: ...
     """
-    return Block(partial(_clone_all, places(app, names), templates), lambda: None)
+    chosen = places(app, names)
+    return Block(partial(_clone_all, chosen, templates), chosen[0][0])
 
 
 async def _clone_all(chosen: list[Place], templates: Templates, undo: AsyncExitStack) -> None:

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, is_aborted
 from .._sessions.engines import run_in_greenlet
-from ._requests import SERVED
-from ._targets import IsolationError, running_loop
+from ._targets import SERVED, IsolationError, running_loop
 from ._turns import Turn, in_flow
 
 T = TypeVar("T")
@@ -56,9 +55,9 @@ class IsolatedConnection:
     ) -> None:
         self.engine = engine
         self.turn = turn
-        self.asynchronous = engine.dialect.is_async
+        self.asynchronous: bool = engine.dialect.is_async
         self.own_sessions: dict[Session, object] = {}
-        self.beginning = False
+        self.beginning: bool = False
         self.root: NestedTransaction | None = None
         self.name = name
         self._home = home  # finds the application's event loop

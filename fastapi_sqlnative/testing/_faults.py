@@ -11,19 +11,21 @@ from sqlalchemy import Connection, event, exc
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+from starlette.types import Scope
 
 from .._drivers.pools import pool_status, pool_timeout
+from .._lifespan.running import running_of
 from .._sessions.record import Record
 from .._sessions.session import NativeSession
-from ..databases import sessions_of
+from ..databases import AnyDatabase, sessions_of
 from ._connections import isolated_on
-from ._requests import SERVED, marking_requests
-from ._targets import Target, running_database
+from ._targets import SERVED, Target, marking_requests, places
 
 StatementFailure: TypeAlias = Literal["serialization", "deadlock", "connection_lost"]
 CommitFailure: TypeAlias = Literal[
     "serialization", "deadlock", "connection_lost_before", "connection_lost_after"
 ]
+_Checkout: TypeAlias = Literal["exhausted pool"]
 
 _POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{code}'; END$$"
 _MYSQL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {code}, MESSAGE_TEXT = 'by a test'"
@@ -65,13 +67,13 @@ def fail_next_statement(
         with fail_next_statement(app, "deadlock", containing="UPDATE account"):
             assert client.post("/transfers", json=transfer).status_code == 201
     """
-    with _fault(target, name, failure, get_args(StatementFailure), route) as fault:
+    with _fault(target, name, failure, StatementFailure, route) as fault:
 
         def fail(connection: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
             record = fault.state.record_on(connection)
-            if record is not None and connection in record.connections and containing in statement:
-                if not fault.happens():
-                    return
+            if record is None or connection not in record.connections:
+                return
+            if containing in statement and fault.happens():
                 if failure == "connection_lost":
                     raise _statement_lost(record, connection, statement, parameters)
                 _provoke(connection, failure)
@@ -93,7 +95,7 @@ def fail_next_commit(
         with fail_next_commit(app, "connection_lost_after"):
             assert client.post("/books", json={"title": "Emma"}).status_code == 500
     """
-    with _fault(target, name, failure, get_args(CommitFailure), route) as fault:
+    with _fault(target, name, failure, CommitFailure, route) as fault:
 
         def before(session: Session) -> None:
             record = fault.record_of(session)
@@ -131,7 +133,7 @@ def fail_next_checkout(
         with fail_next_checkout(app):
             assert client.get("/books").status_code == 503
     """
-    with _fault(target, name, "exhausted pool", ("exhausted pool",), route) as fault:
+    with _fault(target, name, "exhausted pool", _Checkout, route) as fault:
         native: type[NativeSession] = fault.factory.native
 
         def get_bind(session: NativeSession, *args: Any, **arguments: Any) -> Any:
@@ -153,19 +155,19 @@ def fail_next_checkout(
 class _Fault:
     """What is to happen once within a block."""
 
-    def __init__(self, target: Target, name: str, failure: str, route: str | None) -> None:
-        self.factory = sessions_of(running_database(target, name))
+    def __init__(self, database: AnyDatabase, route: str | None) -> None:
+        self.factory = sessions_of(database)
         self.state = self.factory.state
         self.undo = ExitStack()
         self.happened = False
-        self._failure, self._route = failure, route
+        self._route = route
 
     def happens(self) -> bool:
         """Tell whether it happens here and now."""
         request = SERVED.get()
-        scope = request.scope if request is not None else {}
-        paths = self._route, scope.get("path"), getattr(scope.get("route"), "path", None)
-        happens = not self.happened and (self._route is None or self._route in paths[1:])
+        scope: Scope = request.scope if request is not None else {}
+        paths = scope.get("path"), getattr(scope.get("route"), "path", None)
+        happens = not self.happened and (self._route is None or self._route in paths)
         self.happened = self.happened or happens
         return happens
 
@@ -182,18 +184,22 @@ class _Fault:
 
 @contextmanager
 def _fault(
-    target: Target, name: str, failure: str, known: tuple[str, ...], route: str | None
+    target: Target, name: str, failure: str, failures: Any, route: str | None
 ) -> Generator[_Fault]:
-    fault = _Fault(target, name, failure, route)
-    dialect = fault.state.root.dialect.name
+    database = target
+    if isinstance(target, Starlette):
+        installation = places(target, [name])[0][1]
+        database = installation.database or running_of(target).database(installation.name)
+    fault = _Fault(database, route)  # type: ignore[arg-type] # it is a handle by now
+    dialect, known = fault.state.root.dialect.name, get_args(failures)
     if failure not in known or (dialect, failure) == ("sqlite", "deadlock"):
         raise ValueError(f"{dialect} knows no {failure!r}: write one of {', '.join(known)}.")
     if dialect not in (*_FAILING, "sqlite"):
         raise ValueError(f"How {dialect} is made to fail is not known.")
+    if route is not None and not isinstance(target, Starlette):
+        raise ValueError("route= needs the application, not a handle.")
     with fault.undo as undo:
-        if route is not None:
-            if not isinstance(target, Starlette):
-                raise ValueError("route= needs the application, not a handle.")
+        if isinstance(target, Starlette):
             undo.enter_context(marking_requests(target, []))
         yield fault
     if not fault.happened:

@@ -20,13 +20,13 @@ from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
-from ._requests import marking_requests
-from ._sessions import IsolatedSession, OwnSession, own_session_class
+from ._sessions import IsolatedSession, OwnSession
 from ._targets import (
     IsolationError,
     Place,
     all_installations,
     is_one_database,
+    marking_requests,
     places,
     ready_engine,
     running_loop,
@@ -82,6 +82,7 @@ class Isolated:
         self.chosen = chosen
         self._first = chosen[0][1]
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._own_class: type[Session] = OwnSession
         self._around = _BLOCKS.get()
         self.turn: Turn = self._around[0].turn if self._around else Turn()
         self._restore = ExitStack()
@@ -161,7 +162,8 @@ class Isolated:
         factory = sessions_of(database)
         native = factory.native
         if not issubclass(native, IsolatedSession):  # as by the block around this one
-            factory.native = type(native.__name__, (IsolatedSession, native), {"block": self})
+            found = {"connection_of": staticmethod(self.connection_of)}
+            factory.native = type(native.__name__, (IsolatedSession, native), found)
             self._restore.callback(setattr, factory, "native", native)
 
     def connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
@@ -222,12 +224,10 @@ class Isolated:
         }
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
-        own = own_session_class(base, self, crosses=kind is Session)
-        if kind is Session:
-            class_ = own
-        else:
-            options["sync_session_class"] = own
-        return class_(**options)
+        own_connection = staticmethod(self.connection_of_own)
+        attributes = {"own_connection": own_connection, "crosses": kind is Session}
+        own = self._own_class = type(base.__name__, (OwnSession, base), attributes)
+        return own(**options) if kind is Session else class_(sync_session_class=own, **options)
 
     def connection_of_own(self) -> IsolatedConnection:
         """Return the connection of the test's own session."""
@@ -247,7 +247,7 @@ class Isolated:
         if isinstance(guest, NativeSession):
             return
         if isinstance(guest, OwnSession):
-            if guest.block is self and ready_engine(self._first) is not None:
+            if isinstance(guest, self._own_class) and ready_engine(self._first) is not None:
                 joins_flow(guest)
                 self.connection_of_own().own_sessions[guest] = self
             return

@@ -37,14 +37,13 @@ def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFacto
         TypeError: the engine is of the other kind.
         ValueError: it leads to the database that is installed, and no `isolated` block takes
             back what the tests write.
-        RuntimeError: `with` on the application's event loop, where a factory has to be awaited.
+        RuntimeError: `with` on the application's event loop.
 
     Example:
         with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
     """
     (place,) = places(app, [name])
-    installed = place[0]
-    return Block(partial(_swap, place, engine), lambda: installed.loop if installed.runs else None)
+    return Block(partial(_swap, place, engine), place[0])
 
 
 async def _swap(place: Place, engine: Any, undo: AsyncExitStack) -> None:

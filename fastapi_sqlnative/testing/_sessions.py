@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from sqlalchemy import Connection, Engine, NestedTransaction, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
@@ -15,22 +15,11 @@ from ._connections import IsolatedConnection, isolated_on
 from ._turns import joins_flow
 
 
-class Block(Protocol):
-    """What knows the connections of an isolated block."""
-
-    def connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
-        """Return the connection that stands for all of an engine's."""
-        ...
-
-    def connection_of_own(self) -> IsolatedConnection:
-        """Return that of the test's own session."""
-        ...
-
-
 class IsolatedSession(NativeSession):
     """A session of the application's, whose transactions are savepoints."""
 
-    block: ClassVar[Block]
+    # Finds the connection that stands for all of an engine's.
+    connection_of: ClassVar[staticmethod[[str, Engine], IsolatedConnection]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
@@ -38,9 +27,9 @@ class IsolatedSession(NativeSession):
             options["execution_options"] = dict(options["execution_options"])
             options["execution_options"].pop("isolation_level", None)
         super().__init__(*args, **options)
-        self._isolated: set[IsolatedConnection] = set()
+        self.isolated: set[IsolatedConnection] = set()
+        self.savepoint: NestedTransaction | None = None
         self._one_statement = False
-        self._savepoint: NestedTransaction | None = None
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
@@ -48,9 +37,9 @@ class IsolatedSession(NativeSession):
         bind = super().get_bind(*args, **arguments)
         if not isinstance(bind, Engine):
             return bind
-        isolated = self.block.connection_of(self.sqlnative.state.name, bind)
+        isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, beside=self._one_statement)
-        self._isolated.add(isolated)
+        self.isolated.add(isolated)
         if not self.in_transaction():
             self.begin()  # whose end gives the turn back: somebody may only look at the bind
         return connection
@@ -63,44 +52,38 @@ class IsolatedSession(NativeSession):
         self._one_statement = True
         try:
             result = super().execute(statement, *args, **options)
-            if self._savepoint is not None:
-                self._savepoint.commit()
+            if self.savepoint is not None:
+                self.savepoint.commit()
             return result
         finally:
             self._one_statement = False
             if (transaction := self.get_transaction()) is not None:
                 transaction.close()
 
-    def begins(self, connection: Connection) -> None:
-        """Note the savepoint, and tell PostgreSQL what the engine would have."""
-        self._savepoint = connection.get_nested_transaction()
-        isolated = isolated_on(connection)
-        if isolated is not None and not self._one_statement:
-            isolated.beginning, isolated.root = False, self._savepoint
-        if self.sqlnative.options.read_only and connection.dialect.name == "postgresql":
-            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-
-    def ends(self) -> None:
-        """Let others use the connection."""
-        isolated, self._isolated, self._savepoint = self._isolated, set(), None
-        for each in isolated:
-            if self.sqlnative.options.read_only and each.engine.dialect.name == "sqlite":
-                each.opened().exec_driver_sql("PRAGMA query_only = OFF")
-            each.turn.give_back(self)
-
 
 @event.listens_for(IsolatedSession, "after_begin")
 def _after_begin(
     session: IsolatedSession, transaction: SessionTransaction, connection: Connection
 ) -> None:
-    if transaction.parent is None:
-        session.begins(connection)
+    if transaction.parent is not None:
+        return
+    session.savepoint = connection.get_nested_transaction()
+    isolated = isolated_on(connection)
+    if isolated is not None and isolated.beginning:
+        isolated.beginning, isolated.root = False, session.savepoint
+    if session.sqlnative.options.read_only and connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would have
 
 
 @event.listens_for(IsolatedSession, "after_transaction_end")
 def _after_transaction_end(session: IsolatedSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.ends()
+    if transaction.parent is not None:
+        return
+    isolated, session.isolated, session.savepoint = session.isolated, set(), None
+    for each in isolated:
+        if session.sqlnative.options.read_only and each.engine.dialect.name == "sqlite":
+            each.opened().exec_driver_sql("PRAGMA query_only = OFF")
+        each.turn.give_back(session)
 
 
 class OwnSession(Session):
@@ -110,13 +93,13 @@ class OwnSession(Session):
     application begins a transaction, and what it reads it reads anew.
     """
 
-    block: ClassVar[Block]
+    own_connection: ClassVar[staticmethod[[], IsolatedConnection]]
     crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
     open_blocks = 0  # of `with session.begin()`
 
     def get_bind(self, *_: Any, **__: Any) -> Connection:
         """Return the isolated connection."""
-        return self.block.connection_of_own().opened()
+        return self.own_connection().opened()
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Load by primary key, what the application has stored since included."""
@@ -141,7 +124,8 @@ class OwnSession(Session):
 
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method when it is this session's turn, where the connection may be used."""
-        isolated = self.block.connection_of_own()
+        isolated = self.own_connection()
+        joins_flow(self)  # here, not where it crosses to
         if isolated.turn.holds(self):
             return method(*args, **options)
 
@@ -194,9 +178,3 @@ class _Begun:
 def _read_anew(state: ORMExecuteState) -> None:
     if state.is_select and not (state.is_column_load or state.is_relationship_load):
         state.update_execution_options(populate_existing=True)
-
-
-def own_session_class(base: type[Session], block: Block, *, crosses: bool) -> type[Session]:
-    """Put the test's session in front of the application's session class."""
-    attributes = {"block": block, "crosses": crosses}
-    return cast("type[Session]", type(base.__name__, (OwnSession, base), attributes))

@@ -1,21 +1,24 @@
-"""Which databases a test means, and where it can reach them."""
+"""Which databases a test means, and where what it does to them is done."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
-from typing import Any, TypeAlias
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import URL
 from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
 from .._lifespan.running import (
     Installation,
     Installations,
     installations_of,
     not_installed,
-    running_of,
     trimmed,
 )
 from .._routes import applications_in
@@ -58,78 +61,6 @@ def ready_engine(installation: Installation) -> AnyEngine | None:
     return None if database_class(engine) is None else engine
 
 
-def running_database(target: Target, name: str) -> AnyDatabase:
-    """Return the handle of one of an application's databases, or the one that is given."""
-    if not isinstance(target, Starlette):
-        return target
-    ((_, installation),) = places(target, [name])
-    return installation.database or running_of(target).database(installation.name)
-
-
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of this thread, if one runs."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-class Block:
-    """What `with` and `async with` enter alike: both do the same, where it can be awaited.
-
-    Args:
-        begin: does it, and puts what undoes it on the stack.
-        loop: finds the event loop that all of it needs, if there is one.
-    """
-
-    def __init__(
-        self,
-        begin: Callable[[AsyncExitStack], Coroutine[Any, Any, None]],
-        loop: Callable[[], asyncio.AbstractEventLoop | None],
-    ) -> None:
-        self._begin = begin
-        self._loop = loop
-        self._undo = AsyncExitStack()
-
-    def __enter__(self) -> None:
-        self._finish(self._enter())
-
-    def __exit__(self, *_: object) -> None:
-        self._finish(self._undo.aclose())
-
-    async def __aenter__(self) -> None:
-        await self._there(self._enter())
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._there(self._undo.aclose())
-
-    async def _enter(self) -> None:
-        async with AsyncExitStack() as undo:
-            await self._begin(undo)
-            self._undo = undo.pop_all()
-
-    async def _there(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        loop = self._loop()
-        if loop in (None, running_loop()):
-            await coroutine
-        else:
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
-
-    def _finish(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        loop = self._loop()
-        if loop is None:
-            in_thread(lambda: asyncio.run(coroutine)).result()
-        elif loop is not running_loop():
-            asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-        else:
-            try:
-                coroutine.send(None)
-            except StopIteration:
-                return
-            coroutine.close()
-            raise RuntimeError("This block has to await something here: write `async with`.")
-
-
 def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
     """Tell whether two engines mean the same database, whoever logs in with whatever driver."""
     first, second = sync_engine(one), sync_engine(other)
@@ -145,3 +76,87 @@ def _address(url: URL) -> tuple[object, ...] | None:
     port = str(port or {"postgresql": 5432}.get(backend, 3306))
     # Nothing at all: the address is in a `creator`, or in the environment.
     return (backend, host, port, url.database) if host or url.database else None
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class Served:
+    """A request that is being served, and what has been refused in it."""
+
+    scope: Scope
+    refusals: list[str] = field(default_factory=list[str])
+
+
+SERVED: Final = ContextVar[Served | None]("fastapi_sqlnative_served", default=None)
+
+
+@contextmanager
+def marking_requests(app: Starlette, refusals: list[str]) -> Generator[None]:
+    """Let `SERVED` tell requests apart; note what was refused in one that ends without an error."""
+    inner = app.router.middleware_stack
+
+    async def mark(scope: Scope, receive: Receive, send: Send) -> None:
+        request = SERVED.get()
+        if request is None or request.scope is not scope:
+            request = Served(scope)
+            SERVED.set(request)
+        try:
+            await inner(scope, receive, send)
+            refusals.extend(request.refusals)
+            request.refusals.clear()
+        finally:
+            SERVED.set(None)  # the test itself may have called, in its own task
+
+    app.router.middleware_stack = mark
+    try:
+        yield
+    finally:
+        app.router.middleware_stack = inner
+
+
+# -- blocks --------------------------------------------------------------------------------------
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop of this thread, if one runs."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class Block:
+    """What `with` and `async with` enter alike, on the application's event loop while it runs."""
+
+    def __init__(
+        self, begin: Callable[[AsyncExitStack], Coroutine[Any, Any, None]], installed: Installations
+    ) -> None:
+        self._begin = begin
+        self._installed = installed
+        self._undo = AsyncExitStack()
+
+    def __enter__(self) -> None:
+        if self._installed.runs and self._installed.loop is running_loop():
+            raise RuntimeError("This block is awaited on the event loop: write `async with`.")
+        self._submit(self._enter()).result()
+
+    def __exit__(self, *_: object) -> None:
+        self._submit(self._undo.aclose()).result()
+
+    async def __aenter__(self) -> None:
+        await asyncio.wrap_future(self._submit(self._enter()))
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.wrap_future(self._submit(self._undo.aclose()))
+
+    async def _enter(self) -> None:
+        async with AsyncExitStack() as undo:
+            await self._begin(undo)
+            self._undo = undo.pop_all()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        if self._installed.runs and self._installed.loop is not None:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._installed.loop)
+        return in_thread(lambda: asyncio.run(coroutine))

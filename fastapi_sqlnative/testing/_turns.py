@@ -48,6 +48,7 @@ class Turn:
         # Sessions, and the connection that each has for its transaction; `None` for a statement.
         self._holders: dict[object, object] = {}
         self._waiting: list[Future[None]] = []
+        self._called: set[Future[None] | None] = set()  # who have waited, and not yet come
 
     def holds(self, session: object) -> bool:
         """Tell whether a session has it."""
@@ -64,27 +65,41 @@ class Turn:
             beside: for one statement, which may stand within a transaction of the same request.
             brief: for one statement, for whose end those may wait that it has started.
         """
-        while (others := self._try(session, connection, beside, brief)) is not None:
-            try:
+        ticket: Future[None] | None = None
+        try:
+            while (ticket := self._try(session, connection, beside, brief, ticket)) is not None:
                 if connection.asynchronous:
-                    await_only(asyncio.wait_for(asyncio.wrap_future(others), _PATIENCE))
+                    await_only(asyncio.wait_for(asyncio.wrap_future(ticket), _PATIENCE))
                 else:
-                    others.result(_PATIENCE if running_loop() is None else 0)
-            except TimeoutError:
-                raise connection.refused(
-                    "another session's transaction stays open on its one connection. Close that "
-                    "session first; await what uses the database before a synchronous session "
-                    "does so on the event loop; or test with cloned(app)."
-                ) from None
+                    ticket.result(_PATIENCE if running_loop() is None else 0)
+        except BaseException as error:
+            self._called.discard(ticket)
+            self.give_back(None)  # to those who wait for this one
+            if not isinstance(error, TimeoutError):
+                raise
+            raise connection.refused(
+                "another session's transaction stays open on its one connection. Close that "
+                "session first; await what uses the database before a synchronous session "
+                "does so on the event loop; or test with cloned(app)."
+            ) from None
 
     def _try(
-        self, session: object, connection: Any, beside: bool, brief: bool
+        self,
+        session: object,
+        connection: Any,
+        beside: bool,
+        brief: bool,
+        ticket: Future[None] | None,
     ) -> Future[None] | None:
         with self._lock:
             own = [used for each, used in self._holders.items() if used and in_flow(each)]
-            if self._holders and not own and session not in self._holders:
-                self._waiting.append(Future())
-                return self._waiting[-1]
+            # Those who have waited come first, or one that begins again and again would keep it.
+            if not own and session not in self._holders:
+                late = self._called and ticket not in self._called
+                self._called.discard(ticket)
+                if self._holders or late:
+                    self._waiting.append(Future())
+                    return self._waiting[-1]
             if connection not in own or beside:
                 self._holders[session] = None if beside or brief else connection
                 return None
@@ -110,6 +125,8 @@ class Turn:
             if self._holders:
                 return
             waiting, self._waiting = self._waiting, []
+            # One that is not called has given up.
+            self._called.update(e for e in waiting if e.set_running_or_notify_cancel())
         for each in waiting:
-            if each.set_running_or_notify_cancel():  # it may have given up
+            if not each.cancelled():
                 each.set_result(None)

@@ -23,12 +23,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="repeat everything for so long")
     parser.add_argument("--only", default="", help="a part of a fault's name")
     parser.add_argument("--driver", default="", help="one driver instead of each fault's own")
+    parser.add_argument("--server", default="", help="one way to serve, likewise")
     parser.add_argument("--report", type=Path, default=Path("build/faults"))
     options = parser.parse_args()
     scenarios = list(chosen(options.only))
     runs: Iterable[Run] = every_run(scenarios)
     if options.minutes is None:
-        runs = [Run(each, options.driver or each.drivers[0], each.servers[0]) for each in scenarios]
+        runs = [
+            Run(each, options.driver or each.drivers[0], options.server or each.servers[0])
+            for each in scenarios
+        ]
     findings = perform(runs, (options.minutes or 60) * 60, options.report)
     broken = sum(bool(each.broken) for each in findings)
     print(f"{len(findings)} faults, {broken} with a broken promise; see {options.report}/report.md")

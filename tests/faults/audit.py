@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Entry:
 
 
 async def ask(port: int, method: str, path: str) -> tuple[int, Any]:
-    """Send one request on a connection of its own; without an answer the status is 0."""
+    """Send one request on a connection of its own; without a whole answer the status is 0."""
     request = (
         f"{method} {path} HTTP/1.1\r\nHost: app\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     )
@@ -69,11 +70,12 @@ async def ask(port: int, method: str, path: str) -> tuple[int, Any]:
         async with asyncio.timeout(PATIENCE):
             answer = await exchange(port, request.encode())
     head, _, body = answer.partition(b"\r\n\r\n")
-    if not head:
-        return 0, None
-    status = int(head.split(b" ", 2)[1])
+    length = re.search(rb"content-length: (\d+)", head.lower())
+    if length is None or len(body) < int(length[1]):
+        return 0, None  # a worker that is killed may have said half of it
     is_json = b"content-type: application/json" in head.lower()
-    return status, json.loads(body) if is_json else body.decode(errors="replace")
+    said = json.loads(body) if is_json else body.decode(errors="replace")
+    return int(head.split(b" ", 2)[1]), said
 
 
 class Load:

@@ -5,12 +5,13 @@ A fault is handed the stage: everything that it can break.
 
 import contextlib
 import itertools
+import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from tests.faults.processes import Deployed, Fleet, PgBouncer
 from tests.proxy import Fault, Proxy
 
 EVERY = 0.3  # seconds between the blows of a fault that strikes again and again
+# Seconds: what strikes again and again spares the connection that readiness opens and closes.
+YOUNGEST = 1.0
 
 
 @dataclass
@@ -51,13 +54,13 @@ def repeating(strike: Callable[[], Any]) -> Iterator[None]:
             if ended.wait(EVERY):
                 return
 
-    thread = threading.Thread(target=strike_until_it_ends)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        striking = thread.submit(strike_until_it_ends)
+        try:
+            yield
+        finally:
+            ended.set()
+        striking.result()
 
 
 # -- the server ------------------------------------------------------------------------------
@@ -80,8 +83,10 @@ def stop_server(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def freeze_server(stage: Stage) -> Iterator[None]:
     stage.cluster.server.freeze()
-    yield
-    stage.cluster.server.thaw()
+    try:
+        yield
+    finally:  # what is frozen would outlive us
+        stage.cluster.server.thaw()
 
 
 @contextlib.contextmanager
@@ -105,17 +110,11 @@ def fill_server(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refuse_writes(stage: Stage) -> Iterator[None]:
-    for statement in (
-        "ALTER SYSTEM SET default_transaction_read_only = on",
-        "SELECT pg_reload_conf()",
-    ):
-        stage.cluster.execute(statement)
+    stage.cluster.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+    stage.cluster.execute("SELECT pg_reload_conf()")
     yield
-    for statement in (
-        "ALTER SYSTEM RESET default_transaction_read_only",
-        "SELECT pg_reload_conf()",
-    ):
-        stage.cluster.execute(statement)
+    stage.cluster.execute("ALTER SYSTEM RESET default_transaction_read_only")
+    stage.cluster.execute("SELECT pg_reload_conf()")
 
 
 @contextlib.contextmanager
@@ -125,10 +124,9 @@ def terminate_backends(stage: Stage) -> Iterator[None]:
 
 
 def _terminate(stage: Stage) -> None:
-    """End backends that are a second old: not the one that readiness opens and closes at once."""
     stage.cluster.execute(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OF_THE_APPLICATION}"
-        " AND backend_start < now() - interval '1s'"
+        f" AND backend_start < now() - interval '{YOUNGEST} s'"
     )
 
 
@@ -158,7 +156,7 @@ def _faulty(stage: Stage, fault: Fault) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reset_connections(stage: Stage) -> Iterator[None]:
-    with repeating(stage.proxy.reset):
+    with repeating(lambda: stage.proxy.reset(YOUNGEST)):
         yield
 
 
@@ -237,8 +235,7 @@ def clients_vanish(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def kill_worker(stage: Stage) -> Iterator[None]:
     """Kill one of the workers; whoever started it starts another."""
-    worker = min(stage.deployed.pools())
-    subprocess.run(["kill", "-KILL", str(worker)], check=True)
+    os.kill(min(stage.deployed.pools()), signal.SIGKILL)
     yield
 
 

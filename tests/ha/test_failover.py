@@ -1,6 +1,7 @@
 """A primary with a standby: who is found, what a promotion costs, and what is lost."""
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +18,16 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
-from tests.ha.cluster import Attributes, Replication, address, engine_at, replication
+from tests.ha.cluster import (
+    Attributes,
+    Replication,
+    address,
+    configure,
+    engine_at,
+    replication,
+)
 from tests.ha.ledger import application, load
-from tests.serving import Item, Kind, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, route, serve, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -186,10 +194,37 @@ def test_a_synchronous_standby_that_is_behind_delays_the_answer(
     with serve(application(kind, engine)) as served, ThreadPoolExecutor(1) as thread:
         assert served.client.post("/items").status_code == 201
         pair.stop_receiving()
+        configure(pair.primary, "statement_timeout", "200ms")  # which does not end the COMMIT
         waiting = thread.submit(served.client.post, "/items")
-        asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        wait_until(lambda: pair.ask(pair.primary, asked) == 1)
+        asked = "SELECT now() - query_start > '1 s' FROM pg_stat_activity"
+        asked += " WHERE wait_event = 'SyncRep'"
+        wait_until(lambda: pair.ask(pair.primary, asked) is True)
         assert not waiting.done()
         pair.primary.kill()
         answer = waiting.result(20)
+    assert (answer.status_code, answer.json()) == (500, {"detail": "unknown"})
+
+
+def test_a_host_that_is_silent_stands_in_front(steady_pair: Replication, kind: Kind) -> None:
+    """libpq gives each host its own time; asyncpg gives all of them one, and gets no further."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = [silent.getsockname()[1], steady_pair.primary.port]
+        if kind.driver == "asyncpg":
+            with pytest.raises(TimeoutError):
+                is_on_standby(kind, ports, "read-write")
+        else:
+            assert not is_on_standby(kind, ports, "read-write")
+        assert not is_on_standby(kind, ports[::-1], "read-write")
+
+
+def test_a_command_timeout_leaves_the_outcome_of_a_commit_unknown(
+    synchronous_pair: Replication,
+) -> None:
+    """asyncpg gives up on a COMMIT that waits for the standby, and nobody says that it failed."""
+    pair, kind = synchronous_pair, KINDS[1]
+    url = address(pair.ports, kind.driver, "read-write")
+    engine = engine_at(kind, url, connect_args={"timeout": 2, "command_timeout": 1})
+    with serve(application(kind, engine)) as served:
+        pair.stop_receiving()
+        answer = served.client.post("/items")
     assert (answer.status_code, answer.json()) == (500, {"detail": "unknown"})

@@ -31,7 +31,7 @@ def bar_chart(
     width = LABELS + PANEL * len(panels)
     parts = [_text(0, 14, title, "title")]
     for place, name in enumerate(names):
-        parts.append(_text(0, TOP + LINE * place + 15, name.replace("`", "")))
+        parts.append(_text(0, TOP + LINE * place + 15, name))
     for place, (column, ratios) in enumerate(panels.items()):
         left = LABELS + PANEL * place
         parts.append(_text(left, 36, column))
@@ -62,4 +62,4 @@ def _panel(left: int, bars: Sequence[tuple[str, Spread | None]], height: int) ->
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y}">{escape(text)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y}">{escape(text.replace("`", ""))}</text>'

@@ -77,9 +77,11 @@ def calls_of(engine: Engine, apps: dict[str, FastAPI]) -> dict[tuple[str, str], 
 # -- CPU of a request, in process -----------------------------------------------------------------
 
 
-def measure_cpu(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+def measure_cpu(
+    address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
+) -> None:
     """Measure the CPU of a request: the application's alone, without HTTP."""
-    rounds, times = (3, 5) if quick else (61, 8)
+    times = 5 if quick else 15
     for engine in ENGINES:
         asyncio.run(_cpu(engine, engine.url(address), results, progress, rounds, times))
 
@@ -98,8 +100,11 @@ async def _cpu(
 # -- round trips, on the wire ---------------------------------------------------------------------
 
 
-def measure_wire(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+def measure_wire(
+    address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
+) -> None:
     """Count the round trips of a request between its application and the database."""
+    del rounds, quick  # it is the same every time
     for engine in ENGINES:
         asyncio.run(_wire(engine, address, results, progress))
 
@@ -150,20 +155,29 @@ def cells(*, quick: bool) -> Iterator[Cell]:
             yield Cell(workload(path), connections, OVERLOAD)
 
 
-def measure_load(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+def measure_load(
+    address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
+) -> None:
     """Measure throughput and latency of asynchronous servers, each in a process of its own."""
-    _measure_load(ASYNCPG, address, results, progress, quick=quick)
+    _measure_load(ASYNCPG, address, results, progress, rounds=rounds, quick=quick)
 
 
-def measure_load_sync(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+def measure_load_sync(
+    address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
+) -> None:
     """Measure the same of synchronous ones."""
-    _measure_load(SYNC, address, results, progress, quick=quick)
+    _measure_load(SYNC, address, results, progress, rounds=rounds, quick=quick)
 
 
 def _measure_load(
-    engine: Engine, address: str, results: Results, progress: Progress, *, quick: bool
+    engine: Engine,
+    address: str,
+    results: Results,
+    progress: Progress,
+    *,
+    rounds: int,
+    quick: bool,
 ) -> None:
-    rounds = 1 if quick else 3
     server = make_url(address)
     for milliseconds in (0, 1) if quick else MILLISECONDS:
         with contextlib.ExitStack() as processes:
@@ -228,9 +242,11 @@ async def _load(
 DATABASES = (1, 10, 100)
 
 
-def measure_databases(address: str, results: Results, progress: Progress, *, quick: bool) -> None:
+def measure_databases(
+    address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
+) -> None:
     """Measure memory, start-up and the CPU of a read where several databases are installed."""
-    rounds, times = (1, 50) if quick else (3, 300)
+    times = 50 if quick else 300
     names = [each.name for each in ASYNCPG.contestants(workload("/read"))]
     step = progress("databases", rounds * len(names) * len(DATABASES))
     url = ASYNCPG.url(address)

@@ -156,7 +156,7 @@ def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
     panels = {row.name: results.ratios(row) for row in rows if row.name in columns}
     if not panels:
         return
-    title = f"{title_of(key)} (the best of those by hand is 1)"
+    title = f"{title_of(key)} (the best of those by hand is 1)".replace("`", "")
     words = "".join(letter if letter.isalnum() else " " for letter in " ".join(key)).split()
     path = CHARTS / f"{'-'.join(words).lower()}.svg"
     path.write_text(bar_chart(title, panels, {name: kind_of(name) for name in NAMES}), "utf-8")
@@ -165,7 +165,9 @@ def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
 
 def _part(results: Results) -> Iterator[str]:
     heading, text = HEADINGS[results.part]
-    yield from (f"## {heading}", "", f"{text} Measured on {results.about['date']}.", "")
+    about = results.about
+    rounds = f", in {about['rounds']} rounds" if about["rounds"] != "1" else ""
+    yield from (f"## {heading}", "", f"{text} Measured on {about['date']}{rounds}.", "")
     failures = {key: rows for key, rows in results.tables().items() if "failed" in key.measure}
     if failures and all(is_dull(results, rows) for rows in failures.values()):
         yield from ("No request failed.", "")
@@ -185,7 +187,9 @@ def write_page() -> None:
     found = [results for part in get_args(Part) if (results := load_results(part))]
     lines = list(INTRODUCTION)
     about = found[0].about if found else {}
-    versions = ", ".join(f"{name} {about[name]}" for name in about if name not in ("date", "cores"))
+    versions = ", ".join(
+        f"{name} {about[name]}" for name in about if name not in ("date", "cores", "rounds")
+    )
     lines += [f"Versions: {versions}; {about.get('cores')} cores.", ""]
     lines += ["| left out | why |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why in LEFT_OUT.items()]

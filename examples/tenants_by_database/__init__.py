@@ -1,0 +1,1 @@
+"""Many tenants' databases behind a router of the application's own."""

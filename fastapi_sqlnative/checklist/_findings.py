@@ -90,7 +90,7 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
     "pooler": (
         "Give connect_args prepare_threshold=None, with asyncpg statement_cache_size=0 and "
         "prepared_statement_cache_size=0.",
-        "deployment.md#pgbouncer",
+        "pgbouncer.md",
     ),
     "connections": (
         "Make the pools smaller or the processes fewer, or raise max_connections.",

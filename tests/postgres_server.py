@@ -73,13 +73,19 @@ class PostgresServer:
     """Run one PostgreSQL cluster, with trust authentication, on 127.0.0.1 only.
 
     It is throw-away: it lives in a temporary folder until the context manager exits, through any
-    number of ``stop``, ``kill`` and ``start``. The server never outlives this process, on Linux
-    not even when the process is killed.
+    number of ``stop``, ``kill`` and ``start``. With ``copied``, whose folder ``data`` is a copy of
+    another server's cluster, that one is run and left there. The server never outlives this
+    process, on Linux not even when the process is killed.
     """
 
     def __init__(
-        self, *, settings: Mapping[str, str] | None = None, source: Source | None = None
+        self,
+        copied: Path | None = None,
+        *,
+        settings: Mapping[str, str] | None = None,
+        source: Source | None = None,
     ) -> None:
+        self._copied = copied
         self._fixed_port: int | None = None
         self._port: int | None = None
         self._settings = SETTINGS | dict(settings or {})
@@ -191,13 +197,18 @@ class PostgresServer:
     ) -> None:
         """Stop the server and remove a throw-away cluster."""
         self.stop()
-        if self._home is not None:
+        if self._home is not None and self._copied is None:
             shutil.rmtree(self._home)
             self._home = None
 
     def _prepare(self) -> None:
         """Settle, once, where the cluster lives, who runs it, and with which binaries."""
         binaries = find_binaries(self._source)
+        if self._copied is not None:
+            data = (self._copied / "data").stat()
+            self._home, self._account = self._copied, Account(data.st_uid, data.st_gid)
+            self.binaries = binaries
+            return
         if os.geteuid() != 0:
             self._home = Path(tempfile.mkdtemp(prefix="sqlnative-postgres-"))
         else:

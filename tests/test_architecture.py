@@ -223,7 +223,7 @@ def test_there_are_two_hard_dependencies() -> None:
 
 
 def test_the_picture_shows_this_order() -> None:
-    """The architecture page shows the modules as they are: `python -m tests.architecture_picture`."""
+    """The page shows the modules as they are: `python -m tests.architecture_picture`."""
     from tests.architecture_picture import PICTURE, draw
 
     assert PICTURE.read_text("utf-8") == draw(ORDER)

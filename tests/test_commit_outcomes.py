@@ -235,7 +235,7 @@ def terminate(rows: Rows, pid: int) -> None:
 
 def undo_a_savepoint(session: Session) -> None:
     savepoint = session.begin_nested()
-    add(session)
+    add_once(session)
     session.flush()
     savepoint.rollback()
 

@@ -469,9 +469,7 @@ def test_the_skill_is_found_by_its_name() -> None:
     described = dict(line.split(": ", 1) for line in matter.splitlines())
     assert described["name"] == SKILL.parent.name
     assert len(described["description"]) <= 1024
-    assert set(fastapi_sqlnative.exceptions.__all__) >= {
-        name for name in words([SKILL]) if name.endswith("Error")
-    }
+    assert set(exceptions.__all__) >= {name for name in words([SKILL]) if name.endswith("Error")}
 
 
 def test_the_lowest_versions_are_the_ones_supported() -> None:

@@ -38,7 +38,7 @@ PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 class Quiet(SimpleHTTPRequestHandler):
     """Serve files, and say nothing."""
 
-    def log_message(self, *_: Any) -> None: ...
+    def log_message(self, format: str, *_: Any) -> None: ...  # noqa: A002 - its name there
 
 
 @pytest.fixture(scope="session")

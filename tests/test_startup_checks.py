@@ -199,7 +199,7 @@ def audited(annotation: Any, *, asynchronous: bool = True, **options: Any) -> Fa
     install_database(app, engine=engine, session_options=options)
 
     @app.get("/items")
-    async def endpoint(session: Annotated[annotation, Depends(get_db())]) -> int:
+    async def endpoint(session: Annotated[annotation, Depends(get_db())]) -> int:  # pyright: ignore[reportInvalidTypeForm]
         return await session.audit() if hasattr(session, "audit") else 7
 
     return app

@@ -58,9 +58,12 @@ SYNCHRONOUS = """
 import factory
 from factory.alchemy import SQLAlchemyModelFactory
 from polyfactory.factories.sqlalchemy_factory import SQLAlchemyFactory
+from datetime import datetime
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import scoped_session, sessionmaker
 import pytest
+import time_machine
 from tests.serving import Item
 
 Scoped = scoped_session(sessionmaker())
@@ -100,11 +103,45 @@ def test_polyfactory(factories, isolated_client, isolated_session):
     found = isolated_session.scalars(select(Item.name).order_by(Item.name))
     assert found.all() == ["added", "poly"]
 
+class FlushedFactory(ItemFactory):
+    class Meta:
+        sqlalchemy_session_persistence = "flush"
+
+def test_a_batch_that_is_flushed(factories, isolated_client, isolated_session):
+    items = FlushedFactory.create_batch(3)
+    assert len(isolated_client.get("/names").json()) == 3
+    isolated_session.delete(items[0])
+    assert isolated_client.get("/names").json() == ["made-1", "made-2"]
+
+def test_a_duplicate(factories, isolated_client, isolated_session):
+    ItemFactory(name="taken")
+    with pytest.raises(IntegrityError):
+        isolated_client.post("/add?name=taken")
+    isolated_session.add(Item(name="taken"))
+    with pytest.raises(IntegrityError):
+        isolated_session.commit()
+    isolated_session.rollback()
+    assert isolated_client.get("/names").json() == ["taken"]
+
+def test_the_query_of_old(isolated_client, isolated_session):
+    isolated_client.post("/add?name=added")
+    isolated_session.bulk_save_objects([Item(name="bulk")])
+    assert isolated_session.query(Item).filter_by(name="added").one().position is None
+    assert isolated_session.query(Item).count() == 2
+    isolated_session.query(Item).delete()
+    assert isolated_client.get("/names").json() == []
+
+def test_another_time(isolated_client):
+    with time_machine.travel("2031-01-01", tick=False):
+        isolated_client.post(f"/add?name={datetime.now().year}")
+    assert isolated_client.get("/names").json() == ["2031"]
+
 def test_nothing_was_left(isolated_client):
     assert isolated_client.get("/names").json() == []
 """
 
 ASYNCHRONOUS = """
+import asyncio
 import pytest
 from sqlalchemy import select
 from tests.serving import Item
@@ -121,6 +158,13 @@ async def test_the_async_client(isolated_async_client, isolated_session, stateme
     found = isolated_session.scalars(select(Item.name).order_by(Item.name))
     assert found.all() == ["added", "mine"]
 
+async def test_at_once(isolated_async_client, isolated_session):
+    isolated_session.add(Item(name="mine"))
+    paths = [f"/add?name={number}" for number in range(8)]
+    answers = await asyncio.gather(*map(isolated_async_client.post, paths))
+    assert {each.status_code for each in answers} == {200}
+    assert len((await isolated_async_client.get("/names")).json()) == 9
+
 async def test_nothing_is_left(isolated_async_client):
     assert (await isolated_async_client.get("/names")).json() == []
 
@@ -130,6 +174,7 @@ async def test_a_clone(cloned_async_client):
 """
 
 OWN_FIXTURES = """
+import asyncio
 import pytest
 import pytest_asyncio
 from conftest import make_app
@@ -158,6 +203,11 @@ async def test_own_fixtures(client, db_session):
     await client.post("/add?name=added")
     found = await db_session.scalars(select(Item.name).order_by(Item.name))
     assert found.all() == ["added", "mine"]
+    db_session.add(Item(name="unflushed"))
+    paths = [f"/add?name={number}" for number in range(8)]
+    answers = await asyncio.gather(*map(client.post, paths))
+    assert {each.status_code for each in answers} == {200}
+    assert len((await client.get("/names")).json()) == 11
 """
 
 PLUGINS = {
@@ -166,15 +216,16 @@ PLUGINS = {
         "asyncio_mode = strict",
         "import pytest\npytestmark = pytest.mark.asyncio\n" + ASYNCHRONOUS + OWN_FIXTURES,
     ),
-    "anyio-factories": (
+    "two-workers": ("addopts = -n 2", SYNCHRONOUS),
+    "anyio": (
         "",
-        SYNCHRONOUS
-        + "\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
+        "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
         + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def"),
     ),
 }
 
 
+@pytest.mark.timeout(240)  # a whole run of pytest, with clones
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_suites_of_applications(
     plugin: str,

@@ -34,6 +34,7 @@ def entries(section: str) -> dict[str, list[str]]:
     """Return the texts that a section quotes, by heading."""
     _, _, rest = PAGE.read_text("utf-8").partition(f"\n## {section}\n")
     found: dict[str, list[str]] = {}
+    texts: list[str] = []
     for each in ENTRY.finditer(rest.partition("\n## ")[0]):
         if each["title"]:
             texts = found[each["title"]] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_docs import PAGES, README, code
+from tests.test_docs import PAGES, README, code, module_name
 
 APP = Path(__file__).with_name("typing_app.py")
 ROOT = APP.parent.parent
@@ -66,7 +66,7 @@ def snippets(folder: Path) -> list[Path]:
     """Write the python of each page into a module."""
     found = []
     for page in PAGES:
-        module = folder / f"docs_{page.stem.lower().replace('-', '_')}.py"
+        module = folder / f"{module_name(page)}.py"
         # SQLAlchemy 2.0 does not know the type of func.count(), 2.1 does.
         option = "" if page == README else "# mypy: no-warn-return-any"
         module.write_text(option + code(page), "utf-8")

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+from factory.alchemy import SQLAlchemyModelFactory
+from factory.declarations import Sequence
 from fastapi import FastAPI
 from sqlalchemy import Connection
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from conftest import SERVER, PostgresDatabase, fresh_database
-from examples.testing.app import Base, create_app
+from examples.testing.app import Base, Show, create_app
 
 # In the conftest.py at the top of your tests: pytest_plugins = [this module's name].
 from fastapi_sqlnative.testing.fixtures import (
@@ -48,3 +51,26 @@ def app(database_url: str) -> FastAPI:
 def prepare_database() -> Callable[[Connection], object]:
     """Say what makes the tables of a clone; in production Alembic does."""
     return Base.metadata.create_all
+
+
+Scoped = scoped_session(sessionmaker())
+
+
+class ShowFactory(SQLAlchemyModelFactory):
+    """Make shows, in the test's own session."""
+
+    class Meta:
+        model = Show
+        sqlalchemy_session = Scoped
+        sqlalchemy_session_persistence = "flush"
+
+    title = Sequence(lambda number: f"Show {number}")  # type: ignore[no-untyped-call]
+    left = 1
+
+
+@pytest.fixture
+def show_factory(isolated_session: Session) -> Iterator[type[ShowFactory]]:
+    """Give the factory, with the session of this test."""
+    Scoped.registry.set(isolated_session)
+    yield ShowFactory
+    Scoped.registry.clear()

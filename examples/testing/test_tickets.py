@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 
 from examples.testing.app import Show
+from examples.testing.conftest import ShowFactory
 from fastapi_sqlnative.testing import (
     CapturedStatements,
     fail_next_checkout,
@@ -41,6 +42,17 @@ def test_a_ticket_is_sold_once(
     assert isolated_client.get("/customers").json() == {"Ada": 1}
     isolated_session.refresh(hamlet)
     assert hamlet.left == 0
+
+
+def test_shows_sell_apart(
+    isolated_client: TestClient, show_factory: type[ShowFactory], isolated_session: Session
+) -> None:
+    """What one show has sold is not missing from the others, which a factory has made."""
+    shows = show_factory.create_batch(3)
+    sale = {"show": shows[1].title, "customer": "Ada"}
+    assert isolated_client.post("/tickets", json=sale).status_code == 201
+    isolated_session.expire_all()
+    assert [show.left for show in shows] == [1, 0, 1]
 
 
 @pytest.mark.usefixtures("hamlet")

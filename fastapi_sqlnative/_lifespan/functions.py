@@ -6,7 +6,6 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
@@ -22,11 +21,13 @@ def name_of(call: object) -> str:
     return getattr(call, "__qualname__", None) or type(call).__qualname__
 
 
-def signature_of(function: Callable[..., Any]) -> str:
+def described(value: object) -> str:
     """Name a function and its parameters, without defaults: an address may be one."""
-    signature = inspect.signature(function)
+    if not callable(value):
+        return type(value).__name__
+    signature = inspect.signature(value)
     bare = [each.replace(default=each.empty) for each in signature.parameters.values()]
-    return f"{name_of(function)}{signature.replace(parameters=bare)}"
+    return f"{name_of(value)}{signature.replace(parameters=bare)}"
 
 
 def is_request_scoped_generator(dependant: Dependant) -> bool:

@@ -13,7 +13,7 @@ from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError
-from .functions import signature_of
+from .functions import described
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 from .startup import make_handle, started
 
@@ -96,7 +96,7 @@ def _installation(
     if shutdown is not None and not _takes_nothing(shutdown):
         raise TypeError(
             f"shutdown of database {name!r} must be a function without parameters, such as "
-            f"engine.dispose (no parentheses), not {_shown(shutdown)}."
+            f"engine.dispose (no parentheses), not {described(shutdown)}."
         )
     if startup_wait is not None:
         check_seconds(f"startup_wait of database {name!r}", startup_wait)
@@ -117,7 +117,7 @@ def _installation(
     elif not _takes_nothing(engine):
         raise TypeError(
             f"engine of database {name!r} must be an Engine, an AsyncEngine or a function without "
-            f"parameters that makes one, not {_shown(engine)}."
+            f"parameters that makes one, not {described(engine)}."
         )
     return installation
 
@@ -131,12 +131,6 @@ def _takes_nothing(function: object) -> bool:
     except ValueError:
         return True  # written in C, without a signature
     return True
-
-
-def _shown(value: object) -> str:
-    if not callable(value):
-        return type(value).__name__
-    return signature_of(value)
 
 
 def _wrap_lifespan(app: Starlette) -> None:

@@ -98,13 +98,18 @@ def _show(running: Running) -> None:
         observed = observed.parent
 
 
-async def start_installation(installation: Installation) -> None:
-    """Make the handle of one database, on the event loop that is to use it."""
+async def start_installation(installation: Installation, *, waits: bool = True) -> None:
+    """Make the handle of one database, on the event loop that is to use it.
+
+    Args:
+        installation: what was installed.
+        waits: for the database to answer, where `startup_wait` was asked for.
+    """
     if database_class(installation.engine) is None:
         installation.database = await _build(installation)
     else:
         start_with_engine(installation, asyncio.get_running_loop())
-    if installation.database is not None and installation.startup_wait is not None:
+    if installation.database is not None and installation.startup_wait is not None and waits:
         await _wait_for(installation.database, installation.startup_wait)
 
 

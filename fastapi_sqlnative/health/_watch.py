@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from .._lifespan.functions import signature_of
+from .._lifespan.functions import described
 from .._sessions.completion import in_thread
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -57,7 +57,7 @@ def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
             return arguments
     raise TypeError(
         f"Check {name!r} must be a function of the application or of nothing, not "
-        f"{signature_of(check)}."
+        f"{described(check)}."
     )
 
 

@@ -24,7 +24,13 @@ _SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
 
 @dataclass(frozen=True, slots=True)
 class CapturedStatement:
-    """One statement: the database's name, the SQL or `BEGIN`, `COMMIT`, `ROLLBACK`, parameters."""
+    """One statement.
+
+    Attributes:
+        database: the database's name.
+        sql: the text that was sent, or `BEGIN`, `COMMIT`, `ROLLBACK`.
+        parameters: as they were handed to the driver.
+    """
 
     database: str
     sql: str

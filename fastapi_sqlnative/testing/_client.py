@@ -27,8 +27,7 @@ async def async_client(
 
     Args:
         app: the application.
-        raise_app_exceptions: raise in the test what the application has raised, instead of
-            answering with 500.
+        raise_app_exceptions: raise in the test what the application has raised; else it is a 500.
         **options: for `httpx.AsyncClient` (of httpx, or of httpx2 where that alone is installed).
 
     Example:
@@ -49,12 +48,8 @@ async def async_client(
     try:
         await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
-            http = _httpx()
-            transport = http.ASGITransport(
-                app=_with_state(app, state), raise_app_exceptions=raise_app_exceptions
-            )
-            given = {"base_url": "http://testserver", "transport": transport} | options
-            async with http.AsyncClient(**given) as client:
+            transport = _transport(app, state, raise_app_exceptions=raise_app_exceptions)
+            async with _client(transport, **options) as client:
                 yield client
     finally:
         end.set()
@@ -66,20 +61,16 @@ def client_beside(served: TestClient) -> httpx.AsyncClient:
 
     So the test may be run by any plugin, whose event loop the application never sees.
     """
-    http = _httpx()
-    transport = http.ASGITransport(app=_with_state(served.app, served.app_state))
+    transport = _transport(served.app, served.app_state)
+    portal: Any = served.portal
 
-    class Transport(http.AsyncBaseTransport):  # type: ignore[misc,name-defined] # either httpx
+    class Transport(_httpx().AsyncBaseTransport):  # type: ignore[misc] # either httpx
         async def handle_async_request(self, request: Any) -> Any:
             await request.aread()
-            assert served.portal is not None
-            answering = served.portal.start_task_soon(transport.handle_async_request, request)
+            answering = portal.start_task_soon(transport.handle_async_request, request)
             return await asyncio.wrap_future(answering)
 
-    client: httpx.AsyncClient = http.AsyncClient(
-        base_url="http://testserver", transport=Transport()
-    )
-    return client
+    return _client(Transport())
 
 
 def _httpx() -> Any:
@@ -89,11 +80,16 @@ def _httpx() -> Any:
         return importlib.import_module("httpx2")
 
 
-def _with_state(app: ASGIApp, state: dict[str, Any]) -> ASGIApp:
+def _client(transport: Any, **options: Any) -> httpx.AsyncClient:
+    given = {"base_url": "http://testserver", "transport": transport} | options
+    return _httpx().AsyncClient(**given)  # type: ignore[no-any-return] # either httpx's
+
+
+def _transport(app: ASGIApp, state: dict[str, Any], **options: Any) -> Any:
     """Give every request what the lifespan has yielded, as a server does."""
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] = state.copy()
         await app(scope, receive, send)
 
-    return call
+    return _httpx().ASGITransport(app=call, **options)

@@ -42,6 +42,7 @@ class IsolatedConnection:
     Attributes:
         loop: the event loop that it belongs to, once it is open.
         own_sessions: the test's, with their blocks; they give way to the application's.
+        blocks: that are open on it: the first has the transaction, the others savepoints in it.
         beginning: the next savepoint stands for the BEGIN of a transaction.
         root: the one that stands for the application's transaction.
     """
@@ -63,8 +64,7 @@ class IsolatedConnection:
         self._home = home  # finds the application's event loop
         self.loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
-        # Blocks that are open on it: the first has the transaction, the others savepoints in it.
-        self._blocks: dict[object, Transaction | None] = {}
+        self.blocks: dict[object, Transaction | None] = {}
         self._guarded = ExitStack()
 
     def refused(self, why: str) -> IsolationError:
@@ -128,16 +128,18 @@ class IsolatedConnection:
     def opened(self) -> Connection:
         """Return the connection, in the transaction of every block that is open."""
         if self._connection is None:
+            if not self.blocks:
+                raise self.refused("its block has ended. Finish work with the database before.")
             self._connection = self._open()
         if self._connection.closed or self._connection.invalidated:
             raise self.refused(
                 "its one connection was lost, and with it all that the test has stored: the "
                 "server hung up, or a statement was cancelled. Test that with cloned(app)."
             )
-        for block in [each for each, begun in self._blocks.items() if begun is None]:
-            self._blocks[block] = self._connection.get_transaction()  # settling comes here again
+        for block in [each for each, begun in self.blocks.items() if begun is None]:
+            self.blocks[block] = self._connection.get_transaction()  # settling comes here again
             self._settle(each for each, its in self.own_sessions.items() if its is not block)
-            self._blocks[block] = self._connection.begin_nested()
+            self.blocks[block] = self._connection.begin_nested()
         return self._connection
 
     def _open(self) -> Connection:
@@ -145,7 +147,7 @@ class IsolatedConnection:
         self._pool = self.engine.pool
         connection = self.engine.connect()
         connection.info[_MARK] = self
-        self._blocks[next(iter(self._blocks))] = connection.begin()
+        self.blocks[next(iter(self.blocks))] = connection.begin()
         driver: Any = connection.connection.driver_connection
         if self.engine.dialect.name == "sqlite" and not driver.in_transaction:
             _send(connection, "BEGIN")  # else the first savepoint would be the transaction
@@ -195,7 +197,7 @@ class IsolatedConnection:
 
     def enter(self, block: object) -> None:
         """Begin a block, whose work will be undone at its end."""
-        self._blocks[block] = None
+        self.blocks[block] = None
 
     def leave(self, block: object) -> Future[None]:
         """Undo the work of a block, and close the connection with the first one."""
@@ -205,7 +207,7 @@ class IsolatedConnection:
         return self.run(lambda: self.exclusively(block, lambda: self._undo(block)))
 
     def _undo(self, block: object) -> None:
-        first, transaction = next(iter(self._blocks)), self._blocks.pop(block)
+        first, transaction = next(iter(self.blocks)), self.blocks.pop(block)
         for session, its in [*self.own_sessions.items()]:
             with self.turn.lent(session):
                 if its is block:
@@ -225,7 +227,7 @@ class IsolatedConnection:
             with self.turn.lent(session):
                 session.close()
         connection, self._connection, self.loop = self._connection, None, None
-        self._blocks = dict.fromkeys(self._blocks)
+        self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
             if not connection.invalidated:
                 connection.info.pop(_MARK, None)

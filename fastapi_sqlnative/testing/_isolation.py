@@ -182,7 +182,7 @@ class Isolated:
     def _joined(self, name: str, engine: Engine) -> IsolatedConnection | None:
         for block in (self, *self._around):
             for other in block.connections.values():
-                if is_one_database(other.engine, engine):
+                if other.blocks and is_one_database(other.engine, engine):
                     if other.asynchronous is engine.dialect.is_async:
                         return other
                     raise IsolationError(

@@ -67,7 +67,7 @@ async def _swap(place: Place, engine: Any, undo: AsyncExitStack) -> None:
         if not installed.runs:
             installation.database = None  # the end of the lifespan has closed it
         elif installation.database is None:
-            await start_installation(installation)
+            await start_installation(installation, waits=False)
         if installed.runs and built is not None:
             await dispose(built.engine)
 
@@ -76,7 +76,7 @@ async def _swap(place: Place, engine: Any, undo: AsyncExitStack) -> None:
     undo.push_async_callback(restore)
     installation.engine, installation.database = (build if builds else engine), None
     if installed.runs:
-        await start_installation(installation)
+        await start_installation(installation, waits=False)
         # Those who count, hear or isolate what is sent follow too.
         for observer in [*installed.observers]:
             observer(installation.database)  # type: ignore[arg-type] # it has just been made

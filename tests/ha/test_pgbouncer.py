@@ -230,8 +230,8 @@ def test_readiness_while_it_is_paused(
     engine = engine_through(bouncer, kind, postgres)
     install_database(app, engine=engine, shutdown=engine.dispose)
     for prefix, seconds in ("/patient", 120), ("/impatient", 0.5):
-        times = {"timeout": 0.2, "max_age": 0.01, "down_after": seconds}
-        app.include_router(health_router(prefix=prefix, **times))
+        router = health_router(prefix=prefix, timeout=0.2, max_age=0.01, down_after=seconds)
+        app.include_router(router)
     with serve(app) as served:
 
         def status(prefix: str) -> str:

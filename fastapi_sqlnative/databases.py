@@ -81,8 +81,8 @@ class Database(_Database[Engine]):
         name: appears in messages; give each handle its own where there are several.
         session_options: keyword arguments for the sessions, as for `install_database`.
         shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
-        warn_held_after: seconds after which a connection that is still in use is logged, with
-            where its session was opened; `None` for never.
+        warn_held_after: seconds. A connection that a session has held for longer is logged when it
+            comes back; `None` for never.
     """
 
     _engine_type = Engine
@@ -208,8 +208,8 @@ class AsyncDatabase(_Database[AsyncEngine]):
         name: appears in messages; give each handle its own where there are several.
         session_options: keyword arguments for the sessions, as for `install_database`.
         shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
-        warn_held_after: seconds after which a connection that is still in use is logged, with
-            where its session was opened; `None` for never.
+        warn_held_after: seconds. A connection that a session has held for longer is logged when it
+            comes back; `None` for never.
     """
 
     _engine_type = AsyncEngine

@@ -444,8 +444,9 @@ def test_every_parameter_is_described(module: ModuleType) -> None:
         if inspect.isclass(described) and issubclass(described, BaseException | Enum | list):
             continue
         for name, docstring in described_parameters(described):
-            line = rf"^\s*\*{{0,2}}{name}: |`{name}"
-            assert name == "self" or re.search(line, docstring, re.MULTILINE), f"{public}: {name}"
+            mentioned = rf"\b{name}\b" if inspect.isclass(described) else rf"^\W*{name}: |`{name}"
+            flags = re.MULTILINE | re.IGNORECASE
+            assert name == "self" or re.search(mentioned, docstring, flags), f"{public}: {name}"
 
 
 def test_names_in_the_guide_exist() -> None:

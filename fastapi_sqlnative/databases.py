@@ -21,7 +21,6 @@ from ._sessions.factory import SessionFactory
 from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
 from ._sessions.holders import holders_of
 from ._sessions.options import IsolationLevel, TransactionOptions
-from ._sessions.session import record_of
 
 EngineT = TypeVar("EngineT", Engine, AsyncEngine)
 T = TypeVar("T")
@@ -81,8 +80,8 @@ class Database(_Database[Engine]):
         name: appears in messages; give each handle its own where there are several.
         session_options: keyword arguments for the sessions, as for `install_database`.
         shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
-        warn_held_after: seconds after which a connection that is still in use is logged, with
-            where its session was opened; `None` for never.
+        warn_held_after: seconds. A connection that a session has held for longer is logged when it
+            comes back; `None` for never.
     """
 
     _engine_type = Engine
@@ -160,21 +159,11 @@ class Database(_Database[Engine]):
             database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
         """
         retries = Retries(self.name, attempts, timeout, backoff)
+        options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            record = None
-            try:
-                with self.transaction(
-                    isolation_level=isolation_level, read_only=read_only
-                ) as session:
-                    record = record_of(session)
-                    result = retries.checked(work(session))
-            except Exception as error:
-                pause = retries.pause_after(error, record)
-                if pause is None:
-                    raise
-            else:
-                return result
-            time.sleep(pause)
+            with retries, self.transaction(**options) as session:
+                return retries.checked(work(retries.watched(session)))
+            time.sleep(retries.pause)
 
     def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.
@@ -208,8 +197,8 @@ class AsyncDatabase(_Database[AsyncEngine]):
         name: appears in messages; give each handle its own where there are several.
         session_options: keyword arguments for the sessions, as for `install_database`.
         shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
-        warn_held_after: seconds after which a connection that is still in use is logged, with
-            where its session was opened; `None` for never.
+        warn_held_after: seconds. A connection that a session has held for longer is logged when it
+            comes back; `None` for never.
     """
 
     _engine_type = AsyncEngine
@@ -262,21 +251,12 @@ class AsyncDatabase(_Database[AsyncEngine]):
             await database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
         """
         retries = Retries(self.name, attempts, timeout, backoff)
+        options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            record = None
-            try:
-                async with self.transaction(
-                    isolation_level=isolation_level, read_only=read_only
-                ) as session:
-                    record = record_of(session)
-                    result = retries.checked(await work(session))
-            except Exception as error:
-                pause = retries.pause_after(error, record)
-                if pause is None:
-                    raise
-            else:
-                return result
-            await asyncio.sleep(pause)
+            with retries:
+                async with self.transaction(**options) as session:
+                    return retries.checked(await work(retries.watched(session)))
+            await asyncio.sleep(retries.pause)
 
     async def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.

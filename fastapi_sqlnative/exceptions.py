@@ -32,7 +32,7 @@ class DatabaseNotInstalledError(LookupError):
 
 
 class DatabaseAlreadyInstalledError(RuntimeError):
-    """The application has a database of that name."""
+    """The application already has a database of that name."""
 
 
 class ApplicationAlreadyStartedError(RuntimeError):
@@ -56,11 +56,11 @@ class BlockingSessionError(RuntimeError):
 
 
 class ReadOnlySessionError(RuntimeError):
-    """Something was to be written through a session from ``reader``."""
+    """A write was attempted through a session from ``reader``."""
 
 
 class TransactionOptionsError(RuntimeError):
-    """An isolation level or ``read_only`` was asked for that cannot apply (any more)."""
+    """An isolation level or ``read_only`` was requested that cannot apply, or no longer can."""
 
 
 class UncommittedChangesError(RuntimeError):
@@ -117,9 +117,9 @@ class RequestCancelledError(HTTPException):
 
 
 class DeadlineExceededError(RequestCancelledError):
-    """A request was not done when the time of its ``deadline`` was over. The client reads 504.
+    """A request took longer than its ``deadline``. The client reads 504.
 
-    What it waited for is the ``__cause__``, as far as a cancellation has found it waiting.
+    The ``__cause__`` shows what the request was waiting for, if it was waiting.
     """
 
     def __init__(self, route: str | None, seconds: float) -> None:
@@ -133,7 +133,7 @@ class DeadlineExceededError(RequestCancelledError):
 
 
 class ClientDisconnectedError(RequestCancelledError):
-    """The client has gone away, and ``cancel_on_disconnect`` has ended its request."""
+    """The client has disconnected, and ``cancel_on_disconnect`` has ended its request."""
 
     def __init__(self, route: str | None) -> None:
         # What nginx calls it. No client reads that, but middleware does.

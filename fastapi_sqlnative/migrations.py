@@ -48,10 +48,10 @@ def alembic_check(
 ) -> Callable[[Starlette], Awaitable[CheckResult]]:
     """Make a check for `health_router` that is ready once the database is migrated.
 
-    The script directory is read now, and never again: a mistake in the configuration fails the
-    start, and what a newer release adds beside a running one is not seen. env.py does not run.
-    The database is read, never written to, until the check has passed; from then on, for as long
-    as that lifespan runs, nothing is sent.
+    The script directory is read once, now: a mistake in the configuration fails start-up, and
+    revisions that a newer release adds later are not seen. env.py does not run. The database is
+    read, never written to, until the check has passed; after that, nothing is sent while that
+    lifespan runs.
 
     - `current`, ready: its revisions are the heads of the script directory.
     - `ahead`, ready: it has a revision that this release does not know, and none older than its

@@ -423,7 +423,7 @@ def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
     """Yield each parameter of a function or class, and of its methods, with what describes it."""
     docstring = inspect.getdoc(described) or ""
     for name in re.findall(r"(?:as|what|that) `(\w+(?:\.\w+)?)` (?:does|has)", docstring):
-        docstring += inspect.getdoc(pkgutil.resolve_name(f"fastapi_sqlnative.{name}")) or ""
+        docstring += inspect.getdoc(pkgutil.resolve_name(f"{described.__module__}.{name}")) or ""
     with contextlib.suppress(ValueError):  # a class without a signature
         yield from ((name, docstring) for name in inspect.signature(described).parameters)
     if inspect.isclass(described):
@@ -444,8 +444,9 @@ def test_every_parameter_is_described(module: ModuleType) -> None:
         if inspect.isclass(described) and issubclass(described, BaseException | Enum | list):
             continue
         for name, docstring in described_parameters(described):
-            line = rf"^\s*\*{{0,2}}{name}: |`{name}"
-            assert name == "self" or re.search(line, docstring, re.MULTILINE), f"{public}: {name}"
+            mentioned = rf"\b{name}\b" if inspect.isclass(described) else rf"^\W*{name}: |`{name}"
+            flags = re.MULTILINE | re.IGNORECASE
+            assert name == "self" or re.search(mentioned, docstring, flags), f"{public}: {name}"
 
 
 def test_names_in_the_guide_exist() -> None:

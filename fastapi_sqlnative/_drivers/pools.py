@@ -27,7 +27,7 @@ class ConnectionHolder:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """Describe a connection pool at one moment; `None` is what this kind of pool does not know.
+    """The state of a connection pool at one moment; `None` for what its kind does not keep.
 
     Attributes:
         size: connections the pool keeps, `None` also for "no limit".

@@ -31,22 +31,22 @@ def install_database(
 ) -> None:
     """Install a database on an application, for as long as its lifespan runs.
 
-    It is there before the application's own lifespan starts and until that has ended, however
-    that one was declared. Whoever builds the engine closes it: a ready engine is yours, and is
-    closed by your `shutdown` only; one that your factory built is disposed of here. Nothing
-    connects at start-up, unless you ask for `startup_wait`.
+    The database is up before the application's own lifespan starts and until it has ended, however
+    it was declared. Whoever builds the engine closes it: only your `shutdown` closes a ready
+    engine, and one that your factory built is disposed of for you. Nothing connects at start-up,
+    unless you ask for `startup_wait`.
 
     Args:
         app: the application; call this before it starts.
-        name: what `get_db(name)` and the others ask for, trimmed.
+        name: the name that `get_db(name)` and the others ask for; spaces around it are removed.
         engine: an `Engine`, an `AsyncEngine`, or a function without parameters, sync or async,
-            that makes one; it is called once at each start-up.
+            that builds one; it is called once at each start-up.
         shutdown: a function without parameters, sync or async, called at the end of the lifespan;
             a sync one runs in a thread.
         session_options: keyword arguments for the sessions, as for `sessionmaker`.
             `expire_on_commit` is `False` unless you say otherwise.
-        startup_wait: seconds to wait for the database to answer before start-up fails. One that
-            answers and refuses, a wrong password say, fails it at once.
+        startup_wait: seconds to wait for the database to answer before start-up fails. If it
+            answers and refuses, for example a wrong password, start-up fails at once.
         shutdown_timeout: seconds for connections in use to come back and for `shutdown` to end.
             Also how long a cancelled request may go on with its COMMIT.
         warn_held_after: seconds. A connection that a session has held for longer is logged, with

@@ -267,10 +267,13 @@ def installed_databases(app: Starlette, kind: Any = None) -> Mapping[str, Any]:
 
     Args:
         app: the application.
-        kind: `Database` or `AsyncDatabase`, which the handles are, for the type checker to know.
+        kind: `Database` or `AsyncDatabase`, so that the type checker knows what the handles are.
 
     Raises:
         DatabaseNotStartedError: when a handle is read and the lifespan is not running.
         TypeError: when a handle is read and is of the other kind.
+
+    Example:
+        async with installed_databases(app, AsyncDatabase)["default"].session() as session: ...
     """
     return InstalledDatabases[Any](app, kind)

@@ -35,10 +35,11 @@ _GROUPS = () if starlette.__version__ < "0.46" else (ExceptionGroup,)
 
 
 def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> ErrorT | HTTPException:
-    """Return the `HTTPException` that answers a database failure, or the very same error.
+    """Return the `HTTPException` that answers a database failure, or the same error unchanged.
 
-    What comes back is there to be raised. The error given becomes its `__cause__`, and is logged
-    here, once. An `HTTPException` stays as it is; another error is answered by what caused it.
+    Raise the result. The given error becomes its `__cause__`, and is logged here, once. An
+    `HTTPException` is returned unchanged; for any other error, the nearest database failure in
+    its chain of causes counts.
 
     Args:
         error: any exception.
@@ -61,11 +62,11 @@ def http_errors(
 ) -> _Block | _AsyncBlock:
     """Map the database failures of a block, as `map_database_error` does.
 
-    An error that the application has raised `from` one is its own, and left alone. With a session
-    the block is a savepoint, flushed at its end: an `add()` fails there and not at COMMIT, and
-    afterwards the transaction goes on without what the block did. A deferred constraint still
-    waits for COMMIT. Write `with` for a `Session` and `async with` for an `AsyncSession`; without
-    a session it is `with`, in `async` code too. A wrong argument is a `TypeError` at once.
+    An exception of the application's own that was raised `from` a failure is left alone. With a
+    session, the block is a savepoint that is flushed at its end: an `add()` fails there and not at
+    COMMIT, and the transaction goes on without what the block did. A deferred constraint still
+    fails at COMMIT. Write `with` for a `Session` and `async with` for an `AsyncSession`; without a
+    session it is always `with`, also in `async` code. A wrong argument is a `TypeError` at once.
 
     Args:
         session: the one that the block uses, for a savepoint; without one there is none.
@@ -116,21 +117,29 @@ def install_error_handlers(
 ) -> None:
     """Answer the database failures of an application, and of those that are mounted in it by now.
 
-    Everything is answered that no route has answered, failures of COMMIT included. Handlers of the
-    application's go first, for a more particular class or the same one, whenever they were added.
-    Websockets are left alone. What is mounted later needs a call of its own, and what has had one
-    keeps its handlers. What passes is logged once, and more within five seconds as a number. The
-    OpenAPI document says how routes that use a database answer a conflict and an outage, unless
-    they describe that status themselves.
+    All failures are answered that no route has answered, including those of COMMIT. Handlers of the
+    application go first, for the same class or a more specific one, whenever they were added.
+    Websockets are left alone. An application that is mounted later needs its own call, and one that
+    had its own call keeps its handlers. A failure that passes is logged once; repetitions within
+    five seconds are counted. The OpenAPI document describes the answers to a conflict and an outage
+    for routes that use a database, unless they describe that status themselves.
 
     Args:
-        app: one that has not started; otherwise an `ApplicationAlreadyStartedError`.
+        app: the application; call this before it starts.
         problem_details: answer with RFC 9457 `application/problem+json`, also what `http_errors`
             and `map_database_error` have mapped. Only a rule's `pointer` names a field.
-        every_error: have the application's other `HTTPException` and invalid requests answered so,
-            too, unless it has handlers of its own for them.
+        every_error: answer the application's other `HTTPException`s and invalid requests in this
+            format too, unless it has handlers of its own for them.
         **options: as for `map_database_error`. `read_only=ErrorRule(status=503, retry_after=5)`
             is for writes that a standby refuses.
+
+    Raises:
+        ValueError: `every_error` without `problem_details`.
+        RuntimeError: the application has these handlers already.
+        ApplicationAlreadyStartedError: the application has started.
+
+    Example:
+        install_error_handlers(app, constraints={"uq_users_email": "E-mail already registered."})
     """
     if every_error and not problem_details:
         raise ValueError("every_error=True asks for problem details: add problem_details=True.")

@@ -16,7 +16,7 @@ from .._drivers.errors import StatedError, read_error, server_of
 
 
 class DatabaseErrorKind(StrEnum):
-    """Name what went wrong. The values are the keywords of `map_database_error`."""
+    """The kind of a database failure. The values are the keywords of `map_database_error`."""
 
     UNIQUE = auto()
     EXCLUSION = auto()
@@ -68,7 +68,7 @@ _TRANSIENT: Final = _REPEATABLE + _PASSING
 
 @dataclass(frozen=True, slots=True)
 class DatabaseErrorDescription:
-    """Describe a database failure, with what its driver states and nothing guessed.
+    """The description of a database failure: what its driver states, and nothing guessed.
 
     Attributes:
         kind: what went wrong.
@@ -92,10 +92,11 @@ class DatabaseErrorDescription:
 def describe_database_error(
     error: BaseException, *, metadata: MetaData | None = None
 ) -> DatabaseErrorDescription | None:
-    """Describe a database failure; `None` for an error that is none, and never an error.
+    """Describe a database failure; return `None` for any other error. Never raises.
 
-    The nearest failure counts, of the error and its `__cause__` chain: an `IntegrityError` that
-    was raised `from` another failure is described, not that other one. A group of one is that one.
+    The nearest failure in the error's `__cause__` chain counts: an `IntegrityError` that was raised
+    `from` another failure is described, not that other one. A group with one error counts as that
+    error.
 
     Args:
         error: from SQLAlchemy, from this package or from a driver itself.

@@ -26,10 +26,10 @@ ErrorT = TypeVar("ErrorT", bound=Exception)
 
 @dataclass(frozen=True, slots=True)
 class ErrorRule:
-    """Say how a kind of failure, or a constraint's, is answered.
+    """The answer to a kind of failure, or to a constraint.
 
-    Without a `status` the rule changes the words only; with one it replaces the whole row. What is
-    out of place is a `TypeError` or `ValueError` at once.
+    Without a `status`, the rule changes only the words; with one, it replaces status, words and
+    Retry-After. A wrong argument is a `TypeError` or `ValueError` at once.
 
     Attributes:
         detail: what the client reads; `None` for the default.

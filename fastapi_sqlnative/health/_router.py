@@ -57,7 +57,7 @@ def health_router(
 ) -> APIRouter:
     """Make a router with `GET` and `HEAD` of `{prefix}/live` and `{prefix}/ready`.
 
-    Live answers 200 for as long as the process does, and asks no database. Ready answers 200 or
+    Live answers 200 while the process can answer at all, and asks no database. Ready answers 200 or
     503, for the databases of the application, of those it is mounted in and of those mounted in
     it. Any number of probes wait for the same question. An application that has not started, that
     drains or has no database is not ready. The log has the cause of a state, when it changes.

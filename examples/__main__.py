@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from sqlalchemy import URL, NullPool, create_engine, make_url, text
+from sqlalchemy.exc import ArgumentError
 
 from tests.mariadb_server import MariadbServer, MariadbServerError
 from tests.postgres_server import PostgresServer, PostgresServerError
@@ -143,8 +144,15 @@ def _given(name: str) -> Mapping[str, str]:
     if wanted and not os.environ.get("SECOND_DATABASE_URL"):
         raise SystemExit(f"{name} has two databases: set SECOND_DATABASE_URL too.")
     names = "DATABASE_URL", "SECOND_DATABASE_URL"
-    urls = {name: make_url(os.environ[name]) for name in names if os.environ.get(name)}
+    urls = {name: _read(name) for name in names if os.environ.get(name)}
     return {name: _text(_with_driver(url)) for name, url in urls.items()}
+
+
+def _read(variable: str) -> URL:
+    try:
+        return make_url(os.environ[variable])
+    except ArgumentError:  # which has the password in it, in SQLAlchemy 2.0
+        raise SystemExit(f"{variable} is no address, as postgresql://me@host/shop is.") from None
 
 
 def _with_driver(url: URL) -> URL:

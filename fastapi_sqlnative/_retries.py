@@ -6,17 +6,23 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Coroutine, Generator
+from types import TracebackType
 from typing import TypeVar, cast
 
 from ._sessions.record import Record
+from ._sessions.session import AnySession, record_of
 from .errors import describe_database_error
 
 T = TypeVar("T")
+SessionT = TypeVar("SessionT", bound=AnySession)
 logger = logging.getLogger("fastapi_sqlnative")
 
 
 class Retries:
-    """Count the attempts at one transaction, up to a number and a deadline.
+    """The attempts at one transaction, up to a number and a deadline.
+
+    Each is a `with` block, which swallows a failure that another attempt follows after `pause`
+    seconds.
 
     Args:
         name: of the database, for the log.
@@ -45,22 +51,38 @@ class Retries:
         self._deadline = time.monotonic() + timeout
         self._longest = backoff
         self._made = 0
+        self._record: Record | None = None
+        self.pause = 0.0
 
-    def pause_after(self, error: Exception, record: Record | None) -> float | None:
-        """Return the seconds to wait before the next attempt; `None` if there is to be none.
+    def __enter__(self) -> None:
+        self._record = None
 
-        Work that has stored something, or may have, would do so again: it is not repeated.
-        """
+    def watched(self, session: SessionT) -> SessionT:
+        """Return the attempt's session, of which is known what it has stored."""
+        self._record = record_of(session)
+        return session
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> bool:
+        """Swallow a failure that another attempt follows."""
+        return isinstance(error, Exception) and self._may_repeat(error)
+
+    def _may_repeat(self, error: Exception) -> bool:
         self._made += 1
         failure = describe_database_error(error)
-        stored = record is not None and record.stored
+        # Work that has stored something, or may have, would do so again.
+        stored = self._record is not None and self._record.stored
         if stored or failure is None or not failure.retryable or self._made >= self._attempts:
-            return None
+            return False
         # Full jitter: those that ran into each other are not to meet again.
-        pause = random.uniform(0, min(self._longest, self.MAX_PAUSE))  # noqa: S311 - no secret
+        self.pause = random.uniform(0, min(self._longest, self.MAX_PAUSE))  # noqa: S311 - no secret
         self._longest *= 2
-        if time.monotonic() + pause > self._deadline:
-            return None
+        if time.monotonic() + self.pause > self._deadline:
+            return False
         logger.info(
             "Attempt %d of %d at a transaction on database %r has failed (%s): it is repeated.",
             self._made,
@@ -68,7 +90,7 @@ class Retries:
             self._name,
             failure.kind.value,
         )
-        return pause
+        return True
 
     def checked(self, result: T) -> T:
         """Refuse work that has not run yet: committed, it would be a lie.

@@ -9,7 +9,7 @@ from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
-from sqlalchemy import Engine
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -21,7 +21,6 @@ from ._sessions.factory import SessionFactory
 from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
 from ._sessions.holders import holders_of
 from ._sessions.options import IsolationLevel, TransactionOptions
-from ._sessions.session import record_of
 
 EngineT = TypeVar("EngineT", Engine, AsyncEngine)
 T = TypeVar("T")
@@ -45,7 +44,7 @@ class _Database(Generic[EngineT]):
         if not isinstance(given, self._engine_type):
             raise TypeError(
                 f"{type(self).__name__} {name!r} takes an {self._engine_type.__name__}, not "
-                f"{type(engine).__name__}."
+                f"{type(engine).__name__}.{remedy_for_address(given)}"
             )
         self.name = name
         self.engine: EngineT = engine
@@ -160,21 +159,11 @@ class Database(_Database[Engine]):
             database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
         """
         retries = Retries(self.name, attempts, timeout, backoff)
+        options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            record = None
-            try:
-                with self.transaction(
-                    isolation_level=isolation_level, read_only=read_only
-                ) as session:
-                    record = record_of(session)
-                    result = retries.checked(work(session))
-            except Exception as error:
-                pause = retries.pause_after(error, record)
-                if pause is None:
-                    raise
-            else:
-                return result
-            time.sleep(pause)
+            with retries, self.transaction(**options) as session:
+                return retries.checked(work(retries.watched(session)))
+            time.sleep(retries.pause)
 
     def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.
@@ -262,21 +251,12 @@ class AsyncDatabase(_Database[AsyncEngine]):
             await database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
         """
         retries = Retries(self.name, attempts, timeout, backoff)
+        options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            record = None
-            try:
-                async with self.transaction(
-                    isolation_level=isolation_level, read_only=read_only
-                ) as session:
-                    record = record_of(session)
-                    result = retries.checked(await work(session))
-            except Exception as error:
-                pause = retries.pause_after(error, record)
-                if pause is None:
-                    raise
-            else:
-                return result
-            await asyncio.sleep(pause)
+            with retries:
+                async with self.transaction(**options) as session:
+                    return retries.checked(await work(retries.watched(session)))
+            await asyncio.sleep(retries.pause)
 
     async def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.
@@ -299,6 +279,13 @@ def sessions_of(database: AnyDatabase) -> SessionFactory:
     """Return what makes the sessions of a database; for the package only."""
     # The class is this module's own, and its users are to see nothing of it.
     return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+
+
+def remedy_for_address(given: object) -> str:
+    """Say how an address becomes an engine, where one was given in place of it."""
+    if not isinstance(given, str | URL):
+        return ""
+    return " Make one of the address: create_async_engine(url), or create_engine(url)."
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:

@@ -165,7 +165,7 @@ class InstalledDependency(DatabaseDependency):
         """Need nothing of the request."""
 
 
-def get_db(name: str = "default") -> Callable[..., Awaitable[Any]]:
+def get_db(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     """Depend on the request's one session for a database.
 
     The session is opened without a connection, shared by everything in the request that asks
@@ -190,7 +190,7 @@ def transactional(
     *,
     isolation_level: IsolationLevel | None = None,
     read_only: bool = False,
-) -> Callable[..., Awaitable[Any]]:
+) -> Callable[..., Awaitable[AnySession]]:
     """Depend on the request's session for a database, and have it committed.
 
     It is the session of `get_db(name)`. It is committed after the result is serialized and
@@ -217,7 +217,7 @@ def transactional(
     return _transaction_dependency(trimmed(name), options)
 
 
-def reader(name: str = "default") -> Callable[..., Awaitable[Any]]:
+def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     """Depend on a session for reads that need no transaction.
 
     It is a second session, in AUTOCOMMIT: one round trip for each query, which sees what is
@@ -237,7 +237,7 @@ def reader(name: str = "default") -> Callable[..., Awaitable[Any]]:
     return _reader_dependency(trimmed(name))
 
 
-def get_database_handle(name: str = "default") -> Callable[..., Awaitable[Any]]:
+def get_database_handle(name: str = "default") -> Callable[..., Awaitable[AnyDatabase]]:
     """Depend on the handle of a database, for work that outlives the request's session.
 
     The handle is a `Database` or an `AsyncDatabase` and lives as long as the application runs.

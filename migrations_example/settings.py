@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 VARIABLES = {"default": "DATABASE_URL", "analytics": "ANALYTICS_DATABASE_URL"}
@@ -40,7 +41,11 @@ def migration_url(name: str) -> URL:
 def _url(variable: str) -> URL:
     if not os.environ.get(variable):
         raise ValueError(f"{variable} is not set, as in postgresql+psycopg://user@host/bookshop")
-    return make_url(os.environ[variable])
+    try:
+        return make_url(os.environ[variable])
+    except ArgumentError:  # which has the password in it, in SQLAlchemy 2.0
+        example = "postgresql+psycopg://user@host/bookshop"
+        raise ValueError(f"{variable} is no address, as {example} is") from None
 
 
 def _connect_args(url: URL) -> dict[str, Any]:

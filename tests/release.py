@@ -205,7 +205,9 @@ def check_tests(folder: Path, wheel: Path, sdist: Path) -> None:
         opened.extractall(folder, filter="data")
     (unpacked,) = folder.glob("fastapi_sqlnative-*")
     (unpacked / "fastapi_sqlnative").rename(folder / "aside")
-    python = environment(folder / "env", "uv", f"{wheel}", "--group", f"{ROOT}/pyproject.toml:test")
+    python = environment(
+        folder / "env", "uv", f"{wheel}", "--group", f"{unpacked}/pyproject.toml:test"
+    )
     where = run(python, "-c", "import fastapi_sqlnative as it; print(it.__file__)", cwd=unpacked)
     assert Path(where.strip()).is_relative_to(folder / "env"), where
     said = run(python, "-m", "pytest", "-q", "-n", "2", *CORE, cwd=unpacked)

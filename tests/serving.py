@@ -160,7 +160,6 @@ def copy(session: Session, *names: str) -> None:
     """Write rows with COPY, over the driver's own connection."""
     driver: Any = session.connection().connection.driver_connection
     if hasattr(driver, "copy_records_to_table"):
-        session.connection().exec_driver_sql("SELECT 1")  # only that begins its transaction
         records = [(name,) for name in names]
         await_only(driver.copy_records_to_table("item", records=records, columns=["name"]))
         return

@@ -507,12 +507,20 @@ def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> 
     ready = engine_for(kind, url)
     app = FastAPI(lifespan=lifespan)
     install_database(app, engine=ready)
-    install_database(app, name="made", engine=lambda: engine_for(kind, url))
+    disposed: list[object] = []
+
+    def build() -> Engine | AsyncEngine:
+        made = engine_for(kind, url)
+        event.listen(getattr(made, "sync_engine", made), "engine_disposed", disposed.append)
+        return made
+
+    install_database(app, name="made", engine=build)
     with psycopg.connect(server.url, autocommit=True) as connection:
         set_name = sql.SQL("ALTER ROLE shop SET application_name = {}")
         connection.execute(set_name.format(sql.Literal(name)))
         findings = asyncio.run(check_databases(app))
         assert not ran
+        assert len(disposed) == 1
         assert {each.database for each in findings} == {"default", "made", "default, made"}
         assert ready.pool.checkedin() == 0  # type: ignore[attr-defined] # it is a QueuePool
         query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"

@@ -261,9 +261,9 @@ class Snippets:
 
 def check_package(requirement: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    found = re.fullmatch(r"([\w-]+)(?:\[([\w,]+)\])?", requirement)
+    found = re.fullmatch(r"([\w-]+|\.)(?:\[([\w,]+)\])?", requirement)
     assert found is not None
-    if found[1] == project["name"]:
+    if found[1] in (project["name"], "."):  # published, or from a checkout
         extras = (found[2] or "").split(",")
         assert set(filter(None, extras)) <= project["optional-dependencies"].keys()
     else:

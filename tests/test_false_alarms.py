@@ -105,6 +105,13 @@ def undone_savepoint(session: Session) -> None:
     savepoint.rollback()
 
 
+def undone_before_an_unknown_function(session: Session) -> None:
+    savepoint = session.begin_nested()
+    session.execute(delete(items))  # an insert would lock the sequence, which explains as much
+    savepoint.rollback()
+    session.execute(text("SELECT array_to_string(ARRAY[1], ',')"))
+
+
 def undone_after_a_failure(session: Session) -> None:
     with suppress(IntegrityError), session.begin_nested():
         session.execute(insert(items).values(name="undone"))
@@ -175,6 +182,7 @@ STORES_NOTHING: dict[str, Body] = {
     "undone in SQL": undone_in_sql,
     "undone in SQL over text": undone_in_sql_over_text,
     "undone savepoint": undone_savepoint,
+    "undone before an unknown function": undone_before_an_unknown_function,
     "undone after a failure": undone_after_a_failure,
     "connection": lambda session: session.connection().execute(select(items)).close(),
     "connection, for update": over_the_connection,

@@ -100,7 +100,15 @@ WRITES: dict[str, Body] = {
 }
 
 
-@pytest.mark.parametrize("body", WRITES.values(), ids=WRITES)
+# What goes past the session's methods, over the driver's own cursor or connection.
+PAST_THE_SESSION = "copy", "raw cursor"
+write_bodies = [
+    pytest.param(body, id=name, marks=[pytest.mark.driver_decides] * (name in PAST_THE_SESSION))
+    for name, body in WRITES.items()
+]
+
+
+@pytest.mark.parametrize("body", write_bodies)
 async def test_no_forgotten_work_is_a_success(
     kind: Kind, engine: Engine, there: Rows, body: Body
 ) -> None:

@@ -115,7 +115,7 @@ def test_the_page_says_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The page has a table and a chart of what was measured, and names whoever is ahead."""
     monkeypatch.chdir(tmp_path)
     Path("docs").mkdir()
-    results = Results("cpu", {"date": "2026-11-26", "cores": "2", "rounds": "2"})
+    results = Results("cpu", {"date": "2026-11-26", "cores": "2", "load": "9", "rounds": "2"})
     row = Row("cpu", "psycopg", "", "one read")
     results.add(row, OURS, 2.0, 2.0)
     results.add(row, BY_HAND[0], 4.0, 4.0)
@@ -124,6 +124,7 @@ def test_the_page_says_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_page()
     page = Path("docs/performance-compared.md").read_text("utf-8")
     assert f"| {OURS} | 0.50 |" in page
+    assert "its load was 9 on 2 cores" in page
     assert f"one read (we: 0.50): {CONTESTANTS[-1].name} 0.25." in page
     chart = ElementTree.parse(Path("docs", "charts", "cpu-psycopg.svg"))
     assert "0.25" in [each.text for each in chart.iter("{http://www.w3.org/2000/svg}text")]

@@ -3,6 +3,7 @@
 The snippets of the documentation are users, too.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from tests.test_docs import PAGES, README, code, module_name
 
-APP = Path(__file__).with_name("typing_app.py")
-ROOT = APP.parent.parent
+# An application under the strictest rules, and what each public name is to a type checker.
+RIGHT = [Path(__file__).with_name(f"typing_{name}.py") for name in ("app", "types")]
+ROOT = Path(__file__).parents[1]
 # Without the project's own configuration: a user has not got it.
 MYPY = [
     *("-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"),
@@ -20,26 +22,68 @@ MYPY = [
 ]
 PYRIGHT = ["-m", "pyright", "--pythonpath", sys.executable]
 
+# Each line with a comment is one that must be complained about.
 WRONG = """\
-from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
-from fastapi import FastAPI
+from typing import Annotated, Any
+from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+from fastapi_sqlnative import (
+    AsyncDatabase, Database, ErrorRule, get_db, health_router, http_errors, install_database,
+    install_error_handlers, installed_databases, reader, transactional,
+)
+from fastapi_sqlnative.checklist import check_databases, log_findings
 
-Database(create_async_engine("sqlite+aiosqlite://"))
-AsyncDatabase(create_engine("sqlite://"))
-transactional(isolation_level="AUTOCOMMIT")
-transactional("a", "SERIALIZABLE")
-get_db(7)
-install_database(FastAPI(), engine="sqlite://")
-install_database(FastAPI(), create_engine("sqlite://"))
-with Database(create_engine("sqlite://")).transaction() as session:
-    session.no_such_method()
-async def wrong() -> None:
-    async with Database(create_engine("sqlite://")).session():
+app = FastAPI()
+sync = Database(create_engine("sqlite://"))
+database = AsyncDatabase(create_async_engine("sqlite+aiosqlite://"))
+Database(create_async_engine("sqlite+aiosqlite://"))  # the other colour
+AsyncDatabase(create_engine("sqlite://"))  # the other colour
+Database("sqlite://")  # an address
+transactional(isolation_level="AUTOCOMMIT")  # no transaction
+transactional(isolation_level="repeatable read")  # not as it is spelt
+transactional("a", "SERIALIZABLE")  # by its place
+transactional(readonly=True)  # a name that there is not
+get_db(7)  # no name
+reader(read_only=True)  # it always is
+install_database(app, engine="sqlite://")  # an address
+install_database(app, create_engine("sqlite://"))  # by its place
+install_database(app, engine=sync.engine, shutdown="dispose")  # no function
+install_database(app, engine=sync.engine, startup_wait="10")  # no number
+install_database(app, engine=lambda url: create_engine(url))  # wants a parameter
+installed_databases(app)["a"].transaction().__enter__()  # either colour
+installed_databases(app, Session)  # no handle
+health_router(databases={"default": "sometimes"})  # no policy
+install_error_handlers(app, problem_detail=True)  # a name that there is not
+sync.engine = create_engine("sqlite://").name  # no engine
+with sync.transaction() as session:
+    session.no_such_method()  # not SQLAlchemy's
+    wrong: AsyncSession = session  # the other colour
+with database.transaction() as never:  # wants async with
+    pass
+
+def work(session: Session) -> int:
+    return 1
+
+async def work_later(session: AsyncSession) -> int:
+    return 1
+
+async def later() -> None:
+    async with sync.session():  # wants with
         pass
+    text: str = await database.run_in_transaction(work_later)  # returns a number
+    await database.run_in_transaction(work)  # the other colour
+    sync.run_in_transaction(work_later)  # the other colour
+    with http_errors(database):  # no session
+        pass
+    await check_databases(app, processes="8")  # no number
+    log_findings(check_databases(app))  # not awaited
+    (await check_databases(app))[0].status = "ok"  # frozen
 """
-LINES = [6, 7, 8, 9, 10, 11, 12, 14, 16]
+LINES = [
+    number for number, line in enumerate(WRONG.splitlines(), start=1) if re.search(r"\S  # ", line)
+]
 
 
 def complaints(checker: list[str], *files: Path) -> dict[str, list[str]]:
@@ -56,7 +100,7 @@ def check_users(checker: list[str], folder: Path, *others: Path) -> None:
     """Insist on no complaint about right uses, and on one about each wrong line."""
     wrong = folder / "wrong.py"
     wrong.write_text(WRONG)
-    found = complaints(checker, wrong, APP, *others)
+    found = complaints(checker, wrong, *RIGHT, *others)
     complained = "\n".join(found.pop("wrong.py"))
     assert [line for line in LINES if f"wrong.py:{line}:" not in complained] == [], complained
     assert [line for lines in found.values() for line in lines] == []

@@ -1,3 +1,4 @@
+# pyright: strict
 """A user's application, as DESIGN.md writes one: type checkers must find nothing in it."""
 
 from collections.abc import AsyncGenerator, Generator

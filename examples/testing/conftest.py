@@ -59,7 +59,7 @@ Scoped = scoped_session(sessionmaker())
 class ShowFactory(SQLAlchemyModelFactory):
     """Make shows, in the test's own session."""
 
-    class Meta:
+    class Meta:  # pyright: ignore[reportIncompatibleVariableOverride] # as factory_boy wants it
         model = Show
         sqlalchemy_session = Scoped
         sqlalchemy_session_persistence = "flush"

@@ -87,15 +87,20 @@ def _sqlite(connection: Connection) -> Any:
 # -- would a COMMIT be a lie? ------------------------------------------------------------------
 
 
-def has_rolled_back(connection: Connection, error: BaseException) -> bool:
-    """Tell whether the database has given up a whole transaction, silently, with this failure."""
+def has_rolled_back(connection: Connection, error: BaseException, *, before_commit: bool) -> bool:
+    """Tell whether the database has given up a whole transaction, silently, with this failure.
+
+    PostgreSQL gives it up with any, and says so when it is asked before COMMIT; `before_commit`
+    means that nobody will ask any more.
+    """
     if connection.closed or connection.invalidated:
         return True
     if connection.dialect.name == "sqlite":
         return _sqlite(connection).in_transaction is False
     if connection.dialect.name in {"mysql", "mariadb"}:
         return driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
-    return False
+    in_savepoint = connection.in_nested_transaction()
+    return before_commit and not in_savepoint and is_aborted(connection, doubtful=True)
 
 
 def is_aborted(connection: Connection, *, doubtful: bool) -> bool:

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 
 from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
-from ..databases import database_class
+from ..databases import database_class, remedy_for_address
 from ..exceptions import ApplicationAlreadyStartedError
 from .functions import described
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
@@ -117,7 +117,7 @@ def _installation(
     elif not _takes_nothing(engine):
         raise TypeError(
             f"engine of database {name!r} must be an Engine, an AsyncEngine or a function without "
-            f"parameters that makes one, not {described(engine)}."
+            f"parameters that makes one, not {described(engine)}.{remedy_for_address(engine)}"
         )
     return installation
 

@@ -35,7 +35,7 @@ def commit(session: AnySession) -> None:
     inner = sync_session(session)
     record = inner.sqlnative
     record.check_discarded()
-    if not (record.asked or has_pending_changes(inner) or tells_of_commit(inner)):
+    if not (inner.in_transaction() or tells_of_commit(inner)):
         return  # SQLAlchemy's own commit would do nothing
     record.committed = False
     try:

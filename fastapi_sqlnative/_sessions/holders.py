@@ -128,5 +128,7 @@ def _described(state: SharedState) -> Iterator[str]:
         yield f"{route}: {each.connections}, up to {each.seconds:.1f} s{idle}"
     ours = sum(each.connections for each in holders)
     others = (ask_pool(state.root.pool, "checkedout") or 0) - ours
-    if others > 0 or not ours:
-        yield f"others than sessions of fastapi-sqlnative: {max(others, 0)}"
+    if others > 0:
+        yield f"others than sessions of fastapi-sqlnative: {others}"
+    elif not ours:
+        yield "nobody any more"

@@ -193,12 +193,7 @@ class Record(Holder):
             return  # a cancellation costs the connection
         self.failed = self.failed or error
         if self.may_have_written and any(
-            transactions.has_rolled_back(connection, error)
-            or (
-                self.committing
-                and not connection.in_nested_transaction()
-                and transactions.is_aborted(connection, doubtful=True)
-            )
+            transactions.has_rolled_back(connection, error, before_commit=self.committing)
             for connection in self.connections
         ):
             self.rolled_back = error

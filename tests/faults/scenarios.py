@@ -59,7 +59,7 @@ SCENARIOS = (
     Scenario("server stopped", breaking.stop_server, ready=False, drivers=ASYNCPG, servers=TWO),
     Scenario(
         *("server frozen", breaking.freeze_server),
-        seconds=4.5,
+        seconds=5.5,
         ready=False,
         notice=SILENT,
         drivers=SYNC,
@@ -74,7 +74,7 @@ SCENARIOS = (
     Scenario("connections refused", breaking.refuse_connections, path="proxy", ready=False),
     Scenario(
         *("network stalled", breaking.stall_network),
-        seconds=4.5,
+        seconds=5.5,
         path="proxy",
         ready=False,
         notice=SILENT,
@@ -82,7 +82,7 @@ SCENARIOS = (
     Scenario("network slow", breaking.slow_network, path="proxy", drivers=SYNC),
     Scenario(
         *("packets swallowed", breaking.swallow_packets),
-        seconds=4.5,
+        seconds=5.5,
         path="proxy",
         ready=False,
         notice=SILENT,
@@ -116,7 +116,7 @@ SCENARIOS = (
         path="pgbouncer over TLS",
         ready=False,
         notice=SILENT,
-        seconds=3.5,
+        seconds=5.0,
         drivers=ASYNCPG,
     ),
     Scenario(

@@ -18,12 +18,13 @@ from typing import Any, TypeAlias
 
 import httpx
 import psycopg
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import install_database, install_error_handlers, transactional
+from fastapi_sqlnative.cancellation import deadline
 from tests.ha.services import program
 from tests.postgres_server import PostgresServer
 from tests.serving import KINDS, Kind, Served, route, serve, wait_until
@@ -131,6 +132,7 @@ class Case:
     fault: Fault = nothing
     body: Callable[[Session], None] = lock_the_row
     silent_hosts: int = 0
+    seconds: float | None = None
     pool: Mapping[str, Any] = field(default_factory=dict[str, Any])
     psycopg: Mapping[str, Any] = field(default_factory=dict[str, Any])
     asyncpg: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -200,16 +202,37 @@ CASES = (
     Case(
         "`tcp_user_timeout=2000`, asyncpg: `command_timeout=2`",
         "a network that loses every packet",
-        {"psycopg-async": 503, "asyncpg": 500, "psycopg-sync": 503},
+        {"psycopg-async": 503, "asyncpg": 504, "psycopg-sync": 503},
         fault=packets_lost,
         **NETWORK,
     ),
     Case(
         "the same",
         "a server that acknowledges and does not answer",
-        {"psycopg-async": None, "asyncpg": 500, "psycopg-sync": None},
+        {"psycopg-async": None, "asyncpg": 504, "psycopg-sync": None},
         fault=frozen,
         **NETWORK,
+    ),
+    Case(
+        "`deadline(1)`",
+        "a statement that takes longer",
+        all_alike(504),
+        body=compute,
+        seconds=1,
+    ),
+    Case(
+        "`deadline(1)`",
+        "a lost network",
+        {"psycopg-async": 504, "asyncpg": 504, "psycopg-sync": None},
+        fault=packets_lost,
+        seconds=1,
+    ),
+    Case(
+        "`deadline(1)`",
+        "a silent server",
+        {"psycopg-async": 504, "asyncpg": 504, "psycopg-sync": None},
+        fault=frozen,
+        seconds=1,
     ),
 )
 
@@ -265,7 +288,8 @@ def application(case: Case, kind: Kind, ports: list[int]) -> FastAPI:
     install_error_handlers(app)
     route(app, kind, "/warm", transactional(), lock_the_row)
     route(app, kind, "/hold", transactional(), wait_for_the_advisory_lock)
-    route(app, kind, "/work", transactional(), case.body)
+    limits_of_the_request = [Depends(deadline(case.seconds))] if case.seconds else []
+    route(app, kind, "/work", transactional(), case.body, dependencies=limits_of_the_request)
     return app
 
 

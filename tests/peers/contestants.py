@@ -7,7 +7,7 @@ recommends for the engine (a ping before each use, for one) would compare that i
 import importlib
 import importlib.metadata
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,68 +31,44 @@ Endpoint = Callable[..., Any]
 Way = Callable[[Workload], Endpoint]
 
 
-def declared(dependency: Any, *, commit: bool = False) -> Way:
+def declared(dependency: Any, *, asynchronous: bool = True, commit: bool = False) -> Way:
     """Declare the session as a dependency; the endpoint commits a write where nobody else does."""
 
     def endpoint(workload: Workload) -> Endpoint:
-        work, commits = workload.work, commit and workload.writes
+        commits = commit and workload.writes
 
         async def serve(session: Any = dependency) -> Any:
-            result = await work(session)
+            result = await workload.work(session)
             if commits:
                 await session.commit()
             return result
 
-        return serve
-
-    return endpoint
-
-
-def declared_sync(dependency: Any, *, commit: bool = False) -> Way:
-    """Declare a synchronous session in a `def` endpoint."""
-
-    def endpoint(workload: Workload) -> Endpoint:
-        work, commits = workload.work_sync, commit and workload.writes
-        assert work is not None
-
-        def serve(session: Any = dependency) -> Any:
-            result = work(session)
+        def serve_sync(session: Any = dependency) -> Any:
+            assert workload.work_sync is not None
+            result = workload.work_sync(session)
             if commits:
                 session.commit()
             return result
 
-        return serve
+        return serve if asynchronous else serve_sync
 
     return endpoint
 
 
-def opened(open_session: Callable[[], AbstractAsyncContextManager[AsyncSession]]) -> Way:
+def opened(open_session: Callable[[], Any], *, asynchronous: bool) -> Way:
     """Open the session in the endpoint."""
 
     def endpoint(workload: Workload) -> Endpoint:
-        work = workload.work
-
         async def serve() -> Any:
             async with open_session() as session:
-                return await work(session)
+                return await workload.work(session)
 
-        return serve
-
-    return endpoint
-
-
-def opened_sync(open_session: Callable[[], Any]) -> Way:
-    """Open a synchronous session in a `def` endpoint."""
-
-    def endpoint(workload: Workload) -> Endpoint:
-        work = workload.work_sync
-        assert work is not None
-
-        def serve() -> Any:
+        def serve_sync() -> Any:
+            assert workload.work_sync is not None
             with open_session() as session:
-                return work(session)
+                return workload.work_sync(session)
 
-        return serve
+        return serve if asynchronous else serve_sync
 
     return endpoint
 
@@ -101,11 +77,10 @@ def found(find_session: Callable[[], Any]) -> Way:
     """Have the package find the request's session in a context variable."""
 
     def endpoint(workload: Workload) -> Endpoint:
-        work = workload.work
-
         async def serve() -> Any:
             session = find_session()
-            return await work(session if isinstance(session, AsyncSession) else await session)
+            session = session if isinstance(session, AsyncSession) else await session
+            return await workload.work(session)
 
         return serve
 
@@ -124,22 +99,26 @@ class Built:
     write: Way
 
 
+# From the URLs of the databases, and whether the engines are asynchronous.
+Build = Callable[[Sequence[str], bool], Built]
+
+
 @dataclass(frozen=True)
 class Contestant:
     """Somebody who is compared.
 
     Attributes:
         name: as the page says it.
-        build: makes the application from the URLs of its databases.
-        build_sync: the same with synchronous engines, where it has them.
+        build: makes the application.
         package: the distribution that it comes from; none for what is written by hand.
+        only_asynchronous: it has no synchronous sessions.
         only_reads: it has no way to write.
     """
 
     name: str
-    build: Callable[[Sequence[str]], Built]
-    build_sync: Callable[[Sequence[str]], Built] | None = None
+    build: Build
     package: str = ""
+    only_asynchronous: bool = False
     only_reads: bool = False
 
     @property
@@ -156,13 +135,11 @@ class Contestant:
         """Tell whether it takes part in a row."""
         if workload.writes and self.only_reads:
             return False
-        return asynchronous or (self.build_sync is not None and workload.work_sync is not None)
+        return asynchronous or not (self.only_asynchronous or workload.work_sync is None)
 
     def application(self, urls: Sequence[str], *, asynchronous: bool) -> FastAPI:
         """Build the application, with a route for each workload."""
-        build = self.build if asynchronous else self.build_sync
-        assert build is not None, f"{self.name} has no synchronous sessions"
-        built = build(urls)
+        built = self.build(urls, asynchronous)
         for each in WORKLOADS:
             if self.serves(each, asynchronous=asynchronous):
                 way = built.write if each.writes else built.read
@@ -171,21 +148,25 @@ class Contestant:
         return built.app
 
 
-def engines(urls: Sequence[str]) -> list[AsyncEngine]:
-    return [create_async_engine(url, **POOL) for url in urls]
+def engines(urls: Sequence[str], asynchronous: bool = True) -> list[Any]:
+    create = create_async_engine if asynchronous else create_engine
+    return [create(url, **POOL) for url in urls]
 
 
-def sync_engines(urls: Sequence[str]) -> list[Engine]:
-    return [create_engine(url, **POOL) for url in urls]
+def makers(of_urls: Sequence[Any]) -> list[Any]:
+    of_colour: dict[bool, Any] = {True: async_sessionmaker, False: sessionmaker}
+    return [
+        of_colour[isinstance(each, AsyncEngine)](each, expire_on_commit=False) for each in of_urls
+    ]
 
 
-def closing(engines: Sequence[AsyncEngine | Engine]) -> FastAPI:
+def closing(of_urls: Sequence[AsyncEngine | Engine]) -> FastAPI:
     """Make an application that closes its engines itself."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         yield
-        for engine in engines:
+        for engine in of_urls:
             if isinstance(engine, AsyncEngine):
                 await engine.dispose()
             else:
@@ -194,148 +175,91 @@ def closing(engines: Sequence[AsyncEngine | Engine]) -> FastAPI:
     return FastAPI(lifespan=lifespan)
 
 
-# By hand: one generator for each database, as FastAPI's tutorial has one.
+# By hand: a generator, as FastAPI's tutorial has one.
 
 
-def by_hand(scope: Any) -> Callable[[Sequence[str]], Built]:
-    def build(urls: Sequence[str]) -> Built:
-        of_urls = engines(urls)
-        makers = [async_sessionmaker(each, expire_on_commit=False) for each in of_urls]
+def generator(open_session: Callable[[], Any], asynchronous: bool) -> Callable[[], Any]:
+    async def get_session() -> AsyncGenerator[Any]:
+        async with open_session() as session:
+            yield session
 
-        async def get_session() -> AsyncGenerator[AsyncSession]:
-            async with makers[-1]() as session:
-                yield session
+    def get_session_sync() -> Generator[Any]:
+        with open_session() as session:
+            yield session
 
-        way = declared(Depends(get_session, scope=scope), commit=True)
+    return get_session if asynchronous else get_session_sync
+
+
+def by_hand(scope: Any) -> Build:
+    def build(urls: Sequence[str], asynchronous: bool) -> Built:
+        of_urls = engines(urls, asynchronous)
+        dependency = Depends(generator(makers(of_urls)[-1], asynchronous), scope=scope)
+        way = declared(dependency, asynchronous=asynchronous, commit=True)
         return Built(closing(of_urls), way, way)
 
     return build
 
 
-def by_hand_sync(scope: Any) -> Callable[[Sequence[str]], Built]:
-    def build(urls: Sequence[str]) -> Built:
-        of_urls = sync_engines(urls)
-        makers = [sessionmaker(each, expire_on_commit=False) for each in of_urls]
-
-        def get_session() -> Generator[Any]:
-            with makers[-1]() as session:
-                yield session
-
-        way = declared_sync(Depends(get_session, scope=scope), commit=True)
-        return Built(closing(of_urls), way, way)
-
-    return build
-
-
-def begin_by_hand(urls: Sequence[str]) -> Built:
-    of_urls = engines(urls)
-    makers = [async_sessionmaker(each, expire_on_commit=False) for each in of_urls]
-
-    async def get_session() -> AsyncGenerator[AsyncSession]:
-        async with makers[-1].begin() as session:
-            yield session
-
-    way = declared(Depends(get_session, scope="function"))
+def begin_by_hand(urls: Sequence[str], asynchronous: bool) -> Built:
+    of_urls = engines(urls, asynchronous)
+    dependency = generator(makers(of_urls)[-1].begin, asynchronous)
+    way = declared(Depends(dependency, scope="function"), asynchronous=asynchronous)
     return Built(closing(of_urls), way, way)
 
 
-def begin_by_hand_sync(urls: Sequence[str]) -> Built:
-    of_urls = sync_engines(urls)
-    makers = [sessionmaker(each, expire_on_commit=False) for each in of_urls]
-
-    def get_session() -> Generator[Any]:
-        with makers[-1].begin() as session:
-            yield session
-
-    way = declared_sync(Depends(get_session, scope="function"))
-    return Built(closing(of_urls), way, way)
-
-
-def inline(urls: Sequence[str]) -> Built:
-    of_urls = engines(urls)
-    makers = [async_sessionmaker(each, expire_on_commit=False) for each in of_urls]
-    return Built(closing(of_urls), opened(makers[-1]), opened(makers[-1].begin))
-
-
-def inline_sync(urls: Sequence[str]) -> Built:
-    of_urls = sync_engines(urls)
-    makers = [sessionmaker(each, expire_on_commit=False) for each in of_urls]
-    return Built(closing(of_urls), opened_sync(makers[-1]), opened_sync(makers[-1].begin))
+def inline(urls: Sequence[str], asynchronous: bool) -> Built:
+    of_urls = engines(urls, asynchronous)
+    maker = makers(of_urls)[-1]
+    read = opened(maker, asynchronous=asynchronous)
+    return Built(closing(of_urls), read, opened(maker.begin, asynchronous=asynchronous))
 
 
 # Every package is imported late: some are not installed, and nobody's memory is to hold another.
 
 
-def _installed(of_urls: Sequence[AsyncEngine | Engine]) -> tuple[FastAPI, Any, str]:
-    package = importlib.import_module("fastapi_sqlnative")
-    app = FastAPI()
-    for place, engine in enumerate(of_urls):
-        package.install_database(app, name=f"db{place}", engine=engine, shutdown=engine.dispose)
-    return app, package, f"db{len(of_urls) - 1}"
+def sqlnative(read: str, write: str) -> Build:
+    """Have reads and writes depend on functions of this package."""
+
+    def build(urls: Sequence[str], asynchronous: bool) -> Built:
+        package: Any = importlib.import_module("fastapi_sqlnative")
+        app = FastAPI()
+        for place, engine in enumerate(engines(urls, asynchronous)):
+            package.install_database(app, name=f"db{place}", engine=engine, shutdown=engine.dispose)
+        ways = (
+            declared(
+                Depends(getattr(package, each)(f"db{len(urls) - 1}")), asynchronous=asynchronous
+            )
+            for each in (read, write)
+        )
+        return Built(app, *ways)
+
+    return build
 
 
-def sqlnative(urls: Sequence[str]) -> Built:
-    app, package, name = _installed(engines(urls))
-    write = declared(Depends(package.transactional(name)))
-    return Built(app, declared(Depends(package.get_db(name))), write)
-
-
-def sqlnative_sync(urls: Sequence[str]) -> Built:
-    app, package, name = _installed(sync_engines(urls))
-    write = declared_sync(Depends(package.transactional(name)))
-    return Built(app, declared_sync(Depends(package.get_db(name))), write)
-
-
-def sqlnative_reader(urls: Sequence[str]) -> Built:
-    app, package, name = _installed(engines(urls))
-    way = declared(Depends(package.reader(name)))
-    return Built(app, way, way)
-
-
-def sqlnative_reader_sync(urls: Sequence[str]) -> Built:
-    app, package, name = _installed(sync_engines(urls))
-    way = declared_sync(Depends(package.reader(name)))
-    return Built(app, way, way)
-
-
-def advanced_alchemy(urls: Sequence[str]) -> Built:
-    package = importlib.import_module("advanced_alchemy.extensions.fastapi")
+def advanced_alchemy(urls: Sequence[str], asynchronous: bool) -> Built:
+    package: Any = importlib.import_module("advanced_alchemy.extensions.fastapi")
+    colour = "Async" if asynchronous else "Sync"
+    config, session_config = (
+        getattr(package, name.format(colour)) for name in ("SQLAlchemy{}Config", "{}SessionConfig")
+    )
     configs = [
-        package.SQLAlchemyAsyncConfig(
+        config(
             engine_instance=engine,
-            session_config=package.AsyncSessionConfig(expire_on_commit=False),
+            session_config=session_config(expire_on_commit=False),
             commit_mode="autocommit",
             bind_key=f"db{place}",
             session_key=f"session{place}",
         )
-        for place, engine in enumerate(engines(urls))
+        for place, engine in enumerate(engines(urls, asynchronous))
     ]
-    return _alchemy(package, configs, declared)
-
-
-def advanced_alchemy_sync(urls: Sequence[str]) -> Built:
-    package = importlib.import_module("advanced_alchemy.extensions.fastapi")
-    configs = [
-        package.SQLAlchemySyncConfig(
-            engine_instance=engine,
-            session_config=package.SyncSessionConfig(expire_on_commit=False),
-            commit_mode="autocommit",
-            bind_key=f"db{place}",
-            session_key=f"session{place}",
-        )
-        for place, engine in enumerate(sync_engines(urls))
-    ]
-    return _alchemy(package, configs, declared_sync)
-
-
-def _alchemy(package: Any, configs: list[Any], declare: Callable[[Any], Way]) -> Built:
     app = FastAPI()
     alchemy = package.AdvancedAlchemy(config=configs, app=app)
-    way = declare(Depends(alchemy.provide_session(configs[-1].bind_key)))
+    dependency = Depends(alchemy.provide_session(configs[-1].bind_key))
+    way = declared(dependency, asynchronous=asynchronous)
     return Built(app, way, way)
 
 
-def toolsets(urls: Sequence[str]) -> Built:
+def toolsets(urls: Sequence[str], _asynchronous: bool) -> Built:
     database_of = importlib.import_module("fastapi_toolsets.db").Database
     app = FastAPI()
     databases = [database_of(url, **POOL) for url in urls]
@@ -345,7 +269,7 @@ def toolsets(urls: Sequence[str]) -> Built:
     return Built(app, way, way)
 
 
-def context_async(urls: Sequence[str]) -> Built:
+def context_async(urls: Sequence[str], _asynchronous: bool) -> Built:
     package = importlib.import_module("context_async_sqlalchemy")
     utilities = importlib.import_module("context_async_sqlalchemy.fastapi_utils")
     connections = [
@@ -369,7 +293,7 @@ def context_async(urls: Sequence[str]) -> Built:
     return Built(app, way, way)
 
 
-def fastapi_async(urls: Sequence[str]) -> Built:
+def fastapi_async(urls: Sequence[str], _asynchronous: bool) -> Built:
     package = importlib.import_module("fastapi_async_sqlalchemy")
     of_urls = engines(urls)
     app = closing(of_urls)
@@ -385,16 +309,26 @@ OURS = "fastapi-sqlnative"
 OUR_READER = "fastapi-sqlnative, `reader`"
 LIMIT = "inline `async with` (the limit)"
 CONTESTANTS = (
-    Contestant(OURS, sqlnative, sqlnative_sync),
-    Contestant(OUR_READER, sqlnative_reader, sqlnative_reader_sync, only_reads=True),
-    Contestant(LIMIT, inline, inline_sync),
-    Contestant("by hand, function scope", by_hand("function"), by_hand_sync("function")),
-    Contestant("by hand, request scope", by_hand("request"), by_hand_sync("request")),
-    Contestant("by hand, `begin()`", begin_by_hand, begin_by_hand_sync),
-    Contestant("advanced-alchemy", advanced_alchemy, advanced_alchemy_sync, "advanced-alchemy"),
-    Contestant("fastapi-toolsets", toolsets, package="fastapi-toolsets"),
-    Contestant("context-async-sqlalchemy", context_async, package="context-async-sqlalchemy"),
-    Contestant("fastapi-async-sqlalchemy", fastapi_async, package="fastapi-async-sqlalchemy"),
+    Contestant(OURS, sqlnative("get_db", "transactional")),
+    Contestant(OUR_READER, sqlnative("reader", "reader"), only_reads=True),
+    Contestant(LIMIT, inline),
+    Contestant("by hand, function scope", by_hand("function")),
+    Contestant("by hand, request scope", by_hand("request")),
+    Contestant("by hand, `begin()`", begin_by_hand),
+    Contestant("advanced-alchemy", advanced_alchemy, "advanced-alchemy"),
+    Contestant("fastapi-toolsets", toolsets, "fastapi-toolsets", only_asynchronous=True),
+    Contestant(
+        "context-async-sqlalchemy",
+        context_async,
+        "context-async-sqlalchemy",
+        only_asynchronous=True,
+    ),
+    Contestant(
+        "fastapi-async-sqlalchemy",
+        fastapi_async,
+        "fastapi-async-sqlalchemy",
+        only_asynchronous=True,
+    ),
 )
 BY_HAND = tuple(each.name for each in CONTESTANTS if each.name.startswith("by hand"))
 

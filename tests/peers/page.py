@@ -88,6 +88,11 @@ AHEAD = (
     "Whoever needs less than `get_db` (for reads) or `transactional` (for writes). "
     "“Not in every run” are those that were ahead in fewer than three of four rounds."
 )
+ABOUT_THE_RUN = {"date", "cores", "load", "rounds"}
+BUSY = (
+    "The machine was not quiet: when this began, its load was {load} on {cores} cores. Small "
+    "differences say nothing then, and latencies are those of a crowded machine."
+)
 NAMES = [each.name for each in CONTESTANTS]
 
 
@@ -168,6 +173,8 @@ def _part(results: Results) -> Iterator[str]:
     about = results.about
     rounds = f", in {about['rounds']} rounds" if about["rounds"] != "1" else ""
     yield from (f"## {heading}", "", f"{text} Measured on {about['date']}{rounds}.", "")
+    if float(about["load"]) > 1 and results.part != "wire":
+        yield from (BUSY.format(**about), "")
     failures = {key: rows for key, rows in results.tables().items() if "failed" in key.measure}
     if failures and all(is_dull(results, rows) for rows in failures.values()):
         yield from ("No request failed.", "")
@@ -187,9 +194,7 @@ def write_page() -> None:
     found = [results for part in get_args(Part) if (results := load_results(part))]
     lines = list(INTRODUCTION)
     about = found[0].about if found else {}
-    versions = ", ".join(
-        f"{name} {about[name]}" for name in about if name not in ("date", "cores", "rounds")
-    )
+    versions = ", ".join(f"{name} {about[name]}" for name in about if name not in ABOUT_THE_RUN)
     lines += [f"Versions: {versions}; {about.get('cores')} cores.", ""]
     lines += ["| left out | why |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why in LEFT_OUT.items()]

@@ -156,5 +156,6 @@ def about(postgres: str) -> dict[str, str]:
         "Python": platform.python_version(),
         "PostgreSQL": postgres,
         "cores": str(os.cpu_count()),
+        "load": f"{os.getloadavg()[0]:.1f}",
         **versions,
     }

@@ -6,6 +6,7 @@ the pages beside ``docs/`` (examples, changelog, ...) in, and links to them are 
 
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,6 +19,7 @@ BESIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "LICENSE",
+    "README.md",
     "SECURITY.md",
     "constraints.txt",
     "examples/**/*.md",
@@ -27,8 +29,8 @@ BESIDE = (
     "migrations_example/**/*.ini",
     "migrations_example/**/*.mako",
 )
-# Only these lead out of a page's own folder; the others are the same on the site.
-LINK = re.compile(r"(?<=\]\()(?:\.\./|docs/)[^)\s#]+")
+LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)[^)\s#]+")
+SOURCE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Source"]
 HEADING_OR_ROW = re.compile(
     r"^## (?P<section>.+)$|^\| \[(?P<title>.+?)\]\((?P<page>[^)#]+)\) \| (?P<answers>.+) \|$",
     re.MULTILINE,
@@ -71,18 +73,26 @@ def llms_txt(config: MkDocsConfig) -> str:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages beside docs/, under the paths that they have in the repository."""
     for path in sorted({path for glob in BESIDE for path in ROOT.glob(glob)}):
-        name = path.relative_to(ROOT).as_posix()
+        name = place("", path.relative_to(ROOT).as_posix())
         files.append(File.generated(config, name, abs_src_path=str(path)))
     files.append(File.generated(config, "llms.txt", content=llms_txt(config)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Change links that hold in the repository into links that hold on the site."""
+    """Change links that hold in the repository into links that hold on the site.
+
+    What the site does not have, such as the package's code, is shown where its source is.
+    """
     source = page.file.src_uri
     folder = posixpath.dirname(source if page.file.generated_by else f"docs/{source}")
 
     def on_this_page(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, link[0]))
+        if not (ROOT / path).exists():
+            return link[0]  # code that looks like a link
+        if files.get_file_from_path(place(folder, link[0])) is None:
+            return f"{SOURCE}/blob/main/{path}"
         return posixpath.relpath(place(folder, link[0]), posixpath.dirname(source) or ".")
 
     return LINK.sub(on_this_page, markdown)
@@ -90,4 +100,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def place(folder: str, link: str) -> str:
     """Return where the site has what a link from a folder of the repository leads to."""
-    return posixpath.normpath(posixpath.join(folder, link)).removeprefix("docs/")
+    path = posixpath.normpath(posixpath.join(folder, link))
+    # MkDocs takes a README.md for the index of its folder; the site's is docs/index.md.
+    return "about.md" if path == "README.md" else path.removeprefix("docs/")

@@ -457,7 +457,7 @@ def test_a_database_that_is_away_is_one_row(server: Badly, tmp_path: Path) -> No
     assert set(found) == {"db1", "db2", "db3", "db4", "db5", "db6"}
     assert "refused" in found["db1"]
     assert 'database "nowhere" does not exist' in found["db3"]
-    assert found["db4"] == "KeyError: 'DATABASE_URL'"
+    assert found["db4"] == "KeyError: 'SHOP_DATABASE_URL'"
     assert found["db5"].startswith("TypeError: The engine factory of database 'db5' must return")
     assert len([each for each in findings if each.database in found]) == len(found)
     assert row([each for each in findings if each.database == "default"], "writes")[0] == "ok"
@@ -673,13 +673,13 @@ def test_the_command_prints_json(application: Path) -> None:
         ("nowhere:app", "No module named 'nowhere'"),
         ("main:nothing", "has no attribute 'nothing'"),
         ("main:create_app", "--factory"),
-        ("failing:app", "KeyError: 'DATABASE_URL'"),
+        ("failing:app", "KeyError: 'SHOP_DATABASE_URL'"),
         ("away:app", "Asking database 'default'"),
     ],
 )
 def test_what_cannot_be_asked_is_no_success(application: Path, target: str, says: str) -> None:
     """An application that cannot be imported, or a database that is away, is status 2."""
-    (application / "failing.py").write_text("import os; os.environ['DATABASE_URL']")
+    (application / "failing.py").write_text("import os; os.environ['SHOP_DATABASE_URL']")
     (application / "away.py").write_text(MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop"))
     done = run(application, target)
     assert done.returncode == 2

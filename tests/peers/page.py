@@ -86,12 +86,12 @@ INTRODUCTION = (
 )
 AHEAD = (
     "Whoever needs less than `get_db` (for reads) or `transactional` (for writes). "
-    "“Not in every run” are those that were ahead in fewer than three of four rounds."
+    "“Within the spread” are those that were ahead in fewer than three of four rounds."
 )
 ABOUT_THE_RUN = {"date", "cores", "load", "rounds"}
 BUSY = (
     "The machine was not quiet: when this began, its load was {load} on {cores} cores. Small "
-    "differences say nothing then, and latencies are those of a crowded machine."
+    "differences say nothing then."
 )
 NAMES = [each.name for each in CONTESTANTS]
 
@@ -147,7 +147,7 @@ def _ahead(results: Results) -> Iterator[str]:
     for key, rows in results.tables().items():
         for row in rows:
             named = [
-                f"{name} {cell(results, row, name)}{'' if clear else ', not in every run'}"
+                f"{name} {cell(results, row, name)}{'' if clear else ', within the spread'}"
                 for name, clear in results.ahead(row).items()
                 if name != OUR_READER
             ]

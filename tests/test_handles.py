@@ -214,7 +214,7 @@ async def test_a_transaction_has_options(database: Any, rows: Rows) -> None:
     assert await in_transaction(database, show) == ["read committed", "off", backend]
     with pytest.raises(DBAPIError, match="read-only"):
         await in_transaction(database, add_a, read_only=True)
-    with pytest.raises(ValueError, match="is no isolation level"):
+    with pytest.raises(ValueError, match="is not an isolation level"):
         await in_transaction(database, add_a, isolation_level="AUTOCOMMIT")
     await in_transaction(database, add_a)
     assert rows.names == ["a"]
@@ -319,7 +319,7 @@ def test_the_wrong_colour_is_told() -> None:
     [
         ({"class_": AsyncSession}, "class_ must be a subclass of Session"),
         ({"class_": "Session"}, "class_ must be a subclass of Session"),
-        ({"bind": None}, "'bind' is not for you to give"),
+        ({"bind": None}, "'bind' cannot be given"),
         ({"no_such_option": 1}, "no_such_option"),
     ],
 )

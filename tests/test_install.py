@@ -576,7 +576,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "of AsyncSession",
     ),
-    "bind": ({"session_options": {"bind": sqlite()}}, TypeError, "'bind' is not for you to give"),
+    "bind": ({"session_options": {"bind": sqlite()}}, TypeError, "'bind' cannot be given"),
     "option-unknown": ({"session_options": {"autoflsh": True}}, TypeError, "autoflsh"),
     "wait-negative": ({"startup_wait": -1}, ValueError, "startup_wait of .* above 0"),
     "wait-zero": ({"startup_wait": 0}, ValueError, "startup_wait of .* above 0"),

@@ -171,7 +171,7 @@ def test_an_override_that_cannot_be_called_is_refused(method: str, asynchronous:
 def test_an_override_of_the_wrong_colour_is_refused(method: str) -> None:
     """An AsyncSession's override that cannot be awaited fails the installation."""
     class_ = type("Plain", (AsyncSession,), {method: lambda self: None})
-    with pytest.raises(TypeError, match=rf"{method}\(\) of Plain is no `async def`"):
+    with pytest.raises(TypeError, match=rf"{method}\(\) of Plain is not an `async def`"):
         install_database(FastAPI(), engine=async_sqlite(), session_options={"class_": class_})
 
 

@@ -50,7 +50,7 @@ async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., 
     def endpoint(session: Annotated[AsyncSession, Depends(ours())]) -> None:
         session.add(object())
 
-    with pytest.raises(DatabaseDependencyError, match=r"'/items'.*endpoint is no `async def`"):
+    with pytest.raises(DatabaseDependencyError, match=r"'/items'.*endpoint is not an `async def`"):
         await start_and_stop(app)
 
 
@@ -86,7 +86,7 @@ async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) ->
     async def endpoint(found: Annotated[Any, Depends(dependency)]) -> None: ...
 
     name = dependency.__name__
-    with pytest.raises(DatabaseDependencyError, match=rf"'/items'.*{name} is no `async def`"):
+    with pytest.raises(DatabaseDependencyError, match=rf"'/items'.*{name} is not an `async def`"):
         await start_and_stop(app)
 
 

@@ -232,8 +232,8 @@ class _Check:
             else drops_a_coroutine(parent.call, child.name)
         ):
             raise self._mistake(
-                f"{name} is no `async def`, and gets the AsyncSession of database {call.name!r}, "
-                "which has to be awaited: nothing that it asks for would be done. Write it with "
+                f"{name} is not an `async def`, and gets the AsyncSession of database "
+                f"{call.name!r}, which has to be awaited: nothing that it asks for would be done. Write it with "
                 "`async def`, or install an Engine."
             )
 

@@ -67,7 +67,7 @@ class SessionFactory:
         for keyword in ("bind",) if self.asynchronous else ("bind", "sync_session_class"):
             if keyword in options:
                 raise self._mistake(
-                    f"{keyword!r} is not for you to give; the sessions use the engine that was "
+                    f"{keyword!r} cannot be given: the sessions use the engine that was "
                     "installed, and a class_ that fits it."
                 )
         class_: Any = options.pop("class_", wanted)
@@ -116,8 +116,8 @@ class SessionFactory:
         asynchronous = inspect.iscoroutinefunction(inspect.unwrap(override))
         if issubclass(class_, AsyncSession) and not asynchronous:
             raise self._mistake(
-                f"{method}() of {class_.__name__} is no `async def`, as AsyncSession's is. Write "
-                "it with `async def`."
+                f"{method}() of {class_.__name__} is not an `async def`, as AsyncSession's is. "
+                "Write it with `async def`."
             )
 
     def _try_options(self) -> None:

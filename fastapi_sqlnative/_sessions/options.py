@@ -42,7 +42,7 @@ class TransactionOptions:
             return cls(None, read_only)
         if isolation_level not in get_args(IsolationLevel):
             raise ValueError(
-                f"{isolation_level!r} is no isolation level of a transaction: write one of "
+                f"{isolation_level!r} is not an isolation level: write one of "
                 f"{', '.join(get_args(IsolationLevel))}. For reads in AUTOCOMMIT depend on "
                 "reader(name)."
             )

@@ -144,7 +144,10 @@ def install_error_handlers(
     if every_error and not problem_details:
         raise ValueError("every_error=True asks for problem details: add problem_details=True.")
     if _has_handlers(app):
-        raise RuntimeError("The application has these handlers: install them once, completely.")
+        raise RuntimeError(
+            "This application has these handlers already: call install_error_handlers once, with "
+            "all options."
+        )
     mapping = ErrorMapping(options, FailureLog(window=5))
     answered = [each for each in applications_in(app) if not _has_handlers(each)]
     if any(each.middleware_stack is not None for each in answered):

@@ -233,8 +233,8 @@ class _Check:
         ):
             raise self._mistake(
                 f"{name} is not an `async def`, and gets the AsyncSession of database "
-                f"{call.name!r}, which has to be awaited: nothing that it asks for would be done. Write it with "
-                "`async def`, or install an Engine."
+                f"{call.name!r}, which has to be awaited: nothing that it asks for would be done. "
+                "Write it with `async def`, or install an Engine."
             )
 
     def _check_autocommit(self, call: DatabaseDependency, installation: Installation) -> None:

@@ -34,7 +34,7 @@ _Dependency: TypeAlias = Callable[..., Awaitable[None]]
 
 
 def deadline(seconds: float) -> _Dependency:
-    """Depend on the request's being done in time, from here up to its COMMIT.
+    """End a request that is not done in time, from here up to its COMMIT.
 
     Past the deadline nothing is committed and the client reads 504, also where the endpoint answers
     in spite of it. With asynchronous engines whatever waits is cancelled, and the query ends on the
@@ -58,7 +58,7 @@ def deadline(seconds: float) -> _Dependency:
 
 
 def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Dependency:
-    """Depend on the client's waiting: when it goes away the request is cancelled, up to its COMMIT.
+    """Cancel a request whose client has gone away, up to its COMMIT.
 
     What `deadline` says of a cancellation holds here. A request with a synchronous session goes on
     to its end, and so does one with a body that FastAPI has left for the endpoint to read.

@@ -46,7 +46,7 @@ def fail_next_statement(
     containing: str = "",
     route: str | None = None,
 ) -> Generator[None]:
-    """Have one statement of an application's sessions fail, once, within a block.
+    """Make one statement of an application's sessions fail, once, within a block.
 
     Serialization failures and deadlocks are the server's own, asked for in place of the
     statement: they abort the transaction. A lost connection is what SQLAlchemy raises for one;
@@ -86,7 +86,7 @@ def fail_next_statement(
 def fail_next_commit(
     target: Target, failure: CommitFailure, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Have one COMMIT of an application's sessions fail, once; as `fail_next_statement` does.
+    """Make one COMMIT of an application's sessions fail, once, as `fail_next_statement` does.
 
     After `connection_lost_after` the transaction is stored, after the others it is not. Of a
     lost connection the application learns by `CommitOutcomeUnknownError`.
@@ -127,7 +127,7 @@ def fail_next_commit(
 def fail_next_checkout(
     target: Target, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Have one session find the pool exhausted, once, at once; as `fail_next_statement` does.
+    """Make one session find the pool exhausted, once, at once, as `fail_next_statement` does.
 
     Example:
         with fail_next_checkout(app):

@@ -38,7 +38,7 @@ _BLOCKS: Final = ContextVar[tuple["Isolated", ...]]("fastapi_sqlnative_isolated"
 
 
 def isolated(app: Starlette, *names: str) -> Isolated:
-    """Have all that is done to an application's databases within a block be gone afterwards.
+    """Undo at the end of a block everything that was done to an application's databases in it.
 
     Each database gets one transaction on one connection of the application's own engine, opened
     at the first use and rolled back at the end. The application's transactions are savepoints in

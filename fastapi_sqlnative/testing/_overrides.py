@@ -17,7 +17,7 @@ from ._targets import Block, Place, is_one_database, places, ready_engine
 
 
 def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFactory) -> Block:
-    """Have an application use another engine for one of its databases within a block.
+    """Make an application use another engine for one of its databases within a block.
 
     It is swapped where names are looked up, so that routes, handles, background work, websockets,
     mounted applications and health follow. A handle that was fetched before does not. The

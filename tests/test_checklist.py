@@ -457,7 +457,7 @@ def test_a_database_that_is_away_is_one_row(server: Badly, tmp_path: Path) -> No
     assert set(found) == {"db1", "db2", "db3", "db4", "db5", "db6"}
     assert "refused" in found["db1"]
     assert 'database "nowhere" does not exist' in found["db3"]
-    assert found["db4"] == "KeyError: 'SHOP_DATABASE_URL'"
+    assert found["db4"] == "KeyError: 'DATABASE_URL'"
     assert found["db5"].startswith("TypeError: The engine factory of database 'db5' must return")
     assert len([each for each in findings if each.database in found]) == len(found)
     assert row([each for each in findings if each.database == "default"], "writes")[0] == "ok"

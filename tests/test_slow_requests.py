@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import httpx
 import pytest
+import sqlalchemy
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
@@ -172,6 +173,11 @@ async def test_a_full_pool_is_not_waited_for(kind: Kind, app: FastAPI, rows: Row
         await assert_clean(app, rows)
 
 
+# SQLAlchemy 2.0 may close asyncpg's connection before asyncpg has told the server to stop: then the
+# server notices when it has the lock.
+DROPS_CANCELS = sqlalchemy.__version__.startswith("2.0.")
+
+
 @asynchronous
 async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """A request that waits for a row that somebody else has locked stops waiting."""
@@ -186,7 +192,9 @@ async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) ->
         rows.connection.execute("SELECT * FROM item FOR UPDATE")
         async with running(app) as client:
             assert (await client.post("/")).status_code == 504
-            await let_the_server_hear(rows)
+            if not DROPS_CANCELS:
+                await let_the_server_hear(rows)
+    await let_the_server_hear(rows)
     assert rows.names == ["locked"]
 
 

@@ -196,5 +196,5 @@ INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --const
 	@touch $@
 
 %/ready-peers: %/ready-demo
-	$(call saying,Adding to $* who is compared,$(INSTALL) --group peers)
+	$(call saying,Adding to $* the packages that are compared,$(INSTALL) --group peers)
 	@touch $@

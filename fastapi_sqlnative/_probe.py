@@ -13,11 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ._drivers.pools import ask_pool, pool_capacity, pool_timeout
+from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_timeout
 from .errors import DatabaseErrorKind, describe_database_error
 
-# In the `info` of a connection that no pool of the application's has ever held.
-OUTSIDE: Final = "fastapi_sqlnative_outside"
 # The execution option under which an engine keeps when its pool last moved.
 _MOVEMENT: Final = "fastapi_sqlnative_movement"
 _REFUSES_WRITES: Final = {
@@ -54,10 +52,10 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
     elif not (_is_exclusive(pool) or ask_pool(pool, "checkedout")):
         # Nobody waits for an empty pool, and its first connection readies the dialect.
         return _ask(engine, writable)
-    full, outside = is_full(engine), pool.recreate()
-    event.listen(outside, "connect", _mark, insert=True)
+    full = is_full(engine)
     try:
-        state = _ask(Engine(outside, engine.dialect, engine.url), writable)
+        with beside_pool(engine) as outside:
+            state = _ask(outside, writable)
     except Exception as error:
         failure = describe_database_error(error)
         if not (failure and failure.kind is DatabaseErrorKind.TOO_MANY_CONNECTIONS):
@@ -65,13 +63,7 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
         if not ask_pool(pool, "checkedout"):
             raise
         return DatabaseState.SATURATED
-    finally:
-        outside.dispose()
     return DatabaseState.SATURATED if full and state is DatabaseState.UP else state
-
-
-def _mark(_connection: object, record: ConnectionPoolEntry) -> None:
-    record.info[OUTSIDE] = True
 
 
 def _is_exclusive(pool: sa.Pool) -> bool:

@@ -57,7 +57,7 @@ class _Database(Generic[EngineT]):
         return f"<{type(self).__name__} {self.name!r} {self.engine.url.drivername}>"
 
     def pool_status(self) -> PoolStatus:
-        """Look into the connection pool, and who has its connections; touches no database."""
+        """Look into the pool and at the holders of its connections; ask the database nothing."""
         return pool_status(sync_engine(self.engine).pool, holders_of(self._sessions.state))
 
     def _no_answer(self, timeout: float) -> TimeoutError:
@@ -192,13 +192,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         async with database.transaction() as session:
             session.add(Account(name="Ada"))
 
-    Args:
-        engine: whoever built it disposes of it; the handle does not.
-        name: appears in messages; give each handle its own where there are several.
-        session_options: keyword arguments for the sessions, as for `install_database`.
-        shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
-        warn_held_after: seconds. A connection that a session has held for longer is logged when it
-            comes back; `None` for never.
+    The arguments are those that `Database` has.
     """
 
     _engine_type = AsyncEngine

@@ -17,9 +17,8 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
-from ._drivers.pools import ask_pool, pool_capacity, pool_timeout
+from ._drivers.pools import OUTSIDE, ask_pool, pool_capacity, pool_timeout
 from ._lifespan.running import installations_of, running_of
-from ._probe import OUTSIDE
 from ._sessions.engines import sync_engine
 from .databases import AnyDatabase, sessions_of
 from .exceptions import ApplicationAlreadyStartedError

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 from sqlalchemy import Engine, StaticPool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -16,7 +17,7 @@ from starlette.applications import Starlette
 
 from fastapi_sqlnative import AsyncDatabase, Database, install_database
 from fastapi_sqlnative._sessions.engines import sync_engine
-from tests.serving import Kind, route
+from tests.serving import Kind, Rows, route, wait_until
 
 
 def client_of(app: Starlette) -> httpx.AsyncClient:
@@ -113,3 +114,12 @@ async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
     await asyncio.sleep(0)  # for the callbacks of tasks that have ended
     gc.collect()
     return left() is not None
+
+
+async def quiet(rows: Rows) -> None:
+    """Wait until nothing runs and nothing is open: the server hears of a closed connection late."""
+
+    def is_quiet() -> bool:
+        return rows.backends("active") == rows.backends("idle in transaction%") == 0
+
+    await run_sync(lambda: wait_until(is_quiet))

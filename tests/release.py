@@ -187,7 +187,7 @@ def check_installation(folder: Path, installer: str, wheel: Path, *extras: str) 
 
 
 def check_types(folder: Path, wheel: Path) -> None:
-    """Have pyright look at all that is public, as somebody sees it who has only the wheel."""
+    """Run pyright on everything public, with nothing but the wheel installed."""
     extras = ",".join(EXTRAS)
     python = environment(folder / "env", "uv", f"{wheel}[{extras}]", "pytest", "pyright[nodejs]")
     command = ["pyright", "--verifytypes", "fastapi_sqlnative", "--ignoreexternal"]

@@ -20,7 +20,7 @@ from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import ClientDisconnectedError
 from tests.conftest import MakeEngine
-from tests.in_process import running
+from tests.in_process import quiet, running
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, Served, serve, using, wait_until
 
@@ -67,15 +67,6 @@ async def leave(
     await writer.drain()
     await anyio.to_thread.run_sync(lambda: wait_until(when))
     writer.transport.abort()
-
-
-async def quiet(rows: Rows) -> None:
-    """Wait until the server has nothing to do for us any more."""
-
-    def is_quiet() -> bool:
-        return rows.backends("active") == rows.backends("idle in transaction%") == 0
-
-    await anyio.to_thread.run_sync(lambda: wait_until(is_quiet))
 
 
 @asynchronous

@@ -43,7 +43,7 @@ from fastapi_sqlnative import (
     installed_databases,
     start_draining,
 )
-from fastapi_sqlnative._probe import OUTSIDE
+from fastapi_sqlnative._drivers.pools import OUTSIDE
 from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
 from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError

@@ -32,9 +32,9 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.cancellation import deadline
 from fastapi_sqlnative.exceptions import DeadlineExceededError
 from tests.conftest import MakeEngine
-from tests.in_process import running
+from tests.in_process import quiet, running
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, Rows, route, serve
 
 pytestmark = pytest.mark.anyio
 asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
@@ -63,17 +63,8 @@ async def assert_clean(app: FastAPI, rows: Rows) -> None:
     """Look on the server and in the pool: nothing runs, nothing is open, nothing is stored."""
     pool: Any = installed_databases(app)["default"].engine.pool
     assert pool.checkedout() == 0
-    await let_the_server_hear(rows)
+    await quiet(rows)
     assert rows.names == []
-
-
-async def let_the_server_hear(rows: Rows) -> None:
-    """Wait until nothing runs and nothing is open; it hears of a closed connection by and by."""
-
-    def is_quiet() -> bool:
-        return rows.backends("active") == rows.backends("idle in transaction%") == 0
-
-    await anyio.to_thread.run_sync(lambda: wait_until(is_quiet))
 
 
 # -- wherever it is declared, and however ----------------------------------------------------
@@ -193,8 +184,8 @@ async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) ->
         async with running(app) as client:
             assert (await client.post("/")).status_code == 504
             if not DROPS_CANCELS:
-                await let_the_server_hear(rows)
-    await let_the_server_hear(rows)
+                await quiet(rows)
+    await quiet(rows)
     assert rows.names == ["locked"]
 
 
@@ -249,6 +240,23 @@ async def test_a_rollback_that_is_swallowed_is_given_up(
     assert "COMMIT" not in caplog.text
 
 
+async def status_after(
+    app: FastAPI, rows: Rows, work: Callable[[AsyncSession], Awaitable[None]]
+) -> int:
+    """Ask a route with a deadline that writes, and then does this work; it leaves nothing."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Transaction) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        await work(session)
+
+    async with running(app) as client:
+        status = (await client.post("/")).status_code
+        await assert_clean(app, rows)
+    return status
+
+
 async def in_a_task_group() -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(asyncio.sleep(60))
@@ -280,20 +288,12 @@ async def test_other_waits_are_ended(
 ) -> None:
     """A wait for something else is ended as well, inside whatever scopes and groups it is."""
 
-    @app.post("/", dependencies=[Depends(deadline(SOON))])
-    async def endpoint(session: Transaction) -> None:
-        session.add(Item(name="a"))
-        await session.flush()
-        await wait()
-
     async def pass_on(request: Request, call_next: Any) -> Any:
         return await call_next(request)
 
     if middleware:
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
-    async with running(app) as client:
-        assert (await client.post("/")).status_code == 504
-        await assert_clean(app, rows)
+    assert await status_after(app, rows, lambda _session: wait()) == 504
 
 
 # -- what the endpoint makes of it -----------------------------------------------------------
@@ -303,35 +303,27 @@ async def test_other_waits_are_ended(
 async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) -> None:
     """An endpoint that answers although it was cancelled is rolled back and answered with 504."""
 
-    @app.post("/", dependencies=[Depends(deadline(SOON))])
-    async def endpoint(session: Transaction) -> None:
-        session.add(Item(name="a"))
+    async def swallow(session: AsyncSession) -> None:
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
+            session.add(Item(name="b"))
             await session.flush()
 
-    async with running(app) as client:
-        assert (await client.post("/")).status_code == 504
-        await assert_clean(app, rows)
+    assert await status_after(app, rows, swallow) == 504
 
 
 @asynchronous
 async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
     """What waits once more when it is cancelled is cancelled once more."""
 
-    @app.post("/", dependencies=[Depends(deadline(SOON))])
-    async def endpoint(session: Transaction) -> None:
-        session.add(Item(name="a"))
-        await session.flush()
+    async def wait_twice(_session: AsyncSession) -> None:
         try:
             await asyncio.sleep(60)
         finally:
             await asyncio.sleep(60)
 
-    async with running(app) as client:
-        assert (await client.post("/")).status_code == 504
-        await assert_clean(app, rows)
+    assert await status_after(app, rows, wait_twice) == 504
 
 
 async def test_an_answer_that_is_late_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
@@ -351,17 +343,13 @@ async def test_an_answer_that_is_late_is_no_success(kind: Kind, app: FastAPI, ro
 async def test_an_error_of_the_endpoints_own_stays(app: FastAPI, rows: Rows) -> None:
     """An endpoint that raises when it is cancelled is answered with what it raises."""
 
-    @app.post("/", dependencies=[Depends(deadline(SOON))])
-    async def endpoint(session: Transaction) -> None:
-        session.add(Item(name="a"))
+    async def fail(_session: AsyncSession) -> None:
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             raise HTTPException(418) from None
 
-    async with running(app) as client:
-        assert (await client.post("/")).status_code == 418
-        await assert_clean(app, rows)
+    assert await status_after(app, rows, fail) == 418
 
 
 @asynchronous
@@ -659,6 +647,6 @@ async def test_a_storm_leaves_the_pool_whole(
         found = {(path, each.status_code) for path, each in zip(paths, answers, strict=True)}
         assert found == {("/slow", 504), ("/quick", 201)}
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
-        await let_the_server_hear(rows)
+        await quiet(rows)
         assert rows.names == []
         assert served.post("/quick").status_code == 201

@@ -60,7 +60,7 @@ async def is_open(app: FastAPI) -> bool:
 
 
 def require_operator(credentials: Credentials) -> None:
-    """Refuse everybody who does not know OPERATOR_TOKEN, and everybody while there is none."""
+    """Refuse requests without OPERATOR_TOKEN, and all requests while it is not set."""
     token = os.environ.get("OPERATOR_TOKEN", "")  # nobody gives an empty one: that is a 401
     given = credentials.credentials
     if not secrets.compare_digest(given.encode(), token.encode()):

@@ -133,7 +133,7 @@ def test_a_worker_that_is_killed_between_its_commits_loses_nothing(
 
 
 def waiting(owner: psycopg.Connection) -> int:
-    """Count who waits for the test to let go."""
+    """Count the transactions that wait for the test to let go."""
     row = owner.execute(
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"

@@ -1,4 +1,4 @@
-"""The endpoints: each names who asks and which service answers."""
+"""The endpoints: each names its user and the service that answers."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -36,7 +36,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 
 async def tenant_of_the_user(credentials: Credentials, session: Db) -> str:
-    """Know the tenant by who asks, never by what they say."""
+    """Take the tenant from the authenticated user, never from the request's text."""
     user = await session.get(User, digest(credentials.credentials))
     if user is None:
         raise HTTPException(401, "Unknown token.")

@@ -43,7 +43,7 @@ def held_up(databases: WorkerPostgres, *locks: str) -> Iterator[list[Future[int]
 
 
 def waiting(watching: psycopg.Connection) -> int:
-    """Count who waits for a lock."""
+    """Count the sessions that wait for a lock."""
     row = watching.execute(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Final
 
-from sqlalchemy import Pool
+from sqlalchemy import Engine, Pool, event
+from sqlalchemy.pool import ConnectionPoolEntry
+
+# In the `info` of a connection that no pool of the application's has ever held.
+OUTSIDE: Final = "fastapi_sqlnative_outside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +96,25 @@ def pool_timeout(pool: Pool) -> float:
     """Return the seconds that a pool lets its callers wait; SQLAlchemy's default if unknown."""
     ask: Callable[[], float] | None = getattr(pool, "timeout", None)
     return 30.0 if ask is None else ask()
+
+
+@contextmanager
+def beside_pool(engine: Engine, options: Mapping[str, Any] | None = None) -> Generator[Engine]:
+    """Give an engine that connects as another one does, beside its pool; close it at the end.
+
+    Its connections are marked, because whoever listens to the pool hears of them as well.
+
+    Args:
+        engine: the application's.
+        options: execution options; the other engine's own are not taken over.
+    """
+    pool = engine.pool.recreate()
+    event.listen(pool, "connect", _mark, insert=True)
+    try:
+        yield Engine(pool, engine.dialect, engine.url, execution_options=options)
+    finally:
+        pool.dispose()
+
+
+def _mark(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[OUTSIDE] = True

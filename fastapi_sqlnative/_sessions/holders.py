@@ -90,7 +90,7 @@ class Holder:
 
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
-    """List who holds the database's connections, those with the oldest first."""
+    """List the holders of the database's connections, the one with the oldest first."""
     held: dict[object, list[tuple[Holder, Connection]]] = {}
     for connection, holder in state.at_work.copy().items():  # threads may change it meanwhile
         request = holder.request

@@ -213,7 +213,7 @@ class NativeSession(Session):
         record.end_results(streams_only=True)
         super().rollback()
 
-    # They roll back too, and nobody who writes `with session:` means that.
+    # They roll back too, and a `with session:` is not meant that way.
 
     def close(self) -> None:
         """Close, and note what is thrown away."""

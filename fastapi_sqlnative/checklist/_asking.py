@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 
 from .._drivers.connections import noting_arguments, parameters_of
 from .._drivers.failures import driver_error
+from .._drivers.pools import beside_pool
 from .._drivers.transactions import autocommits
 from .._lifespan.running import Installation, installations_of
 from .._lifespan.startup import call_factory, make_handle
@@ -155,17 +156,16 @@ class _Asking:
 
     def _examine(self, engine: Engine) -> list[Finding]:
         """Ask all questions over one connection, in plain code."""
-        outside, options = engine.pool.recreate(), engine.get_execution_options()
-        beside = Engine(outside, engine.dialect, engine.url, execution_options=options)
-        try:
-            with noting_arguments(beside) as noted, beside.connect() as connection:
-                stored_at_once = autocommits(connection)
-                connection.execution_options(isolation_level="AUTOCOMMIT")
-                parameters = parameters_of(connection, noted)
-                asked = Asked(connection, engine.pool, parameters, stored_at_once)
-                return [each for each in self._answers(asked) if each is not None]
-        finally:
-            outside.dispose()
+        with (
+            beside_pool(engine, engine.get_execution_options()) as beside,
+            noting_arguments(beside) as noted,
+            beside.connect() as connection,
+        ):
+            stored_at_once = autocommits(connection)
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            parameters = parameters_of(connection, noted)
+            asked = Asked(connection, engine.pool, parameters, stored_at_once)
+            return [each for each in self._answers(asked) if each is not None]
 
     def _answers(self, asked: Asked) -> Iterator[Finding | None]:
         questions = questions_for(asked.connection.dialect.name)

@@ -149,7 +149,7 @@ class Probe:
 
 @dataclass
 class Prober:
-    """Somebody who asks for readiness ten times a second."""
+    """A client that asks for readiness ten times a second."""
 
     port: int
     probes: list[Probe] = field(default_factory=list)

@@ -51,7 +51,7 @@ def _next(operations: Sequence[Operation], done: int, value: str) -> list[tuple[
     pending = [each for each in enumerate(operations) if not done >> each[0] & 1]
     horizon = min(each.returned for _, each in pending)
     concurrent = [each for each in pending if each[1].called <= horizon]
-    # What may never have happened can wait until right before the one who has found it: nothing
+    # An operation that may never have happened can wait until right before its reader: nothing
     # comes between a write and its first reader. Without this it would double the search each.
     wanted = {each.found for _, each in concurrent}
     possible = [

@@ -1,4 +1,4 @@
-"""A primary with a standby: who is found, what a promotion costs, and what is lost."""
+"""A primary with a standby: which one is found, what a promotion costs, and what is lost."""
 
 import asyncio
 import socket
@@ -132,7 +132,7 @@ def test_a_standby_is_read_by_name(steady_pair: Replication, kind: Kind) -> None
 def test_readiness_on_a_standby(
     steady_pair: Replication, kind: Kind, policy: str, status: str, state: str
 ) -> None:
-    """A standby is up for who reads, and `read_only` for who has to write."""
+    """A standby is up for a service that reads, and `read_only` for one that has to write."""
     with serve(replicated(kind, steady_pair, policy)) as served:
         report = served.client.get("/health/ready").json()
     assert (report["status"], report["databases"]["replica"]) == (status, state)

@@ -1,4 +1,4 @@
-"""Who is compared: applications with the same routes, each built as its documentation says.
+"""What is compared: applications with the same routes, each built as its documentation says.
 
 Every one has engines with the same options, given or made; whatever else a documentation
 recommends for the engine (a ping before each use, for one) would compare that instead.
@@ -25,7 +25,7 @@ from tests.peers.workloads import WORKLOADS, Workload
 
 POOL = {"pool_size": 10, "max_overflow": 0}
 
-# -- how a route gets its session, and who commits ------------------------------------------------
+# -- how a route gets its session, and what commits ------------------------------------------------
 
 Endpoint = Callable[..., Any]
 Way = Callable[[Workload], Endpoint]
@@ -105,7 +105,7 @@ Build = Callable[[Sequence[str], bool], Built]
 
 @dataclass(frozen=True)
 class Contestant:
-    """Somebody who is compared.
+    """An application that is compared.
 
     Attributes:
         name: as the page says it.

@@ -143,7 +143,7 @@ def _markdown(lines: list[list[str]]) -> Iterator[str]:
 
 
 def _ahead(results: Results) -> Iterator[str]:
-    """List by row who is ahead of this package; its own `reader` is not somebody else."""
+    """List by row what is ahead of this package; its own `reader` does not count."""
     for key, rows in results.tables().items():
         for row in rows:
             named = [

@@ -111,7 +111,7 @@ class Results:
         return found
 
     def ahead(self, row: Row) -> dict[str, bool]:
-        """List who is ahead of this package in a row, and whether in most rounds.
+        """List what is ahead of this package in a row, and whether in most rounds.
 
         Most are three of four: where they are fewer, another run may well say otherwise.
         """

@@ -144,6 +144,17 @@ def over_the_connection(session: Session) -> None:
     session.connection().execute(text("TABLE item FOR UPDATE")).close()
 
 
+def with_connection(session: Session) -> None:
+    with session.connection() as connection:
+        connection.execute(select(items)).close()
+
+
+def commit_with_connection(session: Session) -> None:
+    with session.connection() as connection:
+        connection.execute(update(items).values(position=1))
+        connection.commit()
+
+
 STORES_NOTHING: dict[str, Body] = {
     "refused insert": refused(again),
     "refused text": refused(text("INSERT INTO item (name) VALUES ('there')")),
@@ -185,6 +196,8 @@ STORES_NOTHING: dict[str, Body] = {
     "undone before an unknown function": undone_before_an_unknown_function,
     "undone after a failure": undone_after_a_failure,
     "connection": lambda session: session.connection().execute(select(items)).close(),
+    "connection in a with block": with_connection,
+    "connection that commits, in a with block": commit_with_connection,
     "connection, for update": over_the_connection,
     "temporary table with an index": temporary_with_an_index,
 }

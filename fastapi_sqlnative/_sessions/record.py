@@ -227,7 +227,9 @@ class Record(Holder):
         if self.options.read_only or not self.work.is_worth_asking:
             return 0
         return sum(
-            transactions.would_store(
+            self.work.thrown_away
+            if connection.closed
+            else transactions.would_store(
                 connection,
                 wrote=self.work.wrote and self.rolled_back is None,
                 unknown=self.work.unknown or self.work.handed_out,
@@ -238,6 +240,11 @@ class Record(Holder):
             )
             for connection, changes_before in self.connections.items()
         )
+
+    def rolls_back(self, _connection: Connection) -> None:
+        """Note what a connection throws away that was handed out: its `close()` rolls back."""
+        if not self.finished:
+            self.work.thrown_away = self.count_unstored() > 0
 
     def prepare(self) -> None:
         """Refuse what cannot be committed, and find out whether what may have written has.

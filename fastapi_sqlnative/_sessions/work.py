@@ -23,6 +23,7 @@ class Work:
         unknown: a statement that may have written.
         handed_out: a connection, over which anything may have been sent.
         defined: a table, a function or the like.
+        thrown_away: what a connection that was handed out has rolled back, unstored.
         undone: a savepoint was rolled back.
     """
 
@@ -31,6 +32,7 @@ class Work:
         "defined",
         "handed_out",
         "met_no_row",
+        "thrown_away",
         "undone",
         "unknown",
         "wrote",
@@ -38,7 +40,7 @@ class Work:
 
     def __init__(self) -> None:
         self.wrote = self.met_no_row = self.unknown = False
-        self.handed_out = self.defined = self.undone = False
+        self.handed_out = self.defined = self.undone = self.thrown_away = False
         # What had been written when a savepoint began, by its name or its depth.
         self._savepoints: dict[str | int, _Written] | None = None
 

@@ -72,9 +72,9 @@ def main() -> None:
     if not arguments.page:
         for part in arguments.parts or PARTS:
             results = measure(part, rounds=arguments.rounds, quick=arguments.quick)
-            show(results, Console())
             if not arguments.quick:
                 results.save()
+            show(results, Console())
     if not arguments.quick:
         write_page()
 

@@ -111,6 +111,16 @@ def test_ratios_are_to_the_best_by_hand() -> None:
     assert title_of(row.table) == "CPU of a request: psycopg"
 
 
+@pytest.mark.parametrize("measure", ["failed", "failed, calm"])
+def test_failures_are_numbers(measure: str) -> None:
+    """Failed requests are counted and not compared: there may be none."""
+    results = Results("load")
+    row = Row(measure, "asyncpg", "one read", "64 at 0 ms")
+    results.add(row, OURS, 0, 0)
+    results.add(row, BY_HAND[0], 0, 2)
+    assert [cell(results, row, name) for name in (OURS, BY_HAND[0])] == ["0", "2"]
+
+
 def test_the_page_says_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page has a table and a chart of what was measured, and names whoever is ahead."""
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ from typing import get_args
 
 from tests.peers.charts import bar_chart
 from tests.peers.contestants import BY_HAND, CONTESTANTS, LEFT_OUT, LIMIT, OUR_READER, OURS
-from tests.peers.results import COUNTED, Part, Results, Row, TableKey, load_results
+from tests.peers.results import Part, Results, Row, TableKey, load_results
 
 DOCS = Path("docs")
 PAGE = DOCS / "performance-compared.md"
@@ -108,7 +108,7 @@ def cell(results: Results, row: Row, name: str) -> str:
     values = results.figures[row].get(name)
     if values is None:
         return ""
-    if row.measure in COUNTED:
+    if row.counted:
         return f"{sum(values) if 'failed' in row.measure else values[0]:g}"
     low, median, high = results.ratios(row)[name]
     if len(values) == 1 or low == high:

@@ -15,8 +15,6 @@ from tests.peers.contestants import BY_HAND, OURS, installed
 RESULTS = Path("dist/peers")
 Part = Literal["cpu", "wire", "load", "load-sync", "databases"]
 HIGHER_IS_BETTER = {"throughput"}
-# Often none, so that there is nothing to divide by.
-COUNTED = {"trips", "failed"}
 
 
 class TableKey(NamedTuple):
@@ -46,6 +44,11 @@ class Row(NamedTuple):
     def table(self) -> TableKey:
         """Name the table that it belongs to."""
         return TableKey(*self[:3])
+
+    @property
+    def counted(self) -> bool:
+        """Tell whether the figures are numbers, often none: there is nothing to divide by."""
+        return self.measure.partition(",")[0] in {"trips", "failed"}
 
 
 class Spread(NamedTuple):
@@ -95,7 +98,7 @@ class Results:
     def ratios(self, row: Row) -> dict[str, Spread]:
         """Compare everybody with the reference, round by round."""
         by_hand = self.reference(row)
-        if by_hand is None or row.measure in COUNTED:
+        if by_hand is None or row.counted:
             return {}
         base = self.figures[row][by_hand]
         return {

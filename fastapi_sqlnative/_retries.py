@@ -6,37 +6,25 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from types import TracebackType
-from typing import TypeVar, cast
+from contextlib import contextmanager
+from typing import Final, TypeVar, cast
 
-from ._sessions.record import Record
 from ._sessions.session import AnySession, record_of
 from .errors import describe_database_error
 
 T = TypeVar("T")
-SessionT = TypeVar("SessionT", bound=AnySession)
 logger = logging.getLogger("fastapi_sqlnative")
+
+# Seconds, the most that a pause takes.
+_LONGEST_PAUSE: Final = 2.0
 
 
 class Retries:
-    """The attempts at one transaction, up to a number and a deadline.
+    """The attempts at one transaction, as the arguments of `run_in_transaction` bound them.
 
-    Each is a `with` block, which swallows a failure that another attempt follows after `pause`
-    seconds.
-
-    Args:
-        name: of the database, for the log.
-        attempts: how many in all.
-        timeout: seconds from now after which none is begun.
-        backoff: seconds, the most that the first pause takes; every further one may take twice
-            as long, up to `MAX_PAUSE`.
-
-    Raises:
-        TypeError: a number is none.
-        ValueError: a number is too small.
+    Each is a `with` block, which sets `session`, and swallows a failure that another attempt
+    follows after `pause` seconds.
     """
-
-    MAX_PAUSE = 2.0
 
     def __init__(self, name: str, attempts: int, timeout: float, backoff: float) -> None:
         if not isinstance(cast("object", attempts), int):
@@ -46,40 +34,33 @@ class Retries:
         for option, seconds in (("timeout", timeout), ("backoff", backoff)):
             if not seconds >= 0:
                 raise ValueError(f"{option}={seconds} is not a number of seconds from 0.")
+        self.session: AnySession | None = None
+        self.pause = 0.0
         self._name = name
         self._attempts = attempts
         self._deadline = time.monotonic() + timeout
         self._longest = backoff
         self._made = 0
-        self._record: Record | None = None
-        self.pause = 0.0
 
-    def __enter__(self) -> None:
-        self._record = None
-
-    def watched(self, session: SessionT) -> SessionT:
-        """Return the attempt's session, of which is known what it has stored."""
-        self._record = record_of(session)
-        return session
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> bool:
-        """Swallow a failure that another attempt follows."""
-        return isinstance(error, Exception) and self._may_repeat(error)
+    @contextmanager
+    def attempt(self) -> Generator[None]:
+        """Try once."""
+        self.session = None
+        self._made += 1
+        try:
+            yield
+        except Exception as error:
+            if not self._may_repeat(error):
+                raise
 
     def _may_repeat(self, error: Exception) -> bool:
-        self._made += 1
         failure = describe_database_error(error)
         # Work that has stored something, or may have, would do so again.
-        stored = self._record is not None and self._record.stored
+        stored = self.session is not None and record_of(self.session).stored
         if stored or failure is None or not failure.retryable or self._made >= self._attempts:
             return False
         # Full jitter: those that ran into each other are not to meet again.
-        self.pause = random.uniform(0, min(self._longest, self.MAX_PAUSE))  # noqa: S311 - no secret
+        self.pause = random.uniform(0, min(self._longest, _LONGEST_PAUSE))  # noqa: S311 - no secret
         self._longest *= 2
         if time.monotonic() + self.pause > self._deadline:
             return False

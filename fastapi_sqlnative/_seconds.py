@@ -6,12 +6,7 @@ import math
 
 
 def check_seconds(what: str, seconds: object, *, zero: bool = False) -> None:
-    """Refuse what is no time that can be waited for.
-
-    Args:
-        what: the argument, as the message names it.
-        seconds: the value that was given.
-        zero: whether not to wait is a time as well.
+    """Refuse what is no time that can be waited for; with `zero`, not to wait is one as well.
 
     Raises:
         TypeError: it is no number.

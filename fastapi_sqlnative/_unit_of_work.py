@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import threading
 from types import TracebackType
@@ -13,13 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Scope
 
 from ._lifespan.running import running_for
-from ._members import (
-    Member,
-    check_nothing_forgotten,
-    commit_member,
-    flush_and_prepare,
-    set_options,
-)
+from ._members import Member, flush_and_prepare
 from ._sessions.finishing import (
     Call,
     close_all,
@@ -30,7 +25,7 @@ from ._sessions.finishing import (
     tells_of_commit,
 )
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
-from ._sessions.session import AnySession, sync_session
+from ._sessions.session import AnySession
 from .databases import sessions_of
 from .exceptions import RequestCancelledError
 
@@ -49,46 +44,27 @@ class UnitOfWork:
     its result is serialized. The response starts after that.
     """
 
-    __slots__ = (
-        "_asked_gate",
-        "_has_place",
-        "_loop",
-        "_members",
-        "_readers",
-        "_running",
-        "_sessions",
-        "cancelled",
-        "ends_at",
-        "scope",
-    )
-
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
         self.scope: Scope = connection.scope
-        self._sessions: dict[str, Member] = {}
-        self._readers: dict[str, Member] = {}
-        self._members: list[Member] = []
-        self._asked_gate = self._has_place = False
+        self._members: dict[tuple[str, bool], Member] = {}  # by name, readers apart
         # Once: a second cancellation would interrupt the driver while it tells the server to stop.
         self.cancelled: bool = False
         self.ends_at: float = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
-        member = self._sessions.get(name)
-        if member is None:
-            member = self._sessions[name] = await self._open(name, NO_OPTIONS)
-        return member.session
+        found = self._members.get((name, False)) or await self._open(name, NO_OPTIONS)
+        return found.session
 
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session beside a session of ours, else that session itself."""
         beside = self._member_of(session)
         if beside is None:
             return session  # an override's: the application's own
-        member = self._readers.get(beside.name)
-        if member is None:
-            member = self._readers[beside.name] = await self._open(beside.name, AUTOCOMMIT)
-        return member.session
+        name = beside.state.name
+        found = self._members.get((name, True)) or await self._open(name, AUTOCOMMIT)
+        return found.session
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end; an override's session is left alone.
@@ -101,28 +77,27 @@ class UnitOfWork:
         if member is None:
             return
         if options != NO_OPTIONS:
-            set_options(member, options)
+            member.set_options(options)
         member.record.will_commit()
 
     def _member_of(self, session: AnySession) -> Member | None:
-        return next((each for each in self._members if each.session is session), None)
+        return next((each for each in self._members.values() if each.session is session), None)
 
     async def _open(self, name: str, options: TransactionOptions) -> Member:
         database = self._running.database(name)
+        has_place = False
         # A websocket would keep its place for as long as the client stays.
         if self.scope.get("type") == "http":  # FastStream and its like have none
-            self._asked_gate = True  # before: it may keep one place and wait for another in vain
-            self._has_place = await self._running.admit(self, self.scope.get("route"), database)
+            route = self.scope.get("route")
+            has_place = await self._running.admit(self, route, database)
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
-        session = factory.open(options, loop_thread=loop_thread)
-        inner = sync_session(session)
-        inner.sqlnative.request = self.scope
-        if self._has_place:
-            self._loop = asyncio.get_running_loop()
-            inner.sqlnative.on_idle = self._gave_connections_back
-        member = Member(name, factory, session, inner, inner.sqlnative)
-        self._members.append(member)
+        member = Member(factory.open(options, loop_thread=loop_thread))
+        member.record.request = self.scope
+        if has_place:
+            gave_back = functools.partial(self._gave_connections_back, asyncio.get_running_loop())
+            member.record.on_idle = gave_back
+        self._members[name, options is AUTOCOMMIT] = member
         self.limit(self.ends_at)
         return member
 
@@ -131,20 +106,21 @@ class UnitOfWork:
     def limit(self, ends_at: float) -> None:
         """Have the server end what synchronous sessions ask for by then: nobody else can."""
         self.ends_at = min(self.ends_at, ends_at)
-        for member in self._members:
-            if not member.factory.asynchronous:
+        for member in self._members.values():
+            if not isinstance(member.session, AsyncSession):
                 member.record.ends_at = self.ends_at
 
     @property
     def has_stored(self) -> bool:
         """Tell whether a COMMIT of the endpoint's own has stored something, or may be about to."""
-        return any(each.record.stored or each.record.is_storing for each in self._members)
+        records = [each.record for each in self._members.values()]
+        return any(each.stored or each.is_storing for each in records)
 
     @property
     def may_be_cancelled(self) -> bool:
         """Tell whether it costs nothing that is stored, and leaves no thread behind."""
         lasting = self.cancelled or self.has_stored
-        return not lasting and all(each.factory.asynchronous for each in self._members)
+        return not lasting and all(isinstance(each, AsyncSession) for each in self._all_sessions())
 
     # -- the end of the request ------------------------------------------------------------
 
@@ -165,17 +141,16 @@ class UnitOfWork:
                 await self._abandon(error)
         finally:
             self.scope.pop(UNIT, None)
-            if self._asked_gate:
-                self._running.gate.leave(self)
+            self._running.gate.leave(self)
 
     async def _complete(self) -> None:
-        waiting = [each.session for each in self._members if each.waits]
+        members = self._members.values()
+        waiting = [each.session for each in members if each.waits]
         if not waiting:
             self._commit_all(directly)
         elif all(map(has_only_read, waiting)):
             # Nothing is forgotten: what is marked is committed for its listeners, the rest closed.
-            commits = any(each.record.commits for each in self._members)
-            end = self._commit_all if commits else self._close_all
+            end = self._commit_all if any(each.record.commits for each in members) else self._close
             await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(directly))
         else:
             await self._run_together(self._commit_all)
@@ -184,7 +159,7 @@ class UnitOfWork:
         def end(call: Call) -> None:
             close_all(call, self._all_sessions(), roll_back_and_close)
 
-        if any(each.record.asked or each.state.overridden for each in self._members):
+        if any(each.record.asked or each.state.overridden for each in self._members.values()):
             cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
             # A client waits for the answer, and there is no COMMIT to wait for.
             limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
@@ -195,45 +170,45 @@ class UnitOfWork:
     async def _run_together(
         self, work: Any, *, cancelled: bool = False, limit: float = math.inf
     ) -> None:
-        timeout = min(limit, max(each.state.shutdown_timeout for each in self._members))
+        longest = max(each.state.shutdown_timeout for each in self._members.values())
+        timeout = min(limit, longest)
         await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
 
     def _all_sessions(self) -> list[AnySession]:
-        return [each.session for each in self._members]
+        return [each.session for each in self._members.values()]
 
-    def _gave_connections_back(self) -> None:
+    def _gave_connections_back(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let others in while the request goes on without a connection; from any thread."""
-        if not any(each.record.finished for each in self._members):
+        if not any(each.record.finished for each in self._members.values()):
             # Not at once: one that goes on to its next statement needs its place.
-            self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
+            loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
-        if not any(each.record.asked for each in self._members):
+        if not any(each.record.asked for each in self._members.values()):
             self._running.gate.leave(self)
 
     # -- plain code over the sessions, in a greenlet or in a thread ------------------------
 
     def _commit_all(self, call: Call) -> None:
         try:
-            for member in self._members:
-                check_nothing_forgotten(call, member)
-            marked = [each for each in self._members if each.record.commits]
+            for member in self._members.values():
+                member.check_nothing_forgotten(call)
+            marked = [each for each in self._members.values() if each.record.commits]
             if len(marked) > 1:
                 self._prepare(call, marked)
                 # What has nothing to store is rolled back, and never fails the others.
                 marked = [each for each in marked if each.stores or tells_of_commit(each.inner)]
             for place, member in enumerate(marked):
-                commit_member(call, member, marked[:place], marked[place + 1 :])
+                member.commit(call, marked[:place], marked[place + 1 :])
         finally:
-            self._close_all(call)
+            self._close(call)
 
-    def _close_all(self, call: Call) -> None:
+    def _close(self, call: Call) -> None:
         close_all(call, self._all_sessions())
 
     def _prepare(self, call: Call, marked: list[Member]) -> None:
         """Flush all before the first COMMIT, so that only a COMMIT can come too late."""
-        installed = enumerate(sessions_of(each).state for each in self._running.databases())
-        places = {state: place for place, state in installed}
-        marked.sort(key=lambda each: places.get(each.state, -1))
+        order = [sessions_of(each).state for each in self._running.databases()]
+        marked.sort(key=lambda each: order.index(each.state) if each.state in order else -1)
         for member in marked:
             call(member.session, flush_and_prepare)

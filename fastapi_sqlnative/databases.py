@@ -60,6 +60,10 @@ class _Database(Generic[EngineT]):
         """Look into the pool and at the holders of its connections; ask the database nothing."""
         return pool_status(sync_engine(self.engine).pool, holders_of(self._sessions.state))
 
+    def _open_transaction(self, isolation_level: IsolationLevel | None, read_only: bool) -> Any:
+        options = TransactionOptions.checked(isolation_level, read_only)
+        return self._sessions.open(options, commits=True)
+
     def _no_answer(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
 
@@ -107,8 +111,7 @@ class Database(_Database[Engine]):
             CommitOutcomeUnknownError: the connection was lost during COMMIT.
             AfterCommitError: what ran after the COMMIT has failed.
         """
-        options = TransactionOptions.checked(isolation_level, read_only)
-        with self._finished(self._sessions.open(options, commits=True)) as session:
+        with self._finished(self._open_transaction(isolation_level, read_only)) as session:
             yield session
             commit(session)
 
@@ -161,9 +164,11 @@ class Database(_Database[Engine]):
         retries = Retries(self.name, attempts, timeout, backoff)
         options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            with retries, self.transaction(**options) as session:
-                return retries.checked(work(retries.watched(session)))
-            time.sleep(retries.pause)
+            if retries.pause:
+                time.sleep(retries.pause)
+            with retries.attempt(), self.transaction(**options) as session:
+                retries.session = session
+                return retries.checked(work(session))
 
     def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.
@@ -184,15 +189,11 @@ class Database(_Database[Engine]):
 class AsyncDatabase(_Database[AsyncEngine]):
     """A database on an `AsyncEngine`, inside or outside an application.
 
-    The handle owns neither the engine nor its pool. An installed one is the application's:
-    depend on `get_database_handle(name)`, or look it up in `installed_databases(app)`. In a
-    script or worker build one yourself:
+    What `Database` says of handles, and of their arguments, holds for this one:
 
         database = AsyncDatabase(create_async_engine(url))
         async with database.transaction() as session:
             session.add(Account(name="Ada"))
-
-    The arguments are those that `Database` has.
     """
 
     _engine_type = AsyncEngine
@@ -210,19 +211,12 @@ class AsyncDatabase(_Database[AsyncEngine]):
     ) -> AsyncGenerator[AsyncSession]:
         """Open a session for a block; commit at its end, roll back on any exception.
 
-        A cancellation does not interrupt the COMMIT: it is awaited, for `shutdown_timeout`
-        seconds at most. The arguments are those that `Database.transaction` has.
-
-        Raises:
-            TransactionAbortedError: an error inside the block was swallowed.
-            CommitOutcomeUnknownError: the connection was lost during COMMIT.
-            AfterCommitError: what ran after the COMMIT has failed.
+        As `Database.transaction`, with its arguments and errors. A cancellation does not interrupt
+        the COMMIT: it is awaited, for `shutdown_timeout` seconds at most.
         """
-        options = TransactionOptions.checked(isolation_level, read_only)
-        session = cast("AsyncSession", self._sessions.open(options, commits=True))
-        async with finishing(
-            session, commit_and_close, timeout=self._sessions.state.shutdown_timeout
-        ):
+        session = self._open_transaction(isolation_level, read_only)
+        timeout = self._sessions.state.shutdown_timeout
+        async with finishing(session, commit_and_close, timeout=timeout):
             yield session
 
     async def run_in_transaction(
@@ -237,20 +231,18 @@ class AsyncDatabase(_Database[AsyncEngine]):
     ) -> T:
         """Do what `Database.run_in_transaction` does, with an `async def`.
 
-        Raises:
-            ValueError: for fewer than one attempt.
-            CommitOutcomeUnknownError: the connection was lost during COMMIT.
-
         Example:
             await database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
         """
         retries = Retries(self.name, attempts, timeout, backoff)
         options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            with retries:
+            if retries.pause:
+                await asyncio.sleep(retries.pause)
+            with retries.attempt():
                 async with self.transaction(**options) as session:
-                    return retries.checked(await work(retries.watched(session)))
-            await asyncio.sleep(retries.pause)
+                    retries.session = session
+                    return retries.checked(await work(session))
 
     async def ping(self, timeout: float = 5.0) -> None:
         """Ask the database for one row, waiting at most `timeout` seconds.

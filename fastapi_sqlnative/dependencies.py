@@ -4,10 +4,10 @@
 # of an annotation on an object's `__call__`.
 
 import functools
-import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from typing import Any, Final
+from contextlib import AsyncExitStack, suppress
+from inspect import Parameter, Signature
+from typing import Any, Final, Literal
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ._lifespan.running import running_for, trimmed
-from ._sessions.options import IsolationLevel, TransactionOptions
+from ._sessions.options import AUTOCOMMIT, IsolationLevel, TransactionOptions
 from ._sessions.session import AnySession
 from ._unit_of_work import UNIT, UnitOfWork
 from .databases import AnyDatabase
@@ -42,6 +42,27 @@ def unit_of(connection: HTTPConnection) -> UnitOfWork:
     return unit
 
 
+async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
+    """Begin the unit of work, which ends after whatever is entered from now on."""
+    return unit_of(connection)
+
+
+async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWork]:
+    """End the unit of work by FastAPI's public means: a generator with function scope."""
+    async with unit_of(connection) as unit:
+        yield unit
+
+
+def in_unit_of_work() -> Any:
+    """Depend on the request's unit of work.
+
+    What does so with function scope is left before the unit ends, and with it before the COMMIT.
+    """
+    if HAS_FUNCTION_STACK:
+        return Depends(_unit_of_work)
+    return Depends(_end_of_request, scope="function")
+
+
 def _has_function_stack() -> bool:
     """Serve a request by hand, and look."""
     found: list[object] = []
@@ -52,16 +73,16 @@ def _has_function_stack() -> bool:
 
     async def nothing(*_: object) -> Any: ...
 
-    serving = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
-    try:
-        serving.send(None)  # type: ignore[attr-defined] # it is a coroutine, and waits for nothing
-    except StopIteration:
-        return isinstance(found[0], AsyncExitStack)
-    serving.close()  # type: ignore[attr-defined] # likewise
-    return False
+    serving: Any = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
+    with suppress(StopIteration):
+        serving.send(None)  # it is a coroutine, and waits for nothing
+    return isinstance(found[0], AsyncExitStack)
 
 
 HAS_FUNCTION_STACK: Final = _has_function_stack()
+
+
+# -- what `Depends` is given ----------------------------------------------------------------------
 
 
 class _NoRequest:
@@ -87,7 +108,8 @@ class DatabaseDependency:
     `dependency_overrides` recognise it, however the name was spelt.
     """
 
-    gives_handle = False
+    # What a request opens with it, or may open.
+    opens: Literal["session", "reader", "handle"] | None = None
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -97,59 +119,53 @@ class DatabaseDependency:
 
 
 class SessionDependency(DatabaseDependency):
-    """The way to the request's session."""
+    """The way to the request's session, or to the reader beside it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: the database's.
+        options: of the transaction that is to be committed; `AUTOCOMMIT` means the reader, `None`
+            the session as it is.
+    """
+
+    def __init__(self, name: str, options: TransactionOptions | None = None) -> None:
         super().__init__(name)
-        self.__signature__: inspect.Signature = _signature()
-
-    async def __call__(
-        self, connection: HTTPConnection = _NO_REQUEST, unit: object = None
-    ) -> AnySession:
-        """Open the session at the first call of a request."""
-        return await unit_of(connection).session(self.name)
-
-
-class TransactionDependency(DatabaseDependency):
-    """The way to the request's session that has it committed."""
-
-    def __init__(self, name: str, options: TransactionOptions) -> None:
-        super().__init__(name)
+        self.opens = "reader" if options is AUTOCOMMIT else "session"
         self.options = options
-        self.__signature__: inspect.Signature = _signature(session=get_db(name))
+        # An override of get_db(name) reaches what hands out its session, too.
+        given: dict[str, Any] = {} if options is None else {"session": Depends(get_db(name))}
+        if not HAS_FUNCTION_STACK:
+            given["unit"] = in_unit_of_work()
+        # FastAPI asks a callable object for its signature, as it asks a function.
+        self.__signature__ = Signature(
+            [
+                Parameter("connection", Parameter.KEYWORD_ONLY, annotation=HTTPConnection),
+                *(
+                    Parameter(key, Parameter.KEYWORD_ONLY, default=each)
+                    for key, each in given.items()
+                ),
+            ]
+        )
 
     async def __call__(
         self,
-        session: AnySession = _NO_REQUEST,
         connection: HTTPConnection = _NO_REQUEST,
+        session: AnySession = _NO_REQUEST,
         unit: object = None,
     ) -> AnySession:
-        """Enlist what `get_db` has given."""
-        unit_of(connection).enlist(session, self.options)
+        """Open the session at the first call of a request, or go on with what `get_db` gave."""
+        work = unit_of(connection)
+        if self.options is None:
+            return await work.session(self.name)
+        if self.options is AUTOCOMMIT:
+            return await work.reader(session)
+        work.enlist(session, self.options)
         return session
-
-
-class ReaderDependency(DatabaseDependency):
-    """The way to the request's AUTOCOMMIT session."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__signature__: inspect.Signature = _signature(session=get_db(name))
-
-    async def __call__(
-        self,
-        session: AnySession = _NO_REQUEST,
-        connection: HTTPConnection = _NO_REQUEST,
-        unit: object = None,
-    ) -> AnySession:
-        """Open a session beside the one that `get_db` has given."""
-        return await unit_of(connection).reader(session)
 
 
 class HandleDependency(DatabaseDependency):
     """The way to the database's handle."""
 
-    gives_handle = True
+    opens = "handle"
 
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Look the handle up."""
@@ -159,10 +175,15 @@ class HandleDependency(DatabaseDependency):
 class InstalledDependency(DatabaseDependency):
     """The wish that a database is installed, which start-up looks at; hands out nothing."""
 
-    gives_handle = True
-
     async def __call__(self) -> None:
         """Need nothing of the request."""
+
+
+_session_dependency = functools.cache(SessionDependency)
+_handle_dependency = functools.cache(HandleDependency)
+
+
+# -- what a route asks for ------------------------------------------------------------------------
 
 
 def get_db(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
@@ -214,7 +235,7 @@ def transactional(
             failed.
     """
     options = TransactionOptions.checked(isolation_level, read_only)
-    return _transaction_dependency(trimmed(name), options)
+    return _session_dependency(trimmed(name), options)
 
 
 def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
@@ -234,7 +255,7 @@ def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     Example:
         Reader = Annotated[AsyncSession, Depends(reader())]
     """
-    return _reader_dependency(trimmed(name))
+    return _session_dependency(trimmed(name), AUTOCOMMIT)
 
 
 def get_database_handle(name: str = "default") -> Callable[..., Awaitable[AnyDatabase]]:
@@ -250,47 +271,3 @@ def get_database_handle(name: str = "default") -> Callable[..., Awaitable[AnyDat
             async with database.session() as session: ...
     """
     return _handle_dependency(trimmed(name))
-
-
-async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWork]:
-    """End the unit of work by FastAPI's public means: a generator with function scope."""
-    async with unit_of(connection) as unit:
-        yield unit
-
-
-async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
-    """Begin the unit of work, which ends after whatever is entered from now on."""
-    return unit_of(connection)
-
-
-def in_unit_of_work() -> Any:
-    """Depend on the request's unit of work.
-
-    What does so with function scope is left before the unit ends, and with it before the COMMIT.
-    """
-    if HAS_FUNCTION_STACK:
-        return Depends(_unit_of_work)
-    return Depends(_end_of_request, scope="function")
-
-
-def _signature(**dependencies: Callable[..., Any]) -> inspect.Signature:
-    """Describe a dependency to FastAPI.
-
-    What hands out the session of `get_db(name)` depends on it, so that an override of
-    `get_db(name)` reaches it too.
-    """
-    given = [_keyword("connection", annotation=HTTPConnection)]
-    if not HAS_FUNCTION_STACK:
-        given.append(_keyword("unit", default=Depends(_end_of_request, scope="function")))
-    given += [_keyword(name, default=Depends(each)) for name, each in dependencies.items()]
-    return inspect.Signature(given)
-
-
-def _keyword(name: str, **description: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **description)
-
-
-_session_dependency = functools.cache(SessionDependency)
-_transaction_dependency = functools.cache(TransactionDependency)
-_reader_dependency = functools.cache(ReaderDependency)
-_handle_dependency = functools.cache(HandleDependency)

@@ -46,7 +46,7 @@ ORDER = (
     {"databases"},
     {"_lifespan.__init__", "_lifespan.gate"},
     {"_lifespan.running"},
-    {"_unit_of_work", "_lifespan.annotations", "_lifespan.functions", "_lifespan.shutdown"},
+    {"_unit_of_work", "_lifespan.functions", "_lifespan.shutdown"},
     {"dependencies"},
     {"cancellation"},
     {"_lifespan.routes"},

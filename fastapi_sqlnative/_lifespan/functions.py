@@ -1,4 +1,4 @@
-"""What a dependency's function is and does, as far as it can be seen without calling it."""
+"""What a function is, takes and does, as far as it can be seen without calling it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import ast
 import functools
 import inspect
 import textwrap
-from typing import Any, Final
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
-from fastapi.dependencies.models import Dependant
 from sqlalchemy.ext.asyncio import AsyncSession
 
 _AWAITED: Final = frozenset(
@@ -30,25 +31,65 @@ def described(value: object) -> str:
     return f"{name_of(value)}{signature.replace(parameters=bare)}"
 
 
-def is_request_scoped_generator(dependant: Dependant) -> bool:
-    """Tell what FastAPI enters before the endpoint and leaves after the response."""
-    return dependant.scope != "function" and is_generator(dependant.call)
+# -- what it is ------------------------------------------------------------------------------------
 
 
 def is_generator(call: object) -> bool:
     """Tell whether FastAPI enters a dependency, and leaves it later."""
-    return any(
-        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
-        for each in _functions(call)
-    )
+    return _is_any(call, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def is_awaitable(call: object) -> bool:
     """Tell whether a function can await what it is given; FastAPI builds a class in a thread."""
-    return any(
-        inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each)
-        for each in _functions(call)
-    )
+    return _is_any(call, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+
+def _is_any(call: object, *kinds: Callable[[object], bool]) -> bool:
+    return any(is_kind(each) for each in _functions(call) for is_kind in kinds)
+
+
+def _functions(call: Any) -> list[Any]:
+    """List what runs when a dependency is called, behind partials and decorators."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    if call is None:
+        return []
+    looked_at = [call, inspect.unwrap(call)]
+    if not inspect.isclass(looked_at[1]):
+        methods = [each.__call__ for each in looked_at]
+        looked_at += [*methods, *map(inspect.unwrap, methods)]
+    return looked_at
+
+
+# -- what it takes ---------------------------------------------------------------------------------
+
+
+def annotation_of(call: Callable[..., Any] | None, parameter: str | None) -> object:
+    """Return the annotation of a parameter; `None` where there is none that can be read."""
+    if call is None or parameter is None:
+        return None
+    try:
+        return inspect.signature(call, eval_str=True).parameters[parameter].annotation
+    except Exception:  # noqa: BLE001 - often a name that only the type checker knows
+        return None  # nothing visible contradicts
+
+
+def classes_in(annotation: object) -> list[type]:
+    """List the classes that an annotation names, through aliases, `Annotated` and unions."""
+    # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
+    value = getattr(annotation, "__value__", None)
+    if value is not None:
+        return classes_in(value)
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return classes_in(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [each for part in get_args(annotation) for each in classes_in(part)]
+    found = origin or annotation
+    return [found] if isinstance(found, type) else []
+
+
+# -- what it does ----------------------------------------------------------------------------------
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:
@@ -58,36 +99,21 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
     """
     if is_awaitable(call) or inspect.isclass(call):
         return False
-    return any(_is_dropped(tree, parameter) for tree in map(_tree_of, _functions(call)) if tree)
+    return any(_drops(node, parameter) for each in _functions(call) for node in _nodes_of(each))
 
 
-def _tree_of(function: Any) -> ast.AST | None:
+def _nodes_of(function: Any) -> list[ast.AST]:
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
     except (OSError, TypeError, SyntaxError):
-        return None  # no source, or one that cannot be read by itself
+        return []  # no source, or one that cannot be read by itself
 
 
-def _is_dropped(tree: ast.AST, parameter: str) -> bool:
-    """Find a call whose coroutine is thrown away, or asked for what its result would have."""
-    for node in ast.walk(tree):
-        used = getattr(node, "value", None) if isinstance(node, ast.Expr | ast.Attribute) else None
-        used = node.iter if isinstance(node, ast.For) else used
-        if isinstance(used, ast.Call) and isinstance(used.func, ast.Attribute):
-            owner = used.func.value
-            if isinstance(owner, ast.Name) and owner.id == parameter and used.func.attr in _AWAITED:
-                return True
+def _drops(node: ast.AST, parameter: str) -> bool:
+    """Tell whether a coroutine is thrown away here, or asked for what its result would have."""
+    match node:
+        case ast.Expr(value=used) | ast.Attribute(value=used) | ast.For(iter=used):
+            match used:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=method)):
+                    return owner == parameter and method in _AWAITED
     return False
-
-
-def _functions(call: object) -> list[object]:
-    """List what runs when a dependency is called, behind partials and decorators."""
-    while isinstance(call, functools.partial):
-        call = call.func
-    if call is None:
-        return []
-    looked_at: list[Any] = [call, inspect.unwrap(call)]  # type: ignore[arg-type] # any object may
-    if not inspect.isclass(looked_at[1]):
-        methods = [each.__call__ for each in looked_at]
-        looked_at += [*methods, *map(inspect.unwrap, methods)]
-    return looked_at

@@ -17,13 +17,13 @@ from .._sessions.engines import sync_engine
 from .._sessions.holders import tell_holders
 from ..databases import AnyDatabase, sessions_of
 
-# What the requests of a route open, by the route. A route has no hash; a method bound to it has
-# one, by identity.
+# What the requests of a route open.
 Opened: TypeAlias = Counter[AnyDatabase]
 
 
 def key_of(route: object) -> object:
     """Return what stands for a route in a dictionary."""
+    # A route has no hash; a method bound to it has one, by identity.
     return getattr(route, "matches", None)
 
 
@@ -36,22 +36,20 @@ class Gate:
     connection while it holds another: so there are never enough of those to hold them all.
 
     Lives as long as the application runs, for all applications mounted in it.
+
+    Attributes:
+        opened: what the requests of each route open, by `key_of` it.
     """
 
     def __init__(self) -> None:
-        self._opened: dict[object, Opened] = {}
+        self.opened: dict[object, Opened] = {}
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def learn(self, route: object, opened: Opened) -> None:
         """Remember what the requests of a route open, the most where it was included twice."""
-        key = key_of(route)
-        self._opened[key] = self._opened.get(key, Counter()) | opened
-        if self._opened[key].total() > 1:
+        found = self.opened[key_of(route)] = self.opened.get(key_of(route), Counter()) | opened
+        if found.total() > 1:
             self._connections.total_tokens = self._fewest()
-
-    def knows(self, route: object) -> bool:
-        """Tell whether the route has been looked at; one that was added later has not."""
-        return key_of(route) in self._opened
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, for as long as the pool would make its callers wait.
@@ -63,7 +61,7 @@ class Gate:
             sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
         """
         # In this order for everybody: two limiters taken crosswise would be a deadlock again.
-        if self._opened[key_of(route)].total() > 1:
+        if self.opened[key_of(route)].total() > 1:
             await self._take(request, self._connections, database)
         if not isinstance(database.engine, AsyncEngine):
             await self._take(request, self._threads, database)
@@ -115,7 +113,7 @@ class Gate:
     def _fewest(self) -> float:
         """Return how many requests with several sessions can never hold all connections."""
         wanted: Counter[Pool] = Counter()
-        for opened in self._opened.values():
+        for opened in self.opened.values():
             if opened.total() > 1:
                 wanted |= Counter(sync_engine(each.engine).pool for each in opened.elements())
         limits: list[float] = [math.inf]

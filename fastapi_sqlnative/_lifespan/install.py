@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from starlette.applications import Starlette
 
 from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
 from ..databases import database_class, remedy_for_address
-from ..exceptions import ApplicationAlreadyStartedError
+from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
 from .functions import described
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
-from .startup import make_handle, started
+from .startup import with_databases
 
 
 def install_database(
@@ -62,49 +61,17 @@ def install_database(
         engine = create_async_engine("postgresql+psycopg://...")
         install_database(app, name="analytics", engine=engine, shutdown=engine.dispose)
     """
-    _check_application(app)
-    installation = _installation(
-        name, engine, shutdown, session_options, startup_wait, shutdown_timeout, warn_held_after
-    )
-    installed = installations_of(app)
-    installed.add(installation)
-    if len(installed.by_name) == 1:
-        _wrap_lifespan(app)
-
-
-def _check_application(app: object) -> None:
-    if not isinstance(app, Starlette):
+    if not isinstance(cast("object", app), Starlette):
         raise TypeError(f"install_database takes a FastAPI application, not {type(app).__name__}.")
-    if app.middleware_stack is not None or installations_of(app).runs:
+    installed = installations_of(app)
+    if app.middleware_stack is not None or installed.runs:
         raise ApplicationAlreadyStartedError(
             "A database cannot be installed: the application has started. Call install_database "
             "where the application is made, before it is served; to build the engine late, give "
             "install_database a function that makes it."
         )
-
-
-def _installation(
-    name: object,
-    engine: AnyEngine | EngineFactory,
-    shutdown: Shutdown | None,
-    session_options: Mapping[str, Any] | None,
-    startup_wait: float | None,
-    shutdown_timeout: float,
-    warn_held_after: float | None,
-) -> Installation:
-    name = trimmed(name)
-    if shutdown is not None and not _takes_nothing(shutdown):
-        raise TypeError(
-            f"shutdown of database {name!r} must be a function without parameters, such as "
-            f"engine.dispose (no parentheses), not {described(shutdown)}."
-        )
-    if startup_wait is not None:
-        check_seconds(f"startup_wait of database {name!r}", startup_wait)
-    check_seconds(f"shutdown_timeout of database {name!r}", shutdown_timeout)
-    if warn_held_after is not None:
-        check_seconds(f"warn_held_after of database {name!r}", warn_held_after, zero=True)
     installation = Installation(
-        name=name,
+        name=trimmed(name),
         engine=engine,
         shutdown=shutdown,
         session_options=dict(session_options or {}),
@@ -112,14 +79,38 @@ def _installation(
         shutdown_timeout=shutdown_timeout,
         warn_held_after=warn_held_after,
     )
+    _check(installation)
+    if installation.name in installed.by_name:
+        raise DatabaseAlreadyInstalledError(
+            f"Database {installation.name!r} is already installed on this application. Give the "
+            "second one another name, or call install_database once per name and application."
+        )
+    if not installed.by_name:
+        app.router.lifespan_context = with_databases(app, app.router.lifespan_context)
+    installed.by_name[installation.name] = installation
+
+
+def _check(given: Installation) -> None:
+    shutdown, engine = given.shutdown, given.engine
+    if shutdown is not None and not _takes_nothing(shutdown):
+        raise TypeError(
+            f"shutdown of database {given.name!r} must be a function without parameters, such as "
+            f"engine.dispose (no parentheses), not {described(shutdown)}."
+        )
+    if given.startup_wait is not None:
+        check_seconds(f"startup_wait of database {given.name!r}", given.startup_wait)
+    check_seconds(f"shutdown_timeout of database {given.name!r}", given.shutdown_timeout)
+    if given.warn_held_after is not None:
+        what = f"warn_held_after of database {given.name!r}"
+        check_seconds(what, given.warn_held_after, zero=True)
     if database_class(engine) is not None:
-        make_handle(installation, engine)  # mistakes in the options show now, not at start-up
+        given.make_handle(engine)  # mistakes in the options show now, not at start-up
     elif not _takes_nothing(engine):
         raise TypeError(
-            f"engine of database {name!r} must be an Engine, an AsyncEngine or a function without "
-            f"parameters that makes one, not {described(engine)}.{remedy_for_address(engine)}"
+            f"engine of database {given.name!r} must be an Engine, an AsyncEngine or a function "
+            f"without parameters that makes one, not {described(engine)}."
+            f"{remedy_for_address(engine)}"
         )
-    return installation
 
 
 def _takes_nothing(function: object) -> bool:
@@ -131,16 +122,3 @@ def _takes_nothing(function: object) -> bool:
     except ValueError:
         return True  # written in C, without a signature
     return True
-
-
-def _wrap_lifespan(app: Starlette) -> None:
-    """Put the databases around the application's lifespan, whose state passes through."""
-    inner = app.router.lifespan_context
-
-    @asynccontextmanager
-    async def lifespan(served: Any) -> AsyncGenerator[Any]:
-        async with started(app) as look_again, inner(served) as state:
-            await look_again()  # at what the application's own lifespan has added
-            yield state
-
-    app.router.lifespan_context = lifespan

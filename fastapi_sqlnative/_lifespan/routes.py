@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .._routes import routes_of
-from ..databases import AsyncDatabase, Database
+from .._sessions.options import AUTOCOMMIT
+from ..databases import AnyDatabase, AsyncDatabase, Database, sessions_of
 from ..dependencies import (
     DatabaseDependency,
-    HandleDependency,
     InstalledDependency,
-    ReaderDependency,
-    TransactionDependency,
+    SessionDependency,
     get_database_handle,
     get_db,
     reader,
     transactional,
 )
-from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError
-from .annotations import annotation_of, classes_in
+from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError, TransactionOptionsError
 from .functions import (
+    annotation_of,
+    classes_in,
     drops_a_coroutine,
     is_awaitable,
     is_generator,
-    is_request_scoped_generator,
     name_of,
 )
-from .gate import Opened
-from .running import Installation, Running, not_installed
+from .gate import Opened, key_of
+from .running import Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -45,240 +44,194 @@ _GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
 _MAKERS: Final = (get_db, transactional, reader, get_database_handle)
 
 
-def check_application(running: Running) -> None:
-    """Refuse overrides that can never match.
-
-    Raises:
-        DatabaseDependencyError: `dependency_overrides[get_db]`, say, without the call.
-    """
-    for maker in _MAKERS:
-        if maker in getattr(running.app, "dependency_overrides", {}):
-            raise DatabaseDependencyError(
-                f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
-                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)], with the "
-                "name of the database; without one it is 'default'."
-            )
-
-
-def examine_all(running: Running, *, late: bool) -> None:
+def check_application(running: Running, *, late: bool = False) -> None:
     """Check the routes that nobody has looked at yet, and tell the gate what they open.
 
     Args:
         running: the application.
         late: its own lifespan has begun. A name that is not installed is then logged, and refused
             at the route's first request: the rest of the application is at work by now.
+
+    Raises:
+        DatabaseNotInstalledError: a name that is not installed.
+        DatabaseDependencyError: a dependency that cannot work, or an override that never matches.
     """
+    for maker in _MAKERS:
+        if maker in _overrides_of(running):
+            raise DatabaseDependencyError(
+                f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
+                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)], with the "
+                "name of the database; without one it is 'default'."
+            )
+    known = set(running.gate.opened)
     for context in routes_of(running.app.routes):
-        if running.gate.knows(_original(context)):
-            continue
-        try:
-            running.gate.learn(_original(context), _examine(running, context))
-        except DatabaseNotInstalledError as error:
-            if not late:
-                raise
-            logger.error("%s", error)
+        route = _original(context)
+        if key_of(route) not in known:
+            try:
+                running.gate.learn(route, _examine(running, context))
+            except DatabaseNotInstalledError as error:
+                if not late:
+                    raise
+                logger.error("%s", error)
 
 
-def examine_late(running: Running, route: object) -> Opened:
+def examine_late(running: Running, route: object) -> None:
     """Check a route that was added after start-up, when its first request is there."""
     opened: Opened = Counter()
     for context in routes_of(running.app.routes):
         if _original(context) is route:
             opened |= _examine(running, context)
-    return opened
+    running.gate.learn(route, opened)
 
 
 def _original(context: object) -> object:
     return getattr(context, "original_route", context)
 
 
+def _overrides_of(running: Running) -> dict[Any, Any]:
+    found: dict[Any, Any] = getattr(running.app, "dependency_overrides", {})
+    return found
+
+
 def _examine(running: Running, context: Any) -> Opened:
-    """Refuse a route that depends on a database in a way that cannot work.
+    """Refuse a route that depends on a database in a way that cannot work; say what it opens."""
+    endpoint, route = getattr(context, "dependant", None), _original(context)
+    if endpoint is None:
+        return Counter()
+    opened: set[tuple[AnyDatabase, str]] = set()
+    try:
+        for parent, child, outlives in _walk(endpoint, _overrides_of(running)):
+            ours: Any = child.call
+            if isinstance(ours, InstalledDependency):
+                _check_installed(ours.name, running)
+                continue
+            database = running.database(ours.name)
+            if isinstance(ours, SessionDependency):
+                _check_scope(child, ours.name, outlives)
+            _check_annotation(parent.call, child, database)
+            if isinstance(ours, SessionDependency):
+                _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
+                _check_autocommit(ours, database)
+            # transactional(name) opens what get_db(name) does; a handle may open one beside it.
+            opened.add((database, ours.opens))
+    except (DatabaseDependencyError, DatabaseNotInstalledError) as error:
+        raise type(error)(f"Route {context.path!r}: {error}") from None
+    if opened and isinstance(route, APIRoute):
+        _report_class(type(route), context.path)
+    return Counter(database for database, _ in opened)
+
+
+def _walk(
+    parent: Dependant, overrides: dict[Any, Any], outlives: object = None
+) -> Iterator[tuple[Dependant, Dependant, object]]:
+    """Yield what depends on ours, ours, and the generator above that outlives the response.
 
     An overridden dependency is the application's business, and is not looked into.
-
-    Returns:
-        the databases that a request opens sessions of, with how many.
-
-    Raises:
-        DatabaseNotInstalledError: a name that is not installed.
-        DatabaseDependencyError: a scope, an annotation or a function that cannot work.
     """
-    dependant = getattr(context, "dependant", None)
-    if dependant is None:
-        return Counter()
-    check = _Check(context.path, running, dependant)
-    check.visit(dependant)
-    if check.opened:
-        _report_route_class(_original(context))
-    return Counter(database for database, _ in check.opened)
-
-
-def _report_route_class(route: object) -> None:
-    if not isinstance(route, APIRoute):
-        return
-    if type(route).get_route_handler is not APIRoute.get_route_handler:
-        logger.warning(
-            "Route %r has a class of its own, %s, whose get_route_handler() runs around the "
-            "commit: if it turns an exception into a response, the request is rolled back and "
-            "answered as that response says.",
-            route.path,
-            type(route).__qualname__,
-        )
-
-
-class _Check:
-    """A walk through the dependencies of one route."""
-
-    def __init__(self, route: str, running: Running, endpoint: Dependant) -> None:
-        self.opened: set[tuple[Any, type]] = set()
-        self._route = route
-        self._running = running
-        self._endpoint = endpoint
-        self._overrides = getattr(running.app, "dependency_overrides", {})
-
-    def visit(self, dependant: Dependant, outlives: Dependant | None = None) -> None:
-        """Look at what a callable depends on; `outlives` is a request-scoped generator above."""
-        for child in dependant.dependencies:
-            call: object = child.call
-            if self._is_overridden(call):
-                continue
-            if any(call is maker for maker in _MAKERS):
-                raise self._mistake(
-                    f"Depends({name_of(call)}) gives no session. Write "
-                    f"Depends({name_of(call)}(name)): the call makes the dependency."
-                )
-            if isinstance(call, DatabaseDependency):
-                self._visit_ours(dependant, child, call, outlives)
-            else:
-                self.visit(child, child if is_request_scoped_generator(child) else outlives)
-
-    def _mistake(self, what: str) -> DatabaseDependencyError:
-        return DatabaseDependencyError(f"Route {self._route!r}: {what}")
-
-    def _is_overridden(self, call: object) -> bool:
-        if getattr(call, "__hash__", None) is not None and call in self._overrides:
-            return True
-        if not isinstance(call, DatabaseDependency) or call.gives_handle:
-            return False
+    for child in parent.dependencies:
+        call: Any = child.call
+        if getattr(call, "__hash__", None) is not None and call in overrides:
+            continue
+        if any(call is maker for maker in _MAKERS):
+            raise DatabaseDependencyError(
+                f"Depends({name_of(call)}) gives no session. Write "
+                f"Depends({name_of(call)}(name)): the call makes the dependency."
+            )
+        if not isinstance(call, DatabaseDependency):
+            runs_on = child.scope != "function" and is_generator(call)
+            yield from _walk(child, overrides, call if runs_on else outlives)
         # transactional(name) and reader(name) hand out what get_db(name) gives them.
-        return get_db(call.name) in self._overrides
+        elif not isinstance(call, SessionDependency) or get_db(call.name) not in overrides:
+            yield parent, child, outlives
 
-    def _visit_ours(
-        self,
-        parent: Dependant,
-        child: Dependant,
-        call: DatabaseDependency,
-        outlives: Dependant | None,
-    ) -> None:
-        installation = self._running.find(call.name)
-        if isinstance(call, InstalledDependency) and self._is_mounted(call.name):
-            return  # readiness counts the databases of mounted applications too
-        if installation is None:
-            error = not_installed(call.name, self._running.names())
-            raise DatabaseNotInstalledError(f"Route {self._route!r}: {error}")
-        if not call.gives_handle:
-            self._check_scope(child, call, outlives)
-        self._check_annotation(parent, child, call, installation)
-        if not call.gives_handle:
-            self._check_function(parent, child, call, installation)
-        if isinstance(call, TransactionDependency):
-            self._check_autocommit(call, installation)
-        if installation.database is not None and not isinstance(call, InstalledDependency):
-            # transactional(name) opens what get_db(name) does; a handle may open one beside it.
-            kind = type(call) if isinstance(call, ReaderDependency | HandleDependency) else object
-            self.opened.add((installation.database, kind))
 
-    def _is_mounted(self, name: str) -> bool:
-        return any(each.name == name for each in self._running.databases_from_here())
+def _check_installed(name: str, running: Running) -> None:
+    # Readiness counts the databases of mounted applications, too.
+    if all(each.name != name for each in running.databases_from_here()):
+        running.database(name)
 
-    def _check_scope(
-        self, child: Dependant, call: DatabaseDependency, outlives: Dependant | None
-    ) -> None:
-        if child.scope == "request":
-            raise self._mistake(
-                f"the session of database {call.name!r} is finished before "
-                'the response starts, so scope="request" cannot hold. Leave scope out; work that '
-                f"outlives the response depends on get_database_handle({call.name!r})."
-            )
-        if outlives is not None:
-            name = name_of(outlives.call)
-            raise self._mistake(
-                f"the generator {name} depends on the session of database {call.name!r}, but runs "
-                "on after the response has left, when the session is finished. Let it return the "
-                f'session instead of yielding it, or declare it with Depends({name}, scope="'
-                "function\"). Where it is a library's and you can do neither, give it a "
-                f"dependency of your own that returns what get_db({call.name!r}) gives."
-            )
 
-    def _check_function(
-        self, parent: Dependant, child: Dependant, call: DatabaseDependency, found: Installation
-    ) -> None:
-        """Refuse a function that cannot use the session: it cannot await, or runs too late."""
-        is_endpoint = parent is self._endpoint
-        if child.name is None or found.database is None:
-            return  # nobody looks at what it gets
-        name = name_of(parent.call)
-        if is_endpoint and is_generator(parent.call):
-            raise self._mistake(
-                f"{name} yields its response, and runs when the session of database "
-                f"{call.name!r} is finished. Depend on get_database_handle({call.name!r}) and "
-                "open a session in the generator."
-            )
-        # A dependency may pass the session on, to a repository say, and classes do nothing else.
-        if isinstance(found.database.engine, AsyncEngine) and (
-            not is_awaitable(parent.call)
-            if is_endpoint
-            else drops_a_coroutine(parent.call, child.name)
-        ):
-            raise self._mistake(
-                f"{name} is not an `async def`, and gets the AsyncSession of database "
-                f"{call.name!r}, which has to be awaited: nothing that it asks for would be done. "
-                "Write it with `async def`, or install an Engine."
-            )
-
-    def _check_autocommit(self, call: DatabaseDependency, installation: Installation) -> None:
-        database = installation.database
-        options: Mapping[str, Any] = (
-            {} if database is None else database.engine.get_execution_options()
+def _check_scope(child: Dependant, name: str, outlives: object) -> None:
+    if child.scope == "request":
+        raise DatabaseDependencyError(
+            f"the session of database {name!r} is finished before the response starts, so "
+            'scope="request" cannot hold. Leave scope out; work that outlives the response depends '
+            f"on get_database_handle({name!r})."
         )
-        if options.get("isolation_level") == "AUTOCOMMIT":
-            raise self._mistake(
-                f"transactional({call.name!r}) needs transactions, and the engine of database "
-                f"{call.name!r} is in AUTOCOMMIT. Make the engine without it, or depend on "
-                f"get_db({call.name!r})."
-            )
-
-    def _check_annotation(
-        self, parent: Dependant, child: Dependant, call: DatabaseDependency, found: Installation
-    ) -> None:
-        annotation = annotation_of(parent.call, child.name)
-        if found.database is None or annotation is None:
-            return
-        asynchronous = isinstance(found.database.engine, AsyncEngine)
-        plain: type = AsyncSession if asynchronous else Session
-        session: type = found.session_options.get("class_", plain)
-        given = type(found.database) if call.gives_handle else session
-        named = [each for each in classes_in(annotation) if issubclass(each, _GIVEN)]
-        if not named or any(issubclass(given, each) for each in named):
-            return
-        said = f"parameter {child.name!r} of {name_of(parent.call)} is annotated with"
-        if issubclass(named[0], given):
-            raise self._mistake(
-                f"{said} {_path(named[0])}, but database {call.name!r} gives "
-                f"{_path(given)}. Install it with session_options="
-                f'{{"class_": {named[0].__name__}}}, or fix the annotation.'
-            )
-        raise self._mistake(
-            f"{said} {named[0].__name__}, but database {call.name!r} is installed with an "
-            f"{type(found.database.engine).__name__} and gives {_article(given)}. Fix the "
-            "annotation, or install the other kind of engine."
+    if outlives is not None:
+        above = name_of(outlives)
+        raise DatabaseDependencyError(
+            f"the generator {above} depends on the session of database {name!r}, but runs on after "
+            "the response has left, when the session is finished. Let it return the session "
+            f'instead of yielding it, or declare it with Depends({above}, scope="function"). Where '
+            "it is a library's and you can do neither, give it a dependency of your own that "
+            f"returns what get_db({name!r}) gives."
         )
+
+
+def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) -> None:
+    is_session = isinstance(child.call, SessionDependency)
+    given: type = sessions_of(database).class_ if is_session else type(database)
+    annotation = annotation_of(function, child.name)
+    named = [each for each in classes_in(annotation) if issubclass(each, _GIVEN)]
+    if not named or any(issubclass(given, each) for each in named):
+        return
+    said = f"parameter {child.name!r} of {name_of(function)} is annotated with"
+    if issubclass(named[0], given):
+        raise DatabaseDependencyError(
+            f"{said} {_path(named[0])}, but database {database.name!r} gives {_path(given)}. "
+            f'Install it with session_options={{"class_": {named[0].__name__}}}, or fix the '
+            "annotation."
+        )
+    article = "an" if given.__name__[0] in "AEIOU" else "a"
+    raise DatabaseDependencyError(
+        f"{said} {named[0].__name__}, but database {database.name!r} is installed with an "
+        f"{type(database.engine).__name__} and gives {article} {given.__name__}. Fix the "
+        "annotation, or install the other kind of engine."
+    )
 
 
 def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _article(kind: type) -> str:
-    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+def _check_function(
+    function: Any, child: Dependant, database: AnyDatabase, *, is_endpoint: bool
+) -> None:
+    """Refuse a function that cannot use the session: it cannot await, or runs too late."""
+    if child.name is None:
+        return  # nobody looks at what it gets
+    if is_endpoint and is_generator(function):
+        raise DatabaseDependencyError(
+            f"{name_of(function)} yields its response, and runs when the session of database "
+            f"{database.name!r} is finished. Depend on get_database_handle({database.name!r}) and "
+            "open a session in the generator."
+        )
+    # A dependency may pass the session on, to a repository say, and classes do nothing else.
+    if isinstance(database, AsyncDatabase) and (
+        not is_awaitable(function) if is_endpoint else drops_a_coroutine(function, child.name)
+    ):
+        raise DatabaseDependencyError(
+            f"{name_of(function)} is not an `async def`, and gets the AsyncSession of database "
+            f"{database.name!r}, which has to be awaited: nothing that it asks for would be done. "
+            "Write it with `async def`, or install an Engine."
+        )
+
+
+def _check_autocommit(ours: SessionDependency, database: AnyDatabase) -> None:
+    options = database.engine.get_execution_options()
+    commits = ours.options is not None and ours.options is not AUTOCOMMIT
+    if commits and options.get("isolation_level") == "AUTOCOMMIT":
+        error = sessions_of(database).state.error(TransactionOptionsError)
+        raise DatabaseDependencyError(str(error))
+
+
+def _report_class(kind: type[APIRoute], path: str) -> None:
+    if kind.get_route_handler is not APIRoute.get_route_handler:
+        logger.warning(
+            "Route %r has a class of its own, %s, whose get_route_handler() runs around the "
+            "commit: if it turns an exception into a response, the request is rolled back and "
+            "answered as that response says.",
+            path,
+            kind.__qualname__,
+        )

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, TypeAlias, TypeVar, overload
 
 from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
 from starlette.routing import Router
 
 from .._sessions.engines import AnyEngine
-from ..databases import AnyDatabase
-from ..exceptions import (
-    DatabaseAlreadyInstalledError,
-    DatabaseNotInstalledError,
-    DatabaseNotStartedError,
-)
-from .gate import Gate, Opened
+from ..databases import AnyDatabase, database_class
+from ..exceptions import DatabaseNotInstalledError, DatabaseNotStartedError
+from .gate import Gate, key_of
 
 EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
 Shutdown: TypeAlias = Callable[[], object]
 Observer: TypeAlias = Callable[[AnyDatabase], None]
+Examine: TypeAlias = "Callable[[Running, object], None]"
 DatabaseT = TypeVar("DatabaseT", bound=AnyDatabase)
 
 _STATE: Final = "fastapi_sqlnative"
@@ -39,8 +36,24 @@ class Installation:
     session_options: Mapping[str, Any]
     startup_wait: float | None
     shutdown_timeout: float
-    warn_held_after: float | None = None
+    warn_held_after: float | None
     database: AnyDatabase | None = None
+
+    def make_handle(self, engine: Any) -> AnyDatabase:
+        """Make the handle on the engine that was given, or that its factory has built."""
+        kind = database_class(engine)
+        if kind is None:
+            raise TypeError(
+                f"The engine factory of database {self.name!r} must return an Engine or an "
+                f"AsyncEngine; it returned {type(engine).__name__}."
+            )
+        return kind(
+            engine,
+            name=self.name,
+            session_options=self.session_options,
+            shutdown_timeout=self.shutdown_timeout,
+            warn_held_after=self.warn_held_after,
+        )
 
 
 @dataclass(eq=False)
@@ -62,44 +75,39 @@ class Installations:
     runs: list[Running] = field(default_factory=list["Running"])
     loop: asyncio.AbstractEventLoop | None = None
 
-    def add(self, installation: Installation) -> None:
-        """Keep an installation.
 
-        Raises:
-            DatabaseAlreadyInstalledError: the name is taken.
-        """
-        name = installation.name
-        if name in self.by_name:
-            raise DatabaseAlreadyInstalledError(
-                f"Database {name!r} is already installed on this application. Give the second one "
-                "another name, or call install_database once per name and application."
-            )
-        self.by_name[name] = installation
-
-
-@dataclass(eq=False)
 class Running:
     """One run of an application's lifespan, or its place in that of one it is mounted in.
 
     Built at start-up, dropped at the end.
 
-    Attributes:
+    Args:
         app: the application.
-        installed: what is installed on it.
-        router: the outermost application's, by which a request knows whose run it belongs to.
         parent: the application that this one is mounted in.
-        children: the applications mounted in this one.
-        outermost_gate: of the outermost application only.
-        examine: says what a route opens that start-up has not seen.
+        examine: tells the gate what a route opens that start-up has not seen.
     """
 
-    app: Starlette
-    installed: Installations
-    router: Router | None = None
-    parent: Running | None = None
-    children: list[Running] = field(default_factory=list["Running"])
-    outermost_gate: Gate | None = None
-    examine: Callable[[Running, object], Opened] | None = None
+    def __init__(
+        self,
+        app: Starlette,
+        parent: Running | None = None,
+        examine: Examine | None = None,
+    ) -> None:
+        self.app = app
+        self.parent = parent
+        self.installed = installations_of(app)
+        self.children: list[Running] = []
+        # Of the outermost application: by its router a request knows whose run it belongs to, and
+        # there is one gate for all that are mounted in it.
+        self.router: Router = app.router if parent is None else parent.router
+        self.gate: Gate = Gate() if parent is None else parent.gate
+        self.examine: Examine | None = examine if parent is None else parent.examine
+
+    def upwards(self) -> Iterator[Running]:
+        """Yield the application, the one that it is mounted in, and so on."""
+        yield self
+        if self.parent is not None:
+            yield from self.parent.upwards()
 
     def find(self, name: str) -> Installation | None:
         """Look a name up here, then in the application that this one is mounted in."""
@@ -110,8 +118,9 @@ class Running:
 
     def names(self) -> list[str]:
         """List the names that `find` knows, the nearest first."""
-        above = self.parent.names() if self.parent is not None else []
-        return [*self.installed.by_name, *above]
+        return list(
+            dict.fromkeys(name for each in self.upwards() for name in each.installed.by_name)
+        )
 
     def database(self, name: str) -> AnyDatabase:
         """Return the handle of a running database.
@@ -135,8 +144,7 @@ class Running:
 
     def databases(self) -> list[AnyDatabase]:
         """List the running databases in the order in which they commit: a parent's come first."""
-        above = self.parent.databases() if self.parent is not None else []
-        return [*above, *self._own()]
+        return [database for each in reversed([*self.upwards()]) for database in each.own()]
 
     def all_databases(self) -> list[AnyDatabase]:
         """List the running databases of this application, of those above and of those mounted."""
@@ -145,31 +153,24 @@ class Running:
 
     def databases_from_here(self) -> Iterator[AnyDatabase]:
         """Yield the running databases of this application and of those mounted in it."""
-        yield from self._own()
+        yield from self.own()
         for child in self.children:
             yield from child.databases_from_here()
 
-    def _own(self) -> list[AnyDatabase]:
+    def own(self) -> list[AnyDatabase]:
+        """List the running databases of this application alone."""
         found = (each.database for each in self.installed.by_name.values())
         return [database for database in found if database is not None]
 
     def is_draining(self) -> bool:
         """Tell whether this application, or one that it is mounted in, drains."""
-        above = self.parent is not None and self.parent.is_draining()
-        return self.installed.draining or above
+        return any(each.installed.draining for each in self.upwards())
 
     async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place where it has to be, and tell whether the request has one to leave."""
-        if not self.gate.knows(route) and self.examine is not None:
-            self.gate.learn(route, self.examine(self, route))
+        if key_of(route) not in self.gate.opened and self.examine is not None:
+            self.examine(self, route)
         return await self.gate.enter(request, route, database)
-
-    @property
-    def gate(self) -> Gate:
-        """The outermost application's gate: one for all that are mounted in it."""
-        found = self.outermost_gate if self.parent is None else self.parent.gate
-        assert found is not None, "an application at work has one"
-        return found
 
 
 def installations_of(app: Starlette) -> Installations:
@@ -204,11 +205,9 @@ def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
 
 def running_for(connection: HTTPConnection) -> Running:
     """Return the run that a request belongs to."""
-    scope = connection.scope
-    app: Starlette = scope["app"]
-    installed = installations_of(app)
-    router = scope.get("router")
-    for running in installed.runs:
+    app: Starlette = connection.scope["app"]
+    router = connection.scope.get("router")
+    for running in installations_of(app).runs:
         if running.router is router:
             return running
     return running_of(app)
@@ -216,9 +215,8 @@ def running_for(connection: HTTPConnection) -> Running:
 
 def running_of(app: Starlette) -> Running:
     """Return the application's own run, or one that it is mounted in; idle if there is none."""
-    installed = installations_of(app)
-    own = [running for running in installed.runs if running.parent is None]
-    return next(iter([*own, *installed.runs]), None) or Running(app, installed)
+    runs = installations_of(app).runs
+    return min(runs, key=lambda each: each.parent is not None, default=None) or Running(app)
 
 
 class InstalledDatabases(Mapping[str, DatabaseT]):
@@ -229,26 +227,27 @@ class InstalledDatabases(Mapping[str, DatabaseT]):
         self._kind = kind
 
     def __getitem__(self, name: str) -> DatabaseT:
-        running = running_of(self._app)
-        if running.find(name) is None:
+        try:
+            database: Any = running_of(self._app).database(name)
+        except DatabaseNotInstalledError as error:
             # A Mapping promises KeyError for get() and `in`; the message is the useful part.
-            raise KeyError(str(not_installed(name, running.names())))
-        database: Any = running.database(name)
+            raise KeyError(str(error)) from None
         if self._kind is not None and not isinstance(database, self._kind):
             raise TypeError(
                 f"Database {database.name!r} is no {self._kind.__name__}: its engine makes it a "
                 f"{type(database).__name__}."
             )
-        return cast("DatabaseT", database)
+        found: DatabaseT = database
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return name in running_of(self._app).names()
+        return name in running_of(self._app).names()  # also where no handle is there yet
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(running_of(self._app).names()))
+        return iter(running_of(self._app).names())
 
     def __len__(self) -> int:
-        return len(set(running_of(self._app).names()))
+        return len(running_of(self._app).names())
 
     def __repr__(self) -> str:
         return f"<installed databases: {', '.join(self) or 'none'}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -28,29 +29,23 @@ async def stop(runs: Sequence[Running]) -> None:
     Raises:
         ExceptionGroup: of whatever the hooks and disposals raised, after all had their turn.
     """
-    ending = _ending(runs)
-    running = [(each, each.database) for each in ending if each.database is not None]
-    for _, database in running:
-        sessions_of(database).state.refusal = "shutting down"
-    deadline = anyio.current_time() + max((each.shutdown_timeout for each, _ in running), default=0)
+    ending: list[tuple[Installation, AnyDatabase]] = []
+    for installed in (each.installed for each in reversed(runs)):
+        if all(each in runs for each in installed.runs):  # else another lifespan keeps it open
+            installed.draining = True
+            last_first = reversed(installed.by_name.values())
+            ending += [(each, each.database) for each in last_first if each.database is not None]
+    for _, database in ending:
+        sessions_of(database).state.stopping = "shutting down"
+    longest = max((each.shutdown_timeout for each, _ in ending), default=0)
+    deadline = anyio.current_time() + longest
     errors: list[Exception] = []
-    for installation, database in running:
+    for installation, database in ending:
         await _close(installation, database, deadline, errors)
     for each in runs:
         each.installed.runs.remove(each)  # now, because requests were still told why until here
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
-
-
-def _ending(runs: Sequence[Running]) -> list[Installation]:
-    """List what no other lifespan keeps open, the last installed first."""
-    ending: list[Installation] = []
-    for running in reversed(runs):
-        installed = running.installed
-        if all(each in runs for each in installed.runs):
-            installed.draining = True
-            ending += reversed(installed.by_name.values())
-    return ending
 
 
 async def _close(
@@ -59,15 +54,15 @@ async def _close(
     deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
     state = sessions_of(database).state
     await _drain(state, deadline)
-    state.refusal, state.stopped = "stopped", True
+    state.stopping = "stopped"
     installation.database = None
-    steps: list[tuple[str, Callable[[], Any]]] = []
+    steps: dict[str, Callable[[], Any]] = {}
     if installation.shutdown is not None:
-        steps.append(("shutdown hook", installation.shutdown))
+        steps["shutdown hook"] = installation.shutdown
     if database_class(installation.engine) is None:
-        steps.append(("dispose", lambda: dispose(database.engine)))
+        steps["dispose"] = functools.partial(dispose, database.engine)
     least = min(_LEAST, installation.shutdown_timeout)
-    for step, function in steps:
+    for step, function in steps.items():
         try:
             await _call_within(max(deadline - anyio.current_time(), least), function)
         except Exception as error:  # noqa: BLE001 - raised with the others, after their turn

@@ -6,23 +6,23 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
+from starlette.types import Lifespan
 
 from .._routes import mounted_applications
-from .._sessions.completion import to_completion
-from .._sessions.engines import answers, dispose
+from .._sessions.completion import ended_within, to_completion
+from .._sessions.engines import ask_for_one_row, dispose, run_on_engine
 from ..databases import AnyDatabase, database_class
 from ..errors import DatabaseErrorKind, describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
-from .gate import Gate
-from .routes import check_application, examine_all, examine_late
-from .running import Installation, Running, installations_of
+from .routes import check_application, examine_late
+from .running import Installation, Running
 from .shutdown import stop
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -37,22 +37,22 @@ _LOOP_FREE: Final = frozenset({"psycopg", "psycopg_async", "aiosqlite"})
 _LOOP: Final = "fastapi_sqlnative_loop"
 
 
-@asynccontextmanager
-async def started(app: Starlette) -> AsyncGenerator[Callable[[], Awaitable[None]]]:
-    """Run an application's databases, and those of the applications mounted in it.
+def with_databases(app: Starlette, inner: Lifespan[Any]) -> Lifespan[Any]:
+    """Put the databases around the application's lifespan, whose state passes through."""
 
-    Yields:
-        what starts and checks the routes and applications that were added since.
-    """
-    outermost = Running(app, installations_of(app), app.router)
-    outermost.outermost_gate, outermost.examine = Gate(), examine_late
-    runs: list[Running] = []
-    try:
-        await _start(outermost, runs)
-        await _start_mounted(runs)
-        yield lambda: _start_mounted(runs, late=True)
-    finally:
-        await to_completion(stop(runs))
+    @asynccontextmanager
+    async def lifespan(served: Any) -> AsyncGenerator[Any]:
+        runs: list[Running] = []  # of this application, and of those mounted in it
+        try:
+            await _start(Running(app, examine=examine_late), runs)
+            await _start_mounted(runs)
+            async with inner(served) as state:
+                await _start_mounted(runs, late=True)  # what the application's own has added
+                yield state
+        finally:
+            await to_completion(stop(runs))
+
+    return lifespan
 
 
 async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
@@ -60,14 +60,11 @@ async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
     for above in runs:
         for app in mounted_applications(above.app):
             if all(app is not each.app for each in runs):
-                child = Running(
-                    app, installations_of(app), above.router, above, examine=above.examine
-                )
+                child = Running(app, above)
                 above.children.append(child)
                 await _start(child, runs)
     for running in runs:
-        check_application(running)
-        examine_all(running, late=late)
+        check_application(running, late=late)
 
 
 async def _start(running: Running, runs: list[Running]) -> None:
@@ -84,18 +81,10 @@ async def _start(running: Running, runs: list[Running]) -> None:
         installed.draining = False
         for installation in installed.by_name.values():
             await start_installation(installation)
-    _show(running)
-
-
-def _show(running: Running) -> None:
-    """Show the databases to those who observe this application or one above it."""
-    observed: Running | None = running
-    while observed is not None:
-        for observer in observed.installed.observers:
-            for installation in running.installed.by_name.values():
-                if installation.database is not None:
-                    observer(installation.database)
-        observed = observed.parent
+    for above in running.upwards():
+        for observer in above.installed.observers:
+            for database in running.own():
+                observer(database)
 
 
 async def start_installation(installation: Installation, *, waits: bool = True) -> None:
@@ -105,18 +94,20 @@ async def start_installation(installation: Installation, *, waits: bool = True) 
         installation: what was installed.
         waits: for the database to answer, where `startup_wait` was asked for.
     """
-    if database_class(installation.engine) is None:
-        installation.database = await _build(installation)
+    engine: Any = installation.engine
+    if database_class(engine) is not None:
+        _check_loop(installation.name, engine)
+        installation.database = installation.make_handle(engine)
     else:
-        start_with_engine(installation, asyncio.get_running_loop())
-    if installation.database is not None and installation.startup_wait is not None and waits:
+        engine = await call_factory(engine)
+        try:
+            installation.database = installation.make_handle(engine)
+        except Exception:
+            if database_class(engine) is not None:
+                await dispose(engine)  # nobody else knows of it
+            raise
+    if installation.startup_wait is not None and waits:
         await _wait_for(installation.database, installation.startup_wait)
-
-
-def start_with_engine(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
-    """Make the handle of a database whose engine is ready, for an event loop."""
-    _check_loop(installation, loop)
-    installation.database = make_handle(installation, installation.engine)
 
 
 async def call_factory(factory: Any) -> Any:
@@ -125,44 +116,16 @@ async def call_factory(factory: Any) -> Any:
     return await engine if inspect.isawaitable(engine) else engine
 
 
-async def _build(installation: Installation) -> AnyDatabase:
-    engine: Any = await call_factory(installation.engine)
-    try:
-        return make_handle(installation, engine)
-    except Exception:
-        kind = database_class(engine)
-        if kind is not None:
-            await dispose(engine)  # nobody else knows of it
-        raise
-
-
-def make_handle(installation: Installation, engine: Any) -> AnyDatabase:
-    """Make the handle of an installed database."""
-    kind = database_class(engine)
-    if kind is None:
-        raise TypeError(
-            f"The engine factory of database {installation.name!r} must return an Engine or an "
-            f"AsyncEngine; it returned {type(engine).__name__}."
-        )
-    return kind(
-        engine,
-        name=installation.name,
-        session_options=installation.session_options,
-        shutdown_timeout=installation.shutdown_timeout,
-        warn_held_after=installation.warn_held_after,
-    )
-
-
-def _check_loop(installation: Installation, loop: asyncio.AbstractEventLoop) -> None:
+def _check_loop(name: str, engine: Any) -> None:
     """Refuse an engine whose idle connections belong to another event loop."""
-    engine = installation.engine
     if not isinstance(engine, AsyncEngine) or engine.driver in _LOOP_FREE:
         return
     # Noted on the engine, which may have been installed on another application before.
+    loop = asyncio.get_running_loop()
     last = engine.get_execution_options().get(_LOOP, loop)
     if last is not loop and getattr(engine.pool, "checkedin", int)():
         raise DatabaseNotStartedError(
-            f"Database {installation.name!r} cannot start: its engine ({engine.driver}) holds "
+            f"Database {name!r} cannot start: its engine ({engine.driver}) holds "
             "connections that belong to another event loop, where it was used before. Install it "
             "with shutdown=engine.dispose, or give install_database a function that makes the "
             "engine."
@@ -176,10 +139,7 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
     pause = 0.1
     while True:
         try:
-            left = max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1)
-            if await answers(database.engine, left, grace=_GRACE):
-                return
-            raise TimeoutError(f"Database {database.name!r} did not answer within {left:.1f} s.")
+            return await _ask(database, max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1))
         except Exception as error:
             left = deadline - anyio.current_time()
             if left <= 0:
@@ -197,6 +157,13 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
             )
             await anyio.sleep(delay)
             pause = min(pause * 2, 2.0)
+
+
+async def _ask(database: AnyDatabase, timeout: float) -> None:
+    asking = asyncio.create_task(run_on_engine(database.engine, ask_for_one_row))
+    if not await ended_within(timeout, asking, grace=_GRACE):
+        raise TimeoutError(f"Database {database.name!r} did not answer within {timeout:.1f} s.")
+    asking.result()
 
 
 def _may_pass(error: Exception) -> bool:

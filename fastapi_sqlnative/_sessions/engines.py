@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from .completion import ended_within, in_thread
+from .completion import in_thread
 
 AnyEngine: TypeAlias = Engine | AsyncEngine
 T = TypeVar("T")
@@ -39,25 +39,10 @@ async def run_on_engine(engine: AnyEngine, work: Callable[[Engine], T]) -> T:
 
 async def dispose(engine: AnyEngine) -> None:
     """Close the engine's idle connections."""
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        await run_on_engine(engine, lambda each: each.dispose())
+    await run_on_engine(engine, lambda each: each.dispose())
 
 
 def ask_for_one_row(engine: Engine) -> None:
     """Make the server answer."""
     with engine.connect() as connection:
         connection.scalar(select(1))
-
-
-async def answers(engine: AnyEngine, timeout: float, *, grace: float = 0) -> bool:
-    """Ask for one row, and tell whether it came within so many seconds.
-
-    What does not end in time is cancelled, and left behind after so many seconds of grace.
-    """
-    asking = asyncio.create_task(run_on_engine(engine, ask_for_one_row))
-    if not await ended_within(timeout, asking, grace=grace):
-        return False
-    asking.result()
-    return True

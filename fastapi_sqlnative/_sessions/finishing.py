@@ -44,7 +44,7 @@ def commit(session: AnySession) -> None:
         raise
     except Exception as error:
         if record.committed:  # an override of the application's went on after it
-            raise record.state.after_commit_error() from error
+            raise record.state.error(AfterCommitError) from error
         raise
 
 

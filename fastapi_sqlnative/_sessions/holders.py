@@ -25,9 +25,6 @@ logger = logging.getLogger("fastapi_sqlnative")
 class Holder:
     """What one session holds of the pool. Ends with the session.
 
-    Args:
-        state: what the sessions of the database share.
-
     Attributes:
         connections: in use, with the changes made before.
         request: the scope of the request that opened the session; empty for a handle's.
@@ -36,15 +33,7 @@ class Holder:
         on_idle: called when the connections are given back.
     """
 
-    __slots__ = (
-        "_since",
-        "connections",
-        "ends_at",
-        "executing",
-        "on_idle",
-        "request",
-        "state",
-    )
+    __slots__ = ("_since", "connections", "ends_at", "executing", "on_idle", "request", "state")
 
     def __init__(self, state: SharedState) -> None:
         self.state = state
@@ -121,12 +110,12 @@ def tell_holders(state: SharedState, error: PoolTimeoutError) -> None:
 
 
 def _described(state: SharedState) -> Iterator[str]:
-    holders = holders_of(state)
-    for each in holders:
+    ours = 0
+    for each in holders_of(state):
+        ours += each.connections
         idle = f", {each.idle_in_transaction} idle in transaction" * bool(each.idle_in_transaction)
         route = each.route or "sessions of the handle"
         yield f"{route}: {each.connections}, up to {each.seconds:.1f} s{idle}"
-    ours = sum(each.connections for each in holders)
     others = (ask_pool(state.root.pool, "checkedout") or 0) - ours
     if others > 0:
         yield f"others than sessions of fastapi-sqlnative: {others}"

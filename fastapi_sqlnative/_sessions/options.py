@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
@@ -10,11 +10,11 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
+from ..exceptions import TransactionOptionsError
+
 IsolationLevel: TypeAlias = Literal[
     "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"
 ]
-
-
 # PostgreSQL takes an execution option instead, and resets it when the connection goes back.
 _READ_ONLY: Final[Mapping[str, str | None]] = {
     "postgresql": None,
@@ -26,7 +26,7 @@ _READ_ONLY: Final[Mapping[str, str | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class TransactionOptions:
-    """Hold what a transaction asks of the server, for any database."""
+    """What a transaction asks of the server, for any database."""
 
     isolation_level: str | None = None
     read_only: bool = False
@@ -38,43 +38,36 @@ class TransactionOptions:
         Raises:
             ValueError: the isolation level is not one of the standard's four.
         """
-        if isolation_level is None:
-            return cls(None, read_only)
-        if isolation_level not in get_args(IsolationLevel):
+        known = get_args(IsolationLevel)
+        if isolation_level is not None and isolation_level not in known:
             raise ValueError(
-                f"{isolation_level!r} is not an isolation level: write one of "
-                f"{', '.join(get_args(IsolationLevel))}. For reads in AUTOCOMMIT depend on "
-                "reader(name)."
+                f"{isolation_level!r} is not an isolation level: write one of {', '.join(known)}. "
+                "For reads in AUTOCOMMIT depend on reader(name)."
             )
         return cls(isolation_level, read_only)
 
     def __str__(self) -> str:
         return f"isolation_level={self.isolation_level!r}, read_only={self.read_only!r}"
 
-    def lacking_in(self, dialect: Dialect) -> str | None:
-        """Say what is asked for and the database does not have."""
+    def check_known_to(self, dialect: Dialect, name: str) -> None:
+        """Refuse what the database of this name does not have, before anything is sent to it.
+
+        Raises:
+            TransactionOptionsError: an isolation level, or `read_only`, that there is not.
+        """
+        # SQLAlchemy would look only when it has a connection, and an async one is lost to the pool
+        # then. No dialect looks at the connection that it is asked to pass.
+        levels = dialect.get_isolation_level_values(cast("DBAPIConnection", None))
         if self.read_only and dialect.name not in _READ_ONLY:
-            return "no read-only transactions that fastapi-sqlnative knows of: leave read_only out"
-        levels = _isolation_levels(dialect)
-        if self.isolation_level is None or self.isolation_level in levels:
-            return None
-        known = ", ".join(level for level in get_args(IsolationLevel) if level in levels)
-        return f"no isolation level {self.isolation_level!r}: choose one of {known}"
-
-    def execution_options(self, dialect: Dialect) -> dict[str, Any]:
-        """Translate to what the engine sets on a connection and resets when it goes back."""
-        options: dict[str, Any] = {}
-        if self.isolation_level is not None:
-            options["isolation_level"] = self.isolation_level
-        if self.read_only and dialect.name == "postgresql":
-            options["postgresql_readonly"] = True
-        return options
-
-
-def _isolation_levels(dialect: Dialect) -> Sequence[str]:
-    # SQLAlchemy would look only when it has a connection, and an async one is lost to the pool
-    # then. No dialect looks at the connection that it is asked to pass.
-    return dialect.get_isolation_level_values(cast("DBAPIConnection", None))
+            lacking = "read-only transactions that fastapi-sqlnative knows of: leave read_only out"
+        elif self.isolation_level not in (None, *levels):
+            known = ", ".join(level for level in get_args(IsolationLevel) if level in levels)
+            lacking = f"isolation level {self.isolation_level!r}: choose one of {known}"
+        else:
+            return
+        raise TransactionOptionsError(
+            f"Database {name!r} ({dialect.name}+{dialect.driver}) has no {lacking}."
+        )
 
 
 NO_OPTIONS: Final = TransactionOptions()
@@ -83,7 +76,12 @@ AUTOCOMMIT: Final = TransactionOptions(isolation_level="AUTOCOMMIT")
 
 def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
     """Return an engine that shares the pool of this one, and sets the options."""
-    optional = engine.execution_options(**options.execution_options(engine.dialect))
+    given: dict[str, Any] = {}
+    if options.isolation_level is not None:
+        given["isolation_level"] = options.isolation_level
+    if options.read_only and engine.dialect.name == "postgresql":
+        given["postgresql_readonly"] = True
+    optional = engine.execution_options(**given)
     if options.read_only and engine.dialect.name == "sqlite":
         event.listen(optional, "commit", _unset_read_only)
         event.listen(optional, "rollback", _unset_read_only)
@@ -92,9 +90,7 @@ def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
 
 def begin_with(connection: Connection, options: TransactionOptions) -> None:
     """Tell the server, as the transaction begins, what the engine cannot set."""
-    if not options.read_only:
-        return
-    statement = _READ_ONLY[connection.dialect.name]
+    statement = _READ_ONLY[connection.dialect.name] if options.read_only else None
     if statement is not None:
         connection.exec_driver_sql(statement)
 

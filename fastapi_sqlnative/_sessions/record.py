@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from .. import exceptions
 from .._drivers import failures, transactions
 from .holders import Holder, tell_holders
 from .options import TransactionOptions, engine_with
@@ -99,7 +100,7 @@ class Record(Holder):
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
         if self.commits and transactions.autocommits(connection):
-            raise self.state.autocommit_error()
+            raise self.state.error(exceptions.TransactionOptionsError)
 
     def engine_for(self, engine: Engine) -> Engine:
         """Return an engine that shares the pool of this one, and sets the session's options.
@@ -115,7 +116,7 @@ class Record(Holder):
         """Note that whoever opened the session commits it at the end."""
         self.commits = True
         if any(map(transactions.autocommits, self.connections)):
-            raise self.state.autocommit_error()
+            raise self.state.error(exceptions.TransactionOptionsError)
 
     def forget(self) -> None:
         """Start anew: the session's transaction has ended, and it holds no connection."""
@@ -145,17 +146,17 @@ class Record(Holder):
     def check_unfinished(self) -> None:
         """Refuse a session whose time is over."""
         if self.finished and not self.ending:
-            raise self.state.finished_error()
+            raise self.state.error(exceptions.SessionFinishedError)
 
     def check_thread(self) -> None:
         """Refuse to wait for the database on the event loop's own thread."""
         if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
-            raise self.state.blocking_error()
+            raise self.state.error(exceptions.BlockingSessionError)
 
     def check_discarded(self) -> None:
         """Refuse a success when a close() has thrown away what was to be stored."""
         if self.discarded:
-            raise self.state.discarded_error()
+            raise self.state.error(exceptions.UncommittedChangesError)
 
     # -- what was let through --------------------------------------------------------------
 
@@ -276,7 +277,9 @@ class Record(Holder):
             for connection in self.connections
         ):
             return
-        raise self.state.aborted_error() from (self.rolled_back or self.failed)
+        raise self.state.error(exceptions.TransactionAbortedError) from (
+            self.rolled_back or self.failed
+        )
 
     def commit_failed(self, error: Exception) -> None:
         """Say what a failure of `commit()` means, where the error itself does not.
@@ -286,12 +289,12 @@ class Record(Holder):
             CommitOutcomeUnknownError: it may have.
         """
         if self.committed:
-            raise self.state.after_commit_error() from error
+            raise self.state.error(exceptions.AfterCommitError) from error
         self.state.sign(error)
         if not self.committing:
             return
         if self.rolled_back is not None:
-            raise self.state.aborted_error() from self.rolled_back
+            raise self.state.error(exceptions.TransactionAbortedError) from self.rolled_back
         # With several engines the first may have stored something when the second says no.
         ended = sum(not each.in_transaction() for each in self.connections)
         unknown = self.may_have_written and (
@@ -304,4 +307,4 @@ class Record(Holder):
                 connection.invalidate()
         if unknown:
             self.stored = True
-            raise self.state.unknown_error() from error
+            raise self.state.error(exceptions.CommitOutcomeUnknownError) from error

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
 from .._drivers.transactions import begin
+from ..exceptions import ReadOnlySessionError
 from .options import AUTOCOMMIT
 from .pending import has_pending_changes
 from .record import Record
@@ -43,7 +44,7 @@ class NativeSession(Session):
         record = self.sqlnative
         record.check_usable()
         if record.options is AUTOCOMMIT and writes(statement):
-            raise record.state.read_only_error()  # now: nothing undoes it
+            raise record.state.error(ReadOnlySessionError)  # now: nothing undoes it
         record.executing = True
         try:
             result = super().execute(statement, *args, **options)
@@ -78,7 +79,7 @@ class NativeSession(Session):
         """Send pending changes. SQLAlchemy calls this before each statement."""
         record = self.sqlnative
         if record.options is AUTOCOMMIT and has_pending_changes(self):
-            raise record.state.read_only_error()
+            raise record.state.error(ReadOnlySessionError)
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
         looked, record.committing = record.committing, False
@@ -109,7 +110,7 @@ class NativeSession(Session):
     def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
         with self._way_in() as record:
             if record.options is AUTOCOMMIT:
-                raise record.state.read_only_error()
+                raise record.state.error(ReadOnlySessionError)
             record.work.wrote = True
             work(*args, **options)
 

@@ -3,66 +3,88 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DBAPIError
 
+from .. import exceptions
 from .._drivers.errors import server_of
 from .._drivers.failures import is_servers_word
-from .._drivers.pools import pool_capacity
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import may_be_interrupted, returns_undisturbed
-from ..exceptions import (
-    AfterCommitError,
-    BlockingSessionError,
-    CommitOutcomeUnknownError,
-    DatabaseNotStartedError,
-    ReadOnlySessionError,
-    SessionFinishedError,
-    TransactionAbortedError,
-    TransactionOptionsError,
-    UncommittedChangesError,
-)
 from .options import TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
+
+# What an error says of a database, by its name.
+_MESSAGES: Final[Mapping[type[Exception], str]] = {
+    exceptions.SessionFinishedError: (
+        "This session of database {0!r} is finished: the request (or block) that it belongs to "
+        "has ended, its connection went back to the pool. In a stream, a background task or any "
+        "work that outlives the request, depend on get_database_handle({0!r}) and open a session "
+        "there."
+    ),
+    exceptions.BlockingSessionError: (
+        "The synchronous session of database {0!r} was used on the event loop's thread, where it "
+        "would block every other request. Declare the endpoint or dependency with `def` instead "
+        "of `async def`, call the code with `await run_in_threadpool(...)`, or install an "
+        "AsyncEngine."
+    ),
+    exceptions.UncommittedChangesError: (
+        "The session of database {0!r} was closed over changes that had not been committed, and "
+        "they are lost. Leave closing it to whoever opened it: no `with session`, no close(). To "
+        "give changes up call rollback()."
+    ),
+    exceptions.TransactionAbortedError: (
+        "The transaction on database {0!r} cannot be committed: an error inside it was caught and "
+        "ignored, and the server has given the transaction up. Let the error propagate, call "
+        "rollback(), or put the statement that may fail into its own savepoint: "
+        "`session.begin_nested()`."
+    ),
+    exceptions.CommitOutcomeUnknownError: (
+        "The connection to database {0!r} was lost during COMMIT: what was written may or may not "
+        "be stored. Look before you repeat it."
+    ),
+    exceptions.AfterCommitError: (
+        "The transaction on database {0!r} is stored, but what ran after its COMMIT has failed: "
+        "an after_commit listener, or a commit() of the session's class. Do not repeat the "
+        "request; let what runs there handle its own errors."
+    ),
+    exceptions.ReadOnlySessionError: (
+        "The session from reader({0!r}) only reads: every statement would be committed on its "
+        "own. Depend on transactional({0!r}) to write."
+    ),
+    exceptions.TransactionOptionsError: (
+        "Database {0!r} has no transactions: its engine is in AUTOCOMMIT, so that each statement "
+        "is stored at once and nothing can be rolled back. Make the engine without it, or depend "
+        "on get_db({0!r}) and let each statement stand for itself."
+    ),
+}
 
 
 class SharedState:
     """What the sessions of one database share. Lives as long as the database's handle.
 
-    Args:
-        name: the database's.
-        root: its engine; a session class of the application's may choose others.
-        shutdown_timeout: seconds that a cancelled request may go on with its COMMIT.
-        warn_held_after: seconds that a session may hold a connection without a line in the log.
-
     Attributes:
+        root: its engine; a session class of the application's may choose others.
         at_work: the records of the sessions that hold a connection, by it.
-        refusal: why no new session is handed out, if so.
-        stopped: every session refuses its next statement. A disposed engine would silently
-            connect anew.
+        stopping: why no new session is handed out, if so. Of a database that is stopped every
+            session refuses its next statement: a disposed engine would silently connect anew.
         overridden: those of commit, rollback and close that the application's class has itself.
-        may_be_interrupted: a cancelled ROLLBACK costs the connection and nothing else.
-        returns_undisturbed: nothing but a ROLLBACK happens when a connection goes back.
     """
 
     def __init__(
-        self,
-        name: str,
-        root: Engine,
-        shutdown_timeout: float,
-        warn_held_after: float | None = None,
+        self, name: str, root: Engine, shutdown_timeout: float, warn_held_after: float | None
     ) -> None:
         self.name = name
         self.root = root
         self.shutdown_timeout = shutdown_timeout
         self.warn_held_after = warn_held_after
         self.told_holders: tuple[float, str] | None = None  # when, and what
-        self.refusal: str | None = None
-        self.stopped = False
+        self.stopping: Literal["shutting down", "stopped"] | None = None
         self.overridden: frozenset[str] = frozenset()
         self.may_be_interrupted: bool = may_be_interrupted(root)
         self.returns_undisturbed: bool = returns_undisturbed(root)
@@ -75,6 +97,28 @@ class SharedState:
         self._on_error = _listener(weakref.ref(self))
         self.listen(root.dialect)
 
+    @property
+    def stopped(self) -> bool:
+        """Tell whether the engine is about to be closed, or has been."""
+        return self.stopping == "stopped"
+
+    def check_running(self, *, new_session: bool = False) -> None:
+        """Refuse to send anything once it is stopped, and a new session when it is about to be."""
+        if self.stopping == "stopped" or (new_session and self.stopping):
+            raise exceptions.DatabaseNotStartedError(
+                f"Database {self.name!r} is {self.stopping}: the application's lifespan has ended. "
+                "Finish work with the database before the application shuts down."
+            )
+
+    def error(self, kind: type[ErrorT]) -> ErrorT:
+        """Build the error of this kind that names the database and the fix."""
+        return kind(_MESSAGES[kind].format(self.name))
+
+    def sign(self, error: ErrorT) -> ErrorT:
+        """Note the database's name on an error that is not ours, for the log."""
+        setattr(error, "database_name", self.name)  # noqa: B010 - the class has no such attribute
+        return error
+
     def statement_of(self, context: ExecutionContext) -> Statement:
         """Tell what a statement may do; read once for each compiled form."""
         compiled = context.compiled
@@ -85,10 +129,12 @@ class SharedState:
             found = self._statements[compiled] = statement_of(compiled)
         return found
 
-    def holds_all(self) -> bool:
-        """Tell whether sessions hold every connection that the pool hands out."""
-        capacity = pool_capacity(self.root.pool)
-        return capacity is not None and len(self.at_work) >= capacity
+    def refuse_writes(
+        self, _connection: Connection, _cursor: object, statement: str, *_: object
+    ) -> None:
+        """Refuse what `reader` must not send over a connection that it has handed out."""
+        if writes(statement):
+            raise self.error(exceptions.ReadOnlySessionError)
 
     def listen(self, dialect: Dialect) -> None:
         """Hear of failures on a dialect's connections, as long as the handle lives."""
@@ -100,102 +146,6 @@ class SharedState:
     def record_on(self, connection: Connection) -> Any:
         """Return the record of the session that is, or was last, at work on a connection."""
         return self.at_work.get(connection) or self.readers.get(connection)
-
-    def sign(self, error: ErrorT) -> ErrorT:
-        """Note the database's name on an error that is not ours, for the log."""
-        setattr(error, "database_name", self.name)  # noqa: B010 - the class has no such attribute
-        return error
-
-    # -- errors that name the database -----------------------------------------------------
-
-    def check_running(self) -> None:
-        """Refuse to send anything once the engine is about to be closed."""
-        if self.stopped:
-            raise DatabaseNotStartedError(
-                f"Database {self.name!r} is stopped: the application's lifespan has ended. Finish "
-                "work with the database before the application shuts down."
-            )
-
-    def check_open(self) -> None:
-        """Refuse to hand out a session."""
-        if self.refusal is not None:
-            raise DatabaseNotStartedError(
-                f"Database {self.name!r} is {self.refusal}: no new session is handed out. Finish "
-                "work with the database before the application shuts down."
-            )
-
-    def finished_error(self) -> SessionFinishedError:
-        """Build the error for a session whose time is over, with what to use instead."""
-        return SessionFinishedError(
-            f"This session of database {self.name!r} is finished: the request (or block) that it "
-            "belongs to has ended, its connection went back to the pool. In a stream, a "
-            "background task or any work that outlives the request, depend on "
-            f"get_database_handle({self.name!r}) and open a session there."
-        )
-
-    def blocking_error(self) -> BlockingSessionError:
-        """Build the error for a wait on the event loop's own thread."""
-        return BlockingSessionError(
-            f"The synchronous session of database {self.name!r} was used on the event loop's "
-            "thread, where it would block every other request. Declare the endpoint or dependency "
-            "with `def` instead of `async def`, call the code with `await run_in_threadpool(...)`, "
-            "or install an AsyncEngine."
-        )
-
-    def discarded_error(self) -> UncommittedChangesError:
-        """Build the error for a close() that has thrown away what was to be stored."""
-        return UncommittedChangesError(
-            f"The session of database {self.name!r} was closed over changes that had not been "
-            "committed, and they are lost. Leave closing it to whoever opened it: no `with "
-            "session`, no close(). To give changes up call rollback()."
-        )
-
-    def aborted_error(self) -> TransactionAbortedError:
-        """Build the error for a transaction that the server has given up."""
-        return TransactionAbortedError(
-            f"The transaction on database {self.name!r} cannot be committed: an error inside it "
-            "was caught and ignored, and the server has given the transaction up. Let the error "
-            "propagate, call rollback(), or put the statement that may fail into its own "
-            "savepoint: `session.begin_nested()`."
-        )
-
-    def unknown_error(self) -> CommitOutcomeUnknownError:
-        """Build the error for a COMMIT that nobody knows the outcome of."""
-        return CommitOutcomeUnknownError(
-            f"The connection to database {self.name!r} was lost during COMMIT: what was written "
-            "may or may not be stored. Look before you repeat it."
-        )
-
-    def after_commit_error(self) -> AfterCommitError:
-        """Build the error for a failure that comes too late to undo anything."""
-        return AfterCommitError(
-            f"The transaction on database {self.name!r} is stored, but what ran after its COMMIT "
-            "has failed: an after_commit listener, or a commit() of the session's class. Do not "
-            "repeat the request; let what runs there handle its own errors."
-        )
-
-    def read_only_error(self) -> ReadOnlySessionError:
-        """Build the error for a write through `reader`."""
-        return ReadOnlySessionError(
-            f"The session from reader({self.name!r}) only reads: every statement would be "
-            f"committed on its own. Depend on transactional({self.name!r}) to write."
-        )
-
-    def refuse_writes(
-        self, _connection: Connection, _cursor: object, statement: str, *_: object
-    ) -> None:
-        """Refuse what `reader` must not send over a connection that it has handed out."""
-        if writes(statement):
-            raise self.read_only_error()
-
-    def autocommit_error(self) -> TransactionOptionsError:
-        """Build the error for a transaction where there can be none."""
-        return TransactionOptionsError(
-            f"Database {self.name!r} has no transactions: its engine is in AUTOCOMMIT, so that "
-            "each statement is stored at once and nothing can be rolled back. Make the engine "
-            f"without it, or depend on get_db({self.name!r}) and let each statement stand for "
-            "itself."
-        )
 
 
 def _listener(state: weakref.ref[SharedState]) -> Any:
@@ -218,7 +168,7 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
                 context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
             return _translated(context)
         elif context.statement is None:  # a fetch: a stream may fail long after it has begun
-            return found.finished_error()
+            return found.error(exceptions.SessionFinishedError)
         return None
 
     return on_error

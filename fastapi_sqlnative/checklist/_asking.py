@@ -17,7 +17,7 @@ from .._drivers.failures import driver_error
 from .._drivers.pools import beside_pool
 from .._drivers.transactions import autocommits
 from .._lifespan.running import Installation, installations_of
-from .._lifespan.startup import call_factory, make_handle
+from .._lifespan.startup import call_factory
 from .._routes import applications_in
 from .._seconds import check_seconds
 from .._sessions.completion import ended_within
@@ -148,7 +148,7 @@ class _Asking:
         if not callable(given):
             return await run_on_engine(given, self._examine)
         engine: Any = await call_factory(given)
-        make_handle(self._installation, engine)  # raises the same as start-up
+        self._installation.make_handle(engine)  # raises the same as start-up
         try:
             return await run_on_engine(engine, self._examine)
         finally:

@@ -44,11 +44,7 @@ class Member:
         return self.record.may_have_written or has_pending_changes(self.inner)
 
     def set_options(self, options: TransactionOptions) -> None:
-        """Have the session's transaction ask something of the server.
-
-        Raises:
-            TransactionOptionsError: the options cannot apply (any more).
-        """
+        """Have the session's transaction ask something of the server, while it still can."""
         record, name = self.record, self.state.name
         if record.options not in (NO_OPTIONS, options):
             raise TransactionOptionsError(
@@ -66,12 +62,7 @@ class Member:
         record.options = options
 
     def check_nothing_forgotten(self, call: Call) -> None:
-        """Refuse a success while something that was written waits for a commit.
-
-        Raises:
-            UncommittedChangesError: through `get_db`.
-            ReadOnlySessionError: through `reader`.
-        """
+        """Refuse a success while something that was written waits for a commit."""
         record, name = self.record, self.state.name
         record.check_discarded()
         if record.commits or not self.inner.in_transaction():
@@ -94,11 +85,7 @@ class Member:
         return answer[-1] > 0
 
     def commit(self, call: Call, earlier: Sequence[Member], later: Sequence[Member]) -> None:
-        """Commit, after some of the request's databases and before others.
-
-        Raises:
-            PartialCommitError: some have stored something, and others that were to will not.
-        """
+        """Commit, after some of the request's databases and before others."""
         name, record = self.state.name, self.record
         stores = bool(earlier) and self.stores
         try:

@@ -74,11 +74,7 @@ class Retries:
         return True
 
     def checked(self, result: T) -> T:
-        """Refuse work that has not run yet: committed, it would be a lie.
-
-        Raises:
-            TypeError: the result is a coroutine or a generator.
-        """
+        """Refuse work that has not run yet: committed, it would be a lie."""
         if not isinstance(result, Coroutine | Generator | AsyncGenerator):
             return result
         kind = type(cast("object", result)).__name__

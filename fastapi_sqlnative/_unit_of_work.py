@@ -6,7 +6,6 @@ import asyncio
 import functools
 import math
 import threading
-from types import TracebackType
 from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
@@ -47,49 +46,43 @@ class UnitOfWork:
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
         self.scope: Scope = connection.scope
-        self._members: dict[tuple[str, bool], Member] = {}  # by name, readers apart
+        self._members: list[Member] = []
         # Once: a second cancellation would interrupt the driver while it tells the server to stop.
         self.cancelled: bool = False
         self.ends_at: float = math.inf  # by time.monotonic(): then the request's deadline is over
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
-        found = self._members.get((name, False)) or await self._open(name, NO_OPTIONS)
-        return found.session
+        return await self._session(name, NO_OPTIONS)
 
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session beside a session of ours, else that session itself."""
         beside = self._member_of(session)
         if beside is None:
             return session  # an override's: the application's own
-        name = beside.state.name
-        found = self._members.get((name, True)) or await self._open(name, AUTOCOMMIT)
-        return found.session
+        return await self._session(beside.state.name, AUTOCOMMIT)
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
-        """Mark a session for the commit at the end; an override's session is left alone.
-
-        Raises:
-            TransactionOptionsError: the options cannot apply (any more), or the engine is in
-                AUTOCOMMIT.
-        """
+        """Mark a session for the commit at the end; an override's session is left alone."""
         member = self._member_of(session)
-        if member is None:
-            return
-        if options != NO_OPTIONS:
-            member.set_options(options)
-        member.record.will_commit()
+        if member is not None:
+            if options != NO_OPTIONS:
+                member.set_options(options)
+            member.record.will_commit()
 
     def _member_of(self, session: AnySession) -> Member | None:
-        return next((each for each in self._members.values() if each.session is session), None)
+        return next((each for each in self._members if each.session is session), None)
 
-    async def _open(self, name: str, options: TransactionOptions) -> Member:
+    async def _session(self, name: str, options: TransactionOptions) -> AnySession:
+        reads = options is AUTOCOMMIT
+        for each in self._members:
+            if each.state.name == name and (each.record.options is AUTOCOMMIT) is reads:
+                return each.session
         database = self._running.database(name)
         has_place = False
         # A websocket would keep its place for as long as the client stays.
         if self.scope.get("type") == "http":  # FastStream and its like have none
-            route = self.scope.get("route")
-            has_place = await self._running.admit(self, route, database)
+            has_place = await self._running.admit(self, self.scope.get("route"), database)
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
         member = Member(factory.open(options, loop_thread=loop_thread))
@@ -97,24 +90,21 @@ class UnitOfWork:
         if has_place:
             gave_back = functools.partial(self._gave_connections_back, asyncio.get_running_loop())
             member.record.on_idle = gave_back
-        self._members[name, options is AUTOCOMMIT] = member
+        self._members.append(member)
         self.limit(self.ends_at)
-        return member
-
-    # -- requests that are cancelled -------------------------------------------------------
+        return member.session
 
     def limit(self, ends_at: float) -> None:
         """Have the server end what synchronous sessions ask for by then: nobody else can."""
         self.ends_at = min(self.ends_at, ends_at)
-        for member in self._members.values():
+        for member in self._members:
             if not isinstance(member.session, AsyncSession):
                 member.record.ends_at = self.ends_at
 
     @property
     def has_stored(self) -> bool:
         """Tell whether a COMMIT of the endpoint's own has stored something, or may be about to."""
-        records = [each.record for each in self._members.values()]
-        return any(each.stored or each.is_storing for each in records)
+        return any(each.record.stored or each.record.is_storing for each in self._members)
 
     @property
     def may_be_cancelled(self) -> bool:
@@ -122,17 +112,10 @@ class UnitOfWork:
         lasting = self.cancelled or self.has_stored
         return not lasting and all(isinstance(each, AsyncSession) for each in self._all_sessions())
 
-    # -- the end of the request ------------------------------------------------------------
-
     async def __aenter__(self) -> UnitOfWork:
         return self
 
-    async def __aexit__(
-        self,
-        _kind: type[BaseException] | None,
-        error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Commit what was marked, roll back the rest, close all; on an error commit nothing."""
         try:
             if error is None:
@@ -144,13 +127,13 @@ class UnitOfWork:
             self._running.gate.leave(self)
 
     async def _complete(self) -> None:
-        members = self._members.values()
-        waiting = [each.session for each in members if each.waits]
+        waiting = [each.session for each in self._members if each.waits]
         if not waiting:
             self._commit_all(directly)
         elif all(map(has_only_read, waiting)):
             # Nothing is forgotten: what is marked is committed for its listeners, the rest closed.
-            end = self._commit_all if any(each.record.commits for each in members) else self._close
+            commits = any(each.record.commits for each in self._members)
+            end = self._commit_all if commits else self._close
             await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(directly))
         else:
             await self._run_together(self._commit_all)
@@ -159,7 +142,7 @@ class UnitOfWork:
         def end(call: Call) -> None:
             close_all(call, self._all_sessions(), roll_back_and_close)
 
-        if any(each.record.asked or each.state.overridden for each in self._members.values()):
+        if any(each.record.asked or each.state.overridden for each in self._members):
             cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
             # A client waits for the answer, and there is no COMMIT to wait for.
             limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
@@ -170,30 +153,29 @@ class UnitOfWork:
     async def _run_together(
         self, work: Any, *, cancelled: bool = False, limit: float = math.inf
     ) -> None:
-        longest = max(each.state.shutdown_timeout for each in self._members.values())
-        timeout = min(limit, longest)
+        timeout = min(limit, max(each.state.shutdown_timeout for each in self._members))
         await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
 
     def _all_sessions(self) -> list[AnySession]:
-        return [each.session for each in self._members.values()]
+        return [each.session for each in self._members]
 
     def _gave_connections_back(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let others in while the request goes on without a connection; from any thread."""
-        if not any(each.record.finished for each in self._members.values()):
+        if not any(each.record.finished for each in self._members):
             # Not at once: one that goes on to its next statement needs its place.
             loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
-        if not any(each.record.asked for each in self._members.values()):
+        if not any(each.record.asked for each in self._members):
             self._running.gate.leave(self)
 
-    # -- plain code over the sessions, in a greenlet or in a thread ------------------------
+    # From here on plain code over the sessions, in a greenlet or in a thread.
 
     def _commit_all(self, call: Call) -> None:
         try:
-            for member in self._members.values():
+            for member in self._members:
                 member.check_nothing_forgotten(call)
-            marked = [each for each in self._members.values() if each.record.commits]
+            marked = [each for each in self._members if each.record.commits]
             if len(marked) > 1:
                 self._prepare(call, marked)
                 # What has nothing to store is rolled back, and never fails the others.

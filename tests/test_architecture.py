@@ -40,7 +40,6 @@ ORDER = (
     {"_sessions.holders"},
     {"_sessions.record"},
     {"_sessions.session"},
-    {"_sessions.classes"},
     {"_sessions.factory", "_sessions.finishing"},
     {"_members", "_probe", "_retries"},
     {"databases"},

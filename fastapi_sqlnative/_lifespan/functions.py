@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -29,9 +30,6 @@ def described(value: object) -> str:
     signature = inspect.signature(value)
     bare = [each.replace(default=each.empty) for each in signature.parameters.values()]
     return f"{name_of(value)}{signature.replace(parameters=bare)}"
-
-
-# -- what it is ------------------------------------------------------------------------------------
 
 
 def is_generator(call: object) -> bool:
@@ -61,13 +59,8 @@ def _functions(call: Any) -> list[Any]:
     return looked_at
 
 
-# -- what it takes ---------------------------------------------------------------------------------
-
-
-def annotation_of(call: Callable[..., Any] | None, parameter: str | None) -> object:
+def annotation_of(call: Any, parameter: Any) -> object:
     """Return the annotation of a parameter; `None` where there is none that can be read."""
-    if call is None or parameter is None:
-        return None
     try:
         return inspect.signature(call, eval_str=True).parameters[parameter].annotation
     except Exception:  # noqa: BLE001 - often a name that only the type checker knows
@@ -89,9 +82,6 @@ def classes_in(annotation: object) -> list[type]:
     return [found] if isinstance(found, type) else []
 
 
-# -- what it does ----------------------------------------------------------------------------------
-
-
 def drops_a_coroutine(call: object, parameter: str) -> bool:
     """Tell whether a function calls what must be awaited of a parameter, and does not await it.
 
@@ -99,14 +89,13 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
     """
     if is_awaitable(call) or inspect.isclass(call):
         return False
-    return any(_drops(node, parameter) for each in _functions(call) for node in _nodes_of(each))
-
-
-def _nodes_of(function: Any) -> list[ast.AST]:
-    try:
-        return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
-    except (OSError, TypeError, SyntaxError):
-        return []  # no source, or one that cannot be read by itself
+    for function in _functions(call):
+        # Some have no source, or one that cannot be read by itself.
+        with contextlib.suppress(OSError, TypeError, SyntaxError):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            if any(_drops(node, parameter) for node in ast.walk(tree)):
+                return True
+    return False
 
 
 def _drops(node: ast.AST, parameter: str) -> bool:

@@ -36,13 +36,10 @@ class Gate:
     connection while it holds another: so there are never enough of those to hold them all.
 
     Lives as long as the application runs, for all applications mounted in it.
-
-    Attributes:
-        opened: what the requests of each route open, by `key_of` it.
     """
 
     def __init__(self) -> None:
-        self.opened: dict[object, Opened] = {}
+        self.opened: dict[object, Opened] = {}  # by the route's `key_of`
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def learn(self, route: object, opened: Opened) -> None:
@@ -52,14 +49,7 @@ class Gate:
             self._connections.total_tokens = self._fewest()
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
-        """Wait for a place, for as long as the pool would make its callers wait.
-
-        Returns:
-            whether the request has a place, to be left.
-
-        Raises:
-            sqlalchemy.exc.TimeoutError: as from the pool, so that one handler fits both.
-        """
+        """Wait for a place as long as the pool would; tell whether there is one to be left."""
         # In this order for everybody: two limiters taken crosswise would be a deadlock again.
         if self.opened[key_of(route)].total() > 1:
             await self._take(request, self._connections, database)
@@ -78,27 +68,22 @@ class Gate:
         places = self._places.get(request, [])
         if limiter in places:
             return
+        timeout = pool_timeout(sync_engine(database.engine).pool)
         try:
             limiter.acquire_on_behalf_of_nowait(request)
         except anyio.WouldBlock:
-            await self._wait(request, limiter, database)
-        self._places[request] = [*places, limiter]
-
-    async def _wait(
-        self, request: object, limiter: anyio.CapacityLimiter, database: AnyDatabase
-    ) -> None:
-        timeout = pool_timeout(sync_engine(database.engine).pool)
-        try:
-            with anyio.fail_after(timeout):
+            with anyio.move_on_after(timeout) as waiting:
                 await limiter.acquire_on_behalf_of(request)
-        except TimeoutError:
-            error = exc.TimeoutError(
-                f"Database {database.name!r} is busy: {limiter.total_tokens:g} requests are at "
-                f"work with such sessions, and none ended within {timeout:g} s.",
-                code="3o7r",
-            )
-            tell_holders(sessions_of(database).state, error)
-            raise error from None
+            if waiting.cancelled_caught:
+                # As from the pool, so that one handler fits both.
+                error = exc.TimeoutError(
+                    f"Database {database.name!r} is busy: {limiter.total_tokens:g} requests are at "
+                    f"work with such sessions, and none ended within {timeout:g} s.",
+                    code="3o7r",
+                )
+                tell_holders(sessions_of(database).state, error)
+                raise error from None
+        self._places[request] = [*places, limiter]
 
     @functools.cached_property
     def _threads(self) -> anyio.CapacityLimiter:

@@ -47,14 +47,8 @@ _MAKERS: Final = (get_db, transactional, reader, get_database_handle)
 def check_application(running: Running, *, late: bool = False) -> None:
     """Check the routes that nobody has looked at yet, and tell the gate what they open.
 
-    Args:
-        running: the application.
-        late: its own lifespan has begun. A name that is not installed is then logged, and refused
-            at the route's first request: the rest of the application is at work by now.
-
-    Raises:
-        DatabaseNotInstalledError: a name that is not installed.
-        DatabaseDependencyError: a dependency that cannot work, or an override that never matches.
+    When it is late, the application's own lifespan has begun: a name that is not installed is then
+    logged, and refused at the route's first request, for the rest is at work by now.
     """
     for maker in _MAKERS:
         if maker in _overrides_of(running):
@@ -103,7 +97,9 @@ def _examine(running: Running, context: Any) -> Opened:
         for parent, child, outlives in _walk(endpoint, _overrides_of(running)):
             ours: Any = child.call
             if isinstance(ours, InstalledDependency):
-                _check_installed(ours.name, running)
+                # Readiness counts the databases of mounted applications, too.
+                if all(each.name != ours.name for each in running.databases_from_here()):
+                    running.database(ours.name)
                 continue
             database = running.database(ours.name)
             if isinstance(ours, SessionDependency):
@@ -143,12 +139,6 @@ def _walk(
         # transactional(name) and reader(name) hand out what get_db(name) gives them.
         elif not isinstance(call, SessionDependency) or get_db(call.name) not in overrides:
             yield parent, child, outlives
-
-
-def _check_installed(name: str, running: Running) -> None:
-    # Readiness counts the databases of mounted applications, too.
-    if all(each.name != name for each in running.databases_from_here()):
-        running.database(name)
 
 
 def _check_scope(child: Dependant, name: str, outlives: object) -> None:

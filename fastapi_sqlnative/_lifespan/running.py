@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar, overload
@@ -58,46 +59,32 @@ class Installation:
 
 @dataclass(eq=False)
 class Installations:
-    """The databases of one application, in the order of installation. Lives as long as it.
-
-    Attributes:
-        by_name: what is installed.
-        observers: called with every database of this application and of those mounted in it, at
-            each start.
-        draining: the application is not to be sent any more requests.
-        runs: the application at work, once for each outermost application that it is mounted in.
-        loop: the event loop on which it is.
-    """
+    """The databases of one application, in the order of installation. Lives as long as it."""
 
     by_name: dict[str, Installation] = field(default_factory=dict[str, Installation])
+    # Called with every database of the application and of those mounted in it, at each start.
     observers: list[Observer] = field(default_factory=list[Observer])
-    draining: bool = False
+    draining: bool = False  # the application is not to be sent any more requests
+    # The application at work, once for each outermost application that it is mounted in.
     runs: list[Running] = field(default_factory=list["Running"])
-    loop: asyncio.AbstractEventLoop | None = None
+    loop: asyncio.AbstractEventLoop | None = None  # on which it is
 
 
 class Running:
     """One run of an application's lifespan, or its place in that of one it is mounted in.
 
-    Built at start-up, dropped at the end.
-
-    Args:
-        app: the application.
-        parent: the application that this one is mounted in.
-        examine: tells the gate what a route opens that start-up has not seen.
+    Built at start-up, dropped at the end. `examine` tells the gate what a route opens that start-up
+    has not seen.
     """
 
     def __init__(
-        self,
-        app: Starlette,
-        parent: Running | None = None,
-        examine: Examine | None = None,
+        self, app: Starlette, parent: Running | None = None, examine: Examine | None = None
     ) -> None:
         self.app = app
         self.parent = parent
         self.installed = installations_of(app)
         self.children: list[Running] = []
-        # Of the outermost application: by its router a request knows whose run it belongs to, and
+        # The outermost application's: a request knows by the router whose run it belongs to, and
         # there is one gate for all that are mounted in it.
         self.router: Router = app.router if parent is None else parent.router
         self.gate: Gate = Gate() if parent is None else parent.gate
@@ -118,17 +105,11 @@ class Running:
 
     def names(self) -> list[str]:
         """List the names that `find` knows, the nearest first."""
-        return list(
-            dict.fromkeys(name for each in self.upwards() for name in each.installed.by_name)
-        )
+        names = (name for each in self.upwards() for name in each.installed.by_name)
+        return list(dict.fromkeys(names))
 
     def database(self, name: str) -> AnyDatabase:
-        """Return the handle of a running database.
-
-        Raises:
-            DatabaseNotInstalledError: the name is unknown.
-            DatabaseNotStartedError: the lifespan has not run, or has ended.
-        """
+        """Return the handle of a running database, or say why there is none."""
         installation = self.find(name)
         if installation is None:
             raise not_installed(name, self.names())
@@ -148,8 +129,8 @@ class Running:
 
     def all_databases(self) -> list[AnyDatabase]:
         """List the running databases of this application, of those above and of those mounted."""
-        above = self.parent.databases() if self.parent is not None else []
-        return [*above, *self.databases_from_here()]
+        below = (each.databases_from_here() for each in self.children)
+        return [*self.databases(), *itertools.chain.from_iterable(below)]
 
     def databases_from_here(self) -> Iterator[AnyDatabase]:
         """Yield the running databases of this application and of those mounted in it."""
@@ -191,7 +172,7 @@ def trimmed(name: object) -> str:
 
 def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
     """Build the error for an unknown name, with the names that exist."""
-    known = f"Installed: {', '.join(map(repr, sorted(set(names))))}."
+    known = f"Installed: {', '.join(map(repr, sorted(names)))}."
     if not names:
         known = (
             "None is installed. A mounted application sees the databases of the one it is mounted "

@@ -88,12 +88,7 @@ async def _start(running: Running, runs: list[Running]) -> None:
 
 
 async def start_installation(installation: Installation, *, waits: bool = True) -> None:
-    """Make the handle of one database, on the event loop that is to use it.
-
-    Args:
-        installation: what was installed.
-        waits: for the database to answer, where `startup_wait` was asked for.
-    """
+    """Make the handle of a database, and wait for its answer where `startup_wait` was given."""
     engine: Any = installation.engine
     if database_class(engine) is not None:
         _check_loop(installation.name, engine)

@@ -23,25 +23,17 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 
 class Holder:
-    """What one session holds of the pool. Ends with the session.
-
-    Attributes:
-        connections: in use, with the changes made before.
-        request: the scope of the request that opened the session; empty for a handle's.
-        executing: a statement of the session's is on its way.
-        ends_at: by `time.monotonic()`, when the server is to end what the session asks for.
-        on_idle: called when the connections are given back.
-    """
+    """What one session holds of the pool. Ends with the session."""
 
     __slots__ = ("_since", "connections", "ends_at", "executing", "on_idle", "request", "state")
 
     def __init__(self, state: SharedState) -> None:
         self.state = state
-        self.connections: dict[Connection, int] = {}
-        self.request: Mapping[str, Any] = _NOBODYS
-        self.executing = False
-        self.ends_at = math.inf
-        self.on_idle: Any = None
+        self.connections: dict[Connection, int] = {}  # in use, with the changes made before
+        self.request: Mapping[str, Any] = _NOBODYS  # the scope of the one that opened the session
+        self.executing = False  # a statement of the session's is on its way
+        self.ends_at = math.inf  # by monotonic(): the server is to end what is asked for by then
+        self.on_idle: Any = None  # called when the connections are given back
         self._since = 0.0
 
     def take(self, connection: Connection) -> None:

@@ -50,11 +50,7 @@ class TransactionOptions:
         return f"isolation_level={self.isolation_level!r}, read_only={self.read_only!r}"
 
     def check_known_to(self, dialect: Dialect, name: str) -> None:
-        """Refuse what the database of this name does not have, before anything is sent to it.
-
-        Raises:
-            TransactionOptionsError: an isolation level, or `read_only`, that there is not.
-        """
+        """Refuse what the database of this name does not have, before anything is sent to it."""
         # SQLAlchemy would look only when it has a connection, and an async one is lost to the pool
         # then. No dialect looks at the connection that it is asked to pass.
         levels = dialect.get_isolation_level_values(cast("DBAPIConnection", None))

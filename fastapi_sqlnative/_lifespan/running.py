@@ -172,7 +172,7 @@ def trimmed(name: object) -> str:
 
 def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
     """Build the error for an unknown name, with the names that exist."""
-    known = f"Installed: {', '.join(map(repr, sorted(names)))}."
+    known = f"Installed: {', '.join(map(repr, sorted(set(names))))}."
     if not names:
         known = (
             "None is installed. A mounted application sees the databases of the one it is mounted "
@@ -186,18 +186,14 @@ def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
 
 def running_for(connection: HTTPConnection) -> Running:
     """Return the run that a request belongs to."""
-    app: Starlette = connection.scope["app"]
-    router = connection.scope.get("router")
-    for running in installations_of(app).runs:
-        if running.router is router:
-            return running
-    return running_of(app)
+    return running_of(connection.scope["app"], connection.scope.get("router"))
 
 
-def running_of(app: Starlette) -> Running:
-    """Return the application's own run, or one that it is mounted in; idle if there is none."""
+def running_of(app: Starlette, router: Router | None = None) -> Running:
+    """Return the run behind a router, else the application's own; an idle one if there is none."""
     runs = installations_of(app).runs
-    return min(runs, key=lambda each: each.parent is not None, default=None) or Running(app)
+    order = [(each.router is not router, each.parent is not None) for each in runs]
+    return runs[order.index(min(order))] if runs else Running(app)
 
 
 class InstalledDatabases(Mapping[str, DatabaseT]):

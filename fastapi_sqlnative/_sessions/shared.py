@@ -23,26 +23,22 @@ ErrorT = TypeVar("ErrorT", bound=Exception)
 _MESSAGES: Final[Mapping[type[Exception], str]] = {
     exceptions.SessionFinishedError: (
         "This session of database {0!r} is finished: the request (or block) that it belongs to "
-        "has ended, its connection went back to the pool. In a stream, a background task or any "
-        "work that outlives the request, depend on get_database_handle({0!r}) and open a session "
-        "there."
+        "has ended. In a stream, a background task or any work that outlives the request, depend "
+        "on get_database_handle({0!r}) and open a session there."
     ),
     exceptions.BlockingSessionError: (
         "The synchronous session of database {0!r} was used on the event loop's thread, where it "
-        "would block every other request. Declare the endpoint or dependency with `def` instead "
-        "of `async def`, call the code with `await run_in_threadpool(...)`, or install an "
-        "AsyncEngine."
+        "would block every other request. Declare the endpoint or dependency with `def`, call the "
+        "code with `await run_in_threadpool(...)`, or install an AsyncEngine."
     ),
     exceptions.UncommittedChangesError: (
         "The session of database {0!r} was closed over changes that had not been committed, and "
-        "they are lost. Leave closing it to whoever opened it: no `with session`, no close(). To "
-        "give changes up call rollback()."
+        "they are lost. Leave closing it to whoever opened it; to give changes up call rollback()."
     ),
     exceptions.TransactionAbortedError: (
         "The transaction on database {0!r} cannot be committed: an error inside it was caught and "
         "ignored, and the server has given the transaction up. Let the error propagate, call "
-        "rollback(), or put the statement that may fail into its own savepoint: "
-        "`session.begin_nested()`."
+        "rollback(), or put what may fail into a savepoint: `session.begin_nested()`."
     ),
     exceptions.CommitOutcomeUnknownError: (
         "The connection to database {0!r} was lost during COMMIT: what was written may or may not "
@@ -50,17 +46,15 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
     ),
     exceptions.AfterCommitError: (
         "The transaction on database {0!r} is stored, but what ran after its COMMIT has failed: "
-        "an after_commit listener, or a commit() of the session's class. Do not repeat the "
-        "request; let what runs there handle its own errors."
+        "an after_commit listener, or a commit() of the session's class. Do not repeat the request."
     ),
     exceptions.ReadOnlySessionError: (
         "The session from reader({0!r}) only reads: every statement would be committed on its "
         "own. Depend on transactional({0!r}) to write."
     ),
     exceptions.TransactionOptionsError: (
-        "Database {0!r} has no transactions: its engine is in AUTOCOMMIT, so that each statement "
-        "is stored at once and nothing can be rolled back. Make the engine without it, or depend "
-        "on get_db({0!r}) and let each statement stand for itself."
+        "Database {0!r} has no transactions: its engine is in AUTOCOMMIT, where each statement is "
+        "stored at once. Make the engine without it, or depend on get_db({0!r})."
     ),
 }
 

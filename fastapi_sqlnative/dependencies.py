@@ -22,8 +22,6 @@ from ._unit_of_work import UNIT, UnitOfWork
 from .databases import AnyDatabase
 from .exceptions import DatabaseDependencyError
 
-# -- where FastAPI ends it ------------------------------------------------------------------------
-
 # FastAPI's own name for the stack that it leaves after serialization and before the response
 # starts. A generator with scope="function" is the public way onto it, and costs every request a
 # tenth of a read. Where FastAPI keeps no such stack, the dependencies take the public way.
@@ -82,19 +80,15 @@ def _has_function_stack() -> bool:
 HAS_FUNCTION_STACK: Final = _has_function_stack()
 
 
-# -- what `Depends` is given ----------------------------------------------------------------------
-
-
 class _NoRequest:
     """The connection of a dependency that is called by hand, in a unit test say."""
 
     @property
     def scope(self) -> dict[str, Any]:
         raise DatabaseDependencyError(
-            "A dependency of fastapi_sqlnative was called without a request: FastAPI calls it, "
-            "and gives the result to your function. A test that calls your function itself passes "
-            "a session, from `with isolated(app) as session` or a handle's "
-            "`session()`; one that needs the dependency sends a request."
+            "A dependency of fastapi_sqlnative was called without a request. A test that calls "
+            "your function itself passes it a session, from `with isolated(app) as session` or a "
+            "handle's `session()`; one that needs the dependency sends a request."
         )
 
 
@@ -121,30 +115,23 @@ class DatabaseDependency:
 class SessionDependency(DatabaseDependency):
     """The way to the request's session, or to the reader beside it.
 
-    Args:
-        name: the database's.
-        options: of the transaction that is to be committed; `AUTOCOMMIT` means the reader, `None`
-            the session as it is.
+    The options are those of the transaction that is to be committed; `AUTOCOMMIT` means the reader,
+    and `None` the session as it is.
     """
 
     def __init__(self, name: str, options: TransactionOptions | None = None) -> None:
         super().__init__(name)
         self.opens = "reader" if options is AUTOCOMMIT else "session"
         self.options = options
-        # An override of get_db(name) reaches what hands out its session, too.
-        given: dict[str, Any] = {} if options is None else {"session": Depends(get_db(name))}
+        keyword = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
+        given = [keyword("connection", annotation=HTTPConnection)]
+        if options is not None:
+            # An override of get_db(name) reaches what hands out its session, too.
+            given.append(keyword("session", default=Depends(get_db(name))))
         if not HAS_FUNCTION_STACK:
-            given["unit"] = in_unit_of_work()
+            given.append(keyword("unit", default=in_unit_of_work()))
         # FastAPI asks a callable object for its signature, as it asks a function.
-        self.__signature__ = Signature(
-            [
-                Parameter("connection", Parameter.KEYWORD_ONLY, annotation=HTTPConnection),
-                *(
-                    Parameter(key, Parameter.KEYWORD_ONLY, default=each)
-                    for key, each in given.items()
-                ),
-            ]
-        )
+        self.__signature__ = Signature(given)
 
     async def __call__(
         self,
@@ -181,9 +168,6 @@ class InstalledDependency(DatabaseDependency):
 
 _session_dependency = functools.cache(SessionDependency)
 _handle_dependency = functools.cache(HandleDependency)
-
-
-# -- what a route asks for ------------------------------------------------------------------------
 
 
 def get_db(name: str = "default") -> Callable[..., Awaitable[AnySession]]:

@@ -137,11 +137,10 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
             return await _ask(database, max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1))
         except Exception as error:
             left = deadline - anyio.current_time()
-            if left <= 0:
-                error.add_note(f"Database {database.name!r} did not answer in {seconds:g} s.")
-                raise
-            if not _may_pass(error):
-                error.add_note(f"Database {database.name!r} answered, and waiting will not help.")
+            if left <= 0 or not _may_pass(error):
+                answered = "answered, and waiting will not help"
+                outcome = f"did not answer in {seconds:g} s" if left <= 0 else answered
+                error.add_note(f"Database {database.name!r} {outcome}.")
                 raise
             delay = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311 - jitter
             logger.warning(

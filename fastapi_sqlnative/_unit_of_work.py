@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
@@ -13,20 +14,20 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Scope
 
 from ._lifespan.running import running_for
-from ._members import Member, flush_and_prepare
-from ._sessions.finishing import (
-    Call,
-    close_all,
-    directly,
-    has_only_read,
-    roll_back_and_close,
-    run_together,
-    tells_of_commit,
-)
+from ._sessions import finishing
+from ._sessions.finishing import Call, tells_of_commit
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
-from ._sessions.session import AnySession
+from ._sessions.pending import has_pending_changes
+from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
-from .exceptions import RequestCancelledError
+from .exceptions import (
+    AfterCommitError,
+    PartialCommitError,
+    ReadOnlySessionError,
+    RequestCancelledError,
+    TransactionOptionsError,
+    UncommittedChangesError,
+)
 
 # Seconds that a request which is too slow may take to roll back.
 _GRACE: Final = 1.0
@@ -129,18 +130,18 @@ class UnitOfWork:
     async def _complete(self) -> None:
         waiting = [each.session for each in self._members if each.waits]
         if not waiting:
-            self._commit_all(directly)
-        elif all(map(has_only_read, waiting)):
+            self._commit_all(finishing.directly)
+        elif all(map(finishing.has_only_read, waiting)):
             # Nothing is forgotten: what is marked is committed for its listeners, the rest closed.
             commits = any(each.record.commits for each in self._members)
             end = self._commit_all if commits else self._close
-            await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(directly))
+            await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(finishing.directly))
         else:
             await self._run_together(self._commit_all)
 
     async def _abandon(self, error: BaseException) -> None:
         def end(call: Call) -> None:
-            close_all(call, self._all_sessions(), roll_back_and_close)
+            finishing.close_all(call, self._all_sessions(), finishing.roll_back_and_close)
 
         if any(each.record.asked or each.state.overridden for each in self._members):
             cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
@@ -148,13 +149,15 @@ class UnitOfWork:
             limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
             await self._run_together(end, cancelled=cancelled, limit=limit)
         else:
-            end(directly)
+            end(finishing.directly)
 
     async def _run_together(
         self, work: Any, *, cancelled: bool = False, limit: float = math.inf
     ) -> None:
         timeout = min(limit, max(each.state.shutdown_timeout for each in self._members))
-        await run_together(self._all_sessions(), work, timeout=timeout, cancelled=cancelled)
+        await finishing.run_together(
+            self._all_sessions(), work, timeout=timeout, cancelled=cancelled
+        )
 
     def _all_sessions(self) -> list[AnySession]:
         return [each.session for each in self._members]
@@ -186,11 +189,104 @@ class UnitOfWork:
             self._close(call)
 
     def _close(self, call: Call) -> None:
-        close_all(call, self._all_sessions())
+        finishing.close_all(call, self._all_sessions())
 
     def _prepare(self, call: Call, marked: list[Member]) -> None:
         """Flush all before the first COMMIT, so that only a COMMIT can come too late."""
         order = [sessions_of(each).state for each in self._running.databases()]
         marked.sort(key=lambda each: order.index(each.state) if each.state in order else -1)
         for member in marked:
-            call(member.session, flush_and_prepare)
+            call(member.session, _flush_and_prepare)
+
+
+class Member:
+    """A session of the request, with what does its work, what it remembers, and its database."""
+
+    __slots__ = ("inner", "record", "session", "state")
+
+    def __init__(self, session: AnySession) -> None:
+        self.session = session
+        self.inner = sync_session(session)
+        self.record = self.inner.sqlnative
+        self.state = self.record.state
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether finishing it may wait: for the database, or for code of the application."""
+        return bool(
+            self.record.asked
+            or has_pending_changes(self.inner)
+            or self.state.overridden
+            or (self.record.commits and tells_of_commit(self.inner))
+        )
+
+    @property
+    def stores(self) -> bool:
+        """Tell whether its commit may store something."""
+        return self.record.may_have_written or has_pending_changes(self.inner)
+
+    def set_options(self, options: TransactionOptions) -> None:
+        """Have the session's transaction ask something of the server, while it still can."""
+        record, name = self.record, self.state.name
+        if record.options not in (NO_OPTIONS, options):
+            raise TransactionOptionsError(
+                f"transactional({name!r}) was asked for twice in one request, with "
+                f"{record.options} and with {options}. A request has one transaction for a "
+                "database: declare it once, with the options that it needs."
+            )
+        if record.connections and record.options != options:
+            raise TransactionOptionsError(
+                f"The transaction on database {name!r} has begun: an earlier dependency has used "
+                f"the session, and {options} can no longer apply. Declare the transaction first, "
+                f"in the route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
+            )
+        options.check_known_to(self.state.root.dialect, name)
+        record.options = options
+
+    def check_nothing_forgotten(self, call: Call) -> None:
+        """Refuse a success while something that was written waits for a commit."""
+        record, name = self.record, self.state.name
+        record.check_discarded()
+        if record.commits or not self.inner.in_transaction():
+            return
+        pending = has_pending_changes(self.inner)
+        if record.options is AUTOCOMMIT:
+            if pending:
+                raise self.state.error(ReadOnlySessionError)
+        elif pending or self._leaves_unstored(call):
+            raise UncommittedChangesError(
+                f"The request wrote to database {name!r} through get_db({name!r}) and returned "
+                f"without a commit. Depend on transactional({name!r}), which commits before "
+                "the response, or call commit() or rollback() yourself."
+            )
+
+    def _leaves_unstored(self, call: Call) -> bool:
+        answer = [0]
+        if self.record.work.is_worth_asking:
+            call(self.session, lambda _: answer.append(self.record.count_unstored()))
+        return answer[-1] > 0
+
+    def commit(self, call: Call, earlier: Sequence[Member], later: Sequence[Member]) -> None:
+        """Commit, after some of the request's databases and before others."""
+        name, record = self.state.name, self.record
+        stores = bool(earlier) and self.stores
+        try:
+            call(self.session, finishing.commit)
+        except Exception as error:
+            stored = tuple(each.state.name for each in earlier if each.record.stored)
+            if isinstance(error, AfterCommitError):
+                # It is stored itself; those after it are not.
+                waiting = [each for each in later if each.record.may_have_written]
+                if record.stored and waiting:
+                    raise PartialCommitError((*stored, name), waiting[0].state.name) from error
+            elif stored and (stores or record.stored):
+                raise PartialCommitError(stored, name) from error
+            raise
+
+
+def _flush_and_prepare(session: AnySession) -> None:
+    """Do before a first COMMIT what can be refused, and find out what there is to store."""
+    inner = sync_session(session)
+    if inner.in_transaction():
+        inner.flush()
+        inner.sqlnative.prepare()

@@ -196,12 +196,11 @@ def transactional(
     isolation_level: IsolationLevel | None = None,
     read_only: bool = False,
 ) -> Callable[..., Awaitable[AnySession]]:
-    """Depend on the request's session for a database, and have it committed.
+    """Depend on the session of `get_db(name)`, and have it committed.
 
-    It is the session of `get_db(name)`. It is committed after the result is serialized and
-    before the response starts, so a failed COMMIT is never answered with a success; any
-    exception, `HTTPException` included, rolls it back. A returned response commits, whatever
-    its status.
+    The COMMIT comes after the result is serialized and before the response starts, so a failed one
+    is never answered with a success. Any exception, `HTTPException` included, rolls back; a
+    returned response commits, whatever its status.
 
     Args:
         name: the name given to `install_database`.
@@ -210,13 +209,11 @@ def transactional(
 
     Raises:
         ValueError: at once, for an isolation level that is none.
-        TransactionOptionsError: in the request, when an earlier dependency has used the session
-            and the options can no longer apply. Declare the transaction first, in the route's
-            or router's `dependencies=[...]`.
+        TransactionOptionsError: in the request, when the session was used before: declare the
+            transaction first, in the route's or router's `dependencies=[...]`.
         TransactionAbortedError: in the request, when an error inside was swallowed.
         CommitOutcomeUnknownError: in the request, when the connection was lost during COMMIT.
-        PartialCommitError: in the request, when another database had committed before this one
-            failed.
+        PartialCommitError: in the request, when another database had committed before.
     """
     options = TransactionOptions.checked(isolation_level, read_only)
     return _session_dependency(trimmed(name), options)
@@ -232,9 +229,8 @@ def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
         name: the name given to `install_database`.
 
     Raises:
-        ReadOnlySessionError: in the request, for a flush, an ORM write or a statement that writes,
-            textual SQL included. A function that writes is not recognised, and is committed at
-            once.
+        ReadOnlySessionError: in the request, for whatever writes, textual SQL included. A function
+            that writes is not recognised, and is committed at once.
 
     Example:
         Reader = Annotated[AsyncSession, Depends(reader())]

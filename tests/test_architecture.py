@@ -41,7 +41,7 @@ ORDER = (
     {"_sessions.record"},
     {"_sessions.session"},
     {"_sessions.factory", "_sessions.finishing"},
-    {"_members", "_probe", "_retries"},
+    {"_probe", "_retries"},
     {"databases"},
     {"_lifespan.__init__", "_lifespan.gate"},
     {"_lifespan.running"},

@@ -81,38 +81,24 @@ class Running:
         self, app: Starlette, parent: Running | None = None, examine: Examine | None = None
     ) -> None:
         self.app = app
-        self.parent = parent
         self.installed = installations_of(app)
         self.children: list[Running] = []
+        # The application, the one that it is mounted in, and so on; a name is the nearest one's.
+        self.lineage: list[Running] = [self, *(parent.lineage if parent is not None else ())]
+        self.by_name: dict[str, Installation] = {}
+        for each in reversed(self.lineage):
+            self.by_name |= each.installed.by_name
         # The outermost application's: a request knows by the router whose run it belongs to, and
         # there is one gate for all that are mounted in it.
-        self.router: Router = app.router if parent is None else parent.router
+        self.router: Router = self.lineage[-1].app.router
         self.gate: Gate = Gate() if parent is None else parent.gate
         self.examine: Examine | None = examine if parent is None else parent.examine
 
-    def upwards(self) -> Iterator[Running]:
-        """Yield the application, the one that it is mounted in, and so on."""
-        yield self
-        if self.parent is not None:
-            yield from self.parent.upwards()
-
-    def find(self, name: str) -> Installation | None:
-        """Look a name up here, then in the application that this one is mounted in."""
-        found = self.installed.by_name.get(name)
-        if found is None and self.parent is not None:
-            return self.parent.find(name)
-        return found
-
-    def names(self) -> list[str]:
-        """List the names that `find` knows, the nearest first."""
-        names = (name for each in self.upwards() for name in each.installed.by_name)
-        return list(dict.fromkeys(names))
-
     def database(self, name: str) -> AnyDatabase:
         """Return the handle of a running database, or say why there is none."""
-        installation = self.find(name)
+        installation = self.by_name.get(name)
         if installation is None:
-            raise not_installed(name, self.names())
+            raise not_installed(name, [*self.by_name])
         if installation.database is None:
             raise DatabaseNotStartedError(
                 f"Database {name!r} is installed but not started: this application's lifespan is "
@@ -125,7 +111,7 @@ class Running:
 
     def databases(self) -> list[AnyDatabase]:
         """List the running databases in the order in which they commit: a parent's come first."""
-        return [database for each in reversed([*self.upwards()]) for database in each.own()]
+        return [database for each in reversed(self.lineage) for database in each.own()]
 
     def all_databases(self) -> list[AnyDatabase]:
         """List the running databases of this application, of those above and of those mounted."""
@@ -145,7 +131,7 @@ class Running:
 
     def is_draining(self) -> bool:
         """Tell whether this application, or one that it is mounted in, drains."""
-        return any(each.installed.draining for each in self.upwards())
+        return any(each.installed.draining for each in self.lineage)
 
     async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place where it has to be, and tell whether the request has one to leave."""
@@ -192,7 +178,7 @@ def running_for(connection: HTTPConnection) -> Running:
 def running_of(app: Starlette, router: Router | None = None) -> Running:
     """Return the run behind a router, else the application's own; an idle one if there is none."""
     runs = installations_of(app).runs
-    order = [(each.router is not router, each.parent is not None) for each in runs]
+    order = [(each.router is not router, each.router is not app.router) for each in runs]
     return runs[order.index(min(order))] if runs else Running(app)
 
 
@@ -218,13 +204,13 @@ class InstalledDatabases(Mapping[str, DatabaseT]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in running_of(self._app).names()  # also where no handle is there yet
+        return name in running_of(self._app).by_name  # also where no handle is there yet
 
     def __iter__(self) -> Iterator[str]:
-        return iter(running_of(self._app).names())
+        return iter(running_of(self._app).by_name)
 
     def __len__(self) -> int:
-        return len(running_of(self._app).names())
+        return len(running_of(self._app).by_name)
 
     def __repr__(self) -> str:
         return f"<installed databases: {', '.join(self) or 'none'}>"

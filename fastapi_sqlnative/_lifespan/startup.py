@@ -81,7 +81,7 @@ async def _start(running: Running, runs: list[Running]) -> None:
         installed.draining = False
         for installation in installed.by_name.values():
             await start_installation(installation)
-    for above in running.upwards():
+    for above in running.lineage:
         for observer in above.installed.observers:
             for database in running.own():
                 observer(database)

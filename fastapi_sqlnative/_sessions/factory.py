@@ -103,14 +103,9 @@ def _after_transaction_end(session: Outermost, transaction: SessionTransaction) 
 class SessionFactory:
     """A maker of sessions for one engine, as `sessionmaker` is. Lives as long as its handle.
 
-    Attributes:
-        state: what the sessions share.
-        class_: the application's, of the sessions that are handed out.
-        native: of those that do the work; a test may put a subclass in its place.
-
-    Raises:
-        TypeError: options that no session can be made with, or a class whose `commit`,
-            `rollback` or `close` cannot be called as SQLAlchemy's.
+    It refuses options that no session can be made with, and a class whose `commit`, `rollback` or
+    `close` cannot be called as SQLAlchemy's. `class_` is that of the sessions handed out, and
+    `native` of those that do the work; a test may put a subclass in its place.
     """
 
     def __init__(

@@ -45,33 +45,27 @@ class Retries:
     @contextmanager
     def attempt(self) -> Generator[None]:
         """Try once."""
-        self.session = None
         self._made += 1
         try:
             yield
         except Exception as error:
-            if not self._may_repeat(error):
+            failure = describe_database_error(error)
+            # Work that has stored something, or may have, would do so again.
+            stored = self.session is not None and record_of(self.session).stored
+            if stored or failure is None or not failure.retryable or self._made >= self._attempts:
                 raise
-
-    def _may_repeat(self, error: Exception) -> bool:
-        failure = describe_database_error(error)
-        # Work that has stored something, or may have, would do so again.
-        stored = self.session is not None and record_of(self.session).stored
-        if stored or failure is None or not failure.retryable or self._made >= self._attempts:
-            return False
-        # Full jitter: those that ran into each other are not to meet again.
-        self.pause = random.uniform(0, min(self._longest, _LONGEST_PAUSE))  # noqa: S311 - no secret
-        self._longest *= 2
-        if time.monotonic() + self.pause > self._deadline:
-            return False
-        logger.info(
-            "Attempt %d of %d at a transaction on database %r has failed (%s): it is repeated.",
-            self._made,
-            self._attempts,
-            self._name,
-            failure.kind.value,
-        )
-        return True
+            # Full jitter: those that ran into each other are not to meet again.
+            self.pause = random.uniform(0, min(self._longest, _LONGEST_PAUSE))  # noqa: S311
+            self._longest *= 2
+            if time.monotonic() + self.pause > self._deadline:
+                raise
+            logger.info(
+                "Attempt %d of %d at a transaction on database %r has failed (%s): it is repeated.",
+                self._made,
+                self._attempts,
+                self._name,
+                failure.kind.value,
+            )
 
     def checked(self, result: T) -> T:
         """Refuse work that has not run yet: committed, it would be a lie."""

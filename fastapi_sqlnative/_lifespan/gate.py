@@ -50,40 +50,22 @@ class Gate:
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place as long as the pool would; tell whether there is one to be left."""
+        several = self.opened[key_of(route)].total() > 1
         # In this order for everybody: two limiters taken crosswise would be a deadlock again.
-        if self.opened[key_of(route)].total() > 1:
-            await self._take(request, self._connections, database)
+        limiters = [self._connections] if several else []
         if not isinstance(database.engine, AsyncEngine):
-            await self._take(request, self._threads, database)
+            limiters.append(self._threads)
+        for limiter in limiters:
+            places = self._places.get(request, [])
+            if limiter not in places:
+                await _take(limiter, request, database)
+                self._places[request] = [*places, limiter]
         return request in self._places
 
     def leave(self, request: object) -> None:
         """Give back what the request has."""
         for limiter in self._places.pop(request, ()):
             limiter.release_on_behalf_of(request)
-
-    async def _take(
-        self, request: object, limiter: anyio.CapacityLimiter, database: AnyDatabase
-    ) -> None:
-        places = self._places.get(request, [])
-        if limiter in places:
-            return
-        timeout = pool_timeout(sync_engine(database.engine).pool)
-        try:
-            limiter.acquire_on_behalf_of_nowait(request)
-        except anyio.WouldBlock:
-            with anyio.move_on_after(timeout) as waiting:
-                await limiter.acquire_on_behalf_of(request)
-            if waiting.cancelled_caught:
-                # As from the pool, so that one handler fits both.
-                error = exc.TimeoutError(
-                    f"Database {database.name!r} is busy: {limiter.total_tokens:g} requests are at "
-                    f"work with such sessions, and none ended within {timeout:g} s.",
-                    code="3o7r",
-                )
-                tell_holders(sessions_of(database).state, error)
-                raise error from None
-        self._places[request] = [*places, limiter]
 
     @functools.cached_property
     def _threads(self) -> anyio.CapacityLimiter:
@@ -113,3 +95,21 @@ class Gate:
         if len(shares) > 1:
             limits.append(sum(sorted(shares)[:2]) - 1)
         return max(1, min(limits))
+
+
+async def _take(limiter: anyio.CapacityLimiter, request: object, database: AnyDatabase) -> None:
+    timeout = pool_timeout(sync_engine(database.engine).pool)
+    try:
+        limiter.acquire_on_behalf_of_nowait(request)
+    except anyio.WouldBlock:
+        with anyio.move_on_after(timeout) as waiting:
+            await limiter.acquire_on_behalf_of(request)
+        if waiting.cancelled_caught:
+            # As from the pool, so that one handler fits both.
+            error = exc.TimeoutError(
+                f"Database {database.name!r} is busy: {limiter.total_tokens:g} requests are at "
+                f"work with such sessions, and none ended within {timeout:g} s.",
+                code="3o7r",
+            )
+            tell_holders(sessions_of(database).state, error)
+            raise error from None

@@ -25,14 +25,8 @@ from ..dependencies import (
     transactional,
 )
 from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError, TransactionOptionsError
-from .functions import (
-    annotation_of,
-    classes_in,
-    drops_a_coroutine,
-    is_awaitable,
-    is_generator,
-    name_of,
-)
+from . import functions
+from .functions import name_of
 from .gate import Opened, key_of
 from .running import Running
 
@@ -134,7 +128,7 @@ def _walk(
                 f"Depends({name_of(call)}(name)): the call makes the dependency."
             )
         if not isinstance(call, DatabaseDependency):
-            runs_on = child.scope != "function" and is_generator(call)
+            runs_on = child.scope != "function" and functions.is_generator(call)
             yield from _walk(child, overrides, call if runs_on else outlives)
         # transactional(name) and reader(name) hand out what get_db(name) gives them.
         elif not isinstance(call, SessionDependency) or get_db(call.name) not in overrides:
@@ -162,8 +156,8 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
 def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) -> None:
     is_session = isinstance(child.call, SessionDependency)
     given: type = sessions_of(database).class_ if is_session else type(database)
-    annotation = annotation_of(function, child.name)
-    named = [each for each in classes_in(annotation) if issubclass(each, _GIVEN)]
+    annotation = functions.annotation_of(function, child.name)
+    named = [each for each in functions.classes_in(annotation) if issubclass(each, _GIVEN)]
     if not named or any(issubclass(given, each) for each in named):
         return
     said = f"parameter {child.name!r} of {name_of(function)} is annotated with"
@@ -191,7 +185,7 @@ def _check_function(
     """Refuse a function that cannot use the session: it cannot await, or runs too late."""
     if child.name is None:
         return  # nobody looks at what it gets
-    if is_endpoint and is_generator(function):
+    if is_endpoint and functions.is_generator(function):
         raise DatabaseDependencyError(
             f"{name_of(function)} yields its response, and runs when the session of database "
             f"{database.name!r} is finished. Depend on get_database_handle({database.name!r}) and "
@@ -199,7 +193,9 @@ def _check_function(
         )
     # A dependency may pass the session on, to a repository say, and classes do nothing else.
     if isinstance(database, AsyncDatabase) and (
-        not is_awaitable(function) if is_endpoint else drops_a_coroutine(function, child.name)
+        not functions.is_awaitable(function)
+        if is_endpoint
+        else functions.drops_a_coroutine(function, child.name)
     ):
         raise DatabaseDependencyError(
             f"{name_of(function)} is not an `async def`, and gets the AsyncSession of database "

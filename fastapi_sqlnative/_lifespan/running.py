@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar, overload
 
@@ -82,12 +81,14 @@ class Running:
     ) -> None:
         self.app = app
         self.installed = installations_of(app)
-        self.children: list[Running] = []
         # The application, the one that it is mounted in, and so on; a name is the nearest one's.
         self.lineage: list[Running] = [self, *(parent.lineage if parent is not None else ())]
         self.by_name: dict[str, Installation] = {}
         for each in reversed(self.lineage):
             self.by_name |= each.installed.by_name
+        self.mounted: list[Running] = []  # this one, and what is mounted in it at any depth
+        for each in self.lineage:
+            each.mounted.append(self)
         # The outermost application's: a request knows by the router whose run it belongs to, and
         # there is one gate for all that are mounted in it.
         self.router: Router = self.lineage[-1].app.router
@@ -111,23 +112,15 @@ class Running:
 
     def databases(self) -> list[AnyDatabase]:
         """List the running databases in the order in which they commit: a parent's come first."""
-        return [database for each in reversed(self.lineage) for database in each.own()]
+        return databases_of(reversed(self.lineage))
 
     def all_databases(self) -> list[AnyDatabase]:
         """List the running databases of this application, of those above and of those mounted."""
-        below = (each.databases_from_here() for each in self.children)
-        return [*self.databases(), *itertools.chain.from_iterable(below)]
+        return databases_of([*reversed(self.lineage[1:]), *self.mounted])
 
-    def databases_from_here(self) -> Iterator[AnyDatabase]:
-        """Yield the running databases of this application and of those mounted in it."""
-        yield from self.own()
-        for child in self.children:
-            yield from child.databases_from_here()
-
-    def own(self) -> list[AnyDatabase]:
-        """List the running databases of this application alone."""
-        found = (each.database for each in self.installed.by_name.values())
-        return [database for database in found if database is not None]
+    def databases_from_here(self) -> list[AnyDatabase]:
+        """List the running databases of this application and of those mounted in it."""
+        return databases_of(self.mounted)
 
     def is_draining(self) -> bool:
         """Tell whether this application, or one that it is mounted in, drains."""
@@ -138,6 +131,12 @@ class Running:
         if key_of(route) not in self.gate.opened and self.examine is not None:
             self.examine(self, route)
         return await self.gate.enter(request, route, database)
+
+
+def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:
+    """List the running databases that are installed on these applications themselves."""
+    found = (one.database for each in runs for one in each.installed.by_name.values())
+    return [database for database in found if database is not None]
 
 
 def installations_of(app: Starlette) -> Installations:

@@ -22,7 +22,7 @@ from ..databases import AnyDatabase, database_class
 from ..errors import DatabaseErrorKind, describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 from .routes import check_application, examine_late
-from .running import Installation, Running
+from .running import Installation, Running, databases_of
 from .shutdown import stop
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -60,9 +60,7 @@ async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
     for above in runs:
         for app in mounted_applications(above.app):
             if all(app is not each.app for each in runs):
-                child = Running(app, above)
-                above.children.append(child)
-                await _start(child, runs)
+                await _start(Running(app, above), runs)
     for running in runs:
         check_application(running, late=late)
 
@@ -81,26 +79,26 @@ async def _start(running: Running, runs: list[Running]) -> None:
         installed.draining = False
         for installation in installed.by_name.values():
             await start_installation(installation)
-    for above in running.lineage:
-        for observer in above.installed.observers:
-            for database in running.own():
-                observer(database)
+    observers = [observer for each in running.lineage for observer in each.installed.observers]
+    for database in databases_of([running]):
+        for observer in observers:
+            observer(database)
 
 
 async def start_installation(installation: Installation, *, waits: bool = True) -> None:
     """Make the handle of a database, and wait for its answer where `startup_wait` was given."""
     engine: Any = installation.engine
-    if database_class(engine) is not None:
-        _check_loop(installation.name, engine)
-        installation.database = installation.make_handle(engine)
-    else:
+    builds = database_class(engine) is None
+    if builds:
         engine = await call_factory(engine)
-        try:
-            installation.database = installation.make_handle(engine)
-        except Exception:
-            if database_class(engine) is not None:
-                await dispose(engine)  # nobody else knows of it
-            raise
+    else:
+        _check_loop(installation.name, engine)
+    try:
+        installation.database = installation.make_handle(engine)
+    except Exception:
+        if builds and database_class(engine) is not None:
+            await dispose(engine)  # nobody else knows of it
+        raise
     if installation.startup_wait is not None and waits:
         await _wait_for(installation.database, installation.startup_wait)
 

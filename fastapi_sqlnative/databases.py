@@ -21,6 +21,8 @@ from ._sessions.factory import SessionFactory
 from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
 from ._sessions.holders import holders_of
 from ._sessions.options import IsolationLevel, TransactionOptions
+from ._sessions.session import record_of
+from ._sessions.shared import SharedState
 
 EngineT = TypeVar("EngineT", Engine, AsyncEngine)
 T = TypeVar("T")
@@ -48,9 +50,8 @@ class _Database(Generic[EngineT]):
             )
         self.name = name
         self.engine: EngineT = engine
-        self._sessions = SessionFactory(
-            name, engine, session_options or {}, shutdown_timeout, warn_held_after
-        )
+        state = SharedState(name, sync_engine(engine), shutdown_timeout, warn_held_after)
+        self._sessions = SessionFactory(engine, state, session_options or {})
 
     def __repr__(self) -> str:
         # Not the engine's own: SQLAlchemy prints a password that stands in the URL's query.
@@ -61,8 +62,9 @@ class _Database(Generic[EngineT]):
         return pool_status(sync_engine(self.engine).pool, holders_of(self._sessions.state))
 
     def _open_transaction(self, isolation_level: IsolationLevel | None, read_only: bool) -> Any:
-        options = TransactionOptions.checked(isolation_level, read_only)
-        return self._sessions.open(options, commits=True)
+        session = self._sessions.open(TransactionOptions.checked(isolation_level, read_only))
+        record_of(session).commits = True
+        return session
 
     def _no_answer(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")

@@ -45,7 +45,7 @@ def check_application(running: Running, *, late: bool = False) -> None:
     logged, and refused at the route's first request, for the rest is at work by now.
     """
     for maker in _MAKERS:
-        if maker in _overrides_of(running):
+        if maker in getattr(running.app, "dependency_overrides", {}):
             raise DatabaseDependencyError(
                 f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
                 f"dependency. Write app.dependency_overrides[{maker.__name__}(name)], with the "
@@ -76,11 +76,6 @@ def _original(context: object) -> object:
     return getattr(context, "original_route", context)
 
 
-def _overrides_of(running: Running) -> dict[Any, Any]:
-    found: dict[Any, Any] = getattr(running.app, "dependency_overrides", {})
-    return found
-
-
 def _examine(running: Running, context: Any) -> Opened:
     """Refuse a route that depends on a database in a way that cannot work; say what it opens."""
     endpoint, route = getattr(context, "dependant", None), _original(context)
@@ -88,7 +83,8 @@ def _examine(running: Running, context: Any) -> Opened:
         return Counter()
     opened: set[tuple[AnyDatabase, str]] = set()
     try:
-        for parent, child, outlives in _walk(endpoint, _overrides_of(running)):
+        overrides = getattr(running.app, "dependency_overrides", {})
+        for parent, child, outlives in _walk(endpoint, overrides):
             ours: Any = child.call
             if isinstance(ours, InstalledDependency):
                 # Readiness counts the databases of mounted applications, too.

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.transactions import limit_statements
-from .engines import AnyEngine, sync_engine
+from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
 from .pending import would_be_flushed
 from .record import Record
@@ -108,15 +108,8 @@ class SessionFactory:
     `native` of those that do the work; a test may put a subclass in its place.
     """
 
-    def __init__(
-        self,
-        name: str,
-        engine: AnyEngine,
-        options: Mapping[str, Any],
-        shutdown_timeout: float,
-        warn_held_after: float | None,
-    ) -> None:
-        self.state = SharedState(name, sync_engine(engine), shutdown_timeout, warn_held_after)
+    def __init__(self, engine: AnyEngine, state: SharedState, options: Mapping[str, Any]) -> None:
+        self.state = state
         self.asynchronous: bool = isinstance(engine, AsyncEngine)
         self._engine = engine
         self._options = {"expire_on_commit": False, "close_resets_only": False} | dict(options)
@@ -190,11 +183,7 @@ class SessionFactory:
             )
 
     def open(
-        self,
-        options: TransactionOptions = NO_OPTIONS,
-        *,
-        loop_thread: int | None = None,
-        commits: bool = False,
+        self, options: TransactionOptions = NO_OPTIONS, *, loop_thread: int | None = None
     ) -> AnySession:
         """Open a session without a connection; the caller finishes it."""
         self.state.check_running(new_session=True)
@@ -208,6 +197,5 @@ class SessionFactory:
             session = self.class_(bind=self._engine, sync_session_class=self.native, **given)
         else:
             session = self.native(bind=self._engine, **given)
-        record = sync_session(session).sqlnative = Record(self.state, options, loop_thread)
-        record.commits = commits
+        sync_session(session).sqlnative = Record(self.state, options, loop_thread)
         return session

@@ -83,7 +83,7 @@ def _end(session: AnySession, *methods: str) -> None:
         return None  # never used: there is nothing to roll back, to give back or to detach
     record.ending = bool(overridden)
     try:
-        if record.state.stopped:
+        if record.state.stopping == "stopped":
             return inner.invalidate()  # no pool waits for the connection any more, to close it
         for method in methods:
             _run(session, method)

@@ -91,11 +91,6 @@ class SharedState:
         self._on_error = _listener(weakref.ref(self))
         self.listen(root.dialect)
 
-    @property
-    def stopped(self) -> bool:
-        """Tell whether the engine is about to be closed, or has been."""
-        return self.stopping == "stopped"
-
     def check_running(self, *, new_session: bool = False) -> None:
         """Refuse to send anything once it is stopped, and a new session when it is about to be."""
         if self.stopping == "stopped" or (new_session and self.stopping):

@@ -92,10 +92,9 @@ def _examine(running: Running, context: Any) -> Opened:
                     running.database(ours.name)
                 continue
             database = running.database(ours.name)
-            if isinstance(ours, SessionDependency):
-                _check_scope(child, ours.name, outlives)
             _check_annotation(parent.call, child, database)
             if isinstance(ours, SessionDependency):
+                _check_scope(child, ours.name, outlives)
                 _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
                 _check_autocommit(ours, database)
             # transactional(name) opens what get_db(name) does; a handle may open one beside it.

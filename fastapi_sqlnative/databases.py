@@ -82,12 +82,11 @@ class Database(_Database[Engine]):
             session.add(Account(name="Ada"))
 
     Args:
-        engine: whoever built it disposes of it; the handle does not.
+        engine: whoever built it disposes of it.
         name: appears in messages; give each handle its own where there are several.
-        session_options: keyword arguments for the sessions, as for `install_database`.
+        session_options: as for `install_database`.
         shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
-        warn_held_after: seconds. A connection that a session has held for longer is logged when it
-            comes back; `None` for never.
+        warn_held_after: seconds, as for `install_database`.
     """
 
     _engine_type = Engine
@@ -146,8 +145,7 @@ class Database(_Database[Engine]):
 
         Args:
             work: called with the session, once for each attempt; its result is returned. It leaves
-                the commit to the handle. What it does besides, such as sending mail, it does
-                again.
+                the commit to the handle. What it does besides, such as sending mail, is repeated.
             attempts: how many in all.
             isolation_level: as for `transaction`.
             read_only: as for `transaction`.

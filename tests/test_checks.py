@@ -144,6 +144,14 @@ def on_an_inclusion(dependency: Dependency) -> FastAPI:
     return app
 
 
+def on_a_second_inclusion(dependency: Dependency) -> FastAPI:
+    app, router = FastAPI(), APIRouter()
+    with_route(router)
+    app.include_router(router)
+    app.include_router(router, dependencies=[Depends(dependency)])
+    return app
+
+
 def in_nested_routers(dependency: Dependency) -> FastAPI:
     app, outer, inner = FastAPI(), APIRouter(), APIRouter()
     with_route(inner, Depends(dependency))
@@ -234,6 +242,7 @@ PLACES = (
     on_the_application,
     on_a_router,
     on_an_inclusion,
+    on_a_second_inclusion,
     in_nested_routers,
     on_a_websocket,
     on_an_included_websocket,
@@ -293,7 +302,7 @@ async def test_a_start_that_is_refused_leaves_nothing_open() -> None:
 # --- overrides ---
 
 
-@pytest.mark.parametrize("place", PLACES[:14], ids=lambda place: place.__name__)
+@pytest.mark.parametrize("place", PLACES[:15], ids=lambda place: place.__name__)
 async def test_an_overridden_dependency_is_not_looked_into(
     place: Callable[[Dependency], FastAPI],
 ) -> None:

@@ -177,8 +177,11 @@ def running_for(connection: HTTPConnection) -> Running:
 def running_of(app: Starlette, router: Router | None = None) -> Running:
     """Return the run behind a router, else the application's own; an idle one if there is none."""
     runs = installations_of(app).runs
-    order = [(each.router is not router, each.router is not app.router) for each in runs]
-    return runs[order.index(min(order))] if runs else Running(app)
+    for wanted in router, app.router:
+        for running in runs:
+            if running.router is wanted:
+                return running
+    return runs[0] if runs else Running(app)
 
 
 class InstalledDatabases(Mapping[str, DatabaseT]):

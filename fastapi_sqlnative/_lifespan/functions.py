@@ -100,9 +100,10 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
 
 def _drops(node: ast.AST, parameter: str) -> bool:
     """Tell whether a coroutine is thrown away here, or asked for what its result would have."""
-    match node:
-        case ast.Expr(value=used) | ast.Attribute(value=used) | ast.For(iter=used):
-            match used:
-                case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=method)):
-                    return owner == parameter and method in _AWAITED
-    return False
+    if not isinstance(node, ast.Expr | ast.Attribute | ast.For):
+        return False
+    used = node.iter if isinstance(node, ast.For) else node.value
+    if not isinstance(used, ast.Call):
+        return False
+    owner, _, method = ast.unparse(used.func).rpartition(".")
+    return owner == parameter and method in _AWAITED

@@ -81,7 +81,7 @@ def _examine(running: Running, context: Any) -> Opened:
     endpoint, route = getattr(context, "dependant", None), _original(context)
     if endpoint is None:
         return Counter()
-    opened: set[tuple[AnyDatabase, str]] = set()
+    opened: set[tuple[AnyDatabase, object]] = set()
     try:
         overrides = getattr(running.app, "dependency_overrides", {})
         for parent, child, outlives in _walk(endpoint, overrides):

@@ -112,7 +112,8 @@ class SessionFactory:
         self.state = state
         self.asynchronous: bool = isinstance(engine, AsyncEngine)
         self._engine = engine
-        self._options = {"expire_on_commit": False, "close_resets_only": False} | dict(options)
+        given: dict[str, Any] = {"expire_on_commit": False, "close_resets_only": False}
+        self._options = given | dict(options)
         self.class_: Any = self._options.pop("class_", self._plain)
         self._check_options()
         base: Any = self.class_
@@ -121,7 +122,7 @@ class SessionFactory:
         self.native: Any = native_class(base)
         self._reader_options = self._options
         if TAKES_OPTIONS:
-            reading = {**self._options.get("execution_options", {}), **_AUTOCOMMIT}
+            reading = dict(self._options.get("execution_options", {})) | _AUTOCOMMIT
             self._reader_options = self._options | {"execution_options": reading}
         self._look_for_overrides()
 

@@ -13,6 +13,7 @@ from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Scope
 
+from . import exceptions
 from ._lifespan.running import running_for
 from ._sessions import finishing
 from ._sessions.finishing import Call, tells_of_commit
@@ -20,14 +21,6 @@ from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.pending import has_pending_changes
 from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
-from .exceptions import (
-    AfterCommitError,
-    PartialCommitError,
-    ReadOnlySessionError,
-    RequestCancelledError,
-    TransactionOptionsError,
-    UncommittedChangesError,
-)
 
 # Seconds that a request which is too slow may take to roll back.
 _GRACE: Final = 1.0
@@ -144,9 +137,9 @@ class UnitOfWork:
             finishing.close_all(call, self._all_sessions(), finishing.roll_back_and_close)
 
         if any(each.record.asked or each.state.overridden for each in self._members):
-            cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
+            cancelled = isinstance(error, asyncio.CancelledError | exceptions.RequestCancelledError)
             # A client waits for the answer, and there is no COMMIT to wait for.
-            limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
+            limit = _GRACE if isinstance(error, exceptions.RequestCancelledError) else math.inf
             await self._run_together(end, cancelled=cancelled, limit=limit)
         else:
             end(finishing.directly)
@@ -229,13 +222,13 @@ class Member:
         """Have the session's transaction ask something of the server, while it still can."""
         record, name = self.record, self.state.name
         if record.options not in (NO_OPTIONS, options):
-            raise TransactionOptionsError(
+            raise exceptions.TransactionOptionsError(
                 f"transactional({name!r}) was asked for twice in one request, with "
                 f"{record.options} and with {options}. A request has one transaction for a "
                 "database: declare it once, with the options that it needs."
             )
         if record.connections and record.options != options:
-            raise TransactionOptionsError(
+            raise exceptions.TransactionOptionsError(
                 f"The transaction on database {name!r} has begun: an earlier dependency has used "
                 f"the session, and {options} can no longer apply. Declare the transaction first, "
                 f"in the route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
@@ -252,9 +245,9 @@ class Member:
         pending = has_pending_changes(self.inner)
         if record.options is AUTOCOMMIT:
             if pending:
-                raise self.state.error(ReadOnlySessionError)
+                raise self.state.error(exceptions.ReadOnlySessionError)
         elif pending or self._leaves_unstored(call):
-            raise UncommittedChangesError(
+            raise exceptions.UncommittedChangesError(
                 f"The request wrote to database {name!r} through get_db({name!r}) and returned "
                 f"without a commit. Depend on transactional({name!r}), which commits before "
                 "the response, or call commit() or rollback() yourself."
@@ -268,19 +261,17 @@ class Member:
 
     def commit(self, call: Call, earlier: Sequence[Member], later: Sequence[Member]) -> None:
         """Commit, after some of the request's databases and before others."""
-        name, record = self.state.name, self.record
         stores = bool(earlier) and self.stores
         try:
             call(self.session, finishing.commit)
         except Exception as error:
-            stored = tuple(each.state.name for each in earlier if each.record.stored)
-            if isinstance(error, AfterCommitError):
+            kept, lost = [*earlier], [self] if stores or self.record.stored else []
+            if isinstance(error, exceptions.AfterCommitError):
                 # It is stored itself; those after it are not.
-                waiting = [each for each in later if each.record.may_have_written]
-                if record.stored and waiting:
-                    raise PartialCommitError((*stored, name), waiting[0].state.name) from error
-            elif stored and (stores or record.stored):
-                raise PartialCommitError(stored, name) from error
+                kept, lost = [*earlier, self], [e for e in later if e.record.may_have_written]
+            names = tuple(each.state.name for each in kept if each.record.stored)
+            if names and lost:
+                raise exceptions.PartialCommitError(names, lost[0].state.name) from error
             raise
 
 

@@ -18,10 +18,14 @@ from .errors import DatabaseErrorKind, describe_database_error
 
 # The execution option under which an engine keeps when its pool last moved.
 _MOVEMENT: Final = "fastapi_sqlnative_movement"
-_REFUSES_WRITES: Final = {
-    "postgresql": "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'",
-    "mysql": "SELECT @@global.read_only",
-    "mariadb": "SELECT @@global.read_only",
+# Whether a server takes writes: `writable` if so, by the name of SQLAlchemy's dialect.
+_MYSQL: Final = "SELECT IF(@@global.read_only, 'read only', 'writable')"
+WRITES: Final = {
+    "postgresql": """SELECT CASE WHEN pg_is_in_recovery() THEN 'standby'
+        WHEN current_setting('transaction_read_only') = 'on' THEN 'read only'
+        ELSE 'writable' END""",
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
 }
 
 
@@ -73,17 +77,16 @@ def _is_exclusive(pool: sa.Pool) -> bool:
 
 def _ask(engine: Engine, writable: bool) -> DatabaseState:
     name = engine.dialect.name
-    if writable and name not in _REFUSES_WRITES:
+    if writable and name not in WRITES:
         raise NotImplementedError(f"Nothing asks {name} for writes: give it the policy 'required'.")
-    query: Any = sa.text(_REFUSES_WRITES[name]) if writable else sa.select(1)
+    query: Any = sa.text(WRITES[name]) if writable else sa.select(1)
     try:
         with engine.connect() as connection:
             answer = connection.scalar(query)
     except asyncio.CancelledError as error:
         clear_frames(error.__traceback__)  # half open, it would stay until the garbage collection
         raise
-    refuses = writable and answer not in (False, "OFF")
-    return DatabaseState.READ_ONLY if refuses else DatabaseState.UP
+    return DatabaseState.UP if answer in (1, "writable") else DatabaseState.READ_ONLY
 
 
 class _Movement:

@@ -57,7 +57,6 @@ ORDER = (
     {"health.__init__", "telemetry"},
     {"migrations"},
     {"checklist._findings", "checklist._questions"},
-    {"checklist._connections"},
     {"checklist._asking"},
     {"checklist.__init__"},
     {"__init__", "__main__"},

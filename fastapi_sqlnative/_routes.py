@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import routing
 from fastapi.dependencies.models import Dependant
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.routing import BaseRoute, Host, Mount, Router
 
 
@@ -41,12 +40,6 @@ def paths_with_a_database(app: Starlette) -> Iterator[tuple[str, set[str]]]:
         dependant = getattr(route, "dependant", None)
         if dependant is not None and _uses_a_database(dependant):
             yield route.path_format, route.methods
-
-
-def route_of(request: Request) -> str:
-    """Name a request's route by its pattern: a path holds what the client has written."""
-    pattern = getattr(request.scope.get("route"), "path", None)
-    return f" on {request.method} {pattern}" if pattern else ""
 
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:

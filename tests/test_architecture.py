@@ -30,7 +30,6 @@ ORDER = (
     },
     {"_drivers.transactions"},
     {"errors._kinds"},
-    {"errors._log"},
     {"errors._rules"},
     {"errors._formats"},
     {"errors._answers"},

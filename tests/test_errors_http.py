@@ -42,8 +42,7 @@ from fastapi_sqlnative import (
     map_database_error,
     transactional,
 )
-from fastapi_sqlnative.errors._log import FailureLog
-from fastapi_sqlnative.errors._rules import ErrorRules
+from fastapi_sqlnative.errors._rules import ErrorMapping, ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
@@ -572,17 +571,18 @@ def test_repeats_are_told_at_the_end_of_their_time(
         loop = asyncio.get_running_loop()
         later = lambda _delay, run, *args: due.append(lambda: run(*args))  # noqa: E731 - a fake
         monkeypatch.setattr(loop, "call_later", later)
-        log = FailureLog(window=60)
+        mapping = ErrorMapping({}, window=60)
         for _ in range(4):
-            log.write(logging.WARNING, "Full", "", PoolTimeoutError())
+            mapping.map(PoolTimeoutError())
         due.pop()()
-        log.write(logging.WARNING, "Full", "", PoolTimeoutError())
+        mapping.map(PoolTimeoutError())
         due.pop()()
 
     asyncio.run(main())
     first, repeats, again = [each.getMessage() for each in caplog.records]
-    assert first == again == "Full."
-    assert repeats == "Full: 3 times more in 60s."
+    what = "A failure (pool_timeout) is answered with 503"
+    assert first == again == f"{what}."
+    assert repeats == f"{what}: 3 times more in 60s."
 
 
 # --- problem details ----------------------------------------------------------------------------

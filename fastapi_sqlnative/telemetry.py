@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count
 from time import perf_counter
@@ -131,8 +129,6 @@ class _Instruments:
                 ("use_time", "The time until a connection came back."),
             )
         )
-        # Durations are kept until they are collected: to record one costs as much as a checkout.
-        self._kept: deque[tuple[metrics.Histogram, float, Mapping[str, str]]] = deque()
         self._pools: WeakKeyDictionary[Engine, _Pool] = WeakKeyDictionary()
         self._heard: WeakSet[AnyDatabase] = WeakSet()
 
@@ -174,22 +170,9 @@ class _Instruments:
                 yield metrics.Observation(capacity, {_POOL: pool.name})
 
     def pending(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe how many sessions wait; record what was measured since the last time."""
-        self._record()
+        """Observe how many sessions wait."""
         for _, pool in self._running():
             yield metrics.Observation(len(pool.waiting), {_POOL: pool.name})
-
-    def keep(self, histogram: metrics.Histogram, began: float, pool: str) -> None:
-        """Keep the time since; a thousand are recorded at once, should nobody collect."""
-        self._kept.append((histogram, perf_counter() - began, _attributes(pool)))
-        if len(self._kept) >= 1000:
-            self._record()
-
-    def _record(self) -> None:
-        with contextlib.suppress(IndexError):  # empty, or emptied by another thread
-            while True:
-                histogram, seconds, attributes = self._kept.popleft()
-                histogram.record(seconds, attributes)
 
 
 def _attributes(pool: str) -> Mapping[str, str]:
@@ -231,7 +214,7 @@ class _Pool:
         began = record.info.pop(_MAKING, None)
         # Without one the engine has a `creator` of its own.
         if began is not None and OUTSIDE not in record.info:
-            self._instruments.keep(self._instruments.create_time, began, self.name)
+            self._record(self._instruments.create_time, began)
 
     def _use(self, _connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
         if OUTSIDE not in record.info:
@@ -240,7 +223,7 @@ class _Pool:
     def _used(self, _connection: object, record: ConnectionPoolEntry) -> None:
         began = record.info.pop(_IN_USE, None)
         if began is not None:
-            self._instruments.keep(self._instruments.use_time, began, self.name)
+            self._record(self._instruments.use_time, began)
 
     def _wait(self, session: Session, *_flush: object) -> None:
         if session not in self._connected:
@@ -250,7 +233,7 @@ class _Pool:
         self._connected.add(session)
         began = self.waiting.pop(session, None)
         if began is not None:
-            self._instruments.keep(self._instruments.wait_time, began, self.name)
+            self._record(self._instruments.wait_time, began)
 
     def _end(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is not None:
@@ -260,3 +243,6 @@ class _Pool:
         # No event tells that the pool has given up; that its time was over does.
         if began is not None and perf_counter() - began >= self._timeout:
             self._instruments.timeouts.add(1, _attributes(self.name))
+
+    def _record(self, histogram: metrics.Histogram, began: float) -> None:
+        histogram.record(perf_counter() - began, _attributes(self.name))

@@ -339,7 +339,7 @@ async def test_a_lost_connection_was_used_too(make_engine: MakeEngine) -> None:
         assert reader.values("count")["default", "used"] == 0
 
 
-async def test_more_uses_than_are_kept_are_recorded() -> None:
+async def test_no_use_is_forgotten() -> None:
     """However many connections come back between two collections, none is forgotten."""
     app, reader = instrumented(sqlite())
     async with running(app):

@@ -45,7 +45,7 @@ def connect_timeout(connection: Connection, parameters: Mapping[str, Any]) -> fl
     # asyncpg calls it `timeout`. PyMySQL and asyncmy give up after ten seconds by themselves; libpq
     # and asyncpg after one to two minutes, and psycopg2 never.
     given = parameters.get("connect_timeout") or parameters.get("timeout")
-    own = 10.0 if connection.dialect.name in ("mysql", "mariadb") else None
+    own = 10.0 if connection.dialect.driver in ("pymysql", "asyncmy") else None
     return float(given or 0) or own
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypedDict, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 from sqlalchemy import MetaData
@@ -157,7 +158,8 @@ class ErrorMapping:
                 )
         self.rules = _RULES | {kind: _merged(_RULES[kind], rule) for kind, rule in own.items()}
         self._window = window
-        self._counted: dict[str, tuple[float, int]] = {}  # until when, and how many
+        # By event loop: one that has ended tells nothing any more.
+        self._repeats = WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]]()
 
     def map(self, error: ErrorT, route: str | None = None) -> ErrorT | DatabaseHTTPException:
         """Log the failure and return its exception, or what was given."""
@@ -201,26 +203,21 @@ class ErrorMapping:
             logger.error("%s%s.", what, place, exc_info=error)
         elif status < 500:
             logger.info("%s%s.", what, place)
-        elif self._window is None or not self._counts(what, self._window):
+        elif self._window is None:
+            logger.warning("%s%s.", what, place)
+        else:
+            loop = asyncio.get_running_loop()
+            repeats = self._repeats.setdefault(loop, Counter())
+            if what in repeats:
+                repeats[what] += 1
+                return
+            repeats[what] = 0
+            loop.call_later(self._window, self._tell, repeats, what)
             logger.warning("%s%s.", what, place)
 
-    def _counts(self, what: str, window: float) -> bool:
-        """Count a repetition; begin to count where it is none."""
-        now = time.monotonic()
-        ends, repeats = self._counted.get(what, (now, 0))
-        if now < ends:
-            self._counted[what] = ends, repeats + 1
-            return True
-        self._tell(what, ends)  # where the event loop has ended before it could
-        self._counted[what] = now + window, 0
-        asyncio.get_running_loop().call_later(window, self._tell, what, now + window)
-        return False
-
-    def _tell(self, what: str, ends: float) -> None:
-        if self._counted.get(what, (0, 0))[0] == ends:
-            _, repeats = self._counted.pop(what)
-            if repeats:
-                logger.warning("%s: %d times more in %gs.", what, repeats, self._window)
+    def _tell(self, repeats: Counter[str], what: str) -> None:
+        if times := repeats.pop(what):
+            logger.warning("%s: %d times more in %gs.", what, times, self._window)
 
 
 def kind_named(name: str) -> Kind:

@@ -48,19 +48,16 @@ def _uses(dependant: Dependant | None) -> bool:
 
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
-    """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none.
-
-    It walks through the application's routes: those of an included router don't know its prefix.
-    """
+    """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none."""
     route = scope.get("route")
-    if route is None:
-        return None
-    contexts, mount = routes_of(scope["app"].routes), scope.get("root_path", "")
-    full = (each.path for each in contexts if getattr(each, "original_route", each) is route)
-    pattern = next(full, getattr(route, "path", None))
+    # An included router's route knows no prefix; FastAPI keeps what it made of it nowhere else.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    found = context if getattr(context, "original_route", None) is route else route
+    pattern = getattr(found, "path", None)
     if pattern is None:
         return None
     # What is before the application's own path is the server's, or that of a proxy.
+    mount = scope.get("root_path", "")
     mount = mount.removeprefix(scope.get("app_root_path", mount)).rstrip("/")
     return f"{scope.get('method', 'WS')} {mount}{pattern}"
 

@@ -179,10 +179,9 @@ def _attributes(pool: str) -> Mapping[str, str]:
     """Name the pool, and the route of the request that is being served, where FastAPI knows it."""
     data = None if _telemetry_data is None else _telemetry_data()
     served: Any = data and (data.request or data.websocket)
-    path = served and getattr(served.scope.get("route"), "path_format", None)
-    if not path:
-        return {_POOL: pool}
-    return {_POOL: pool, "http.route": served.scope.get("root_path", "").rstrip("/") + path}
+    # What FastAPI's own metrics say; it stands nowhere else, and without it nothing is said.
+    route = served and getattr(served.scope.get("fastapi.telemetry"), "route", None)
+    return {_POOL: pool, "http.route": route} if route else {_POOL: pool}
 
 
 class _Pool:

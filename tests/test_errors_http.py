@@ -46,7 +46,7 @@ from fastapi_sqlnative.errors._rules import ErrorMapping, ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, add, items, route
+from tests.serving import KINDS, Item, Kind, Rows, add, items, route, using
 
 UNIQUE_NAME = "item_name_key"
 PROBLEM = "application/problem+json"
@@ -547,6 +547,27 @@ def test_what_passes_is_one_line_in_the_log(
         "A failure of database 'stock' (lock_not_available, code 55P03) is answered with 503 "
         "on POST /items/{name}."
     )
+
+
+def test_the_log_names_the_route_in_full(
+    kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its prefixes, also where a router is included twice, and with the mount it is behind."""
+
+    def fail(session: Session) -> None:
+        session.execute(text("SELECT nothing"))
+
+    app = make_app(engine)
+    router, mounted = APIRouter(), make_app(engine)
+    router.add_api_route("/items", using(kind, Depends(get_db()), fail), methods=["GET"])
+    for prefix in "/v1", "/v2":
+        app.include_router(router, prefix=prefix)
+    mounted.include_router(router, prefix="/v3")
+    app.mount("/mounted", mounted)
+    with TestClient(app) as client:
+        for path in "/v1/items", "/v2/items", "/mounted/v3/items":
+            assert client.get(path).status_code == 500
+            assert caplog.records[-1].getMessage().endswith(f" on GET {path}.")
 
 
 def test_what_a_developer_must_see_is_an_error_in_the_log(

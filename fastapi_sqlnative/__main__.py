@@ -5,24 +5,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib
 import json
+import pkgutil
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from starlette.applications import Starlette
 
 from .checklist import Finding, FindingStatus, check_databases
+from .checklist._findings import summary
 
 _EPILOG = """\
 exit status: 0; 1 if, with --strict, a row is neither ok nor accepted; 2 if the application cannot
 be imported, or a database does not answer
 """
+_WELL = (FindingStatus.OK, FindingStatus.ACCEPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,22 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         print(f"{options.app} could not be checked: see above.", file=sys.stderr)
         raise SystemExit(2) from error
-    rows = [_Row(each, f"{each.database}:{each.subject}" in options.accept) for each in findings]
     if options.json:
-        print(json.dumps([row.as_dict() for row in rows], indent=2))
+        print(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))
     else:
-        print("\n".join(_table(rows)))
-    return _exit_status(rows, options.strict)
-
-
-async def _ask(options: argparse.Namespace) -> list[Finding]:
-    return await check_databases(
-        _application(options.app, options.factory),
-        processes=options.processes,
-        timeout=options.timeout,
-        alembic=dict(map(_named, options.alembic)),
-        progress=partial(print, file=sys.stderr, flush=True),
-    )
+        print("\n".join(_table(findings)))
+    if any(each.status is FindingStatus.NO_ANSWER for each in findings):
+        return 2
+    return int(options.strict and any(each.status not in _WELL for each in findings))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,54 +76,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _named(alembic: str) -> tuple[str, str]:
-    name, _, path = alembic.rpartition("=")
-    return name or "default", path
+async def _ask(options: argparse.Namespace) -> list[Finding]:
+    alembic = (each.rpartition("=") for each in options.alembic)
+    findings = await check_databases(
+        _application(options.app, options.factory),
+        processes=options.processes,
+        timeout=options.timeout,
+        alembic={name or "default": path for name, _, path in alembic},
+        progress=partial(print, file=sys.stderr, flush=True),
+    )
+    return [
+        dataclasses.replace(each, status=FindingStatus.ACCEPTED)
+        if f"{each.database}:{each.subject}" in options.accept
+        else each
+        for each in findings
+    ]
 
 
 def _application(place: str, factory: bool) -> Starlette:
     """Import the application, as uvicorn does."""
-    module, _, names = place.partition(":")
-    found: Any = importlib.import_module(module)
-    for name in (names or "app").split("."):
-        found = getattr(found, name)
+    found: Any = pkgutil.resolve_name(place if ":" in place else f"{place}:app")
     app = found() if factory else found
     if not isinstance(app, Starlette):
         raise TypeError(f"{place} is {app!r}, no application. One made by a function: --factory.")
     return app
 
 
-class _Row(NamedTuple):
-    """A row of the checklist, and whether somebody has said that it is meant to be so."""
-
-    finding: Finding
-    accepted: bool
-
-    @property
-    def status(self) -> str:
-        return "accepted" if self.accepted else self.finding.status
-
-    def as_dict(self) -> dict[str, str]:
-        return dataclasses.asdict(self.finding) | {"status": self.status}
-
-
-def _table(rows: list[_Row]) -> Iterator[str]:
-    wide = max((len(row.finding.subject) for row in rows), default=0)
-    for database, found in groupby(rows, key=lambda row: row.finding.database):
+def _table(findings: list[Finding]) -> Iterator[str]:
+    wide = max((len(each.subject) for each in findings), default=0)
+    for database, rows in groupby(findings, key=lambda each: each.database):
         yield database
-        for row in found:
-            yield f"  {row.status:9}  {row.finding.subject:{wide}}  {row.finding.detail}"
-            if row.finding.fix and not row.accepted:
-                yield from (f"{'':13}{line}" for line in (row.finding.fix, row.finding.link))
-    counts = Counter(row.status for row in rows)
-    yield ", ".join(f"{count} {status}" for status, count in counts.items()) or "no database"
-
-
-def _exit_status(rows: list[_Row], strict: bool) -> int:
-    statuses = {row.status for row in rows}
-    if FindingStatus.NO_ANSWER in statuses:
-        return 2
-    return int(strict and not statuses <= {FindingStatus.OK, "accepted"})
+        for row in rows:
+            yield f"  {row.status:9}  {row.subject:{wide}}  {row.detail}"
+            if row.fix and row.status not in _WELL:
+                yield from (f"{'':13}{line}" for line in (row.fix, row.link))
+    yield summary(findings)
 
 
 if __name__ == "__main__":

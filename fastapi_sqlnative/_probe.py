@@ -16,12 +16,19 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_timeout
 from .errors import DatabaseErrorKind, describe_database_error
 
-# The execution option under which an engine keeps when its pool last moved.
-_MOVEMENT: Final = "fastapi_sqlnative_movement"
-_REFUSES_WRITES: Final = {
-    "postgresql": "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'",
-    "mysql": "SELECT @@global.read_only",
-    "mariadb": "SELECT @@global.read_only",
+# The execution option under which an engine keeps when its pool last handed out a connection or got
+# one back.
+_MOVED: Final = "fastapi_sqlnative_moved"
+# They would give us the only connection, or the thread's own, before a request wants it.
+_EXCLUSIVE: Final = (sa.AssertionPool, sa.SingletonThreadPool)
+# Whether a server takes writes: `writable` if so, by the name of SQLAlchemy's dialect.
+_MYSQL: Final = "SELECT IF(@@global.read_only, 'read only', 'writable')"
+WRITES: Final = {
+    "postgresql": """SELECT CASE WHEN pg_is_in_recovery() THEN 'standby'
+        WHEN current_setting('transaction_read_only') = 'on' THEN 'read only'
+        ELSE 'writable' END""",
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
 }
 
 
@@ -49,7 +56,7 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
     if isinstance(pool, sa.QueuePool) and pool.checkedin():
         with suppress(Exception):  # asked again below: it was lost with a server that may be back
             return _ask(engine, writable)
-    elif not (_is_exclusive(pool) or ask_pool(pool, "checkedout")):
+    elif not (isinstance(pool, _EXCLUSIVE) or ask_pool(pool, "checkedout")):
         # Nobody waits for an empty pool, and its first connection readies the dialect.
         return _ask(engine, writable)
     full = is_full(engine)
@@ -58,43 +65,25 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
             state = _ask(outside, writable)
     except Exception as error:
         failure = describe_database_error(error)
-        if not (failure and failure.kind is DatabaseErrorKind.TOO_MANY_CONNECTIONS):
-            raise
-        if not ask_pool(pool, "checkedout"):
-            raise
-        return DatabaseState.SATURATED
+        server_full = failure and failure.kind is DatabaseErrorKind.TOO_MANY_CONNECTIONS
+        if server_full and ask_pool(pool, "checkedout"):
+            return DatabaseState.SATURATED
+        raise
     return DatabaseState.SATURATED if full and state is DatabaseState.UP else state
-
-
-def _is_exclusive(pool: sa.Pool) -> bool:
-    # They would give us the only connection, or the thread's own, before a request wants it.
-    return isinstance(pool, sa.AssertionPool | sa.SingletonThreadPool)
 
 
 def _ask(engine: Engine, writable: bool) -> DatabaseState:
     name = engine.dialect.name
-    if writable and name not in _REFUSES_WRITES:
+    if writable and name not in WRITES:
         raise NotImplementedError(f"Nothing asks {name} for writes: give it the policy 'required'.")
-    query: Any = sa.text(_REFUSES_WRITES[name]) if writable else sa.select(1)
+    query: Any = sa.text(WRITES[name]) if writable else sa.select(1)
     try:
         with engine.connect() as connection:
             answer = connection.scalar(query)
     except asyncio.CancelledError as error:
         clear_frames(error.__traceback__)  # half open, it would stay until the garbage collection
         raise
-    refuses = writable and answer not in (False, "OFF")
-    return DatabaseState.READ_ONLY if refuses else DatabaseState.UP
-
-
-class _Movement:
-    """When a pool last handed out a connection or got one back; lives with the engine."""
-
-    def __init__(self) -> None:
-        self.last = monotonic()
-
-    def note(self, _connection: object, record: ConnectionPoolEntry, *_proxy: object) -> None:
-        if OUTSIDE not in record.info:
-            self.last = monotonic()
+    return DatabaseState.UP if answer in (1, "writable") else DatabaseState.READ_ONLY
 
 
 def is_wedged(engine: Engine, seconds: float) -> bool:
@@ -103,14 +92,24 @@ def is_wedged(engine: Engine, seconds: float) -> bool:
     Or for as long as the pool lets its callers wait, if that is longer. The first call begins to
     listen to the pool.
     """
-    movement = engine.get_execution_options().get(_MOVEMENT)
-    if movement is None:
-        movement = _Movement()
-        event.listen(engine, "checkout", movement.note)
-        event.listen(engine, "checkin", movement.note)
-        engine.update_execution_options(**{_MOVEMENT: movement})
+    moved: list[float] | None = engine.get_execution_options().get(_MOVED)
+    if moved is None:
+        moved = _listen(engine)
     limit = max(seconds, pool_timeout(engine.pool))
-    return is_full(engine) and monotonic() - movement.last > limit
+    return is_full(engine) and monotonic() - moved[0] > limit
+
+
+def _listen(engine: Engine) -> list[float]:
+    moved = [monotonic()]
+
+    def note(_connection: object, record: ConnectionPoolEntry, *_proxy: object) -> None:
+        if OUTSIDE not in record.info:
+            moved[0] = monotonic()
+
+    event.listen(engine, "checkout", note)
+    event.listen(engine, "checkin", note)
+    engine.update_execution_options(**{_MOVED: moved})
+    return moved
 
 
 def is_full(engine: Engine) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import routing
 from fastapi.dependencies.models import Dependant
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.routing import BaseRoute, Host, Mount, Router
 
 
@@ -20,7 +19,9 @@ def mounted_applications(app: Starlette) -> list[Starlette]:
 
 def routes_of(routes: Sequence[BaseRoute]) -> Iterator[Any]:
     """Yield every route, with what include_router made of it, and those of mounted routers."""
-    for route in _contexts(routes):
+    # Older versions of FastAPI flatten an included router where newer ones keep it.
+    contexts = getattr(routing, "iter_route_contexts", iter)
+    for route in contexts(routes):
         yield route
         behind = _mounted(route)
         if isinstance(behind, Router):
@@ -35,50 +36,30 @@ def applications_in(app: Starlette) -> list[Starlette]:
     return found
 
 
-def paths_with_a_database(app: Starlette) -> Iterator[tuple[str, set[str]]]:
-    """Yield the path and methods of each route that depends on a database of ours."""
-    for route in routes_of(app.routes):
-        dependant = getattr(route, "dependant", None)
-        if dependant is not None and _uses_a_database(dependant):
-            yield route.path_format, route.methods
+def routes_with_a_database(app: Starlette) -> list[Any]:
+    """List the routes that depend on a database of ours."""
+    return [route for route in routes_of(app.routes) if _uses(getattr(route, "dependant", None))]
 
 
-def route_of(request: Request) -> str:
-    """Name a request's route by its pattern: a path holds what the client has written."""
-    pattern = getattr(request.scope.get("route"), "path", None)
-    return f" on {request.method} {pattern}" if pattern else ""
+def _uses(dependant: Dependant | None) -> bool:
+    ours = f"{__name__.partition('.')[0]}.dependencies"
+    below = [] if dependant is None else dependant.dependencies
+    return any(getattr(each.call, "__module__", None) == ours or _uses(each) for each in below)
 
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
-    """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none.
-
-    It walks through the application's routes: those of an included router don't know its prefix.
-    """
+    """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none."""
     route = scope.get("route")
-    if route is None:
-        return None
-    contexts, mount = routes_of(scope["app"].routes), scope.get("root_path", "")
-    full = (each.path for each in contexts if getattr(each, "original_route", each) is route)
-    pattern = next(full, getattr(route, "path", None))
+    # An included router's route knows no prefix; FastAPI keeps what it made of it nowhere else.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    found = context if getattr(context, "original_route", None) is route else route
+    pattern = getattr(found, "path", None)
     if pattern is None:
         return None
     # What is before the application's own path is the server's, or that of a proxy.
+    mount = scope.get("root_path", "")
     mount = mount.removeprefix(scope.get("app_root_path", mount)).rstrip("/")
     return f"{scope.get('method', 'WS')} {mount}{pattern}"
-
-
-def _uses_a_database(dependant: Dependant) -> bool:
-    ours = f"{__name__.partition('.')[0]}.dependencies"
-    return any(
-        getattr(each.call, "__module__", None) == ours or _uses_a_database(each)
-        for each in dependant.dependencies
-    )
-
-
-def _contexts(routes: Sequence[BaseRoute]) -> Iterable[Any]:
-    # Older versions of FastAPI flatten an included router where newer ones keep it.
-    walk = getattr(routing, "iter_route_contexts", None)
-    return routes if walk is None else walk(routes)
 
 
 def _mounted(route: Any) -> Starlette | Router | None:

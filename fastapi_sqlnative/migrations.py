@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine
@@ -87,10 +86,16 @@ def alembic_check(
         if before is not None and before.ready:
             return before
         found = await run_on_engine(handle.engine, read)
-        result = wanted.compare(found)
-        if result is not before:
-            wanted.log(name, found, result)
-        seen[handle] = result
+        seen[handle] = result = wanted.compare(found)
+        if result is not before:  # what stands where; the answer over HTTP does not say
+            logger.log(
+                logging.INFO if result is _CURRENT else logging.WARNING,
+                "Migrations of database %r are %s: it has %s, this release wants %s.",
+                name,
+                result.state,
+                ", ".join(sorted(found)) or "none",
+                ", ".join(sorted(wanted.heads)),
+            )
         return result
 
     return check
@@ -105,9 +110,8 @@ def current_revisions(
     return frozenset(context.get_current_heads())
 
 
-@dataclass(frozen=True)
-class Revisions:
-    """Hold what a script directory knows, and which of it a migrated database has."""
+class Revisions(NamedTuple):
+    """What a script directory knows, and which of it a migrated database has."""
 
     known: frozenset[str]
     heads: frozenset[str]
@@ -123,7 +127,7 @@ class Revisions:
                 )
             config = Config(config)
         script = ScriptDirectory.from_config(config)
-        heads = frozenset(script.get_heads())
+        heads = set(script.get_heads())
         if not heads:
             raise ValueError(
                 f"The script directory {script.dir!r} has no revisions, so nothing would tell that "
@@ -132,7 +136,8 @@ class Revisions:
             )
         known = frozenset(each.revision for each in script.walk_revisions())
         # The version table leaves out a head that another branch depends on.
-        effective = {head for head in heads if head not in _below(script, heads - {head})}
+        below = {head: script.get_all_current(tuple(heads - {head})) for head in heads}
+        effective = {head for head in heads if script.get_revision(head) not in below[head]}
         return cls(known, frozenset(effective))
 
     def compare(self, found: frozenset[str]) -> CheckResult:
@@ -141,19 +146,3 @@ class Revisions:
             return _CURRENT
         unknown = found - self.known
         return _AHEAD if unknown and found - unknown <= self.heads else _BEHIND
-
-    def log(self, name: str, found: frozenset[str], result: CheckResult) -> None:
-        """Say what stands where, once for each change: the answer over HTTP does not."""
-        logger.log(
-            logging.INFO if result is _CURRENT else logging.WARNING,
-            "Migrations of database %r are %s: it has %s, this release wants %s.",
-            name,
-            result.state,
-            ", ".join(sorted(found)) or "none",
-            ", ".join(sorted(self.heads)),
-        )
-
-
-def _below(script: ScriptDirectory, heads: frozenset[str]) -> set[str]:
-    """List the revisions that a database at these heads has."""
-    return {each.revision for each in script.get_all_current(tuple(heads))}

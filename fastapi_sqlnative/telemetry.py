@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count
 from time import perf_counter
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
-from sqlalchemy.engine import Dialect
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
@@ -97,11 +93,7 @@ def _provider_of(app: Starlette) -> metrics.MeterProvider | None:
 
 
 def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
-    """Return the instruments that all applications with this provider share.
-
-    The SDK gives each of them the first one's instruments, with the first one's callbacks: so
-    what those read is kept there, and lives as long as they do.
-    """
+    """Return the instruments that all applications with this provider share."""
     meter = provider.get_meter("fastapi_sqlnative")
     made = _Instruments(meter)
     for name, callback, unit, description in (
@@ -109,6 +101,8 @@ def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
         ("max", made.limit, "{connection}", "Open connections that the pool allows."),
         ("pending_requests", made.pending, "{request}", "Sessions that wait for one."),
     ):
+        # The SDK gives each application the first one's instruments, with the first one's
+        # callbacks: so what those read is kept there, and lives as long as they do.
         instrument = meter.create_observable_up_down_counter(
             f"{_PREFIX}.{name}", [callback], unit, description
         )
@@ -118,18 +112,15 @@ def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
 
 
 class _Instruments:
-    """What is reported of all applications with one meter provider.
-
-    Durations are kept until they are collected: to record one costs as much as a checkout.
-    """
+    """What is reported of all applications with one meter provider."""
 
     def __init__(self, meter: metrics.Meter) -> None:
         self.applications: WeakSet[Starlette] = WeakSet()
         self.timeouts = meter.create_counter(
             f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that were given up."
         )
-        self._histograms = {
-            name: meter.create_histogram(
+        self.create_time, self.wait_time, self.use_time = (
+            meter.create_histogram(
                 f"{_PREFIX}.{name}", "s", description, explicit_bucket_boundaries_advisory=_BUCKETS
             )
             for name, description in (
@@ -137,140 +128,103 @@ class _Instruments:
                 ("wait_time", "The time it took to obtain a connection from the pool."),
                 ("use_time", "The time until a connection came back."),
             )
-        }
-        self._kept: deque[tuple[str, float, Mapping[str, str]]] = deque()
-        self._names: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
-        self._waits: WeakKeyDictionary[AnyDatabase, _Waits] = WeakKeyDictionary()
+        )
+        self._pools: WeakKeyDictionary[Engine, _Pool] = WeakKeyDictionary()
+        self._heard: WeakSet[AnyDatabase] = WeakSet()
 
     def listen(self, database: AnyDatabase) -> None:
         """Listen to a database that starts, and to its pool once for all its starts."""
         engine = sync_engine(database.engine)
-        if engine not in self._names:
+        if engine not in self._pools:
             # A mounted application, or another with the same provider, may use a name once more.
-            taken = {self._names.get(each) for each in self._engines()}
+            taken = {pool.name for _, pool in self._running()}
             numbered = (f"{database.name}#{number}" for number in count(2))
             free = (each for each in chain([database.name], numbered) if each not in taken)
-            self._names[engine] = next(free)
-            _Times(self._names[engine], self).listen(engine)
-        if database not in self._waits:
-            self._waits[database] = _Waits(self._names[engine], self)
-            self._waits[database].listen(database)
+            self._pools[engine] = _Pool(next(free), engine, self)
+        if database not in self._heard:
+            self._heard.add(database)
+            self._pools[engine].listen_to_sessions(sessions_of(database).native)
 
-    def _engines(self) -> Iterable[Engine]:
-        """List the engines that run, each once."""
-        return dict.fromkeys(
+    def _running(self) -> list[tuple[Engine, _Pool]]:
+        """List the engines that run and have been listened to, each once."""
+        engines = dict.fromkeys(
             sync_engine(database.engine)
             for app in tuple(self.applications)
             for database in running_of(app).databases_from_here()
         )
+        return [(each, self._pools[each]) for each in engines if each in self._pools]
 
     def count(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         """Observe the connections in use and those that wait."""
-        for engine in self._engines():
+        for engine, pool in self._running():
             for state, method in ("used", "checkedout"), ("idle", "checkedin"):
                 connections = ask_pool(engine.pool, method)
                 if connections is not None:
-                    named = {_POOL: self._names[engine], _STATE: state}
-                    yield metrics.Observation(connections, named)
+                    yield metrics.Observation(connections, {_POOL: pool.name, _STATE: state})
 
     def limit(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         """Observe how many connections there can be."""
-        for engine in self._engines():
+        for engine, pool in self._running():
             capacity = pool_capacity(engine.pool)
             if capacity is not None:
-                yield metrics.Observation(capacity, {_POOL: self._names[engine]})
+                yield metrics.Observation(capacity, {_POOL: pool.name})
 
     def pending(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe how many sessions wait; record what was measured since the last time."""
-        self.record()
-        waiting: Counter[str] = Counter()
-        for each in tuple(self._waits.values()):
-            waiting[each.pool] += len(each.waiting)
-        for engine in self._engines():
-            yield metrics.Observation(waiting[self._names[engine]], {_POOL: self._names[engine]})
-
-    def keep(self, metric: str, began: float, pool: str) -> None:
-        """Keep the time since; a thousand are recorded at once, should nobody collect."""
-        self._kept.append((metric, perf_counter() - began, _attributes(pool)))
-        if len(self._kept) >= 1000:
-            self.record()
-
-    def record(self) -> None:
-        """Record what has been kept."""
-        with contextlib.suppress(IndexError):  # empty, or emptied by another thread
-            while True:
-                metric, seconds, attributes = self._kept.popleft()
-                self._histograms[metric].record(seconds, attributes)
+        """Observe how many sessions wait."""
+        for _, pool in self._running():
+            yield metrics.Observation(len(pool.waiting), {_POOL: pool.name})
 
 
 def _attributes(pool: str) -> Mapping[str, str]:
     """Name the pool, and the route of the request that is being served, where FastAPI knows it."""
     data = None if _telemetry_data is None else _telemetry_data()
     served: Any = data and (data.request or data.websocket)
-    path = served and getattr(served.scope.get("route"), "path_format", None)
-    if not path:
-        return {_POOL: pool}
-    return {_POOL: pool, "http.route": served.scope.get("root_path", "").rstrip("/") + path}
+    # What FastAPI's own metrics say; it stands nowhere else, and without it nothing is said.
+    route = served and getattr(served.scope.get("fastapi.telemetry"), "route", None)
+    return {_POOL: pool, "http.route": route} if route else {_POOL: pool}
 
 
-class _Times:
-    """How long the connections of one engine are made and used."""
+class _Pool:
+    """What is measured of one engine's connections: making them, waiting for them, using them."""
 
-    def __init__(self, pool: str, instruments: _Instruments) -> None:
-        self._pool = pool
+    def __init__(self, name: str, engine: Engine, instruments: _Instruments) -> None:
+        self.name = name
+        self.waiting: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
+        self._connected: WeakSet[Session] = WeakSet()
+        self._timeout = pool_timeout(engine.pool)
         self._instruments = instruments
-
-    def listen(self, engine: Engine) -> None:
-        """Hear of the connections of the engine's pool, and of those that replace it."""
-        event.listen(engine, "do_connect", self._begin_to_make)
+        # The engine's listeners hear of the pools that replace this one, too.
+        event.listen(engine, "do_connect", self._make)
         event.listen(engine, "connect", self._made)
-        event.listen(engine, "checkout", self._begin_to_use)
+        event.listen(engine, "checkout", self._use)
         event.listen(engine, "checkin", self._used)
 
-    def _begin_to_make(
-        self, _dialect: Dialect, record: ConnectionPoolEntry, *_arguments: object
-    ) -> None:
-        record.info[_MAKING] = perf_counter()
-
-    def _made(self, _connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        began = record.info.pop(_MAKING, None)
-        # Without one the engine has a `creator` of its own.
-        if began is not None and OUTSIDE not in record.info:
-            self._instruments.keep("create_time", began, self._pool)
-
-    def _begin_to_use(
-        self, _connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object
-    ) -> None:
-        if OUTSIDE not in record.info:
-            record.info[_IN_USE] = perf_counter()
-
-    def _used(self, _connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
-        began = record.info.pop(_IN_USE, None)
-        if began is not None:
-            self._instruments.keep("use_time", began, self._pool)
-
-
-class _Waits:
-    """How long sessions wait for a connection: the pool has no event for the beginning."""
-
-    def __init__(self, pool: str, instruments: _Instruments) -> None:
-        self.pool = pool
-        self.waiting: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
-        self._instruments = instruments
-        self._connected: WeakSet[Session] = WeakSet()
-
-    def listen(self, database: AnyDatabase) -> None:
-        """Hear of the sessions that this handle opens."""
-        sessions = sessions_of(database).native
-        event.listen(sessions, "do_orm_execute", self._execute)
-        event.listen(sessions, "before_flush", self._begin)
+    def listen_to_sessions(self, sessions: Any) -> None:
+        """Hear of a handle's sessions: the pool has no event for the beginning of a wait."""
+        event.listen(sessions, "do_orm_execute", lambda state: self._wait(state.session))
+        event.listen(sessions, "before_flush", self._wait)
         event.listen(sessions, "after_begin", self._connect)
         event.listen(sessions, "after_transaction_end", self._end)
 
-    def _execute(self, state: ORMExecuteState) -> None:
-        self._begin(state.session)
+    def _make(self, _dialect: object, record: ConnectionPoolEntry, *_arguments: object) -> None:
+        record.info[_MAKING] = perf_counter()
 
-    def _begin(self, session: Session, *_flush: object) -> None:
+    def _made(self, _connection: object, record: ConnectionPoolEntry) -> None:
+        began = record.info.pop(_MAKING, None)
+        # Without one the engine has a `creator` of its own.
+        if began is not None and OUTSIDE not in record.info:
+            self._record(self._instruments.create_time, began)
+
+    def _use(self, _connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if OUTSIDE not in record.info:
+            record.info[_IN_USE] = perf_counter()
+
+    def _used(self, _connection: object, record: ConnectionPoolEntry) -> None:
+        began = record.info.pop(_IN_USE, None)
+        if began is not None:
+            self._record(self._instruments.use_time, began)
+
+    def _wait(self, session: Session, *_flush: object) -> None:
         if session not in self._connected:
             self.waiting.setdefault(session, perf_counter())
 
@@ -278,16 +232,16 @@ class _Waits:
         self._connected.add(session)
         began = self.waiting.pop(session, None)
         if began is not None:
-            self._instruments.keep("wait_time", began, self.pool)
+            self._record(self._instruments.wait_time, began)
 
     def _end(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is not None:
             return
         self._connected.discard(session)
         began = self.waiting.pop(session, None)
-        bind = session.bind
         # No event tells that the pool has given up; that its time was over does.
-        if began is None or not isinstance(bind, Engine):
-            return
-        if perf_counter() - began >= pool_timeout(bind.pool):
-            self._instruments.timeouts.add(1, _attributes(self.pool))
+        if began is not None and perf_counter() - began >= self._timeout:
+            self._instruments.timeouts.add(1, _attributes(self.name))
+
+    def _record(self, histogram: metrics.Histogram, began: float) -> None:
+        histogram.record(perf_counter() - began, _attributes(self.name))

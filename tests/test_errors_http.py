@@ -42,12 +42,11 @@ from fastapi_sqlnative import (
     map_database_error,
     transactional,
 )
-from fastapi_sqlnative.errors._log import FailureLog
-from fastapi_sqlnative.errors._rules import ErrorRules
+from fastapi_sqlnative.errors._rules import ErrorMapping, ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, add, items, route
+from tests.serving import KINDS, Item, Kind, Rows, add, items, route, using
 
 UNIQUE_NAME = "item_name_key"
 PROBLEM = "application/problem+json"
@@ -550,6 +549,27 @@ def test_what_passes_is_one_line_in_the_log(
     )
 
 
+def test_the_log_names_the_route_in_full(
+    kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its prefixes, also where a router is included twice, and with the mount it is behind."""
+
+    def fail(session: Session) -> None:
+        session.execute(text("SELECT nothing"))
+
+    app = make_app(engine)
+    router, mounted = APIRouter(), make_app(engine)
+    router.add_api_route("/items", using(kind, Depends(get_db()), fail), methods=["GET"])
+    for prefix in "/v1", "/v2":
+        app.include_router(router, prefix=prefix)
+    mounted.include_router(router, prefix="/v3")
+    app.mount("/mounted", mounted)
+    with TestClient(app) as client:
+        for path in "/v1/items", "/v2/items", "/mounted/v3/items":
+            assert client.get(path).status_code == 500
+            assert caplog.records[-1].getMessage().endswith(f" on GET {path}.")
+
+
 def test_what_a_developer_must_see_is_an_error_in_the_log(
     kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -572,17 +592,18 @@ def test_repeats_are_told_at_the_end_of_their_time(
         loop = asyncio.get_running_loop()
         later = lambda _delay, run, *args: due.append(lambda: run(*args))  # noqa: E731 - a fake
         monkeypatch.setattr(loop, "call_later", later)
-        log = FailureLog(window=60)
+        mapping = ErrorMapping({}, window=60)
         for _ in range(4):
-            log.write(logging.WARNING, "Full", "", PoolTimeoutError())
+            mapping.map(PoolTimeoutError())
         due.pop()()
-        log.write(logging.WARNING, "Full", "", PoolTimeoutError())
+        mapping.map(PoolTimeoutError())
         due.pop()()
 
     asyncio.run(main())
     first, repeats, again = [each.getMessage() for each in caplog.records]
-    assert first == again == "Full."
-    assert repeats == "Full: 3 times more in 60s."
+    what = "A failure (pool_timeout) is answered with 503"
+    assert first == again == f"{what}."
+    assert repeats == f"{what}: 3 times more in 60s."
 
 
 # --- problem details ----------------------------------------------------------------------------

@@ -5,19 +5,9 @@ from __future__ import annotations
 import ssl
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-
-# Seconds after which a driver gives up connecting by itself. psycopg2 is not here: libpq never
-# does. From psycopg 3.3, asyncpg 0.32, PyMySQL 1.1 and asyncmy 0.2.
-_CONNECT_TIMEOUTS: Final = {
-    "psycopg": 130.0,
-    "psycopg_async": 130.0,
-    "asyncpg": 60.0,
-    "pymysql": 10.0,
-    "asyncmy": 10.0,
-}
 
 
 @contextmanager
@@ -51,10 +41,12 @@ def parameters_of(connection: Connection, noted: list[Mapping[str, Any]]) -> dic
 
 
 def connect_timeout(connection: Connection, parameters: Mapping[str, Any]) -> float | None:
-    """Return the seconds after which connecting is given up; `None` for never."""
-    driver = connection.dialect.driver
-    given = parameters.get("timeout" if driver == "asyncpg" else "connect_timeout")
-    return float(given or 0) or _CONNECT_TIMEOUTS.get(driver)
+    """Return the seconds after which connecting is given up; `None` for a minute or never."""
+    # asyncpg calls it `timeout`. PyMySQL and asyncmy give up after ten seconds by themselves; libpq
+    # and asyncpg after one to two minutes, and psycopg2 never.
+    given = parameters.get("connect_timeout") or parameters.get("timeout")
+    own = 10.0 if connection.dialect.driver in ("pymysql", "asyncmy") else None
+    return float(given or 0) or own
 
 
 def server_process(connection: Connection) -> int | None:
@@ -76,12 +68,10 @@ def prepares_statements(connection: Connection, parameters: Mapping[str, Any]) -
 
 def encrypts(connection: Connection) -> bool | None:
     """Tell whether this end of a connection is encrypted; `None` where the driver does not say."""
-    info: Any = connection.connection.driver_connection
-    for holder in ("pgconn", "info"):  # psycopg's, psycopg2's
-        told = getattr(getattr(info, holder, None), "ssl_in_use", None)
-        if told is not None:
-            return bool(told)
-    return None
+    raw: Any = connection.connection.driver_connection
+    holder = getattr(raw, "pgconn", None) or getattr(raw, "info", None)  # psycopg's, psycopg2's
+    told = getattr(holder, "ssl_in_use", None)
+    return None if told is None else bool(told)
 
 
 def verifies_server(parameters: Mapping[str, Any]) -> bool:

@@ -67,30 +67,25 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class StatedError:
-    """What an error of a driver states, and nothing guessed.
+    """What an error of a driver states, and nothing guessed."""
 
-    Attributes:
-        kind: the value of a `DatabaseErrorKind`.
-        key: the columns of a key that was violated.
-        nested: a function on the server ran the statement, a trigger's for example.
-    """
-
-    kind: str = ""
+    kind: str = ""  # the value of a `DatabaseErrorKind`
     code: str | None = None
     constraint: str | None = None
     table: str | None = None
     columns: tuple[str, ...] = ()
-    key: tuple[str, ...] = ()
-    nested: bool = False
+    key: tuple[str, ...] = ()  # the columns of a key that was violated
+    nested: bool = False  # a function on the server ran the statement, a trigger's for example
     server: str | None = None
 
 
 def server_of(error: BaseException) -> str | None:
     """Return whose codes a driver's own error has; `None` for an error of anybody else's."""
-    names = (
-        (str(each.__module__).partition(".")[0], each.__name__) for each in type(error).__mro__
-    )
-    return next((ERROR_CLASSES[name] for name in names if name in ERROR_CLASSES), None)
+    for each in type(error).__mro__:
+        found = ERROR_CLASSES.get((str(each.__module__).partition(".")[0], each.__name__))
+        if found is not None:
+            return found
+    return None
 
 
 def read_error(error: DBAPIError) -> StatedError:
@@ -101,7 +96,7 @@ def read_error(error: DBAPIError) -> StatedError:
     statement = error.statement if isinstance(error.statement, str) else None
     server = server_of(original)
     if server is None:
-        stated = StatedError(_kind_of_no_driver(original, statement))
+        stated = _read_other(original, statement)
     elif server == "postgresql":
         stated = _read_postgres(original, statement)
     elif server == "mysql":
@@ -110,7 +105,10 @@ def read_error(error: DBAPIError) -> StatedError:
         stated = _read_sqlite(original)
     kind = stated.kind or _kind(stated.code or "", server or "", error)
     if kind == "foreign_key":
-        kind = _direction(statement or "")
+        # The statement tells which way it failed, where the database does not.
+        verb = _VERB.search(_ASIDE.sub(" ", statement or ""))
+        directions = {"INSERT": "missing_parent", "DELETE": "still_referenced"}
+        kind = directions.get(verb[1].upper() if verb else "", "foreign_key")
     return replace(stated, kind=kind, server=server)
 
 
@@ -122,25 +120,18 @@ def _kind(code: str, server: str, error: DBAPIError) -> str:
     return kind or ("unavailable" if error.connection_invalidated else "other")
 
 
-def _kind_of_no_driver(error: BaseException, statement: str | None) -> str:
+def _read_other(error: BaseException, statement: str | None) -> StatedError:
     """Tell an error that a driver lets through: of its wait, or of a value."""
     if isinstance(error, OSError):
         waited = isinstance(error, TimeoutError) and statement is not None
-        return "statement_timeout" if waited else "unavailable"
+        return StatedError("statement_timeout" if waited else "unavailable")
     is_value = isinstance(error, ValueError | OverflowError) and statement is not None
-    return "bad_value" if is_value else ""
+    return StatedError("bad_value" if is_value else "")
 
 
 # What a statement may hold that is no part of it.
 _ASIDE: Final = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|\"[^\"]*\"", re.DOTALL)
 _VERB: Final = re.compile(r"\b(INSERT(?! OR REPLACE)|DELETE|UPDATE)\b", re.IGNORECASE)
-
-
-def _direction(statement: str) -> str:
-    """Tell by the statement which way a foreign key failed, where the database does not."""
-    verb = _VERB.search(_ASIDE.sub(" ", statement))
-    directions = {"INSERT": "missing_parent", "DELETE": "still_referenced"}
-    return directions.get(verb[1].upper() if verb else "", "foreign_key")
 
 
 def _text(holder: object, *names: str) -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sqlalchemy import Engine
@@ -22,9 +23,18 @@ from .._routes import applications_in
 from .._seconds import check_seconds
 from .._sessions.completion import ended_within
 from .._sessions.engines import dispose, run_on_engine
-from ._connections import Room, compare_rooms, read_room
-from ._findings import Finding, FindingStatus, finding
-from ._questions import Answer, Ask, Asked, Questions, pooler_in_between, questions_for
+from ._findings import Finding, FindingStatus, finding, summary
+from ._questions import (
+    OF_ANY_SERVER,
+    QUESTIONS,
+    Answer,
+    Ask,
+    Asked,
+    Questions,
+    Room,
+    compare,
+    read_room,
+)
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -67,22 +77,27 @@ async def check_databases(
     check_seconds("timeout", timeout)
     if processes < 1:
         raise ValueError(f"processes must be at least 1; it is {processes}.")
-    installations = _by_label(app)
-    extra = {name: _revisions(config) for name, config in (alembic or {}).items()}
-    if unknown := extra.keys() - installations.keys():
-        known = ", ".join(map(repr, installations)) or "none"
+    installed = _installed(app)
+    migrations = {name: _migrations(config) for name, config in (alembic or {}).items()}
+    if unknown := migrations.keys() - installed.keys():
+        known = ", ".join(map(repr, installed)) or "none"
         raise ValueError(f"alembic names {sorted(unknown)}, and installed are: {known}.")
-    asking = [
-        _Asking(label, installation, extra.get(label, {}), progress or _silent)
-        for label, installation in installations.items()
-    ]
-    answered = await asyncio.gather(*(each.within(timeout) for each in asking))
-    rooms = {each.label: each.room for each in asking if each.room is not None}
-    return [*(each for found in answered for each in found), *compare_rooms(rooms, processes)]
+    asking = [_Asking(*each, migrations.get(each[0], {})) for each in installed.items()]
+    tell = progress or (lambda _line: None)
+    answered = await asyncio.gather(*(each.within(timeout, tell) for each in asking))
+    servers: dict[str, dict[str, Room]] = {}
+    for each in asking:
+        if each.room is not None:
+            servers.setdefault(each.room.server, {})[each.label] = each.room
+    together = (
+        _judged(", ".join(rooms), "connections", compare(rooms.values(), processes))
+        for rooms in servers.values()
+    )
+    return [*chain.from_iterable(answered), *together]
 
 
-def _by_label(app: Starlette) -> dict[str, Installation]:
-    """Name every installed database; one of a mounted application may need a number."""
+def _installed(app: Starlette) -> dict[str, Installation]:
+    """List what is installed; a name that a mounted application has as well gets a number."""
     found: dict[str, Installation] = {}
     for each in applications_in(app):
         for name, installation in installations_of(each).by_name.items():
@@ -93,7 +108,7 @@ def _by_label(app: Starlette) -> dict[str, Installation]:
     return found
 
 
-def _revisions(config: AlembicConfig) -> Questions:
+def _migrations(config: AlembicConfig) -> Questions:
     """Make the question for Alembic's heads; its script directory is read now."""
     from ..migrations import Revisions, current_revisions  # Alembic is an extra
 
@@ -102,60 +117,57 @@ def _revisions(config: AlembicConfig) -> Questions:
     def ask(asked: Asked) -> Answer:
         found = current_revisions(asked.connection)
         result = wanted.compare(found)
-        return Answer(f"{result.state} ({', '.join(sorted(found)) or 'none'})", result.ready)
+        return f"{result.state} ({', '.join(sorted(found)) or 'none'})", result.ready
 
     return {"migrations": ask}
 
 
-def _silent(_line: str) -> None:
-    """Tell nobody."""
+def _judged(database: str, subject: str, answer: Answer) -> Finding:
+    detail, fine = answer
+    return finding(database, subject, detail, FindingStatus.OK if fine else FindingStatus.WARNING)
 
 
+@dataclass(eq=False)
 class _Asking:
     """One database while it is asked."""
 
-    def __init__(
-        self, label: str, installation: Installation, extra: Questions, progress: Progress
-    ) -> None:
-        self.label = label
-        self.room: Room | None = None
-        self._installation = installation
-        self._extra = extra
-        self._progress = progress
-        self._doing = "connecting"
+    label: str
+    installation: Installation
+    extra: Questions
+    room: Room | None = None
+    doing: str = "connecting"
 
-    async def within(self, timeout: float) -> list[Finding]:
+    async def within(self, timeout: float, tell: Progress) -> list[Finding]:
         """Return what was found, or the one row that says why nothing was."""
-        self._progress(f"Asking database {self.label!r} ...")
+        tell(f"Asking database {self.label!r} ...")
         task = asyncio.create_task(self._ask())
         if not await ended_within(timeout, task, grace=_GRACE):
-            found = [self._no_answer(f"nothing within {timeout:g} s ({self._doing})")]
+            found = [self._no_answer(f"nothing within {timeout:g} s ({self.doing})")]
         elif (error := task.exception()) is not None:
             found = [self._no_answer(_in_a_line(error))]
         else:
-            found = task.result()
-        self._progress(f"Database {self.label!r}: {_summary(found)}.")
+            found, self.room = task.result()
+        tell(f"Database {self.label!r}: {summary(found)}.")
         return found
 
     def _no_answer(self, why: str) -> Finding:
-        self.room = None
-        return finding(self.label, "answer", why, answered=False)
+        return finding(self.label, "answer", why, FindingStatus.NO_ANSWER)
 
-    async def _ask(self) -> list[Finding]:
-        given, running = self._installation.engine, self._installation.database
-        if running is not None:
-            return await run_on_engine(running.engine, self._examine)
-        if not callable(given):
-            return await run_on_engine(given, self._examine)
-        engine: Any = await call_factory(given)
-        self._installation.make_handle(engine)  # raises the same as start-up
+    async def _ask(self) -> tuple[list[Finding], Room | None]:
+        running = self.installation.database
+        engine: Any = self.installation.engine if running is None else running.engine
+        if not callable(engine):
+            return await run_on_engine(engine, self._examine)
+        engine = await call_factory(engine)
+        self.installation.make_handle(engine)  # raises the same as start-up
         try:
             return await run_on_engine(engine, self._examine)
         finally:
             await dispose(engine)
 
-    def _examine(self, engine: Engine) -> list[Finding]:
+    def _examine(self, engine: Engine) -> tuple[list[Finding], Room | None]:
         """Ask all questions over one connection, in plain code."""
+        rooms: list[Room | None] = []
         with (
             beside_pool(engine, engine.get_execution_options()) as beside,
             noting_arguments(beside) as noted,
@@ -165,27 +177,20 @@ class _Asking:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             parameters = parameters_of(connection, noted)
             asked = Asked(connection, engine.pool, parameters, stored_at_once)
-            return [each for each in self._answers(asked) if each is not None]
-
-    def _answers(self, asked: Asked) -> Iterator[Finding | None]:
-        questions = questions_for(asked.connection.dialect.name)
-        for subject, ask in (questions | {"connections": self._note_room} | self._extra).items():
-            self._doing = f"asking for {subject}"
-            yield self._answer(subject, ask, asked)
-
-    def _note_room(self, asked: Asked) -> None:
-        self.room = None if pooler_in_between(asked) else read_room(asked)
+            questions = QUESTIONS.get(connection.dialect.name, OF_ANY_SERVER) | self.extra
+            questions["connections"] = lambda asked: rooms.append(read_room(asked))
+            answers = (self._answer(*each, asked) for each in questions.items())
+            return list(filter(None, answers)), next(iter(rooms), None)
 
     def _answer(self, subject: str, ask: Ask, asked: Asked) -> Finding | None:
+        self.doing = f"asking for {subject}"
         try:
             answer = ask(asked)
         except SQLAlchemyError as error:
             if isinstance(error, DBAPIError) and error.connection_invalidated:
                 raise
-            return Finding(self.label, subject, FindingStatus.UNKNOWN, _in_a_line(error))
-        if answer is None:
-            return None
-        return finding(self.label, subject, answer.detail, fine=answer.fine)
+            return finding(self.label, subject, _in_a_line(error), FindingStatus.UNKNOWN)
+        return None if answer is None else _judged(self.label, subject, answer)
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -193,8 +198,3 @@ def _in_a_line(error: BaseException) -> str:
     found = driver_error(error)
     first, *_ = str(found).strip().splitlines() or [""]
     return f"{type(found).__name__}: {first}".removesuffix(": ")
-
-
-def _summary(found: list[Finding]) -> str:
-    counts = Counter(each.status for each in found)
-    return ", ".join(f"{count} {status}" for status, count in counts.items())

@@ -21,6 +21,7 @@ class FindingStatus(StrEnum):
     WARNING = "warning"
     UNKNOWN = "unknown"  # the server did not say, for want of a privilege perhaps
     NO_ANSWER = "no answer"  # there was nobody to ask
+    ACCEPTED = "accepted"  # the command was told that it is meant to be so
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +110,18 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-def finding(
-    database: str, subject: str, detail: str, *, fine: bool = False, answered: bool = True
-) -> Finding:
-    """Make a row; one that is not well says what to do."""
-    if fine:
-        return Finding(database, subject, FindingStatus.OK, detail)
-    status = FindingStatus.WARNING if answered else FindingStatus.NO_ANSWER
+def finding(database: str, subject: str, detail: str, status: FindingStatus) -> Finding:
+    """Make a row; a warning says what to do, and so does a database that does not answer."""
+    if status in (FindingStatus.OK, FindingStatus.UNKNOWN):
+        return Finding(database, subject, status, detail)
     fix, page = FIXES[subject]
     return Finding(database, subject, status, detail, fix, GUIDE + page)
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """Count the findings by status."""
+    counts = Counter(each.status for each in findings)
+    return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no database"
 
 
 def log_findings(findings: Iterable[Finding]) -> None:
@@ -127,13 +131,7 @@ def log_findings(findings: Iterable[Finding]) -> None:
         findings: what `check_databases` returned.
     """
     findings = list(findings)
-    counts = Counter(each.status for each in findings)
     wrong = [f"{each.database}: {each.subject}" for each in findings if each.status != "ok"]
-    logger.log(
-        logging.WARNING if wrong else logging.INFO,
-        "Checklist: %s%s",
-        ", ".join(f"{count} {status}" for status, count in counts.items()) or "no database",
-        f" ({'; '.join(wrong)}). `python -m fastapi_sqlnative check` names the fixes."
-        if wrong
-        else ".",
-    )
+    hint = f" ({'; '.join(wrong)}). `python -m fastapi_sqlnative check` names the fixes."
+    level = logging.WARNING if wrong else logging.INFO
+    logger.log(level, "Checklist: %s%s", summary(findings), hint if wrong else ".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping
 from typing import Any, Unpack, cast, overload
@@ -19,11 +20,10 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .._routes import applications_in, route_of
+from .._routes import applications_in, name_of_route
 from ..exceptions import ApplicationAlreadyStartedError
 from ._formats import answer_invalid, answer_problem, document_failures
 from ._kinds import OUR_ERRORS
-from ._log import FailureLog
 from ._rules import DatabaseHTTPException, ErrorMapping, ErrorT, MappingOptions
 
 # The second None says that no error ends here, so that a block may end with a `return`.
@@ -83,9 +83,8 @@ def http_errors(
         return cast("_AsyncBlock", _async_savepoint(session, mapping))
     if isinstance(cast("object", session), Session):
         return cast("_Block", _savepoint(session, mapping))
-    raise TypeError(
-        f"http_errors takes a Session or an AsyncSession, not {type(session).__name__}."
-    )
+    found = type(session).__name__
+    raise TypeError(f"http_errors takes a Session or an AsyncSession, not {found}.")
 
 
 @contextlib.contextmanager
@@ -148,7 +147,7 @@ def install_error_handlers(
             "This application has these handlers already: call install_error_handlers once, with "
             "all options."
         )
-    mapping = ErrorMapping(options, FailureLog(window=5))
+    mapping = ErrorMapping(options, window=5)
     answered = [each for each in applications_in(app) if not _has_handlers(each)]
     if any(each.middleware_stack is not None for each in answered):
         raise ApplicationAlreadyStartedError(
@@ -156,43 +155,36 @@ def install_error_handlers(
             "install_error_handlers where it is made."
         )
     for each in answered:
-        _install(each, _Answer(mapping), problem_details, every_error)
+        handlers: dict[Any, Any] = each.exception_handlers
+        for failure in (SQLAlchemyError, *_GROUPS, *OUR_ERRORS):
+            handlers.setdefault(failure, functools.partial(_answer, mapping))
+        if problem_details:
+            handlers[DatabaseHTTPException] = answer_problem
+        if every_error:
+            for class_, default, answer in (
+                (AnyHTTPException, http_exception_handler, answer_problem),
+                (RequestValidationError, request_validation_exception_handler, answer_invalid),
+            ):
+                if handlers.get(class_) is default:
+                    handlers[class_] = answer
         if isinstance(each, FastAPI):
             document_failures(each, mapping, problem_details, every_error)
 
 
 def _has_handlers(app: Starlette) -> bool:
-    return isinstance(app.exception_handlers.get(SQLAlchemyError), _Answer)
+    handler = app.exception_handlers.get(SQLAlchemyError)
+    return isinstance(handler, functools.partial) and handler.func is _answer
 
 
-def _install(app: Starlette, answer: _Answer, problem_details: bool, every_error: bool) -> None:
-    handlers: dict[Any, Any] = app.exception_handlers
-    for failure in (SQLAlchemyError, *_GROUPS, *OUR_ERRORS):
-        handlers.setdefault(failure, answer)
-    if problem_details:
-        handlers[DatabaseHTTPException] = answer_problem
-    if every_error and handlers.get(AnyHTTPException) is http_exception_handler:
-        handlers[AnyHTTPException] = answer_problem
-    default = request_validation_exception_handler
-    if every_error and handlers.get(RequestValidationError) is default:
-        handlers[RequestValidationError] = answer_invalid
-
-
-class _Answer:
-    """What answers whatever was raised: an exception handler for Starlette."""
-
-    def __init__(self, mapping: ErrorMapping) -> None:
-        self._mapping = mapping
-
-    async def __call__(self, request: Request, error: Exception) -> Response:
-        """Answer a database failure as an `HTTPException`; raise anything else again."""
-        # A websocket has no response to be answered with.
-        is_http = request.scope["type"] == "http"
-        mapped = self._mapping.map_own(error, route_of(request)) if is_http else error
-        if not isinstance(mapped, DatabaseHTTPException):
-            raise error
-        handlers: Mapping[Any, Any] = request.app.exception_handlers
-        by_class = (handlers[class_] for class_ in type(mapped).__mro__ if class_ in handlers)
-        handler = handlers.get(mapped.status_code) or next(by_class, http_exception_handler)
-        response: Response | Awaitable[Response] = handler(request, mapped)
-        return await response if inspect.isawaitable(response) else response
+async def _answer(mapping: ErrorMapping, request: Request, error: Exception) -> Response:
+    """Answer a database failure as an `HTTPException`; raise anything else again."""
+    # A websocket has no response to be answered with.
+    is_http = request.scope["type"] == "http"
+    mapped = mapping.map_own(error, name_of_route(request.scope)) if is_http else error
+    if not isinstance(mapped, DatabaseHTTPException):
+        raise error
+    handlers: Mapping[Any, Any] = request.app.exception_handlers
+    by_class = (handlers[class_] for class_ in type(mapped).__mro__ if class_ in handlers)
+    handler = handlers.get(mapped.status_code) or next(by_class, http_exception_handler)
+    response: Response | Awaitable[Response] = handler(request, mapped)
+    return await response if inspect.isawaitable(response) else response

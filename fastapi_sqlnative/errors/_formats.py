@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .._routes import paths_with_a_database
+from .._routes import routes_with_a_database
 from ._kinds import DatabaseErrorKind, Kind
 from ._rules import ErrorMapping, ErrorRules, kind_named
 
@@ -89,29 +89,23 @@ def document_failures(
     generate = app.openapi
     conflict = _responses(mapping, [Kind.UNIQUE], problem_details)
     outage = _responses(mapping, [Kind.UNAVAILABLE], problem_details)
+    invalid = {"description": _title(422), "content": {_MEDIA_TYPE: {"schema": _PROBLEM}}}
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        for path, methods in paths_with_a_database(app):
-            for method, operation in document["paths"].get(path, {}).items():
-                if method.upper() in methods:
+        for route in routes_with_a_database(app):
+            for method, operation in document["paths"].get(route.path_format, {}).items():
+                if method.upper() in route.methods:
                     found = outage if method in ("get", "head") else conflict | outage
                     answers = {str(status): answer for status, answer in found.items()}
                     operation["responses"] = answers | operation["responses"]
-        if every_error:
-            _use_problems_alone(document)
+        for path in document["paths"].values() if every_error else ():
+            for operation in path.values():
+                if isinstance(operation, dict) and "422" in operation["responses"]:
+                    operation["responses"]["422"] = invalid
         return document
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it
-
-
-def _use_problems_alone(document: Mapping[str, Any]) -> None:
-    """Have 422 in the one format that it is answered with."""
-    invalid = {"description": _title(422), "content": {_MEDIA_TYPE: {"schema": _PROBLEM}}}
-    for path in document["paths"].values():
-        for operation in path.values():
-            if isinstance(operation, dict) and "422" in operation["responses"]:
-                operation["responses"]["422"] = invalid
 
 
 def _responses(

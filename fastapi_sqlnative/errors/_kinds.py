@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum, auto
-from typing import Final, NamedTuple, cast
+from typing import Final, TypeAlias, cast
 
-from sqlalchemy import Column, Constraint, Index, MetaData, Table, exc, make_url, schema
+from sqlalchemy import Column, Index, MetaData, Table, exc, make_url, schema
 from sqlalchemy.orm.exc import StaleDataError
 
 from .. import exceptions as own
@@ -107,8 +107,15 @@ def describe_database_error(
         failure = describe_database_error(error)
         if failure is not None and failure.constraint == "uq_users_email": ...
     """
-    described = (_describe(each, metadata) for each in _chain(error))
-    return next(filter(None, described), None)
+    for each in _chain(error):
+        kind = next((kind for class_, kind in _CLASSES.items() if isinstance(each, class_)), None)
+        if kind is not None:
+            return DatabaseErrorDescription(kind, transient=kind in _TRANSIENT)
+        if isinstance(each, Exception) and server_of(each) is not None:
+            each = exc.DBAPIError(None, None, each)
+        if isinstance(each, exc.DBAPIError) and isinstance(each.orig, BaseException):
+            return _describe(each, metadata)
+    return None
 
 
 def only_error(error: BaseException) -> BaseException:
@@ -136,93 +143,75 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = nearest.__cause__
 
 
-def _describe(error: BaseException, metadata: MetaData | None) -> DatabaseErrorDescription | None:
-    kind = next((kind for class_, kind in _CLASSES.items() if isinstance(error, class_)), None)
-    if kind is not None:
-        return DatabaseErrorDescription(kind, transient=kind in _TRANSIENT)
-    if isinstance(error, Exception) and server_of(error) is not None:
-        error = exc.DBAPIError(None, None, error)
-    if isinstance(error, exc.DBAPIError) and isinstance(error.orig, BaseException):
-        return _describe_wrapped(error, metadata)
-    return None
-
-
-def _describe_wrapped(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseErrorDescription:
+def _describe(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseErrorDescription:
     stated = read_error(error)
     kind = Kind(stated.kind)
     # Lost with a statement on its way, it was not lost in COMMIT: nothing can have been stored.
     lost_early = kind is Kind.UNAVAILABLE and error.connection_invalidated and error.statement
-    part = metadata and _find_part(stated, metadata, str(error.statement))
+    part, table = _find(stated, metadata, str(error.statement)) if metadata else (None, None)
     return DatabaseErrorDescription(
         kind,
         stated.code,
-        part.name if part else stated.constraint,
-        part.table if part else stated.table,
-        stated.columns or (part.columns if part else ()),
+        stated.constraint if part is None else str(part.name),
+        table or stated.table,
+        stated.columns or (() if part is None else _columns(part)),
         retryable=bool(lost_early) or kind in _REPEATABLE,
         transient=kind in _TRANSIENT,
     )
 
 
-class _Part(NamedTuple):
-    """A constraint or unique index of the metadata's; `key` is empty if it is none on columns."""
+# -- what the metadata names -----------------------------------------------------------------
 
-    item: Constraint | Index
-    name: str
-    table: str
-    columns: tuple[str, ...]
-    key: frozenset[str]
+_Part: TypeAlias = schema.ColumnCollectionConstraint | Index
 
 
-def _find_part(stated: StatedError, metadata: MetaData, statement: str) -> _Part | None:
-    """Find what the metadata names exactly once; `None` for what it does not name, or twice."""
-    parts = [part for table in metadata.tables.values() for part in _parts(table)]
-    here = [part for part in parts if stated.table in (None, part.table)]
+def _find(
+    stated: StatedError, metadata: MetaData, statement: str
+) -> tuple[_Part, str] | tuple[None, None]:
+    """Find what the metadata names exactly once, and its table."""
+    parts = {part: table.name for table in metadata.tables.values() for part in _parts(table)}
+    here = [part for part, table in parts.items() if stated.table in (None, table)]
     if stated.constraint is not None:
         found = [part for part in here if part.name == stated.constraint]
         found = found or [part for part in here if _is_shortened(part, stated)]
-        found = found or _of_parent(parts, stated, statement)
+        if not found and stated.kind == Kind.UNIQUE and not stated.nested:
+            # A partition's key has a name of its own: the statement names the table above it.
+            written = set(re.findall(r"\w+", statement))
+            if stated.table not in {*written, *parts.values()}:
+                above = (part for part, table in parts.items() if table in written)
+                found = [part for part in above if _is_key(part, stated.key)]
     else:
-        found = _on(here, stated.columns) if stated.kind == Kind.UNIQUE else []
-    return found[0] if len(found) == 1 else None
+        is_key = stated.kind == Kind.UNIQUE
+        found = [part for part in here if is_key and _is_key(part, stated.columns)]
+    return (found[0], parts[found[0]]) if len(found) == 1 else (None, None)
 
 
-def _on(parts: Iterable[_Part], columns: tuple[str, ...]) -> list[_Part]:
-    return [part for part in parts if columns and part.key == frozenset(columns)]
+def _parts(table: Table) -> Iterator[_Part]:
+    """Yield the constraints and unique indexes that have a name."""
+    for part in (*table.constraints, *(index for index in table.indexes if index.unique)):
+        if isinstance(part, _Part) and isinstance(part.name, str):
+            yield part
 
 
-def _of_parent(parts: list[_Part], stated: StatedError, statement: str) -> list[_Part]:
-    """Find a partitioned table, which the statement names: a partition's key has another name."""
-    written = set(re.findall(r"\w+", statement))
-    elsewhere = stated.table in {*written, *(part.table for part in parts)}
-    if stated.kind != Kind.UNIQUE or stated.nested or elsewhere:
-        return []
-    return _on((part for part in parts if part.table in written), stated.key)
+def _is_key(part: _Part, columns: tuple[str, ...]) -> bool:
+    """Tell whether it is a key on exactly these columns."""
+    keys = schema.PrimaryKeyConstraint | schema.UniqueConstraint | Index
+    return bool(columns) and isinstance(part, keys) and set(_columns(part)) == set(columns)
+
+
+def _columns(part: _Part) -> tuple[str, ...]:
+    if isinstance(part, Index) and not all(isinstance(each, Column) for each in part.expressions):
+        return ()  # an expression is on no column in particular
+    return tuple(column.name for column in part.columns)
 
 
 def _is_shortened(part: _Part, stated: StatedError) -> bool:
     """Tell whether the name was too long for the database, which has the stated one instead."""
-    stored = stated.constraint or ""
-    if not 50 < len(stored) < len(part.name):
+    name, stored = str(part.name), stated.constraint or ""
+    if not 50 < len(stored) < len(name):
         return False
     preparer = make_url(f"{stated.server}://").get_dialect()().identifier_preparer
     try:
-        return preparer.format_constraint(part.item) == preparer.quote(stored)
+        return preparer.format_constraint(part) == preparer.quote(stored)
     except exc.IdentifierError:  # SQLAlchemy would not have created it: the server has cut it off
-        return part.name.startswith(stored)
-
-
-def _parts(table: Table) -> Iterator[_Part]:
-    for constraint in table.constraints:
-        name = constraint.name
-        if isinstance(constraint, schema.ColumnCollectionConstraint) and isinstance(name, str):
-            is_key = isinstance(constraint, schema.PrimaryKeyConstraint | schema.UniqueConstraint)
-            columns = tuple(column.name for column in constraint.columns)
-            key = frozenset(columns if is_key else ())
-            yield _Part(constraint, name, table.name, columns, key)
-    for index in table.indexes:
-        if index.unique and index.name:
-            columns = tuple(each.name for each in index.expressions if isinstance(each, Column))
-            # One on an expression is on no column in particular.
-            columns = columns if len(columns) == len(index.expressions) else ()
-            yield _Part(index, index.name, table.name, columns, frozenset(columns))
+        return name.startswith(stored)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypedDict, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 from sqlalchemy import MetaData
@@ -19,9 +22,9 @@ from ._kinds import (
     is_of_a_database,
     only_error,
 )
-from ._log import FailureLog, what_failed
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
+logger = logging.getLogger("fastapi_sqlnative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,39 +135,50 @@ class DatabaseHTTPException(HTTPException):
 
 
 class ErrorMapping:
-    """The table, and what an application has put in its place; a context manager without state."""
+    """The table, and what an application has put in its place; a context manager without state.
 
-    def __init__(self, options: Mapping[str, Any], log: FailureLog | None = None) -> None:
+    Of a WARNING, more within `window` seconds are counted and told at their end, if one is given.
+    """
+
+    def __init__(self, options: Mapping[str, Any], window: float | None = None) -> None:
         given = dict(options)
         self._metadata: MetaData | None = given.pop("metadata", None)
-        self._constraints = _checked_constraints(given.pop("constraints", None))
-        self.rules = _with_given(given)
-        self._log = log or FailureLog()
+        constraints: object = given.pop("constraints", None) or {}
+        if not isinstance(constraints, Mapping):
+            raise TypeError(f"constraints maps names to messages; {constraints!r} does not.")
+        self._constraints = _checked(cast("Mapping[object, object]", constraints))
+        own = {kind_named(name): rule for name, rule in _checked(given).items()}
+        if Kind.FOREIGN_KEY in own:
+            halves = (Kind.MISSING_PARENT, Kind.STILL_REFERENCED)
+            own = dict.fromkeys(halves, own[Kind.FOREIGN_KEY]) | own
+        for kind, rule in own.items():
+            if kind in _NEVER_REPEATED and (rule.retry_after is not None or rule.status == 503):
+                raise ValueError(
+                    f"{kind.value} takes no 503 or retry_after: nobody is to repeat it."
+                )
+        self.rules = _RULES | {kind: _merged(_RULES[kind], rule) for kind, rule in own.items()}
+        self._window = window
+        # By event loop: one that has ended tells nothing any more.
+        self._repeats = WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]]()
 
-    def map(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
+    def map(self, error: ErrorT, route: str | None = None) -> ErrorT | DatabaseHTTPException:
         """Log the failure and return its exception, or what was given."""
         failure = describe_database_error(error, metadata=self._metadata)
         is_answer = isinstance(error, AnyHTTPException)
         if failure is None or (is_answer and not isinstance(error, DeadlineExceededError)):
             return error
-        mapped = DatabaseHTTPException(self._rule_for(failure, error))
-        mapped.__cause__ = error
-        status = mapped.status_code
-        is_fault = status == 500 or failure.kind in _FAULTS  # whatever it is answered with
-        level = logging.ERROR if is_fault else logging.INFO if status < 500 else logging.WARNING
-        self._log.write(level, what_failed(failure, error, status), route, error)
-        return mapped
-
-    def map_own(self, error: ErrorT, route: str = "") -> ErrorT | DatabaseHTTPException:
-        """Do so for a database's own error: what the application has made of one is left alone."""
-        return self.map(error, route) if is_of_a_database(only_error(error)) else error
-
-    def _rule_for(self, failure: DatabaseErrorDescription, error: Exception) -> ErrorRule:
         # The metadata's name for a constraint goes before the database's.
         stated = describe_database_error(error) or failure
         names = failure.constraint, stated.constraint, f"{stated.table}.{stated.constraint}"
         own = next((self._constraints[each] for each in names if each in self._constraints), None)
-        return _merged(self.rules[failure.kind], own or ErrorRule())
+        mapped = DatabaseHTTPException(_merged(self.rules[failure.kind], own or ErrorRule()))
+        mapped.__cause__ = error
+        self._log(failure, error, mapped.status_code, route)
+        return mapped
+
+    def map_own(self, error: ErrorT, route: str | None = None) -> ErrorT | DatabaseHTTPException:
+        """Do so for a database's own error: what the application has made of one is left alone."""
+        return self.map(error, route) if is_of_a_database(only_error(error)) else error
 
     def __enter__(self) -> None:
         """Map nothing yet."""
@@ -174,16 +188,36 @@ class ErrorMapping:
         if isinstance(error, Exception) and (mapped := self.map_own(error)) is not error:
             raise mapped
 
+    def _log(
+        self, failure: DatabaseErrorDescription, error: Exception, status: int, route: str | None
+    ) -> None:
+        """Say it with what is known of it, and nothing that a user has written."""
+        database = getattr(only_error(error), "database_name", None)  # set by the session it left
+        where = f" of database {database!r}" if isinstance(database, str) else ""
+        code = f", code {failure.code}" if failure.code else ""
+        constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""
+        kind = failure.kind.value
+        what = f"A failure{where} ({kind}{code}{constraint}) is answered with {status}"
+        place = f" on {route}" if route else ""
+        if status == 500 or failure.kind in _FAULTS:  # whatever it is answered with
+            logger.error("%s%s.", what, place, exc_info=error)
+        elif status < 500:
+            logger.info("%s%s.", what, place)
+        elif self._window is None:
+            logger.warning("%s%s.", what, place)
+        else:
+            loop = asyncio.get_running_loop()
+            repeats = self._repeats.setdefault(loop, Counter())
+            if what in repeats:
+                repeats[what] += 1
+                return
+            repeats[what] = 0
+            loop.call_later(self._window, self._tell, repeats, what)
+            logger.warning("%s%s.", what, place)
 
-def _with_given(given: Mapping[str, object]) -> dict[Kind, ErrorRule]:
-    own = {kind_named(name): _checked_rule(name, value) for name, value in given.items()}
-    if Kind.FOREIGN_KEY in own:
-        halves = (Kind.MISSING_PARENT, Kind.STILL_REFERENCED)
-        own = dict.fromkeys(halves, own[Kind.FOREIGN_KEY]) | own
-    for kind, rule in own.items():
-        if kind in _NEVER_REPEATED and (rule.retry_after is not None or rule.status == 503):
-            raise ValueError(f"{kind.value} takes no 503 or retry_after: nobody is to repeat it.")
-    return _RULES | {kind: _merged(_RULES[kind], rule) for kind, rule in own.items()}
+    def _tell(self, repeats: Counter[str], what: str) -> None:
+        if times := repeats.pop(what):
+            logger.warning("%s: %d times more in %gs.", what, times, self._window)
 
 
 def kind_named(name: str) -> Kind:
@@ -194,17 +228,13 @@ def kind_named(name: str) -> Kind:
     return Kind(name)
 
 
-def _checked_constraints(constraints: object) -> dict[str | None, ErrorRule]:
-    if not isinstance(constraints, Mapping | None):
-        raise TypeError(f"constraints maps names to messages; {constraints!r} does not.")
-    given = cast("Mapping[str, object]", constraints or {})
-    return {name: _checked_rule(name, rule) for name, rule in given.items()}
-
-
-def _checked_rule(name: object, value: object) -> ErrorRule:
-    if isinstance(name, str) and isinstance(value, str | ErrorRule):
-        return ErrorRule(value) if isinstance(value, str) else value
-    raise TypeError(f"{name!r} takes a message or an ErrorRule, not {value!r}.")
+def _checked(rules: Mapping[Any, object]) -> dict[Any, ErrorRule]:
+    checked: dict[Any, ErrorRule] = {}
+    for name, value in rules.items():
+        if not (isinstance(name, str) and isinstance(value, str | ErrorRule)):
+            raise TypeError(f"{name!r} takes a message or an ErrorRule, not {value!r}.")
+        checked[name] = ErrorRule(value) if isinstance(value, str) else value
+    return checked
 
 
 def _merged(row: ErrorRule, own: ErrorRule) -> ErrorRule:

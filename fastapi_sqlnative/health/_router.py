@@ -17,10 +17,10 @@ from starlette.applications import Starlette
 from .._lifespan.running import running_for, trimmed
 from .._probe import DatabaseState, ask_database, is_wedged
 from .._seconds import check_seconds
-from .._sessions.engines import run_on_engine, sync_engine
+from .._sessions.engines import run_in_greenlet, sync_engine
 from ..databases import AnyDatabase, AsyncDatabase, sessions_of
 from ..dependencies import InstalledDependency
-from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for, is_async, run_check
+from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for
 
 DatabasePolicy: TypeAlias = Literal["required", "writable", "degraded", "ignored"]
 Status: TypeAlias = Literal["ready", "degraded", "not_ready", "not_started", "draining"]
@@ -95,20 +95,7 @@ def health_router(
             raise ValueError(f"{policy!r} of database {name!r} is no policy: write one of {known}.")
         policies[trimmed(name)] = policy
     health = _Health(policies, named, times, saturated_is_ready)
-    return _routes(health, prefix, include_in_schema)
-
-
-def _checked(name: str, given: Check | ReadinessCheck, timeout: float) -> ReadinessCheck:
-    check = given if isinstance(given, ReadinessCheck) else ReadinessCheck(given)
-    arguments_for(name, check.check, None)
-    if check.timeout is not None:
-        check_seconds(f"timeout of check {name!r}", check.timeout)
-    return replace(check, timeout=min(check.timeout or timeout, timeout))
-
-
-def _routes(health: _Health, prefix: str, include_in_schema: bool) -> APIRouter:
     router = APIRouter(prefix=prefix, tags=["health"])
-    installed = [Depends(InstalledDependency(name)) for name in health.policies]
     for method, shown in ("GET", include_in_schema), ("HEAD", False):
         for endpoint, model in (health.ready, ReadinessReport), (health.live, Liveness):
             router.add_api_route(
@@ -119,9 +106,17 @@ def _routes(health: _Health, prefix: str, include_in_schema: bool) -> APIRouter:
                 response_model=model,
                 response_class=JSONResponse,  # whatever the application's own is
                 responses={503: {"model": model}},
-                dependencies=installed,
+                dependencies=[Depends(InstalledDependency(name)) for name in policies],
             )
     return router
+
+
+def _checked(name: str, given: Check | ReadinessCheck, timeout: float) -> ReadinessCheck:
+    check = given if isinstance(given, ReadinessCheck) else ReadinessCheck(given)
+    arguments_for(name, check.check, None)
+    if check.timeout is not None:
+        check_seconds(f"timeout of check {name!r}", check.timeout)
+    return replace(check, timeout=min(check.timeout or timeout, timeout))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,18 +131,21 @@ class _Health:
     async def live(self, request: Request) -> JSONResponse:
         """Tell whether the process is to go on."""
         limit = self.times.get("restart_after", math.inf)
-        wedged = any(is_wedged(sync_engine(each.engine), limit) for each in _running(request)[0])
+        databases = running_for(request).all_databases()
+        wedged = any(is_wedged(sync_engine(each.engine), limit) for each in databases)
         return _answer(Liveness(status="wedged" if wedged else "alive"), 503 if wedged else 200)
 
     async def ready(self, request: Request) -> JSONResponse:
         """Tell whether the application can do its work, database by database, check by check."""
-        databases, draining = _running(request)
-        watches = self._watches(request.app, databases) if databases and not draining else ()
+        running = running_for(request)
+        databases = running.all_databases()
+        asks = bool(databases) and not running.is_draining()
+        watches = self._watches(request.app, databases) if asks else ()
         times = self.times["timeout"], self.times["max_age"]
         await asyncio.gather(*(each.look(*times) for each in watches))
-        if _running(request)[1]:  # also since the question was put
+        if running.is_draining():  # also since the question was put
             return _report("draining", ())
-        failing = [each.required for each in watches if not each.result.ready]
+        failing = [each.check.required for each in watches if not each.result.ready]
         status: Status = "not_ready" if any(failing) else "degraded" if failing else "ready"
         return _report(status if databases else "not_started", watches)
 
@@ -156,33 +154,28 @@ class _Health:
         runs: dict[_Health, tuple[Sequence[AnyDatabase], Sequence[Watch]]]
         setattr(app.state, _STATE, runs := getattr(app.state, _STATE, {}))
         if self not in runs or runs[self][0] != databases:
+            checks = [Watch("Check", name, each, app) for name, each in self.checks.items()]
             counted = [each for each in databases if self.policies.get(each.name) != "ignored"]
-            checks = [self._watch_check(*each, app) for each in self.checks.items()]
-            runs[self] = databases, [*map(self._watch_database, counted), *checks]
+            asking = [Watch("Database", each.name, self._check_of(each), app) for each in counted]
+            runs[self] = databases, [*asking, *checks]
         return runs[self][1]
 
-    def _watch_database(self, database: AnyDatabase) -> Watch:
+    def _check_of(self, database: AnyDatabase) -> ReadinessCheck:
+        """Make a check of a database: sync or async, as it is."""
         policy = self.policies.get(database.name, "required")
         enough = (DatabaseState.UP, DatabaseState.SATURATED)[: 1 + self.saturated_is_ready]
+        engine = sync_engine(database.engine)
 
-        async def ask() -> CheckResult:
+        def ask() -> CheckResult:
             in_use = len(sessions_of(database).state.at_work)
-            state = await run_on_engine(
-                database.engine,
-                lambda each: ask_database(each, in_use=in_use, writable=policy == "writable"),
-            )
-            if is_wedged(sync_engine(database.engine), self.times["wedged_after"]):
+            state = ask_database(engine, in_use=in_use, writable=policy == "writable")
+            if is_wedged(engine, self.times["wedged_after"]):
                 state = DatabaseState.WEDGED
             return CheckResult(state in enough, state.value)
 
-        patience, cancellable = self.times["down_after"], isinstance(database, AsyncDatabase)
-        required = policy != "degraded"
-        return Watch("Database", database.name, ask, required, patience, cancellable)
-
-    def _watch_check(self, name: str, check: ReadinessCheck, app: Starlette) -> Watch:
-        patience, cancellable = check.timeout or self.times["timeout"], is_async(check.check)
-        ask = functools.partial(run_check, name, check.check, app)
-        return Watch("Check", name, ask, check.required, patience, cancellable)
+        is_async = isinstance(database, AsyncDatabase)
+        check = functools.partial(run_in_greenlet, ask) if is_async else ask
+        return ReadinessCheck(check, self.times["down_after"], required=policy != "degraded")
 
 
 def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
@@ -200,8 +193,3 @@ def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
 
 def _answer(model: BaseModel, code: int) -> JSONResponse:
     return JSONResponse(model.model_dump(mode="json"), code, {"Cache-Control": "no-store"})
-
-
-def _running(request: Request) -> tuple[Sequence[AnyDatabase], bool]:
-    running = running_for(request)
-    return running.all_databases(), running.is_draining()

@@ -7,9 +7,11 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
+
+from starlette.applications import Starlette
 
 from .._lifespan.functions import described
 from .._sessions.completion import in_thread
@@ -61,26 +63,6 @@ def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
     )
 
 
-def is_async(check: Check) -> bool:
-    """Tell whether calling it gives a coroutine, be it a function, an object or a partial."""
-    call = getattr(type(check), "__call__", None)  # noqa: B004 - its kind, not whether it is
-    return inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
-
-
-async def run_check(name: str, check: Check, app: object) -> CheckResult:
-    """Call a check, a sync one in a thread; raise TypeError for what it may not return."""
-    call = functools.partial(check, *arguments_for(name, check, app))
-    found: Any = call() if is_async(check) else await asyncio.wrap_future(in_thread(call))
-    match await found if inspect.isawaitable(found) else found:
-        case bool(ready):
-            return CheckResult(ready, "up" if ready else "down")
-        case CheckResult(ready=bool(), state=str()) as result:
-            return result
-        case other:
-            kind = type(other).__name__
-            raise TypeError(f"Check {name!r} returned {kind}: return a bool or a CheckResult.")
-
-
 UP, DOWN = CheckResult(True, "up"), CheckResult(False, "down")
 
 
@@ -94,10 +76,8 @@ class Watch:
 
     kind: Literal["Database", "Check"]
     name: str
-    ask: Callable[[], Coroutine[Any, Any, CheckResult]]
-    required: bool
-    patience: float  # seconds that an answer may take; until they are over the last one stands
-    cancellable: bool  # a cancellation ends the question, as it does not in a thread
+    check: ReadinessCheck  # until its timeout is over the last answer stands
+    app: Starlette
     result: CheckResult = DOWN
     _logged: CheckResult = UP
     _asking: asyncio.Task[None] | None = None
@@ -107,24 +87,45 @@ class Watch:
     async def look(self, timeout: float, max_age: float) -> None:
         """Wait at most `timeout` seconds for an answer that is no older than `max_age`."""
         now = asyncio.get_running_loop().time()
+        patience = self.check.timeout or timeout
         if self._asking is None or (self._asking.done() and now >= self._until):
             self._answered.clear()
-            self._asking = asyncio.create_task(self._put(max_age))
-        limit = timeout if timeout < self.patience else None  # then the end of patience tells
+            self._asking = asyncio.create_task(self._put(patience, max_age))
+        limit = timeout if timeout < patience else None  # then the end of patience tells
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._answered.wait(), limit)
 
-    async def _put(self, max_age: float) -> None:
-        asking = asyncio.create_task(self.ask())
-        in_time, _ = await asyncio.wait({asking}, timeout=self.patience)
+    async def _put(self, patience: float, max_age: float) -> None:
+        check = self.check.check
+        # A function, an object or a partial: calling it gives a coroutine.
+        call = getattr(type(check), "__call__", None)  # noqa: B004 - its kind, not whether it is
+        is_async = inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
+        asking = asyncio.create_task(self._ask(is_async))
+        in_time, _ = await asyncio.wait({asking}, timeout=patience)
         if not in_time:
-            self._find(DOWN, TimeoutError(f"No answer within {self.patience:g} s."))
-            if self.cancellable:
+            self._find(DOWN, TimeoutError(f"No answer within {patience:g} s."))
+            if is_async:  # a cancellation does not end a thread
                 asking.cancel()
         (found,) = await asyncio.gather(asking, return_exceptions=True)
         if in_time:
             self._until = asyncio.get_running_loop().time() + max_age
             self._find(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
+
+    async def _ask(self, is_async: bool) -> CheckResult:
+        """Call the check, a sync one in a thread; raise TypeError for what it may not return."""
+        arguments = arguments_for(self.name, self.check.check, self.app)
+        call = functools.partial(self.check.check, *arguments)
+        found: Any = call() if is_async else await asyncio.wrap_future(in_thread(call))
+        match await found if inspect.isawaitable(found) else found:
+            case bool(ready):
+                return CheckResult(ready, "up" if ready else "down")
+            case CheckResult(ready=bool(), state=str()) as result:
+                return result
+            case other:
+                kind = type(other).__name__
+                raise TypeError(
+                    f"Check {self.name!r} returned {kind}: return a bool or a CheckResult."
+                )
 
     def _find(self, result: CheckResult, cause: BaseException | None) -> None:
         self.result = result

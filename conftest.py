@@ -172,6 +172,15 @@ def empty_database(server: str, dsn: str) -> None:
         connection.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
 
 
+@pytest.fixture
+def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a router that a page or an example makes wait for longer: this machine may be busy."""
+    from fastapi_sqlnative import health_router
+
+    assert health_router.__kwdefaults__ is not None
+    monkeypatch.setitem(health_router.__kwdefaults__, "timeout", 20.0)
+
+
 # --- memory ---
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from conftest import WorkerPostgres
 from examples.__main__ import ADDRESS, TO_TRY, main, to_try
-from tests.serving import serve
+from tests.serving import serve, wait_until
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/app.py"))
@@ -121,7 +121,7 @@ def launched(
         try:
             yield read_banner(process)
             process.send_signal(stop)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
             errors.seek(0)
@@ -159,7 +159,7 @@ def paste_all(printed: list[str], *, ada: int = 1_000_00) -> None:
     assert (status, [entry["amount"] for entry in entries]) == (201, [-500, 500])
     assert answer_of(large) == (409, {"detail": "Insufficient funds."})
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada - 500}])
-    assert answer_of(ready)[0] == 200
+    wait_until(lambda: answer_of(ready)[0] == 200)
     status, booked = answer_of(ledger)
     assert (status, booked[0]) == (200, entries[0])
 

@@ -25,8 +25,8 @@ Source = Literal["wheel", "system"]
 
 START_TIMEOUT = 60.0
 # After a kill the orphaned backends need a moment to notice before the data can be opened again.
-REOPEN_TIMEOUT = 5.0
-STOP_TIMEOUT = 20.0
+REOPEN_TIMEOUT = 15.0
+STOP_TIMEOUT = 40.0
 PR_SET_PDEATHSIG = 1
 
 REMEDIES = """Any one of these helps:

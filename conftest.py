@@ -221,11 +221,19 @@ def _leaves_mariadb_out() -> bool:
     return False
 
 
+def _group(item: pytest.Item) -> str:
+    """Name what is for one worker: tests that share a server, which is started once then."""
+    if item.get_closest_marker("mariadb"):
+        return "mariadb"
+    own = {"server", "strict_server"}.intersection(getattr(item, "fixturenames", ()))
+    return item.path.stem if own else ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("mariadb"):
-            item.add_marker(pytest.mark.xdist_group("mariadb"))  # one worker, so one server
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
     without_mariadb = _leaves_mariadb_out()
     few = config.option.drivers == "few"
 
@@ -237,6 +245,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     left_out = [item for item in items if is_left_out(item)]
     items[:] = [item for item in items if not is_left_out(item)]
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)  # the longest first
     config.hook.pytest_deselected(items=left_out)
 
 

@@ -22,6 +22,7 @@ import pytest
 
 from conftest import WorkerPostgres
 from examples.__main__ import ADDRESS, TO_TRY, main, to_try
+from tests.postgres_server import temporary_folder
 from tests.serving import serve, wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +194,7 @@ def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
 def test_two_examples_have_a_postgres_each_and_leave_nothing(tmp_path: Path) -> None:
     """With no address each starts a PostgreSQL that begins empty, and that goes when it ends."""
     # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
         Path(temporary).chmod(0o755)
         with (
             launched("showcase", tmp_path, signal.SIGTERM, TMPDIR=temporary) as first,

@@ -24,6 +24,7 @@ The rules for whoever writes a page. None of its blocks is exempt:
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -83,6 +84,7 @@ STATEMENT = re.compile(r"(.+?); *(?:-- *(.*?))?\n", re.DOTALL)
 ANSWER = re.compile(r'(?P<status>\d{3})?(?P<body> ?["\[{\dntf].*?)?(?P<error> ?[A-Z]\w+)?')
 
 
+@functools.cache
 def parse(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8"))
 
@@ -347,6 +349,7 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
 # --- links and names ----------------------------------------------------------------------------
 
 
+@functools.cache
 def anchors(page: Path) -> set[str]:
     """List a page's headings as the names that links give them."""
     tokens = parse(page)

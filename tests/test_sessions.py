@@ -36,6 +36,7 @@ from tests.serving import (
     add,
     items,
     make_app,
+    named,
     route,
     serve,
     using,
@@ -268,8 +269,11 @@ def test_a_read_costs_what_it_must(
     if server_log is None:
         pytest.skip("TEST_DATABASE_URL has no log to read")
     name = f"costs {kind.id} {'-'.join(expected)}"
-    arguments = {"application_name": name}
-    connect_args = {"server_settings": arguments} if kind.driver == "asyncpg" else arguments
+    connect_args = named(kind.driver, name)
+    if kind.driver == "asyncpg":
+        connect_args["server_settings"]["log_statement"] = "all"
+    else:
+        connect_args["options"] = "-c log_statement=all"
     engine = make_engine(pool_size=1, max_overflow=0, connect_args=connect_args)
     app = make_app(engine)
     route(app, kind, "/", dependency, select_one)

@@ -172,6 +172,15 @@ def empty_database(server: str, dsn: str) -> None:
         connection.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
 
 
+@pytest.fixture
+def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a router that a page or an example makes wait for longer: this machine may be busy."""
+    from fastapi_sqlnative import health_router
+
+    assert health_router.__kwdefaults__ is not None
+    monkeypatch.setitem(health_router.__kwdefaults__, "timeout", 20.0)
+
+
 # --- memory ---
 
 
@@ -212,11 +221,19 @@ def _leaves_mariadb_out() -> bool:
     return False
 
 
+def _group(item: pytest.Item) -> str:
+    """Name what is for one worker: tests that share a server, which is started once then."""
+    if item.get_closest_marker("mariadb"):
+        return "mariadb"
+    own = {"server", "strict_server"}.intersection(getattr(item, "fixturenames", ()))
+    return item.path.stem if own else ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("mariadb"):
-            item.add_marker(pytest.mark.xdist_group("mariadb"))  # one worker, so one server
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
     without_mariadb = _leaves_mariadb_out()
     few = config.option.drivers == "few"
 
@@ -228,6 +245,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     left_out = [item for item in items if is_left_out(item)]
     items[:] = [item for item in items if not is_left_out(item)]
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)  # the longest first
     config.hook.pytest_deselected(items=left_out)
 
 

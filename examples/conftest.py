@@ -19,7 +19,10 @@ def worker(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture
 def databases(
-    pytestconfig: pytest.Config, empty_databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+    pytestconfig: pytest.Config,
+    empty_databases: WorkerPostgres,
+    monkeypatch: pytest.MonkeyPatch,
+    patient_probes: None,
 ) -> Iterator[WorkerPostgres]:
     """Give two empty databases, with their addresses in the environment."""
     monkeypatch.setenv("DATABASE_URL", empty_databases.url("psycopg"))

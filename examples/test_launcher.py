@@ -22,7 +22,8 @@ import pytest
 
 from conftest import WorkerPostgres
 from examples.__main__ import ADDRESS, TO_TRY, main, to_try
-from tests.serving import serve
+from tests.postgres_server import temporary_folder
+from tests.serving import serve, wait_until
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/app.py"))
@@ -121,7 +122,7 @@ def launched(
         try:
             yield read_banner(process)
             process.send_signal(stop)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
             errors.seek(0)
@@ -159,7 +160,7 @@ def paste_all(printed: list[str], *, ada: int = 1_000_00) -> None:
     assert (status, [entry["amount"] for entry in entries]) == (201, [-500, 500])
     assert answer_of(large) == (409, {"detail": "Insufficient funds."})
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada - 500}])
-    assert answer_of(ready)[0] == 200
+    wait_until(lambda: answer_of(ready)[0] == 200)
     status, booked = answer_of(ledger)
     assert (status, booked[0]) == (200, entries[0])
 
@@ -193,7 +194,7 @@ def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
 def test_two_examples_have_a_postgres_each_and_leave_nothing(tmp_path: Path) -> None:
     """With no address each starts a PostgreSQL that begins empty, and that goes when it ends."""
     # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
         Path(temporary).chmod(0o755)
         with (
             launched("showcase", tmp_path, signal.SIGTERM, TMPDIR=temporary) as first,

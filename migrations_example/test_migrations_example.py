@@ -485,7 +485,7 @@ def test_a_backfill_that_is_killed(served_place: Place) -> None:
             holder.execute(text(statement))
         with subprocess.Popen(words, cwd=ROOT) as process:  # noqa: S603 # ours
             stopped = text(STOPPED[served_place.name])
-            wait_until(lambda: bool(holder.scalar(stopped)), seconds=30)
+            wait_until(lambda: bool(holder.scalar(stopped)), seconds=60)
             process.kill()
     wait_until(lambda: served_place.others() == 0)
     assert copied(served_place) == 10
@@ -629,7 +629,7 @@ def started(folder: Path) -> Iterator[str]:
                 assert line, printed
             yield printed
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

@@ -119,7 +119,7 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
 @pytest.fixture
 def engine(make_engine: MakeEngine) -> Engine | AsyncEngine:
     """Build one engine with a pool of one, so that every request meets the same connection."""
-    return make_engine(pool_size=1, max_overflow=0, pool_timeout=5)
+    return make_engine(pool_size=1, max_overflow=0, pool_timeout=20)
 
 
 @pytest.fixture

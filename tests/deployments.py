@@ -44,6 +44,7 @@ UNIT = {
     },
     "Install": {"WantedBy"},
 }
+READY_WITHIN: float = inspect.signature(health_router).parameters["timeout"].default
 GUNICORN = {"--worker-class", "--workers", "--bind", "--graceful-timeout"}
 
 
@@ -109,8 +110,7 @@ class Deployments:
             assert probe.keys() <= PROBE
             assert probe["httpGet"] == {"path": path, "port": port["name"]}
             assert self.answers(path)
-        timeout = inspect.signature(health_router).parameters["timeout"].default
-        assert container["readinessProbe"]["timeoutSeconds"] > timeout
+        assert container["readinessProbe"]["timeoutSeconds"] > READY_WITHIN
         startup = container["startupProbe"]
         waits = [each.startup_wait or 0 for each in self.installations()]
         assert startup["periodSeconds"] * startup["failureThreshold"] > max(waits)

@@ -20,8 +20,8 @@ kind = next(each for each in KINDS if each.id == os.environ["KIND"])
 
 app = FastAPI()
 engine = (create_async_engine if kind.asynchronous else create_engine)(os.environ["DATABASE_URL"])
-install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=10)
-app.include_router(health_router())
+install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=30)
+app.include_router(health_router(timeout=20))
 drain_on_sigterm(app, seconds=SECONDS)
 
 
@@ -46,5 +46,6 @@ else:
         return os.getpid()
 
 
-SLOW = text("SELECT 'done' FROM pg_sleep(1.3)")
+# For as long as the test holds the lock.
+SLOW = text("SELECT 'done' FROM (SELECT pg_advisory_xact_lock(9)) AS waited")
 app.post("/slow")(using(kind, Depends(transactional()), lambda session: session.scalar(SLOW)))

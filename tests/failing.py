@@ -504,7 +504,7 @@ def in_a_thread(run: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(20)
+        thread.join(40)
         assert not thread.is_alive()
 
 
@@ -527,7 +527,7 @@ def deadlock(session: Session, server: Server) -> None:
         change(other)
         session.execute(update(parents).where(parents.c.id == 2).values(id=20))
         with in_a_thread(lambda: other.execute(delete(parents).where(parents.c.id == 2))):
-            give_up = time.monotonic() + 10
+            give_up = time.monotonic() + 30
             while not watching.scalar(text(WAITING[server.dialect]), {"pid": pid}):
                 assert time.monotonic() < give_up, "the other transaction does not wait"
                 # InnoDB shows the same picture throughout a transaction, and for 0.1 s after

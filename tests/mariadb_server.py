@@ -24,6 +24,7 @@ from tests.postgres_server import (
     _give,
     _surroundings,
     _unprivileged_account,
+    temporary_folder,
 )
 
 START_TIMEOUT = 60.0
@@ -39,6 +40,7 @@ SETTINGS = {
     "bind-address": "127.0.0.1",
     "innodb-buffer-pool-size": "32M",
     "innodb-flush-log-at-trx-commit": "0",
+    "innodb-log-file-size": "16M",
     "innodb-fast-shutdown": "2",  # a throw-away cluster has nothing to tidy up
     "performance-schema": "OFF",
     "skip-name-resolve": "ON",
@@ -168,7 +170,7 @@ def _search_path() -> str:
 
 
 def _reachable_home(account: Account) -> Path:
-    parent = tempfile.gettempdir()
+    parent = temporary_folder()
     if account.user is not None and not _can_reach(Path(parent), account):
         parent = "/var/tmp"
     home = Path(tempfile.mkdtemp(prefix="sqlnative-mariadb-", dir=parent))

@@ -24,8 +24,11 @@ PING_TIMEOUT = 2.0
 DOCKER_TIMEOUT = 30
 SETTINGS = {
     "max_connections": "200",
-    "log_statement": "all",
-    "log_line_prefix": "%m [%p] %a ",
+    "log_line_prefix": "%m [%p] %a ",  # tests ask for statements by log_statement
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "autovacuum": "off",
+    "jit": "off",
 }
 
 

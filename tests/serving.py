@@ -99,12 +99,16 @@ class Rows:
         """Give the position of each name stored."""
         return dict(self.connection.execute("SELECT name, position FROM item").fetchall())
 
-    def backends(self, state: str) -> int:
-        """Count this database's other connections in a state, such as `idle in transaction`."""
+    def backends(self, state: str = "%", application: str = "%") -> int:
+        """Count this database's other connections, in a state such as `idle in transaction`.
+
+        Of those that were closed without a word the server hears late: wait for it.
+        """
         found = self.connection.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND state LIKE %s",
-            (state,),
+            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            " AND state LIKE %s AND application_name LIKE %s",
+            (state, application),
         ).fetchone()
         assert found is not None
         return int(found[0])
@@ -114,16 +118,42 @@ class Rows:
         """Tell what this database's other connections are in: the state, the wait, the query."""
         return self.connection.execute(
             "SELECT state, coalesce(wait_event, ''), left(query, 60) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            " AND backend_type = 'client backend' AND state <> 'idle'"
         ).fetchall()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for what the server, or another thread, does in its own time."""
+def named(driver: str, application: str) -> dict[str, Any]:
+    """Return the connect_args that name a driver's connections to the server."""
+    settings = {"application_name": application}
+    return {"server_settings": settings} if driver == "asyncpg" else settings
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for what the server, or another thread or process, does in its own time.
+
+    The seconds are for what does not come at all: on a busy machine anything may take some.
+    """
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def holding(url: str, count: int) -> Iterator[None]:
+    """Hold so many connections, all that a server has left; those of others may have to end yet."""
+    with contextlib.ExitStack() as held:
+
+        def connects() -> bool:
+            with contextlib.suppress(psycopg.OperationalError):
+                held.enter_context(psycopg.connect(url))
+                return True
+            return False
+
+        for _ in range(count):
+            wait_until(connects)
+        yield
 
 
 def probing_threads() -> set[threading.Thread]:

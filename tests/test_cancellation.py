@@ -65,14 +65,14 @@ async def cancelled_request(
             await client.post("/")
 
     task = asyncio.create_task(request())
-    assert await anyio.to_thread.run_sync(reached.wait, 10)
+    assert await anyio.to_thread.run_sync(reached.wait, 30)
     cancel(task, scope)
     return task
 
 
 async def ended(task: "asyncio.Task[Any]") -> None:
     """Wait for a cancelled task; an anyio scope swallows its own cancellation."""
-    await asyncio.wait({task}, timeout=10)
+    await asyncio.wait({task}, timeout=30)
     assert task.done()
     assert task.cancelled() or task.exception() is None
 
@@ -239,7 +239,7 @@ async def test_a_database_that_hangs_holds_no_other(
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
         task = await cancelled_request(client, proxy.reached, CANCELS["asyncio"])
-        await asyncio.wait({task}, timeout=10)
+        await asyncio.wait({task}, timeout=30)
         assert task.done()
         assert other.pool.checkedout() == 0
     assert rows.names == []

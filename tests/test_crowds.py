@@ -31,7 +31,7 @@ CROWD = 40
 def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
     """Make an application that has three connections for everybody."""
     app = FastAPI()
-    engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=5)
+    engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=30)
     install_database(app, engine=engine, shutdown=engine.dispose)
     return app
 

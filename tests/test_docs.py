@@ -24,6 +24,7 @@ The rules for whoever writes a page. None of its blocks is exempt:
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -83,6 +84,7 @@ STATEMENT = re.compile(r"(.+?); *(?:-- *(.*?))?\n", re.DOTALL)
 ANSWER = re.compile(r'(?P<status>\d{3})?(?P<body> ?["\[{\dntf].*?)?(?P<error> ?[A-Z]\w+)?')
 
 
+@functools.cache
 def parse(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8"))
 
@@ -311,6 +313,7 @@ def run_snippets(page: Path, postgres: WorkerPostgres, monkeypatch: pytest.Monke
     assert endpoints(page) <= snippets.called, "endpoints that no http block requests"
 
 
+@pytest.mark.usefixtures("patient_probes")
 @each_page
 def test_snippets_run(
     page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
@@ -332,19 +335,21 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
     )
     draining = [each for each in others if "drain_on_sigterm(app" in each]
     (tmp_path / "main.py").write_text(first + "".join(draining), "utf-8")
-    environment = {"DATABASE_URL": postgres.url("psycopg"), "DRAIN_SECONDS": "3"}
+    environment = {"DATABASE_URL": postgres.url("psycopg"), "DRAIN_SECONDS": "60"}
     with launch([sys.executable, "-m", *command], tmp_path, **environment) as (process, client):
-        assert client.get("/health/ready").json()["status"] == "ready"
+        wait_until(lambda: client.get("/health/ready").json()["status"] == "ready")
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")
         assert client.get("/health/ready").status_code == 503
         assert client.get("/answer").json() == 42
-        assert process.wait(20) == -signal.SIGTERM
+        process.send_signal(signal.SIGTERM)  # its time is long, and a second one ends it
+        assert process.wait(60) == -signal.SIGTERM
 
 
 # --- links and names ----------------------------------------------------------------------------
 
 
+@functools.cache
 def anchors(page: Path) -> set[str]:
     """List a page's headings as the names that links give them."""
     tokens = parse(page)

@@ -356,7 +356,7 @@ class Crossing:
             self.attempts += 1
             session.execute(text(f"UPDATE crossing SET n = n + 1 WHERE name = '{first}'"))
             self.halfway.add(first)
-            give_up = time.monotonic() + 10
+            give_up = time.monotonic() + 30
             while len(self.halfway) < 2:  # by then each has its row, and waits for the other's
                 assert time.monotonic() < give_up
                 session.execute(self.pause)

@@ -50,7 +50,7 @@ from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, is_kept, running, sqlite, start_and_stop
-from tests.serving import Kind, Rows, probing_threads, wait_until
+from tests.serving import Kind, Rows, named, probing_threads, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -134,7 +134,7 @@ async def test_the_applications_settings_change_nothing(settings: dict[str, Any]
     """Whatever the application answers by default, wherever it is served, probes get their JSON."""
     app = FastAPI(**settings)
     install_database(app, engine=async_sqlite)
-    app.include_router(health_router())
+    app.include_router(health_router(timeout=PATIENT))
     async with running(app) as client:
         assert await ready(client) == (200, report())
         assert await ready(client, "/health/live") == (200, {"status": "alive"})
@@ -155,7 +155,9 @@ async def test_probes_pass_the_dependencies_of_the_application() -> None:
 
     app, probed = FastAPI(dependencies=[Depends(refuse)]), FastAPI()
     install_database(app, engine=async_sqlite)
-    probed.include_router(health_router(prefix="", databases={"default": "required"}))
+    probed.include_router(
+        health_router(prefix="", databases={"default": "required"}, timeout=PATIENT)
+    )
     app.mount("/health", probed)
     app.get("/work")(lambda: None)
     async with running(app) as client:
@@ -240,19 +242,18 @@ async def as_coroutine(result: Any) -> Any:
 
 
 async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
-    make_engine: MakeEngine, rows: Rows
+    kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
     """With NullPool a probe connects, asks and leaves nothing behind."""
-    engine = make_engine(poolclass=NullPool, connect_args={})
+    engine = make_engine(poolclass=NullPool, connect_args=named(kind.driver, "no pool"))
     opened: list[object] = []
     event.listen(sync_engine(engine), "connect", lambda _connection, record: opened.append(record))
-    before = rows.backends("%")
     async with running(healthy(engine)) as client:
         assert await ready(client) == (200, report())
         async with held(engine):
             assert await ready(client) == (200, report())
     assert len(opened) == 3
-    await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("%") == before)
+    await anyio.to_thread.run_sync(wait_until, lambda: not rows.backends(application="no pool"))
 
 
 async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
@@ -280,7 +281,7 @@ async def test_a_pool_held_by_others_is_saturated(
     log: pytest.LogCaptureFixture,
 ) -> None:
     """A database that answers while others hold the whole pool is saturated, and not down."""
-    app = healthy(engine, saturated_is_ready=saturated_is_ready, timeout=5)
+    app = healthy(engine, saturated_is_ready=saturated_is_ready)
     code, status = expected
     log_level = "INFO" if saturated_is_ready else "WARNING"
     async with running(app) as client:
@@ -299,7 +300,7 @@ async def test_a_pool_held_by_others_is_saturated(
 async def test_an_unlimited_pool_is_never_saturated(make_engine: MakeEngine) -> None:
     """A pool that opens as many connections as are asked for is up, however many are in use."""
     engine = make_engine(pool_size=1, max_overflow=-1)
-    async with running(healthy(engine, timeout=5)) as client, held(engine), held(engine):
+    async with running(healthy(engine)) as client, held(engine), held(engine):
         assert await ready(client) == (200, report())
 
 
@@ -536,14 +537,14 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
 ) -> None:
     """A slow answer is none that says down; before the first one, and after patience, it is."""
     engine = make_engine()
-    app = healthy(engine, timeout=0.01)
+    app = healthy(engine, timeout=0.01, down_after=PATIENT)
     go_on = threading.Event()
 
     def wait(*_arguments: object) -> None:
         if kind.asynchronous:
-            await_only(anyio.to_thread.run_sync(go_on.wait, 20))
+            await_only(anyio.to_thread.run_sync(go_on.wait, PATIENT))
         else:
-            go_on.wait(20)
+            go_on.wait(PATIENT)
 
     event.listen(sync_engine(engine), "before_cursor_execute", wait)
     async with running(app) as client:
@@ -592,12 +593,8 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     make_engine: MakeEngine, rows: Rows, kind: Kind
 ) -> None:
     """It has the engine's connect arguments and goes through the application's listeners."""
-    named = (
-        {"server_settings": {"application_name": "seen"}}
-        if kind.driver == "asyncpg"
-        else {"application_name": "seen"}
-    )
-    engine = make_engine(pool_size=1, max_overflow=0, connect_args=named)
+    connect_args = named(kind.driver, "seen")
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=connect_args)
     made: list[str] = []
     outside: list[bool] = []
 
@@ -610,7 +607,7 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
 
     event.listen(sync_engine(engine), "do_connect", do_connect)
     event.listen(sync_engine(engine), "connect", connect)
-    async with running(healthy(engine, timeout=5)) as client:
+    async with running(healthy(engine)) as client:
         async with held(engine):
             pool = sync_engine(engine).pool
             before = pool.status()
@@ -623,15 +620,7 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     assert made == ["seen"] * 4
     # The pool's own listeners did not learn the mark.
     assert outside == [False, True, True, True]
-    await anyio.to_thread.run_sync(wait_until, lambda: not named_backends(rows))
-
-
-def named_backends(rows: Rows) -> int:
-    found = rows.connection.execute(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'seen'"
-    ).fetchone()
-    assert found is not None
-    return int(found[0])
+    await anyio.to_thread.run_sync(wait_until, lambda: not rows.backends(application="seen"))
 
 
 async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeEngine) -> None:
@@ -687,7 +676,7 @@ async def test_all_databases_are_required_by_default() -> None:
 async def test_a_saturated_pool_that_is_degraded_stays_ready(make_engine: MakeEngine) -> None:
     """Saturation that counts as not ready makes a `degraded` database degrade, and no more."""
     engine = make_engine(pool_size=1, max_overflow=0)
-    app = healthy(engine, databases={"default": "degraded"}, saturated_is_ready=False, timeout=5)
+    app = healthy(engine, databases={"default": "degraded"}, saturated_is_ready=False)
     async with running(app) as client, held(engine):
         assert await ready(client) == (200, report("degraded", {"default": "saturated"}))
 
@@ -866,7 +855,7 @@ async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
         assert len(probing_threads() - before) <= 1
         go_on.set()
         await anyio.to_thread.run_sync(wait_until, lambda: probing_threads() <= before)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENT):
             while (await ready(client))[0] != 200:
                 pass  # its thread may take longer to start than the check has
     assert len(called) >= 2
@@ -910,7 +899,7 @@ async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> Non
             assert await ready(client) == (503, report("not_ready", cache="down"))
         assert len(called) == 1
         go_on.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENT):
             while (await ready(client))[0] != 200:
                 pass
 
@@ -922,8 +911,8 @@ async def test_a_check_has_a_time_of_its_own() -> None:
         return await asyncio.Event().wait()
 
     check = ReadinessCheck(hanging, timeout=0.05)
-    async with running(healthy(timeout=30, checks={"slow": check})) as client:
-        async with asyncio.timeout(10):
+    async with running(healthy(timeout=60, checks={"slow": check})) as client:
+        async with asyncio.timeout(50):
             assert await ready(client) == (503, report("not_ready", slow="down"))
 
 
@@ -937,7 +926,7 @@ async def test_the_deadline_is_one_for_everything() -> None:
         str(number): ReadinessCheck(hanging, timeout=60) for number in range(20)
     }
     async with running(healthy(timeout=0.3, checks=checks)) as client:
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(50):
             assert (await ready(client))[0] == 503
 
 
@@ -1014,7 +1003,7 @@ async def test_mounted_databases_count_above_and_below() -> None:
     middle.mount("/inmost", inmost)
     app = FastAPI()
     install_database(app, name="top", engine=async_sqlite)
-    app.include_router(health_router(max_age=FRESH))
+    app.include_router(health_router(max_age=FRESH, timeout=PATIENT))
     app.mount("/middle", middle)
     expected = (503, report("not_ready", {"top": "up", "default": "up", "deep": "down"}))
     async with running(app) as client:
@@ -1028,7 +1017,7 @@ async def test_the_worst_of_one_name_is_reported() -> None:
         app, mounted = FastAPI(), FastAPI()
         install_database(app, engine=above)
         install_database(mounted, engine=below)
-        app.include_router(health_router())
+        app.include_router(health_router(timeout=PATIENT))
         app.mount("/sub", mounted)
         async with running(app) as client:
             assert await ready(client) == (503, report("not_ready", {"default": "down"}))
@@ -1042,7 +1031,7 @@ async def test_one_router_serves_two_applications() -> None:
         called.append(app.title)
         return True
 
-    router = health_router(checks={"mine": check}, max_age=60)
+    router = health_router(checks={"mine": check}, max_age=60, timeout=PATIENT)
     well, ill = FastAPI(title="well"), FastAPI(title="ill")
     for app, engine in (well, sqlite), (ill, broken_sqlite):
         install_database(app, engine=engine)
@@ -1058,7 +1047,9 @@ async def test_two_routers_of_one_application_answer_each_in_its_way() -> None:
     """A strict router for a load balancer and a lenient one for a dashboard do not mix."""
     app = healthy()
     install_database(app, name="reports", engine=broken_sqlite)
-    app.include_router(health_router(prefix="/lenient", databases={"reports": "ignored"}))
+    app.include_router(
+        health_router(prefix="/lenient", databases={"reports": "ignored"}, timeout=PATIENT)
+    )
     async with running(app) as client:
         assert (await ready(client))[0] == 503
         assert (await ready(client, "/lenient/ready"))[0] == 200
@@ -1074,7 +1065,7 @@ async def test_an_application_that_starts_again_is_asked_again() -> None:
 
     app = FastAPI()
     install_database(app, engine=build)
-    app.include_router(health_router(max_age=60))
+    app.include_router(health_router(max_age=60, timeout=PATIENT))
     for run in 1, 2, 3:
         async with running(app) as client:
             assert await ready(client) == (200, report())
@@ -1125,7 +1116,7 @@ async def test_an_application_that_failed_to_start_is_not_ready() -> None:
 
     app = FastAPI(lifespan=lifespan)
     install_database(app, engine=async_sqlite)
-    app.include_router(health_router())
+    app.include_router(health_router(timeout=PATIENT))
     with pytest.raises(RuntimeError, match="no"):
         await start_and_stop(app)
     async with client_of(app) as client:
@@ -1134,7 +1125,8 @@ async def test_an_application_that_failed_to_start_is_not_ready() -> None:
 
 async def test_a_run_that_has_ended_is_not_remembered() -> None:
     """A router in a module, checks and all, keeps no application alive that nobody else keeps."""
-    router = health_router(max_age=60, checks={"mine": lambda app: isinstance(app, FastAPI)})
+    checks = {"mine": lambda app: isinstance(app, FastAPI)}
+    router = health_router(max_age=60, timeout=PATIENT, checks=checks)
 
     async def use(app: FastAPI) -> None:
         install_database(app, engine=async_sqlite)
@@ -1219,14 +1211,13 @@ async def test_live_needs_neither_thread_nor_connection(make_engine: MakeEngine)
     """With every thread and every connection in use live answers, and ready says saturated."""
     engine = make_engine(pool_size=1, max_overflow=0)
     limiter = anyio.to_thread.current_default_thread_limiter()
-    async with running(healthy(engine, timeout=5)) as client, held(engine):
+    async with running(healthy(engine)) as client, held(engine):
         holders = [object() for _ in range(int(limiter.available_tokens))]
         for holder in holders:
             limiter.acquire_on_behalf_of_nowait(holder)
         try:
-            async with asyncio.timeout(10):
-                assert await ready(client, "/health/live") == (200, {"status": "alive"})
-                assert await ready(client) == (200, report(databases={"default": "saturated"}))
+            assert await ready(client, "/health/live") == (200, {"status": "alive"})
+            assert await ready(client) == (200, report(databases={"default": "saturated"}))
         finally:
             for holder in holders:
                 limiter.release_on_behalf_of(holder)
@@ -1257,7 +1248,7 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
     engine = make_engine()
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
-    app.include_router(health_router())
+    app.include_router(health_router(timeout=PATIENT))
 
     def ask(inner: Engine) -> object:
         with inner.connect():

@@ -271,7 +271,7 @@ async def test_a_mounted_application(
     check = alembic_check(scripts.config)
     app = installed(create_async_engine(postgres.url("psycopg")))
     mounted = FastAPI()
-    mounted.include_router(health_router(checks={"migrations": check}))
+    mounted.include_router(health_router(checks={"migrations": check}, timeout=20))
     app.mount("/mounted", mounted)
     async with running(app) as client:
         response = await client.get("/mounted/health/ready")
@@ -361,7 +361,7 @@ def test_ready_over_http(
     """An application that starts too early is ready once it is migrated; the log says why not."""
     app = installed(make_engine())
     checks = {"migrations": alembic_check(scripts.config)}
-    app.include_router(health_router(checks=checks, timeout=10, max_age=0.001))
+    app.include_router(health_router(checks=checks, timeout=20, max_age=0.001))
     with caplog.at_level(logging.INFO, "fastapi_sqlnative"), serve(app) as served:
         for _ in range(3):
             early = served.client.get("/health/ready")

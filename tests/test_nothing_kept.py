@@ -146,7 +146,7 @@ async def test_a_session_that_has_ended_is_let_go(kind: Kind, engine: Engine, ro
 # -- applications ------------------------------------------------------------------------------
 
 shared_router = APIRouter()
-shared_health = health_router()
+shared_health = health_router(timeout=20)
 
 
 @shared_router.get("/")

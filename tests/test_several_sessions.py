@@ -14,7 +14,7 @@ from tests.conftest import MakeEngine
 from tests.serving import Kind, Rows, Served, route, serve, using
 
 pytestmark = pytest.mark.anyio
-SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 15}
+SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 30}
 
 
 async def flood(served: Served, path: str, times: int = 60) -> list[int]:

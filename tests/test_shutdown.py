@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -33,30 +34,13 @@ from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, note_disposal, running, sqlite, start_and_stop
-from tests.serving import NO_TLS, Kind, Rows, serve, wait_until
+from tests.serving import NO_TLS, Kind, Rows, named, serve, wait_until
 
 pytestmark = pytest.mark.anyio
 
 
 class HookError(Exception):
     """Be what a hook fails with."""
-
-
-# --- seen from outside ---
-
-
-def named(driver: str, application: str) -> dict[str, Any]:
-    """Return the connect_args that name a driver's connections to the server."""
-    settings = {"application_name": application}
-    return {"server_settings": settings} if driver == "asyncpg" else settings
-
-
-def states(rows: Rows, application: str) -> list[str]:
-    """List what the connections of this name are doing, as the server sees it."""
-    found = rows.connection.execute(
-        "SELECT state FROM pg_stat_activity WHERE application_name = %s", (application,)
-    ).fetchall()
-    return [str(state) for (state,) in found]
 
 
 # --- order, and every one of them ---
@@ -247,17 +231,16 @@ async def test_a_hook_that_hangs_ends_at_its_deadline(
     install_database(
         app, name="hanging", engine=sqlite(), shutdown=chosen(hook), shutdown_timeout=0.1
     )
-    began = time.monotonic()
+    before = asyncio.all_tasks()
     with pytest.raises(ExceptionGroup) as raised:
         await start_and_stop(app)
-    assert time.monotonic() - began < 2
     hook.go_on.set()
     [error] = raised.value.exceptions
     assert isinstance(error, TimeoutError)
     assert "did not end within" in str(error)
     assert error.__notes__ == ["In the shutdown hook of database 'hanging'."]
     assert log == ["first"]
-    await asyncio.sleep(0.1)  # lets what was left behind end with the test
+    await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)  # left behind
 
 
 async def test_a_hook_within_its_deadline_is_awaited() -> None:
@@ -283,11 +266,11 @@ async def test_the_time_for_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         install_database(
             app, name=name, engine=sqlite(), shutdown=hook.sleep, shutdown_timeout=seconds
         )
-    began = time.monotonic()
     with pytest.raises(ExceptionGroup) as raised:
         await start_and_stop(app)
-    assert len(raised.value.exceptions) == 3
-    assert 0.69 < time.monotonic() - began < 1.1  # 0.5, then 0.1 that is left, then 0.1
+    first, *others = (re.findall(r"[\d.]+\d", str(each))[0] for each in raised.value.exceptions)
+    assert 0.1 < float(first) <= 0.5
+    assert others == ["0.1", "0.1"]  # what the first has left of 0.6, and the least
 
 
 def test_a_hook_that_hangs_does_not_keep_the_process() -> None:
@@ -313,7 +296,6 @@ def test_a_hook_that_hangs_does_not_keep_the_process() -> None:
     """
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        timeout=20,
         check=True,
         capture_output=True,
         text=True,
@@ -382,7 +364,7 @@ async def test_a_stranded_connection_is_logged(
     held.go_on.set()
     with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
         await held.task
-    wait_until(lambda: states(rows, name) == [], 2)
+    wait_until(lambda: rows.backends(application=name) == 0)
 
 
 async def test_a_shutdown_does_not_wait_for_another_application(
@@ -510,12 +492,13 @@ async def test_a_cancelled_scope_still_closes() -> None:
     app = FastAPI()
 
     async def slow() -> None:
+        scope.cancel()
         await asyncio.sleep(0.3)
         log.append("hook")
 
     install_database(app, engine=async_sqlite(), shutdown=slow)
     began = time.process_time()
-    with anyio.move_on_after(0.05) as scope:
+    with anyio.CancelScope() as scope:
         await start_and_stop(app)
     assert scope.cancelled_caught
     assert log == ["hook"]
@@ -591,14 +574,14 @@ def test_a_server_that_cancels_strands_no_connection(
             requests = [threading.Thread(target=call) for _ in range(clients)]
             for request in requests:
                 request.start()
-            wait_until(lambda: states(rows, name) == ["active"] * clients)
+            wait_until(lambda: rows.backends("active", name) == clients)
             if not kind.asynchronous:
                 # A thread cannot be cancelled: its statement ends after the server has given up.
                 threading.Timer(
                     0.6,
                     lambda: rows.connection.execute("SELECT pg_advisory_unlock(%s)", (key,)),
                 ).start()
-        wait_until(lambda: states(rows, name) == [], 2)
+        wait_until(lambda: rows.backends(application=name) == 0)
     finally:
         rows.connection.execute("SELECT pg_advisory_unlock_all()")
         for request in requests:

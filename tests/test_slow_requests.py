@@ -421,12 +421,14 @@ async def test_no_commit_is_interrupted(
             session.commit()
 
     dependency = get_db() if own else transactional()
-    route(app, kind, "/", dependency, body, dependencies=[Depends(deadline(1))])
-    proxy.fault = Fault.STALLED
+    route(app, kind, "/", dependency, body, dependencies=[Depends(deadline(2))])
+    route(app, kind, "/before", get_db(), lambda session: session.scalar(text("SELECT 1")))
     async with running(app) as client:
+        assert (await client.post("/before")).status_code == 201  # to connect is not in the time
+        proxy.fault = Fault.STALLED
         request = asyncio.create_task(client.post("/"))
-        assert await anyio.to_thread.run_sync(proxy.reached.wait, 10)
-        done, _ = await asyncio.wait({request}, timeout=1.2)
+        assert await anyio.to_thread.run_sync(proxy.reached.wait, 30)
+        done, _ = await asyncio.wait({request}, timeout=2.2)
         assert not done
         proxy.go_on.set()
         assert (await request).status_code == 201
@@ -437,7 +439,7 @@ async def test_no_commit_is_interrupted(
 AT_COMMIT = """
 CREATE TABLE IF NOT EXISTS slow_commit (id serial);
 CREATE OR REPLACE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_sleep(1.2); RETURN NULL; END';
+    'BEGIN PERFORM pg_sleep(2.2); RETURN NULL; END';
 DROP TRIGGER IF EXISTS at_commit ON slow_commit;
 CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow_commit DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION wait_at_commit();
@@ -453,7 +455,7 @@ async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows:
     def body(session: Session) -> None:
         session.execute(text("INSERT INTO slow_commit DEFAULT VALUES"))
 
-    route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(1))])
+    route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(2))])
     async with running(app) as client:
         assert (await client.post("/")).status_code == 201
     assert rows.connection.execute("SELECT count(*) FROM slow_commit").fetchall() == [(1,)]
@@ -627,7 +629,7 @@ async def test_a_storm_leaves_the_pool_whole(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
     """A hundred requests on five connections run into their deadlines; the next one is served."""
-    engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=20)
+    engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=50)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     route(app, kind, "/slow", transactional(), slow, dependencies=[Depends(deadline(0.3))])
@@ -646,7 +648,7 @@ async def test_a_storm_leaves_the_pool_whole(
             answers = await asyncio.gather(*(client.post(path) for path in paths))
         found = {(path, each.status_code) for path, each in zip(paths, answers, strict=True)}
         assert found == {("/slow", 504), ("/quick", 201)}
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
         await quiet(rows)
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
         assert rows.names == []
         assert served.post("/quick").status_code == 201

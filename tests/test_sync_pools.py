@@ -58,7 +58,7 @@ async def test_many_requests_on_a_small_pool_all_succeed(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
     """200 concurrent requests with a response model and a querying sub-dependency: 200 answers."""
-    app = installed(make_engine(pool_size=5, max_overflow=10, pool_timeout=15))
+    app = installed(make_engine(pool_size=5, max_overflow=10, pool_timeout=30))
 
     @app.post("/", status_code=201)
     def endpoint(session: Transaction, user: Annotated[User, Depends(current_user)]) -> User:

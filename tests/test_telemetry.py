@@ -356,7 +356,7 @@ async def test_no_use_is_forgotten() -> None:
 async def test_readiness_is_not_counted(make_engine: MakeEngine) -> None:
     """A connection that readiness opens outside the pool is no connection of the pool."""
     app, reader = instrumented(make_engine(pool_size=1, max_overflow=0))
-    app.include_router(health_router(max_age=0.001))
+    app.include_router(health_router(max_age=0.001, timeout=20))
     async with running(app) as client:
         async with held(app):
             ready = await client.get("/health/ready")

@@ -275,7 +275,7 @@ def test_handles_fetched_before_do_not_follow(
 
 def test_health_follows(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """Readiness asks the engine that stands in."""
-    app.include_router(health_router(max_age=0.001))
+    app.include_router(health_router(max_age=0.001, timeout=20))
 
     def nowhere() -> Any:
         make = create_async_engine if kind.asynchronous else create_engine

@@ -244,7 +244,11 @@ def test_suites_of_applications(
     (tmp_path / "test_suite.py").write_text(suite)
     # What this run is told of warnings: the lowest versions have some of their own.
     warnings = [f"-W{each}" for each in pytestconfig.known_args_namespace.pythonwarnings or ()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *warnings, "."]
+    # Of the plugins that are installed here, an application has those that it uses.
+    without = (
+        f"-pno:{each}" for each in ("cacheprovider", "faker", "hypothesispytest", "schemathesis")
+    )
+    command = [sys.executable, "-m", "pytest", "-q", *without, *warnings, "."]
     environment = {
         "DATABASE_URL": postgres.url("psycopg"),
         "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}",

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import functools
 import gc
 import re
 import threading
@@ -59,6 +60,7 @@ def pattern(quoted: str) -> re.Pattern[str]:
 # --- ours ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def texts_of_the_package() -> list[str]:
     """List every text in the source, with three dots for what is put into it."""
 

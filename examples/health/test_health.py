@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -29,18 +28,16 @@ def served(databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield served
 
 
-def ready(served: Served) -> tuple[int, dict[str, Any]]:
-    """Ask for readiness."""
-    response = served.client.get("/health/ready")
-    return response.status_code, response.json()
-
-
-def answers(served: Served, status: int, overall: str) -> Callable[[], bool]:
+def becomes(
+    served: Served, status: int, overall: str, *databases: str, check: str = "up"
+) -> Callable[[], bool]:
     """Tell whether readiness has become this; an answer may be a second old."""
+    states = dict(zip(("default", "analytics"), databases, strict=True))
+    body = {"status": overall, "databases": states, "checks": {"open": check}}
 
     def condition() -> bool:
-        found, body = ready(served)
-        return (found, body["status"]) == (status, overall)
+        response = served.client.get("/health/ready")
+        return (response.status_code, response.json()) == (status, body)
 
     return condition
 
@@ -52,7 +49,7 @@ def away(database: PostgresDatabase) -> Iterator[None]:
     assert url.database is not None
     server = url.set(database="postgres").render_as_string(hide_password=False)
     allow = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
-    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+    end = "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE datname = %s"
     with psycopg.connect(server, autocommit=True) as connection:
         name = sql.Identifier(url.database)
         connection.execute(allow.format(name, sql.SQL("false")))
@@ -65,17 +62,11 @@ def away(database: PostgresDatabase) -> Iterator[None]:
 
 def test_readiness_follows_the_marker_row(served: Served) -> None:
     """Without the row no requests should come, with it they should, and nobody restarts."""
-    both = {"default": "up", "analytics": "up"}
-    assert ready(served) == (200, {"status": "ready", "databases": both, "checks": {"open": "up"}})
+    wait_until(becomes(served, 200, "ready", "up", "up"))
     assert served.client.delete("/marker", headers=OPERATOR).status_code == 204
-    wait_until(answers(served, 503, "not_ready"))
-    assert ready(served)[1] == {
-        "status": "not_ready",
-        "databases": both,
-        "checks": {"open": "down"},
-    }
+    wait_until(becomes(served, 503, "not_ready", "up", "up", check="down"))
     assert served.client.put("/marker", headers=OPERATOR).status_code == 204
-    wait_until(answers(served, 200, "ready"))
+    wait_until(becomes(served, 200, "ready", "up", "up"))
 
 
 def test_a_required_database_takes_readiness_with_it(
@@ -83,11 +74,11 @@ def test_a_required_database_takes_readiness_with_it(
 ) -> None:
     """While it is away the process is alive and not ready; when it is back, ready again."""
     with away(databases):
-        wait_until(answers(served, 503, "not_ready"))
+        wait_until(becomes(served, 503, "not_ready", "down", "up", check="down"))
         body = served.client.get("/health/ready").text
         assert served.client.get("/health/live").status_code == 200
         assert served.client.get("/stock").status_code == 503
-    wait_until(answers(served, 200, "ready"))
+    wait_until(becomes(served, 200, "ready", "up", "up"))
     assert served.client.get("/stock").json() == 3
     assert '"default":"down"' in body
     url = make_url(databases.dsn)
@@ -99,11 +90,10 @@ def test_a_required_database_takes_readiness_with_it(
 def test_a_degraded_database_is_reported_only(served: Served, databases: WorkerPostgres) -> None:
     """Without it the application is degraded, still ready, and fails only where it is asked."""
     with away(databases.second):
-        wait_until(answers(served, 200, "degraded"))
-        assert ready(served)[1]["databases"] == {"default": "up", "analytics": "down"}
+        wait_until(becomes(served, 200, "degraded", "up", "down"))
         assert served.client.get("/stock").json() == 3
         assert served.client.get("/report").status_code == 503
-    wait_until(answers(served, 200, "ready"))
+    wait_until(becomes(served, 200, "ready", "up", "up"))
     assert served.client.get("/report").json() == 7
 
 
@@ -126,7 +116,7 @@ def read_only(database: PostgresDatabase) -> Iterator[None]:
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         change = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
         end = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity"
             " WHERE datname = %s AND pid <> pg_backend_pid()"
         )
         for value in "on", "off":
@@ -141,19 +131,19 @@ def test_a_database_that_takes_no_writes_is_no_place_to_sell(
 ) -> None:
     """As after a failover to a standby: reads would work, and requests go elsewhere."""
     with read_only(databases):
-        wait_until(answers(served, 503, "not_ready"))
-        assert ready(served)[1]["databases"]["default"] == "read_only"
+        wait_until(becomes(served, 503, "not_ready", "read_only", "up"))
         assert served.client.get("/health/live").status_code == 200
-    wait_until(answers(served, 200, "ready"))
+    wait_until(becomes(served, 200, "ready", "up", "up"))
 
 
 @pytest.mark.usefixtures("databases")
 def test_sigterm_drains_before_it_stops() -> None:
-    """The process says that it is draining, and serves until the time is up."""
+    """The process says that it is draining, and serves until it is told again."""
     command = ["-m", "uvicorn", "--factory", "examples.health.app:create_app", "--port", "0"]
-    with launch([sys.executable, *command], ROOT, DRAIN_SECONDS="3") as (process, client):
+    with launch([sys.executable, *command], ROOT, DRAIN_SECONDS="60") as (process, client):
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")
         assert client.get("/health/ready").status_code == 503
         assert client.get("/stock").json() == 3
-        assert process.wait(20) == -signal.SIGTERM
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM

@@ -1,14 +1,9 @@
 """What is promised of two databases and a worker, over HTTP and with a killed process."""
 
 import asyncio
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
-import httpx
 import psycopg
 import pytest
 from fastapi import HTTPException
@@ -21,7 +16,7 @@ from examples.outbox.app import Transaction, create_app
 from examples.outbox.models import Base, Message, WarehouseBase
 from examples.outbox.worker import carry_on
 from fastapi_sqlnative import AsyncDatabase
-from tests.serving import serve, wait_until
+from tests.serving import launch, serve, wait_until
 
 
 def items(database: PostgresDatabase, table: str) -> list[str]:
@@ -78,6 +73,9 @@ def test_messages_wait_for_a_database_that_is_away(
 
 # -- killed between the two COMMITs ------------------------------------------------------------
 
+ROOT = Path(__file__).parents[2]
+COMMAND = ["-m", "uvicorn", "--factory", "examples.outbox.app:create_app", "--port", "0"]
+
 WAIT_BEFORE_DELETE = """
 CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN PERFORM pg_advisory_xact_lock(4711); RETURN OLD; END $$;
@@ -86,44 +84,20 @@ FOR EACH ROW EXECUTE FUNCTION wait_for_the_test();
 """
 
 
-@contextmanager
-def process() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Serve the example in a process of its own, and kill it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = ["uvicorn", "--factory", "examples.outbox.app:create_app", "--port", str(port)]
-    with subprocess.Popen(  # noqa: S603 # ours
-        [sys.executable, "-m", *command, "--log-level", "error"], env={**os.environ}
-    ) as running:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: answers(url), seconds=30)
-            yield running, url
-        finally:
-            running.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/messages").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_a_worker_that_is_killed_between_its_commits_loses_nothing(
     databases: WorkerPostgres,
 ) -> None:
     """The parcel is stored, the message is not deleted: it comes again, and changes nothing."""
     with psycopg.connect(databases.dsn, autocommit=True) as owner:
-        with process() as (killed, url):
+        with launch([sys.executable, *COMMAND], ROOT) as (killed, client):
             owner.execute(WAIT_BEFORE_DELETE)
             owner.execute("SELECT pg_advisory_lock(4711)")
-            assert httpx.post(f"{url}/orders?item=lamp").status_code == 201
+            assert client.post("/orders?item=lamp").status_code == 201
             # Its second transaction waits to delete: the first has been committed.
             wait_until(lambda: waiting(owner) == 1)
             assert items(databases.second, "outbox_parcel") == ["lamp"]
             killed.kill()
-            killed.wait(10)
+            killed.wait(60)
         owner.execute("SELECT pg_advisory_unlock(4711)")
         wait_until(lambda: waiting(owner) == 0)
         assert items(databases, "outbox_message") == ["lamp"]

@@ -1,7 +1,6 @@
 """What the showcase promises, over HTTP."""
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from fastapi_sqlnative.testing import (
     isolated,
     override_database,
 )
-from tests.serving import serve
+from tests.serving import serve, wait_until
 
 START = {"ada-1": 1_000_00, "grace-1": 1_000_00}
 
@@ -43,7 +42,7 @@ on_postgres = pytest.mark.parametrize(
     ]
 )
 def settings(
-    request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path
+    request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path, patient_probes: None
 ) -> Iterator[Settings]:
     """Give two databases of each kind in turn, and leave nothing in them."""
     match request.param:
@@ -174,9 +173,7 @@ def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
     ):
         other.execute("SELECT FROM showcase_account WHERE number = 'ada-1' FOR UPDATE")
         answer = thread.submit(bank.transfer, "ada", "ada-1", "grace-1", 1)
-        deadline = time.monotonic() + 10  # those of the last test may need a moment to end
-        while (backends := _backends(watching, besides=other)) != [("Lock", "FOR UPDATE")]:
-            assert time.monotonic() < deadline, backends
+        wait_until(lambda: _backends(watching, besides=other) == [("Lock", "FOR UPDATE")])
         other.rollback()
         assert answer.result().status_code == 201
 

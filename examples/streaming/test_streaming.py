@@ -171,10 +171,10 @@ def test_a_client_that_leaves_the_events_leaves_nothing(owner: psycopg.Connectio
         with ExitStack() as following:
             streams = [follow(streaming, following) for _ in range(5)]
             assert [next(stream) for stream in streams] == [1] * 5
-            assert not streaming.is_quiet()
+            wait_until(lambda: not streaming.is_quiet())
         wait_until(streaming.is_quiet)
-        assert streaming.checked_out == 0
-        assert streaming.in_transaction() == 0
+        wait_until(lambda: streaming.checked_out == 0)
+        wait_until(lambda: streaming.in_transaction() == 0)
 
 
 @needs_events

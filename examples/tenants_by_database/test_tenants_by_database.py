@@ -158,7 +158,7 @@ async def test_the_bound_holds(addresses: dict[str, URL], databases: WorkerPostg
                     async with router.lend("globex"):
                         pass
             assert router.refused == 1
-            assert connections(databases) == 2
+            wait_until(lambda: connections(databases) == 2)
         async with router.lend("globex"):
             assert router.open == ["umbrella", "globex"]
 
@@ -224,7 +224,7 @@ async def test_what_nobody_uses_is_closed(
             await name_of(globex)
         await router.close_idle()
         assert router.open == ["acme"]
-        assert connections(databases) == 1
+        wait_until(lambda: connections(databases) == 1)
 
 
 @pytest.mark.anyio

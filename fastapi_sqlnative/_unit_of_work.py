@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Scope
 
@@ -98,7 +99,7 @@ class UnitOfWork:
     @property
     def has_stored(self) -> bool:
         """Tell whether a COMMIT of the endpoint's own has stored something, or may be about to."""
-        return any(each.record.stored or each.record.is_storing for each in self._members)
+        return any(each.record.has_stored for each in self._members)
 
     @property
     def may_be_cancelled(self) -> bool:
@@ -174,10 +175,8 @@ class UnitOfWork:
             marked = [each for each in self._members if each.record.commits]
             if len(marked) > 1:
                 self._prepare(call, marked)
-                # What has nothing to store is rolled back, and never fails the others.
-                marked = [each for each in marked if each.stores or tells_of_commit(each.inner)]
-            for place, member in enumerate(marked):
-                member.commit(call, marked[:place], marked[place + 1 :])
+            for member in marked:
+                member.commit(call, [each for each in self._members if each is not member])
         finally:
             self._close(call)
 
@@ -255,20 +254,28 @@ class Member:
 
     def _leaves_unstored(self, call: Call) -> bool:
         answer = [0]
-        if self.record.work.is_worth_asking:
+        if self.record.may_have_written:
             call(self.session, lambda _: answer.append(self.record.count_unstored()))
         return answer[-1] > 0
 
-    def commit(self, call: Call, earlier: Sequence[Member], later: Sequence[Member]) -> None:
-        """Commit, after some of the request's databases and before others."""
-        stores = bool(earlier) and self.stores
+    def commit(self, call: Call, others: Sequence[Member]) -> None:
+        """Commit, beside the request's other databases.
+
+        One that has nothing to store is committed as well, for what nobody has seen, and never
+        fails the others.
+        """
+        idle = bool(others) and not self.stores
+        if idle and not self.inner.is_active:
+            return
         try:
             call(self.session, finishing.commit)
         except Exception as error:
-            kept, lost = [*earlier], [self] if stores or self.record.stored else []
+            if idle and isinstance(error, DBAPIError) and error.connection_invalidated:
+                return
+            kept, lost = others, [] if idle and not self.record.stored else [self]
             if isinstance(error, exceptions.AfterCommitError):
                 # It is stored itself; those after it are not.
-                kept, lost = [*earlier, self], [e for e in later if e.record.may_have_written]
+                kept, lost = [*others, self], [e for e in others if e.record.may_have_written]
             names = tuple(each.state.name for each in kept if each.record.stored)
             if names and lost:
                 raise exceptions.PartialCommitError(names, lost[0].state.name) from error

@@ -1,9 +1,11 @@
 """Rules 5 and 6, the other side: correct code is never refused."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import Engine, delete, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -14,7 +16,7 @@ from sqlalchemy.orm import (
 
 from fastapi_sqlnative import get_db
 from tests.in_process import ask
-from tests.serving import Item, Kind, Rows, items
+from tests.serving import Item, Kind, Rows, items, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -211,3 +213,34 @@ async def test_what_stores_nothing_is_not_forgotten(
     rows.add("there", position=1)
     assert await ask(engine, kind, get_db(), body) == 201
     assert rows.names == ["there"]
+
+
+BLOCKED = "SELECT count(*) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        update(items).where(items.c.position == 1).values(position=2),
+        delete(items).where(items.c.position == 1),
+    ],
+    ids=["update", "delete"],
+)
+async def test_a_race_that_is_lost_needs_no_commit(
+    kind: Kind, engine: Engine, rows: Rows, lose: Any
+) -> None:
+    """A statement that waits for a row, and meets it no more, has stored nothing."""
+    rows.add("there", position=1)
+
+    def body(session: Session) -> None:
+        assert session.execute(lose).rowcount == 0  # type: ignore[attr-defined] # a CursorResult
+
+    def blocks() -> bool:
+        found = rows.connection.execute(BLOCKED).fetchone()
+        return found is not None and found[0] > 0
+
+    with rows.connection.transaction():
+        rows.connection.execute("UPDATE item SET position = 3")
+        request = asyncio.create_task(ask(engine, kind, get_db(), body))
+        await anyio.to_thread.run_sync(wait_until, blocks)
+    assert await request == 201

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, column, func, insert, literal_column, select, text
+from sqlalchemy import Engine, column, func, insert, literal_column, select, text, update
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, async_sqlite, sqlite
-from tests.serving import Item, Kind, Rows, copy
+from tests.serving import Item, Kind, Rows, copy, items
 
 pytestmark = pytest.mark.anyio
 
@@ -51,6 +51,14 @@ def beside_an_undone_savepoint(session: Session) -> None:
     savepoint = session.begin_nested()
     session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
     savepoint.rollback()
+
+
+def delete_an_attribute(session: Session) -> None:
+    row = session.scalars(select(Item)).one()
+    assert row.position is None
+    row.position = 7
+    session.commit()
+    del row.position  # NULL again
 
 
 def with_connection(session: Session) -> None:
@@ -106,6 +114,7 @@ WRITES: dict[str, Body] = {
     "raw cursor": lambda session: (
         session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('lost')")
     ),
+    "attribute that is deleted": delete_an_attribute,
     "connection in a with block": with_connection,
     "connection that is closed over work of the session": flush_and_close_connection,
     "in a savepoint": in_a_savepoint,
@@ -209,5 +218,21 @@ async def test_forgotten_text_on_sqlite_is_no_success(kind: Kind, end: Body) -> 
 
     assert await ask(engine, kind, get_db(), unchanged) == 201
     engine = async_sqlite() if kind.asynchronous else sqlite()
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_forgotten_update_that_returns_its_rows_is_no_success(kind: Kind) -> None:
+    """SQLite counts the rows of RETURNING as they are read: none, when the statement was sent."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+    changed = update(items).values(position=7).returning(items.c.position)
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text, position int)"))
+        session.execute(text("INSERT INTO item VALUES ('there', 1)"))
+        session.commit()
+        assert session.scalars(changed).all() == [7]
+
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), body)

@@ -8,7 +8,11 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import (
+    Column,
     Engine,
+    Integer,
+    MetaData,
+    Table,
     create_engine,
     delete,
     event,
@@ -22,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.schema import CreateTable
 
 from fastapi_sqlnative import (
     AsyncDatabase,
@@ -416,6 +421,11 @@ def executing(statement: Any) -> Callable[[Session], None]:
 
 
 WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
+WRITES |= {
+    "drop": executing(text("DROP TABLE item")),
+    "alter": executing(text("ALTER TABLE item ADD x int")),
+    "create": executing(CreateTable(Table("made", MetaData(), Column("id", Integer)))),
+}
 
 
 def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> None:
@@ -433,6 +443,25 @@ def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> No
             assert "transactional('default')" in answer.json()["message"]
             assert rows.names == ["there"]
         assert served.post("/next").json()[:2] == ["read committed", "off"]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        'SELECT may.update, may.delete FROM (SELECT 1 AS "update", 2 AS "delete") AS may',
+        "SELECT * FROM item FOR  UPDATE",
+        'SELECT \'drop\', "create" FROM (VALUES (1)) AS made("create")',
+    ],
+    ids=["columns", "lock", "literals"],
+)
+def test_a_reader_reads_what_looks_like_a_write(
+    kind: Kind, engine: Engine, rows: Rows, sql: str
+) -> None:
+    """Words that name columns, lock or are data do not write."""
+    app = make_app(engine)
+    route(app, kind, "/", reader(), lambda session: len(session.execute(text(sql)).all()))
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
 
 
 def test_an_error_in_a_reader_ends_nothing(kind: Kind, engine: Engine, rows: Rows) -> None:

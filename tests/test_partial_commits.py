@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import event, func, insert, select, text
+from sqlalchemy import Connection, delete, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -205,3 +205,93 @@ async def test_a_swallowed_error_in_the_second_half_stores_nothing(
     with pytest.raises(TransactionAbortedError):
         await ask(two(kind, make_engine, WRITES["flush"], second))
     assert [each.names for each in stores] == [[], ["there"]]
+
+
+# -- writes that nobody has seen ---------------------------------------------------------------
+
+LOG = """
+CREATE TABLE IF NOT EXISTS gone (name text);
+TRUNCATE gone;
+CREATE OR REPLACE FUNCTION remember() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN INSERT INTO gone VALUES (OLD.name); RETURN NULL; END';
+CREATE OR REPLACE TRIGGER remember BEFORE DELETE ON item FOR EACH ROW EXECUTE FUNCTION remember()
+"""
+
+
+class Auditing(Session):
+    """Be a class whose listener writes on the connection as soon as there is one."""
+
+
+@event.listens_for(Auditing, "after_begin")
+def _audit(session: Session, _transaction: Any, connection: Connection) -> None:
+    if not session.in_nested_transaction():
+        connection.execute(insert(items).values(name="audited"))
+
+
+async def test_a_half_that_was_written_unseen_is_stored(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """What a listener or a trigger has written is committed, as SQLAlchemy alone would do it."""
+
+    def second(session: Session) -> None:
+        session.execute(delete(items).where(items.c.name == "there"))
+
+    stores[1].connection.execute(LOG)
+    app = two(
+        kind, make_engine, lambda session: session.scalar(select(1)), second, (Auditing, Session)
+    )
+    try:
+        assert await ask(app) == 201
+        found = stores[1].connection.execute("SELECT name FROM gone").fetchall()
+    finally:
+        stores[1].connection.execute("DROP TRIGGER remember ON item; DROP TABLE gone")
+    assert (stores[0].names, found) == (["audited"], [("there",)])
+
+
+async def test_a_half_that_the_other_s_listener_writes_is_stored(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """An after_commit listener of the first database may still add to the second."""
+    second: list[Session] = []
+
+    class Forwarding(Session): ...
+
+    def forward(_session: Session) -> None:
+        second[0].add(Item(name="forwarded"))
+
+    event.listen(Forwarding, "after_commit", forward)
+    app = two(kind, make_engine, WRITES["flush"], second.append, (Forwarding, Session))
+    assert await ask(app) == 201
+    assert [each.names for each in stores] == [["a"], ["forwarded", "there"]]
+
+
+@pytest.mark.driver_decides
+@pytest.mark.parametrize("first", ["function", "copy"])
+async def test_a_half_that_is_lost_before_its_commit_keeps_the_other_from_storing(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], first: str
+) -> None:
+    """Where nobody can be asked any more whether something is to be stored, it may be."""
+
+    def write(session: Session) -> None:
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        WRITES[first](session)
+        stores[0].connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+    with pytest.raises(DBAPIError):
+        await ask(two(kind, make_engine, write, lambda session: session.add(Item(name="b"))))
+    assert [each.names for each in stores] == [[], ["there"]]
+
+
+async def test_a_half_that_the_endpoint_has_committed_is_named(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """A commit of the endpoint's own counts when the other database refuses to commit."""
+
+    def first(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.commit()
+
+    with pytest.raises(PartialCommitError) as caught:
+        await ask(two(kind, make_engine, first, taken))
+    assert (caught.value.committed, caught.value.failed) == (("default",), "second")
+    assert [each.names for each in stores] == [["a"], ["there"]]

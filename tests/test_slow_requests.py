@@ -14,7 +14,7 @@ import sqlalchemy
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -434,6 +434,25 @@ async def test_no_commit_is_interrupted(
         assert (await request).status_code == 201
         assert rows.names == ["a"]
         assert rows.backends("idle in transaction%") == 0
+
+
+@asynchronous
+async def test_what_is_stored_at_once_is_left_alone(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """On an engine in AUTOCOMMIT a write is stored when the time is over: no 504 denies it."""
+    engine = make_engine(isolation_level="AUTOCOMMIT")
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def body(session: Session) -> None:
+        session.execute(insert(Item).values(name="a"))
+        session.execute(text("SELECT pg_sleep(0.6)"))
+
+    route(app, kind, "/", get_db(), body, dependencies=[Depends(deadline(SOON))])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+    assert rows.names == ["a"]
 
 
 AT_COMMIT = """

@@ -1,11 +1,14 @@
 """Rules 5 and 6, the other side: what is stored, unsent or harmless needs no commit."""
 
+import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-from sqlalchemy import Engine, func, insert, select, text
+from fastapi import Depends, FastAPI
+from sqlalchemy import Engine, Sequence, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import (
     Mapped,
     Session,
@@ -16,9 +19,9 @@ from sqlalchemy.orm import (
     with_expression,
 )
 
-from fastapi_sqlnative import get_db, transactional
-from tests.in_process import ask
-from tests.serving import Kind, Rows, items
+from fastapi_sqlnative import AsyncDatabase, get_db, install_database, transactional
+from tests.in_process import ask, running
+from tests.serving import KINDS, Kind, Rows, items
 
 pytestmark = pytest.mark.anyio
 
@@ -157,3 +160,92 @@ async def test_a_failure_where_nothing_was_written_is_no_failure(
         rows.connection.execute("SELECT * FROM item FOR UPDATE")
         assert await ask(engine, kind, dependency, failing(statement)) == 201
     assert rows.names == ["there"]
+
+
+KNOWN = "random()", "set_config('app.tenant', 'acme', true)", "tstzrange(now(), NULL)"
+
+
+@pytest.mark.parametrize("read", KNOWN)
+async def test_functions_of_the_server_s_own_are_reads(
+    kind: Kind, engine: Engine, rows: Rows, read: str
+) -> None:
+    """A refused insert after them was the first write: it may be answered."""
+    rows.add("there")
+
+    def body(session: Session) -> None:
+        session.execute(text(f"SELECT {read}")).close()
+        with pytest.raises(DBAPIError):
+            session.execute(insert(items).values(id=1, name="refused"))
+
+    rows.connection.execute("UPDATE item SET id = 1")
+    assert await ask(engine, kind, transactional(), body) == 201
+    assert rows.names == ["there"]
+
+
+# -- a connection that is lost with nothing to store -------------------------------------------
+
+
+async def time_out(session: AsyncSession) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await session.execute(text("SELECT pg_sleep(60)"))
+
+
+async def time_out_in_a_savepoint(session: AsyncSession) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), session.begin_nested():
+            await session.execute(text("SELECT pg_sleep(60)"))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("read", [time_out, time_out_in_a_savepoint])
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_a_read_that_takes_too_long_has_another_answer(
+    kind: Kind, engine: AsyncEngine, read: Callable[[AsyncSession], Any], read_only: bool
+) -> None:
+    """A cancelled read costs its connection, and not the request that can do without."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    dependency = transactional(read_only=read_only)
+
+    @app.get("/")
+    async def read_or_not(session: Annotated[AsyncSession, Depends(dependency)]) -> str:
+        await read(session)
+        return "nothing yet"
+
+    async with running(app) as client:
+        assert (await client.get("/")).json() == "nothing yet"
+        async with AsyncDatabase(engine).transaction(read_only=read_only) as session:
+            await read(session)
+
+
+async def test_a_read_that_is_lost_may_be_answered(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A connection that is lost while a transaction reads takes nothing with it."""
+
+    def body(session: Session) -> None:
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        with pytest.raises(DBAPIError):
+            session.execute(select(items))
+
+    assert await ask(engine, kind, transactional(), body) == 201
+
+
+# -- what SQLAlchemy alone allows --------------------------------------------------------------
+
+
+def set_the_level(session: Session) -> None:
+    session.connection().execute(text("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"))
+
+
+@pytest.mark.driver_decides
+@pytest.mark.parametrize(
+    "body",
+    [set_the_level, lambda session: session.scalar(Sequence("item_id_seq"))],
+    ids=["isolation level", "sequence"],
+)
+async def test_the_first_thing_that_a_transaction_does(
+    kind: Kind, engine: Engine, rows: Rows, body: Body
+) -> None:
+    """Nothing of ours is sent before it that would keep the server from doing it."""
+    assert await ask(engine, kind, transactional(), body) == 201

@@ -7,6 +7,8 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import TextClause
+from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 
 
@@ -46,11 +48,21 @@ def statement_of(compiled: Any) -> Statement:
     return Statement(Effect.WRITE, counted=skips and not getattr(compiled, "ctes", None))
 
 
+def met_no_row(result: Any, context: ExecutionContext) -> bool:
+    """Tell whether a statement that writes has changed nothing, by its count."""
+    counts_later = context.dialect.name == "sqlite" and getattr(result, "returns_rows", True)
+    return not (context.executemany or counts_later) and getattr(result, "rowcount", -1) == 0
+
+
 def writes(statement: Any) -> bool:
     """Tell a statement that writes before it is sent; a function that writes is not recognised."""
     if isinstance(statement, str) or _is_text(statement):
         sql = _without_literals(str(statement))
-        return bool(_FIRST[Effect.WRITE].match(sql) or _WRITING.search(sql))
+        return any(
+            pattern.match(sql) for pattern in (_FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP)
+        ) or bool(_WRITING.search(sql))
+    if isinstance(statement, ExecutableDDLElement):
+        return True
     return any(getattr(part, "is_dml", False) for part in visitors.iterate(statement))
 
 
@@ -84,8 +96,11 @@ _FIRST: Final = {
 }
 # Words that let a statement write that begins as if it read. FOR UPDATE only locks.
 _WRITING: Final = re.compile(
-    r"\b(?:insert|(?<!for\s)(?<!\bkey\s)update|delete|merge|into|call|create)\b", re.IGNORECASE
+    r"(?<![.\w])(?:insert|(?<!for\s)(?<!\bkey\s)update|delete|merge|into|call|create)\b",
+    re.IGNORECASE,
 )
+# Of a temporary table as likely as not: in a transaction the server is asked.
+_DROP: Final = re.compile(r"(?:drop|refresh|reindex|import)\b", re.IGNORECASE)
 _CALLED: Final = re.compile(r'(?<![\w.$"])([\w.$"]++)\s*+\(')
 # What may stand before a parenthesis and calls nothing, and functions of the databases' own that
 # write nothing and whose names nobody is likely to give his own. One that is missing here costs
@@ -96,18 +111,45 @@ _HARMLESS: Final = frozenset(
     partition recursive row rows select set some table then union using values when where with
     within bit char decimal float interval nchar numeric nvarchar time timestamp varbinary varbit
     varchar
-    abs array_agg array_length avg bool_and bool_or btrim cardinality ceil ceiling char_length
-    clock_timestamp coalesce concat concat_ws count cume_dist current_database current_schema
-    current_setting date_part date_trunc dense_rank first_value floor gen_random_uuid
-    generate_series greatest group_concat ifnull initcap json_agg json_build_object json_extract
-    json_object_agg jsonb_agg jsonb_array_elements jsonb_build_object jsonb_object_agg lag
-    last_value lead least length lower lpad ltrim make_interval max md5 min now nth_value ntile
-    nullif octet_length percent_rank pg_advisory_lock pg_advisory_unlock pg_advisory_xact_lock
-    pg_backend_pid pg_is_in_recovery pg_sleep pg_try_advisory_lock pg_try_advisory_xact_lock
-    pg_typeof plainto_tsquery rank regexp_replace replace round row_number row_to_json rpad rtrim
-    similarity split_part sqrt statement_timestamp strftime string_agg strpos substr substring sum
-    to_char to_date to_json to_jsonb to_number to_timestamp to_tsquery to_tsvector trim trunc
-    ts_rank unixepoch unnest upper websearch_to_tsquery""".split()  # noqa: SIM905 - as prose
+    abs acos age array_agg array_append array_cat array_dims array_length array_lower
+    array_position array_positions array_prepend array_remove array_replace array_to_json
+    array_to_string array_upper ascii asin atan atan2 avg bit_and bit_or bool_and bool_or btrim
+    cardinality cbrt ceil ceiling char_length chr clock_timestamp coalesce col_description
+    concat concat_ws cos count cume_dist curdate current_database current_schema current_setting
+    currval date date_add date_format date_part date_sub date_trunc daterange datetime decode
+    degrees dense_rank encode find_in_set first_value floor format format_type from_unixtime
+    gen_random_uuid generate_series greatest group_concat has_table_privilege hashtext ifnull
+    inet_client_addr initcap instr int4range int8range isempty isfinite isnull json_agg
+    json_array json_array_elements json_array_elements_text json_array_length json_build_array
+    json_build_object json_contains json_each json_each_text json_extract json_extract_path
+    json_extract_path_text json_object json_object_agg json_object_keys json_populate_record
+    json_typeof json_unquote jsonb_agg jsonb_array_elements jsonb_array_elements_text
+    jsonb_array_length jsonb_build_array jsonb_build_object jsonb_each jsonb_each_text
+    jsonb_extract_path jsonb_extract_path_text jsonb_insert jsonb_object jsonb_object_agg
+    jsonb_object_keys jsonb_path_exists jsonb_path_query jsonb_path_query_array
+    jsonb_path_query_first jsonb_pretty jsonb_set jsonb_strip_nulls jsonb_typeof julianday
+    justify_interval lag last_insert_id last_insert_rowid last_value lastval lead least left
+    length log10 lower lower_inc lower_inf lpad ltrim make_date make_interval make_time
+    make_timestamp make_timestamptz max md5 min mod nextval now nth_value ntile nullif numrange
+    obj_description octet_length percent_rank percentile_cont percentile_disc pg_advisory_lock
+    pg_advisory_lock_shared pg_advisory_unlock pg_advisory_unlock_shared pg_advisory_xact_lock
+    pg_advisory_xact_lock_shared pg_backend_pid pg_column_size pg_current_xact_id
+    pg_database_size pg_get_serial_sequence pg_is_in_recovery pg_relation_size pg_size_pretty
+    pg_sleep pg_table_size pg_total_relation_size pg_try_advisory_lock
+    pg_try_advisory_lock_shared pg_try_advisory_xact_lock pg_try_advisory_xact_lock_shared
+    pg_typeof phraseto_tsquery pi plainto_tsquery power printf quote_ident quote_literal radians
+    random range_agg range_merge rank regexp_match regexp_matches regexp_replace
+    regexp_split_to_array regexp_split_to_table replace right round row_number row_to_json rpad
+    rtrim set_config setseed setval setweight sha256 similarity sin split_part sqrt st_asgeojson
+    st_astext st_contains st_distance st_dwithin st_intersects st_makepoint st_point st_setsrid
+    st_transform st_within st_x st_y starts_with statement_timestamp stddev stddev_pop
+    stddev_samp strftime string_agg string_to_array strpos substr substring sum tan timezone
+    to_char to_date to_hex to_json to_jsonb to_number to_regclass to_timestamp to_tsquery
+    to_tsvector total_changes transaction_timestamp trim trunc ts_headline ts_rank ts_rank_cd
+    tsrange tstzrange txid_current unix_timestamp unixepoch unnest upper upper_inc upper_inf
+    uuid uuid_generate_v4 uuidv4 uuidv7 var_pop var_samp variance websearch_to_tsquery
+    width_bucket word_similarity
+    """.split()  # noqa: SIM905 - as prose
 )
 
 
@@ -127,8 +169,8 @@ def _read_text(sql: str) -> Statement:
 
 
 def _without_literals(sql: str) -> str:
-    """Blank out comments, literals and quoted names; drop the end of the statement."""
-    return _LITERAL.sub(_blank, sql).strip(" \t\r\n;")
+    """Blank out comments, literals and quoted names; drop the end, and space that says nothing."""
+    return " ".join(_LITERAL.sub(_blank, sql).split()).rstrip("; ")
 
 
 def _blank(literal: re.Match[str]) -> str:

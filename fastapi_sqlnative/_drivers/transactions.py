@@ -80,6 +80,11 @@ def changes(connection: Connection) -> int:
     return _sqlite(connection).total_changes if connection.dialect.name == "sqlite" else 0
 
 
+def is_open_on_sqlite(connection: Connection) -> bool:
+    """Tell whether SQLite has a transaction: it ends one by itself with some errors."""
+    return bool(_sqlite(connection).in_transaction)
+
+
 def _sqlite(connection: Connection) -> Any:
     return connection.connection.driver_connection
 
@@ -96,7 +101,7 @@ def has_rolled_back(connection: Connection, error: BaseException, *, before_comm
     if connection.closed or connection.invalidated:
         return True
     if connection.dialect.name == "sqlite":
-        return _sqlite(connection).in_transaction is False
+        return not is_open_on_sqlite(connection)
     if connection.dialect.name in {"mysql", "mariadb"}:
         return driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
     in_savepoint = connection.in_nested_transaction()
@@ -180,17 +185,21 @@ def surface_loss(connection: Connection) -> None:
     """Raise SQLAlchemy's error where the server has ended the transaction, unasked.
 
     Between statements a server says nothing but that. libpq would send COMMIT all the same, and
-    may then know no more than that the connection is gone.
+    may then know no more than that the connection is gone; with asyncpg, SQLAlchemy sends none, and
+    says nothing, once a cursor of the driver's own has met the loss.
     """
     if connection.closed or connection.invalidated:
         return
-    fileno = getattr(connection.connection.driver_connection, "fileno", None)
-    if fileno is None or is_lost(connection) or not hasattr(select, "poll"):
-        return  # asyncpg reads at once
-    poll = select.poll()
-    poll.register(fileno(), select.POLLIN)
-    if poll.poll(0):
+    if is_lost(connection) or _has_news(connection.connection.driver_connection):
         connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
+
+
+def _has_news(driver: Any) -> bool:
+    if not hasattr(driver, "fileno") or not hasattr(select, "poll"):
+        return False  # asyncpg reads at once
+    poll = select.poll()
+    poll.register(driver.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _status(connection: Connection) -> int | None:
@@ -202,7 +211,8 @@ def _status(connection: Connection) -> int | None:
 def _serves(connection: Connection) -> bool:
     """Tell whether the server still answers in this transaction, and has not aborted it."""
     try:
-        return _ask(connection, "SELECT 1") is not None
+        # No query, after which SET TRANSACTION would come too late.
+        return _ask(connection, "SHOW transaction_isolation") is not None
     except connection.dialect.loaded_dbapi.Error:
         if is_lost(connection):
             connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
@@ -244,46 +254,20 @@ FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
 """
 
 
-def would_store(
-    connection: Connection,
-    *,
-    wrote: bool,
-    unknown: bool,
-    defined: bool,
-    since: int,
-    undone: bool,
-    joined: bool,
-) -> bool:
-    """Tell whether a COMMIT would change the database.
+def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
+    """Ask PostgreSQL whether a COMMIT would change the database; `None` where it is gone.
 
     Args:
         connection: one that holds a transaction.
-        wrote: a statement that writes was let through: the answer where nobody knows better.
-        unknown: something was let through that may have written.
-        defined: a table or the like was defined, which SQLite's count does not show.
-        since: what `changes` said when the transaction began.
-        undone: a savepoint was rolled back, which explains a transaction id.
-        joined: the transaction around it is somebody else's, and so is what the server says.
+        id_explained: a savepoint was rolled back, for which a transaction id was assigned.
     """
-    if not connection.in_transaction() or autocommits(connection):
-        return False
-    if joined or is_lost(connection):
-        return wrote
-    if connection.dialect.name == "sqlite":
-        sqlite = _sqlite(connection)
-        return sqlite.in_transaction and (defined or sqlite.total_changes != since)
-    if connection.dialect.name != "postgresql":
-        return wrote
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
     try:
         answer = _ask(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):
-        return wrote  # lost while it was asked, which proves nothing
+        return None
     if answer is None:
         return False  # aborted
     assigned, written, explained, foreign = answer
-    if not (wrote or unknown):
-        # Writes that met no row hold a lock, too; an id that a row lock explains is not theirs.
-        return bool(assigned and written and not explained)
-    return bool(foreign or (assigned and (written or not (explained or undone))))
+    return bool(foreign or (assigned and (written or not (explained or id_explained))))

@@ -66,6 +66,7 @@ def _after_begin(
     if record.finished:
         # A task or thread that the request left behind has waited for the pool all the while.
         record.discard_connections()
+        record.forget()
         record.check_unfinished()
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)

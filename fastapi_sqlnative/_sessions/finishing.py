@@ -35,6 +35,8 @@ def commit(session: AnySession) -> None:
     inner = sync_session(session)
     record = inner.sqlnative
     record.check_discarded()
+    if record.has_lost_nothing and not has_pending_changes(inner):
+        inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
     if not (inner.in_transaction() or tells_of_commit(inner)):
         return  # SQLAlchemy's own commit would do nothing
     record.committed = False
@@ -89,6 +91,7 @@ def _end(session: AnySession, *methods: str) -> None:
             _run(session, method)
     except BaseException as error:
         record.discard_connections()
+        record.forget()
         if not isinstance(error, Exception):
             raise  # the deadline of a cancellation
         logger.warning(
@@ -135,7 +138,7 @@ def has_only_read(session: AnySession) -> bool:
     return (
         isinstance(session, AsyncSession)
         and state.may_be_interrupted
-        and not record.work.is_worth_asking
+        and not record.work.may_have_written
         and not record.discarded
         and not record.streamed
         and not state.overridden

@@ -59,6 +59,13 @@ class Holder:
         if self.on_idle is not None:
             self.on_idle()
 
+    def discard_connections(self) -> None:
+        """Close what a session holds and could not close: SQLAlchemy has forgotten it."""
+        for connection in tuple(self.connections):
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+
     @property
     def seconds(self) -> float:
         """How long the session has held its connections."""

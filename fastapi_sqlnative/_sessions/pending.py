@@ -29,4 +29,5 @@ def _would_be_sent(row: object) -> bool:
         for attribute in state.mapper.column_attrs
         if any(getattr(each, "table", None) in state.mapper.tables for each in attribute.columns)
     } | {each.key for each in state.mapper.relationships if not each.viewonly}
-    return any(state.attrs[key].history.has_changes() for key in stored.intersection(state.dict))
+    # Also what was deleted from the object, which has no value any more.
+    return any(state.attrs[key].history.has_changes() for key in stored - state.unmodified)

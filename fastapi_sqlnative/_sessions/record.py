@@ -127,14 +127,6 @@ class Record(Holder):
         else:
             self._begin()
 
-    def discard_connections(self) -> None:
-        """Let go of what a session holds that could not be closed: SQLAlchemy has forgotten it."""
-        for connection in tuple(self.connections):
-            if not connection.closed:
-                connection.invalidate()
-                connection.close()
-        self.forget()
-
     # -- may the session be used here and now? ---------------------------------------------
 
     def check_usable(self) -> None:
@@ -219,27 +211,25 @@ class Record(Holder):
         return self.work.may_have_written and not self.options.read_only
 
     @property
-    def is_storing(self) -> bool:
-        """Tell whether a COMMIT is on its way that may store something."""
-        return self.committing and self.may_have_written
+    def has_lost_nothing(self) -> bool:
+        """Tell whether a connection is gone that had nothing to store."""
+        return not self.may_have_written and any(each.invalidated for each in self.connections)
 
-    def count_unstored(self) -> int:
-        """Count the connections on which a COMMIT now would change something; in doubt ask."""
-        if self.options.read_only or not self.work.is_worth_asking:
+    @property
+    def has_stored(self) -> bool:
+        """Tell whether something is stored, or may be, also by a COMMIT that is on its way."""
+        autocommits = any(map(transactions.autocommits, self.connections))
+        return self.stored or (self.may_have_written and (self.committing or autocommits))
+
+    def count_unstored(self, *, if_lost: bool | None = None) -> int:
+        """Count the connections on which a COMMIT now would change something."""
+        if not self.may_have_written:
             return 0
+        wrote = self.work.wrote and self.rolled_back is None
+        if_lost = wrote if if_lost is None else if_lost
         return sum(
-            self.work.thrown_away
-            if connection.closed
-            else transactions.would_store(
-                connection,
-                wrote=self.work.wrote and self.rolled_back is None,
-                unknown=self.work.unknown or self.work.handed_out,
-                defined=self.work.defined,
-                since=changes_before,
-                undone=self.work.undone,
-                joined=self.joined,
-            )
-            for connection, changes_before in self.connections.items()
+            self.work.is_unstored(each, before, wrote=wrote, if_lost=if_lost, joined=self.joined)
+            for each, before in self.connections.items()
         )
 
     def rolls_back(self, _connection: Connection) -> None:
@@ -254,7 +244,7 @@ class Record(Holder):
         """
         self.check_committable()
         if self.may_have_written and not self.work.wrote:
-            self.work.unknown = self.count_unstored() > 0
+            self.work.unknown = self.count_unstored(if_lost=True) > 0
             self.work.handed_out = False
 
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
@@ -277,9 +267,8 @@ class Record(Holder):
             for connection in self.connections
         ):
             return
-        raise self.state.error(exceptions.TransactionAbortedError) from (
-            self.rolled_back or self.failed
-        )
+        cause = self.rolled_back or self.failed
+        raise self.state.error(exceptions.TransactionAbortedError) from cause
 
     def commit_failed(self, error: Exception) -> None:
         """Say what a failure of `commit()` means, where the error itself does not.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, cast
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Sequence, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -60,9 +60,12 @@ class NativeSession(Session):
         """Execute, and return scalars."""
         return self.execute(*args, **options).scalars()
 
-    def scalar(self, *args: Any, **options: Any) -> Any:
+    def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Execute, and return a scalar."""
-        return self.execute(*args, **options).scalar()
+        if isinstance(statement, Sequence):  # has no result
+            with self._way_in():
+                return super().scalar(statement, *args, **options)
+        return self.execute(statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
         """Hand out a connection, over which anything may be sent."""

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import ExecutionContext
 
 from .._drivers import transactions
-from .._drivers.statements import Effect, Statement
+from .._drivers.statements import Effect, Statement, met_no_row
 
 _Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, int]]
 
@@ -19,7 +19,6 @@ class Work:
 
     Attributes:
         wrote: a statement or flush that writes.
-        met_no_row: one that writes and met no row, so that only a trigger can have written.
         unknown: a statement that may have written.
         handed_out: a connection, over which anything may have been sent.
         defined: a table, a function or the like.
@@ -31,7 +30,6 @@ class Work:
         "_savepoints",
         "defined",
         "handed_out",
-        "met_no_row",
         "thrown_away",
         "undone",
         "unknown",
@@ -39,7 +37,7 @@ class Work:
     )
 
     def __init__(self) -> None:
-        self.wrote = self.met_no_row = self.unknown = False
+        self.wrote = self.unknown = False
         self.handed_out = self.defined = self.undone = self.thrown_away = False
         # What had been written when a savepoint began, by its name or its depth.
         self._savepoints: dict[str | int, _Written] | None = None
@@ -48,11 +46,6 @@ class Work:
     def may_have_written(self) -> bool:
         """Tell whether a commit may store something, as far as can be told without asking."""
         return self.wrote or self.unknown or self.handed_out
-
-    @property
-    def is_worth_asking(self) -> bool:
-        """Tell whether the server could say that a commit would store something."""
-        return self.may_have_written or self.met_no_row
 
     def note(
         self,
@@ -66,10 +59,7 @@ class Work:
         if effect is Effect.NONE:
             return  # nearly all of them
         if effect is Effect.WRITE:
-            if counted and not context.executemany and getattr(result, "rowcount", -1) == 0:
-                self.met_no_row = True
-            else:
-                self.wrote = True
+            self.wrote = self.wrote or not (counted and met_no_row(result, context))
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:
@@ -103,3 +93,37 @@ class Work:
             if not connection.closed and not connection.invalidated:
                 undone = transactions.changes(connection) - changes.get(connection, before)
                 connections[connection] = before + undone
+
+    def is_unstored(
+        self,
+        connection: Connection,
+        changes_before: int,
+        *,
+        wrote: bool,
+        if_lost: bool,
+        joined: bool,
+    ) -> bool:
+        """Tell whether a COMMIT on a connection would change something; in doubt ask.
+
+        Args:
+            connection: one that holds the transaction, or was closed by the application.
+            changes_before: what SQLite had counted when the transaction began.
+            wrote: the answer where nobody knows better.
+            if_lost: the answer where the connection is gone.
+            joined: the transaction around it is somebody else's, and so is what the server says.
+        """
+        if connection.closed:
+            return self.thrown_away
+        if not connection.in_transaction() or transactions.autocommits(connection):
+            return False
+        if joined:
+            return wrote
+        if transactions.is_lost(connection):
+            return if_lost
+        if connection.dialect.name == "sqlite":
+            changed = self.defined or transactions.changes(connection) != changes_before
+            return changed and transactions.is_open_on_sqlite(connection)
+        if connection.dialect.name != "postgresql":
+            return wrote
+        found = transactions.would_store(connection, id_explained=self.undone)
+        return if_lost if found is None else found

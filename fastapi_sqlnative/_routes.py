@@ -37,14 +37,13 @@ def applications_in(app: Starlette) -> list[Starlette]:
 
 
 def routes_with_a_database(app: Starlette) -> list[Any]:
-    """List the routes that depend on a database of ours."""
+    """List the routes that depend on a session or a handle of ours."""
     return [route for route in routes_of(app.routes) if _uses(getattr(route, "dependant", None))]
 
 
 def _uses(dependant: Dependant | None) -> bool:
-    ours = f"{__name__.partition('.')[0]}.dependencies"
     below = [] if dependant is None else dependant.dependencies
-    return any(getattr(each.call, "__module__", None) == ours or _uses(each) for each in below)
+    return any(getattr(each.call, "opens", None) or _uses(each) for each in below)
 
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:

@@ -385,15 +385,20 @@ def out_of_range(session: Session, _server: Server) -> None:
 
 def malformed(session: Session, _server: Server) -> None:
     statements = {
-        "postgresql": "SELECT CAST('canary' AS integer)",
-        "mysql": "INSERT INTO canary_parent VALUES ('canary')",
-        "sqlite": "INSERT INTO canary_parent VALUES ('canary')",
+        "postgresql": "SELECT CAST(CAST(:value AS text) AS integer)",
+        "mysql": "INSERT INTO canary_parent VALUES (:value)",
+        "sqlite": "INSERT INTO canary_parent VALUES (:value)",
     }
-    session.execute(text(statements[session.get_bind().dialect.name]))
+    session.execute(text(statements[session.get_bind().dialect.name]), {"value": "canary"})
+
+
+def malformed_in_the_statement(session: Session, _server: Server) -> None:
+    session.execute(text("SELECT CAST(CAST('canary' AS text) AS integer)"))
 
 
 def no_such_date(session: Session, _server: Server) -> None:
-    session.execute(text("SELECT CAST('2024-13-45' AS date)"))
+    query = text("SELECT CAST(CAST(:value AS text) AS date)")
+    session.execute(query, {"value": "2024-13-45"})
 
 
 def nul_character(session: Session, _server: Server) -> None:
@@ -465,7 +470,7 @@ def beyond_python(session: Session, _server: Server) -> None:
 
 def not_strictly_typed(session: Session, _server: Server) -> None:
     session.execute(text("CREATE TEMP TABLE canary_strict (id INTEGER, n INT) STRICT"))
-    session.execute(text("INSERT INTO canary_strict VALUES (1, 'canary')"))
+    session.execute(text("INSERT INTO canary_strict VALUES (1, :n)"), {"n": "canary"})
 
 
 # --- other transactions -------------------------------------------------------------------------

@@ -314,6 +314,7 @@ TABLE = (
         everywhere=True,
         cells={POSTGRES: Cell(Kind.OTHER, "22012"), MYSQL: Cell(Kind.OTHER, "1365")},
     ),
+    Row(failing.malformed_in_the_statement, {POSTGRES: Cell(Kind.OTHER, "22P02")}),
     Row(failing.bad_setting, {POSTGRES: Cell(Kind.OTHER, "22023")}),
     Row(failing.too_many_parameters, {POSTGRES: Cell(Kind.OTHER, None)}),
     Row(failing.wrong_type, {ASYNCPG.id: Cell(Kind.OTHER, "22000")}),

@@ -113,10 +113,10 @@ def read_error(error: DBAPIError) -> StatedError:
 
 
 def _kind(code: str, server: str, error: DBAPIError) -> str:
-    if code == "22023" and not error.params:
-        return "other"  # about a setting: no client has sent a value
     class_ = code[:2] if server == "postgresql" else "_".join(code.split("_")[:2])
     kind = _KINDS.get((server, code)) or _KINDS.get((server, class_))
+    if kind == "bad_value" and not error.params and (error.statement or code == "22023"):
+        return "other"  # the service's own value, or a stored one: no client has sent any
     return kind or ("unavailable" if error.connection_invalidated else "other")
 
 

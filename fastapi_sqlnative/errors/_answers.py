@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, Unpack, cast, overload
 
-import starlette
 from fastapi import FastAPI, HTTPException
 from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,9 +29,6 @@ from ._rules import DatabaseHTTPException, ErrorMapping, ErrorT, MappingOptions
 # The second None says that no error ends here, so that a block may end with a `return`.
 _Block = contextlib.AbstractContextManager[None, None]
 _AsyncBlock = contextlib.AbstractAsyncContextManager[None, None]
-# A group is answered if its one error is a failure, and raised again if not. Starlette before 0.46
-# raises a group for any error in a stream, where a handler would be in the way.
-_GROUPS = () if starlette.__version__ < "0.46" else (ExceptionGroup,)
 
 
 def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> ErrorT | HTTPException:
@@ -156,7 +153,7 @@ def install_error_handlers(
         )
     for each in answered:
         handlers: dict[Any, Any] = each.exception_handlers
-        for failure in (SQLAlchemyError, *_GROUPS, *OUR_ERRORS):
+        for failure in (SQLAlchemyError, *OUR_ERRORS):
             handlers.setdefault(failure, functools.partial(_answer, mapping))
         if problem_details:
             handlers[DatabaseHTTPException] = answer_problem
@@ -186,5 +183,9 @@ async def _answer(mapping: ErrorMapping, request: Request, error: Exception) -> 
     handlers: Mapping[Any, Any] = request.app.exception_handlers
     by_class = (handlers[class_] for class_ in type(mapped).__mro__ if class_ in handlers)
     handler = handlers.get(mapped.status_code) or next(by_class, http_exception_handler)
-    response: Response | Awaitable[Response] = handler(request, mapped)
-    return await response if inspect.isawaitable(response) else response
+    if inspect.iscoroutinefunction(handler):
+        response = handler(request, mapped)
+    else:  # as Starlette does it: one may wait for something
+        response = await run_in_threadpool(handler, request, mapped)
+    answer: Response = await response if inspect.isawaitable(response) else response
+    return answer

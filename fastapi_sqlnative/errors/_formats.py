@@ -52,11 +52,15 @@ def _problem(status: int, members: dict[str, Any], headers: Any) -> Response:
     return JSONResponse(problem, status, headers, _MEDIA_TYPE)
 
 
-def _invalid(found: Mapping[str, Any]) -> dict[str, str]:
-    where, *names = found["loc"]
+def _invalid(found: Any) -> dict[str, str]:
+    if not isinstance(found, Mapping):  # the application's own RequestValidationError may hold any
+        return {"detail": str(found)}
+    where, *names = found.get("loc") or ("",)
     if where != "body":
-        return {"detail": found["msg"], "parameter": ".".join(map(str, names))}
-    if found["type"] == "json_invalid":
+        parameter = ".".join(map(str, names or [where]))
+        invalid = {"detail": found["msg"], "parameter": parameter}
+        return invalid if parameter else {"detail": found["msg"]}
+    if found.get("type") == "json_invalid":
         names = []  # it is a position in the text
     escaped = (quote(str(name).replace("~", "~0").replace("/", "~1")) for name in names)
     return {"detail": found["msg"], "pointer": "/".join(["#", *escaped])}
@@ -98,10 +102,10 @@ def document_failures(
                 if method.upper() in route.methods:
                     found = outage if method in ("get", "head") else conflict | outage
                     answers = {str(status): answer for status, answer in found.items()}
-                    operation["responses"] = answers | operation["responses"]
+                    operation["responses"] = answers | operation.get("responses", {})
         for path in document["paths"].values() if every_error else ():
             for operation in path.values():
-                if isinstance(operation, dict) and "422" in operation["responses"]:
+                if isinstance(operation, dict) and "422" in operation.get("responses", {}):
                     operation["responses"]["422"] = invalid
         return document
 

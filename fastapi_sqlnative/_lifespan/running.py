@@ -126,11 +126,11 @@ class Running:
         """Tell whether this application, or one that it is mounted in, drains."""
         return any(each.installed.draining for each in self.lineage)
 
-    async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
+    def admit(self, request: object, route: object, database: AnyDatabase) -> Awaitable[bool]:
         """Wait for a place where it has to be, and tell whether the request has one to leave."""
         if key_of(route) not in self.gate.opened and self.examine is not None:
             self.examine(self, route)
-        return await self.gate.enter(request, route, database)
+        return self.gate.enter(request, route, database)
 
 
 def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:

@@ -48,8 +48,7 @@ def check_application(running: Running, *, late: bool = False) -> None:
         if maker in getattr(running.app, "dependency_overrides", {}):
             raise DatabaseDependencyError(
                 f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
-                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)], with the "
-                "name of the database; without one it is 'default'."
+                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)]."
             )
     known = set(running.gate.opened)
     for context in routes_of(running.app.routes):
@@ -142,9 +141,8 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
         raise DatabaseDependencyError(
             f"the generator {above} depends on the session of database {name!r}, but runs on after "
             "the response has left, when the session is finished. Let it return the session "
-            f'instead of yielding it, or declare it with Depends({above}, scope="function"). Where '
-            "it is a library's and you can do neither, give it a dependency of your own that "
-            f"returns what get_db({name!r}) gives."
+            f'instead of yielding it, or declare it with Depends({above}, scope="function"). '
+            f"Override a library's with one of your own that returns what get_db({name!r}) gives."
         )
 
 

@@ -70,7 +70,7 @@ class SharedState:
         self.shutdown_timeout = shutdown_timeout
         self.warn_held_after = warn_held_after
         self.told_holders: tuple[float, str] | None = None  # when, and what
-        # A session of a database that is stopped refuses its next statement: a disposed engine would
+        # Once it is stopped every session refuses its next statement: a disposed engine would
         # silently connect anew.
         self.stopping: Literal["shutting down", "stopped"] | None = None
         # Those of commit, rollback and close that the application's class has itself.

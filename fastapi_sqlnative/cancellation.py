@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from ._routes import name_of_route
 from ._seconds import check_seconds
 from ._unit_of_work import UnitOfWork
-from .dependencies import in_unit_of_work
+from .dependencies import IN_UNIT_OF_WORK
 from .errors import DatabaseErrorKind, describe_database_error
 from .exceptions import ClientDisconnectedError, DeadlineExceededError
 
@@ -81,7 +81,7 @@ def _around_request(guard: Any, limit: object) -> _Dependency:
     """Make a dependency that is left before the COMMIT, with whatever scope it is declared."""
 
     async def around(
-        connection: HTTPConnection, unit: Annotated[UnitOfWork, in_unit_of_work()]
+        connection: HTTPConnection, unit: Annotated[UnitOfWork, IN_UNIT_OF_WORK]
     ) -> AsyncGenerator[None]:
         if isinstance(connection, Request):
             async with guard(limit, connection, unit):

@@ -189,7 +189,7 @@ class Database(_Database[Engine]):
 class AsyncDatabase(_Database[AsyncEngine]):
     """A database on an `AsyncEngine`, inside or outside an application.
 
-    What `Database` says of handles, and of their arguments, holds for this one:
+    It lives, and takes its arguments, as `Database` does:
 
         database = AsyncDatabase(create_async_engine(url))
         async with database.transaction() as session:
@@ -211,8 +211,8 @@ class AsyncDatabase(_Database[AsyncEngine]):
     ) -> AsyncGenerator[AsyncSession]:
         """Open a session for a block; commit at its end, roll back on any exception.
 
-        As `Database.transaction`, with its arguments and errors. A cancellation does not interrupt
-        the COMMIT: it is awaited, for `shutdown_timeout` seconds at most.
+        The arguments and errors are those that `Database.transaction` has. A cancellation does not
+        interrupt the COMMIT: it is awaited, for `shutdown_timeout` seconds at most.
         """
         session = self._open_transaction(isolation_level, read_only)
         timeout = self._sessions.state.shutdown_timeout

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from inspect import Parameter, Signature
 from typing import Any, Final, Literal
 
@@ -40,25 +40,15 @@ def unit_of(connection: HTTPConnection) -> UnitOfWork:
     return unit
 
 
-async def _unit_of_work(connection: HTTPConnection) -> UnitOfWork:
-    """Begin the unit of work, which ends after whatever is entered from now on."""
-    return unit_of(connection)
-
-
 async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWork]:
     """End the unit of work by FastAPI's public means: a generator with function scope."""
-    async with unit_of(connection) as unit:
+    unit = unit_of(connection)
+    async with nullcontext() if HAS_FUNCTION_STACK else unit:
         yield unit
 
 
-def in_unit_of_work() -> Any:
-    """Depend on the request's unit of work.
-
-    What does so with function scope is left before the unit ends, and with it before the COMMIT.
-    """
-    if HAS_FUNCTION_STACK:
-        return Depends(_unit_of_work)
-    return Depends(_end_of_request, scope="function")
+# What depends on it with function scope is left before the unit ends, and so before the COMMIT.
+IN_UNIT_OF_WORK: Final[Any] = Depends(_end_of_request, scope="function")
 
 
 def _has_function_stack() -> bool:
@@ -86,7 +76,7 @@ class _NoRequest:
     @property
     def scope(self) -> dict[str, Any]:
         raise DatabaseDependencyError(
-            "A dependency of fastapi_sqlnative was called without a request. A test that calls "
+            "A dependency of fastapi_sqlnative was called without a request: a test that calls "
             "your function itself passes it a session, from `with isolated(app) as session` or a "
             "handle's `session()`; one that needs the dependency sends a request."
         )
@@ -129,7 +119,7 @@ class SessionDependency(DatabaseDependency):
             # An override of get_db(name) reaches what hands out its session, too.
             given.append(keyword("session", default=Depends(get_db(name))))
         if not HAS_FUNCTION_STACK:
-            given.append(keyword("unit", default=in_unit_of_work()))
+            given.append(keyword("unit", default=IN_UNIT_OF_WORK))
         # FastAPI asks a callable object for its signature, as it asks a function.
         self.__signature__ = Signature(given)
 

@@ -48,8 +48,7 @@ def check_application(running: Running, *, late: bool = False) -> None:
         if maker in getattr(running.app, "dependency_overrides", {}):
             raise DatabaseDependencyError(
                 f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
-                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)], with the "
-                "name of the database; without one it is 'default'."
+                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)]."
             )
     known = set(running.gate.opened)
     for context in routes_of(running.app.routes):
@@ -142,9 +141,8 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
         raise DatabaseDependencyError(
             f"the generator {above} depends on the session of database {name!r}, but runs on after "
             "the response has left, when the session is finished. Let it return the session "
-            f'instead of yielding it, or declare it with Depends({above}, scope="function"). Where '
-            "it is a library's and you can do neither, give it a dependency of your own that "
-            f"returns what get_db({name!r}) gives."
+            f'instead of yielding it, or declare it with Depends({above}, scope="function"). '
+            f"Override a library's with one of your own that returns what get_db({name!r}) gives."
         )
 
 
@@ -155,18 +153,15 @@ def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) ->
     named = [each for each in functions.classes_in(annotation) if issubclass(each, _GIVEN)]
     if not named or any(issubclass(given, each) for each in named):
         return
-    said = f"parameter {child.name!r} of {name_of(function)} is annotated with"
+    said, gives = named[0].__name__, given.__name__
+    fix = "Fix the annotation, or install the other kind of engine."
     if issubclass(named[0], given):
-        raise DatabaseDependencyError(
-            f"{said} {_path(named[0])}, but database {database.name!r} gives {_path(given)}. "
-            f'Install it with session_options={{"class_": {named[0].__name__}}}, or fix the '
-            "annotation."
-        )
-    article = "an" if given.__name__[0] in "AEIOU" else "a"
+        fix = f'Install it with session_options={{"class_": {said}}}, or fix the annotation.'
+        said, gives = _path(named[0]), _path(given)  # SQLModel's has the same name
     raise DatabaseDependencyError(
-        f"{said} {named[0].__name__}, but database {database.name!r} is installed with an "
-        f"{type(database.engine).__name__} and gives {article} {given.__name__}. Fix the "
-        "annotation, or install the other kind of engine."
+        f"parameter {child.name!r} of {name_of(function)} is annotated with {said}, but database "
+        f"{database.name!r} is installed with an {type(database.engine).__name__} and gives "
+        f"{gives}. {fix}"
     )
 
 

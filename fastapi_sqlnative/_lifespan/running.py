@@ -81,17 +81,16 @@ class Running:
     ) -> None:
         self.app = app
         self.installed = installations_of(app)
-        # The application, the one that it is mounted in, and so on; a name is the nearest one's.
-        self.lineage: list[Running] = [self, *(parent.lineage if parent is not None else ())]
-        self.by_name: dict[str, Installation] = {}
-        for each in reversed(self.lineage):
-            self.by_name |= each.installed.by_name
-        self.mounted: list[Running] = []  # this one, and what is mounted in it at any depth
-        for each in self.lineage:
-            each.mounted.append(self)
+        # What the application is mounted in, from the inside out, and what is mounted in it.
+        self.above: list[Running] = [] if parent is None else [parent, *parent.above]
+        self.below: list[Running] = []
+        for each in self.above:
+            each.below.append(self)
+        above = {} if parent is None else parent.by_name
+        self.by_name: dict[str, Installation] = above | self.installed.by_name
         # The outermost application's: a request knows by the router whose run it belongs to, and
         # there is one gate for all that are mounted in it.
-        self.router: Router = self.lineage[-1].app.router
+        self.router: Router = app.router if parent is None else parent.router
         self.gate: Gate = Gate() if parent is None else parent.gate
         self.examine: Examine | None = examine if parent is None else parent.examine
 
@@ -112,25 +111,25 @@ class Running:
 
     def databases(self) -> list[AnyDatabase]:
         """List the running databases in the order in which they commit: a parent's come first."""
-        return databases_of(reversed(self.lineage))
+        return databases_of([*reversed(self.above), self])
 
     def all_databases(self) -> list[AnyDatabase]:
         """List the running databases of this application, of those above and of those mounted."""
-        return databases_of([*reversed(self.lineage[1:]), *self.mounted])
+        return databases_of([*reversed(self.above), self, *self.below])
 
     def databases_from_here(self) -> list[AnyDatabase]:
         """List the running databases of this application and of those mounted in it."""
-        return databases_of(self.mounted)
+        return databases_of([self, *self.below])
 
     def is_draining(self) -> bool:
         """Tell whether this application, or one that it is mounted in, drains."""
-        return any(each.installed.draining for each in self.lineage)
+        return any(each.installed.draining for each in (self, *self.above))
 
-    async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
+    def admit(self, request: object, route: object, database: AnyDatabase) -> Awaitable[bool]:
         """Wait for a place where it has to be, and tell whether the request has one to leave."""
         if key_of(route) not in self.gate.opened and self.examine is not None:
             self.examine(self, route)
-        return await self.gate.enter(request, route, database)
+        return self.gate.enter(request, route, database)
 
 
 def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:

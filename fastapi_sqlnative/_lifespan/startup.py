@@ -79,7 +79,8 @@ async def _start(running: Running, runs: list[Running]) -> None:
         installed.draining = False
         for installation in installed.by_name.values():
             await start_installation(installation)
-    observers = [observer for each in running.lineage for observer in each.installed.observers]
+    hearing = (running, *running.above)
+    observers = [observer for each in hearing for observer in each.installed.observers]
     for database in databases_of([running]):
         for observer in observers:
             observer(database)

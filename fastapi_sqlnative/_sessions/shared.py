@@ -60,28 +60,24 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
 
 
 class SharedState:
-    """What the sessions of one database share. Lives as long as the database's handle.
-
-    Attributes:
-        root: its engine; a session class of the application's may choose others.
-        at_work: the records of the sessions that hold a connection, by it.
-        stopping: why no new session is handed out, if so. Of a database that is stopped every
-            session refuses its next statement: a disposed engine would silently connect anew.
-        overridden: those of commit, rollback and close that the application's class has itself.
-    """
+    """What the sessions of one database share. Lives as long as the database's handle."""
 
     def __init__(
         self, name: str, root: Engine, shutdown_timeout: float, warn_held_after: float | None
     ) -> None:
         self.name = name
-        self.root = root
+        self.root = root  # a session class of the application's may choose other engines
         self.shutdown_timeout = shutdown_timeout
         self.warn_held_after = warn_held_after
         self.told_holders: tuple[float, str] | None = None  # when, and what
+        # Once it is stopped every session refuses its next statement: a disposed engine would
+        # silently connect anew.
         self.stopping: Literal["shutting down", "stopped"] | None = None
+        # Those of commit, rollback and close that the application's class has itself.
         self.overridden: frozenset[str] = frozenset()
         self.may_be_interrupted: bool = may_be_interrupted(root)
         self.returns_undisturbed: bool = returns_undisturbed(root)
+        # The records of the sessions that hold a connection, by it.
         self.at_work: dict[Connection, Any] = {}
         # Engines that share a pool and set the options, by the engine and the options.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}

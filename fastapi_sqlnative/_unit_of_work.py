@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Scope
 
 from . import exceptions
+from ._lifespan.functions import is_awaitable
 from ._lifespan.running import running_for
 from ._sessions import finishing
 from ._sessions.finishing import Call, tells_of_commit
@@ -104,7 +105,8 @@ class UnitOfWork:
     @property
     def may_be_cancelled(self) -> bool:
         """Tell whether it costs nothing that is stored, and leaves no thread behind."""
-        lasting = self.cancelled or self.has_stored
+        endpoint = getattr(self.scope.get("route"), "endpoint", None)
+        lasting = self.cancelled or self.has_stored or not is_awaitable(endpoint)
         return not lasting and all(isinstance(each, AsyncSession) for each in self._all_sessions())
 
     async def __aenter__(self) -> UnitOfWork:

@@ -72,6 +72,8 @@ def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Depend
     Example:
         @app.get("/report", dependencies=[Depends(cancel_on_disconnect())])
     """
+    if isinstance(methods, str):
+        raise TypeError(f"methods are several: write methods=({methods!r},).")
     return _around_request(_while_connected, frozenset(each.upper() for each in methods))
 
 

@@ -76,7 +76,7 @@ class _NoRequest:
     @property
     def scope(self) -> dict[str, Any]:
         raise DatabaseDependencyError(
-            "A dependency of fastapi_sqlnative was called without a request: a test that calls "
+            "A dependency of fastapi_sqlnative was called without a request. A test that calls "
             "your function itself passes it a session, from `with isolated(app) as session` or a "
             "handle's `session()`; one that needs the dependency sends a request."
         )

@@ -375,11 +375,27 @@ async def async_generator(session: Session_) -> AsyncGenerator[None]:
 def plain(session: Session_) -> None: ...
 
 
-def above_plain(inner: Annotated[None, Depends(plain)]) -> Generator[None]:
+def handing_on(session: Session_) -> Session:
+    return cast("Session", session)
+
+
+class Holding:
+    def __init__(self, session: Session_) -> None: ...
+
+
+def over_a_function(inner: Annotated[Any, Depends(handing_on)]) -> Generator[None]:
     yield
 
 
-def between(inner: Annotated[None, Depends(above_plain)]) -> None: ...
+def over_a_class(inner: Annotated[Holding, Depends()]) -> Generator[None]:
+    yield
+
+
+def between(inner: Annotated[None, Depends(over_a_class)]) -> None: ...
+
+
+def over_a_value(inner: Annotated[None, Depends(plain)]) -> Generator[None]:
+    yield
 
 
 class CallableGenerator:
@@ -438,7 +454,8 @@ def reading(session: Annotated[Any, Depends(reader("orders"))]) -> Generator[Non
 OUTLIVING: dict[str, Dependency] = {
     "generator": generator,
     "async-generator": async_generator,
-    "through-a-function": above_plain,
+    "through-a-function": over_a_function,
+    "through-a-class": over_a_class,
     "below-a-function": between,
     "object": CallableGenerator(),
     "async-object": CallableAsyncGenerator(),
@@ -513,6 +530,7 @@ FINE: dict[str, Dependency] = {
     ),
     "handle": with_a_handle,
     "plain": plain,
+    "generator-over-a-value": over_a_value,
     "generator-beside": beside,
     "handle-request-scope": get_database_handle("orders"),
 }

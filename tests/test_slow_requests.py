@@ -14,12 +14,14 @@ import sqlalchemy
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, insert, text
+from sqlalchemy import Engine, create_engine, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from conftest import WorkerPostgres
 from fastapi_sqlnative import (
+    Database,
     dependencies,
     get_database_handle,
     get_db,
@@ -434,6 +436,23 @@ async def test_no_commit_is_interrupted(
         assert (await request).status_code == 201
         assert rows.names == ["a"]
         assert rows.backends("idle in transaction%") == 0
+
+
+async def test_a_thread_is_waited_for(postgres: WorkerPostgres, rows: Rows) -> None:
+    """A `def` endpoint goes on to its end: what its handle stores is there when 504 is read."""
+    app = FastAPI()
+    engine = create_engine(postgres.url("psycopg"))
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    def endpoint(database: Annotated[Database, Depends(get_database_handle())]) -> None:
+        with database.transaction() as session:
+            session.execute(text("SELECT pg_sleep(0.6)"))
+            session.add(Item(name="a"))
+
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        assert rows.names == ["a"]
 
 
 @asynchronous

@@ -76,6 +76,9 @@ class Repository:
     def __init__(self, session: Db) -> None:
         self.session = session
 
+    def with_(self, _read: Callable[[Session], Any]) -> "Repository":
+        return self
+
 
 @pytest.mark.parametrize("dependency", [executes, commits])
 async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) -> None:
@@ -90,7 +93,29 @@ async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) ->
         await start_and_stop(app)
 
 
-@pytest.mark.parametrize("dependency", [passes_on, returns, Repository])
+def gives_a_report(session: Db) -> Any:
+    def report(session: Session) -> Any:
+        session.execute(text("SELECT 1")).close()
+        return session
+
+    report.session = session  # type: ignore[attr-defined] # a function may have it
+    return report
+
+
+def gives_a_lambda(session: Db) -> Any:
+    return Repository(session).with_(lambda session: session.execute(text("SELECT 1")).scalar())
+
+
+def of_both_colours(session: Annotated[Any, Depends(get_db())]) -> Any:
+    if isinstance(session, Session):
+        session.execute(text("SELECT 1")).close()
+    return session
+
+
+@pytest.mark.parametrize(
+    "dependency",
+    [passes_on, returns, Repository, gives_a_report, gives_a_lambda, of_both_colours],
+)
 async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None:
     """One that only hands the session on starts, and whoever gets it can use it."""
     app = with_database()

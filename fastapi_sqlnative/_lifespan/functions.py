@@ -8,10 +8,11 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 _AWAITED: Final = frozenset(
     name for name, each in vars(AsyncSession).items() if inspect.iscoroutinefunction(each)
@@ -67,6 +68,15 @@ def annotation_of(call: Any, parameter: Any) -> object:
         return None  # nothing visible contradicts
 
 
+def hands_on(call: Any) -> bool:
+    """Tell whether what a dependency gives is, or holds, the session that it was given."""
+    try:
+        given = classes_in(inspect.signature(call, eval_str=True).return_annotation)
+    except Exception:  # noqa: BLE001 - as above
+        given = []
+    return inspect.isclass(call) or any(issubclass(each, Session | AsyncSession) for each in given)
+
+
 def classes_in(annotation: object) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions."""
     # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
@@ -92,10 +102,23 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
     for function in _functions(call):
         # Some have no source, or one that cannot be read by itself.
         with contextlib.suppress(OSError, TypeError, SyntaxError):
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            if any(_drops(node, parameter) for node in ast.walk(tree)):
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+            if any(_drops(node, parameter) for node in _within(tree, parameter)):
                 return True
     return False
+
+
+def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:
+    """Yield what is inside, but for where the name means another thing, or is looked at first."""
+    for child in ast.iter_child_nodes(node):
+        arguments = getattr(child, "args", None)  # of a function or a lambda
+        rebinds = isinstance(arguments, ast.arguments) and any(
+            each.arg == parameter for each in ast.walk(arguments) if isinstance(each, ast.arg)
+        )
+        tested = isinstance(child, ast.If) and f"isinstance({parameter}," in ast.unparse(child.test)
+        if not (rebinds or tested):
+            yield child
+            yield from _within(child, parameter)
 
 
 def _drops(node: ast.AST, parameter: str) -> bool:

@@ -122,8 +122,10 @@ def _walk(
                 f"Depends({name_of(call)}(name)): the call makes the dependency."
             )
         if not isinstance(call, DatabaseDependency):
+            # What a function returns need not be the session, nor anything that holds it.
+            above = outlives if functions.hands_on(call) else None
             runs_on = child.scope != "function" and functions.is_generator(call)
-            yield from _walk(child, overrides, call if runs_on else outlives)
+            yield from _walk(child, overrides, call if runs_on else above)
         # transactional(name) and reader(name) hand out what get_db(name) gives them.
         elif not isinstance(call, SessionDependency) or get_db(call.name) not in overrides:
             yield parent, child, outlives

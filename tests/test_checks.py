@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Optional, Protocol, Union
+from typing import Annotated, Any, Optional, Protocol, Union, cast
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket, routing

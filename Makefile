@@ -36,7 +36,7 @@ env: .venv/ready ## create .venv, or bring it up to date
 
 test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
 	@echo "Starting the tests ..."
-	@$(RUN) -m pytest -n auto --dist loadgroup --drivers=$(DRIVERS) $(ARGS)
+	@$(RUN) -m pytest -n auto --drivers=$(DRIVERS) $(ARGS)
 
 # What the oldest frameworks do that is not ours to fix: they use names of anyio's and of their own
 # that have been deprecated since, and Starlette leaves the streams of its test client and of its
@@ -57,13 +57,13 @@ define on_lowest
 		-P fastapi -P starlette -P sqlalchemy --editable . starlette $(1)
 	@$(LOWEST) -m uv --quiet pip list --python $(LOWEST) --format freeze \
 		| grep -E '^(fastapi|starlette|sqlalchemy)=='
-	@$(LOWEST) -m pytest -n auto --dist loadgroup --drivers=$(2) $(OLD_WARNINGS) $(ARGS)
+	@$(LOWEST) -m pytest -n auto --drivers=$(2) $(OLD_WARNINGS) $(ARGS)
 endef
 
 test-python: ## run the tests on another Python: make test-python PYTHON=python3.13
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
 		$(MAKE) .venv-$$version/ready && \
-		.venv-$$version/bin/python -m pytest -n auto --dist loadgroup $(ARGS)
+		.venv-$$version/bin/python -m pytest -n auto $(ARGS)
 
 # A lower bound that is a pre-release itself lets uv take others; of these, and not of what the
 # tests use by the way. Not in `make check`: what fails here may be theirs.
@@ -73,7 +73,7 @@ canary: .venv-canary/ready ## run the tests on the newest pre-releases of what i
 		$(BELOW:%='%>=0.dev0') --editable . --group test
 	@$(CANARY) -m uv --quiet pip list --python $(CANARY) --format freeze \
 		| grep -E '^($(subst $() ,|,$(BELOW)))=='
-	@$(CANARY) -m pytest -n auto --dist loadgroup $(ARGS)
+	@$(CANARY) -m pytest -n auto $(ARGS)
 
 # Its own target, because it wants a browser (Debian: chromium, chromium-driver), the network, and
 # an environment with what docs/works-with.md works with.

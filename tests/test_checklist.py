@@ -25,6 +25,7 @@ from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url, te
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from fastapi_sqlnative import install_database, installed_databases
+from fastapi_sqlnative.__main__ import main
 from fastapi_sqlnative._drivers.pools import OUTSIDE
 from fastapi_sqlnative.checklist import Finding, check_databases, log_findings
 from fastapi_sqlnative.checklist._findings import FIXES, GUIDE
@@ -616,27 +617,34 @@ app = create_app()
 """
 
 
-def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "fastapi_sqlnative", "check", *arguments],
-        cwd=folder,
+@pytest.fixture
+def application(server: Badly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Write an application with two warnings, where the command looks for it."""
+    (tmp_path / "main.py").write_text(MAIN.format(url=url_of(server, "psycopg")))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in "main", "failing", "away":
+        sys.modules.pop(name, None)
+
+
+def run(*arguments: str) -> object:
+    """Run the command in this process, and return its status."""
+    try:
+        return main(["check", *arguments])
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_the_command_prints_a_table(application: Path) -> None:
+    """The table has every row, the fix below what is wrong, and progress goes elsewhere."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fastapi_sqlnative", "check", "main:app", "--processes", "1"],
+        cwd=application,
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-
-
-@pytest.fixture
-def application(server: Badly, tmp_path: Path) -> Path:
-    """Write an application with two warnings."""
-    (tmp_path / "main.py").write_text(MAIN.format(url=url_of(server, "psycopg")))
-    return tmp_path
-
-
-def test_the_command_prints_a_table(application: Path) -> None:
-    """The table has every row, the fix below what is wrong, and progress goes elsewhere."""
-    done = run(application, "main:app", "--processes", "1")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "default"
@@ -651,19 +659,23 @@ def test_the_command_prints_a_table(application: Path) -> None:
     ]
 
 
-def test_the_command_fails_a_pipeline_on_request(application: Path) -> None:
+def test_the_command_fails_a_pipeline_on_request(
+    application: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With --strict a warning fails, unless somebody has accepted it."""
     accepted = ("--accept", "default:pre-ping", "--accept", "default:connect timeout")
-    assert run(application, "main:create_app", "--factory", "--strict").returncode == 1
-    done = run(application, "main", "--strict", *accepted)
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[-1] == "10 ok, 2 accepted"
-    assert "pool_pre_ping" not in done.stdout
+    assert run("main:create_app", "--factory", "--strict") == 1
+    capsys.readouterr()
+    assert run("main", "--strict", *accepted) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "10 ok, 2 accepted"
+    assert "pool_pre_ping" not in printed
 
 
-def test_the_command_prints_json(application: Path) -> None:
+def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON has the same rows, and nothing else is printed."""
-    rows = json.loads(run(application, "main:app", "--json").stdout)
+    run("main:app", "--json")
+    rows = json.loads(capsys.readouterr().out)
     assert {"default: pre-ping: warning", "default: writes: ok"} < {
         f"{each['database']}: {each['subject']}: {each['status']}" for each in rows
     }
@@ -680,10 +692,11 @@ def test_the_command_prints_json(application: Path) -> None:
         ("away:app", "Asking database 'default'"),
     ],
 )
-def test_what_cannot_be_asked_is_no_success(application: Path, target: str, says: str) -> None:
+def test_what_cannot_be_asked_is_no_success(
+    application: Path, target: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An application that cannot be imported, or a database that is away, is status 2."""
     (application / "failing.py").write_text("import os; os.environ['SHOP_DATABASE_URL']")
     (application / "away.py").write_text(MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop"))
-    done = run(application, target)
-    assert done.returncode == 2
-    assert says in done.stderr
+    assert run(target) == 2
+    assert says in capsys.readouterr().err

@@ -379,8 +379,8 @@ def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: En
     with outside.begin() as connection:
         for statement in CROSSING:
             connection.execute(text(statement))
-    run_all(engine, crossing.works())
-    assert crossing.attempts == 3
+    run_all(engine, crossing.works(), attempts=20)
+    assert crossing.attempts >= 3  # they meet again where the one that is to go on wakes up late
     with outside.connect() as connection:
         assert connection.execute(text("SELECT n FROM crossing")).scalars().all() == [2, 2]
     outside.dispose()
@@ -390,7 +390,7 @@ def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: En
 def test_a_deadlock_ends_right(
     kind: Kind, make_engine: MakeEngine, postgres: WorkerPostgres
 ) -> None:
-    """Two that lock the same rows the other way round both succeed, one at its second attempt."""
+    """Two that lock the same rows the other way round both succeed, one of them when it is repeated."""
     outside = create_engine(postgres.url("psycopg"))
     check_crossing(make_engine(), Crossing("SELECT pg_sleep(0.01)"), outside)
 

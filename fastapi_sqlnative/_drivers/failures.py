@@ -49,8 +49,9 @@ def is_servers_word(error: BaseException, connection: Connection) -> bool:
     found = driver_error(error)
     if connection.dialect.driver not in TELLING:
         return isinstance(found, connection.dialect.loaded_dbapi.Error)
-    # psycopg and psycopg2 keep it in `diag`.
-    return getattr(getattr(found, "diag", found), "severity", None) is not None
+    # psycopg and psycopg2 keep it in `diag`; asyncpg's errors have it themselves.
+    tellers = getattr(found, "diag", None), found
+    return any(getattr(teller, "severity", None) is not None for teller in tellers)
 
 
 def sqlstates(error: BaseException | None) -> set[str]:

@@ -16,9 +16,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_timeout
 from .errors import DatabaseErrorKind, describe_database_error
 
-# The execution option under which an engine keeps when its pool last handed out a connection or got
-# one back.
-_MOVED: Final = "fastapi_sqlnative_moved"
+# The execution option under which an engine keeps when its pool last handed out a connection.
+_TAKEN: Final = "fastapi_sqlnative_taken"
 # They would give us the only connection, or the thread's own, before a request wants it.
 _EXCLUSIVE: Final = (sa.AssertionPool, sa.SingletonThreadPool)
 # Whether a server takes writes: `writable` if so, by the name of SQLAlchemy's dialect.
@@ -92,24 +91,24 @@ def is_wedged(engine: Engine, seconds: float) -> bool:
     Or for as long as the pool lets its callers wait, if that is longer. The first call begins to
     listen to the pool.
     """
-    moved: list[float] | None = engine.get_execution_options().get(_MOVED)
-    if moved is None:
-        moved = _listen(engine)
+    taken: list[float] | None = engine.get_execution_options().get(_TAKEN)
+    if taken is None:
+        taken = _listen(engine)
+    # Had one come back, the pool would not be full, or somebody would have taken it since.
     limit = max(seconds, pool_timeout(engine.pool))
-    return is_full(engine) and monotonic() - moved[0] > limit
+    return is_full(engine) and monotonic() - taken[0] > limit
 
 
 def _listen(engine: Engine) -> list[float]:
-    moved = [monotonic()]
+    taken = [monotonic()]
 
-    def note(_connection: object, record: ConnectionPoolEntry, *_proxy: object) -> None:
+    def note(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
         if OUTSIDE not in record.info:
-            moved[0] = monotonic()
+            taken[0] = monotonic()
 
     event.listen(engine, "checkout", note)
-    event.listen(engine, "checkin", note)
-    engine.update_execution_options(**{_MOVED: moved})
-    return moved
+    engine.update_execution_options(**{_TAKEN: taken})
+    return taken
 
 
 def is_full(engine: Engine) -> bool:

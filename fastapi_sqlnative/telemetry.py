@@ -9,7 +9,7 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
@@ -201,7 +201,7 @@ class _Pool:
 
     def listen_to_sessions(self, sessions: Any) -> None:
         """Hear of a handle's sessions: the pool has no event for the beginning of a wait."""
-        event.listen(sessions, "do_orm_execute", lambda state: self._wait(state.session))
+        event.listen(sessions, "do_orm_execute", self._execute)
         event.listen(sessions, "before_flush", self._wait)
         event.listen(sessions, "after_begin", self._connect)
         event.listen(sessions, "after_transaction_end", self._end)
@@ -223,6 +223,9 @@ class _Pool:
         began = record.info.pop(_IN_USE, None)
         if began is not None:
             self._record(self._instruments.use_time, began)
+
+    def _execute(self, state: ORMExecuteState) -> None:
+        self._wait(state.session)
 
     def _wait(self, session: Session, *_flush: object) -> None:
         if session not in self._connected:

@@ -379,13 +379,13 @@ async def test_live_does_not_fail_for_a_wedged_pool_unless_told_to(
 
 
 async def test_a_pool_is_listened_to_once(make_engine: MakeEngine) -> None:
-    """An engine that outlives its applications gets two listeners, and not two for each."""
+    """An engine that outlives its applications gets a listener, and not one for each."""
     engine = make_engine()
     heard: list[int] = []
     for _ in range(3):
         async with running(healthy(engine)) as client:
             assert (await ready(client))[0] == 200
-        heard.append(len(list(sync_engine(engine).pool.dispatch.checkin)))
+        heard.append(len(list(sync_engine(engine).pool.dispatch.checkout)))
     assert heard == [heard[0]] * 3
 
 

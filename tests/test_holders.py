@@ -64,7 +64,8 @@ def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
     install_database(app, engine=engine, shutdown=engine.dispose)
     router = APIRouter(prefix="/orders")
     route(router, kind, "/{id}", transactional(), wait)  # type: ignore[arg-type] # it has post(), too
-    app.include_router(router, prefix="/api")
+    for prefix in "/api", "/api/v2":
+        app.include_router(router, prefix=prefix)
     route(app, kind, "/waiting", get_db(), wait)
     return app
 
@@ -73,9 +74,9 @@ async def test_the_pool_says_who_has_its_connections(app: FastAPI, rows: Rows) -
     """`pool_status()` has the routes that hold connections, how many and how long."""
     async with running(app) as client:
         assert status_of(app).holders == ()
-        async with held(app, rows, client, "/api/orders/1", "/api/orders/2", "/waiting"):
+        async with held(app, rows, client, "/api/orders/1", "/api/orders/2", "/api/v2/orders/3"):
             found = {each.route: each for each in status_of(app).holders}
-            assert set(found) == {"POST /api/orders/{id}", "POST /waiting"}
+            assert set(found) == {"POST /api/orders/{id}", "POST /api/v2/orders/{id}"}
             orders = found["POST /api/orders/{id}"]
             assert (orders.connections, orders.idle_in_transaction) == (2, 0)
             assert orders.seconds > 0

@@ -88,11 +88,17 @@ def server_of(error: BaseException) -> str | None:
     return None
 
 
+def driver_error(error: BaseException) -> BaseException:
+    """Return the driver's own error, out of SQLAlchemy's."""
+    found = (error.orig if isinstance(error, DBAPIError) else None) or error
+    if type(found).__module__.startswith("sqlalchemy.dialects."):
+        return found.__cause__ or found  # asyncpg's, which SQLAlchemy has translated
+    return found
+
+
 def read_error(error: DBAPIError) -> StatedError:
     """Read what a driver's error states, which SQLAlchemy has wrapped, and what kind it is of."""
-    original: BaseException = error.orig or error
-    if type(original).__module__.startswith("sqlalchemy.dialects."):
-        original = original.__cause__ or original  # asyncpg's, which SQLAlchemy has translated
+    original = driver_error(error)
     statement = error.statement if isinstance(error.statement, str) else None
     server = server_of(original)
     if server is None:

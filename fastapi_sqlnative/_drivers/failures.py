@@ -9,6 +9,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
+from .errors import driver_error
+
 # Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
 TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 # transaction_resolution_unknown and statement_completion_unknown.
@@ -36,26 +38,20 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
 def _was_never_sent(error: BaseException) -> bool:
     # asyncpg refuses to send anything over a connection that is closed, or that the server has
     # just ended: then it still waits for the rest of what the server says.
-    cause = driver_error(error).__cause__
-    if not type(cause).__module__.startswith("asyncpg."):
+    found = driver_error(error)
+    if not type(found).__module__.startswith("asyncpg."):
         return False
-    return type(cause).__name__ == "InterfaceError" or "cannot switch to state" in str(cause)
+    return type(found).__name__ == "InterfaceError" or "cannot switch to state" in str(found)
 
 
 def is_servers_word(error: BaseException, connection: Connection) -> bool:
     """Tell a failure that the server reported from one that the driver made by itself."""
+    found = driver_error(error)
     if connection.dialect.driver not in TELLING:
-        return isinstance(driver_error(error), connection.dialect.loaded_dbapi.Error)
-    raw = driver_error(error)
-    # psycopg and psycopg2; asyncpg, and asyncpg while a stream is read.
-    tellers = getattr(raw, "diag", None), raw.__cause__, raw
+        return isinstance(found, connection.dialect.loaded_dbapi.Error)
+    # psycopg and psycopg2 keep it in `diag`; asyncpg's errors have it themselves.
+    tellers = getattr(found, "diag", None), found
     return any(getattr(teller, "severity", None) is not None for teller in tellers)
-
-
-def driver_error(error: BaseException) -> BaseException:
-    """Return the driver's own error, out of SQLAlchemy's."""
-    original = error.orig if isinstance(error, DBAPIError) else None
-    return original or error
 
 
 def sqlstates(error: BaseException | None) -> set[str]:

@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import InvalidRequestError
 
-from .failures import TELLING, driver_error, sqlstates
+from .errors import driver_error
+from .failures import TELLING, sqlstates
 
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 _IN_TRANSACTION: Final = 2

@@ -79,19 +79,17 @@ class Holder:
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
     """List the holders of the database's connections, the one with the oldest first."""
-    held: dict[object, list[tuple[Holder, Connection]]] = {}
+    held: dict[str | None, list[tuple[Holder, Connection]]] = {}
     for connection, holder in state.at_work.copy().items():  # threads may change it meanwhile
-        request = holder.request
-        who = request.get("method"), id(request.get("route")), request.get("root_path")
-        held.setdefault(who, []).append((holder, connection))
+        held.setdefault(name_of_route(holder.request), []).append((holder, connection))
     found = (
         ConnectionHolder(
-            route=name_of_route(uses[0][0].request),
+            route=route,
             connections=len(uses),
             seconds=max(holder.seconds for holder, _ in uses),
             idle_in_transaction=sum(holder.is_idle_on(each) for holder, each in uses),
         )
-        for uses in held.values()
+        for route, uses in held.items()
     )
     return tuple(sorted(found, key=lambda each: each.seconds, reverse=True))
 

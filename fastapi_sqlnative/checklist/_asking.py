@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.applications import Starlette
 
 from .._drivers.connections import noting_arguments, parameters_of
-from .._drivers.failures import driver_error
+from .._drivers.errors import driver_error
 from .._drivers.pools import beside_pool
 from .._drivers.transactions import autocommits
 from .._lifespan.running import Installation, installations_of
@@ -83,7 +83,7 @@ async def check_databases(
         known = ", ".join(map(repr, installed)) or "none"
         raise ValueError(f"alembic names {sorted(unknown)}, and installed are: {known}.")
     asking = [_Asking(*each, migrations.get(each[0], {})) for each in installed.items()]
-    tell = progress or (lambda _line: None)
+    tell: Progress = progress or (lambda _line: None)
     answered = await asyncio.gather(*(each.within(timeout, tell) for each in asking))
     servers: dict[str, dict[str, Room]] = {}
     for each in asking:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from sqlalchemy import Connection, event, exc
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import Session
 from starlette.applications import Starlette
-from starlette.types import Scope
 
-from .._drivers.pools import pool_status, pool_timeout
 from .._lifespan.running import running_of
-from .._sessions.record import Record
 from .._sessions.session import NativeSession
-from ..databases import AnyDatabase, sessions_of
+from .._sessions.shared import SharedState
+from ..databases import sessions_of
 from ._connections import isolated_on
 from ._targets import SERVED, Target, marking_requests, places
 
@@ -25,15 +23,19 @@ StatementFailure: TypeAlias = Literal["serialization", "deadlock", "connection_l
 CommitFailure: TypeAlias = Literal[
     "serialization", "deadlock", "connection_lost_before", "connection_lost_after"
 ]
-_Checkout: TypeAlias = Literal["exhausted pool"]
 
-_POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{code}'; END$$"
-_MYSQL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {code}, MESSAGE_TEXT = 'by a test'"
-# How each server is asked to fail, with the codes that it has for it.
-_FAILING: Final = {
-    "postgresql": (_POSTGRES, {"serialization": "40001", "deadlock": "40P01"}),
-    "mysql": (_MYSQL, {"serialization": "1020", "deadlock": "1213"}),
-    "mariadb": (_MYSQL, {"serialization": "1020", "deadlock": "1213"}),
+_POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{}'; END$$"
+_SIGNAL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {}, MESSAGE_TEXT = 'by a test'"
+_MYSQL: Final = {"serialization": _SIGNAL.format(1020), "deadlock": _SIGNAL.format(1213)}
+# How each server is asked to fail. SQLite has none.
+_PROVOKING: Final = {
+    "postgresql": {
+        "serialization": _POSTGRES.format("40001"),
+        "deadlock": _POSTGRES.format("40P01"),
+    },
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+    "sqlite": {"serialization": ""},
 }
 
 
@@ -73,13 +75,23 @@ def fail_next_statement(
             record = fault.state.record_on(connection)
             if record is None or connection not in record.connections:
                 return
-            if containing in statement and fault.happens():
-                if failure == "connection_lost":
-                    raise _statement_lost(record, connection, statement, parameters)
+            if containing not in statement or not fault.happens():
+                return
+            if failure != "connection_lost":
                 _provoke(connection, failure)
+            lost = _lost(connection.dialect, "08006")
+            if isolated_on(connection) is None:
+                connection.invalidate(lost)
+            else:
+                record.rolled_back = lost  # so that no commit follows, as none would
+            raise exc.OperationalError(statement, parameters, lost, connection_invalidated=True)
 
-        fault.listen(fault.state.root, "before_cursor_execute", fail)
-        yield
+        listener = fault.state.root, "before_cursor_execute", fail
+        event.listen(*listener)
+        try:
+            yield
+        finally:
+            event.remove(*listener)
 
 
 @contextmanager
@@ -97,29 +109,29 @@ def fail_next_commit(
     """
     with _fault(target, name, failure, CommitFailure, route) as fault:
 
-        def before(session: Session) -> None:
-            record = fault.record_of(session)
-            if record is None or session.in_nested_transaction():
+        def before(session: NativeSession) -> None:
+            if session.in_nested_transaction() or failure == "connection_lost_after":
                 return
             session.flush()
-            if not record.connections or failure == "connection_lost_after" or not fault.happens():
+            record = session.sqlnative
+            if not record.connections or not fault.happens():
                 return
             record.check_committable()
-            if failure == "connection_lost_before":
-                record.committing = True
-                raise _commit_lost(fault.state.root.dialect)
-            _provoke(next(iter(record.connections)), failure)
+            if failure != "connection_lost_before":
+                _provoke(next(iter(record.connections)), failure)
+            record.committing = True
+            raise _commit_lost(fault)
 
-        def after(session: Session) -> None:
-            record = fault.record_of(session)
-            if record is None or not (record.committing and record.connections):
+        def after(session: NativeSession) -> None:
+            record = session.sqlnative
+            if failure != "connection_lost_after" or not (record.committing and record.connections):
                 return
-            if failure == "connection_lost_after" and fault.happens():
+            if fault.happens():
                 record.committed = False
-                raise _commit_lost(fault.state.root.dialect)
+                raise _commit_lost(fault)
 
-        fault.listen(NativeSession, "before_commit", before)
-        fault.listen(NativeSession, "after_commit", after)
+        event.listen(fault.session_class, "before_commit", before)
+        event.listen(fault.session_class, "after_commit", after)
         yield
 
 
@@ -133,75 +145,61 @@ def fail_next_checkout(
         with fail_next_checkout(app):
             assert client.get("/books").status_code == 503
     """
-    with _fault(target, name, "exhausted pool", _Checkout, route) as fault:
-        native: type[NativeSession] = fault.factory.native
+    failure: Final = "exhausted pool"
+    with _fault(target, name, failure, Literal["exhausted pool"], route) as fault:
+        native = fault.session_class
 
         def get_bind(session: NativeSession, *args: Any, **arguments: Any) -> Any:
             if not session.sqlnative.connections and fault.happens():
-                pool = fault.state.root.pool
-                status, timeout = pool_status(pool), pool_timeout(pool)
-                raise exc.TimeoutError(
-                    f"{type(pool).__name__} limit of size {status.size} overflow "
-                    f"{status.max_overflow} reached, connection timed out, timeout {timeout:.2f}",
-                    code="3o7r",
-                )
-            return native.get_bind(session, *args, **arguments)
+                raise exc.TimeoutError("The pool is exhausted: by a test", code="3o7r")
+            return super(native, session).get_bind(*args, **arguments)
 
-        fault.factory.native = type(native.__name__, (native,), {"get_bind": get_bind})
-        fault.undo.callback(setattr, fault.factory, "native", native)
+        native.get_bind = get_bind
         yield
 
 
+@dataclass
 class _Fault:
-    """What is to happen once within a block."""
+    """What is to happen once within a block, to sessions of a class that it alone has."""
 
-    def __init__(self, database: AnyDatabase, route: str | None) -> None:
-        self.factory = sessions_of(database)
-        self.state = self.factory.state
-        self.undo = ExitStack()
-        self.happened = False
-        self._route = route
+    state: SharedState
+    session_class: Any
+    route: str | None
+    happened: bool = False
 
     def happens(self) -> bool:
         """Tell whether it happens here and now."""
-        request = SERVED.get()
-        scope: Scope = request.scope if request is not None else {}
+        scope = SERVED.get() or {}
         paths = scope.get("path"), getattr(scope.get("route"), "path", None)
-        happens = not self.happened and (self._route is None or self._route in paths)
+        happens = not self.happened and (self.route is None or self.route in paths)
         self.happened = self.happened or happens
         return happens
-
-    def record_of(self, session: Session) -> Record | None:
-        """Return the record of a session, if it is one of those that are meant."""
-        record: Record | None = getattr(session, "sqlnative", None)
-        return record if record is not None and record.state is self.state else None
-
-    def listen(self, target: Any, name: str, listener: Callable[..., None]) -> None:
-        """Listen until the block ends."""
-        event.listen(target, name, listener)
-        self.undo.callback(event.remove, target, name, listener)
 
 
 @contextmanager
 def _fault(
     target: Target, name: str, failure: str, failures: Any, route: str | None
 ) -> Generator[_Fault]:
-    database = target
+    marking: AbstractContextManager[None] = nullcontext()
     if isinstance(target, Starlette):
+        marking = marking_requests(target)
         installation = places(target, [name])[0][1]
-        database = installation.database or running_of(target).database(installation.name)
-    fault = _Fault(database, route)  # type: ignore[arg-type] # it is a handle by now
-    dialect, known = fault.state.root.dialect.name, get_args(failures)
-    if failure not in known or (dialect, failure) == ("sqlite", "deadlock"):
-        raise ValueError(f"{dialect} knows no {failure!r}: write one of {', '.join(known)}.")
-    if dialect not in (*_FAILING, "sqlite"):
-        raise ValueError(f"How {dialect} is made to fail is not known.")
-    if route is not None and not isinstance(target, Starlette):
+        target = installation.database or running_of(target).database(installation.name)
+    elif route is not None:
         raise ValueError("route= needs the application, not a handle.")
-    with fault.undo as undo:
-        if isinstance(target, Starlette):
-            undo.enter_context(marking_requests(target, []))
-        yield fault
+    factory = sessions_of(target)
+    native, dialect = factory.native, factory.state.root.dialect.name
+    own, provoked = _PROVOKING.get(dialect, {}), _PROVOKING["postgresql"]
+    known = [each for each in get_args(failures) if each in own or each not in provoked]
+    if failure not in known:
+        raise ValueError(f"{dialect} knows no {failure!r}: write one of {', '.join(known)}.")
+    fault = _Fault(factory.state, type(native.__name__, (native,), {}), route)
+    factory.native = fault.session_class
+    try:
+        with marking:
+            yield fault
+    finally:
+        factory.native = native
     if not fault.happened:
         raise AssertionError(
             f"The {failure} failure of database {fault.state.name!r} was never met: no session "
@@ -212,9 +210,8 @@ def _fault(
 def _provoke(connection: Connection, failure: str) -> None:
     """Have the server fail."""
     dialect = connection.dialect
-    if dialect.name != "sqlite":
-        statement, codes = _FAILING[dialect.name]
-        connection.exec_driver_sql(statement.format(code=codes[failure]))
+    if statement := _PROVOKING[dialect.name][failure]:
+        connection.exec_driver_sql(statement)
     # There is no server to ask. This is what its driver raises for SQLITE_BUSY_SNAPSHOT.
     busy: Any = dialect.loaded_dbapi.OperationalError("database is locked")
     busy.sqlite_errorcode = sqlite3.SQLITE_BUSY_SNAPSHOT
@@ -222,17 +219,13 @@ def _provoke(connection: Connection, failure: str) -> None:
     raise exc.OperationalError(None, None, busy)
 
 
-def _statement_lost(record: Record, connection: Connection, sql: str, values: Any) -> Exception:
-    lost = connection.dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
-    if isolated_on(connection) is None:
-        connection.invalidate(lost)
-    else:
-        record.rolled_back = lost  # so that no commit follows, as none would
-    return exc.OperationalError(sql, values, lost, connection_invalidated=True)
+def _commit_lost(fault: _Fault) -> Exception:
+    """Make an error that leaves the outcome of a COMMIT open."""
+    return exc.OperationalError(None, None, _lost(fault.state.root.dialect, "08007"))
 
 
-def _commit_lost(dialect: Dialect) -> Exception:
-    """Make an error that leaves the outcome open, and does not cost an isolated connection."""
+def _lost(dialect: Dialect, sqlstate: str) -> Any:
+    """Make the error of a lost connection, which does not cost an isolated one."""
     lost: Any = dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
-    lost.sqlstate, lost.severity = "08007", "FATAL"
-    return exc.OperationalError(None, None, lost)
+    lost.sqlstate, lost.severity = sqlstate, "FATAL"
+    return lost

@@ -1,4 +1,4 @@
-"""A real database for a test, copied from one that was prepared once."""
+"""Databases in place of an application's own: another one, or a copy for one test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,125 @@ from typing import Any, Self, TypeAlias
 from sqlalchemy import Connection, Engine, event
 from starlette.applications import Starlette
 
-from .._lifespan.startup import call_factory
+from .._lifespan.running import EngineFactory, Installations
+from .._lifespan.startup import call_factory, start_installation
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
-from ._targets import Block, IsolationError, Place, places
+from ._targets import IsolationError, Place, is_one_database, places, ready_engine, running_loop
 
 Prepare: TypeAlias = Callable[[Connection], object]
+
+
+class Block:
+    """What `with` and `async with` enter alike, on the application's event loop while it runs."""
+
+    def __init__(
+        self, begin: Callable[[AsyncExitStack], Coroutine[Any, Any, None]], installed: Installations
+    ) -> None:
+        self._begin = begin
+        self._installed = installed
+        self._undo = AsyncExitStack()
+
+    def __enter__(self) -> None:
+        if self._installed.runs and self._installed.loop is running_loop():
+            raise RuntimeError("This block is awaited on the event loop: write `async with`.")
+        self._run(self._enter()).result()
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._undo.aclose()).result()
+
+    async def __aenter__(self) -> None:
+        await asyncio.wrap_future(self._run(self._enter()))
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.wrap_future(self._run(self._undo.aclose()))
+
+    async def _enter(self) -> None:
+        async with AsyncExitStack() as undo:
+            await self._begin(undo)
+            self._undo = undo.pop_all()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        if self._installed.runs and self._installed.loop is not None:
+            return asyncio.run_coroutine_threadsafe(work, self._installed.loop)
+        return in_thread(lambda: asyncio.run(work))
+
+
+def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFactory) -> Block:
+    """Make an application use another engine for one of its databases within a block.
+
+    It is swapped where names are looked up, so that routes, handles, background work, websockets,
+    mounted applications and health follow. A handle that was fetched before does not. The
+    session options and times are those of the installation.
+
+    Enter it before the application starts, which then does not call a factory of its own, or
+    while it runs: as `with`, or on the application's event loop as `async with`.
+
+    Args:
+        app: the application, or the outermost of those mounted in each other.
+        name: of the database.
+        engine: of the kind that is installed: a ready one, which the test closes, or a factory,
+            whose engine is disposed of at the end.
+
+    Raises:
+        DatabaseNotInstalledError: an unknown name.
+        TypeError: the engine is of the other kind.
+        ValueError: it leads to the database that is installed.
+        RuntimeError: `with` on the application's event loop.
+
+    Example:
+        with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
+    """
+    (place,) = places(app, [name])
+    return Block(partial(_override, place, engine), place[0])
+
+
+async def _override(place: Place, engine: Any, undo: AsyncExitStack) -> None:
+    installed, installation = place
+    own, was = ready_engine(installation), (installation.engine, installation.database)
+    builds = database_class(engine) is None
+
+    async def build() -> Any:
+        return _checked(installation.name, own, await call_factory(engine))
+
+    async def start() -> None:
+        await start_installation(installation, waits=False)
+        # Those who count, hear or isolate what is sent follow too.
+        for observer in [*installed.observers]:
+            observer(installation.database)  # type: ignore[arg-type] # it has just been made
+
+    async def restore() -> None:
+        stood_in = installation.database
+        installation.engine, installation.database = was
+        if not installed.runs:
+            installation.database = None  # the end of the lifespan has closed it
+        elif installation.database is None:
+            await start()
+        if installed.runs and builds and stood_in is not None:
+            await dispose(stood_in.engine)
+
+    given = build if builds else _checked(installation.name, own, engine)
+    undo.push_async_callback(restore)
+    installation.engine, installation.database = given, None
+    if installed.runs:
+        await start()
+
+
+def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
+    if own is None or database_class(engine) is None:
+        return engine  # start-up says what is no engine
+    if database_class(own) is not database_class(engine):
+        raise TypeError(
+            f"Database {name!r} is installed with an {type(own).__name__}, which an "
+            f"{type(engine).__name__} cannot stand in for: the routes expect other sessions."
+        )
+    if is_one_database(own, engine):
+        raise ValueError(
+            f"The engine given for database {name!r} leads to the very database that is "
+            "installed: the tests would write to it. Give one for a database of their own."
+        )
+    return engine
 
 
 class Templates:
@@ -105,7 +218,7 @@ async def _clone_all(chosen: list[Place], templates: Templates, undo: AsyncExitS
             undo.callback(setattr, installation, "engine", given)
         else:
             undo.push_async_callback(dispose, engine)
-            undo.callback(*_lead(sync_engine(engine), copies[template], []))
+            undo.callback(_lead(sync_engine(engine), copies[template], []))
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:
@@ -132,15 +245,17 @@ async def _create(name: str, engine: AnyEngine, template: str | None, undo: Asyn
         )
     database = f"{original[:40]}_{token}"
     drop = f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)'
-    undo.push_async_callback(_use, engine, "postgres", partial(_administer, drop))
+    undo.push_async_callback(_administer, engine, drop)
     source = "" if template is None else f' TEMPLATE "{template}"'
-    create = f'CREATE DATABASE "{database}"{source}'
-    await _use(engine, "postgres", partial(_administer, create))
+    await _administer(engine, f'CREATE DATABASE "{database}"{source}')
     return database
 
 
-def _administer(statement: str, connection: Connection) -> None:
-    connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
+async def _administer(engine: AnyEngine, statement: str) -> None:
+    def send(connection: Connection) -> None:
+        connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
+
+    await _use(engine, "postgres", send)
 
 
 async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
@@ -164,10 +279,10 @@ async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
         await run_on_engine(engine, use)
         await dispose(engine)
     finally:
-        event.remove(*unlead[1:])
+        unlead()
 
 
-def _lead(engine: Engine, database: str, led: list[str]) -> tuple[Any, ...]:
+def _lead(engine: Engine, database: str, led: list[str]) -> Callable[[], None]:
     """Have an engine connect to another database of its server; return what undoes it."""
     own, other = (
         engine.dialect.create_connect_args(url)
@@ -180,4 +295,4 @@ def _lead(engine: Engine, database: str, led: list[str]) -> tuple[Any, ...]:
         return dialect.connect(*other[0], **options | changed)
 
     event.listen(engine, "do_connect", lead)
-    return event.remove, engine, "do_connect", lead
+    return partial(event.remove, engine, "do_connect", lead)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, Transaction, event
-from sqlalchemy.engine import Dialect, ExecutionContext
+from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session
 
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, is_aborted
 from .._sessions.engines import run_in_greenlet
-from ._targets import SERVED, IsolationError, running_loop
+from ._targets import REFUSED, SERVED, IsolationError, running_loop
 from ._turns import Turn, in_flow
 
 T = TypeVar("T")
@@ -52,7 +51,6 @@ class IsolatedConnection:
     Attributes:
         blocks: those that are open, each with its savepoint once there is a connection.
         own_sessions: the test's, with their blocks; they give way to the application's.
-        dialects: of the engines whose sessions share it.
         loop: the event loop that the connection belongs to, once it is open.
     """
 
@@ -68,7 +66,6 @@ class IsolatedConnection:
         self.asynchronous: bool = engine.dialect.is_async
         self.blocks: dict[object, Transaction | None] = {}
         self.own_sessions: dict[Session, object] = {}
-        self.dialects: set[Dialect] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.name = name
         self._home = home
@@ -76,13 +73,12 @@ class IsolatedConnection:
         # The savepoint that stands for the application's transaction, and whether it comes next.
         self._root = ""
         self._begins = False
-        self._guarded = ExitStack()
 
     def refused(self, why: str) -> IsolationError:
         """Build the error for what one connection cannot do; a request may swallow it."""
         error = IsolationError(f"Database {self.name!r} is isolated: {why}")
         if (request := SERVED.get()) is not None:
-            self.turn.refusals.append((request, str(error)))
+            request[REFUSED] = str(error)
         return error
 
     # -- transactions of the application's -------------------------------------------------
@@ -172,15 +168,7 @@ class IsolatedConnection:
                 transaction.rollback()  # SQLAlchemy takes the failed release for its end
             raise
 
-    def guard(self, engine: Engine) -> None:
-        """Watch what is sent over an engine's connections, as long as there is a block."""
-        if engine.dialect not in self.dialects:
-            self.dialects.add(engine.dialect)
-            listener = engine, "before_cursor_execute", self._watch
-            event.listen(*listener, insert=True)  # before those who count
-            self._guarded.callback(event.remove, *listener)
-
-    def _watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
+    def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
         """Refuse what would end the block and, over other connections, what would be stored."""
         sql = statement.strip(" \t\r\n;").lower()
         if isolated_on(connection) is self:
@@ -218,8 +206,6 @@ class IsolatedConnection:
                     session.rollback()  # to a savepoint that is about to go
         savepoint = self.blocks.pop(block)
         if not self.blocks:
-            self._guarded.close()
-            self.dialects.clear()
             self.close()
         elif savepoint is not None and savepoint.is_active:
             savepoint.rollback()

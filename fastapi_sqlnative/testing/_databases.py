@@ -7,70 +7,73 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine, event
 from starlette.applications import Starlette
 
-from .._lifespan.running import EngineFactory, Installations
-from .._lifespan.startup import call_factory, start_installation
+from .._lifespan.running import EngineFactory, Installation
+from .._lifespan.startup import call_factory
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
-from ._targets import IsolationError, Place, is_one_database, places, ready_engine, running_loop
+from ._targets import IsolationError, is_one_database, places, ready_engine
 
+T = TypeVar("T")
 Prepare: TypeAlias = Callable[[Connection], object]
 
 
 class Block:
-    """What `with` and `async with` enter alike, on the application's event loop while it runs."""
+    """What `with` and `async with` enter alike; the latter in a thread, beside the event loop."""
 
-    def __init__(
-        self, begin: Callable[[AsyncExitStack], Coroutine[Any, Any, None]], installed: Installations
-    ) -> None:
-        self._begin = begin
-        self._installed = installed
-        self._undo = AsyncExitStack()
+    def __init__(self, block: AbstractContextManager[None]) -> None:
+        self._block = block
 
     def __enter__(self) -> None:
-        if self._installed.runs and self._installed.loop is running_loop():
-            raise RuntimeError("This block is awaited on the event loop: write `async with`.")
-        self._run(self._enter()).result()
+        self._block.__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        self._run(self._undo.aclose()).result()
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
 
     async def __aenter__(self) -> None:
-        await asyncio.wrap_future(self._run(self._enter()))
+        await asyncio.wrap_future(in_thread(self._block.__enter__))
 
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.wrap_future(self._run(self._undo.aclose()))
+    async def __aexit__(self, *error: Any) -> None:
+        await asyncio.wrap_future(in_thread(partial(self._block.__exit__, *error)))
 
-    async def _enter(self) -> None:
-        async with AsyncExitStack() as undo:
-            await self._begin(undo)
-            self._undo = undo.pop_all()
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        if self._installed.runs and self._installed.loop is not None:
-            return asyncio.run_coroutine_threadsafe(work, self._installed.loop)
-        return in_thread(lambda: asyncio.run(work))
+def _wait_for(work: Coroutine[Any, Any, T]) -> T:
+    return in_thread(lambda: asyncio.run(work)).result()
+
+
+def _stopped(app: Starlette, names: Sequence[str]) -> list[Installation]:
+    """Find databases of an application that does not run."""
+    chosen = places(app, names)
+    for installed, installation in chosen:
+        if installed.runs:
+            raise IsolationError(
+                f"Database {installation.name!r} cannot be replaced while the application runs: "
+                "enter the block first, and start the application inside of it."
+            )
+    return [installation for _, installation in chosen]
+
+
+# -- another one ----------------------------------------------------------------------------------
 
 
 def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFactory) -> Block:
     """Make an application use another engine for one of its databases within a block.
 
     It is swapped where names are looked up, so that routes, handles, background work, websockets,
-    mounted applications and health follow. A handle that was fetched before does not. The
-    session options and times are those of the installation.
+    mounted applications and health follow. The session options and times are those of the
+    installation.
 
-    Enter it before the application starts, which then does not call a factory of its own, or
-    while it runs: as `with`, or on the application's event loop as `async with`.
+    Enter it before the application starts, which then does not call a factory of its own, and
+    leave it after that has ended.
 
     Args:
         app: the application, or the outermost of those mounted in each other.
@@ -82,50 +85,35 @@ def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFacto
         DatabaseNotInstalledError: an unknown name.
         TypeError: the engine is of the other kind.
         ValueError: it leads to the database that is installed.
-        RuntimeError: `with` on the application's event loop.
+        IsolationError: the application runs.
 
     Example:
         with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
     """
-    (place,) = places(app, [name])
-    return Block(partial(_override, place, engine), place[0])
+    return Block(_overridden(app, name, engine))
 
 
-async def _override(place: Place, engine: Any, undo: AsyncExitStack) -> None:
-    installed, installation = place
-    own, was = ready_engine(installation), (installation.engine, installation.database)
-    builds = database_class(engine) is None
+@contextmanager
+def _overridden(app: Starlette, name: str, engine: Any) -> Generator[None]:
+    (installation,) = _stopped(app, [name])
+    given, own = installation.engine, ready_engine(installation)
 
     async def build() -> Any:
         return _checked(installation.name, own, await call_factory(engine))
 
-    async def start() -> None:
-        await start_installation(installation, waits=False)
-        # Those who count, hear or isolate what is sent follow too.
-        for observer in [*installed.observers]:
-            observer(installation.database)  # type: ignore[arg-type] # it has just been made
-
-    async def restore() -> None:
-        stood_in = installation.database
-        installation.engine, installation.database = was
-        if not installed.runs:
-            installation.database = None  # the end of the lifespan has closed it
-        elif installation.database is None:
-            await start()
-        if installed.runs and builds and stood_in is not None:
-            await dispose(stood_in.engine)
-
-    given = build if builds else _checked(installation.name, own, engine)
-    undo.push_async_callback(restore)
-    installation.engine, installation.database = given, None
-    if installed.runs:
-        await start()
+    builds = database_class(engine) is None
+    installation.engine = build if builds else _checked(installation.name, own, engine)
+    try:
+        yield
+    finally:
+        installation.engine = given
 
 
 def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
-    if own is None or database_class(engine) is None:
+    kind = database_class(engine)
+    if own is None or kind is None:
         return engine  # start-up says what is no engine
-    if database_class(own) is not database_class(engine):
+    if database_class(own) is not kind:
         raise TypeError(
             f"Database {name!r} is installed with an {type(own).__name__}, which an "
             f"{type(engine).__name__} cannot stand in for: the routes expect other sessions."
@@ -136,6 +124,9 @@ def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
             "installed: the tests would write to it. Give one for a database of their own."
         )
     return engine
+
+
+# -- a copy ---------------------------------------------------------------------------------------
 
 
 class Templates:
@@ -153,21 +144,21 @@ class Templates:
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
         self._prepare = prepare
         self._made: dict[tuple[str, str], str] = {}
-        self._undo = AsyncExitStack()
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        in_thread(lambda: asyncio.run(self._undo.aclose())).result()
+        self._undo.close()
 
-    async def of(self, name: str, engine: AnyEngine) -> str:
+    def of(self, name: str, engine: AnyEngine) -> str:
         """Return the template for a database."""
         key = name, sync_engine(engine).url.render_as_string()
         if key not in self._made:
             prepare = self._prepare if callable(self._prepare) else self._prepare[name]
-            template = await _create(name, engine, None, self._undo)
-            await _use(engine, template, prepare)
+            template = _create(name, engine, None, self._undo)
+            _wait_for(_use(engine, template, prepare))
             self._made[key] = template
         return self._made[key]
 
@@ -195,30 +186,27 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Block:
     Example:
         with cloned(app, templates=templates), TestClient(app) as client: ...
     """
-    chosen = places(app, names)
-    return Block(partial(_clone_all, chosen, templates), chosen[0][0])
+    return Block(_cloned(app, names, templates))
 
 
-async def _clone_all(chosen: list[Place], templates: Templates, undo: AsyncExitStack) -> None:
+@contextmanager
+def _cloned(app: Starlette, names: Sequence[str], templates: Templates) -> Generator[None]:
     copies: dict[str, str] = {}
-    for installed, installation in chosen:
-        if installed.runs:
-            raise IsolationError(
-                f"Database {installation.name!r} cannot be cloned while the application runs: "
-                "enter cloned(app) first, and start the application inside of it."
-            )
-        given: Any = installation.engine
-        builds = database_class(given) is None
-        engine = await call_factory(given) if builds else given
-        template = await templates.of(installation.name, engine)
-        if template not in copies:
-            copies[template] = await _create(installation.name, engine, template, undo)
-        if builds:
-            installation.engine = partial(_build, given, copies[template])
-            undo.callback(setattr, installation, "engine", given)
-        else:
-            undo.push_async_callback(dispose, engine)
-            undo.callback(_lead(sync_engine(engine), copies[template], []))
+    with ExitStack() as undo:
+        for installation in _stopped(app, names):
+            given: Any = installation.engine
+            builds = database_class(given) is None
+            engine = _wait_for(call_factory(given)) if builds else given
+            template = templates.of(installation.name, engine)
+            if template not in copies:  # two names may mean one database
+                copies[template] = _create(installation.name, engine, template, undo)
+            if builds:
+                installation.engine = partial(_build, given, copies[template])
+                undo.callback(setattr, installation, "engine", given)
+            else:
+                undo.callback(lambda each: _wait_for(dispose(each)), engine)
+                undo.callback(_lead(sync_engine(engine), copies[template], []))
+        yield
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:
@@ -227,7 +215,7 @@ async def _build(factory: Any, database: str) -> AnyEngine:
     return engine
 
 
-async def _create(name: str, engine: AnyEngine, template: str | None, undo: AsyncExitStack) -> str:
+def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack) -> str:
     """Create a database, empty or from a template, and drop it with the block."""
     url = sync_engine(engine).url
     backend, original = url.get_backend_name(), url.database or ":memory:"
@@ -244,18 +232,17 @@ async def _create(name: str, engine: AnyEngine, template: str | None, undo: Asyn
             "SQLite can. Have the test use a database of its own, with override_database()."
         )
     database = f"{original[:40]}_{token}"
-    drop = f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)'
-    undo.push_async_callback(_administer, engine, drop)
+
+    def administer(statement: str) -> None:
+        def send(connection: Connection) -> None:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
+
+        _wait_for(_use(engine, "postgres", send))
+
+    undo.callback(administer, f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
     source = "" if template is None else f' TEMPLATE "{template}"'
-    await _administer(engine, f'CREATE DATABASE "{database}"{source}')
+    administer(f'CREATE DATABASE "{database}"{source}')
     return database
-
-
-async def _administer(engine: AnyEngine, statement: str) -> None:
-    def send(connection: Connection) -> None:
-        connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
-
-    await _use(engine, "postgres", send)
 
 
 async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:

@@ -22,7 +22,6 @@ from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
 from ._sessions import IsolatedSession, OwnSession
 from ._targets import (
-    FAILED,
     IsolationError,
     is_one_database,
     marking_requests,
@@ -97,10 +96,9 @@ class Isolated:
         session: Session = self._own_session(Session)
         return session
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for ending in self._leave():
             ending.result()
-        self._raise_refusal(kind)
 
     async def __aenter__(self) -> AsyncSession:
         if self._all_sync():
@@ -116,10 +114,9 @@ class Isolated:
         session: AsyncSession = self._own_session(AsyncSession)
         return session
 
-    async def __aexit__(self, kind: object, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for ending in self._leave():
             await asyncio.wrap_future(ending)
-        self._raise_refusal(kind)
 
     def _all_sync(self) -> bool:
         return all(isinstance(ready_engine(each), Engine) for each in self._installations)
@@ -147,13 +144,6 @@ class Isolated:
         self.ended = True
         self._restore.close()
         return [each.leave(self) for each in self.connections if self in each.blocks]
-
-    def _raise_refusal(self, kind: object) -> None:
-        """Fail the test for what a request was refused, if the request has swallowed it."""
-        swallowed = [refusal for request, refusal in self.turn.refusals if FAILED not in request]
-        self.turn.refusals.clear()
-        if swallowed and kind is None:
-            raise IsolationError(swallowed[0])
 
     # -- the databases ---------------------------------------------------------------------
 
@@ -187,8 +177,11 @@ class Isolated:
                 "AsyncEngine, which cannot share a connection. Isolate one by name and "
                 "override_database() the other, or test with cloned(app)."
             )
-        found.guard(engine)
         found.blocks.setdefault(self)
+        watching = engine, "before_cursor_execute", found.watch
+        if not event.contains(*watching):
+            event.listen(*watching, insert=True)  # before those who count
+            self._restore.callback(event.remove, *watching)
         return found
 
     def _application_loop(self) -> asyncio.AbstractEventLoop | None:
@@ -239,8 +232,8 @@ class Isolated:
                 joins_flow(guest)
                 self._own_connection().own_sessions[guest] = self
         elif isinstance(engine := guest.bind, Engine) and not isinstance(guest, NativeSession):
-            joined = (each for each in self.connections if engine.dialect in each.dialects)
-            found = next(joined, None)
+            joined = (each for each in self.connections if each.engine.dialect is engine.dialect)
+            found = next((each for each in joined if each.blocks), None)
             if found is not None and (not found.asynchronous or in_greenlet()):
                 guest.bind, guest.join_transaction_mode = found.opened(), "create_savepoint"
                 joins_flow(guest)

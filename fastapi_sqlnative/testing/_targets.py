@@ -27,9 +27,9 @@ from ..databases import AnyDatabase, database_class
 Target: TypeAlias = Starlette | AnyDatabase
 Place: TypeAlias = tuple[Installations, Installation]
 
-# The request that is being served, and what its scope says of one that has ended with an error.
+# The request that is being served, and under which its scope keeps what it was refused.
 SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
-FAILED: Final = "fastapi_sqlnative_failed"
+REFUSED: Final = "fastapi_sqlnative_refused"
 
 
 class IsolationError(RuntimeError):
@@ -100,7 +100,7 @@ def observing(app: Starlette, observer: Observer) -> Generator[None]:
 
 @contextmanager
 def marking_requests(app: Starlette) -> Generator[None]:
-    """Let `SERVED` tell for which request something is done."""
+    """Let `SERVED` tell for which request something is done; fail one that swallows a refusal."""
     inner = app.router.middleware_stack
 
     async def mark(scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,11 +108,10 @@ def marking_requests(app: Starlette) -> Generator[None]:
         SERVED.set(scope)
         try:
             await inner(scope, receive, send)
-        except BaseException:
-            scope[FAILED] = True
-            raise
         finally:
             SERVED.set(before)  # the test itself may have called, in its own task
+        if REFUSED in scope:
+            raise IsolationError(scope[REFUSED])
 
     app.router.middleware_stack = mark
     try:

@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 from sqlalchemy.util import await_only
-from starlette.types import Scope
 
 from ._targets import running_loop
 
@@ -41,13 +40,9 @@ class Turn:
     A session of the application's has it from the beginning of its transaction to the end, one of
     the test's for each call. Others wait, first come first served; one that would wait for its
     own request is refused.
-
-    Attributes:
-        refusals: requests, and what each has been refused.
     """
 
     def __init__(self) -> None:
-        self.refusals: list[tuple[Scope, str]] = []
         self._lock = threading.Lock()
         # Sessions, and the connection that each has for a transaction; `None` for one call.
         self._holders: dict[object, object] = {}

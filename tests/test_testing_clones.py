@@ -77,15 +77,16 @@ def test_each_block_has_a_database_of_its_own(
 async def test_on_an_event_loop(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """`async with` makes it beside the loop, and sessions, Core and listeners all are led there."""
+    """It is made beside the loop, and sessions, Core and listeners all are led there."""
     engine = make_engine()
     app = make_app(kind, engine)
     heard: list[object] = []
     inner = sync_engine(engine)
     event.listen(inner, "connect", lambda *_: heard.append(1))
-    async with cloned(app, templates=templates), async_client(app) as client:
-        assert (await client.post("/names")).json() == ["seeded"]
-        assert heard
+    with cloned(app, templates=templates):
+        async with async_client(app) as client:
+            assert (await client.post("/names")).json() == ["seeded"]
+            assert heard
     assert rows.names == []
 
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_cloned_is_named(
 ) -> None:
     """A running application, an engine that connects its own way, and SQLite in memory."""
     app = make_app(kind, make_engine())
-    with TestClient(app), pytest.raises(IsolationError, match="enter cloned"):
+    with TestClient(app), pytest.raises(IsolationError, match=r"enter cloned\(\) first"):
         cloned(app, templates=templates).__enter__()
     memory = make_app(kind, create_engine("sqlite://"))
     with pytest.raises(IsolationError, match="cannot be cloned"):

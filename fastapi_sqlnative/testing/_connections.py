@@ -42,16 +42,7 @@ _IN_PRODUCTION: Final = {
 class IsolatedConnection:
     """The connection that all sessions of a database share, from its first use to the block's end.
 
-    Args:
-        name: the database's, for messages.
-        engine: the application's.
-        turn: taken by whoever uses the connection.
-        home: finds the application's event loop.
-
-    Attributes:
-        blocks: those that are open, each with its savepoint once there is a connection.
-        own_sessions: the test's, with their blocks; they give way to the application's.
-        loop: the event loop that the connection belongs to, once it is open.
+    Whoever uses it takes the turn. `home` finds the application's event loop.
     """
 
     def __init__(
@@ -64,9 +55,11 @@ class IsolatedConnection:
         self.engine = engine
         self.turn = turn
         self.asynchronous: bool = engine.dialect.is_async
+        # Those that are open, each with its transaction once there is a connection.
         self.blocks: dict[object, Transaction | None] = {}
+        # The test's sessions, with their blocks; they give way to the application's.
         self.own_sessions: dict[Session, object] = {}
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # the connection's
         self.name = name
         self._home = home
         self._connection: Connection | None = None
@@ -90,9 +83,8 @@ class IsolatedConnection:
         here = running_loop()
         if self.asynchronous and here is not (self.loop or self._home() or here):
             raise self.refused(
-                "its connection belongs to another event loop, the application's. Use the session "
-                "that `with isolated(app)` gives, the client that runs the application, or "
-                "client.portal.call(). Two applications can share a database on one event loop, "
+                "its connection belongs to another event loop, the application's. Use the client "
+                "that runs it, or client.portal.call(); several applications need one event loop, "
                 "with async_client."
             )
         self.turn.take(session, self, transaction=transaction)
@@ -125,19 +117,20 @@ class IsolatedConnection:
     # -- the connection --------------------------------------------------------------------
 
     def opened(self) -> Connection:
-        """Return the connection, in a savepoint of every block that is open."""
+        """Return the connection, in its transaction and a savepoint for each inner block."""
         if self._connection is None:
             self._connection = self._open()
         if self._connection.closed or self._connection.invalidated:
             raise self.refused(
-                "its one connection was lost, and with it all that the test has stored: the "
-                "server hung up, or a statement was cancelled. Test that with cloned(app)."
+                "its connection was lost, or a statement cancelled, and with it went all that the "
+                "test has stored. Test that with cloned(app)."
             )
         for block in [each for each, begun in self.blocks.items() if begun is None]:
-            around = [own for own, its in self.own_sessions.items() if self.blocks[its]]
+            around = [each for each in self.blocks.values() if each]
             self.blocks[block] = self._connection.get_transaction()  # settling comes here again
-            self._settle(around)
-            self.blocks[block] = self._connection.begin_nested()
+            if around:
+                self._settle(own for own, its in self.own_sessions.items() if its is not block)
+                self.blocks[block] = self._connection.begin_nested()
         return self._connection
 
     def _open(self) -> Connection:
@@ -183,18 +176,18 @@ class IsolatedConnection:
             or (sql.startswith(_DEFINES) and self._connection is None)
         ):
             raise self.refused(
-                "this was sent over another connection, on its engine itself, and would be stored "
-                "for good. Use a session, or test with cloned(app), where Core may be used."
+                "what is written on its engine itself would be stored for good. Use a session, or "
+                "test with cloned(app)."
             )
 
     # -- blocks ----------------------------------------------------------------------------
 
     def leave(self, block: object) -> Future[None]:
         """Undo the work of a block, and close the connection with the last one."""
+        undo = partial(self._undo, block)
         if self._connection is None:
-            self._undo(block)
-            return _done(None)
-        return self.run(partial(self.turn.during, block, self, partial(self._undo, block)))
+            return _done(undo)
+        return self.run(partial(self.turn.during, block, self, undo))
 
     def _undo(self, block: object) -> None:
         for session, its in [*self.own_sessions.items()]:
@@ -204,11 +197,11 @@ class IsolatedConnection:
                     del self.own_sessions[session]
                 elif session.in_transaction():
                     session.rollback()  # to a savepoint that is about to go
-        savepoint = self.blocks.pop(block)
+        transaction = self.blocks.pop(block)
         if not self.blocks:
             self.close()
-        elif savepoint is not None and savepoint.is_active:
-            savepoint.rollback()
+        elif transaction is not None and transaction.is_active:
+            transaction.rollback()
 
     def close(self) -> None:
         """Undo everything, because the last block or the application ends."""
@@ -225,12 +218,12 @@ class IsolatedConnection:
     def run(self, work: Callable[[], T]) -> Future[T]:
         """Run plain code where the connection may be used: here, or on its event loop."""
         if not self.asynchronous:
-            return _done(work())
+            return _done(work)
         loop = self.loop or self._home()
         if loop is None or not loop.is_running():
             raise self.refused(
-                "the event loop of its AsyncEngine's connection is not running. Use the session "
-                "inside of `with TestClient(app)`, and leave isolated(app) on its own event loop."
+                "its event loop is not running. Use the session inside of `with TestClient(app)`, "
+                "and leave isolated(app) on the event loop that has entered it."
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop)
 
@@ -242,9 +235,9 @@ class IsolatedConnection:
         return _IN_PRODUCTION.get(command, sql) if savepoint == self._root else sql
 
 
-def _done(result: T) -> Future[T]:
+def _done(work: Callable[[], T]) -> Future[T]:
     done = Future[T]()
-    done.set_result(result)
+    done.set_result(work())
     return done
 
 

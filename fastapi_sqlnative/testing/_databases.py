@@ -7,8 +7,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from starlette.applications import Starlette
 
 from .._lifespan.running import EngineFactory, Installation
-from .._lifespan.startup import call_factory
+from .._lifespan.startup import call_factory, start_with_engine
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
@@ -27,86 +27,68 @@ T = TypeVar("T")
 Prepare: TypeAlias = Callable[[Connection], object]
 
 
-class Block:
-    """What `with` and `async with` enter alike; the latter in a thread, beside the event loop."""
-
-    def __init__(self, block: AbstractContextManager[None]) -> None:
-        self._block = block
-
-    def __enter__(self) -> None:
-        self._block.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._block.__exit__(*error)
-
-    async def __aenter__(self) -> None:
-        await asyncio.wrap_future(in_thread(self._block.__enter__))
-
-    async def __aexit__(self, *error: Any) -> None:
-        await asyncio.wrap_future(in_thread(partial(self._block.__exit__, *error)))
-
-
 def _wait_for(work: Coroutine[Any, Any, T]) -> T:
     return in_thread(lambda: asyncio.run(work)).result()
 
 
-def _stopped(app: Starlette, names: Sequence[str]) -> list[Installation]:
-    """Find databases of an application that does not run."""
-    chosen = places(app, names)
-    for installed, installation in chosen:
-        if installed.runs:
-            raise IsolationError(
-                f"Database {installation.name!r} cannot be replaced while the application runs: "
-                "enter the block first, and start the application inside of it."
-            )
-    return [installation for _, installation in chosen]
+def _running(installation: Installation, remedy: str) -> IsolationError:
+    return IsolationError(
+        f"Database {installation.name!r} cannot be replaced while the application runs: {remedy}."
+    )
 
 
 # -- another one ----------------------------------------------------------------------------------
 
 
-def override_database(app: Starlette, name: str, engine: AnyEngine | EngineFactory) -> Block:
+@contextmanager
+def override_database(
+    app: Starlette, name: str, engine: AnyEngine | EngineFactory
+) -> Generator[None]:
     """Make an application use another engine for one of its databases within a block.
 
     It is swapped where names are looked up, so that routes, handles, background work, websockets,
-    mounted applications and health follow. The session options and times are those of the
-    installation.
+    mounted applications and health follow. A handle that was fetched before does not. The
+    session options and times are those of the installation.
 
     Enter it before the application starts, which then does not call a factory of its own, and
-    leave it after that has ended.
+    leave it after that has ended; or use a ready engine while it runs.
 
     Args:
         app: the application, or the outermost of those mounted in each other.
         name: of the database.
         engine: of the kind that is installed: a ready one, which the test closes, or a factory,
-            whose engine is disposed of at the end.
+            whose engine is disposed of with the application.
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
         TypeError: the engine is of the other kind.
         ValueError: it leads to the database that is installed.
-        IsolationError: the application runs.
+        IsolationError: a factory, while the application runs.
 
     Example:
         with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
     """
-    return Block(_overridden(app, name, engine))
-
-
-@contextmanager
-def _overridden(app: Starlette, name: str, engine: Any) -> Generator[None]:
-    (installation,) = _stopped(app, [name])
-    given, own = installation.engine, ready_engine(installation)
+    ((installed, installation),) = places(app, [name])
+    given, own, loop = installation.engine, installation.database, installed.loop
+    check = partial(_checked, name, ready_engine(installation))
+    builds = database_class(engine) is None
+    if builds and installed.runs:
+        raise _running(installation, "give override_database() an engine, or enter it first")
 
     async def build() -> Any:
-        return _checked(installation.name, own, await call_factory(engine))
+        return check(await call_factory(engine))
 
-    builds = database_class(engine) is None
-    installation.engine = build if builds else _checked(installation.name, own, engine)
+    installation.engine = build if builds else check(engine)
     try:
+        if own is not None and loop is not None:
+            start_with_engine(installation, loop)
+            for observer in [*installed.observers]:  # those who count, hear or isolate
+                observer(installation.database)  # type: ignore[arg-type] # it has just been made
         yield
     finally:
         installation.engine = given
+        if own is not None:
+            installation.database = own if installed.runs else None
 
 
 def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
@@ -163,7 +145,8 @@ class Templates:
         return self._made[key]
 
 
-def cloned(app: Starlette, *names: str, templates: Templates) -> Block:
+@contextmanager
+def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]:
     """Give an application databases of its own within a block, copied from templates.
 
     Nothing is simulated: requests overtake each other, COMMIT is one, and so are locks, isolation
@@ -186,14 +169,11 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Block:
     Example:
         with cloned(app, templates=templates), TestClient(app) as client: ...
     """
-    return Block(_cloned(app, names, templates))
-
-
-@contextmanager
-def _cloned(app: Starlette, names: Sequence[str], templates: Templates) -> Generator[None]:
     copies: dict[str, str] = {}
     with ExitStack() as undo:
-        for installation in _stopped(app, names):
+        for installed, installation in places(app, names):
+            if installed.runs:
+                raise _running(installation, "enter cloned() first")
             given: Any = installation.engine
             builds = database_class(given) is None
             engine = _wait_for(call_factory(given)) if builds else given

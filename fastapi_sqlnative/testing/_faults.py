@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, get_args
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Connection, event, exc
-from sqlalchemy.engine import Dialect
 from starlette.applications import Starlette
 
 from .._lifespan.running import running_of
@@ -37,6 +35,8 @@ _PROVOKING: Final = {
     "mariadb": _MYSQL,
     "sqlite": {"serialization": ""},
 }
+
+_OUTCOME_UNKNOWN: Final = "08007"  # and does not cost an isolated connection
 
 
 @contextmanager
@@ -69,29 +69,28 @@ def fail_next_statement(
         with fail_next_statement(app, "deadlock", containing="UPDATE account"):
             assert client.post("/transfers", json=transfer).status_code == 201
     """
-    with _fault(target, name, failure, StatementFailure, route) as fault:
+    with _fault(target, name, failure, route) as (state, _, happens):
 
         def fail(connection: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
-            record = fault.state.record_on(connection)
+            record = state.record_on(connection)
             if record is None or connection not in record.connections:
                 return
-            if containing not in statement or not fault.happens():
+            if containing not in statement or not happens():
                 return
             if failure != "connection_lost":
                 _provoke(connection, failure)
-            lost = _lost(connection.dialect, "08006")
+            lost = _lost(connection, "08006")
             if isolated_on(connection) is None:
                 connection.invalidate(lost)
             else:
                 record.rolled_back = lost  # so that no commit follows, as none would
             raise exc.OperationalError(statement, parameters, lost, connection_invalidated=True)
 
-        listener = fault.state.root, "before_cursor_execute", fail
-        event.listen(*listener)
+        event.listen(state.root, "before_cursor_execute", fail)
         try:
             yield
         finally:
-            event.remove(*listener)
+            event.remove(state.root, "before_cursor_execute", fail)
 
 
 @contextmanager
@@ -107,31 +106,32 @@ def fail_next_commit(
         with fail_next_commit(app, "connection_lost_after"):
             assert client.post("/books", json={"title": "Emma"}).status_code == 500
     """
-    with _fault(target, name, failure, CommitFailure, route) as fault:
+    with _fault(target, name, failure, route) as (_, sessions, happens):
 
         def before(session: NativeSession) -> None:
             if session.in_nested_transaction() or failure == "connection_lost_after":
                 return
             session.flush()
             record = session.sqlnative
-            if not record.connections or not fault.happens():
+            if not record.connections or not happens():
                 return
             record.check_committable()
+            connection = next(iter(record.connections))
             if failure != "connection_lost_before":
-                _provoke(next(iter(record.connections)), failure)
+                _provoke(connection, failure)
             record.committing = True
-            raise _commit_lost(fault)
+            raise exc.OperationalError(None, None, _lost(connection, _OUTCOME_UNKNOWN))
 
         def after(session: NativeSession) -> None:
             record = session.sqlnative
-            if failure != "connection_lost_after" or not (record.committing and record.connections):
-                return
-            if fault.happens():
+            at_commit = record.committing and record.connections
+            if failure == "connection_lost_after" and at_commit and happens():
                 record.committed = False
-                raise _commit_lost(fault)
+                connection = next(iter(record.connections))
+                raise exc.OperationalError(None, None, _lost(connection, _OUTCOME_UNKNOWN))
 
-        event.listen(fault.session_class, "before_commit", before)
-        event.listen(fault.session_class, "after_commit", after)
+        event.listen(sessions, "before_commit", before)
+        event.listen(sessions, "after_commit", after)
         yield
 
 
@@ -145,65 +145,49 @@ def fail_next_checkout(
         with fail_next_checkout(app):
             assert client.get("/books").status_code == 503
     """
-    failure: Final = "exhausted pool"
-    with _fault(target, name, failure, Literal["exhausted pool"], route) as fault:
-        native = fault.session_class
+    with _fault(target, name, "exhausted pool", route) as (_, sessions, happens):
 
         def get_bind(session: NativeSession, *args: Any, **arguments: Any) -> Any:
-            if not session.sqlnative.connections and fault.happens():
+            if not session.sqlnative.connections and happens():
                 raise exc.TimeoutError("The pool is exhausted: by a test", code="3o7r")
-            return super(native, session).get_bind(*args, **arguments)
+            return super(sessions, session).get_bind(*args, **arguments)
 
-        native.get_bind = get_bind
+        sessions.get_bind = get_bind
         yield
-
-
-@dataclass
-class _Fault:
-    """What is to happen once within a block, to sessions of a class that it alone has."""
-
-    state: SharedState
-    session_class: Any
-    route: str | None
-    happened: bool = False
-
-    def happens(self) -> bool:
-        """Tell whether it happens here and now."""
-        scope = SERVED.get() or {}
-        paths = scope.get("path"), getattr(scope.get("route"), "path", None)
-        happens = not self.happened and (self.route is None or self.route in paths)
-        self.happened = self.happened or happens
-        return happens
 
 
 @contextmanager
 def _fault(
-    target: Target, name: str, failure: str, failures: Any, route: str | None
-) -> Generator[_Fault]:
-    marking: AbstractContextManager[None] = nullcontext()
-    if isinstance(target, Starlette):
-        marking = marking_requests(target)
-        installation = places(target, [name])[0][1]
-        target = installation.database or running_of(target).database(installation.name)
-    elif route is not None:
-        raise ValueError("route= needs the application, not a handle.")
-    factory = sessions_of(target)
-    native, dialect = factory.native, factory.state.root.dialect.name
-    own, provoked = _PROVOKING.get(dialect, {}), _PROVOKING["postgresql"]
-    known = [each for each in get_args(failures) if each in own or each not in provoked]
-    if failure not in known:
-        raise ValueError(f"{dialect} knows no {failure!r}: write one of {', '.join(known)}.")
-    fault = _Fault(factory.state, type(native.__name__, (native,), {}), route)
-    factory.native = fault.session_class
-    try:
-        with marking:
-            yield fault
-    finally:
-        factory.native = native
-    if not fault.happened:
+    target: Target, name: str, failure: str, route: str | None
+) -> Generator[tuple[SharedState, Any, Callable[[], bool]]]:
+    """Give a database's state, a class for its sessions, and what is true once, where wanted."""
+    met: list[str] = []
+
+    def happens() -> bool:
+        scope = SERVED.get() or {}
+        paths = scope.get("path"), getattr(scope.get("route"), "path", None)
+        if met or route not in (None, *paths):
+            return False
+        met.append(failure)
+        return True
+
+    with ExitStack() as undo:
+        if isinstance(target, Starlette):
+            undo.enter_context(marking_requests(target))
+            installation = places(target, [name])[0][1]
+            target = installation.database or running_of(target).database(installation.name)
+        factory = sessions_of(target)
+        state, native = factory.state, factory.native
+        provoked = _PROVOKING.get(state.root.dialect.name, {})
+        if failure in _PROVOKING["postgresql"] and failure not in provoked:
+            raise ValueError(f"{state.root.dialect.name} knows no {failure!r}.")
+        factory.native = type(native.__name__, (native,), {})
+        undo.callback(setattr, factory, "native", native)
+        yield state, factory.native, happens
+    if not met:
         raise AssertionError(
-            f"The {failure} failure of database {fault.state.name!r} was never met: no session "
-            "got to where it waits."
+            f"The {failure} failure of database {state.name!r} was never met: no session got to "
+            "where it waits."
         )
 
 
@@ -219,13 +203,8 @@ def _provoke(connection: Connection, failure: str) -> None:
     raise exc.OperationalError(None, None, busy)
 
 
-def _commit_lost(fault: _Fault) -> Exception:
-    """Make an error that leaves the outcome of a COMMIT open."""
-    return exc.OperationalError(None, None, _lost(fault.state.root.dialect, "08007"))
-
-
-def _lost(dialect: Dialect, sqlstate: str) -> Any:
-    """Make the error of a lost connection, which does not cost an isolated one."""
-    lost: Any = dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
-    lost.sqlstate, lost.severity = sqlstate, "FATAL"
+def _lost(connection: Connection, sqlstate: str) -> Any:
+    """Make the driver's error for a lost connection."""
+    lost = connection.dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
+    lost.sqlstate, lost.severity = sqlstate, "FATAL"  # type: ignore[attr-defined] # as servers do
     return lost

@@ -73,10 +73,8 @@ class Isolated:
 
     def __init__(self, app: Starlette, names: tuple[str, ...]) -> None:
         self._app = app
-        chosen = places(app, names)
-        self._applications = [installed for installed, _ in chosen]
-        self._installations = [installation for _, installation in chosen]
-        self._own = self._installations[0]  # that the test's own session is for
+        self._chosen = places(app, names)
+        self._own = self._chosen[0][1]  # that the test's own session is for
         self._loop: asyncio.AbstractEventLoop | None = None
         self._restore = ExitStack()
         self.ended = False
@@ -84,14 +82,9 @@ class Isolated:
         self.turn = Turn()
         self.connections: list[IsolatedConnection] = []
 
-    # -- as a block ------------------------------------------------------------------------
-
     def __enter__(self) -> Session:
-        if running_loop() is not None and not self._all_sync():
-            raise RuntimeError(
-                "isolated(app) has to await an AsyncEngine: on an event loop write "
-                "`async with isolated(app)`."
-            )
+        if self._asynchronous() and running_loop() is not None:
+            raise RuntimeError("On an event loop write `async with isolated(app)`: it awaits.")
         self._enter()
         session: Session = self._own_session(Session)
         return session
@@ -101,15 +94,10 @@ class Isolated:
             ending.result()
 
     async def __aenter__(self) -> AsyncSession:
-        if self._all_sync():
-            raise TypeError(
-                "`async with isolated(app)` gives an AsyncSession, and the database has an Engine: "
-                "write `with isolated(app)`, on an event loop too."
-            )
+        if not self._asynchronous():
+            raise TypeError("Write `with isolated(app)`: it has an Engine, and gives a Session.")
+        self._own, *_ = self._asynchronous()
         self._loop = asyncio.get_running_loop()
-        self._own = next(
-            each for each in self._installations if not isinstance(ready_engine(each), Engine)
-        )
         self._enter()
         session: AsyncSession = self._own_session(AsyncSession)
         return session
@@ -118,8 +106,8 @@ class Isolated:
         for ending in self._leave():
             await asyncio.wrap_future(ending)
 
-    def _all_sync(self) -> bool:
-        return all(isinstance(ready_engine(each), Engine) for each in self._installations)
+    def _asynchronous(self) -> list[Installation]:
+        return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
 
     def _enter(self) -> None:
         around = _AROUND.get()
@@ -132,7 +120,7 @@ class Isolated:
             for hook in "after_transaction_create", "before_flush":
                 event.listen(Session, hook, self._welcome)
                 self._restore.callback(event.remove, Session, hook, self._welcome)
-            for installation in self._installations:
+            for _, installation in self._chosen:
                 self._close_before_shutdown(installation)
                 if (engine := ready_engine(installation)) is not None:
                     self._connection_of(installation.name, sync_engine(engine))
@@ -149,7 +137,7 @@ class Isolated:
 
     def _isolate(self, database: AnyDatabase) -> None:
         """Put our class in front of a handle's sessions."""
-        if all(installation.database is not database for installation in self._installations):
+        if all(installation.database is not database for _, installation in self._chosen):
             return
         self._connection_of(database.name, sync_engine(database.engine))
         factory = sessions_of(database)
@@ -164,18 +152,14 @@ class Isolated:
         known = (each for each in self.connections if each.blocks)
         found = next((each for each in known if is_one_database(each.engine, engine)), None)
         if self.ended and (found is None or self not in found.blocks):
-            raise IsolationError(
-                f"Database {name!r} was isolated by a block that has ended. Finish work with the "
-                "database before."
-            )
+            raise IsolationError(f"The isolated(app) block of database {name!r} has ended.")
         if found is None:
-            found = IsolatedConnection(name, engine, self.turn, self._application_loop)
+            found = IsolatedConnection(name, engine, self.turn, self._home)
             self.connections.append(found)
         if found.asynchronous is not engine.dialect.is_async:
             raise IsolationError(
-                f"Databases {found.name!r} and {name!r} are one, with an Engine and an "
-                "AsyncEngine, which cannot share a connection. Isolate one by name and "
-                "override_database() the other, or test with cloned(app)."
+                f"Databases {found.name!r} and {name!r} are one, and an Engine and an AsyncEngine "
+                "cannot share a connection: test with cloned(app)."
             )
         found.blocks.setdefault(self)
         watching = engine, "before_cursor_execute", found.watch
@@ -184,8 +168,9 @@ class Isolated:
             self._restore.callback(event.remove, *watching)
         return found
 
-    def _application_loop(self) -> asyncio.AbstractEventLoop | None:
-        return next((each.loop for each in self._applications if each.runs), self._loop)
+    def _home(self) -> asyncio.AbstractEventLoop | None:
+        """Find the application's event loop."""
+        return next((each.loop for each, _ in self._chosen if each.runs), self._loop)
 
     def _close_before_shutdown(self, installation: Installation) -> None:
         """Close the connection while its event loop runs and its engine is not disposed of."""
@@ -217,8 +202,7 @@ class Isolated:
         engine = ready_engine(self._own)
         if engine is None:
             raise IsolationError(
-                f"Database {self._own.name!r} has no engine before the application starts: use "
-                "the session inside of `with TestClient(app)`."
+                f"Database {self._own.name!r} has no engine before the application starts."
             )
         return self._connection_of(self._own.name, sync_engine(engine))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
-from sqlalchemy import Connection, Engine, NestedTransaction, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from .._sessions.options import AUTOCOMMIT
@@ -28,8 +28,6 @@ class IsolatedSession(NativeSession):
             options["execution_options"].pop("isolation_level", None)
         super().__init__(*args, **options)
         self.isolated: set[IsolatedConnection] = set()
-        self.savepoint: NestedTransaction | None = None
-        self._one_statement = False
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
@@ -38,7 +36,7 @@ class IsolatedSession(NativeSession):
         if not isinstance(bind, Engine):
             return bind
         isolated = self.connection_of(self.sqlnative.state.name, bind)
-        connection = isolated.begin(self, transaction=not self._one_statement)
+        connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
         self.isolated.add(isolated)
         if not self.in_transaction():
             self.begin()  # whose end gives the turn back: somebody may only look at the bind
@@ -49,32 +47,27 @@ class IsolatedSession(NativeSession):
         record = self.sqlnative
         if record.options is not AUTOCOMMIT or record.connections:
             return super().execute(statement, *args, **options)
-        self._one_statement = True
         try:
             result = super().execute(statement, *args, **options)
-            if self.savepoint is not None:
-                self.savepoint.commit()
+            for connection in record.connections:
+                if (savepoint := connection.get_nested_transaction()) is not None:
+                    savepoint.commit()
             return result
         finally:
-            self._one_statement = False
             if (transaction := self.get_transaction()) is not None:
                 transaction.close()
 
 
 @event.listens_for(IsolatedSession, "after_begin")
-def _after_begin(
-    session: IsolatedSession, transaction: SessionTransaction, connection: Connection
-) -> None:
-    if transaction.parent is None:
-        session.savepoint = connection.get_nested_transaction()
-        if session.sqlnative.options.read_only and connection.dialect.name == "postgresql":
-            connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would have
+def _after_begin(session: IsolatedSession, _: SessionTransaction, connection: Connection) -> None:
+    if session.sqlnative.options.read_only and connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would have
 
 
 @event.listens_for(IsolatedSession, "after_transaction_end")
 def _after_transaction_end(session: IsolatedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        isolated, session.isolated, session.savepoint = session.isolated, set(), None
+        isolated, session.isolated = session.isolated, set()
         for each in isolated:
             each.end(session, read_only=session.sqlnative.options.read_only)
 

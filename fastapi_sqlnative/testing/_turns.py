@@ -55,20 +55,16 @@ class Turn:
     def take(self, session: object, connection: Any, *, transaction: bool) -> None:
         """Wait for the turn: in a greenlet for an asynchronous connection, else in a thread.
 
-        Args:
-            session: whose it will be.
-            connection: that the session is about to use.
-            transaction: until it is given back; else for one call, which may stand within a
-                transaction of the same request.
+        Without `transaction` it is for one call, which may stand within a transaction of the same
+        request.
         """
         ticket, use = Future[None](), connection if transaction else None
         with self._lock:
             own = [used for each, used in self._holders.items() if used and in_flow(each)]
             if use in own:
                 raise connection.refused(
-                    "a second session was to begin a transaction beside an open one of the same "
-                    "request or test, on one connection. End that one first, use one session for "
-                    "both, or test with cloned(app)."
+                    "a second transaction was to begin beside an open one of the same request or "
+                    "test. End that one first, use its session, or test with cloned(app)."
                 )
             if own or not self._holders:
                 self._holders[session] = use
@@ -85,9 +81,8 @@ class Turn:
             if not isinstance(error, TimeoutError):
                 raise
             raise connection.refused(
-                "another session's transaction stays open on its one connection. Close that "
-                "session first; await what uses the database before a synchronous session "
-                "does so on the event loop; or test with cloned(app)."
+                "another session's transaction stays open on its one connection. End that one "
+                "first (await it, on the event loop), or test with cloned(app)."
             ) from None
 
     def give_back(self, session: object) -> None:

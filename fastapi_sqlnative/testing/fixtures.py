@@ -18,30 +18,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from . import CapturedStatements, Templates, capture_statements, cloned, isolated
 from ._client import client_beside
 
 if TYPE_CHECKING:
     import httpx
-    from starlette.testclient import TestClient
-
-__all__ = [
-    "cloned_async_client",
-    "cloned_client",
-    "database_templates",
-    "isolated_async_client",
-    "isolated_client",
-    "isolated_session",
-    "statements",
-]
 
 
 @pytest.fixture
 def isolated_client(app: Starlette) -> Generator[TestClient]:
     """Give a client of the running application, whose databases are isolated for the test."""
-    from starlette.testclient import TestClient  # needs httpx, which not everybody has
-
     with TestClient(app) as client, isolated(app):
         yield client
 
@@ -69,8 +57,6 @@ def database_templates(prepare_database: Any) -> Generator[Templates]:
 @pytest.fixture
 def cloned_client(app: Starlette, database_templates: Templates) -> Generator[TestClient]:
     """Give a client of the application on databases of the test's own."""
-    from starlette.testclient import TestClient
-
     with cloned(app, templates=database_templates), TestClient(app) as client:
         yield client
 

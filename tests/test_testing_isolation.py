@@ -496,7 +496,7 @@ def make_engine_url(rows: Rows) -> Any:
 def test_core_on_the_engine_is_refused(
     kind: Kind, engine: Engine | AsyncEngine, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """What would be stored for good is refused by name, and so is COMMIT as text."""
+    """What would be stored for good is refused in the block, and so is COMMIT as text."""
     engine = make_engine()
     app = make_app(kind, engine)
 
@@ -512,12 +512,16 @@ def test_core_on_the_engine_is_refused(
 
     app.post("/core")(asynchronous if kind.asynchronous else synchronous)
     route(app, kind, "/text", get_db(), lambda session: session.execute(text("COMMIT")))
-    with TestClient(app) as client, isolated(app):
-        for path in "/core", "/text":
-            with pytest.raises(IsolationError):
-                client.post(path)
-        assert client.post("/add").status_code == 201
-    assert rows.names == []
+    with TestClient(app) as client:
+        with isolated(app) as session:
+            session.add(Item(name="mine"))
+            for path in "/core", "/text":
+                with pytest.raises(IsolationError):
+                    client.post(path)
+            assert client.post("/add").status_code == 201
+        assert rows.names == []
+        assert client.post("/core").status_code == 200
+    assert rows.names == ["core"]
 
 
 def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:

@@ -151,7 +151,9 @@ class Isolated:
         """Return the connection that stands for all of a database's."""
         known = (each for each in self.connections if each.blocks)
         found = next((each for each in known if is_one_database(each.engine, engine)), None)
-        if self.ended and (found is None or self not in found.blocks):
+        if self.ended:
+            if found is not None and self in found.blocks:
+                return found  # the block's own sessions are being closed
             raise IsolationError(f"The isolated(app) block of database {name!r} has ended.")
         if found is None:
             found = IsolatedConnection(name, engine, self.turn, self._home)

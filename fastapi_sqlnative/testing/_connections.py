@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, is_aborted
 from .._sessions.engines import run_in_greenlet
-from ._targets import REFUSED, SERVED, IsolationError, running_loop
-from ._turns import Turn, in_flow
+from ._targets import IsolationError, running_loop
+from ._turns import REFUSED, SERVED, Turn, in_flow
 
 T = TypeVar("T")
 # The execution options of an isolated connection, and of what is sent for the block's own sake.

@@ -184,9 +184,13 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
                 installation.engine = partial(_build, given, copies[template])
                 undo.callback(setattr, installation, "engine", given)
             else:
-                undo.callback(lambda each: _wait_for(dispose(each)), engine)
+                undo.callback(_dispose, engine)
                 undo.callback(_lead(sync_engine(engine), copies[template], []))
         yield
+
+
+def _dispose(engine: AnyEngine) -> None:
+    _wait_for(dispose(engine))
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:

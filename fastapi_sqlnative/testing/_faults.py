@@ -15,7 +15,8 @@ from .._sessions.session import NativeSession
 from .._sessions.shared import SharedState
 from ..databases import sessions_of
 from ._connections import isolated_on
-from ._targets import SERVED, Target, marking_requests, places
+from ._targets import Target, places
+from ._turns import SERVED, marking_requests
 
 StatementFailure: TypeAlias = Literal["serialization", "deadlock", "connection_lost"]
 CommitFailure: TypeAlias = Literal[

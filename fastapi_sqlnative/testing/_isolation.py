@@ -24,13 +24,12 @@ from ._sessions import IsolatedSession, OwnSession
 from ._targets import (
     IsolationError,
     is_one_database,
-    marking_requests,
     observing,
     places,
     ready_engine,
     running_loop,
 )
-from ._turns import Turn, joins_flow
+from ._turns import Turn, joins_flow, marking_requests
 
 # The block that others in the same test share connections with, whichever application theirs is.
 _AROUND: Final = ContextVar["Isolated | None"]("fastapi_sqlnative_isolated", default=None)

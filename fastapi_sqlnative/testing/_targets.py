@@ -1,16 +1,14 @@
-"""Which databases and requests a test means."""
+"""Which databases a test means."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 from starlette.applications import Starlette
-from starlette.types import Receive, Scope, Send
 
 from .._lifespan.running import (
     Installation,
@@ -26,10 +24,6 @@ from ..databases import AnyDatabase, database_class
 
 Target: TypeAlias = Starlette | AnyDatabase
 Place: TypeAlias = tuple[Installations, Installation]
-
-# The request that is being served, and under which its scope keeps what it was refused.
-SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
-REFUSED: Final = "fastapi_sqlnative_refused"
 
 
 class IsolationError(RuntimeError):
@@ -96,25 +90,3 @@ def observing(app: Starlette, observer: Observer) -> Generator[None]:
     finally:
         for each in installed:
             each.observers.remove(observer)
-
-
-@contextmanager
-def marking_requests(app: Starlette) -> Generator[None]:
-    """Let `SERVED` tell for which request something is done; fail one that swallows a refusal."""
-    inner = app.router.middleware_stack
-
-    async def mark(scope: Scope, receive: Receive, send: Send) -> None:
-        before = SERVED.get()
-        SERVED.set(scope)
-        try:
-            await inner(scope, receive, send)
-        finally:
-            SERVED.set(before)  # the test itself may have called, in its own task
-        if REFUSED in scope:
-            raise IsolationError(scope[REFUSED])
-
-    app.router.middleware_stack = mark
-    try:
-        yield
-    finally:
-        app.router.middleware_stack = inner

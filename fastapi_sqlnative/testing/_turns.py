@@ -1,4 +1,4 @@
-"""Whose turn it is on the connections of isolated databases, across threads and event loops."""
+"""Requests, and whose turn it is on isolated connections, across threads and event loops."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 from sqlalchemy.util import await_only
+from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
-from ._targets import running_loop
+from ._targets import IsolationError, running_loop
 
 T = TypeVar("T")
+# The request that is being served, and under which its scope keeps what it was refused.
+SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
+REFUSED: Final = "fastapi_sqlnative_refused"
 # Seconds for which a session waits for another one's transaction to end.
 _PATIENCE: Final = 10.0
 # The sessions that were used in this request, task or test, or in the one that it came from.
@@ -32,6 +37,30 @@ def joins_flow(session: object) -> None:
 def in_flow(session: object) -> bool:
     """Tell whether a session belongs to whoever runs here, or to what has started that."""
     return any(each() is session for each in _FLOW.get())
+
+
+@contextmanager
+def marking_requests(app: Starlette) -> Generator[None]:
+    """Let `SERVED` tell for which request something is done; fail one that swallows a refusal."""
+    inner = app.router.middleware_stack
+
+    async def mark(scope: Scope, receive: Receive, send: Send) -> None:
+        before = SERVED.get()
+        SERVED.set(scope)
+        if scope["type"] == "lifespan":
+            _FLOW.set(())  # what the application starts is no part of the test
+        try:
+            await inner(scope, receive, send)
+        finally:
+            SERVED.set(before)  # the test itself may have called, in its own task
+        if REFUSED in scope:
+            raise IsolationError(scope[REFUSED])
+
+    app.router.middleware_stack = mark
+    try:
+        yield
+    finally:
+        app.router.middleware_stack = inner
 
 
 class Turn:

@@ -61,12 +61,11 @@ class CapturedStatements(list[CapturedStatement]):
 def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatements]:
     """Note what is sent to the databases of an application, or to one, within a block.
 
-    What counts is what SQLAlchemy sends, whoever asks: sessions, handles, Core, background work.
-    In an `isolated` block the savepoints that stand for an application's transactions are noted as
-    `BEGIN`, `COMMIT` and `ROLLBACK`. AUTOCOMMIT has none of them.
+    This is everything that SQLAlchemy sends: for sessions, handles, Core and background work. In
+    an `isolated` block, the savepoints that stand for the application's transactions are noted as
+    `BEGIN`, `COMMIT` and `ROLLBACK`.
 
-    Enter it before the application starts or while it runs; engines that factories make, and
-    those of `override_database`, are heard from their start.
+    Enter it before the application starts or while it runs.
 
     Args:
         target: an application, a handle or an engine.

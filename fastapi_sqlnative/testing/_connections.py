@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, Transaction, event
+from sqlalchemy import Connection, Engine, Pool, Transaction, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session
 
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, is_aborted
 from .._sessions.engines import run_in_greenlet
+from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
 from ._turns import REFUSED, SERVED, Turn, in_flow
 
@@ -39,33 +41,31 @@ _IN_PRODUCTION: Final = {
 }
 
 
+@dataclass(eq=False)
 class IsolatedConnection:
-    """The connection that all sessions of a database share, from its first use to the block's end.
+    """The connection that all sessions of a database share until the end of the block."""
 
-    Whoever uses it takes the turn. `home` finds the application's event loop.
-    """
+    name: str
+    engine: Engine
+    turn: Turn
+    home: Callable[[], asyncio.AbstractEventLoop | None]  # finds the application's event loop
+    # The open ones, each with its transaction once there is a connection.
+    blocks: dict[object, Transaction | None] = field(
+        default_factory=dict[object, Transaction | None]
+    )
+    # The test's sessions, with their blocks; they give way to the application's.
+    own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])
+    loop: asyncio.AbstractEventLoop | None = None  # that the connection belongs to
+    _connection: Connection | None = None
+    _pool: Pool | None = None
+    # The savepoint that stands for the application's transaction, and whether it comes next.
+    _root: str = ""
+    _begins: bool = False
 
-    def __init__(
-        self,
-        name: str,
-        engine: Engine,
-        turn: Turn,
-        home: Callable[[], asyncio.AbstractEventLoop | None],
-    ) -> None:
-        self.engine = engine
-        self.turn = turn
-        self.asynchronous: bool = engine.dialect.is_async
-        # Those that are open, each with its transaction once there is a connection.
-        self.blocks: dict[object, Transaction | None] = {}
-        # The test's sessions, with their blocks; they give way to the application's.
-        self.own_sessions: dict[Session, object] = {}
-        self.loop: asyncio.AbstractEventLoop | None = None  # the connection's
-        self.name = name
-        self._home = home
-        self._connection: Connection | None = None
-        # The savepoint that stands for the application's transaction, and whether it comes next.
-        self._root = ""
-        self._begins = False
+    @property
+    def asynchronous(self) -> bool:
+        """Tell whether it belongs to an AsyncEngine."""
+        return self.engine.dialect.is_async
 
     def refused(self, why: str) -> IsolationError:
         """Build the error for what one connection cannot do; a request may swallow it."""
@@ -81,7 +81,7 @@ class IsolatedConnection:
         if self.turn.holds(session):
             return self.opened()
         here = running_loop()
-        if self.asynchronous and here is not (self.loop or self._home() or here):
+        if self.asynchronous and here is not (self.loop or self.home() or here):
             raise self.refused(
                 "its connection belongs to another event loop, the application's. Use the client "
                 "that runs it, or client.portal.call(); several applications need one event loop, "
@@ -98,10 +98,10 @@ class IsolatedConnection:
         self._begins = transaction
         return connection
 
-    def end(self, session: object, *, read_only: bool) -> None:
+    def end(self, session: NativeSession) -> None:
         """Let others use the connection, after a transaction."""
         self._begins = False  # the session may only have looked at its bind
-        if read_only and self.engine.dialect.name == "sqlite":
+        if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             _send(self.opened(), "PRAGMA query_only = OFF")
         self.turn.give_back(session)
 
@@ -219,7 +219,7 @@ class IsolatedConnection:
         """Run plain code where the connection may be used: here, or on its event loop."""
         if not self.asynchronous:
             return _done(work)
-        loop = self.loop or self._home()
+        loop = self.loop or self.home()
         if loop is None or not loop.is_running():
             raise self.refused(
                 "its event loop is not running. Use the session inside of `with TestClient(app)`, "

@@ -46,23 +46,22 @@ def override_database(
 ) -> Generator[None]:
     """Make an application use another engine for one of its databases within a block.
 
-    It is swapped where names are looked up, so that routes, handles, background work, websockets,
-    mounted applications and health follow. A handle that was fetched before does not. The
-    session options and times are those of the installation.
+    It is replaced under its name, for routes, handles that are fetched from then on, background
+    work, websockets, mounted applications and health. The session options and times stay.
 
-    Enter it before the application starts, which then does not call a factory of its own, and
-    leave it after that has ended; or use a ready engine while it runs.
+    Enter it before the application starts, which then does not call its own factory, and leave it
+    after the application has ended. A ready engine may also be used while the application runs.
 
     Args:
-        app: the application, or the outermost of those mounted in each other.
+        app: the application, or the outermost one if it is mounted.
         name: of the database.
-        engine: of the kind that is installed: a ready one, which the test closes, or a factory,
-            whose engine is disposed of with the application.
+        engine: of the installed kind: a ready one, which the test disposes of, or a factory, whose
+            engine is disposed of with the application.
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
         TypeError: the engine is of the other kind.
-        ValueError: it leads to the database that is installed.
+        ValueError: it is for the installed database itself.
         IsolationError: a factory, while the application runs.
 
     Example:
@@ -103,7 +102,7 @@ def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
     if is_one_database(own, engine):
         raise ValueError(
             f"The engine given for database {name!r} leads to the very database that is "
-            "installed: the tests would write to it. Give one for a database of their own."
+            "installed: the tests would write to it. Give one for another database."
         )
     return engine
 
@@ -114,13 +113,12 @@ def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
 class Templates:
     """The databases that tests clone, each made when it is first needed.
 
-    Make one for the whole run of the tests, as a block, at whose end they are dropped. Every
-    process has its own.
+    Use one for the whole test run, as a block: at its end they are dropped. Every process makes
+    its own.
 
     Args:
-        prepare: fills an empty database over a connection, in one transaction:
-            `Base.metadata.create_all`, a function that calls Alembic, one that seeds. With
-            several databases a mapping from their names.
+        prepare: a function that fills an empty database over a connection, in one transaction,
+            such as `Base.metadata.create_all`. For several databases, a mapping from their names.
     """
 
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
@@ -147,24 +145,23 @@ class Templates:
 
 @contextmanager
 def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]:
-    """Give an application databases of its own within a block, copied from templates.
+    """Give an application real databases for a block, copied from templates.
 
-    Nothing is simulated: requests overtake each other, COMMIT is one, and so are locks, isolation
-    levels, COPY, several sessions and Core on the engine itself. The application's own engine
-    is led to the copy, with all its options and listeners; `engine.url` goes on to name the
-    original, which nobody touches. On PostgreSQL the copy is `CREATE DATABASE ... TEMPLATE`, on
-    SQLite a file.
+    Nothing is simulated: concurrent requests, COMMIT, locks, isolation levels and Core on the
+    engine itself are real. The application's own engine connects to the copy, with all its options
+    and listeners; only `engine.url` still names the original, which stays untouched. PostgreSQL
+    copies with `CREATE DATABASE ... TEMPLATE`. For SQLite a file is copied.
 
-    Enter it before the application starts, and leave it after that has ended.
+    Enter it before the application starts, and leave it after the application has ended.
 
     Args:
-        app: the application, or the outermost of those mounted in each other.
-        *names: of databases; without one all that are installed, on mounted applications too.
+        app: the application, or the outermost one if it is mounted.
+        *names: of databases; by default all, including those of mounted applications.
         templates: what to copy.
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
-        IsolationError: the application runs, or its database cannot be copied.
+        IsolationError: the application runs, or the database cannot be copied.
 
     Example:
         with cloned(app, templates=templates), TestClient(app) as client: ...
@@ -195,7 +192,7 @@ def _dispose(engine: AnyEngine) -> None:
 
 async def _build(factory: Any, database: str) -> AnyEngine:
     engine: AnyEngine = await call_factory(factory)
-    _lead(sync_engine(engine), database, [])  # for good: it ends with the application
+    _lead(sync_engine(engine), database, [])  # for good: the engine ends with the application
     return engine
 
 
@@ -213,7 +210,7 @@ def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack)
     if backend != "postgresql":
         raise IsolationError(
             f"Database {name!r} ({url.drivername}) cannot be cloned: PostgreSQL and files of "
-            "SQLite can. Have the test use a database of its own, with override_database()."
+            "SQLite can. Use another database, with override_database()."
         )
     database = f"{original[:40]}_{token}"
 
@@ -237,9 +234,8 @@ async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
         with inner.connect() as connection:
             if not led:
                 raise IsolationError(
-                    "The engine has a way of its own to connect, by creator= or a do_connect "
-                    "listener, and would have used the database that is installed. Have the test "
-                    "use another engine, with override_database()."
+                    "The engine connects by creator= or a do_connect listener, and would have used "
+                    "the installed database. Use another engine, with override_database()."
                 )
             work(connection)
             connection.commit()

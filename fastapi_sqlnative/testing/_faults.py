@@ -11,6 +11,7 @@ from sqlalchemy import Connection, event, exc
 from starlette.applications import Starlette
 
 from .._lifespan.running import running_of
+from .._sessions.record import Record
 from .._sessions.session import NativeSession
 from .._sessions.shared import SharedState
 from ..databases import sessions_of
@@ -37,8 +38,6 @@ _PROVOKING: Final = {
     "sqlite": {"serialization": ""},
 }
 
-_OUTCOME_UNKNOWN: Final = "08007"  # and does not cost an isolated connection
-
 
 @contextmanager
 def fail_next_statement(
@@ -51,20 +50,20 @@ def fail_next_statement(
 ) -> Generator[None]:
     """Make one statement of an application's sessions fail, once, within a block.
 
-    Serialization failures and deadlocks are the server's own, asked for in place of the
-    statement: they abort the transaction. A lost connection is what SQLAlchemy raises for one;
-    the connection is discarded, unless it is that of an `isolated` block.
+    For serialization failures and deadlocks the server itself fails instead of running the
+    statement, and aborts the transaction. For a lost connection, SQLAlchemy's error is raised and
+    the connection is discarded, except in an `isolated` block.
 
     Args:
-        target: an application while it runs, or a handle.
-        failure: SQLite knows no deadlock, and its serialization failure is SQLITE_BUSY_SNAPSHOT.
+        target: a running application, or a handle.
+        failure: SQLite has no deadlock; its serialization failure is SQLITE_BUSY_SNAPSHOT.
         name: of the application's database.
-        containing: what stands in the statement's SQL, for one that is not the next.
-        route: the path, as declared or requested, of the route whose request is to meet it.
+        containing: a part of the statement's SQL; by default the next statement fails.
+        route: the path, as declared or as requested; only requests to it fail.
 
     Raises:
         ValueError: a failure that the database does not have.
-        AssertionError: at the end, if it was never met.
+        AssertionError: at the end, if nothing has met the failure.
 
     Example:
         with fail_next_statement(app, "deadlock", containing="UPDATE account"):
@@ -100,8 +99,8 @@ def fail_next_commit(
 ) -> Generator[None]:
     """Make one COMMIT of an application's sessions fail, once, as `fail_next_statement` does.
 
-    After `connection_lost_after` the transaction is stored, after the others it is not. Of a
-    lost connection the application learns by `CommitOutcomeUnknownError`.
+    Only with `connection_lost_after` is the transaction stored. For a lost connection the
+    application gets a `CommitOutcomeUnknownError`.
 
     Example:
         with fail_next_commit(app, "connection_lost_after"):
@@ -117,19 +116,21 @@ def fail_next_commit(
             if not record.connections or not happens():
                 return
             record.check_committable()
-            connection = next(iter(record.connections))
             if failure != "connection_lost_before":
-                _provoke(connection, failure)
+                _provoke(next(iter(record.connections)), failure)
             record.committing = True
-            raise exc.OperationalError(None, None, _lost(connection, _OUTCOME_UNKNOWN))
+            lose(record)
 
         def after(session: NativeSession) -> None:
             record = session.sqlnative
             at_commit = record.committing and record.connections
             if failure == "connection_lost_after" and at_commit and happens():
                 record.committed = False
-                connection = next(iter(record.connections))
-                raise exc.OperationalError(None, None, _lost(connection, _OUTCOME_UNKNOWN))
+                lose(record)
+
+        def lose(record: Record) -> None:
+            # Its outcome is unknown, and it does not cost an isolated connection.
+            raise exc.OperationalError(None, None, _lost(next(iter(record.connections)), "08007"))
 
         event.listen(sessions, "before_commit", before)
         event.listen(sessions, "after_commit", after)
@@ -140,7 +141,7 @@ def fail_next_commit(
 def fail_next_checkout(
     target: Target, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Make one session find the pool exhausted, once, at once, as `fail_next_statement` does.
+    """Make one session find the pool exhausted, without the wait.
 
     Example:
         with fail_next_checkout(app):
@@ -187,8 +188,7 @@ def _fault(
         yield state, factory.native, happens
     if not met:
         raise AssertionError(
-            f"The {failure} failure of database {state.name!r} was never met: no session got to "
-            "where it waits."
+            f"The {failure} failure of database {state.name!r} was never met by a session."
         )
 
 

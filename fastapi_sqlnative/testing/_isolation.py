@@ -36,28 +36,26 @@ _AROUND: Final = ContextVar["Isolated | None"]("fastapi_sqlnative_isolated", def
 
 
 def isolated(app: Starlette, *names: str) -> Isolated:
-    """Undo at the end of a block everything that was done to an application's databases in it.
+    """Undo everything that is done to an application's databases in a block, at its end.
 
-    Each database gets one transaction on one connection of the application's own engine, opened
-    at the first use and rolled back at the end. The application's transactions are savepoints in
-    it, one at a time: a commit releases one, and on PostgreSQL checks what is deferred; a
-    rollback takes back what the request did, and nothing of the test's.
+    Each database gets one connection of the application's own engine, with one transaction that is
+    rolled back at the end. The application's transactions are savepoints in it, one at a time. A
+    commit releases the savepoint and, on PostgreSQL, checks deferred constraints.
 
-    `with` gives the test a `Session` of its own, also for an `AsyncEngine`, whose event loop does
-    the work; `async with` gives an `AsyncSession`. It is for the first database named, and may
-    stay open: what it has added is committed as soon as a request begins, and what it reads it
-    reads anew. Blocks may be nested, for several sessions or a module's rows.
+    `with` gives a `Session` for the test itself, also for an `AsyncEngine`; `async with` gives an
+    `AsyncSession`. It belongs to the first database and may stay open: when a request begins, what
+    it has added is committed, and its queries load fresh values. Blocks may be nested.
 
-    Enter it before the application starts or while it runs. docs/testing.md has the table of what
-    one connection cannot show; `cloned` shows it.
+    Enter it before the application starts or while it runs. docs/testing.md lists what one
+    connection cannot show. For that use `cloned`.
 
     Args:
-        app: the application, or the outermost of those mounted in each other.
-        *names: of databases; without one all that are installed, on mounted applications too.
+        app: the application, or the outermost one if it is mounted.
+        *names: of databases; by default all, including those of mounted applications.
 
     Raises:
         DatabaseNotInstalledError: an unknown name.
-        IsolationError: by the block or by a session, where one connection does not do.
+        IsolationError: by the block or by a session, for what one connection cannot do.
 
     Example:
         with TestClient(app) as client, isolated(app) as session:

@@ -69,7 +69,7 @@ def _after_transaction_end(session: IsolatedSession, transaction: SessionTransac
     if transaction.parent is None:
         isolated, session.isolated = session.isolated, set()
         for each in isolated:
-            each.end(session, read_only=session.sqlnative.options.read_only)
+            each.end(session)
 
 
 class OwnSession(Session):

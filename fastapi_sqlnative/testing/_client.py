@@ -22,7 +22,7 @@ async def async_client(
 ) -> AsyncGenerator[httpx.AsyncClient]:
     """Run the application's lifespan, and give an `httpx.AsyncClient` that calls it in process.
 
-    It does for asynchronous tests what `TestClient` does for others, on the test's event loop.
+    It is for asynchronous tests, on their event loop, what `TestClient` is for the others.
     The lifespan has its own task: a fixture may begin and end in different ones.
 
     Args:

@@ -141,7 +141,7 @@ def fail_next_commit(
 def fail_next_checkout(
     target: Target, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Make one session find the pool exhausted, without the wait.
+    """Make one session find the pool exhausted, without a wait, as `fail_next_statement` does.
 
     Example:
         with fail_next_checkout(app):

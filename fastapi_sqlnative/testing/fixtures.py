@@ -26,6 +26,16 @@ from ._client import client_beside
 if TYPE_CHECKING:
     import httpx
 
+__all__ = [
+    "cloned_async_client",
+    "cloned_client",
+    "database_templates",
+    "isolated_async_client",
+    "isolated_client",
+    "isolated_session",
+    "statements",
+]
+
 
 @pytest.fixture
 def isolated_client(app: Starlette) -> Generator[TestClient]:

@@ -59,11 +59,10 @@ ORDER = (
     {"checklist.__init__"},
     {"__init__", "__main__"},
     {"testing._targets", "testing._client"},
-    {"testing._turns", "testing._clones"},
+    {"testing._turns", "testing._databases"},
     {"testing._connections"},
     {"testing._sessions", "testing._capture", "testing._faults"},
     {"testing._isolation"},
-    {"testing._overrides"},
     {"testing.__init__"},
     {"testing.fixtures"},
 )

@@ -215,8 +215,8 @@ async def test_metrics(build: Build, kind: Kind, heard: Heard, rows: Rows) -> No
 async def test_the_toolkit(build: Build, kind: Kind, heard: Heard, rows: Rows) -> None:
     """Clones, overrides and captures work on such a database, and do not print it."""
     app = application(kind, build())
-    with Templates(lambda _engine: None) as templates:
-        async with cloned(app, templates=templates), running(app):
+    with Templates(lambda _engine: None) as templates, cloned(app, templates=templates):
+        async with running(app):
             heard.texts.append(repr(installed_databases(app)["default"]))
     other = build()
     with (

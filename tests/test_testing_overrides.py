@@ -19,7 +19,7 @@ from fastapi_sqlnative import (
     transactional,
 )
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
-from fastapi_sqlnative.testing import async_client, isolated, override_database
+from fastapi_sqlnative.testing import IsolationError, async_client, isolated, override_database
 from tests.conftest import MakeEngine
 from tests.in_process import note_disposal
 from tests.serving import Item, Kind, Rows, route
@@ -90,56 +90,37 @@ def use_all(client: TestClient) -> None:
     assert set(client.post("/mounted/names").json()) == everything
 
 
-def test_everything_follows_while_the_application_runs(
-    app: FastAPI, build: Any, rows: Rows, second_rows: Rows
-) -> None:
+def test_everything_follows(app: FastAPI, build: Any, rows: Rows, second_rows: Rows) -> None:
     """Routes, handles, background work, websockets and mounted applications use the engine."""
     rows.add("own")
+    with override_database(app, "default", build), TestClient(app) as client:
+        use_all(client)
     with TestClient(app) as client:
-        with override_database(app, "default", build):
-            use_all(client)
         assert client.post("/names").json() == ["own"]
     assert len(second_rows.names) == 3
 
 
-def test_everything_follows_from_the_start(
-    app: FastAPI, build: Any, rows: Rows, second_rows: Rows
+def test_everything_follows_while_the_application_runs(
+    app: FastAPI, build: Any, kind: Kind, rows: Rows, second_rows: Rows
 ) -> None:
-    """Entered before start-up it is the same, and the lifespan may end inside of the block."""
-    with override_database(app, "default", build), TestClient(app) as client:
-        use_all(client)
+    """A ready engine may stand in then, for an isolated database too; a factory is refused."""
     rows.add("own")
+    engine = build()
     with TestClient(app) as client:
+        with pytest.raises(IsolationError, match="enter it first"):
+            override_database(app, "default", build).__enter__()
+        before = installed_databases(app)["default"]
+        with isolated(app), override_database(app, "default", engine):
+            assert installed_databases(app)["default"] is not before
+            use_all(client)
+        assert second_rows.names == []
+        with override_database(app, "default", engine):
+            use_all(client)
+        assert installed_databases(app)["default"] is before
         assert client.post("/names").json() == ["own"]
-
-
-def test_the_block_may_end_first(app: FastAPI, build: Any, rows: Rows, second_rows: Rows) -> None:
-    """Entered before start-up and left while it runs, the application's own engine is back."""
-    second_rows.add("second")
-    rows.add("own")
-    block = override_database(app, "default", build)
-    block.__enter__()
-    with TestClient(app) as client:
-        assert client.post("/names").json() == ["second"]
-        block.__exit__(None, None, None)
-        assert client.post("/names").json() == ["own"]
-
-
-def test_it_ends_when_the_block_raises(
-    app: FastAPI, build: Any, rows: Rows, second_rows: Rows
-) -> None:
-    """Whatever happens, and however they are nested, each one takes itself out."""
-    second_rows.add("second")
-    with TestClient(app) as client:
-
-        def use() -> None:
-            with override_database(app, "default", build):
-                assert client.post("/names").json() == ["second"]
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            use()
-        assert client.post("/names").json() == []
+        assert client.portal is not None
+        client.portal.call(engine.dispose) if kind.asynchronous else engine.dispose()
+    assert len(second_rows.names) == 3
 
 
 def test_who_builds_closes(
@@ -161,17 +142,12 @@ def test_who_builds_closes(
         client.post("/names")
     assert log == ["own", "built"]
     log.clear()
-    with TestClient(app) as client:
-        with override_database(app, "default", build):
-            client.post("/names")
-        assert log == ["built"]
-        with override_database(app, "default", ready):
-            client.post("/names")
-        assert log == ["built"]
+    with override_database(app, "default", ready), TestClient(app) as client:
+        client.post("/names")
         assert client.portal is not None
         disposal: Any = ready.dispose
         client.portal.call(disposal) if kind.asynchronous else disposal()
-    assert log == ["built", "ready", "own"]
+    assert log == ["ready", "own"]
 
 
 def test_a_factory_of_the_application_is_not_called(
@@ -185,29 +161,24 @@ def test_a_factory_of_the_application_is_not_called(
         return make_engine()
 
     app = make_app(kind, own)
-    block = override_database(app, "default", lambda: make_engine(second=True))
-    block.__enter__()
-    with TestClient(app) as client:
+    override = override_database(app, "default", lambda: make_engine(second=True))
+    with override, TestClient(app) as client:
         client.post("/add")
-        assert built == []
-        block.__exit__(None, None, None)
-        assert built == ["own"]
+    assert built == []
+    with TestClient(app) as client:
         assert client.post("/names").json() == []
+    assert built == ["own"]
     assert second_rows.names == ["added"]
 
 
 def test_the_same_database_is_refused(
     app: FastAPI, kind: Kind, make_engine: MakeEngine, own: Any, rows: Rows
 ) -> None:
-    """Tests never write to the installed database, however it is spelt, unless isolated."""
+    """Tests never write to the installed database, however it is spelt."""
     for engine in own, make_engine(pool_size=1), lambda: make_engine(pool_size=1):
-        with TestClient(app), pytest.raises(ValueError, match="the very database"):
-            override_database(app, "default", engine).__enter__()
-    with isolated(app), override_database(app, "default", make_engine), TestClient(app) as client:
-        assert client.post("/add").status_code == 201
-        assert client.post("/names").json() == ["added"]
-        assert rows.names == []
-    assert rows.names == []
+        refused = pytest.raises(ValueError, match="the very database")
+        with refused, override_database(app, "default", engine), TestClient(app):
+            pass
 
 
 def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
@@ -218,32 +189,23 @@ def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
         else create_async_engine("sqlite+aiosqlite://")
     )
     with pytest.raises(DatabaseNotInstalledError, match="'nowhere'"):
-        override_database(app, "nowhere", other)
+        override_database(app, "nowhere", other).__enter__()
     with pytest.raises(TypeError, match="cannot stand in"):
         override_database(app, "default", other).__enter__()
 
 
 @pytest.mark.anyio
-async def test_on_the_applications_loop(
-    app: FastAPI, build: Any, rows: Rows, second_rows: Rows, kind: Kind
-) -> None:
-    """`async with` awaits what is done there; `with` would have to block the loop."""
+async def test_on_an_event_loop(app: FastAPI, build: Any, rows: Rows, second_rows: Rows) -> None:
+    """The application awaits a factory that is `async def`."""
     second_rows.add("second")
 
     async def build_slowly() -> Any:
         await asyncio.sleep(0)
         return build()
 
-    async with async_client(app) as client:
-        with pytest.raises(RuntimeError, match="write `async with"):
-            override_database(app, "default", build_slowly).__enter__()
-        async with override_database(app, "default", build_slowly):
+    with override_database(app, "default", build_slowly):
+        async with async_client(app) as client:
             assert (await client.post("/names")).json() == ["second"]
-        engine = build()
-        async with override_database(app, "default", engine):
-            assert (await client.post("/names")).json() == ["second"]
-        await engine.dispose() if kind.asynchronous else engine.dispose()
-        assert (await client.post("/names")).json() == []
 
 
 def test_a_mounted_application_has_its_own(
@@ -257,30 +219,17 @@ def test_a_mounted_application_has_its_own(
     install_database(outer, name="outer", engine=other, shutdown=other.dispose)
     route(inner, kind, "/add", transactional("inner"), add)
     outer.mount("/inner", inner)
-    with TestClient(outer) as client, override_database(outer, "inner", build):
+    with override_database(outer, "inner", build), TestClient(outer) as client:
         client.post("/inner/add")
     assert (rows.names, second_rows.names) == ([], ["added"])
-
-
-def test_handles_fetched_before_do_not_follow(
-    app: FastAPI, build: Any, rows: Rows, second_rows: Rows
-) -> None:
-    """What code has fetched before the block is still the application's own."""
-    with TestClient(app):
-        before = installed_databases(app)["default"]
-        with override_database(app, "default", build):
-            assert installed_databases(app)["default"] is not before
-        assert installed_databases(app)["default"] is before
 
 
 def test_health_follows(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """Readiness asks the engine that stands in."""
     app.include_router(health_router(max_age=0.001, timeout=20))
 
-    def nowhere() -> Any:
-        make = create_async_engine if kind.asynchronous else create_engine
-        return make(f"postgresql+{kind.driver}://nobody@127.0.0.1:1/none")
-
+    make: Any = create_async_engine if kind.asynchronous else create_engine
+    nowhere = make(f"postgresql+{kind.driver}://nobody@127.0.0.1:1/none")
     with TestClient(app) as client:
         assert client.get("/health/ready").status_code == 200
         with override_database(app, "default", nowhere):

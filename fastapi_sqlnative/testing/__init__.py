@@ -2,10 +2,9 @@
 
 from ._capture import CapturedStatement, CapturedStatements, capture_statements
 from ._client import async_client
-from ._clones import Templates, cloned
+from ._databases import Templates, cloned, override_database
 from ._faults import fail_next_checkout, fail_next_commit, fail_next_statement
 from ._isolation import isolated
-from ._overrides import override_database
 from ._targets import IsolationError
 
 __all__ = [

@@ -14,9 +14,8 @@ from starlette.applications import Starlette
 
 from .._drivers.transactions import autocommits
 from .._sessions.engines import AnyEngine, sync_engine
-from ..databases import AnyDatabase
-from ._connections import as_in_production, is_ours
-from ._targets import Target, all_installations, places, ready_engine
+from ._connections import isolated_on
+from ._targets import Target, observing, places, ready_engine
 
 _ENDS = ("BEGIN", "COMMIT", "ROLLBACK")
 _SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
@@ -62,12 +61,11 @@ class CapturedStatements(list[CapturedStatement]):
 def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatements]:
     """Note what is sent to the databases of an application, or to one, within a block.
 
-    What counts is what SQLAlchemy sends, whoever asks: sessions, handles, Core, background work.
-    In an `isolated` block the savepoints that stand for an application's transactions are noted as
-    `BEGIN`, `COMMIT` and `ROLLBACK`. AUTOCOMMIT has none of them.
+    This is everything that SQLAlchemy sends: for sessions, handles, Core and background work. In
+    an `isolated` block, the savepoints that stand for the application's transactions are noted as
+    `BEGIN`, `COMMIT` and `ROLLBACK`.
 
-    Enter it before the application starts or while it runs; engines that factories make, and
-    those of `override_database`, are heard from their start.
+    Enter it before the application starts or while it runs.
 
     Args:
         target: an application, a handle or an engine.
@@ -79,15 +77,16 @@ def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatemen
     """
     captured = CapturedStatements()
     heard: set[Engine] = set()  # one may have two names
+
+    def hear(name: str, engine: AnyEngine) -> None:
+        inner = sync_engine(engine)
+        if inner not in heard:
+            heard.add(inner)
+            for each, listener in _listeners(name, captured).items():
+                event.listen(inner, each, listener)
+                listening.callback(event.remove, inner, each, listener)
+
     with ExitStack() as listening:
-
-        def hear(name: str, engine: AnyEngine) -> None:
-            if sync_engine(engine) not in heard:
-                heard.add(sync_engine(engine))
-                for each, listener in _listeners(name, captured).items():
-                    event.listen(sync_engine(engine), each, listener)
-                    listening.callback(event.remove, sync_engine(engine), each, listener)
-
         if isinstance(target, Engine | AsyncEngine):
             hear("default", target)
         elif not isinstance(target, Starlette):
@@ -96,28 +95,21 @@ def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatemen
             for _, installation in places(target, ()):
                 if (engine := ready_engine(installation)) is not None:
                     hear(installation.name, engine)
-            for installed in all_installations(target):
-
-                def observer(database: AnyDatabase) -> None:
-                    hear(database.name, database.engine)
-
-                installed.observers.append(observer)
-                listening.callback(installed.observers.remove, observer)
+            listening.enter_context(observing(target, lambda each: hear(each.name, each.engine)))
         yield captured
 
 
 def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..., None]]:
-    def note(connection: Connection, sql: str, parameters: Any = None) -> None:
-        if (shown := as_in_production(connection, sql)) is not None:
-            captured.append(CapturedStatement(name, shown, parameters))
-
     def statement(connection: Connection, *call: Any) -> None:
-        if not is_ours(call[3]):
-            note(connection, call[1], call[2])
+        _, sql, parameters, context, _ = call
+        if (isolated := isolated_on(connection)) is not None:
+            sql = isolated.in_production(sql, context)
+        if sql is not None:
+            captured.append(CapturedStatement(name, sql, parameters))
 
     def end(sql: str, connection: Connection) -> None:
-        if not connection.closed and not autocommits(connection):
-            note(connection, sql)
+        if not (connection.closed or autocommits(connection) or isolated_on(connection)):
+            captured.append(CapturedStatement(name, sql))
 
     ends = {sql.lower(): partial(end, sql) for sql in _ENDS}
     return {"before_cursor_execute": statement, **ends}

@@ -22,13 +22,13 @@ async def async_client(
 ) -> AsyncGenerator[httpx.AsyncClient]:
     """Run the application's lifespan, and give an `httpx.AsyncClient` that calls it in process.
 
-    What `TestClient` does for synchronous tests, on the test's own event loop. The lifespan has a
-    task of its own, so that the block may begin and end in different ones, as in fixtures.
+    It is for asynchronous tests, on their event loop, what `TestClient` is for the others.
+    The lifespan has its own task: a fixture may begin and end in different ones.
 
     Args:
         app: the application.
-        raise_app_exceptions: raise in the test what the application has raised; else it is a 500.
-        **options: for `httpx.AsyncClient` (of httpx, or of httpx2 where that alone is installed).
+        raise_app_exceptions: raise the application's exceptions in the test; else answer a 500.
+        **options: for `httpx.AsyncClient`, of httpx or, if that is not installed, of httpx2.
 
     Example:
         async with async_client(app) as client, isolated(app):
@@ -57,9 +57,9 @@ async def async_client(
 
 
 def client_beside(served: TestClient) -> httpx.AsyncClient:
-    """Give an asynchronous client of what a `TestClient` runs, on an event loop of its own.
+    """Give an asynchronous client for the application that a `TestClient` runs on its own loop.
 
-    So the test may be run by any plugin, whose event loop the application never sees.
+    Any plugin may run the test: the application does not see its event loop.
     """
     transport = _transport(served.app, served.app_state)
     portal: Any = served.portal

@@ -5,35 +5,37 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Connection, event, exc
-from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import Session
 from starlette.applications import Starlette
-from starlette.types import Scope
 
-from .._drivers.pools import pool_status, pool_timeout
 from .._lifespan.running import running_of
 from .._sessions.record import Record
 from .._sessions.session import NativeSession
-from ..databases import AnyDatabase, sessions_of
+from .._sessions.shared import SharedState
+from ..databases import sessions_of
 from ._connections import isolated_on
-from ._targets import SERVED, Target, marking_requests, places
+from ._targets import Target, places
+from ._turns import SERVED, marking_requests
 
 StatementFailure: TypeAlias = Literal["serialization", "deadlock", "connection_lost"]
 CommitFailure: TypeAlias = Literal[
     "serialization", "deadlock", "connection_lost_before", "connection_lost_after"
 ]
-_Checkout: TypeAlias = Literal["exhausted pool"]
 
-_POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{code}'; END$$"
-_MYSQL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {code}, MESSAGE_TEXT = 'by a test'"
-# How each server is asked to fail, with the codes that it has for it.
-_FAILING: Final = {
-    "postgresql": (_POSTGRES, {"serialization": "40001", "deadlock": "40P01"}),
-    "mysql": (_MYSQL, {"serialization": "1020", "deadlock": "1213"}),
-    "mariadb": (_MYSQL, {"serialization": "1020", "deadlock": "1213"}),
+_POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{}'; END$$"
+_SIGNAL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {}, MESSAGE_TEXT = 'by a test'"
+_MYSQL: Final = {"serialization": _SIGNAL.format(1020), "deadlock": _SIGNAL.format(1213)}
+# How each server is asked to fail. SQLite has none.
+_PROVOKING: Final = {
+    "postgresql": {
+        "serialization": _POSTGRES.format("40001"),
+        "deadlock": _POSTGRES.format("40P01"),
+    },
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+    "sqlite": {"serialization": ""},
 }
 
 
@@ -48,38 +50,47 @@ def fail_next_statement(
 ) -> Generator[None]:
     """Make one statement of an application's sessions fail, once, within a block.
 
-    Serialization failures and deadlocks are the server's own, asked for in place of the
-    statement: they abort the transaction. A lost connection is what SQLAlchemy raises for one;
-    the connection is discarded, unless it is that of an `isolated` block.
+    For serialization failures and deadlocks the server itself fails instead of running the
+    statement, and aborts the transaction. For a lost connection, SQLAlchemy's error is raised and
+    the connection is discarded, except in an `isolated` block.
 
     Args:
-        target: an application while it runs, or a handle.
-        failure: SQLite knows no deadlock, and its serialization failure is SQLITE_BUSY_SNAPSHOT.
+        target: a running application, or a handle.
+        failure: SQLite has no deadlock; its serialization failure is SQLITE_BUSY_SNAPSHOT.
         name: of the application's database.
-        containing: what stands in the statement's SQL, for one that is not the next.
-        route: the path, as declared or requested, of the route whose request is to meet it.
+        containing: a part of the statement's SQL; by default the next statement fails.
+        route: the path, as declared or as requested; only requests to it fail.
 
     Raises:
         ValueError: a failure that the database does not have.
-        AssertionError: at the end, if it was never met.
+        AssertionError: at the end, if nothing has met the failure.
 
     Example:
         with fail_next_statement(app, "deadlock", containing="UPDATE account"):
             assert client.post("/transfers", json=transfer).status_code == 201
     """
-    with _fault(target, name, failure, StatementFailure, route) as fault:
+    with _fault(target, name, failure, route) as (state, _, happens):
 
         def fail(connection: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
-            record = fault.state.record_on(connection)
+            record = state.record_on(connection)
             if record is None or connection not in record.connections:
                 return
-            if containing in statement and fault.happens():
-                if failure == "connection_lost":
-                    raise _statement_lost(record, connection, statement, parameters)
+            if containing not in statement or not happens():
+                return
+            if failure != "connection_lost":
                 _provoke(connection, failure)
+            lost = _lost(connection, "08006")
+            if isolated_on(connection) is None:
+                connection.invalidate(lost)
+            else:
+                record.rolled_back = lost  # so that no commit follows, as none would
+            raise exc.OperationalError(statement, parameters, lost, connection_invalidated=True)
 
-        fault.listen(fault.state.root, "before_cursor_execute", fail)
-        yield
+        event.listen(state.root, "before_cursor_execute", fail)
+        try:
+            yield
+        finally:
+            event.remove(state.root, "before_cursor_execute", fail)
 
 
 @contextmanager
@@ -88,38 +99,41 @@ def fail_next_commit(
 ) -> Generator[None]:
     """Make one COMMIT of an application's sessions fail, once, as `fail_next_statement` does.
 
-    After `connection_lost_after` the transaction is stored, after the others it is not. Of a
-    lost connection the application learns by `CommitOutcomeUnknownError`.
+    Only with `connection_lost_after` is the transaction stored. For a lost connection the
+    application gets a `CommitOutcomeUnknownError`.
 
     Example:
         with fail_next_commit(app, "connection_lost_after"):
             assert client.post("/books", json={"title": "Emma"}).status_code == 500
     """
-    with _fault(target, name, failure, CommitFailure, route) as fault:
+    with _fault(target, name, failure, route) as (_, sessions, happens):
 
-        def before(session: Session) -> None:
-            record = fault.record_of(session)
-            if record is None or session.in_nested_transaction():
+        def before(session: NativeSession) -> None:
+            if session.in_nested_transaction() or failure == "connection_lost_after":
                 return
             session.flush()
-            if not record.connections or failure == "connection_lost_after" or not fault.happens():
+            record = session.sqlnative
+            if not record.connections or not happens():
                 return
             record.check_committable()
-            if failure == "connection_lost_before":
-                record.committing = True
-                raise _commit_lost(fault.state.root.dialect)
-            _provoke(next(iter(record.connections)), failure)
+            if failure != "connection_lost_before":
+                _provoke(next(iter(record.connections)), failure)
+            record.committing = True
+            lose(record)
 
-        def after(session: Session) -> None:
-            record = fault.record_of(session)
-            if record is None or not (record.committing and record.connections):
-                return
-            if failure == "connection_lost_after" and fault.happens():
+        def after(session: NativeSession) -> None:
+            record = session.sqlnative
+            at_commit = record.committing and record.connections
+            if failure == "connection_lost_after" and at_commit and happens():
                 record.committed = False
-                raise _commit_lost(fault.state.root.dialect)
+                lose(record)
 
-        fault.listen(NativeSession, "before_commit", before)
-        fault.listen(NativeSession, "after_commit", after)
+        def lose(record: Record) -> None:
+            # Its outcome is unknown, and it does not cost an isolated connection.
+            raise exc.OperationalError(None, None, _lost(next(iter(record.connections)), "08007"))
+
+        event.listen(sessions, "before_commit", before)
+        event.listen(sessions, "after_commit", after)
         yield
 
 
@@ -127,94 +141,62 @@ def fail_next_commit(
 def fail_next_checkout(
     target: Target, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Make one session find the pool exhausted, once, at once, as `fail_next_statement` does.
+    """Make one session find the pool exhausted, without a wait, as `fail_next_statement` does.
 
     Example:
         with fail_next_checkout(app):
             assert client.get("/books").status_code == 503
     """
-    with _fault(target, name, "exhausted pool", _Checkout, route) as fault:
-        native: type[NativeSession] = fault.factory.native
+    with _fault(target, name, "exhausted pool", route) as (_, sessions, happens):
 
         def get_bind(session: NativeSession, *args: Any, **arguments: Any) -> Any:
-            if not session.sqlnative.connections and fault.happens():
-                pool = fault.state.root.pool
-                status, timeout = pool_status(pool), pool_timeout(pool)
-                raise exc.TimeoutError(
-                    f"{type(pool).__name__} limit of size {status.size} overflow "
-                    f"{status.max_overflow} reached, connection timed out, timeout {timeout:.2f}",
-                    code="3o7r",
-                )
-            return native.get_bind(session, *args, **arguments)
+            if not session.sqlnative.connections and happens():
+                raise exc.TimeoutError("The pool is exhausted: by a test", code="3o7r")
+            return super(sessions, session).get_bind(*args, **arguments)
 
-        fault.factory.native = type(native.__name__, (native,), {"get_bind": get_bind})
-        fault.undo.callback(setattr, fault.factory, "native", native)
+        sessions.get_bind = get_bind
         yield
-
-
-class _Fault:
-    """What is to happen once within a block."""
-
-    def __init__(self, database: AnyDatabase, route: str | None) -> None:
-        self.factory = sessions_of(database)
-        self.state = self.factory.state
-        self.undo = ExitStack()
-        self.happened = False
-        self._route = route
-
-    def happens(self) -> bool:
-        """Tell whether it happens here and now."""
-        request = SERVED.get()
-        scope: Scope = request.scope if request is not None else {}
-        paths = scope.get("path"), getattr(scope.get("route"), "path", None)
-        happens = not self.happened and (self._route is None or self._route in paths)
-        self.happened = self.happened or happens
-        return happens
-
-    def record_of(self, session: Session) -> Record | None:
-        """Return the record of a session, if it is one of those that are meant."""
-        record: Record | None = getattr(session, "sqlnative", None)
-        return record if record is not None and record.state is self.state else None
-
-    def listen(self, target: Any, name: str, listener: Callable[..., None]) -> None:
-        """Listen until the block ends."""
-        event.listen(target, name, listener)
-        self.undo.callback(event.remove, target, name, listener)
 
 
 @contextmanager
 def _fault(
-    target: Target, name: str, failure: str, failures: Any, route: str | None
-) -> Generator[_Fault]:
-    database = target
-    if isinstance(target, Starlette):
-        installation = places(target, [name])[0][1]
-        database = installation.database or running_of(target).database(installation.name)
-    fault = _Fault(database, route)  # type: ignore[arg-type] # it is a handle by now
-    dialect, known = fault.state.root.dialect.name, get_args(failures)
-    if failure not in known or (dialect, failure) == ("sqlite", "deadlock"):
-        raise ValueError(f"{dialect} knows no {failure!r}: write one of {', '.join(known)}.")
-    if dialect not in (*_FAILING, "sqlite"):
-        raise ValueError(f"How {dialect} is made to fail is not known.")
-    if route is not None and not isinstance(target, Starlette):
-        raise ValueError("route= needs the application, not a handle.")
-    with fault.undo as undo:
+    target: Target, name: str, failure: str, route: str | None
+) -> Generator[tuple[SharedState, Any, Callable[[], bool]]]:
+    """Give a database's state, a class for its sessions, and what is true once, where wanted."""
+    met: list[str] = []
+
+    def happens() -> bool:
+        scope = SERVED.get() or {}
+        paths = scope.get("path"), getattr(scope.get("route"), "path", None)
+        if met or route not in (None, *paths):
+            return False
+        met.append(failure)
+        return True
+
+    with ExitStack() as undo:
         if isinstance(target, Starlette):
-            undo.enter_context(marking_requests(target, []))
-        yield fault
-    if not fault.happened:
+            undo.enter_context(marking_requests(target))
+            installation = places(target, [name])[0][1]
+            target = installation.database or running_of(target).database(installation.name)
+        factory = sessions_of(target)
+        state, native = factory.state, factory.native
+        provoked = _PROVOKING.get(state.root.dialect.name, {})
+        if failure in _PROVOKING["postgresql"] and failure not in provoked:
+            raise ValueError(f"{state.root.dialect.name} knows no {failure!r}.")
+        factory.native = type(native.__name__, (native,), {})
+        undo.callback(setattr, factory, "native", native)
+        yield state, factory.native, happens
+    if not met:
         raise AssertionError(
-            f"The {failure} failure of database {fault.state.name!r} was never met: no session "
-            "got to where it waits."
+            f"The {failure} failure of database {state.name!r} was never met by a session."
         )
 
 
 def _provoke(connection: Connection, failure: str) -> None:
     """Have the server fail."""
     dialect = connection.dialect
-    if dialect.name != "sqlite":
-        statement, codes = _FAILING[dialect.name]
-        connection.exec_driver_sql(statement.format(code=codes[failure]))
+    if statement := _PROVOKING[dialect.name][failure]:
+        connection.exec_driver_sql(statement)
     # There is no server to ask. This is what its driver raises for SQLITE_BUSY_SNAPSHOT.
     busy: Any = dialect.loaded_dbapi.OperationalError("database is locked")
     busy.sqlite_errorcode = sqlite3.SQLITE_BUSY_SNAPSHOT
@@ -222,17 +204,8 @@ def _provoke(connection: Connection, failure: str) -> None:
     raise exc.OperationalError(None, None, busy)
 
 
-def _statement_lost(record: Record, connection: Connection, sql: str, values: Any) -> Exception:
+def _lost(connection: Connection, sqlstate: str) -> Any:
+    """Make the driver's error for a lost connection."""
     lost = connection.dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
-    if isolated_on(connection) is None:
-        connection.invalidate(lost)
-    else:
-        record.rolled_back = lost  # so that no commit follows, as none would
-    return exc.OperationalError(sql, values, lost, connection_invalidated=True)
-
-
-def _commit_lost(dialect: Dialect) -> Exception:
-    """Make an error that leaves the outcome open, and does not cost an isolated connection."""
-    lost: Any = dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
-    lost.sqlstate, lost.severity = "08007", "FATAL"
-    return exc.OperationalError(None, None, lost)
+    lost.sqlstate, lost.severity = sqlstate, "FATAL"  # type: ignore[attr-defined] # as servers do
+    return lost

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
-from sqlalchemy import Connection, Engine, NestedTransaction, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
-from ._connections import IsolatedConnection, isolated_on
+from ._connections import IsolatedConnection
 from ._turns import joins_flow
 
 
@@ -28,8 +28,6 @@ class IsolatedSession(NativeSession):
             options["execution_options"].pop("isolation_level", None)
         super().__init__(*args, **options)
         self.isolated: set[IsolatedConnection] = set()
-        self.savepoint: NestedTransaction | None = None
-        self._one_statement = False
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
@@ -38,7 +36,7 @@ class IsolatedSession(NativeSession):
         if not isinstance(bind, Engine):
             return bind
         isolated = self.connection_of(self.sqlnative.state.name, bind)
-        connection = isolated.begin(self, beside=self._one_statement)
+        connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
         self.isolated.add(isolated)
         if not self.in_transaction():
             self.begin()  # whose end gives the turn back: somebody may only look at the bind
@@ -49,53 +47,44 @@ class IsolatedSession(NativeSession):
         record = self.sqlnative
         if record.options is not AUTOCOMMIT or record.connections:
             return super().execute(statement, *args, **options)
-        self._one_statement = True
         try:
             result = super().execute(statement, *args, **options)
-            if self.savepoint is not None:
-                self.savepoint.commit()
+            for connection in record.connections:
+                if (savepoint := connection.get_nested_transaction()) is not None:
+                    savepoint.commit()
             return result
         finally:
-            self._one_statement = False
             if (transaction := self.get_transaction()) is not None:
                 transaction.close()
 
 
 @event.listens_for(IsolatedSession, "after_begin")
-def _after_begin(
-    session: IsolatedSession, transaction: SessionTransaction, connection: Connection
-) -> None:
-    if transaction.parent is not None:
-        return
-    session.savepoint = connection.get_nested_transaction()
-    isolated = isolated_on(connection)
-    if isolated is not None and isolated.beginning:
-        isolated.beginning, isolated.root = False, session.savepoint
+def _after_begin(session: IsolatedSession, _: SessionTransaction, connection: Connection) -> None:
     if session.sqlnative.options.read_only and connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would have
 
 
 @event.listens_for(IsolatedSession, "after_transaction_end")
 def _after_transaction_end(session: IsolatedSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is not None:
-        return
-    isolated, session.isolated, session.savepoint = session.isolated, set(), None
-    for each in isolated:
-        if session.sqlnative.options.read_only and each.engine.dialect.name == "sqlite":
-            each.opened().exec_driver_sql("PRAGMA query_only = OFF")
-        each.turn.give_back(session)
+    if transaction.parent is None:
+        isolated, session.isolated = session.isolated, set()
+        for each in isolated:
+            each.end(session)
 
 
 class OwnSession(Session):
     """The test's own session, which is not in the way of the application's.
 
-    It has its turn for each statement only. What it has added is committed as soon as the
-    application begins a transaction, and what it reads it reads anew.
+    It has its turn for each call only. What it has added is committed as soon as the application
+    begins a transaction, and what it reads it reads anew.
+
+    Attributes:
+        own_connection: finds the isolated connection.
+        crosses: from the test's thread to the event loop of the connection.
     """
 
     own_connection: ClassVar[staticmethod[[], IsolatedConnection]]
-    crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
-    open_blocks = 0  # of `with session.begin()`
+    crosses: ClassVar[bool]
 
     def get_bind(self, *_: Any, **__: Any) -> Connection:
         """Return the isolated connection."""
@@ -105,37 +94,20 @@ class OwnSession(Session):
         """Load by primary key, what the application has stored since included."""
         return super().get(*args, **options | {"populate_existing": True})
 
-    def scalars(self, *args: Any, **options: Any) -> Any:
-        """Execute, and return scalars."""
-        return self.execute(*args, **options).scalars()
-
-    def scalar(self, *args: Any, **options: Any) -> Any:
-        """Execute, and return a scalar."""
-        return self.execute(*args, **options).scalar()
-
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction, or a savepoint."""
-        begun = self.in_turn(super().begin, nested=nested) if nested else super().begin()
+        begun = self.in_turn(super().begin, nested)
         return cast("SessionTransaction", _Begun(self, begun))
-
-    def begin_nested(self) -> SessionTransaction:
-        """Begin a savepoint."""
-        return self.begin(nested=True)
 
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method when it is this session's turn, where the connection may be used."""
         isolated = self.own_connection()
         joins_flow(self)  # here, not where it crosses to
+        call = partial(method, *args, **options)
         if isolated.turn.holds(self):
-            return method(*args, **options)
-
-        def work() -> Any:
-            isolated.opened()
-            return method(*args, **options)
-
-        if not self.crosses:
-            return isolated.exclusively(self, work)
-        return isolated.run(partial(isolated.exclusively, self, work)).result()
+            return call()
+        work = partial(isolated.turn.during, self, isolated, call)
+        return isolated.run(work).result() if self.crosses else work()
 
 
 def _has_turn(name: str) -> Callable[..., Any]:
@@ -148,9 +120,10 @@ def _has_turn(name: str) -> Callable[..., Any]:
     return method
 
 
+_LOADS = ("execute", "scalars", "scalar", "connection")  # all others come by `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
-for _name in ("execute", "connection", "flush", "commit", "rollback", "close", "reset", *_BULK):
-    setattr(OwnSession, _name, _has_turn(_name))  # loads, lazy ones too, come by `execute`
+for _name in (*_LOADS, *_BULK, "flush", "commit", "rollback", "close", "reset"):
+    setattr(OwnSession, _name, _has_turn(_name))
 
 
 class _Begun:
@@ -166,11 +139,9 @@ class _Begun:
 
     def __enter__(self) -> Self:
         self._transaction.__enter__()
-        self._session.open_blocks += 1
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._session.open_blocks -= 1
         self._session.in_turn(self._transaction.__exit__, *error)
 
 

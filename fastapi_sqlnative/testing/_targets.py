@@ -1,28 +1,24 @@
-"""Which databases a test means, and where what it does to them is done."""
+"""Which databases a test means."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from concurrent.futures import Future
-from contextlib import AsyncExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 from starlette.applications import Starlette
-from starlette.types import Receive, Scope, Send
 
 from .._lifespan.running import (
     Installation,
     Installations,
+    Observer,
     installations_of,
     not_installed,
     trimmed,
 )
 from .._routes import applications_in
-from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, sync_engine
 from ..databases import AnyDatabase, database_class
 
@@ -34,18 +30,14 @@ class IsolationError(RuntimeError):
     """A test has asked a database for what the block that it is in cannot do."""
 
 
-def all_installations(app: Starlette) -> list[Installations]:
-    """List what is installed on an application and on those mounted in it, at any depth."""
-    return [installations_of(each) for each in applications_in(app)]
-
-
 def places(app: Starlette, names: Sequence[str]) -> list[Place]:
     """Find where names are installed, on the application or on a mounted one; all without a name.
 
     Raises:
         DatabaseNotInstalledError: a name is unknown, or there is no database at all.
     """
-    every = [(each, one) for each in all_installations(app) for one in each.by_name.values()]
+    installed = map(installations_of, applications_in(app))
+    every = [(each, one) for each in installed for one in each.by_name.values()]
     known = [installation.name for _, installation in every]
     for name in map(trimmed, names or ["default"] * (not every)):
         if name not in known:
@@ -64,59 +56,16 @@ def ready_engine(installation: Installation) -> AnyEngine | None:
 def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
     """Tell whether two engines mean the same database, whoever logs in with whatever driver."""
     first, second = sync_engine(one), sync_engine(other)
-    address = _address(first.url)  # an engine made from another, with options, has its dialect
-    return first.dialect is second.dialect or bool(address and address == _address(second.url))
+    # An engine made from another, with options, has its dialect.
+    return first.dialect is second.dialect or _address(first.url) == _address(second.url)
 
 
-def _address(url: URL) -> tuple[object, ...] | None:
-    backend, port = url.get_backend_name(), url.port or url.query.get("port")
-    if backend == "sqlite":
-        return (backend, url.database) if (url.database or ":memory:") != ":memory:" else None
-    host = url.host or url.query.get("host")
-    port = str(port or {"postgresql": 5432}.get(backend, 3306))
-    # Nothing at all: the address is in a `creator`, or in the environment.
-    return (backend, host, port, url.database) if host or url.database else None
-
-
-# -- requests ------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False, slots=True)
-class Served:
-    """A request that is being served, and what has been refused in it."""
-
-    scope: Scope
-    refusals: list[str] = field(default_factory=list[str])
-
-
-SERVED: Final = ContextVar[Served | None]("fastapi_sqlnative_served", default=None)
-
-
-@contextmanager
-def marking_requests(app: Starlette, refusals: list[str]) -> Generator[None]:
-    """Let `SERVED` tell requests apart; note what was refused in one that ends without an error."""
-    inner = app.router.middleware_stack
-
-    async def mark(scope: Scope, receive: Receive, send: Send) -> None:
-        request = SERVED.get()
-        if request is None or request.scope is not scope:
-            request = Served(scope)
-            SERVED.set(request)
-        try:
-            await inner(scope, receive, send)
-            refusals.extend(request.refusals)
-            request.refusals.clear()
-        finally:
-            SERVED.set(None)  # the test itself may have called, in its own task
-
-    app.router.middleware_stack = mark
-    try:
-        yield
-    finally:
-        app.router.middleware_stack = inner
-
-
-# -- blocks --------------------------------------------------------------------------------------
+def _address(url: URL) -> object:
+    backend, host = url.get_backend_name(), url.host or url.query.get("host")
+    if not (host or url.database) or url.database == ":memory:":
+        return object()  # a `creator` knows it, or it is the engine's own
+    port = url.port or url.query.get("port") or {"postgresql": 5432}.get(backend, 3306)
+    return backend, host, str(port), url.database
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -127,36 +76,17 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class Block:
-    """What `with` and `async with` enter alike, on the application's event loop while it runs."""
-
-    def __init__(
-        self, begin: Callable[[AsyncExitStack], Coroutine[Any, Any, None]], installed: Installations
-    ) -> None:
-        self._begin = begin
-        self._installed = installed
-        self._undo = AsyncExitStack()
-
-    def __enter__(self) -> None:
-        if self._installed.runs and self._installed.loop is running_loop():
-            raise RuntimeError("This block is awaited on the event loop: write `async with`.")
-        self._submit(self._enter()).result()
-
-    def __exit__(self, *_: object) -> None:
-        self._submit(self._undo.aclose()).result()
-
-    async def __aenter__(self) -> None:
-        await asyncio.wrap_future(self._submit(self._enter()))
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.wrap_future(self._submit(self._undo.aclose()))
-
-    async def _enter(self) -> None:
-        async with AsyncExitStack() as undo:
-            await self._begin(undo)
-            self._undo = undo.pop_all()
-
-    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        if self._installed.runs and self._installed.loop is not None:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._installed.loop)
-        return in_thread(lambda: asyncio.run(coroutine))
+@contextmanager
+def observing(app: Starlette, observer: Observer) -> Generator[None]:
+    """Show an observer every database that runs, or starts within the block."""
+    installed = [installations_of(each) for each in applications_in(app)]
+    for each in installed:
+        each.observers.append(observer)
+        for installation in each.by_name.values():
+            if installation.database is not None:
+                observer(installation.database)
+    try:
+        yield
+    finally:
+        for each in installed:
+            each.observers.remove(observer)

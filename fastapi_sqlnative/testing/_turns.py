@@ -1,20 +1,27 @@
-"""Whose turn it is on the connections of isolated databases, across threads and event loops."""
+"""Requests, and whose turn it is on isolated connections, across threads and event loops."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import weakref
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy.util import await_only
+from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
-from ._targets import running_loop
+from ._targets import IsolationError, running_loop
 
+T = TypeVar("T")
+# The request that is being served, and under which its scope keeps what it was refused.
+SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
+REFUSED: Final = "fastapi_sqlnative_refused"
 # Seconds for which a session waits for another one's transaction to end.
 _PATIENCE: Final = 10.0
 # The sessions that were used in this request, task or test, or in the one that it came from.
@@ -32,82 +39,100 @@ def in_flow(session: object) -> bool:
     return any(each() is session for each in _FLOW.get())
 
 
+@contextmanager
+def marking_requests(app: Starlette) -> Generator[None]:
+    """Let `SERVED` tell for which request something is done; fail one that swallows a refusal."""
+    inner = app.router.middleware_stack
+
+    async def mark(scope: Scope, receive: Receive, send: Send) -> None:
+        before = SERVED.get()
+        SERVED.set(scope)
+        if scope["type"] == "lifespan":
+            _FLOW.set(())  # what the application starts is no part of the test
+        try:
+            await inner(scope, receive, send)
+        finally:
+            SERVED.set(before)  # the test itself may have called, in its own task
+        if REFUSED in scope:
+            raise IsolationError(scope[REFUSED])
+
+    app.router.middleware_stack = mark
+    try:
+        yield
+    finally:
+        app.router.middleware_stack = inner
+
+
 class Turn:
     """The right to use isolated connections, for one request or piece of other work at a time.
 
-    A session has it from the beginning of its transaction to the end. Others wait; one that would
-    wait for its own request is refused.
-
-    Attributes:
-        refusals: what requests have been refused, and have swallowed.
+    A session of the application's has it from the beginning of its transaction to the end, one of
+    the test's for each call. Others wait, first come first served; one that would wait for its
+    own request is refused.
     """
 
     def __init__(self) -> None:
-        self.refusals: list[str] = []
         self._lock = threading.Lock()
-        # Sessions, and the connection that each has for its transaction; `None` for a statement.
+        # Sessions, and the connection that each has for a transaction; `None` for one call.
         self._holders: dict[object, object] = {}
-        self._waiting: list[Future[None]] = []
-        self._called: set[Future[None] | None] = set()  # who have waited, and not yet come
+        self._waiting: deque[tuple[object, object, Future[None]]] = deque()
 
     def holds(self, session: object) -> bool:
         """Tell whether a session has it."""
         return session in self._holders
 
-    def take(
-        self, session: object, connection: Any, *, beside: bool = False, brief: bool = False
-    ) -> None:
+    def take(self, session: object, connection: Any, *, transaction: bool) -> None:
         """Wait for the turn: in a greenlet for an asynchronous connection, else in a thread.
 
-        Args:
-            session: whose it will be.
-            connection: that the session is about to use.
-            beside: for one statement, which may stand within a transaction of the same request.
-            brief: for one statement, for whose end those may wait that it has started.
+        Without `transaction` it is for one call, which may stand within a transaction of the same
+        request.
         """
-        ticket: Future[None] | None = None
+        ticket, use = Future[None](), connection if transaction else None
+        with self._lock:
+            own = [used for each, used in self._holders.items() if used and in_flow(each)]
+            if use in own:
+                raise connection.refused(
+                    "a second transaction was to begin beside an open one of the same request or "
+                    "test. End that one first, use its session, or test with cloned(app)."
+                )
+            if own or not self._holders:
+                self._holders[session] = use
+                return
+            self._waiting.append((session, use, ticket))
         try:
-            while (ticket := self._try(session, connection, beside, brief, ticket)) is not None:
-                if connection.asynchronous:
-                    await_only(asyncio.wait_for(asyncio.wrap_future(ticket), _PATIENCE))
-                else:
-                    ticket.result(_PATIENCE if running_loop() is None else 0)
+            if connection.asynchronous:
+                await_only(asyncio.wait_for(asyncio.wrap_future(ticket), _PATIENCE))
+            else:
+                ticket.result(_PATIENCE if running_loop() is None else 0)
         except BaseException as error:
-            self._called.discard(ticket)
-            self.give_back(None)  # to those who wait for this one
+            if not ticket.cancel():  # it has come at the last moment
+                self.give_back(session)
             if not isinstance(error, TimeoutError):
                 raise
             raise connection.refused(
-                "another session's transaction stays open on its one connection. Close that "
-                "session first; await what uses the database before a synchronous session "
-                "does so on the event loop; or test with cloned(app)."
+                "another session's transaction stays open on its one connection. End that one "
+                "first (await it, on the event loop), or test with cloned(app)."
             ) from None
 
-    def _try(
-        self,
-        session: object,
-        connection: Any,
-        beside: bool,
-        brief: bool,
-        ticket: Future[None] | None,
-    ) -> Future[None] | None:
+    def give_back(self, session: object) -> None:
+        """Let the next one in, if the session has the turn and is the last of its request."""
         with self._lock:
-            own = [used for each, used in self._holders.items() if used and in_flow(each)]
-            # Those who have waited come first, or one that begins again and again would keep it.
-            if not own and session not in self._holders:
-                late = self._called and ticket not in self._called
-                self._called.discard(ticket)
-                if self._holders or late:
-                    self._waiting.append(Future())
-                    return self._waiting[-1]
-            if connection not in own or beside:
-                self._holders[session] = None if beside or brief else connection
-                return None
-        raise connection.refused(
-            "a second session was to begin a transaction beside an open one of the same request "
-            "or test, on one connection. End that one first, use one session for both, or test "
-            "with cloned(app)."
-        )
+            self._holders.pop(session, None)
+            while self._waiting and not self._holders:
+                following, use, ticket = self._waiting.popleft()
+                if ticket.set_running_or_notify_cancel():
+                    self._holders[following] = use
+                    ticket.set_result(None)
+
+    def during(self, who: object, connection: Any, work: Callable[[], T]) -> T:
+        """Do something when nobody else uses the connection."""
+        if self.holds(who):
+            return work()
+        self.take(who, connection, transaction=False)
+        try:
+            return work()
+        finally:
+            self.give_back(who)
 
     @contextmanager
     def lent(self, session: object) -> Generator[None]:
@@ -117,16 +142,3 @@ class Turn:
             yield
         finally:
             del self._holders[session]
-
-    def give_back(self, session: object) -> None:
-        """Let others in, if the session has the turn and is the last of its request."""
-        with self._lock:
-            self._holders.pop(session, None)
-            if self._holders:
-                return
-            waiting, self._waiting = self._waiting, []
-            # One that is not called has given up.
-            self._called.update(e for e in waiting if e.set_running_or_notify_cancel())
-        for each in waiting:
-            if not each.cancelled():
-                each.set_result(None)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from . import CapturedStatements, Templates, capture_statements, cloned, isolated
 from ._client import client_beside
 
 if TYPE_CHECKING:
     import httpx
-    from starlette.testclient import TestClient
 
 __all__ = [
     "cloned_async_client",
@@ -40,8 +40,6 @@ __all__ = [
 @pytest.fixture
 def isolated_client(app: Starlette) -> Generator[TestClient]:
     """Give a client of the running application, whose databases are isolated for the test."""
-    from starlette.testclient import TestClient  # needs httpx, which not everybody has
-
     with TestClient(app) as client, isolated(app):
         yield client
 
@@ -69,8 +67,6 @@ def database_templates(prepare_database: Any) -> Generator[Templates]:
 @pytest.fixture
 def cloned_client(app: Starlette, database_templates: Templates) -> Generator[TestClient]:
     """Give a client of the application on databases of the test's own."""
-    from starlette.testclient import TestClient
-
     with cloned(app, templates=database_templates), TestClient(app) as client:
         yield client
 

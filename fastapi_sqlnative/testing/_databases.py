@@ -1,0 +1,265 @@
+"""Databases in place of an application's own: another one, or a copy for one test."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeAlias, TypeVar
+
+from sqlalchemy import Connection, Engine, event
+from starlette.applications import Starlette
+
+from .._lifespan.running import EngineFactory, Installation
+from .._lifespan.startup import call_factory, start_with_engine
+from .._sessions.completion import in_thread
+from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
+from ..databases import database_class
+from ._targets import IsolationError, is_one_database, places, ready_engine
+
+T = TypeVar("T")
+Prepare: TypeAlias = Callable[[Connection], object]
+
+
+def _wait_for(work: Coroutine[Any, Any, T]) -> T:
+    return in_thread(lambda: asyncio.run(work)).result()
+
+
+def _running(installation: Installation, remedy: str) -> IsolationError:
+    return IsolationError(
+        f"Database {installation.name!r} cannot be replaced while the application runs: {remedy}."
+    )
+
+
+# -- another one ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def override_database(
+    app: Starlette, name: str, engine: AnyEngine | EngineFactory
+) -> Generator[None]:
+    """Make an application use another engine for one of its databases within a block.
+
+    It is replaced under its name, for routes, handles that are fetched from then on, background
+    work, websockets, mounted applications and health. The session options and times stay.
+
+    Enter it before the application starts, which then does not call its own factory, and leave it
+    after the application has ended. A ready engine may also be used while the application runs.
+
+    Args:
+        app: the application, or the outermost one if it is mounted.
+        name: of the database.
+        engine: of the installed kind: a ready one, which the test disposes of, or a factory, whose
+            engine is disposed of with the application.
+
+    Raises:
+        DatabaseNotInstalledError: an unknown name.
+        TypeError: the engine is of the other kind.
+        ValueError: it is for the installed database itself.
+        IsolationError: a factory, while the application runs.
+
+    Example:
+        with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
+    """
+    ((installed, installation),) = places(app, [name])
+    given, own, loop = installation.engine, installation.database, installed.loop
+    check = partial(_checked, name, ready_engine(installation))
+    builds = database_class(engine) is None
+    if builds and installed.runs:
+        raise _running(installation, "give override_database() an engine, or enter it first")
+
+    async def build() -> Any:
+        return check(await call_factory(engine))
+
+    installation.engine = build if builds else check(engine)
+    try:
+        if own is not None and loop is not None:
+            start_with_engine(installation, loop)
+            for observer in [*installed.observers]:  # those who count, hear or isolate
+                observer(installation.database)  # type: ignore[arg-type] # it has just been made
+        yield
+    finally:
+        installation.engine = given
+        if own is not None:
+            installation.database = own if installed.runs else None
+
+
+def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
+    kind = database_class(engine)
+    if own is None or kind is None:
+        return engine  # start-up says what is no engine
+    if database_class(own) is not kind:
+        raise TypeError(
+            f"Database {name!r} is installed with an {type(own).__name__}, which an "
+            f"{type(engine).__name__} cannot stand in for: the routes expect other sessions."
+        )
+    if is_one_database(own, engine):
+        raise ValueError(
+            f"The engine given for database {name!r} leads to the very database that is "
+            "installed: the tests would write to it. Give one for another database."
+        )
+    return engine
+
+
+# -- a copy ---------------------------------------------------------------------------------------
+
+
+class Templates:
+    """The databases that tests clone, each made when it is first needed.
+
+    Use one for the whole test run, as a block: at its end they are dropped. Every process makes
+    its own.
+
+    Args:
+        prepare: a function that fills an empty database over a connection, in one transaction,
+            such as `Base.metadata.create_all`. For several databases, a mapping from their names.
+    """
+
+    def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
+        self._prepare = prepare
+        self._made: dict[tuple[str, str], str] = {}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def of(self, name: str, engine: AnyEngine) -> str:
+        """Return the template for a database."""
+        key = name, sync_engine(engine).url.render_as_string()
+        if key not in self._made:
+            prepare = self._prepare if callable(self._prepare) else self._prepare[name]
+            template = _create(name, engine, None, self._undo)
+            _wait_for(_use(engine, template, prepare))
+            self._made[key] = template
+        return self._made[key]
+
+
+@contextmanager
+def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]:
+    """Give an application real databases for a block, copied from templates.
+
+    Nothing is simulated: concurrent requests, COMMIT, locks, isolation levels and Core on the
+    engine itself are real. The application's own engine connects to the copy, with all its options
+    and listeners; only `engine.url` still names the original, which stays untouched. PostgreSQL
+    copies with `CREATE DATABASE ... TEMPLATE`. For SQLite a file is copied.
+
+    Enter it before the application starts, and leave it after the application has ended.
+
+    Args:
+        app: the application, or the outermost one if it is mounted.
+        *names: of databases; by default all, including those of mounted applications.
+        templates: what to copy.
+
+    Raises:
+        DatabaseNotInstalledError: an unknown name.
+        IsolationError: the application runs, or the database cannot be copied.
+
+    Example:
+        with cloned(app, templates=templates), TestClient(app) as client: ...
+    """
+    copies: dict[str, str] = {}
+    with ExitStack() as undo:
+        for installed, installation in places(app, names):
+            if installed.runs:
+                raise _running(installation, "enter cloned() first")
+            given: Any = installation.engine
+            builds = database_class(given) is None
+            engine = _wait_for(call_factory(given)) if builds else given
+            template = templates.of(installation.name, engine)
+            if template not in copies:  # two names may mean one database
+                copies[template] = _create(installation.name, engine, template, undo)
+            if builds:
+                installation.engine = partial(_build, given, copies[template])
+                undo.callback(setattr, installation, "engine", given)
+            else:
+                undo.callback(_dispose, engine)
+                undo.callback(_lead(sync_engine(engine), copies[template], []))
+        yield
+
+
+def _dispose(engine: AnyEngine) -> None:
+    _wait_for(dispose(engine))
+
+
+async def _build(factory: Any, database: str) -> AnyEngine:
+    engine: AnyEngine = await call_factory(factory)
+    _lead(sync_engine(engine), database, [])  # for good: the engine ends with the application
+    return engine
+
+
+def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack) -> str:
+    """Create a database, empty or from a template, and drop it with the block."""
+    url = sync_engine(engine).url
+    backend, original = url.get_backend_name(), url.database or ":memory:"
+    token = f"{os.getpid()}_{secrets.token_hex(4)}"
+    if backend == "sqlite" and original != ":memory:":
+        file = Path(tempfile.gettempdir()) / f"{Path(original).stem}_{token}.db"
+        undo.callback(file.unlink, missing_ok=True)
+        if template is not None:
+            shutil.copyfile(template, file)
+        return str(file)
+    if backend != "postgresql":
+        raise IsolationError(
+            f"Database {name!r} ({url.drivername}) cannot be cloned: PostgreSQL and files of "
+            "SQLite can. Use another database, with override_database()."
+        )
+    database = f"{original[:40]}_{token}"
+
+    def administer(statement: str) -> None:
+        def send(connection: Connection) -> None:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
+
+        _wait_for(_use(engine, "postgres", send))
+
+    undo.callback(administer, f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
+    source = "" if template is None else f' TEMPLATE "{template}"'
+    administer(f'CREATE DATABASE "{database}"{source}')
+    return database
+
+
+async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
+    """Do something in another database of the engine's server."""
+    led: list[str] = []
+
+    def use(inner: Engine) -> None:
+        with inner.connect() as connection:
+            if not led:
+                raise IsolationError(
+                    "The engine connects by creator= or a do_connect listener, and would have used "
+                    "the installed database. Use another engine, with override_database()."
+                )
+            work(connection)
+            connection.commit()
+
+    await dispose(engine)  # of what is idle, and leads to the original
+    unlead = _lead(sync_engine(engine), database, led)
+    try:
+        await run_on_engine(engine, use)
+        await dispose(engine)
+    finally:
+        unlead()
+
+
+def _lead(engine: Engine, database: str, led: list[str]) -> Callable[[], None]:
+    """Have an engine connect to another database of its server; return what undoes it."""
+    own, other = (
+        engine.dialect.create_connect_args(url)
+        for url in (engine.url, engine.url.set(database=database))
+    )
+    changed = {key: value for key, value in other[1].items() if own[1].get(key) != value}
+
+    def lead(dialect: Any, _record: object, _arguments: object, options: dict[str, Any]) -> Any:
+        led.append(database)
+        return dialect.connect(*other[0], **options | changed)
+
+    event.listen(engine, "do_connect", lead)
+    return partial(event.remove, engine, "do_connect", lead)

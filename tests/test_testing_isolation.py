@@ -26,7 +26,12 @@ from fastapi_sqlnative import (
     transactional,
 )
 from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
-from fastapi_sqlnative.testing import IsolationError, async_client, isolated
+from fastapi_sqlnative.testing import (
+    IsolationError,
+    async_client,
+    capture_statements,
+    isolated,
+)
 from tests.conftest import MakeEngine
 from tests.serving import KINDS, Base, Item, Kind, Rows, items, route, using
 
@@ -83,7 +88,7 @@ def swallow(session: Session) -> None:
 
 def make_app(kind: Kind, engine: Any) -> FastAPI:
     app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
+    install_database(app, engine=engine, shutdown=getattr(engine, "dispose", None))
     bodies: list[tuple[str, Any, Callable[[Session], Any]]] = [
         ("/add", transactional(), add("added")),
         ("/late", transactional(), add("late", position=1)),
@@ -184,6 +189,29 @@ def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) ->
     with session.begin():
         session.add(Item(name="begun"))
     assert client.post("/names").json() == ["begun", "mine-renamed", "unflushed"]
+    assert rows.names == []
+
+
+def test_the_block_may_outlive_the_application(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Also with a session in a transaction, and an engine that only the running one has."""
+    app = make_app(kind, make_engine)
+    with isolated(app) as session:
+        with pytest.raises(IsolationError, match="no engine before"):
+            names(session)
+        with capture_statements(app) as captured, TestClient(app) as client:
+            session.add(item := Item(name="mine"))
+            session.commit()
+            session.refresh(item)
+            captured.clear()
+            assert client.post("/db-names").json() == ["mine"]
+            assert [each.split()[0] for each in captured.texts[-3:]] == [
+                "BEGIN",
+                "SELECT",
+                "ROLLBACK",
+            ]
+            assert names(session) == ["mine"]
     assert rows.names == []
 
 

@@ -151,7 +151,10 @@ class Isolated:
         if self.ended:
             if found is not None and self in found.blocks:
                 return found  # the block's own sessions are being closed
-            raise IsolationError(f"The isolated(app) block of database {name!r} has ended.")
+            raise IsolationError(
+                f"The isolated(app) block of database {name!r} has ended: finish work with the "
+                "database before."
+            )
         if found is None:
             found = IsolatedConnection(name, engine, self.turn, self._home)
             self.connections.append(found)
@@ -163,7 +166,7 @@ class Isolated:
         found.blocks.setdefault(self)
         watching = engine, "before_cursor_execute", found.watch
         if not event.contains(*watching):
-            event.listen(*watching, insert=True)  # before those who count
+            event.listen(*watching)
             self._restore.callback(event.remove, *watching)
         return found
 
@@ -193,15 +196,17 @@ class Isolated:
         options["expire_on_commit"] = kind is Session  # else it would have to be awaited again
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
-        found = {"own_connection": staticmethod(self._own_connection), "crosses": kind is Session}
-        own = type(base.__name__, (OwnSession, base), found)
+        found = staticmethod(self._own_connection)
+        attributes = {"turn": self.turn, "own_connection": found, "crosses": kind is Session}
+        own = type(base.__name__, (OwnSession, base), attributes)
         return own(**options) if kind is Session else class_(sync_session_class=own, **options)
 
     def _own_connection(self) -> IsolatedConnection:
         engine = ready_engine(self._own)
         if engine is None:
             raise IsolationError(
-                f"Database {self._own.name!r} has no engine before the application starts."
+                f"Database {self._own.name!r} has no engine before the application starts: use "
+                "the session while it runs."
             )
         return self._connection_of(self._own.name, sync_engine(engine))
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
 from ._connections import IsolatedConnection
-from ._turns import joins_flow
+from ._turns import Turn, joins_flow
 
 
 class IsolatedSession(NativeSession):
@@ -79,10 +79,12 @@ class OwnSession(Session):
     begins a transaction, and what it reads it reads anew.
 
     Attributes:
+        turn: of those who use the connection.
         own_connection: finds the isolated connection.
         crosses: from the test's thread to the event loop of the connection.
     """
 
+    turn: ClassVar[Turn]
     own_connection: ClassVar[staticmethod[[], IsolatedConnection]]
     crosses: ClassVar[bool]
 
@@ -101,12 +103,12 @@ class OwnSession(Session):
 
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method when it is this session's turn, where the connection may be used."""
-        isolated = self.own_connection()
-        joins_flow(self)  # here, not where it crosses to
         call = partial(method, *args, **options)
-        if isolated.turn.holds(self):
-            return call()
-        work = partial(isolated.turn.during, self, isolated, call)
+        if self.turn.holds(self):
+            return call()  # maybe to be closed, when the engine of a factory is forgotten
+        joins_flow(self)  # here, not where it crosses to
+        isolated = self.own_connection()
+        work = partial(self.turn.during, self, isolated, call)
         return isolated.run(work).result() if self.crosses else work()
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from starlette.applications import Starlette
 
 from .._lifespan.running import EngineFactory, Installation
-from .._lifespan.startup import call_factory, start_with_engine
+from .._lifespan.startup import call_factory
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
@@ -68,7 +68,7 @@ def override_database(
         with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
     """
     ((installed, installation),) = places(app, [name])
-    given, own, loop = installation.engine, installation.database, installed.loop
+    given, own = installation.engine, installation.database
     check = partial(_checked, name, ready_engine(installation))
     builds = database_class(engine) is None
     if builds and installed.runs:
@@ -79,10 +79,10 @@ def override_database(
 
     installation.engine = build if builds else check(engine)
     try:
-        if own is not None and loop is not None:
-            start_with_engine(installation, loop)
+        if own is not None:
+            installation.database = installation.make_handle(engine)
             for observer in [*installed.observers]:  # those who count, hear or isolate
-                observer(installation.database)  # type: ignore[arg-type] # it has just been made
+                observer(installation.database)
         yield
     finally:
         installation.engine = given

@@ -390,7 +390,7 @@ def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: En
 def test_a_deadlock_ends_right(
     kind: Kind, make_engine: MakeEngine, postgres: WorkerPostgres
 ) -> None:
-    """Two that lock the same rows the other way round both succeed, one of them when it is repeated."""
+    """Two that lock the same rows the other way round both succeed, one when it is repeated."""
     outside = create_engine(postgres.url("psycopg"))
     check_crossing(make_engine(), Crossing("SELECT pg_sleep(0.01)"), outside)
 

@@ -52,18 +52,19 @@ def _problem(status: int, members: dict[str, Any], headers: Any) -> Response:
     return JSONResponse(problem, status, headers, _MEDIA_TYPE)
 
 
-def _invalid(found: Any) -> dict[str, str]:
+def _invalid(found: object) -> dict[str, str]:
     if not isinstance(found, Mapping):  # the application's own RequestValidationError may hold any
         return {"detail": str(found)}
-    where, *names = found.get("loc") or ("",)
+    error = cast("Mapping[str, Any]", found)
+    invalid = {"detail": str(error.get("msg", "It is not valid."))}
+    where, *names = error.get("loc") or ("",)
     if where != "body":
         parameter = ".".join(map(str, names or [where]))
-        invalid = {"detail": found["msg"], "parameter": parameter}
-        return invalid if parameter else {"detail": found["msg"]}
-    if found.get("type") == "json_invalid":
+        return invalid | {"parameter": parameter} if parameter else invalid
+    if error.get("type") == "json_invalid":
         names = []  # it is a position in the text
     escaped = (quote(str(name).replace("~", "~0").replace("/", "~1")) for name in names)
-    return {"detail": found["msg"], "pointer": "/".join(["#", *escaped])}
+    return invalid | {"pointer": "/".join(["#", *escaped])}
 
 
 # -- the OpenAPI document --------------------------------------------------------------------
@@ -104,9 +105,10 @@ def document_failures(
                     answers = {str(status): answer for status, answer in found.items()}
                     operation["responses"] = answers | operation.get("responses", {})
         for path in document["paths"].values() if every_error else ():
-            for operation in path.values():
-                if isinstance(operation, dict) and "422" in operation.get("responses", {}):
-                    operation["responses"]["422"] = invalid
+            for each in path.values():
+                described = cast("dict[str, Any]", each if isinstance(each, dict) else {})
+                if "422" in described.get("responses", {}):
+                    described["responses"]["422"] = invalid
         return document
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it

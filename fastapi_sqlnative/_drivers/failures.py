@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from .errors import driver_error
+from .errors import driver_error, server_of
 
 # Drivers of PostgreSQL whose errors carry the server's severity when they are the server's.
 TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
@@ -68,7 +68,7 @@ def recognize(error: BaseException) -> OperationalError | None:
     """Return SQLAlchemy's error for one that a driver, or the pool, has raised past it."""
     # asyncpg's are OSErrors or its own, which SQLAlchemy leaves as they are; an OSError of the
     # application's own, in a listener say, has not passed there.
-    if isinstance(error, SQLAlchemyError):
+    if not isinstance(error, OSError) and server_of(error) is None:
         return None
     if _passed(error, Engine.raw_connection):
         return OperationalError(None, None, error)

@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeVar
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from .._drivers.failures import recognize
 from .completion import in_thread
 
 AnyEngine: TypeAlias = Engine | AsyncEngine
@@ -43,6 +44,11 @@ async def dispose(engine: AnyEngine) -> None:
 
 
 def ask_for_one_row(engine: Engine) -> None:
-    """Make the server answer."""
-    with engine.connect() as connection:
-        connection.scalar(select(1))
+    """Make the server answer; what a driver raises by itself becomes SQLAlchemy's error."""
+    try:
+        with engine.connect() as connection:
+            connection.scalar(select(1))
+    except Exception as error:
+        if (recognized := recognize(error)) is not None:
+            raise recognized from error
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -182,12 +181,13 @@ class IsolatedConnection:
 
     # -- blocks ----------------------------------------------------------------------------
 
-    def leave(self, block: object) -> Future[None]:
+    def leave(self, block: object) -> None:
         """Undo the work of a block, and close the connection with the last one."""
         undo = partial(self._undo, block)
         if self._connection is None:
-            return _done(undo)
-        return self.run(partial(self.turn.during, block, self, undo))
+            undo()
+        else:
+            self.run(partial(self.turn.during, block, self, undo))
 
     def _undo(self, block: object) -> None:
         for session, its in [*self.own_sessions.items()]:
@@ -215,17 +215,17 @@ class IsolatedConnection:
                 connection.invalidate()  # its pool was disposed of: nobody else would close it
             connection.close()
 
-    def run(self, work: Callable[[], T]) -> Future[T]:
+    def run(self, work: Callable[[], T]) -> T:
         """Run plain code where the connection may be used: here, or on its event loop."""
         if not self.asynchronous:
-            return _done(work)
+            return work()
         loop = self.loop or self.home()
         if loop is None or not loop.is_running():
             raise self.refused(
                 "its event loop is not running. Use the session inside of `with TestClient(app)`, "
                 "and leave isolated(app) on the event loop that has entered it."
             )
-        return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop)
+        return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
 
     def in_production(self, sql: str, context: ExecutionContext) -> str | None:
         """Return what is sent in production where this is sent; `None` for what a block adds."""
@@ -234,12 +234,6 @@ class IsolatedConnection:
         command, _, savepoint = sql.rpartition(" ")
         begins = self._begins and command == "SAVEPOINT"  # nobody has told what it is called yet
         return _IN_PRODUCTION.get(command, sql) if begins or savepoint == self._root else sql
-
-
-def _done(work: Callable[[], T]) -> Future[T]:
-    done = Future[T]()
-    done.set_result(work())
-    return done
 
 
 _send = partial(Connection.exec_driver_sql, execution_options={_OURS: True})

@@ -27,8 +27,8 @@ T = TypeVar("T")
 Prepare: TypeAlias = Callable[[Connection], object]
 
 
-def _wait_for(work: Coroutine[Any, Any, T]) -> T:
-    return in_thread(lambda: asyncio.run(work)).result()
+def _wait_for(work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+    return in_thread(lambda: asyncio.run(work(*args))).result()
 
 
 def _running(installation: Installation, remedy: str) -> IsolationError:
@@ -138,7 +138,7 @@ class Templates:
         if key not in self._made:
             prepare = self._prepare if callable(self._prepare) else self._prepare[name]
             template = _create(name, engine, None, self._undo)
-            _wait_for(_use(engine, template, prepare))
+            _wait_for(_use, engine, template, prepare)
             self._made[key] = template
         return self._made[key]
 
@@ -173,7 +173,7 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
                 raise _running(installation, "enter cloned() first")
             given: Any = installation.engine
             builds = database_class(given) is None
-            engine = _wait_for(call_factory(given)) if builds else given
+            engine = _wait_for(call_factory, given) if builds else given
             template = templates.of(installation.name, engine)
             if template not in copies:  # two names may mean one database
                 copies[template] = _create(installation.name, engine, template, undo)
@@ -181,13 +181,9 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
                 installation.engine = partial(_build, given, copies[template])
                 undo.callback(setattr, installation, "engine", given)
             else:
-                undo.callback(_dispose, engine)
+                undo.callback(_wait_for, dispose, engine)
                 undo.callback(_lead(sync_engine(engine), copies[template], []))
         yield
-
-
-def _dispose(engine: AnyEngine) -> None:
-    _wait_for(dispose(engine))
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:
@@ -218,7 +214,7 @@ def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack)
         def send(connection: Connection) -> None:
             connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)
 
-        _wait_for(_use(engine, "postgres", send))
+        _wait_for(_use, engine, "postgres", send)
 
     undo.callback(administer, f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
     source = "" if template is None else f' TEMPLATE "{template}"'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, Final
@@ -16,6 +15,7 @@ from starlette.applications import Starlette
 
 from .._lifespan.running import Installation
 from .._lifespan.shutdown import call_off_loop
+from .._sessions.completion import in_thread
 from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
@@ -87,8 +87,7 @@ class Isolated:
         return session
 
     def __exit__(self, *_: object) -> None:
-        for ending in self._leave():
-            ending.result()
+        self._leave()
 
     async def __aenter__(self) -> AsyncSession:
         if not self._asynchronous():
@@ -100,8 +99,7 @@ class Isolated:
         return session
 
     async def __aexit__(self, *_: object) -> None:
-        for ending in self._leave():
-            await asyncio.wrap_future(ending)
+        await asyncio.wrap_future(in_thread(self._leave))  # which awaits this event loop
 
     def _asynchronous(self) -> list[Installation]:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
@@ -125,10 +123,12 @@ class Isolated:
             self._restore.enter_context(observing(self._app, self._isolate))
             undo.pop_all()
 
-    def _leave(self) -> list[Future[None]]:
+    def _leave(self) -> None:
         self.ended = True
         self._restore.close()
-        return [each.leave(self) for each in self.connections if self in each.blocks]
+        for each in self.connections:
+            if self in each.blocks:
+                each.leave(self)
 
     # -- the databases ---------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ class OwnSession(Session):
         joins_flow(self)  # here, not where it crosses to
         isolated = self.own_connection()
         work = partial(self.turn.during, self, isolated, call)
-        return isolated.run(work).result() if self.crosses else work()
+        return isolated.run(work) if self.crosses else work()
 
 
 def _has_turn(name: str) -> Callable[..., Any]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import httpx
     from starlette.testclient import TestClient
 
+_BASE_URL = "http://testserver"
+
 
 @asynccontextmanager
 async def async_client(
@@ -49,7 +51,8 @@ async def async_client(
         await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             transport = _transport(app, state, raise_app_exceptions=raise_app_exceptions)
-            async with _client(transport, **options) as client:
+            given = {"base_url": _BASE_URL, "transport": transport} | options
+            async with _httpx().AsyncClient(**given) as client:
                 yield client
     finally:
         end.set()
@@ -70,7 +73,8 @@ def client_beside(served: TestClient) -> httpx.AsyncClient:
             answering = portal.start_task_soon(transport.handle_async_request, request)
             return await asyncio.wrap_future(answering)
 
-    return _client(Transport())
+    client: httpx.AsyncClient = _httpx().AsyncClient(transport=Transport(), base_url=_BASE_URL)
+    return client
 
 
 def _httpx() -> Any:
@@ -78,11 +82,6 @@ def _httpx() -> Any:
         return importlib.import_module("httpx")
     except ModuleNotFoundError:
         return importlib.import_module("httpx2")
-
-
-def _client(transport: Any, **options: Any) -> httpx.AsyncClient:
-    given = {"base_url": "http://testserver", "transport": transport} | options
-    return _httpx().AsyncClient(**given)  # type: ignore[no-any-return] # either httpx's
 
 
 def _transport(app: ASGIApp, state: dict[str, Any], **options: Any) -> Any:

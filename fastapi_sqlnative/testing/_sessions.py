@@ -77,16 +77,11 @@ class OwnSession(Session):
 
     It has its turn for each call only. What it has added is committed as soon as the application
     begins a transaction, and what it reads it reads anew.
-
-    Attributes:
-        turn: of those who use the connection.
-        own_connection: finds the isolated connection.
-        crosses: from the test's thread to the event loop of the connection.
     """
 
     turn: ClassVar[Turn]
-    own_connection: ClassVar[staticmethod[[], IsolatedConnection]]
-    crosses: ClassVar[bool]
+    own_connection: ClassVar[staticmethod[[], IsolatedConnection]]  # finds it
+    crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
 
     def get_bind(self, *_: Any, **__: Any) -> Connection:
         """Return the isolated connection."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, Pool, Transaction, event
+from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session
 
@@ -26,6 +26,7 @@ _OURS: Final = "fastapi_sqlnative_testing"
 _ENDS: Final = ("commit", "end", "abort", "rollback")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
+_IN_MEMORY: Final = (StaticPool, SingletonThreadPool)
 # Constraints that wait for COMMIT, unless they are told otherwise.
 _DEFERRED: Final = """
 SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
@@ -56,7 +57,6 @@ class IsolatedConnection:
     own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])
     loop: asyncio.AbstractEventLoop | None = None  # that the connection belongs to
     _connection: Connection | None = None
-    _pool: Pool | None = None
     # The savepoint that stands for the application's transaction, and whether it comes next.
     _root: str = ""
     _begins: bool = False
@@ -134,7 +134,6 @@ class IsolatedConnection:
 
     def _open(self) -> Connection:
         self.loop = running_loop() if self.asynchronous else None
-        self._pool = self.engine.pool
         connection = self.engine.connect().execution_options(**{_ISOLATED: self})
         connection.begin()
         driver: Any = connection.connection.driver_connection
@@ -211,8 +210,12 @@ class IsolatedConnection:
         connection, self._connection, self.loop = self._connection, None, None
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
-            if self.engine.pool is not self._pool:
-                connection.invalidate()  # its pool was disposed of: nobody else would close it
+            # Nobody else may: the pool may be another one by now, or the application never run.
+            # But a database in memory goes with its connection.
+            if not isinstance(self.engine.pool, _IN_MEMORY):
+                if (transaction := connection.get_transaction()) is not None:
+                    transaction.rollback()
+                connection.invalidate()
             connection.close()
 
     def run(self, work: Callable[[], T]) -> T:

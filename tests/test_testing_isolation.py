@@ -33,7 +33,7 @@ from fastapi_sqlnative.testing import (
     isolated,
 )
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, Base, Item, Kind, Rows, items, route, using
+from tests.serving import KINDS, Base, Item, Kind, Rows, items, route, using, wait_until
 
 on_a_loop = pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.asynchronous], ids=lambda kind: kind.id
@@ -231,6 +231,23 @@ async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> N
         assert (await client.post("/explicit")).status_code == 201
         found = await session.scalars(select(Item.name).order_by(Item.name))
         assert list(found) == ["kept", "mine-renamed", "nested"]
+    assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_the_session_works_without_a_running_application(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """Its connection is closed with the block: no shutdown will."""
+    if kind.asynchronous:
+        async with isolated(app) as session:
+            session.add(Item(name="mine"))
+            assert await session.run_sync(names) == ["mine"]
+    else:
+        with isolated(app) as own:
+            own.add(Item(name="mine"))
+            assert names(own) == ["mine"]
+    wait_until(lambda: rows.backends("idle%") == 0)
     assert rows.names == []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
@@ -232,6 +232,32 @@ async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> N
         found = await session.scalars(select(Item.name).order_by(Item.name))
         assert list(found) == ["kept", "mine-renamed", "nested"]
     assert rows.names == []
+
+
+@on_a_loop
+@pytest.mark.anyio
+async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
+    """Session.bind and get_bind() tell the dialect, of the test's session as of a request's."""
+
+    def dialects(session: Any) -> list[str]:
+        return [session.bind.dialect.name, session.get_bind().dialect.name]
+
+    @app.get("/dialects")
+    async def look(session: Annotated[Any, Depends(get_db())]) -> list[str]:
+        return dialects(session)
+
+    async with async_client(app) as client, isolated(app) as session:
+        assert dialects(session) == ["postgresql"] * 2
+        assert (await client.get("/dialects")).json() == ["postgresql"] * 2
+
+
+@on_a_loop
+def test_a_synchronous_session_hands_out_no_asynchronous_connection(app: FastAPI) -> None:
+    """What would fail where it is used is refused at once, and says what to do."""
+    with TestClient(app), isolated(app) as session:
+        with pytest.raises(IsolationError, match="async with isolated"):
+            session.connection()
+        assert session.scalar(text("SELECT 1")) == 1
 
 
 @pytest.mark.anyio

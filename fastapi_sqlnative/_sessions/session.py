@@ -121,11 +121,14 @@ class NativeSession(Session):
     def _way_in(self) -> Generator[Record]:
         record = self.sqlnative
         record.check_usable()
+        executing, record.executing = record.executing, True
         try:
             yield record
         except Exception as error:
             record.fails(error)
             raise
+        finally:
+            record.executing = executing
 
     # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
     # a closed session too, but its message knows no remedy.

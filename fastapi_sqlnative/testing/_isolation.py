@@ -192,6 +192,9 @@ class Isolated:
 
     def _own_session(self, kind: type[Any]) -> Any:
         options: dict[str, Any] = dict(self._own.session_options)
+        engine = ready_engine(self._own)
+        if engine is not None:  # to be looked at: what is sent goes over the isolated connection
+            options["bind"] = sync_engine(engine) if kind is Session else engine
         options["join_transaction_mode"] = "create_savepoint"
         options["expire_on_commit"] = kind is Session  # else it would have to be awaited again
         class_ = options.pop("class_", kind)

@@ -31,15 +31,16 @@ class IsolatedSession(NativeSession):
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Return the isolated connection, once others have finished with it."""
+        """Return the isolated connection, once others have finished with it.
+
+        Only where something is to be sent: whoever looks at the bind by himself gets the engine.
+        """
         bind = super().get_bind(*args, **arguments)
-        if not isinstance(bind, Engine):
+        if not (isinstance(bind, Engine) and self.sqlnative.executing):
             return bind
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
         self.isolated.add(isolated)
-        if not self.in_transaction():
-            self.begin()  # whose end gives the turn back: somebody may only look at the bind
         return connection
 
     def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
@@ -83,9 +84,20 @@ class OwnSession(Session):
     own_connection: ClassVar[staticmethod[[], IsolatedConnection]]  # finds it
     crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
 
-    def get_bind(self, *_: Any, **__: Any) -> Connection:
-        """Return the isolated connection."""
-        return self.own_connection().opened()
+    def get_bind(self, *_: Any, **__: Any) -> Engine | Connection:
+        """Return the isolated connection where something is to be sent, else its engine."""
+        isolated = self.own_connection()
+        return isolated.opened() if self.turn.holds(self) else isolated.engine
+
+    def connection(self, *args: Any, **options: Any) -> Connection:
+        """Hand out the connection, where whoever gets it can use it."""
+        if self.crosses:
+            raise self.own_connection().refused(
+                "a synchronous session cannot hand out the connection of an AsyncEngine. Use "
+                "session.execute(), or `async with isolated(app)`."
+            )
+        connection: Connection = self.in_turn(super().connection, *args, **options)
+        return connection
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Load by primary key, what the application has stored since included."""
@@ -117,7 +129,7 @@ def _has_turn(name: str) -> Callable[..., Any]:
     return method
 
 
-_LOADS = ("execute", "scalars", "scalar", "connection")  # all others come by `execute`
+_LOADS = ("execute", "scalars", "scalar")  # all others come by `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
 for _name in (*_LOADS, *_BULK, "flush", "commit", "rollback", "close", "reset"):
     setattr(OwnSession, _name, _has_turn(_name))

@@ -164,23 +164,29 @@ def _spare_databases(pytestconfig: pytest.Config, postgres: WorkerPostgres) -> I
         yield [first, second]
 
 
+@pytest.fixture(scope="session")
+def _beside_databases(pytestconfig: pytest.Config) -> Iterator[psycopg.Connection]:
+    """Connect to none of the databases that tests have."""
+    with psycopg.connect(pytestconfig.stash[SERVER].url, autocommit=True) as connection:
+        yield connection
+
+
 @pytest.fixture
 def empty_databases(
-    pytestconfig: pytest.Config, _spare_databases: list[str]
+    _beside_databases: psycopg.Connection, _spare_databases: list[str]
 ) -> Iterator[WorkerPostgres]:
     """Give two databases with nothing in them; they are emptied again at the end."""
     first, second = _spare_databases
     yield WorkerPostgres(first, PostgresDatabase(second))
     for dsn in first, second:
-        empty_database(pytestconfig.stash[SERVER].url, dsn)
+        empty_database(_beside_databases, dsn)
 
 
-def empty_database(server: str, dsn: str) -> None:
+def empty_database(beside: psycopg.Connection, dsn: str) -> None:
     """Drop all that is in a database, which takes a fraction of what a new one does."""
-    name = sql.Identifier(str(make_url(dsn).database))
-    with psycopg.connect(server, autocommit=True) as connection:
-        for change in "ALTER DATABASE {} ALLOW_CONNECTIONS true", "ALTER DATABASE {} RESET ALL":
-            connection.execute(sql.SQL(change).format(name))
+    name = str(make_url(dsn).database)
+    for change in "ALTER DATABASE {} ALLOW_CONNECTIONS true", "ALTER DATABASE {} RESET ALL":
+        beside.execute(sql.SQL(change).format(sql.Identifier(name)))
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
@@ -195,6 +201,9 @@ def empty_database(server: str, dsn: str) -> None:
             connection.execute(drop)
         connection.execute("CREATE SCHEMA public AUTHORIZATION pg_database_owner")
         connection.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
+        # That of an example: a role is the server's, and would outlive what it owns here.
+        role = sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(f"{name}_app"))
+        connection.execute(role)
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-import psycopg
 import pytest
-from psycopg import sql
 from sqlalchemy import NullPool, create_engine, make_url, text
 
-from conftest import SERVER, WorkerPostgres, empty_database
+from conftest import WorkerPostgres
 
 
 @pytest.fixture
@@ -19,21 +17,12 @@ def worker(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture
 def databases(
-    pytestconfig: pytest.Config,
-    empty_databases: WorkerPostgres,
-    monkeypatch: pytest.MonkeyPatch,
-    patient_probes: None,
-) -> Iterator[WorkerPostgres]:
+    empty_databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch, patient_probes: None
+) -> WorkerPostgres:
     """Give two empty databases, with their addresses in the environment."""
     monkeypatch.setenv("DATABASE_URL", empty_databases.url("psycopg"))
     monkeypatch.setenv("SECOND_DATABASE_URL", empty_databases.second.url("psycopg"))
-    yield empty_databases
-    server = pytestconfig.stash[SERVER].url
-    empty_database(server, empty_databases.dsn)
-    with psycopg.connect(server, autocommit=True) as connection:
-        # Of tenants_by_row_security. A role is the server's, and outlives its database.
-        role = sql.Identifier(f"{make_url(empty_databases.dsn).database}_app")
-        connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(role))
+    return empty_databases
 
 
 @pytest.fixture

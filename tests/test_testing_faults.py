@@ -1,9 +1,9 @@
 """Failures that a test asks for: those of the driver in use, once, and never silently missed."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,24 +80,41 @@ def _mariadb_database(server: str, worker: str) -> str:
     return url.set(database=name).render_as_string(hide_password=False)
 
 
+@pytest.fixture(scope="module")
+def outsides(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Engine]]:
+    """Make the table once in a database of each dialect."""
+    with contextlib.ExitStack() as closing:
+
+        @functools.cache
+        def outside(dialect: str) -> Engine:
+            if dialect == "postgresql":
+                driver, url = "psycopg", request.getfixturevalue("postgres").dsn
+            elif dialect == "mysql":
+                worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
+                url = _mariadb_database(request.getfixturevalue("mariadb"), worker)
+                driver = "pymysql"
+            else:
+                driver, url = "pysqlite", f"sqlite:///{tmp_path_factory.mktemp('faults')}/file.db"
+            engine = engine_for(Driver("", dialect, driver, False), url)
+            assert isinstance(engine, Engine)
+            closing.enter_context(disposing(engine))
+            notes.metadata.drop_all(engine)
+            notes.metadata.create_all(engine)
+            closing.callback(notes.metadata.drop_all, engine)
+            return engine
+
+        yield outside
+
+
 @pytest.fixture
-def url(driver: Driver, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Give a database with the table in it, without a driver."""
-    if driver.dialect == "postgresql":
-        found = request.getfixturevalue("postgres").dsn
-    elif driver.dialect == "mysql":
-        worker = getattr(request.config, "workerinput", {}).get("workerid", "main")
-        found = _mariadb_database(request.getfixturevalue("mariadb"), worker)
-    else:
-        found = f"sqlite:///{tmp_path}/file.db"
-    sync = {"postgresql": "psycopg", "mysql": "pymysql", "sqlite": "pysqlite"}[driver.dialect]
-    outside = engine_for(Driver("", driver.dialect, sync, False), found)
-    assert isinstance(outside, Engine)
-    with disposing(outside):
-        notes.metadata.drop_all(outside)
-        notes.metadata.create_all(outside)
-        yield found
-        notes.metadata.drop_all(outside)
+def url(driver: Driver, outsides: Callable[[str], Engine]) -> Iterator[str]:
+    """Give a database with the table in it, and nothing in that, without a driver."""
+    outside = outsides(driver.dialect)
+    yield outside.url.set(drivername=driver.dialect).render_as_string(hide_password=False)
+    with outside.begin() as connection:
+        connection.execute(notes.delete())
 
 
 @pytest.fixture

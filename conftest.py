@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -77,7 +77,7 @@ ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Give tests that share a server to one worker, which starts it once; the largest group first.
 
     By their names: `--dist loadgroup` of pytest-xdist 3.8 groups nothing on pytest 9.2, without a

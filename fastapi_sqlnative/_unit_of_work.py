@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from fastapi.requests import HTTPConnection
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Scope
 
@@ -178,7 +177,7 @@ class UnitOfWork:
             if len(marked) > 1:
                 self._prepare(call, marked)
             for member in marked:
-                member.commit(call, [each for each in self._members if each is not member])
+                member.commit(call, [each for each in marked if each is not member])
         finally:
             self._close(call)
 
@@ -266,13 +265,14 @@ class Member:
         One that has nothing to store is committed as well, for what nobody has seen, and never
         fails the others.
         """
-        idle = bool(others) and not self.stores
-        if idle and not self.inner.is_active:
-            return
+        # A listener may still write.
+        idle = bool(others) and not (self.stores or tells_of_commit(self.inner))
         try:
             call(self.session, finishing.commit)
         except Exception as error:
-            if idle and isinstance(error, DBAPIError) and error.connection_invalidated:
+            if idle and (
+                getattr(error, "connection_invalidated", False) or isinstance(error, OSError)
+            ):
                 return
             kept, lost = others, [] if idle and not self.record.stored else [self]
             if isinstance(error, exceptions.AfterCommitError):
@@ -289,4 +289,6 @@ def _flush_and_prepare(session: AnySession) -> None:
     inner = sync_session(session)
     if inner.in_transaction():
         inner.flush()
+        if not inner.is_active:
+            inner.commit()  # raises: an earlier flush has failed
         inner.sqlnative.prepare()

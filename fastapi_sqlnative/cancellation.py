@@ -38,7 +38,8 @@ def deadline(seconds: float) -> _Dependency:
 
     Past the deadline nothing is committed and the client reads 504, also where the endpoint answers
     in spite of it. With asynchronous engines whatever waits is cancelled, and the query ends on the
-    server. With a synchronous one the server ends each statement, and nothing else ends early. No
+    server. With a synchronous one the server ends each statement, and nothing else ends early; a
+    `def` endpoint is waited for, and so is what its dependencies do. No
     COMMIT is interrupted, and a request that has committed something itself is left alone. Of
     several deadlines the earliest counts. Websockets have none.
 

@@ -81,7 +81,8 @@ class MariadbServer:
         self._home = _reachable_home(self._account)
         try:
             self._initialize(server)
-            self._launch(server)
+            while not self._launch(server):
+                pass  # somebody else has taken the port: there is another
         except BaseException:
             self._end()
             raise
@@ -108,7 +109,8 @@ class MariadbServer:
         if done.returncode != 0:
             raise MariadbServerError(f"{installer} failed:\n{done.stdout}{done.stderr}")
 
-    def _launch(self, server: Path) -> None:
+    def _launch(self, server: Path) -> bool:
+        """Start the process and wait until it answers; False when its port was taken."""
         self.port = _free_port()
         places = {
             "datadir": self._home / "data",
@@ -132,8 +134,11 @@ class MariadbServer:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > give_up:
                 said = self._log.read_text(errors="replace")[-2000:]
+                if "Address already in use" in said:
+                    return False
                 raise MariadbServerError(f"{server} did not start:\n{said}")
             time.sleep(0.02)
+        return True
 
     @property
     def _log(self) -> Path:
@@ -141,7 +146,8 @@ class MariadbServer:
 
     def _answers(self) -> bool:
         try:
-            pymysql.connect(host="127.0.0.1", port=self.port, user="root").close()
+            host = "127.0.0.1"
+            pymysql.connect(host=host, port=self.port, user="root", read_timeout=5).close()
         except pymysql.OperationalError:
             return False
         return True

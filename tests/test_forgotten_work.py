@@ -61,17 +61,6 @@ def delete_an_attribute(session: Session) -> None:
     del row.position  # NULL again
 
 
-def with_connection(session: Session) -> None:
-    with session.connection() as connection:
-        connection.execute(text("INSERT INTO item (name) VALUES ('lost')"))
-
-
-def flush_and_close_connection(session: Session) -> None:
-    session.add(Item(name="lost"))
-    session.flush()
-    session.connection().close()
-
-
 WRITES: dict[str, Body] = {
     "text": run("INSERT INTO item (name) VALUES ('lost')"),
     "text after a comment": run("-- audit\n/* ; */ insert into item (name) values ('lost')"),
@@ -115,8 +104,6 @@ WRITES: dict[str, Body] = {
         session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('lost')")
     ),
     "attribute that is deleted": delete_an_attribute,
-    "connection in a with block": with_connection,
-    "connection that is closed over work of the session": flush_and_close_connection,
     "in a savepoint": in_a_savepoint,
     "beside an undone savepoint": beside_an_undone_savepoint,
 }

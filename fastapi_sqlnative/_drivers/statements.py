@@ -49,9 +49,13 @@ def statement_of(compiled: Any) -> Statement:
 
 
 def met_no_row(result: Any, context: ExecutionContext) -> bool:
-    """Tell whether a statement that writes has changed nothing, by its count."""
-    counts_later = context.dialect.name == "sqlite" and getattr(result, "returns_rows", True)
-    return not (context.executemany or counts_later) and getattr(result, "rowcount", -1) == 0
+    """Tell whether a statement that writes has changed nothing, by its count.
+
+    SQLite has a better one, which also counts what triggers do, and rows that are not read yet.
+    """
+    if context.executemany or context.dialect.name == "sqlite":
+        return False
+    return getattr(result, "rowcount", -1) == 0
 
 
 def writes(statement: Any) -> bool:

@@ -69,12 +69,14 @@ def annotation_of(call: Any, parameter: Any) -> object:
 
 
 def hands_on(call: Any) -> bool:
-    """Tell whether what a dependency gives is, or holds, the session that it was given."""
+    """Tell whether what a dependency gives may be, or hold, the session that it was given."""
     try:
-        given = classes_in(inspect.signature(call, eval_str=True).return_annotation)
+        given = inspect.signature(call, eval_str=True).return_annotation
     except Exception:  # noqa: BLE001 - as above
-        given = []
-    return inspect.isclass(call) or any(issubclass(each, Session | AsyncSession) for each in given)
+        return True
+    if inspect.isclass(call) or given is inspect.Signature.empty:
+        return True
+    return any(issubclass(each, Session | AsyncSession) for each in classes_in(given))
 
 
 def classes_in(annotation: object) -> list[type]:
@@ -101,7 +103,7 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
         return False
     for function in _functions(call):
         # Some have no source, or one that cannot be read by itself.
-        with contextlib.suppress(OSError, TypeError, SyntaxError):
+        with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
             if any(_drops(node, parameter) for node in _within(tree, parameter)):
                 return True

@@ -56,10 +56,10 @@ class Gate:
         if not isinstance(database.engine, AsyncEngine):
             limiters.append(self._threads)
         for limiter in limiters:
-            places = self._places.get(request, [])
-            if limiter not in places:
+            if limiter not in self._places.get(request, ()):
                 await _take(limiter, request, database)
-                self._places[request] = [*places, limiter]
+                # It may have given another place back meanwhile.
+                self._places[request] = [*self._places.get(request, ()), limiter]
         return request in self._places
 
     def leave(self, request: object) -> None:

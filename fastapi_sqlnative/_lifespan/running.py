@@ -67,6 +67,8 @@ class Installations:
     # The application at work, once for each outermost application that it is mounted in.
     runs: list[Running] = field(default_factory=list["Running"])
     loop: asyncio.AbstractEventLoop | None = None  # on which it is
+    # Another outermost application that starts meanwhile finds the databases up.
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Running:

@@ -74,11 +74,12 @@ async def _start(running: Running, runs: list[Running]) -> None:
         )
     installed.runs.append(running)
     runs.append(running)
-    if len(installed.runs) == 1:
-        installed.loop = loop
-        installed.draining = False
-        for installation in installed.by_name.values():
-            await start_installation(installation)
+    async with installed.starting:
+        if len(installed.runs) == 1:
+            installed.loop = loop
+            installed.draining = False
+            for installation in installed.by_name.values():
+                await start_installation(installation)
     hearing = (running, *running.above)
     observers = [observer for each in hearing for observer in each.installed.observers]
     for database in databases_of([running]):

@@ -35,7 +35,8 @@ def commit(session: AnySession) -> None:
     inner = sync_session(session)
     record = inner.sqlnative
     record.check_discarded()
-    if record.has_lost_nothing and not has_pending_changes(inner):
+    # After a failed flush, too, SQLAlchemy refuses, and it is right.
+    if record.has_lost_nothing and inner.is_active and not has_pending_changes(inner):
         inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
     if not (inner.in_transaction() or tells_of_commit(inner)):
         return  # SQLAlchemy's own commit would do nothing

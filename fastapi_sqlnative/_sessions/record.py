@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from .. import exceptions
 from .._drivers import failures, transactions
 from .holders import Holder, tell_holders
-from .options import TransactionOptions, engine_with
+from .options import AUTOCOMMIT, TransactionOptions, engine_with
 from .shared import SharedState
 from .transaction import BegunTransaction
 from .work import Work
@@ -37,6 +37,7 @@ class Record(Holder):
     __slots__ = (
         "__weakref__",
         "asked",
+        "autocommits",
         "begun",
         "closed",
         "commits",
@@ -80,6 +81,7 @@ class Record(Holder):
     def _begin(self) -> None:
         self.asked = False  # for an engine: there is a connection, or somebody waits for one
         self.work = Work()
+        self.autocommits = False  # each statement is stored at once
         self.joined = False  # a transaction that is not the session's own
         self.stores_on = 1  # so many connections, as far as it is known before COMMIT
         self.committing = False  # nothing comes between now and COMMIT
@@ -99,7 +101,9 @@ class Record(Holder):
         self.joined = self.joined or connection.in_nested_transaction()
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
-        if self.commits and transactions.autocommits(connection):
+        # Not of a reader, which writes nothing.
+        self.autocommits = self.options is not AUTOCOMMIT and transactions.autocommits(connection)
+        if self.commits and self.autocommits:
             raise self.state.error(exceptions.TransactionOptionsError)
 
     def engine_for(self, engine: Engine) -> Engine:
@@ -218,8 +222,7 @@ class Record(Holder):
     @property
     def has_stored(self) -> bool:
         """Tell whether something is stored, or may be, also by a COMMIT that is on its way."""
-        autocommits = any(map(transactions.autocommits, self.connections))
-        return self.stored or (self.may_have_written and (self.committing or autocommits))
+        return self.stored or (self.may_have_written and (self.committing or self.autocommits))
 
     def count_unstored(self, *, if_lost: bool | None = None) -> int:
         """Count the connections on which a COMMIT now would change something."""
@@ -231,11 +234,6 @@ class Record(Holder):
             self.work.is_unstored(each, before, wrote=wrote, if_lost=if_lost, joined=self.joined)
             for each, before in self.connections.items()
         )
-
-    def rolls_back(self, _connection: Connection) -> None:
-        """Note what a connection throws away that was handed out: its `close()` rolls back."""
-        if not self.finished:
-            self.work.thrown_away = self.count_unstored() > 0
 
     def prepare(self) -> None:
         """Refuse what cannot be committed, and find out whether what may have written has.

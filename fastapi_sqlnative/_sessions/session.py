@@ -73,7 +73,6 @@ class NativeSession(Session):
             connection = super().connection(*args, **options)
             begin(connection)
         record.work.handed_out = True
-        event.listen(connection, "rollback", record.rolls_back)
         if record.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
         return connection

@@ -22,7 +22,6 @@ class Work:
         unknown: a statement that may have written.
         handed_out: a connection, over which anything may have been sent.
         defined: a table, a function or the like.
-        thrown_away: what a connection that was handed out has rolled back, unstored.
         undone: a savepoint was rolled back.
     """
 
@@ -30,7 +29,6 @@ class Work:
         "_savepoints",
         "defined",
         "handed_out",
-        "thrown_away",
         "undone",
         "unknown",
         "wrote",
@@ -38,7 +36,7 @@ class Work:
 
     def __init__(self) -> None:
         self.wrote = self.unknown = False
-        self.handed_out = self.defined = self.undone = self.thrown_away = False
+        self.handed_out = self.defined = self.undone = False
         # What had been written when a savepoint began, by its name or its depth.
         self._savepoints: dict[str | int, _Written] | None = None
 
@@ -106,14 +104,12 @@ class Work:
         """Tell whether a COMMIT on a connection would change something; in doubt ask.
 
         Args:
-            connection: one that holds the transaction, or was closed by the application.
+            connection: one that holds the transaction.
             changes_before: what SQLite had counted when the transaction began.
             wrote: the answer where nobody knows better.
             if_lost: the answer where the connection is gone.
             joined: the transaction around it is somebody else's, and so is what the server says.
         """
-        if connection.closed:
-            return self.thrown_away
         if not connection.in_transaction() or transactions.autocommits(connection):
             return False
         if joined:

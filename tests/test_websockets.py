@@ -1,4 +1,4 @@
-"""Rule 14: in a websocket a session lives as long as the endpoint; the handle serves messages."""
+"""Rule 15: in a websocket a session lives as long as the endpoint; the handle serves messages."""
 
 import socket
 from collections.abc import Callable, Iterator

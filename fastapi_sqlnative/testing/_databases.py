@@ -61,7 +61,7 @@ def override_database(
     Raises:
         DatabaseNotInstalledError: an unknown name.
         TypeError: the engine is of the other kind.
-        ValueError: it is for the installed database itself.
+        ValueError: it is for the installed database itself, where a ready engine is installed.
         IsolationError: a factory, while the application runs.
 
     Example:

@@ -3,10 +3,12 @@
 import asyncio
 import functools
 import inspect
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import anyio
 import httpx
 import pytest
 from anyio.to_thread import run_sync
@@ -16,9 +18,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import get_database_handle, get_db, install_database, reader
+from fastapi_sqlnative import Database, get_database_handle, get_db, install_database, reader
+from fastapi_sqlnative._lifespan.gate import Gate
 from tests.conftest import MakeEngine
-from tests.in_process import running
+from tests.in_process import running, sqlite
 from tests.serving import Kind, Rows, route, using
 
 pytestmark = pytest.mark.anyio
@@ -153,3 +156,20 @@ async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI) -> None:
     add_with_a_reader(app, kind)
     async with running(app) as client, idling(app, client, 60):
         assert (await client.post("/")).status_code == 201
+
+
+async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:
+    """A request that lets go of one place while it waits for the next loses neither."""
+    gate, database = Gate(), Database(sqlite())
+    uses_two = APIRoute("/", lambda: None)
+    gate.learn(uses_two, Counter({database: 2}))
+    places = [gate._connections, gate._threads]
+    places[1].total_tokens = 1
+    await places[1].acquire_on_behalf_of("another")
+    entering = asyncio.create_task(gate.enter("request", uses_two, database))
+    await anyio.wait_all_tasks_blocked()
+    gate.leave("request")
+    places[1].release_on_behalf_of("another")
+    assert await entering
+    gate.leave("request")
+    assert [each.borrowed_tokens for each in places] == [0, 0]

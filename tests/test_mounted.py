@@ -286,6 +286,26 @@ async def test_two_roots_with_one_mounted_application() -> None:
         assert await ask(roots[0], "/sub/default") == ["root 0"]
 
 
+async def test_two_roots_that_start_at_the_same_time() -> None:
+    """The second finds the databases up that the first is starting."""
+    may_go_on = asyncio.Event()
+
+    async def build() -> AsyncEngine:
+        await may_go_on.wait()
+        return async_sqlite()
+
+    sub = showing()
+    install_database(sub, engine=build)
+    roots = [FastAPI(), FastAPI()]
+    async with AsyncExitStack() as lifespans, asyncio.TaskGroup() as starting:
+        for root in roots:
+            root.mount("/sub", sub)
+            lifespan = root.router.lifespan_context(root)
+            starting.create_task(lifespans.enter_async_context(lifespan))
+        await anyio.wait_all_tasks_blocked()
+        may_go_on.set()
+
+
 def test_two_event_loops_with_one_mounted_application() -> None:
     """One without databases of its own may be mounted in roots on several event loops."""
     sub = showing()

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import Connection, delete, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Connection, Engine, delete, event, func, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import install_database, transactional
+from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
     PartialCommitError,
@@ -295,3 +295,69 @@ async def test_a_half_that_the_endpoint_has_committed_is_named(
         await ask(two(kind, make_engine, first, taken))
     assert (caught.value.committed, caught.value.failed) == (("default",), "second")
     assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+# -- beside another session --------------------------------------------------------------------
+
+
+def flush_twice(session: Session) -> None:
+    session.add(Item(name="lost"))
+    session.flush()
+    session.add(Item(name="there"))
+    with pytest.raises(IntegrityError):
+        session.flush()
+
+
+@pytest.mark.parametrize("beside", [transactional("second"), reader("second"), reader()])
+async def test_a_failed_flush_is_refused_beside_another_session(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], beside: Any
+) -> None:
+    """SQLAlchemy's refusal to commit after a failed flush stays, and comes before any COMMIT."""
+    stores[0].add("there")
+    app = FastAPI()
+    for name in "second", "default":
+        engine = make_engine(second=name == "second", pool_size=2)
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    write = Depends(using(kind, Depends(beside), lambda s: s.scalar(select(1))))
+    route(app, kind, "/", transactional(), flush_twice, dependencies=[write])
+    with pytest.raises(PendingRollbackError):
+        await ask(app)
+    assert [each.names for each in stores] == [["there"], ["there"]]
+
+
+@pytest.mark.parametrize("beside", [get_db("second"), reader()], ids=["get_db", "reader"])
+async def test_a_failure_after_the_only_commit_names_no_half(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], beside: Any
+) -> None:
+    """A session beside it that nobody commits is no half, whatever it may have written."""
+    app = FastAPI()
+    for name, class_ in ("default", Publishing), ("second", Session):
+        engine = make_engine(second=name == "second", pool_size=2)
+        options = session_class(kind, class_)
+        install_database(
+            app, name=name, engine=engine, shutdown=engine.dispose, session_options=options
+        )
+    look = Depends(using(kind, Depends(beside), READS["unknown function"]))
+    route(app, kind, "/", transactional(), WRITES["flush"], dependencies=[look])
+    with pytest.raises(AfterCommitError):
+        await ask(app)
+    assert stores[0].names == ["a"]
+
+
+async def test_a_flush_that_dies_with_its_connection_is_refused(
+    kind: Kind, engine: Engine, stores: tuple[Rows, Rows]
+) -> None:
+    """A connection that is lost under a flush takes rows with it: that is no read that was lost."""
+
+    def body(session: Session) -> None:
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        stores[0].connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        session.add(Item(name="lost"))
+        with pytest.raises(DBAPIError):
+            session.flush()
+
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/", transactional(), body)
+    with pytest.raises(PendingRollbackError):
+        await ask(app)

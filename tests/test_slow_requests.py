@@ -438,6 +438,26 @@ async def test_no_commit_is_interrupted(
         assert rows.backends("idle in transaction%") == 0
 
 
+@asynchronous
+async def test_a_reader_of_a_function_has_stored_nothing(
+    kind: Kind, app: FastAPI, rows: Rows
+) -> None:
+    """A reader is in AUTOCOMMIT, and does not switch the deadline off."""
+
+    def body(session: Session) -> None:
+        session.execute(text("SELECT array_to_string(ARRAY[1], ','), hashtext('x')")).close()
+        session.execute(text("SELECT my_own(1) FROM (SELECT 1) AS none WHERE false")).close()
+        session.execute(SLOW)
+
+    rows.connection.execute(
+        "CREATE OR REPLACE FUNCTION my_own(int) RETURNS int LANGUAGE sql AS 'SELECT $1'"
+    )
+    route(app, kind, "/", reader(), body, dependencies=[Depends(deadline(SOON))])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 504
+        await assert_clean(app, rows)
+
+
 async def test_a_thread_is_waited_for(postgres: WorkerPostgres, rows: Rows) -> None:
     """A `def` endpoint goes on to its end: what its handle stores is there when 504 is read."""
     app = FastAPI()

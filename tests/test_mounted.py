@@ -300,6 +300,7 @@ async def test_two_roots_that_start_at_the_same_time() -> None:
     async with AsyncExitStack() as lifespans, asyncio.TaskGroup() as starting:
         for root in roots:
             root.mount("/sub", sub)
+            install(root, "root", name="own")
             lifespan = root.router.lifespan_context(root)
             starting.create_task(lifespans.enter_async_context(lifespan))
         await anyio.wait_all_tasks_blocked()

@@ -294,8 +294,12 @@ async def test_two_roots_that_start_at_the_same_time() -> None:
         await may_go_on.wait()
         return async_sqlite()
 
-    sub = showing()
+    sub = FastAPI()
     install_database(sub, engine=build)
+
+    @sub.get("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None: ...
+
     roots = [FastAPI(), FastAPI()]
     async with AsyncExitStack() as lifespans, asyncio.TaskGroup() as starting:
         for root in roots:

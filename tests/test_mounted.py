@@ -287,10 +287,11 @@ async def test_two_roots_with_one_mounted_application() -> None:
 
 
 async def test_two_roots_that_start_at_the_same_time() -> None:
-    """The second finds the databases up that the first is starting."""
-    may_go_on = asyncio.Event()
+    """The second waits for the databases that the first is starting."""
+    building, may_go_on = asyncio.Event(), asyncio.Event()
 
     async def build() -> AsyncEngine:
+        building.set()
         await may_go_on.wait()
         return async_sqlite()
 
@@ -300,13 +301,15 @@ async def test_two_roots_that_start_at_the_same_time() -> None:
     @sub.get("/")
     async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None: ...
 
-    roots = [FastAPI(), FastAPI()]
     async with AsyncExitStack() as lifespans, asyncio.TaskGroup() as starting:
-        for root in roots:
+        for _ in range(2):
+            root = FastAPI()
+            engine = async_sqlite()  # a ready one: nothing is waited for until the mounted one
+            install_database(root, name="own", engine=engine, shutdown=engine.dispose)
             root.mount("/sub", sub)
-            install(root, "root", name="own")
             lifespan = root.router.lifespan_context(root)
             starting.create_task(lifespans.enter_async_context(lifespan))
+            await building.wait()
         await anyio.wait_all_tasks_blocked()
         may_go_on.set()
 

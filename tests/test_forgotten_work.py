@@ -223,3 +223,31 @@ async def test_a_forgotten_update_that_returns_its_rows_is_no_success(kind: Kind
 
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), body)
+
+
+def nested_first(session: Session) -> None:
+    with session.begin_nested():
+        session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
+
+
+def nested_after_a_read(session: Session) -> None:
+    session.execute(text("SELECT * FROM item")).close()
+    nested_first(session)
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("nested", [nested_first, nested_after_a_read])
+async def test_the_end_of_a_savepoint_stores_nothing_on_sqlite(kind: Kind, nested: Body) -> None:
+    """What comes after a savepoint and fails takes it back, with Python's driver as it is."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+    found: list[Any] = []
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.commit()
+        nested(session)
+        session.rollback()
+        found.extend(session.execute(text("SELECT * FROM item")).all())
+
+    assert await ask(engine, kind, transactional(), body) == 201
+    assert found == []

@@ -148,6 +148,19 @@ def begin(connection: Connection) -> None:
             _serves(connection)
 
 
+def begin_before_savepoint(connection: Connection) -> None:
+    """Have SQLite begin the transaction that a savepoint is to be inside of.
+
+    Python's driver begins none before a savepoint, whose end would then be a COMMIT.
+    """
+    if connection.dialect.name != "sqlite" or autocommits(connection):
+        return
+    if not is_open_on_sqlite(connection):
+        cursor = connection.connection.cursor()
+        cursor.execute("BEGIN")
+        cursor.close()
+
+
 # The shorter of what is left and what is set. The server writes a time as text that it reads as an
 # interval: 250ms, 2min.
 _LIMIT: Final = text("""

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from .._drivers.transactions import limit_statements
+from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
 from .pending import would_be_flushed
@@ -70,6 +70,8 @@ def _after_begin(
         record.check_unfinished()
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)
+    if session.in_nested_transaction():
+        begin_before_savepoint(connection)
     if record.ends_at != math.inf:
         limit_statements(connection, record.ends_at - time.monotonic())
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.statements import writes
-from .._drivers.transactions import begin
+from .._drivers.transactions import begin, begin_before_savepoint
 from ..exceptions import ReadOnlySessionError
 from .options import AUTOCOMMIT
 from .pending import has_pending_changes
@@ -156,11 +156,13 @@ class NativeSession(Session):
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction, or a savepoint."""
-        self.sqlnative.check_unfinished()
+        record = self.sqlnative
+        record.check_unfinished()
+        for connection in record.connections if nested else ():
+            begin_before_savepoint(connection)
         transaction = super().begin(nested)
         if not nested:
             return self._begun(transaction)
-        record = self.sqlnative
         record.work.savepoint_begins(depth_of(transaction), record.connections)
         return transaction
 

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, Unpack, cast, overload
 
+import starlette
 from fastapi import FastAPI, HTTPException
 from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +30,9 @@ from ._rules import DatabaseHTTPException, ErrorMapping, ErrorT, MappingOptions
 # The second None says that no error ends here, so that a block may end with a `return`.
 _Block = contextlib.AbstractContextManager[None, None]
 _AsyncBlock = contextlib.AbstractAsyncContextManager[None, None]
+# A group is answered if its one error is a failure, and raised again if not. Starlette before 0.46
+# raises a group for any error in a stream, where a handler would be in the way.
+_GROUPS = () if starlette.__version__ < "0.46" else (ExceptionGroup,)
 
 
 def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> ErrorT | HTTPException:
@@ -153,7 +157,7 @@ def install_error_handlers(
         )
     for each in answered:
         handlers: dict[Any, Any] = each.exception_handlers
-        for failure in (SQLAlchemyError, *OUR_ERRORS):
+        for failure in (SQLAlchemyError, *_GROUPS, *OUR_ERRORS):
             handlers.setdefault(failure, functools.partial(_answer, mapping))
         if problem_details:
             handlers[DatabaseHTTPException] = answer_problem

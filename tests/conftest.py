@@ -118,8 +118,11 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
 
 @pytest.fixture
 def engine(make_engine: MakeEngine) -> Engine | AsyncEngine:
-    """Build one engine with a pool of one, so that every request meets the same connection."""
-    return make_engine(pool_size=1, max_overflow=0, pool_timeout=20)
+    """Build one engine with a pool of one, so that every request meets the same connection.
+
+    It waits for less than a client does, which so hears of it.
+    """
+    return make_engine(pool_size=1, max_overflow=0, pool_timeout=10)
 
 
 @pytest.fixture

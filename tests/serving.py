@@ -18,7 +18,7 @@ import psycopg
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, MetaData, Table, select
+from sqlalchemy import Engine, MetaData, Table, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -98,6 +98,11 @@ class Rows:
     def positions(self) -> dict[str, int | None]:
         """Give the position of each name stored."""
         return dict(self.connection.execute("SELECT name, position FROM item").fetchall())
+
+    def lose(self, session: Session) -> None:
+        """End the server's side of a session's connection."""
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        self.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
     def backends(self, state: str = "%", application: str = "%") -> int:
         """Count this database's other connections, in a state such as `idle in transaction`.

@@ -85,6 +85,7 @@ async def test_an_abandoned_query_ends(
     if middleware:
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     with serve(app) as served:
+        served.client.get("/next")  # what first connects asks something of the server, too
         await leave(served, lambda: rows.backends("active") == 1)
         await quiet(rows)
         assert served.client.get("/next").status_code == 200

@@ -111,7 +111,7 @@ def undone_before_an_unknown_function(session: Session) -> None:
     savepoint = session.begin_nested()
     session.execute(delete(items))  # an insert would lock the sequence, which explains as much
     savepoint.rollback()
-    session.execute(text("SELECT array_to_string(ARRAY[1], ',')"))
+    session.execute(text("SELECT quote_nullable('x')"))
 
 
 def undone_after_a_failure(session: Session) -> None:
@@ -191,7 +191,7 @@ STORES_NOTHING: dict[str, Body] = {
     "set local": run("SET LOCAL search_path = public"),
     "set_config": run(select(func.set_config("app.tenant", "1", True))),
     "lock table": run("LOCK TABLE item IN EXCLUSIVE MODE"),
-    "unknown function": run("SELECT pg_catalog.hashtext('x'), array_to_string(ARRAY[1], ',')"),
+    "unknown function": run("SELECT pg_catalog.quote_nullable('x'), pg_client_encoding()"),
     "undone in SQL": undone_in_sql,
     "undone in SQL over text": undone_in_sql_over_text,
     "undone savepoint": undone_savepoint,

@@ -17,7 +17,8 @@ from fastapi_sqlnative.exceptions import (
 )
 from tests.conftest import MakeEngine
 from tests.in_process import running, session_class
-from tests.serving import Item, Kind, Rows, copy, items, route, using
+from tests.proxy import Fault, Proxy
+from tests.serving import ASYNCPG, Item, Kind, Rows, copy, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -90,7 +91,7 @@ async def test_a_first_half_that_is_stored_is_named(
 
 READS: dict[str, Body] = {
     "read": lambda session: session.execute(select(items)).close(),
-    "unknown function": lambda s: s.execute(text("SELECT array_to_string(ARRAY[1], ',')")).close(),
+    "unknown function": lambda s: s.execute(text("SELECT quote_nullable('a')")).close(),
     "update of no row": lambda s: s.execute(text("UPDATE item SET id = 1 WHERE id = 0")).close(),
 }
 
@@ -170,12 +171,46 @@ async def test_a_second_half_that_has_only_read_fails_nobody(
 ) -> None:
     """A database that had nothing to store and is lost by then does not fail the others."""
 
-    def second(session: Session) -> None:
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
-        stores[1].connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
-
-    assert await ask(two(kind, make_engine, WRITES["flush"], second)) == 201
+    assert await ask(two(kind, make_engine, WRITES["flush"], stores[1].lose)) == 201
     assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+class Archiving(Session):
+    """Be a class whose listener writes before the COMMIT."""
+
+
+event.listen(Archiving, "before_commit", lambda session: session.add(Item(name="archived")))
+
+
+async def test_a_second_half_that_its_listener_writes_is_missed(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """Where a listener was to write, a database that is lost by then did not only read."""
+    classes = Session, Archiving
+    with pytest.raises(PartialCommitError) as caught:
+        await ask(two(kind, make_engine, WRITES["flush"], stores[1].lose, classes))
+    assert (caught.value.committed, caught.value.failed) == (("default",), "second")
+
+
+@pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)
+async def test_a_second_half_that_hangs_fails_nobody(
+    kind: Kind, make_engine: MakeEngine, proxy: Proxy, stores: tuple[Rows, Rows]
+) -> None:
+    """A COMMIT of nothing that asyncpg gives up waiting for does not fail the others."""
+
+    def second(session: Session) -> None:
+        session.scalar(select(1))
+        proxy.fault = Fault.SWALLOWED
+
+    there = {"ssl": False, "host": "127.0.0.1", "port": proxy.own_port, "command_timeout": 2}
+    app = FastAPI()
+    for name, options in ("default", {}), ("second", {"second": True, "connect_args": there}):
+        engine = make_engine(**options)
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    beside = Depends(using(kind, Depends(transactional("second")), second))
+    route(app, kind, "/", transactional(), WRITES["flush"], dependencies=[beside])
+    assert await ask(app) == 201
+    assert stores[0].names == ["a"]
 
 
 async def test_a_second_half_with_a_handled_failure_is_a_success(
@@ -273,9 +308,8 @@ async def test_a_half_that_is_lost_before_its_commit_keeps_the_other_from_storin
     """Where nobody can be asked any more whether something is to be stored, it may be."""
 
     def write(session: Session) -> None:
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
         WRITES[first](session)
-        stores[0].connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        stores[0].lose(session)
 
     with pytest.raises(DBAPIError):
         await ask(two(kind, make_engine, write, lambda session: session.add(Item(name="b"))))
@@ -308,9 +342,17 @@ def flush_twice(session: Session) -> None:
         session.flush()
 
 
-@pytest.mark.parametrize("beside", [transactional("second"), reader("second"), reader()])
+@pytest.mark.parametrize(
+    ("beside", "body"),
+    [
+        (transactional("second"), lambda session: session.add(Item(name="b"))),
+        (reader("second"), lambda session: session.scalar(select(1))),
+        (reader(), lambda session: session.scalar(select(1))),
+    ],
+    ids=["transactional", "reader of another", "reader"],
+)
 async def test_a_failed_flush_is_refused_beside_another_session(
-    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], beside: Any
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], beside: Any, body: Body
 ) -> None:
     """SQLAlchemy's refusal to commit after a failed flush stays, and comes before any COMMIT."""
     stores[0].add("there")
@@ -318,8 +360,8 @@ async def test_a_failed_flush_is_refused_beside_another_session(
     for name in "second", "default":
         engine = make_engine(second=name == "second", pool_size=2)
         install_database(app, name=name, engine=engine, shutdown=engine.dispose)
-    write = Depends(using(kind, Depends(beside), lambda s: s.scalar(select(1))))
-    route(app, kind, "/", transactional(), flush_twice, dependencies=[write])
+    first = Depends(using(kind, Depends(beside), body))
+    route(app, kind, "/", transactional(), flush_twice, dependencies=[first])
     with pytest.raises(PendingRollbackError):
         await ask(app)
     assert [each.names for each in stores] == [["there"], ["there"]]
@@ -350,8 +392,7 @@ async def test_a_flush_that_dies_with_its_connection_is_refused(
     """A connection that is lost under a flush takes rows with it: that is no read that was lost."""
 
     def body(session: Session) -> None:
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
-        stores[0].connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        stores[0].lose(session)
         session.add(Item(name="lost"))
         with pytest.raises(DBAPIError):
             session.flush()

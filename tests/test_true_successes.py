@@ -223,8 +223,7 @@ async def test_a_read_that_is_lost_may_be_answered(kind: Kind, engine: Engine, r
     """A connection that is lost while a transaction reads takes nothing with it."""
 
     def body(session: Session) -> None:
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
-        rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        rows.lose(session)
         with pytest.raises(DBAPIError):
             session.execute(select(items))
 

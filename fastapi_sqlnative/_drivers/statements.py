@@ -30,7 +30,8 @@ class Statement(NamedTuple):
         effect: what it may do.
         savepoint: the name of the one it is about.
         counted: a count of no row tells that it has written nothing. Not where it has more than
-            one part, nor for an INSERT, whose row a trigger may have put elsewhere.
+            one part, nor for an INSERT, whose row a trigger may have put elsewhere, unless it may
+            skip rows itself.
     """
 
     effect: Effect

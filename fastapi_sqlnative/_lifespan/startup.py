@@ -87,7 +87,7 @@ async def _start(running: Running, runs: list[Running]) -> None:
             observer(database)
 
 
-async def start_installation(installation: Installation, *, waits: bool = True) -> None:
+async def start_installation(installation: Installation) -> None:
     """Make the handle of a database, and wait for its answer where `startup_wait` was given."""
     engine: Any = installation.engine
     builds = database_class(engine) is None
@@ -101,7 +101,7 @@ async def start_installation(installation: Installation, *, waits: bool = True) 
         if builds and database_class(engine) is not None:
             await dispose(engine)  # nobody else knows of it
         raise
-    if installation.startup_wait is not None and waits:
+    if installation.startup_wait is not None:
         await _wait_for(installation.database, installation.startup_wait)
 
 

@@ -101,8 +101,8 @@ class Record(Holder):
         self.joined = self.joined or connection.in_nested_transaction()
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
-        # Not of a reader, which writes nothing.
-        self.autocommits = self.options is not AUTOCOMMIT and transactions.autocommits(connection)
+        if self.options is not AUTOCOMMIT:  # a reader writes nothing
+            self.autocommits = self.autocommits or transactions.autocommits(connection)
         if self.commits and self.autocommits:
             raise self.state.error(exceptions.TransactionOptionsError)
 

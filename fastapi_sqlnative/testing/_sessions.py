@@ -33,7 +33,7 @@ class IsolatedSession(NativeSession):
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Return the isolated connection, once others have finished with it.
 
-        Only where something is to be sent: whoever looks at the bind by himself gets the engine.
+        Only where something is to be sent: code that only looks at the bind gets the engine.
         """
         bind = super().get_bind(*args, **arguments)
         if not (isinstance(bind, Engine) and self.sqlnative.executing):

@@ -85,8 +85,8 @@ INTRODUCTION = (
     "",
 )
 AHEAD = (
-    "Whoever needs less than `get_db` (for reads) or `transactional` (for writes). "
-    "“Within the spread” are those that were ahead in fewer than three of four rounds."
+    "Contestants that need less than `get_db` (for reads) or `transactional` (for writes). "
+    "Those “within the spread” were ahead in fewer than three of four rounds."
 )
 ABOUT_THE_RUN = {"date", "cores", "load", "rounds"}
 BUSY = (

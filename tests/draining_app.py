@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import health_router, install_database, transactional
 from fastapi_sqlnative.health import drain_on_sigterm
-from tests.serving import KINDS, Item, using
+from tests.serving import KINDS, Item, named, using
 
 logging.basicConfig(level=logging.INFO)
 SECONDS = float(os.environ["DRAIN_SECONDS"])
@@ -19,7 +19,9 @@ kind = next(each for each in KINDS if each.id == os.environ["KIND"])
 
 
 app = FastAPI()
-engine = (create_async_engine if kind.asynchronous else create_engine)(os.environ["DATABASE_URL"])
+engine = (create_async_engine if kind.asynchronous else create_engine)(
+    os.environ["DATABASE_URL"], connect_args=named(kind.driver, "draining")
+)
 install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=30)
 app.include_router(health_router(timeout=20))
 drain_on_sigterm(app, seconds=SECONDS)

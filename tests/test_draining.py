@@ -123,7 +123,7 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     assert rows.names == ["late"]
     assert "Application shutdown complete" in process.said
     assert "Traceback" not in process.said
-    await anyio.to_thread.run_sync(wait_until, lambda: rows.backends() == 0)
+    await anyio.to_thread.run_sync(wait_until, lambda: rows.backends(application="draining") == 0)
 
 
 @pytest.mark.parametrize("kind", [PSYCOPG_ASYNC], indirect=True, ids=lambda kind: kind.id)

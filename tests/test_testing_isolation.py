@@ -33,7 +33,18 @@ from fastapi_sqlnative.testing import (
     isolated,
 )
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, Base, Item, Kind, Rows, items, route, using, wait_until
+from tests.serving import (
+    KINDS,
+    Base,
+    Item,
+    Kind,
+    Rows,
+    items,
+    named,
+    route,
+    using,
+    wait_until,
+)
 
 on_a_loop = pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.asynchronous], ids=lambda kind: kind.id
@@ -262,9 +273,12 @@ def test_a_synchronous_session_hands_out_no_asynchronous_connection(app: FastAPI
 
 @pytest.mark.anyio
 async def test_the_session_works_without_a_running_application(
-    app: FastAPI, kind: Kind, rows: Rows
+    kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
     """Its connection is closed with the block: no shutdown will."""
+    app = FastAPI()
+    engine = make_engine(connect_args=named(kind.driver, "isolated"))
+    install_database(app, engine=engine, shutdown=engine.dispose)
     if kind.asynchronous:
         async with isolated(app) as session:
             session.add(Item(name="mine"))
@@ -273,7 +287,7 @@ async def test_the_session_works_without_a_running_application(
         with isolated(app) as own:
             own.add(Item(name="mine"))
             assert names(own) == ["mine"]
-    wait_until(lambda: rows.backends("idle%") == 0)
+    wait_until(lambda: rows.backends(application="isolated") == 0)
     assert rows.names == []
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import (
     Mapped,
     Session,
     column_property,
+    foreign,
     query_expression,
     registry,
     relationship,
@@ -20,6 +21,7 @@ from sqlalchemy.orm import (
 )
 
 from fastapi_sqlnative import AsyncDatabase, get_db, install_database, transactional
+from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, running
 from tests.serving import KINDS, Kind, Rows, items
 
@@ -80,6 +82,7 @@ class Shown:
     shown: Mapped[str]
     upper: Mapped[str]
     same: Mapped[list["Shown"]]
+    parts: Mapped[list["Shown"]]
 
 
 registry().map_imperatively(
@@ -94,6 +97,13 @@ registry().map_imperatively(
             foreign_keys=[items.c.position],
             remote_side=[items.c.position],
             viewonly=True,
+            uselist=True,
+        ),
+        "parts": relationship(
+            lambda: Shown,
+            primaryjoin=items.c.id == foreign(items.c.position),
+            remote_side=[items.c.position],
+            cascade="",
             uselist=True,
         ),
     },
@@ -115,9 +125,16 @@ def set_to(attribute: str, value: Callable[[Any], Any]) -> Body:
         set_to("shown", lambda _: "something"),
         set_to("upper", lambda _: "something"),
         set_to("same", lambda row: [row]),
+        set_to("parts", lambda _: [Shown()]),
         set_to("name", lambda row: row.name),
     ],
-    ids=["query_expression", "column_property", "viewonly", "the same value"],
+    ids=[
+        "query_expression",
+        "column_property",
+        "viewonly",
+        "an object outside the session",
+        "the same value",
+    ],
 )
 async def test_what_no_flush_sends_is_not_forgotten(
     kind: Kind, engine: Engine, rows: Rows, body: Body
@@ -125,6 +142,15 @@ async def test_what_no_flush_sends_is_not_forgotten(
     """A change to an attribute that no table keeps waits for no commit."""
     rows.add("there")
     assert await ask(engine, kind, get_db(), body) == 201
+
+
+async def test_what_a_flush_sends_for_a_relationship_is_forgotten(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A row of the session that is related to another one waits for a commit."""
+    rows.add("there")
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), set_to("parts", lambda row: [row]))
 
 
 # -- what failed, was handled and changes nothing ----------------------------------------------

@@ -27,7 +27,7 @@ _WELL = (FindingStatus.OK, FindingStatus.ACCEPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Ask, print what was found, and return the exit status."""
+    """Run the checklist, print the findings and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         findings = asyncio.run(_ask(options))
@@ -51,10 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         help="ask the databases of an application how they are set up",
         epilog=_EPILOG,
     )
-    check.add_argument("app", help="where the application is, as in main:app")
+    check.add_argument("app", help="import string of the application, such as main:app")
     check.add_argument("--factory", action="store_true", help="app is a function that makes it")
     check.add_argument(
-        "--processes", type=int, default=1, help="that serve it, all replicas together (1)"
+        "--processes", type=int, default=1, help="serving processes, across all replicas (1)"
     )
     check.add_argument("--timeout", type=float, default=10.0, help="seconds for each database (10)")
     check.add_argument(
@@ -62,16 +62,16 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NAME=]INI",
-        help="an Alembic configuration, and the database that is to have its heads",
+        help="an Alembic configuration, and the database that should be at its heads",
     )
     check.add_argument(
         "--accept",
         action="append",
         default=[],
         metavar="DATABASE:SUBJECT",
-        help="a row that is meant to be so",
+        help="a row to report as accepted",
     )
-    check.add_argument("--strict", action="store_true", help="fail for a warning")
+    check.add_argument("--strict", action="store_true", help="fail on warnings")
     check.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -98,7 +98,7 @@ def _application(place: str, factory: bool) -> Starlette:
     found: Any = pkgutil.resolve_name(place if ":" in place else f"{place}:app")
     app = found() if factory else found
     if not isinstance(app, Starlette):
-        raise TypeError(f"{place} is {app!r}, no application. One made by a function: --factory.")
+        raise TypeError(f"{place} is {app!r}, not an application. Pass --factory for a function.")
     return app
 
 

@@ -1,4 +1,4 @@
-"""Asking a database whether it is there, and a pool whether it moves."""
+"""Probes: does the database answer, and do the pool's connections come back?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_timeout
 from .errors import DatabaseErrorKind, describe_database_error
 
-# The execution option under which an engine keeps when its pool last handed out a connection.
+# The engine's execution option that holds the time of the pool's last checkout.
 _TAKEN: Final = "fastapi_sqlnative_taken"
-# They would give us the only connection, or the thread's own, before a request wants it.
+# From these a probe would check out the only connection, or the thread's, ahead of a request.
 _EXCLUSIVE: Final = (sa.AssertionPool, sa.SingletonThreadPool)
-# Whether a server takes writes: `writable` if so, by the name of SQLAlchemy's dialect.
+# Queries that answer `writable` if the server accepts writes, by SQLAlchemy's dialect name.
 _MYSQL: Final = "SELECT IF(@@global.read_only, 'read only', 'writable')"
 WRITES: Final = {
     "postgresql": """SELECT CASE WHEN pg_is_in_recovery() THEN 'standby'
@@ -32,31 +32,31 @@ WRITES: Final = {
 
 
 class DatabaseState(StrEnum):
-    """What readiness knows of a database, the worst last."""
+    """The state of a database as readiness sees it, worst last."""
 
     UP = "up"
-    SATURATED = "saturated"  # it answers, and every connection of the pool is in use
-    READ_ONLY = "read_only"  # it answers, and takes no writes, which it should
+    SATURATED = "saturated"  # it answers, but every connection of the pool is in use
+    READ_ONLY = "read_only"  # it answers, but accepts no writes although it should
     WEDGED = "wedged"  # every connection is in use, and none has come back for too long
     DOWN = "down"
 
 
 def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseState:
-    """Return the state of a database that answers; raise the error of one that does not.
+    """Return the state of a database that answers; raise the error of a database that does not.
 
-    Plain code, for a greenlet or a thread. It never joins the queue for the pool: where no
-    connection is idle, it makes one as the pool would, and closes it. `in_use` counts those that
-    sessions hold, which not every kind of pool knows.
+    Plain code, for a greenlet or a thread. It never queues for the pool: if no connection is
+    idle, it opens one as the pool would and closes it again. `in_use` is the number of connections
+    that sessions hold; not every pool class knows it.
     """
     pool = engine.pool
     if isinstance(pool, sa.StaticPool) and in_use:
-        # One connection for everybody: giving it back would roll back what a session has begun.
+        # All share one connection: returning it would roll back a session's open transaction.
         return DatabaseState.UP
     if isinstance(pool, sa.QueuePool) and pool.checkedin():
-        with suppress(Exception):  # asked again below: it was lost with a server that may be back
+        with suppress(Exception):  # a stale connection; the server may be back, so retry below
             return _ask(engine, writable)
     elif not (isinstance(pool, _EXCLUSIVE) or ask_pool(pool, "checkedout")):
-        # Nobody waits for an empty pool, and its first connection readies the dialect.
+        # Nobody queues for an unused pool, and its first connection initializes the dialect.
         return _ask(engine, writable)
     full = is_full(engine)
     try:
@@ -80,21 +80,20 @@ def _ask(engine: Engine, writable: bool) -> DatabaseState:
         with engine.connect() as connection:
             answer = connection.scalar(query)
     except asyncio.CancelledError as error:
-        clear_frames(error.__traceback__)  # half open, it would stay until the garbage collection
+        clear_frames(error.__traceback__)  # else a half-open connection lives until the next GC
         raise
     return DatabaseState.UP if answer in (1, "writable") else DatabaseState.READ_ONLY
 
 
 def is_wedged(engine: Engine, seconds: float) -> bool:
-    """Tell whether every connection has been in use, and none has come back, for so long.
+    """Return whether the pool has been full for longer than `seconds`, with none coming back.
 
-    Or for as long as the pool lets its callers wait, if that is longer. The first call begins to
-    listen to the pool.
+    The pool's own timeout applies if it is longer. The first call starts listening to the pool.
     """
     taken: list[float] | None = engine.get_execution_options().get(_TAKEN)
     if taken is None:
         taken = _listen(engine)
-    # Had one come back, the pool would not be full, or somebody would have taken it since.
+    # If a connection had come back, the pool would not be full or would have had a checkout.
     limit = max(seconds, pool_timeout(engine.pool))
     return is_full(engine) and monotonic() - taken[0] > limit
 
@@ -112,6 +111,6 @@ def _listen(engine: Engine) -> list[float]:
 
 
 def is_full(engine: Engine) -> bool:
-    """Tell whether every connection that the pool hands out is in use."""
+    """Return whether every connection that the pool allows is in use."""
     capacity, in_use = pool_capacity(engine.pool), ask_pool(engine.pool, "checkedout")
     return capacity is not None and in_use is not None and in_use >= capacity

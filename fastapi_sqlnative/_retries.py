@@ -1,4 +1,4 @@
-"""When a transaction is run again, and after what pause."""
+"""The retries of a transaction, with backoff."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .errors import describe_database_error
 T = TypeVar("T")
 logger = logging.getLogger("fastapi_sqlnative")
 
-# Seconds, the most that a pause takes.
+# In seconds.
 _LONGEST_PAUSE: Final = 2.0
 
 
 class Retries:
-    """The attempts at one transaction, as the arguments of `run_in_transaction` bound them.
+    """The attempts at one transaction, within the limits given to `run_in_transaction`.
 
-    Each is a `with` block, which sets `session`, and swallows a failure that another attempt
-    follows after `pause` seconds.
+    Each attempt is a `with` block, and the caller sets `session` in it. The block swallows a
+    failure that is to be retried, after `pause` seconds.
     """
 
     def __init__(self, name: str, attempts: int, timeout: float, backoff: float) -> None:
         if not isinstance(cast("object", attempts), int):
             raise TypeError(f"attempts={attempts!r} is not a whole number.")
         if attempts < 1:
-            raise ValueError(f"attempts={attempts} would never run the work: write 1 or more.")
+            raise ValueError(f"attempts={attempts} would never run the work: pass 1 or more.")
         for option, seconds in (("timeout", timeout), ("backoff", backoff)):
             if not seconds >= 0:
-                raise ValueError(f"{option}={seconds} is not a number of seconds from 0.")
+                raise ValueError(f"{option}={seconds} must be 0 seconds or more.")
         self.session: AnySession | None = None
         self.pause = 0.0
         self._name = name
@@ -44,23 +44,23 @@ class Retries:
 
     @contextmanager
     def attempt(self) -> Generator[None]:
-        """Try once."""
+        """Run one attempt."""
         self._made += 1
         try:
             yield
         except Exception as error:
             failure = describe_database_error(error)
-            # Work that has stored something, or may have, would do so again.
+            # If the work stored something, or may have, a retry could store it twice.
             stored = self.session is not None and record_of(self.session).stored
             if stored or failure is None or not failure.retryable or self._made >= self._attempts:
                 raise
-            # Full jitter: those that ran into each other are not to meet again.
+            # Full jitter, so that conflicting transactions don't retry at the same moment.
             self.pause = random.uniform(0, min(self._longest, _LONGEST_PAUSE))  # noqa: S311
             self._longest *= 2
             if time.monotonic() + self.pause > self._deadline:
                 raise
             logger.info(
-                "Attempt %d of %d at a transaction on database %r has failed (%s): it is repeated.",
+                "Attempt %d of %d at a transaction on database %r failed (%s), retrying.",
                 self._made,
                 self._attempts,
                 self._name,
@@ -68,14 +68,14 @@ class Retries:
             )
 
     def checked(self, result: T) -> T:
-        """Refuse work that has not run yet: committed, it would be a lie."""
+        """Refuse a coroutine or generator: nothing has run, so there is nothing to commit."""
         if not isinstance(result, Coroutine | Generator | AsyncGenerator):
             return result
         kind = type(cast("object", result)).__name__
         if isinstance(result, Coroutine | Generator):
             result.close()
         raise TypeError(
-            f"The work on database {self._name!r} returned a {kind}, which has "
-            "done nothing yet. Write it as a function that returns when it is done: with `def` "
-            "for a Database, with `async def` for an AsyncDatabase, and without `yield`."
+            f"The work on database {self._name!r} returned a {kind}, so none of it has run. "
+            "Write a function without `yield` that returns when the work is done: a `def` for a "
+            "Database, an `async def` for an AsyncDatabase."
         )

@@ -1,4 +1,4 @@
-"""The routes of an application, as FastAPI and Starlette keep them."""
+"""Lookups in the routes of an application."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from starlette.routing import BaseRoute, Host, Mount, Router
 
 
 def mounted_applications(app: Starlette) -> list[Starlette]:
-    """List the applications mounted directly in this one, behind whatever middleware."""
+    """List the applications mounted directly in this one, unwrapping their middleware."""
     behind = map(_mounted, routes_of(app.routes))
     return list(dict.fromkeys(each for each in behind if isinstance(each, Starlette)))
 
 
 def routes_of(routes: Sequence[BaseRoute]) -> Iterator[Any]:
-    """Yield every route, with what include_router made of it, and those of mounted routers."""
-    # Older versions of FastAPI flatten an included router where newer ones keep it.
+    """Yield every route as `include_router` has combined it, mounted routers' included."""
+    # Older versions of FastAPI flatten included routers; newer ones keep them.
     contexts = getattr(routing, "iter_route_contexts", iter)
     for route in contexts(routes):
         yield route
@@ -29,7 +29,7 @@ def routes_of(routes: Sequence[BaseRoute]) -> Iterator[Any]:
 
 
 def applications_in(app: Starlette) -> list[Starlette]:
-    """List an application and all that are mounted in it at any depth, each once."""
+    """List an application and all applications mounted in it at any depth, each once."""
     found = [app]
     for above in found:
         found += [each for each in mounted_applications(above) if each not in found]
@@ -37,7 +37,7 @@ def applications_in(app: Starlette) -> list[Starlette]:
 
 
 def routes_with_a_database(app: Starlette) -> list[Any]:
-    """List the routes that depend on a session or a handle of ours."""
+    """List the routes that depend on one of our sessions or handles."""
     return [route for route in routes_of(app.routes) if _uses(getattr(route, "dependant", None))]
 
 
@@ -47,15 +47,15 @@ def _uses(dependant: Dependant | None) -> bool:
 
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
-    """Name a request's route in full, `GET /api/orders/{id}`, or `None` where it has none."""
+    """Return a request's method and full route, `GET /api/orders/{id}`; `None` without a route."""
     route = scope.get("route")
-    # An included router's route knows no prefix; FastAPI keeps what it made of it nowhere else.
+    # The route of an included router lacks the prefix; only this context has it.
     context = scope.get("fastapi", {}).get("effective_route_context")
     found = context if getattr(context, "original_route", None) is route else route
     pattern = getattr(found, "path", None)
     if pattern is None:
         return None
-    # What is before the application's own path is the server's, or that of a proxy.
+    # The part of root_path before the mount belongs to the server or a proxy.
     mount = scope.get("root_path", "")
     mount = mount.removeprefix(scope.get("app_root_path", mount)).rstrip("/")
     return f"{scope.get('method', 'WS')} {mount}{pattern}"
@@ -66,5 +66,5 @@ def _mounted(route: Any) -> Starlette | Router | None:
         return None
     app = route.app
     while app is not None and not isinstance(app, Starlette | Router):
-        app = getattr(app, "app", None)  # the way middleware keeps what it wraps
+        app = getattr(app, "app", None)  # where middleware keeps the app it wraps
     return app

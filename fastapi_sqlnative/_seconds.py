@@ -1,4 +1,4 @@
-"""What counts as a time."""
+"""Validation of times in seconds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 
 def check_seconds(what: str, seconds: object, *, zero: bool = False) -> None:
-    """Refuse what is no time that can be waited for; with `zero`, not to wait is one as well.
+    """Reject a value that is not a positive, finite number of seconds; `zero` allows 0 as well.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is below zero, or has no end.
+        TypeError: the value is not a number.
+        ValueError: the number is out of range.
     """
     if not isinstance(seconds, int | float) or isinstance(seconds, bool):
         raise TypeError(f"{what} must be a number of seconds, not {type(seconds).__name__}.")

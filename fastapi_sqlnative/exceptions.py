@@ -1,7 +1,7 @@
-"""What can go wrong with an installed database, each with its own class.
+"""The exceptions of this package.
 
-Every message names the object, the state it is in and what to do about it. None of them
-contains SQL, parameters or what the driver said: those stay in ``__cause__``, for the log.
+Every message names the object, its state and the fix. No message contains SQL, parameters or
+the driver's message: those stay in ``__cause__``, for the log.
 """
 
 from fastapi import HTTPException
@@ -36,7 +36,7 @@ class DatabaseAlreadyInstalledError(RuntimeError):
 
 
 class ApplicationAlreadyStartedError(RuntimeError):
-    """The application has started: it is too late to install, or it runs on another event loop."""
+    """The application has already started, or is running on another event loop."""
 
 
 class DatabaseNotStartedError(RuntimeError):
@@ -44,51 +44,50 @@ class DatabaseNotStartedError(RuntimeError):
 
 
 class DatabaseDependencyError(RuntimeError):
-    """A route depends on a database in a way that cannot work; found when the app starts."""
+    """A route depends on a database in a way that cannot work. Raised at start-up."""
 
 
 class SessionFinishedError(RuntimeError):
-    """A session was used after the request, or the block, that it belongs to."""
+    """A session was used after its request or block had ended."""
 
 
 class BlockingSessionError(RuntimeError):
-    """A request's synchronous session was used on the event loop's own thread."""
+    """A request's synchronous session was used on the event loop's thread."""
 
 
 class ReadOnlySessionError(RuntimeError):
-    """A write was attempted through a session from ``reader``."""
+    """A session from ``reader`` was used to write."""
 
 
 class TransactionOptionsError(RuntimeError):
-    """An isolation level or ``read_only`` was requested that cannot apply, or no longer can."""
+    """The requested isolation level or ``read_only`` cannot apply, or comes too late."""
 
 
 class UncommittedChangesError(RuntimeError):
-    """A request returned normally, and what it wrote had not been committed."""
+    """A request returned normally without committing its changes."""
 
 
 class TransactionAbortedError(RuntimeError):
-    """A commit was refused: an error inside the transaction had been swallowed."""
+    """A commit was refused because an error inside the transaction was swallowed."""
 
 
 class CommitOutcomeUnknownError(RuntimeError):
-    """The connection was lost during COMMIT: what was written may or may not be stored."""
+    """The connection was lost during COMMIT: the changes may or may not be stored."""
 
 
 class AfterCommitError(RuntimeError):
-    """The transaction is stored, and something that ran after its COMMIT has failed.
+    """The transaction was committed, but code that ran after its COMMIT failed.
 
-    The failure, of an ``after_commit`` listener for example, is the ``__cause__``. Repeating the
+    The ``__cause__`` is that failure, for example an ``after_commit`` listener's. Repeating the
     work would store it twice.
     """
 
 
 class PartialCommitError(RuntimeError):
-    """One database of a request has committed, and a later one has not.
+    """One database of a request committed, and a later one failed to.
 
-    ``committed`` holds the names of the databases that keep what was written, ``failed`` the
-    name of the one whose failure is the ``__cause__``. Repeating the request repeats the
-    committed part.
+    ``committed`` names the databases that did commit, ``failed`` the database whose failure is
+    the ``__cause__``. Repeating the request repeats the committed part.
     """
 
     def __init__(self, committed: tuple[str, ...], failed: str) -> None:
@@ -106,7 +105,7 @@ class PartialCommitError(RuntimeError):
 
 
 class RequestCancelledError(HTTPException):
-    """A request was cancelled before its COMMIT, and is rolled back."""
+    """A request was cancelled before its COMMIT and rolled back."""
 
     def __init__(self, status_code: int, detail: str, message: str) -> None:
         super().__init__(status_code, detail)
@@ -117,30 +116,30 @@ class RequestCancelledError(HTTPException):
 
 
 class DeadlineExceededError(RequestCancelledError):
-    """A request took longer than its ``deadline``. The client reads 504.
+    """A request took longer than its ``deadline``. The client gets a 504.
 
-    The ``__cause__`` shows what the request was waiting for, if it was waiting.
+    The ``__cause__`` shows what the request was waiting for, if anything.
     """
 
     def __init__(self, route: str | None, seconds: float) -> None:
         super().__init__(
             504,
             "The service took too long to answer.",
-            f"{route or 'A request'} was not done within {seconds:g} s, its deadline, and is "
-            "rolled back. Make what it waited for faster, which the cause says, or give deadline() "
-            "more seconds.",
+            f"{route or 'A request'} missed its deadline of {seconds:g} s and was rolled back. "
+            "The cause shows what it waited for: make that faster, or give deadline() more "
+            "seconds.",
         )
 
 
 class ClientDisconnectedError(RequestCancelledError):
-    """The client has disconnected, and ``cancel_on_disconnect`` has ended its request."""
+    """The client disconnected, and ``cancel_on_disconnect`` ended its request."""
 
     def __init__(self, route: str | None) -> None:
-        # What nginx calls it. No client reads that, but middleware does.
+        # nginx's status code for this. The client never sees it, but middleware does.
         super().__init__(
             499,
             "The client has gone away.",
-            f"The client of {route or 'a request'} has gone away: the request is rolled back. "
-            "Nothing is to be done, unless it should be finished: leave its method out of "
+            f"The client of {route or 'a request'} disconnected, and the request was rolled back. "
+            "If it should be finished all the same, leave its method out of "
             "cancel_on_disconnect(methods=...).",
         )

@@ -104,7 +104,7 @@ async def test_the_log_says_nothing(
         await quiet(rows)
     (line,) = [each for each in caplog.records if each.name == "fastapi_sqlnative"]
     assert line.levelno == logging.DEBUG
-    assert line.message.startswith("The client of GET /things/{id} has gone away")
+    assert line.message.startswith("The client of GET /things/{id} disconnected")
     assert [each for each in caplog.records if each.levelno > logging.DEBUG] == []
 
 

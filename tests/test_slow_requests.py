@@ -402,7 +402,7 @@ async def test_the_earliest_counts(
         await assert_clean(app, rows)
     (message,) = messages
     assert message.startswith(
-        f"POST /api/items/{{id}} was not done within {min(outer, inner):g} s, its"
+        f"POST /api/items/{{id}} missed its deadline of {min(outer, inner):g} s and"
     )
 
 

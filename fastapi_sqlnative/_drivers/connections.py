@@ -1,4 +1,4 @@
-"""What a connection was given when it was made, and what its driver knows of the other end."""
+"""A connection's arguments, and what its driver knows about the server."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sqlalchemy import Connection, Engine, event
 
 @contextmanager
 def noting_arguments(engine: Engine) -> Generator[list[Mapping[str, Any]]]:
-    """Collect the keyword arguments of every connection that the engine makes in this block.
+    """Collect the keyword arguments of every connection that the engine opens in this block.
 
-    None are collected where the engine has a `creator`: SQLAlchemy hands that one no arguments.
+    An engine with a `creator` yields none: SQLAlchemy calls it without arguments.
     """
     noted: list[Mapping[str, Any]] = []
 
     def note(_dialect: object, _record: object, _arguments: object, parameters: Any) -> None:
         noted.append(parameters)
 
-    # First, as a listener that connects by itself ends the round; those that change the
-    # arguments change what was noted.
+    # Listen first: a listener that returns a connection skips the others. Later changes to the
+    # arguments still show, because the dictionary is the same.
     event.listen(engine, "do_connect", note, insert=True)
     try:
         yield noted
@@ -31,9 +31,9 @@ def noting_arguments(engine: Engine) -> Generator[list[Mapping[str, Any]]]:
 
 
 def parameters_of(connection: Connection, noted: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what a connection was made with; what libpq found by itself included."""
+    """Return the parameters of a connection, including those that libpq has found itself."""
     info: Any = getattr(connection.connection.driver_connection, "info", None)
-    # psycopg and psycopg2 know of environment variables and service files too.
+    # psycopg and psycopg2 also report environment variables and service files.
     of_psycopg: dict[str, Any] = getattr(info, "get_parameters", dict[str, Any])()
     of_psycopg2: dict[str, Any] = getattr(info, "dsn_parameters", {})
     given = dict[str, Any](*noted[-1:])
@@ -41,16 +41,16 @@ def parameters_of(connection: Connection, noted: list[Mapping[str, Any]]) -> dic
 
 
 def connect_timeout(connection: Connection, parameters: Mapping[str, Any]) -> float | None:
-    """Return the seconds after which connecting is given up; `None` for a minute or never."""
-    # asyncpg calls it `timeout`. PyMySQL and asyncmy give up after ten seconds by themselves; libpq
-    # and asyncpg after one to two minutes, and psycopg2 never.
+    """Return the connect timeout in seconds; `None` for a minute or more, or no timeout."""
+    # asyncpg calls it `timeout`. By default PyMySQL and asyncmy give up after ten seconds, libpq
+    # and asyncpg after one to two minutes, psycopg2 never.
     given = parameters.get("connect_timeout") or parameters.get("timeout")
     own = 10.0 if connection.dialect.driver in ("pymysql", "asyncmy") else None
     return float(given or 0) or own
 
 
 def server_process(connection: Connection) -> int | None:
-    """Return the process of PostgreSQL's that the driver was told of when it connected."""
+    """Return the PID of PostgreSQL's backend, as sent to the driver when it connected."""
     raw: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return int(raw.get_server_pid())
@@ -58,7 +58,7 @@ def server_process(connection: Connection) -> int | None:
 
 
 def prepares_statements(connection: Connection, parameters: Mapping[str, Any]) -> bool:
-    """Tell whether statements are prepared, for later transactions to find them."""
+    """Return whether the driver keeps prepared statements for later transactions."""
     if connection.dialect.driver == "asyncpg":
         sizes = ("statement_cache_size", "prepared_statement_cache_size")
         return any(int(parameters.get(size, 100)) for size in sizes)
@@ -67,7 +67,7 @@ def prepares_statements(connection: Connection, parameters: Mapping[str, Any]) -
 
 
 def encrypts(connection: Connection) -> bool | None:
-    """Tell whether this end of a connection is encrypted; `None` where the driver does not say."""
+    """Return whether the connection uses TLS on our side; `None` if the driver can't say."""
     raw: Any = connection.connection.driver_connection
     holder = getattr(raw, "pgconn", None) or getattr(raw, "info", None)  # psycopg's, psycopg2's
     told = getattr(holder, "ssl_in_use", None)
@@ -75,7 +75,7 @@ def encrypts(connection: Connection) -> bool | None:
 
 
 def verifies_server(parameters: Mapping[str, Any]) -> bool:
-    """Tell whether a connection that is encrypted goes to nobody but the server of that name."""
+    """Return whether TLS verifies the server's host name."""
     given = parameters.get("ssl", parameters.get("sslmode"))
     if isinstance(given, ssl.SSLContext):
         return given.check_hostname

@@ -1,7 +1,7 @@
-"""What drivers say about a failure: whose error it is, its code, and the names that it states.
+"""The kind, code and names that a driver's error states.
 
-A text decides only where no code does, and then by what the driver itself has written, or by how
-many names a server's sentence holds: its words are translated on some servers.
+Message text is used only where there is no code, and then only text that the driver itself wrote,
+or the number of quoted names in a server's message: some servers translate the words.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from sqlalchemy.exc import DBAPIError
 
-# Whose codes a driver hands on, by the package and name of a class that its errors derive from.
-# A driver is a line here; its server, if that is new, is a column of `CODES`.
+# The server whose codes a driver passes on, by package and name of a base class of its errors.
+# To add a driver, add a line here, and for a new server a column in `CODES`.
 ERROR_CLASSES: Final = {
     ("MySQLdb", "MySQLError"): "mysql",
     ("asyncmy", "MySQLError"): "mysql",
@@ -27,9 +27,9 @@ ERROR_CLASSES: Final = {
 }
 
 
-# The codes of a kind: PostgreSQL's SQLSTATEs, of which two digits are a whole class | MySQL's and
-# MariaDB's numbers | SQLite's names, of which two words stand for all that begin with them. An
-# exact one goes before its class; one that stands nowhere is `other`.
+# The codes of each kind: PostgreSQL's SQLSTATEs (two digits mean a whole class) | MySQL's and
+# MariaDB's numbers | SQLite's names (two words mean all names that start with them). An exact
+# code takes precedence over its class; an unlisted code is `other`.
 CODES: Final = {
     "unique": """23505 | 1022 1062 1169 1586
         | SQLITE_CONSTRAINT_UNIQUE SQLITE_CONSTRAINT_PRIMARYKEY SQLITE_CONSTRAINT_ROWID""",
@@ -39,11 +39,11 @@ CODES: Final = {
     "still_referenced": "23001 | 1217 1451",
     "not_null": "23502 | 1048 1364 | SQLITE_CONSTRAINT_NOTNULL",
     "check": "23514 44000 | 1369 3819 4025 | SQLITE_CONSTRAINT_CHECK",
-    # With what is too long for an index, a packet too big, patterns and JSON that are malformed.
+    # Includes values too long for an index, oversized packets, malformed patterns and JSON.
     "bad_value": """22 54000 | 1139 1153 1264 1265 1292 1300 1366 1367 1406 1411 1690 3140 3141
         3143 3685 3688 3689 3690 3691 3692 3693 3694 3695 3696 3697 3698 3699
         | SQLITE_MISMATCH SQLITE_TOOBIG SQLITE_CONSTRAINT_DATATYPE""",
-    # Of class 22, what no client's value causes: a division by zero, a sequence at its end.
+    # Codes of class 22 that no client's value causes: division by zero, an exhausted sequence.
     "other": "22002 22010 22012 22022 22024 2200H",
     "serialization": "40001 | 1020 3101 | SQLITE_BUSY_SNAPSHOT",
     "deadlock": "40P01 | 1213",
@@ -67,20 +67,20 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class StatedError:
-    """What an error of a driver states, and nothing guessed."""
+    """The facts that a driver's error states, without guesses."""
 
     kind: str = ""  # the value of a `DatabaseErrorKind`
     code: str | None = None
     constraint: str | None = None
     table: str | None = None
     columns: tuple[str, ...] = ()
-    key: tuple[str, ...] = ()  # the columns of a key that was violated
-    nested: bool = False  # a function on the server ran the statement, a trigger's for example
+    key: tuple[str, ...] = ()  # the columns of the violated key
+    nested: bool = False  # a server-side function, such as a trigger's, ran the statement
     server: str | None = None
 
 
 def server_of(error: BaseException) -> str | None:
-    """Return whose codes a driver's own error has; `None` for an error of anybody else's."""
+    """Return the server whose codes a driver's error carries; `None` if no driver raised it."""
     for each in type(error).__mro__:
         found = ERROR_CLASSES.get((str(each.__module__).partition(".")[0], each.__name__))
         if found is not None:
@@ -89,15 +89,15 @@ def server_of(error: BaseException) -> str | None:
 
 
 def driver_error(error: BaseException) -> BaseException:
-    """Return the driver's own error, out of SQLAlchemy's."""
+    """Unwrap the driver's own error from SQLAlchemy's."""
     found = (error.orig if isinstance(error, DBAPIError) else None) or error
     if type(found).__module__.startswith("sqlalchemy.dialects."):
-        return found.__cause__ or found  # asyncpg's, which SQLAlchemy has translated
+        return found.__cause__ or found  # asyncpg's, translated by SQLAlchemy
     return found
 
 
 def read_error(error: DBAPIError) -> StatedError:
-    """Read what a driver's error states, which SQLAlchemy has wrapped, and what kind it is of."""
+    """Read the facts and the kind of a driver's error that SQLAlchemy has wrapped."""
     original = driver_error(error)
     statement = error.statement if isinstance(error.statement, str) else None
     server = server_of(original)
@@ -111,7 +111,7 @@ def read_error(error: DBAPIError) -> StatedError:
         stated = _read_sqlite(original)
     kind = stated.kind or _kind(stated.code or "", server or "", error)
     if kind == "foreign_key":
-        # The statement tells which way it failed, where the database does not.
+        # If the database doesn't say which side failed, the statement does.
         verb = _VERB.search(_ASIDE.sub(" ", statement or ""))
         directions = {"INSERT": "missing_parent", "DELETE": "still_referenced"}
         kind = directions.get(verb[1].upper() if verb else "", "foreign_key")
@@ -122,12 +122,12 @@ def _kind(code: str, server: str, error: DBAPIError) -> str:
     class_ = code[:2] if server == "postgresql" else "_".join(code.split("_")[:2])
     kind = _KINDS.get((server, code)) or _KINDS.get((server, class_))
     if kind == "bad_value" and not error.params and (error.statement or code == "22023"):
-        return "other"  # the service's own value, or a stored one: no client has sent any
+        return "other"  # without parameters the bad value is the service's own or a stored one
     return kind or ("unavailable" if error.connection_invalidated else "other")
 
 
 def _read_other(error: BaseException, statement: str | None) -> StatedError:
-    """Tell an error that a driver lets through: of its wait, or of a value."""
+    """Classify a built-in exception that a driver lets through: a timeout or a bad value."""
     if isinstance(error, OSError):
         waited = isinstance(error, TimeoutError) and statement is not None
         return StatedError("statement_timeout" if waited else "unavailable")
@@ -135,13 +135,13 @@ def _read_other(error: BaseException, statement: str | None) -> StatedError:
     return StatedError("bad_value" if is_value else "")
 
 
-# What a statement may hold that is no part of it.
+# Comments, literals and quoted names.
 _ASIDE: Final = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|\"[^\"]*\"", re.DOTALL)
 _VERB: Final = re.compile(r"\b(INSERT(?! OR REPLACE)|DELETE|UPDATE)\b", re.IGNORECASE)
 
 
 def _text(holder: object, *names: str) -> str | None:
-    """Return the first of these attributes that is a text, whatever object has been handed in."""
+    """Return the first of these attributes that is a non-empty string, for any object."""
     values = (_attribute(holder, name) for name in names)
     return next((value for value in values if isinstance(value, str) and value), None)
 
@@ -149,7 +149,7 @@ def _text(holder: object, *names: str) -> str | None:
 def _attribute(holder: object, name: str) -> Any:
     try:
         return getattr(holder, name, None)
-    except Exception:  # noqa: BLE001 - a stranger's property; describing an error never fails
+    except Exception:  # noqa: BLE001 - a foreign property; describing an error must not fail
         return None
 
 
@@ -158,8 +158,8 @@ def _attribute(holder: object, name: str) -> Any:
 _KEY: Final = re.compile(r"\(([^()]*)\)=\(")
 _QUOTE: Final = re.compile('["«»„“”「」『』]')
 
-# libpq hands on no code of a server that refused a connection, only its words. In another
-# language than English they are not understood, and the server is taken to be away.
+# When a server refuses a connection, libpq passes on its message but no code. A message in another
+# language than English matches none of these, and the server counts as unavailable.
 _REFUSALS: Final = {
     "too_many_connections": re.compile(
         r"(sorry, too many clients|remaining connection slots|too many connections for) "
@@ -177,47 +177,47 @@ def _read_postgres(error: BaseException, statement: str | None) -> StatedError:
     code = _text(error, "sqlstate", "pgcode")
     if code is None:
         return StatedError(_without_code(error, statement))
-    # psycopg and psycopg2 keep the rest in `diag`; asyncpg's errors have it themselves.
-    teller = _attribute(error, "diag") or error
-    column = _text(teller, "column_name")
-    key = _KEY.search(_text(teller, "message_detail", "detail") or "", 0, 500)
+    # psycopg and psycopg2 keep the details in `diag`, asyncpg on the error itself.
+    details = _attribute(error, "diag") or error
+    column = _text(details, "column_name")
+    key = _KEY.search(_text(details, "message_detail", "detail") or "", 0, 500)
     stated = StatedError(
         "",
         code,
-        _text(teller, "constraint_name"),
-        _text(teller, "table_name"),
+        _text(details, "constraint_name"),
+        _text(details, "table_name"),
         (column,) if column else (),
         tuple(name.strip('"') for name in key[1].split(", ")) if key else (),
-        _text(teller, "context") is not None,
+        _text(details, "context") is not None,
     )
-    return replace(stated, kind=_beyond_the_code(error, teller, stated))
+    return replace(stated, kind=_beyond_the_code(error, details, stated))
 
 
-def _beyond_the_code(error: BaseException, teller: object, stated: StatedError) -> str:
+def _beyond_the_code(error: BaseException, details: object, stated: StatedError) -> str:
     if stated.code == "22000" and isinstance(error.__cause__, TypeError | AttributeError):
-        return "other"  # asyncpg's, for a value of a class that the service should not have sent
-    routine = _text(teller, "source_function", "server_source_function")
+        return "other"  # asyncpg's, for a value of the wrong type: the service's mistake
+    routine = _text(details, "source_function", "server_source_function")
     if stated.code == "42501" and routine == "ExecWithCheckOptions":
         return "row_security"
     if stated.code != "23503":
         return ""
-    # An INSERT is told its table and the constraint, a DELETE the referring table as well.
-    said = _text(teller, "message_primary", "message") or ""
+    # The message names the table and the constraint, and for a DELETE the referring table too.
+    said = _text(details, "message_primary", "message") or ""
     for name in stated.constraint, stated.table:
         said = said.replace(f'"{name}"', '""')
     return {4: "missing_parent", 6: "still_referenced"}.get(len(_QUOTE.findall(said)), "")
 
 
 def _without_code(error: BaseException, statement: str | None) -> str:
-    """Tell what the client alone has found out, or could not make out."""
+    """Classify an error that carries no code, because the client library raised it."""
     classes = {class_.__name__ for class_ in type(error).__mro__}
     said = str(error.args[0]) if error.args and isinstance(error.args[0], str) else ""
     is_lost = "InterfaceError" in classes and "connection is closed" in said
     if is_lost or "TargetServerAttributeNotMatched" in classes:
         return "unavailable"
     if "DataError" in classes and ("NUL" in said or "list" in said):
-        return "bad_value"  # any other is of what psycopg reads, and Python has no value for
-    # Of a statement it is a mistake, unless SQLAlchemy has found the connection lost.
+        return "bad_value"  # other DataErrors: psycopg read a value that Python can't represent
+    # With a statement it is a mistake in the service, unless SQLAlchemy found the connection lost.
     return _refusal(said) if "OperationalError" in classes and statement is None else ""
 
 
@@ -229,7 +229,7 @@ def _refusal(said: str) -> str:
     return next(found, "unavailable")
 
 
-# -- MySQL, MariaDB and SQLite, which state names in their text alone ------------------------
+# -- MySQL, MariaDB and SQLite, which state names only in the message ------------------------
 
 _IN_BACKTICKS: Final = r"`((?:[^`]|``)++)`"
 _NAMES: Final = tuple(
@@ -255,7 +255,7 @@ def _read_mysql(error: BaseException, statement: str) -> StatedError:
         is_infinite = isinstance(number, str) and number.endswith(" can not be used with MySQL")
         return StatedError("bad_value" if is_infinite else "")
     stated = replace(_named_in(error.args[-1]), code=str(number))
-    # MySQL puts the table in front of a key's name, and MariaDB may have a name with a dot.
+    # MySQL prefixes a key's name with its table; in MariaDB a name may contain a dot.
     table, _, name = (stated.constraint or "").partition(".")
     if name and re.search(rf"\b{re.escape(table)}\b", statement):
         return replace(stated, table=table, constraint=name)
@@ -263,7 +263,7 @@ def _read_mysql(error: BaseException, statement: str) -> StatedError:
 
 
 def _read_sqlite(error: BaseException) -> StatedError:
-    # Python 3.11 has no name for what a STRICT table refuses.
+    # Python 3.11 lacks the name of the error that a STRICT table raises.
     is_strict = _attribute(error, "sqlite_errorcode") == 3091
     code = "SQLITE_CONSTRAINT_DATATYPE" if is_strict else _text(error, "sqlite_errorname")
     stated = _named_in(error.args[-1] if error.args else None)
@@ -271,7 +271,7 @@ def _read_sqlite(error: BaseException) -> StatedError:
 
 
 def _named_in(text: object) -> StatedError:
-    """Read names in the places of a message that no row's value reaches."""
+    """Read names from the parts of a message that cannot contain a row's values."""
     matches = (each.fullmatch(text) for each in _NAMES) if isinstance(text, str) else ()
     found = next(filter(None, matches), None)
     names = found.groupdict() if found else {}

@@ -1,4 +1,4 @@
-"""What a connection pool tells about itself, as far as its kind knows it."""
+"""The state of a connection pool, as far as its class exposes it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, Final
 from sqlalchemy import Engine, Pool, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-# In the `info` of a connection that no pool of the application's has ever held.
+# Marks, in `info`, a connection that never belonged to a pool of the application.
 OUTSIDE: Final = "fastapi_sqlnative_outside"
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionHolder:
-    """Describe the sessions of one route that hold connections.
+    """The connections held by the sessions of one route.
 
     Attributes:
-        route: such as `GET /orders/{id}`, `None` for sessions that a handle has opened.
-        connections: how many they hold.
-        seconds: how long the oldest has been held.
-        idle_in_transaction: so many of them ask nothing of the server, and keep a transaction open.
+        route: such as `GET /orders/{id}`; `None` for sessions opened from a handle.
+        connections: the number of connections held.
+        seconds: the time for which the oldest has been held.
+        idle_in_transaction: those with an open transaction and no statement running.
     """
 
     route: str | None
@@ -33,15 +33,15 @@ class ConnectionHolder:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """The state of a connection pool at one moment; `None` for what its kind does not keep.
+    """The state of a connection pool at one moment; `None` for figures its class doesn't have.
 
     Attributes:
-        size: connections the pool keeps, `None` also for "no limit".
-        max_overflow: connections it opens beyond that, `None` also for "no limit".
+        size: connections that the pool keeps open; also `None` for "no limit".
+        max_overflow: connections that it opens beyond `size`; also `None` for "no limit".
         checked_out: connections in use.
-        checked_in: connections that wait to be used.
-        overflow: connections open beyond `size`.
-        holders: the sessions of this database that have those in use, the oldest first.
+        checked_in: idle connections.
+        overflow: open connections beyond `size`.
+        holders: the routes whose sessions hold connections of this database, longest first.
     """
 
     size: int | None
@@ -53,7 +53,7 @@ class PoolStatus:
 
 
 def pool_status(pool: Pool, holders: tuple[ConnectionHolder, ...] = ()) -> PoolStatus:
-    """Look into a pool."""
+    """Return the status of a pool."""
     size = ask_pool(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
     overflow = None if size is None else ask_pool(pool, "overflow")
     return PoolStatus(
@@ -67,7 +67,7 @@ def pool_status(pool: Pool, holders: tuple[ConnectionHolder, ...] = ()) -> PoolS
 
 
 def ask_pool(pool: Pool, method: str) -> int | None:
-    """Return one of the pool's figures; `None` where this kind of pool has none."""
+    """Return one of the pool's figures; `None` if this pool class doesn't have it."""
     # NullPool, StaticPool and SingletonThreadPool have no such figures.
     answer: Callable[[], int] | None = getattr(pool, method, None)
     return answer() if callable(answer) else None
@@ -75,38 +75,38 @@ def ask_pool(pool: Pool, method: str) -> int | None:
 
 def max_overflow(pool: Pool) -> int | None:
     """Return how many connections a pool opens beyond its size; `None` for "no limit"."""
-    # Private, because SQLAlchemy tells it nowhere else. Without it the limit is "unknown".
+    # A private attribute: there is no public one. If it is gone, the limit is unknown.
     limit: int | None = getattr(pool, "_max_overflow", None)
     return None if limit is None or limit < 0 else limit
 
 
 def pool_capacity(pool: Pool) -> int | None:
-    """Return the number of connections a pool hands out at a time; `None` for unlimited."""
+    """Return the most connections that a pool hands out at a time; `None` for no limit."""
     size, overflow = ask_pool(pool, "size"), max_overflow(pool)
     return None if size is None or overflow is None or size == 0 else size + overflow
 
 
 def pre_pings(pool: Pool) -> bool | None:
-    """Tell whether a pool asks its connections before it hands them out."""
-    # Private, because SQLAlchemy tells it nowhere else. Without it nothing is said.
+    """Return whether a pool pings a connection at checkout; `None` if unknown."""
+    # A private attribute: there is no public one.
     return getattr(pool, "_pre_ping", None)
 
 
 def pool_timeout(pool: Pool) -> float:
-    """Return the seconds that a pool lets its callers wait; SQLAlchemy's default if unknown."""
+    """Return a pool's checkout timeout in seconds; SQLAlchemy's default if unknown."""
     ask: Callable[[], float] | None = getattr(pool, "timeout", None)
     return 30.0 if ask is None else ask()
 
 
 @contextmanager
 def beside_pool(engine: Engine, options: Mapping[str, Any] | None = None) -> Generator[Engine]:
-    """Give an engine that connects as another one does, beside its pool; close it at the end.
+    """Yield an engine with the same settings and a pool of its own, which is disposed of at exit.
 
-    Its connections are marked, because whoever listens to the pool hears of them as well.
+    Its connections are marked, because the events of the original pool fire for them as well.
 
     Args:
-        engine: the application's.
-        options: execution options; the other engine's own are not taken over.
+        engine: the application's engine.
+        options: execution options; those of `engine` do not carry over.
     """
     pool = engine.pool.recreate()
     event.listen(pool, "connect", _mark, insert=True)

@@ -1,4 +1,4 @@
-"""What a statement may do, read from its compiled form."""
+"""The effect of a statement, read from its compiled form."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sqlalchemy.sql import visitors
 
 
 class Effect(Enum):
-    """What a statement may do to the transaction it runs in."""
+    """The effect that a statement may have on its transaction."""
 
     NONE = auto()
     WRITE = auto()
-    DEFINE = auto()  # tables, functions and the like; MySQL commits with it
+    DEFINE = auto()  # DDL, which makes MySQL commit
     UNKNOWN = auto()  # only the server can tell
     SAVEPOINT = auto()
-    UNDO = auto()  # of a savepoint
+    UNDO = auto()  # ROLLBACK TO SAVEPOINT
 
 
 class Statement(NamedTuple):
-    """What is known of a statement.
+    """The known facts about a statement.
 
     Attributes:
         effect: what it may do.
-        savepoint: the name of the one it is about.
-        counted: a count of no row tells that it has written nothing. Not where it has more than
-            one part, nor for an INSERT, whose row a trigger may have put elsewhere, unless it may
-            skip rows itself.
+        savepoint: the name of the savepoint that it sets or rolls back to.
+        counted: a row count of 0 means that it wrote nothing. This doesn't hold for a statement
+            with CTEs, nor for an INSERT without ON CONFLICT: a trigger may have put the row
+            into another table.
     """
 
     effect: Effect
@@ -40,19 +40,20 @@ class Statement(NamedTuple):
 
 
 def statement_of(compiled: Any) -> Statement:
-    """Tell what a compiled statement may do."""
+    """Read the effect of a compiled statement."""
     statement = compiled.statement
     if not getattr(statement, "is_dml", False):
-        # Also a SELECT that SQLAlchemy has built: its text has what a mapping or a type adds.
+        # Also for a SELECT that SQLAlchemy built: only its text shows what mappings or types add.
         return _read_text(compiled.string)
     skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
     return Statement(Effect.WRITE, counted=skips and not getattr(compiled, "ctes", None))
 
 
-def met_no_row(result: Any, context: ExecutionContext) -> bool:
-    """Tell whether a statement that writes has changed nothing, by its count.
+def matched_no_row(result: Any, context: ExecutionContext) -> bool:
+    """Return whether a writing statement changed nothing, by its row count.
 
-    SQLite has a better one, which also counts what triggers do, and rows that are not read yet.
+    Not used for SQLite: `total_changes` also counts the changes of triggers, and the rows of a
+    RETURNING that have not been fetched yet.
     """
     if context.executemany or context.dialect.name == "sqlite":
         return False
@@ -60,7 +61,7 @@ def met_no_row(result: Any, context: ExecutionContext) -> bool:
 
 
 def writes(statement: Any) -> bool:
-    """Tell a statement that writes before it is sent; a function that writes is not recognised."""
+    """Return whether a statement writes, before it is sent; functions that write go unnoticed."""
     if isinstance(statement, str) or _is_text(statement):
         sql = _without_literals(str(statement))
         return any(
@@ -72,20 +73,20 @@ def writes(statement: Any) -> bool:
 
 
 def _is_text(statement: Any) -> bool:
-    # text().columns() says so by itself; of text() `is_text` is False.
+    # `is_text` is True for text().columns(), but False for text().
     return isinstance(statement, TextClause) or bool(getattr(statement, "is_text", False))
 
 
 # -- text ----------------------------------------------------------------------------------------
 
-# Comments, literals and quoted names. Nothing here backtracks: a long text costs its length.
+# Comments, literals and quoted names. Nothing here backtracks, so the time is linear.
 _LITERAL: Final = re.compile(
     r"""--[^\n]*+ | /\*(?:[^*]|\*(?!/))*+(?:\*/)? | '(?:[^']|'')*+'? | "(?:[^"]|"")*+"? """,
     re.VERBOSE,
 )
-# What makes that reading doubtful: escapes, dollar quotes, nested and conditional comments, and
-# MySQL's comments and quotes.
-_STRANGE: Final = re.compile(r"\\|\$\w*\$|/\*!|/\*[^*]*+/\*|[#`]")
+# Syntax that the pattern above may misread: escapes, dollar quotes, nested and conditional
+# comments, and MySQL's comments and quotes.
+_AMBIGUOUS: Final = re.compile(r"\\|\$\w*\$|/\*!|/\*[^*]*+/\*|[#`]")
 _FIRST: Final = {
     Effect.WRITE: re.compile(
         r"(?:insert|update|delete|merge|replace|call|truncate)\b", re.IGNORECASE
@@ -99,7 +100,7 @@ _FIRST: Final = {
         r"(?:select|with|values|table|show|set|lock|listen|notify|release)\b", re.IGNORECASE
     ),
 }
-# Words that let a statement write that begins as if it read. FOR UPDATE only locks.
+# Keywords by which a statement writes although it starts like a read. FOR UPDATE only locks.
 _WRITING: Final = re.compile(
     r"(?<![.\w])(?:insert|(?<!for\s)(?<!\bkey\s)update|delete|merge|into|call|create)\b",
     re.IGNORECASE,
@@ -160,8 +161,8 @@ _HARMLESS: Final = frozenset(
 
 def _read_text(sql: str) -> Statement:
     cleaned = _without_literals(sql)
-    if ";" in cleaned or _STRANGE.search(sql):
-        # Several statements, or one that is not read by these rules.
+    if ";" in cleaned or _AMBIGUOUS.search(sql):
+        # Several statements, or one that these patterns may misread.
         return Statement(Effect.UNKNOWN)
     for effect, pattern in _FIRST.items():
         found = pattern.match(cleaned)
@@ -174,7 +175,7 @@ def _read_text(sql: str) -> Statement:
 
 
 def _without_literals(sql: str) -> str:
-    """Blank out comments, literals and quoted names; drop the end, and space that says nothing."""
+    """Blank out comments, literals and quoted names; collapse spaces, drop final semicolons."""
     return " ".join(_LITERAL.sub(_blank, sql).split()).rstrip("; ")
 
 

@@ -1,7 +1,7 @@
-"""What a driver knows of its connection's transaction, and what only the server can tell.
+"""The state of a connection's transaction, from the driver or, if need be, from the server.
 
-A question goes over a cursor of the driver's own, so that no listener of the application hears or
-changes it.
+Queries go through a raw cursor of the driver, so that no listener of the application sees or
+changes them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .failures import TELLING, sqlstates
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 _IN_TRANSACTION: Final = 2
 _IN_ERROR: Final = 3
-# Drivers that fetch a whole result before they hand it on, unless they are asked to stream.
+# Drivers that fetch the whole result at once, unless asked to stream.
 _BUFFERING: Final = TELLING | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
 _MYSQL_DEADLOCK: Final = 1213
 _LONGEST: Final = 2**31 - 1  # milliseconds
 
 
 def autocommits(connection: Connection) -> bool:
-    """Tell whether what is sent over a connection is stored at once."""
+    """Return whether each statement on a connection commits at once."""
     if connection.closed or connection.invalidated:
         return False
     dbapi = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
-        # Also None where the application sends BEGIN by itself, which has been sent by now.
+        # Also None if the application's listeners send BEGIN, but then one has been sent by now.
         return (
             getattr(dbapi, "isolation_level", "") is None and not _sqlite(connection).in_transaction
         )
@@ -41,18 +41,18 @@ def autocommits(connection: Connection) -> bool:
 
 
 def may_be_interrupted(engine: Engine) -> bool:
-    """Tell whether a connection whose ROLLBACK is cancelled is discarded, and no more than that.
+    """Return whether cancelling a ROLLBACK costs no more than the connection.
 
-    Of aiosqlite's a thread would stay, which the process waits for at its end.
+    aiosqlite's would leave a thread behind, which the process waits for when it exits.
     """
     return engine.dialect.driver in {"asyncpg", "psycopg", "psycopg_async"}
 
 
 def returns_undisturbed(engine: Engine) -> bool:
-    """Tell whether nothing but a ROLLBACK happens when a connection goes back to the pool.
+    """Return whether returning a connection to the pool does nothing but a ROLLBACK.
 
-    SQLAlchemy resets an engine's options then, and where that talks to the driver (psycopg's
-    `set_autocommit` after a cancelled ROLLBACK) it could keep the pool's place for ever.
+    SQLAlchemy also resets an engine's options then. If that goes through the driver (psycopg's
+    `set_autocommit`), then after a cancelled ROLLBACK the pool could lose the connection's slot.
     """
     reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
     return engine.dialect.driver == "asyncpg" or not reset.intersection(
@@ -61,7 +61,7 @@ def returns_undisturbed(engine: Engine) -> bool:
 
 
 def is_lost(connection: Connection) -> bool:
-    """Tell whether the driver knows by now that the connection is gone."""
+    """Return whether the driver already knows that the connection is lost."""
     if connection.closed or connection.invalidated:
         return True
     driver: Any = connection.connection.driver_connection
@@ -70,19 +70,19 @@ def is_lost(connection: Connection) -> bool:
 
 
 def reads_later(context: ExecutionContext) -> bool:
-    """Tell whether a result may fetch over the connection after it was handed on."""
+    """Return whether a result may still fetch from the connection after `execute` returned."""
     if context.execution_options.get("stream_results"):
         return True
     return context.dialect.driver not in _BUFFERING
 
 
 def changes(connection: Connection) -> int:
-    """Count the rows that SQLite has changed over a connection; 0 for other databases."""
+    """Return SQLite's count of changed rows on a connection; 0 for other databases."""
     return _sqlite(connection).total_changes if connection.dialect.name == "sqlite" else 0
 
 
 def is_open_on_sqlite(connection: Connection) -> bool:
-    """Tell whether SQLite has a transaction: it ends one by itself with some errors."""
+    """Return whether SQLite still has a transaction open: some errors end it."""
     return bool(_sqlite(connection).in_transaction)
 
 
@@ -94,10 +94,10 @@ def _sqlite(connection: Connection) -> Any:
 
 
 def has_rolled_back(connection: Connection, error: BaseException, *, before_commit: bool) -> bool:
-    """Tell whether the database has given up a whole transaction, silently, with this failure.
+    """Return whether this failure has made the database silently roll back the transaction.
 
-    PostgreSQL gives it up with any, and says so when it is asked before COMMIT; `before_commit`
-    means that nobody will ask any more.
+    On PostgreSQL any failure aborts it, and we ask the server about that before COMMIT. With
+    `before_commit` that check is already past, so ask now.
     """
     if connection.closed or connection.invalidated:
         return True
@@ -110,12 +110,12 @@ def has_rolled_back(connection: Connection, error: BaseException, *, before_comm
 
 
 def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
-    """Tell whether PostgreSQL would answer COMMIT with a silent ROLLBACK.
+    """Return whether PostgreSQL would answer COMMIT with a silent ROLLBACK.
 
     Args:
-        connection: one that holds a transaction.
-        doubtful: something has happened that may have aborted it: a driver that cannot tell the
-            transaction's status then has to ask the server.
+        connection: a connection with an open transaction.
+        doubtful: the transaction may have been aborted, so ask the server if the driver doesn't
+            expose the transaction's status.
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
@@ -126,32 +126,32 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
         return status == _IN_ERROR
     doubtful = doubtful or _is_intercepted(connection)
     if not doubtful or is_lost(connection) or autocommits(connection):
-        return False  # where it is lost, COMMIT fails by itself
-    return not _serves(connection)
+        return False  # on a lost connection COMMIT fails anyway
+    return not _accepts_queries(connection)
 
 
 def _is_intercepted(connection: Connection) -> bool:
-    """Tell whether listeners of the application may execute in the driver's place, and hide it."""
+    """Return whether listeners may execute statements in the driver's place and hide failures."""
     events: Any = connection.dialect.dispatch
     return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
 def begin(connection: Connection) -> None:
-    """Have the server begin the transaction, before somebody uses the driver's own connection.
+    """Begin the transaction on the server, before anyone uses the driver's own connection.
 
-    With asyncpg SQLAlchemy sends BEGIN with its first statement: a COPY before that would be
-    stored at once, whatever becomes of the transaction.
+    With asyncpg, SQLAlchemy sends BEGIN with its first statement. A COPY before that would be
+    stored at once, even if the transaction is rolled back.
     """
     if connection.dialect.driver == "asyncpg" and not autocommits(connection):
         driver: Any = connection.connection.driver_connection
         if not driver.is_in_transaction():
-            _serves(connection)
+            _accepts_queries(connection)
 
 
 def begin_before_savepoint(connection: Connection) -> None:
-    """Have SQLite begin the transaction that a savepoint is to be inside of.
+    """Begin SQLite's transaction before a savepoint.
 
-    Python's driver begins none before a savepoint, whose end would then be a COMMIT.
+    Python's driver doesn't, and releasing an outermost savepoint commits.
     """
     if connection.dialect.name != "sqlite" or autocommits(connection):
         return
@@ -161,8 +161,8 @@ def begin_before_savepoint(connection: Connection) -> None:
         cursor.close()
 
 
-# The shorter of what is left and what is set. The server writes a time as text that it reads as an
-# interval: 250ms, 2min.
+# The shorter of the remaining time and the current setting. The server reports the setting in a
+# form that casts to an interval: 250ms, 2min.
 _LIMIT: Final = text("""
 SELECT set_config('statement_timeout', least(
     nullif(extract(epoch FROM current_setting('statement_timeout')::interval) * 1000, 0), :left
@@ -171,10 +171,10 @@ SELECT set_config('statement_timeout', least(
 
 
 def limit_statements(connection: Connection, seconds: float) -> None:
-    """Have the server end each statement of the transaction within so many seconds from now.
+    """Limit each statement of the transaction to `seconds` on the server.
 
-    COMMIT has no such limit. Other databases than PostgreSQL have none for one transaction only,
-    and in AUTOCOMMIT there is no transaction.
+    The limit doesn't apply to COMMIT. Only PostgreSQL has a limit for a single transaction, and
+    in AUTOCOMMIT there is no transaction.
     """
     if connection.dialect.name == "postgresql" and not autocommits(connection):
         left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
@@ -182,9 +182,9 @@ def limit_statements(connection: Connection, seconds: float) -> None:
 
 
 def is_idle_in_transaction(connection: Connection) -> bool | None:
-    """Tell whether a transaction is open and no statement runs; `None` if the driver doesn't say.
+    """Return whether a transaction is open and no statement runs; `None` if the driver can't say.
 
-    Another thread may use the connection, and close it meanwhile.
+    Another thread may be using the connection, and may close it meanwhile.
     """
     try:
         if connection.closed or connection.invalidated or autocommits(connection):
@@ -196,21 +196,21 @@ def is_idle_in_transaction(connection: Connection) -> bool | None:
 
 
 def surface_loss(connection: Connection) -> None:
-    """Raise SQLAlchemy's error where the server has ended the transaction, unasked.
+    """Raise SQLAlchemy's error if the server has closed the connection.
 
-    Between statements a server says nothing but that. libpq would send COMMIT all the same, and
-    may then know no more than that the connection is gone; with asyncpg, SQLAlchemy sends none, and
-    says nothing, once a cursor of the driver's own has met the loss.
+    Unread data between statements means just that. libpq would send COMMIT anyway, and could then
+    report only a lost connection. With asyncpg, once a raw cursor has seen the loss, SQLAlchemy
+    skips COMMIT without an error.
     """
     if connection.closed or connection.invalidated:
         return
-    if is_lost(connection) or _has_news(connection.connection.driver_connection):
-        connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
+    if is_lost(connection) or _has_unread_data(connection.connection.driver_connection):
+        connection.exec_driver_sql("SELECT 1")  # makes SQLAlchemy notice the loss
 
 
-def _has_news(driver: Any) -> bool:
+def _has_unread_data(driver: Any) -> bool:
     if not hasattr(driver, "fileno") or not hasattr(select, "poll"):
-        return False  # asyncpg reads at once
+        return False  # asyncpg reads data as it arrives
     poll = select.poll()
     poll.register(driver.fileno(), select.POLLIN)
     return bool(poll.poll(0))
@@ -222,22 +222,22 @@ def _status(connection: Connection) -> int | None:
     return None if status is None else int(status)
 
 
-def _serves(connection: Connection) -> bool:
-    """Tell whether the server still answers in this transaction, and has not aborted it."""
+def _accepts_queries(connection: Connection) -> bool:
+    """Return whether the transaction is not aborted, beginning it if necessary."""
     try:
-        # No query, after which SET TRANSACTION would come too late.
-        return _ask(connection, "SHOW transaction_isolation") is not None
+        # SHOW, because SET TRANSACTION is refused after a query.
+        return _fetch_row(connection, "SHOW transaction_isolation") is not None
     except connection.dialect.loaded_dbapi.Error:
         if is_lost(connection):
-            connection.exec_driver_sql("SELECT 1")  # SQLAlchemy is to know of the loss
+            connection.exec_driver_sql("SELECT 1")  # makes SQLAlchemy notice the loss
         raise
 
 
-def _ask(connection: Connection, question: str) -> Any:
-    """Return the row that answers, `None` where the transaction is aborted."""
+def _fetch_row(connection: Connection, query: str) -> Any:
+    """Run a query and return its row; `None` if the transaction is aborted."""
     cursor = connection.connection.cursor()
     try:
-        cursor.execute(question)
+        cursor.execute(query)
         return cursor.fetchone()
     except connection.dialect.loaded_dbapi.Error as error:
         if "25P02" in sqlstates(error):
@@ -249,10 +249,10 @@ def _ask(connection: Connection, question: str) -> Any:
 
 # -- would a COMMIT store something? -----------------------------------------------------------
 
-# A transaction id is assigned to what writes, but also to what locks rows, fills a temporary
-# table, moves a sequence on or was undone with a savepoint. A write to a permanent table holds a
-# lock on it as well, and one to a foreign table holds that alone. Where there is an id and no lock
-# at all it was DDL without a table, a function say.
+# A transaction gets an id when it writes, but also when it locks rows, fills a temporary table,
+# advances a sequence or rolls back to a savepoint. A write to a permanent table also holds a lock
+# on it; a write to a foreign table holds only the lock. An id without any lock is DDL that
+# involves no table, such as CREATE FUNCTION.
 _UNSTORED: Final = """
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
@@ -269,19 +269,19 @@ FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
 
 
 def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
-    """Ask PostgreSQL whether a COMMIT would change the database; `None` where it is gone.
+    """Ask PostgreSQL whether a COMMIT would change the database; `None` if it can't be asked.
 
     Args:
-        connection: one that holds a transaction.
-        id_explained: a savepoint was rolled back, for which a transaction id was assigned.
+        connection: a connection with an open transaction.
+        id_explained: a savepoint was rolled back, which accounts for a transaction id.
     """
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
     try:
-        answer = _ask(connection, _UNSTORED)
+        row = _fetch_row(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):
         return None
-    if answer is None:
+    if row is None:
         return False  # aborted
-    assigned, written, explained, foreign = answer
+    assigned, written, explained, foreign = row
     return bool(foreign or (assigned and (written or not (explained or id_explained))))

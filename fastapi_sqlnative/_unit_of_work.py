@@ -17,7 +17,7 @@ from . import exceptions
 from ._lifespan.functions import is_awaitable
 from ._lifespan.running import running_for
 from ._sessions import finishing
-from ._sessions.finishing import Call, tells_of_commit
+from ._sessions.finishing import Call, commit_is_observed
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.pending import has_pending_changes
 from ._sessions.session import AnySession, sync_session
@@ -98,12 +98,12 @@ class UnitOfWork:
 
     @property
     def has_stored(self) -> bool:
-        """Tell whether a COMMIT of the endpoint's own has stored something, or may be about to."""
+        """Return whether a COMMIT of the endpoint's own has stored something, or may be about to."""
         return any(each.record.has_stored for each in self._members)
 
     @property
     def may_be_cancelled(self) -> bool:
-        """Tell whether it costs nothing that is stored, and leaves no thread behind."""
+        """Return whether it costs nothing that is stored, and leaves no thread behind."""
         endpoint = getattr(self.scope.get("route"), "endpoint", None)
         lasting = self.cancelled or self.has_stored or not is_awaitable(endpoint)
         return not lasting and all(isinstance(each, AsyncSession) for each in self._all_sessions())
@@ -205,17 +205,17 @@ class Member:
 
     @property
     def waits(self) -> bool:
-        """Tell whether finishing it may wait: for the database, or for code of the application."""
+        """Return whether finishing it may wait: for the database, or for code of the application."""
         return bool(
             self.record.asked
             or has_pending_changes(self.inner)
             or self.state.overridden
-            or (self.record.commits and tells_of_commit(self.inner))
+            or (self.record.commits and commit_is_observed(self.inner))
         )
 
     @property
     def stores(self) -> bool:
-        """Tell whether its commit may store something."""
+        """Return whether its commit may store something."""
         return self.record.may_have_written or has_pending_changes(self.inner)
 
     def set_options(self, options: TransactionOptions) -> None:
@@ -266,7 +266,7 @@ class Member:
         fails the others.
         """
         # A listener may still write.
-        idle = bool(others) and not (self.stores or tells_of_commit(self.inner))
+        idle = bool(others) and not (self.stores or commit_is_observed(self.inner))
         try:
             call(self.session, finishing.commit)
         except Exception as error:

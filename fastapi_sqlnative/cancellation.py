@@ -181,7 +181,7 @@ async def _while_connected(
 
 
 async def _is_read(request: Request) -> bool:
-    """Tell whether nothing is left of the body, which the watch would take from the endpoint."""
+    """Return whether nothing is left of the body, which the watch would take from the endpoint."""
     if getattr(request.scope.get("route"), "body_field", None) is not None:
         return True  # FastAPI has read it
     headers = request.headers

@@ -318,7 +318,7 @@ def test_the_wrong_colour_is_told() -> None:
     [
         ({"class_": AsyncSession}, "class_ must be a subclass of Session"),
         ({"class_": "Session"}, "class_ must be a subclass of Session"),
-        ({"bind": None}, "'bind' cannot be given"),
+        ({"bind": None}, "'bind' is not allowed"),
         ({"no_such_option": 1}, "no_such_option"),
     ],
 )

@@ -568,7 +568,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "class-of-the-other-colour": (
         {"session_options": {"class_": Session}},
         TypeError,
-        "subclass of AsyncSession, because its engine is an AsyncEngine",
+        "subclass of AsyncSession, because the engine is an AsyncEngine",
     ),
     "class-of-no-colour": ({"session_options": {"class_": int}}, TypeError, "of AsyncSession"),
     "class-no-class": (
@@ -576,7 +576,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "of AsyncSession",
     ),
-    "bind": ({"session_options": {"bind": sqlite()}}, TypeError, "'bind' cannot be given"),
+    "bind": ({"session_options": {"bind": sqlite()}}, TypeError, "'bind' is not allowed"),
     "option-unknown": ({"session_options": {"autoflsh": True}}, TypeError, "autoflsh"),
     "wait-negative": ({"startup_wait": -1}, ValueError, "startup_wait of .* above 0"),
     "wait-zero": ({"startup_wait": 0}, ValueError, "startup_wait of .* above 0"),

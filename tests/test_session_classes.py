@@ -163,7 +163,7 @@ def test_an_override_that_cannot_be_called_is_refused(method: str, asynchronous:
     """A commit(), rollback() or close() that needs arguments fails the installation."""
     class_ = with_argument(method, AsyncSession if asynchronous else Session)
     engine = async_sqlite() if asynchronous else sqlite()
-    with pytest.raises(TypeError, match=rf"{method}\(\) of Wanting needs arguments"):
+    with pytest.raises(TypeError, match=rf"{method}\(\) of Wanting has required arguments"):
         install_database(FastAPI(), engine=engine, session_options={"class_": class_})
 
 

@@ -108,7 +108,7 @@ def test_an_async_session_keeps_its_sync_class(
 ) -> None:
     """The class that does an AsyncSession's work is the application's, whichever way it is told."""
     if not kind.asynchronous:
-        with pytest.raises(TypeError, match="'sync_session_class' cannot be given"):
+        with pytest.raises(TypeError, match="'sync_session_class' is not allowed"):
             make_app(make_engine(), session_options={"sync_session_class": Own})
         return
     options = {"class_": OwnAsync} if way == "class_" else {"sync_session_class": Own}

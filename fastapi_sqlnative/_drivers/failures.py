@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from .errors import driver_error, server_of
 
 # PostgreSQL drivers whose errors carry a severity if, and only if, the server reported them.
-TELLING: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
+SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
 _EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
@@ -21,7 +21,7 @@ _ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
 
 
 def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool:
-    """Tell whether a COMMIT that failed with this error may have taken effect."""
+    """Return whether a COMMIT that failed with this error may have taken effect."""
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
         return False  # raised by SQLAlchemy itself: COMMIT was never sent
     states = sqlstates(driver_error(error))
@@ -44,10 +44,10 @@ def _was_never_sent(error: BaseException) -> bool:
     return type(found).__name__ == "InterfaceError" or "cannot switch to state" in str(found)
 
 
-def is_servers_word(error: BaseException, connection: Connection) -> bool:
+def reported_by_server(error: BaseException, connection: Connection) -> bool:
     """Return whether the server reported a failure, rather than the driver or network."""
     found = driver_error(error)
-    if connection.dialect.driver not in TELLING:
+    if connection.dialect.driver not in SEVERITY_DRIVERS:
         return isinstance(found, connection.dialect.loaded_dbapi.Error)
     # psycopg and psycopg2 keep the severity in `diag`, asyncpg on the error itself.
     sources = getattr(found, "diag", None), found

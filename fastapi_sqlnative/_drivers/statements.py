@@ -29,9 +29,8 @@ class Statement(NamedTuple):
     Attributes:
         effect: what it may do.
         savepoint: the name of the savepoint that it sets or rolls back to.
-        counted: a row count of 0 means that it wrote nothing. This doesn't hold for a statement
-            with CTEs, nor for an INSERT without ON CONFLICT: a trigger may have put the row
-            into another table.
+        counted: a row count of 0 means that it wrote nothing. Not so with CTEs, nor for an INSERT
+            without ON CONFLICT, whose row a trigger may have put into another table.
     """
 
     effect: Effect
@@ -52,8 +51,7 @@ def statement_of(compiled: Any) -> Statement:
 def matched_no_row(result: Any, context: ExecutionContext) -> bool:
     """Return whether a writing statement changed nothing, by its row count.
 
-    Not used for SQLite: `total_changes` also counts the changes of triggers, and the rows of a
-    RETURNING that have not been fetched yet.
+    SQLite's `total_changes` is better: it also counts triggers' changes and rows not yet fetched.
     """
     if context.executemany or context.dialect.name == "sqlite":
         return False
@@ -105,12 +103,12 @@ _WRITING: Final = re.compile(
     r"(?<![.\w])(?:insert|(?<!for\s)(?<!\bkey\s)update|delete|merge|into|call|create)\b",
     re.IGNORECASE,
 )
-# Of a temporary table as likely as not: in a transaction the server is asked.
+# Often used on temporary tables, so inside a transaction the server is asked instead.
 _DROP: Final = re.compile(r"(?:drop|refresh|reindex|import)\b", re.IGNORECASE)
 _CALLED: Final = re.compile(r'(?<![\w.$"])([\w.$"]++)\s*+\(')
-# What may stand before a parenthesis and calls nothing, and functions of the databases' own that
-# write nothing and whose names nobody is likely to give his own. One that is missing here costs
-# a question to the server, never an error.
+# Keywords that may precede a parenthesis, and built-in functions that write nothing and whose
+# names a user-defined function is unlikely to have. A missing name costs a query to the server,
+# never an error.
 _HARMLESS: Final = frozenset(
     """all and any array as between by case cast distinct else except exists extract filter from
     group having in intersect is join lateral like limit materialized not offset on or order over

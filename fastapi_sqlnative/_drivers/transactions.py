@@ -15,13 +15,13 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import InvalidRequestError
 
 from .errors import driver_error
-from .failures import TELLING, sqlstates
+from .failures import SEVERITY_DRIVERS, sqlstates
 
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 _IN_TRANSACTION: Final = 2
 _IN_ERROR: Final = 3
 # Drivers that fetch the whole result at once, unless asked to stream.
-_BUFFERING: Final = TELLING | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
+_BUFFERING: Final = SEVERITY_DRIVERS | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
 _MYSQL_DEADLOCK: Final = 1213
 _LONGEST: Final = 2**31 - 1  # milliseconds
 
@@ -48,7 +48,7 @@ def may_be_interrupted(engine: Engine) -> bool:
     return engine.dialect.driver in {"asyncpg", "psycopg", "psycopg_async"}
 
 
-def returns_undisturbed(engine: Engine) -> bool:
+def returns_by_rollback_only(engine: Engine) -> bool:
     """Return whether returning a connection to the pool does nothing but a ROLLBACK.
 
     SQLAlchemy also resets an engine's options then. If that goes through the driver (psycopg's

@@ -34,12 +34,12 @@ def described(value: object) -> str:
 
 
 def is_generator(call: object) -> bool:
-    """Tell whether FastAPI enters a dependency, and leaves it later."""
+    """Return whether FastAPI enters a dependency, and leaves it later."""
     return _is_any(call, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def is_awaitable(call: object) -> bool:
-    """Tell whether a function can await what it is given; FastAPI builds a class in a thread."""
+    """Return whether a function can await what it is given; FastAPI builds a class in a thread."""
     return _is_any(call, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
@@ -69,7 +69,7 @@ def annotation_of(call: Any, parameter: Any) -> object:
 
 
 def hands_on(call: Any) -> bool:
-    """Tell whether what a dependency gives may be, or hold, the session that it was given."""
+    """Return whether what a dependency gives may be, or hold, the session that it was given."""
     try:
         given = inspect.signature(call, eval_str=True).return_annotation
     except Exception:  # noqa: BLE001 - as above
@@ -95,7 +95,7 @@ def classes_in(annotation: object) -> list[type]:
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:
-    """Tell whether a function calls what must be awaited of a parameter, and does not await it.
+    """Return whether a function calls what must be awaited of a parameter, and does not await it.
 
     It may return the coroutine, or hand the method on: only what can never work counts.
     """
@@ -124,7 +124,7 @@ def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:
 
 
 def _drops(node: ast.AST, parameter: str) -> bool:
-    """Tell whether a coroutine is thrown away here, or asked for what its result would have."""
+    """Return whether a coroutine is thrown away here, or asked for what its result would have."""
     if not isinstance(node, ast.Expr | ast.Attribute | ast.For):
         return False
     used = node.iter if isinstance(node, ast.For) else node.value

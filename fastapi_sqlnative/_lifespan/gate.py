@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._drivers.pools import pool_capacity, pool_timeout
 from .._sessions.engines import sync_engine
-from .._sessions.holders import tell_holders
+from .._sessions.holders import report_holders
 from ..databases import AnyDatabase, sessions_of
 
 # What the requests of a route open.
@@ -111,5 +111,5 @@ async def _take(limiter: anyio.CapacityLimiter, request: object, database: AnyDa
                 f"work with such sessions, and none ended within {timeout:g} s.",
                 code="3o7r",
             )
-            tell_holders(sessions_of(database).state, error)
+            report_holders(sessions_of(database).state, error)
             raise error from None

@@ -114,7 +114,7 @@ def _check(given: Installation) -> None:
 
 
 def _takes_nothing(function: object) -> bool:
-    """Tell whether this can be called without arguments, before the day that it is."""
+    """Return whether this can be called without arguments, before the day that it is."""
     try:
         inspect.signature(function).bind()  # type: ignore[arg-type] # a TypeError tells
     except TypeError:

@@ -124,7 +124,7 @@ class Running:
         return databases_of([self, *self.below])
 
     def is_draining(self) -> bool:
-        """Tell whether this application, or one that it is mounted in, drains."""
+        """Return whether this application, or one that it is mounted in, drains."""
         return any(each.installed.draining for each in (self, *self.above))
 
     def admit(self, request: object, route: object, database: AnyDatabase) -> Awaitable[bool]:

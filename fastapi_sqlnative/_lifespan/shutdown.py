@@ -73,9 +73,9 @@ async def _close(
 async def _drain(state: SharedState, deadline: float) -> None:
     """Wait for cancelled requests to give their connections back; not for those of others."""
     # The last session to end may do so in a thread: there is no event to await for all.
-    while state.at_work and anyio.current_time() < deadline:  # noqa: ASYNC110
+    while state.holders and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
-    if left := len(state.at_work):
+    if left := len(state.holders):
         logger.warning(
             "Database %r is closed with %d connection(s) still in use; the sessions that hold "
             "them refuse to go on.",

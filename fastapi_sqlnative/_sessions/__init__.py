@@ -1,5 +1,5 @@
-"""The engine room: sessions that know what they have done, and how they are finished.
+"""The sessions, which track their own work, and how they are finished.
 
-`session` is the only way to the database, `record` what it has let through, `factory` what the
-sessions of one database share, and `finishing` where they end.
+`session` is the only way to the database, `record` tracks what went through it, `factory` makes
+the sessions of one database, and `finishing` commits, rolls back and closes them.
 """

@@ -92,14 +92,14 @@ async def ended_within(seconds: float, task: asyncio.Task[Any], *, grace: float 
         return task.done()
     finally:
         if not task.done():
-            task.add_done_callback(_nobody_listens)
+            task.add_done_callback(_mark_retrieved)
             task.cancel()
             if grace:
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait({task}, timeout=grace)
 
 
-def _nobody_listens(late: asyncio.Future[Any]) -> None:
+def _mark_retrieved(late: asyncio.Future[Any]) -> None:
     # Else asyncio would report a failure that came too late as one that was forgotten.
     if not late.cancelled():
         late.exception()

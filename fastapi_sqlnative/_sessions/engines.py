@@ -1,4 +1,4 @@
-"""What is done with an engine itself, of either kind, without blocking the event loop."""
+"""Operations on an engine, sync or async, that don't block the event loop."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 def sync_engine(engine: AnyEngine) -> Engine:
-    """Return the engine that has the pool: an `AsyncEngine` is a proxy for one."""
+    """Return the synchronous engine behind an `AsyncEngine`, or the engine itself."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 async def run_in_greenlet(work: Callable[[], T]) -> T:
-    """Call plain code where it may use asynchronous connections; a cancellation reaches it."""
-    # A session that is there for nothing else has the only public way into a greenlet.
+    """Run plain code in a greenlet, where it may use async connections and can be cancelled."""
+    # An empty session, because its `run_sync` is the only public way into a greenlet.
     return await AsyncSession().run_sync(lambda _: work())
 
 
 async def run_on_engine(engine: AnyEngine, work: Callable[[Engine], T]) -> T:
-    """Give the engine to plain code.
+    """Call plain code with the synchronous engine.
 
-    In a greenlet for an `AsyncEngine`, which a cancellation reaches; in a daemon thread of its own
-    for an `Engine`, which a cancellation leaves behind: only the driver's timeouts bound that one.
+    For an `AsyncEngine` it runs in a greenlet, which can be cancelled. For an `Engine` it runs in
+    a daemon thread of its own, which outlives a cancellation: only the driver's timeouts bound it.
     """
     if isinstance(engine, AsyncEngine):
         return await run_in_greenlet(lambda: work(engine.sync_engine))
@@ -44,7 +44,7 @@ async def dispose(engine: AnyEngine) -> None:
 
 
 def ask_for_one_row(engine: Engine) -> None:
-    """Make the server answer; what a driver raises by itself becomes SQLAlchemy's error."""
+    """Query one row, translating a driver's connect error into SQLAlchemy's."""
     try:
         with engine.connect() as connection:
             connection.scalar(select(1))

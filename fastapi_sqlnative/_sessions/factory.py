@@ -1,4 +1,4 @@
-"""The sessions of one database: the application's own class, with ours in front and behind."""
+"""The session factory: the application's session class, with ours before and after it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _AUTOCOMMIT: Final = {"isolation_level": "AUTOCOMMIT"}
 
 
 class Outermost(Session):
-    """What stands in front of the application's class, so that its listeners hear first."""
+    """The first class in the MRO, whose listeners run before the application's."""
 
     sqlnative: Record
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Keep the application's own from hearing of a subclass that is none of its."""
+        """Don't call the application's `__init_subclass__` for the class that we build."""
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Let the application choose the engine, and give it as one that sets the options.
+        """Return the engine that the application chooses, with the session's options set.
 
-        In front, because routing classes seldom call SQLAlchemy's own.
+        First in the MRO, because routing session classes seldom call `super().get_bind()`.
         """
         bind = super().get_bind(*args, **arguments)
         record = self.sqlnative
@@ -48,23 +48,23 @@ class Outermost(Session):
 
 
 def native_class(base: type[Session]) -> type[Session]:
-    """Put ours behind an application's session class, under the same name."""
+    """Combine an application's session class with ours, under the application's name."""
     bases = (Outermost, NativeSession) if base is Session else (Outermost, base, NativeSession)
     return type(base.__name__, bases, {"__module__": base.__module__})
 
 
-# The few events, where no method is passed. Before the application's own listeners: one that fails
-# must hide neither the connection nor that the COMMIT got through.
+# Events for what no method sees. They run before the application's listeners: if one of those
+# fails, the record must already have the connection and the outcome of the COMMIT.
 @event.listens_for(Outermost, "after_begin")
 def _after_begin(
     session: Outermost, _transaction: SessionTransaction, connection: Connection
 ) -> None:
     record = session.sqlnative
     if connection in record.connections:
-        return  # a savepoint on a connection that is known
+        return  # a savepoint on a connection that the record has
     record.begun_on(connection)
     if record.finished:
-        # A task or thread that the request left behind has waited for the pool all the while.
+        # A task or thread that outlived the request was still waiting for the pool.
         record.discard_connections()
         record.forget()
         record.check_unfinished()
@@ -85,7 +85,7 @@ def _after_flush(session: Outermost, _context: object) -> None:
 @event.listens_for(Outermost, "after_commit")
 def _after_commit(session: Outermost) -> None:
     record = session.sqlnative
-    if record.committing:  # else it was a savepoint
+    if record.committing:  # otherwise a savepoint was released
         record.committed = True
         record.stored = record.stored or record.may_have_written
 
@@ -104,11 +104,11 @@ def _after_transaction_end(session: Outermost, transaction: SessionTransaction) 
 
 
 class SessionFactory:
-    """A maker of sessions for one engine, as `sessionmaker` is. Lives as long as its handle.
+    """A factory of sessions for one engine, like `sessionmaker`. Lives as long as its handle.
 
-    It refuses options that no session can be made with, and a class whose `commit`, `rollback` or
-    `close` cannot be called as SQLAlchemy's. `class_` is that of the sessions handed out, and
-    `native` of those that do the work; a test may put a subclass in its place.
+    It refuses invalid options, and a class whose `commit`, `rollback` or `close` cannot be called
+    like SQLAlchemy's. `class_` is the class of the sessions handed out, `native` the synchronous
+    class behind it, which a test may replace with a subclass.
     """
 
     def __init__(self, engine: AnyEngine, state: SharedState, options: Mapping[str, Any]) -> None:
@@ -137,12 +137,12 @@ class SessionFactory:
         for keyword in ("bind",) if self.asynchronous else ("bind", "sync_session_class"):
             if keyword in self._options:
                 raise self._mistake(
-                    f"{keyword!r} cannot be given: the sessions use the engine that was "
-                    "installed, and a class_ that fits it."
+                    f"{keyword!r} is not allowed: the sessions use the installed engine and a "
+                    "class_ that fits it."
                 )
         if not (isinstance(self.class_, type) and issubclass(self.class_, self._plain)):
             raise self._mistake(
-                f"class_ must be a subclass of {self._plain.__name__}, because its engine is an "
+                f"class_ must be a subclass of {self._plain.__name__}, because the engine is an "
                 f"{type(self._engine).__name__}; it is {self.class_!r}."
             )
 
@@ -150,7 +150,7 @@ class SessionFactory:
         return TypeError(f"session_options of database {self.state.name!r}: {what}")
 
     def _look_for_overrides(self) -> None:
-        """Find what the application's classes have themselves of what ends a session."""
+        """Find the application's overrides of the methods that end a session."""
         classes: list[tuple[type[Any], type[Any]]] = [(self.native, NativeSession)]
         if self.asynchronous:
             classes.append((self.class_, AsyncSession))
@@ -163,9 +163,9 @@ class SessionFactory:
         for override in overridden:
             self._check_override(*override)
         self.state.overridden = frozenset(method for _, method in overridden)
-        # Not one of a class that the application constructs: that may need a request.
+        # Skip a class with a constructor of its own: that may need a request.
         if all(class_.__init__ is ours.__init__ for class_, ours in classes):
-            try:  # mistakes in the options show now, not in the first request
+            try:  # so that wrong options fail now, not in the first request
                 NativeSession.close(sync_session(self.open()))
             except TypeError as error:
                 raise self._mistake(str(error)) from error
@@ -176,20 +176,20 @@ class SessionFactory:
             inspect.signature(override).bind(None)
         except TypeError as error:
             raise self._mistake(
-                f"{method}() of {class_.__name__} needs arguments, and is called without any at "
-                "the end of a request. Give them defaults."
+                f"{method}() of {class_.__name__} has required arguments, but is called without "
+                "any at the end of a request. Give them defaults."
             ) from error
         asynchronous = inspect.iscoroutinefunction(inspect.unwrap(override))
         if issubclass(class_, AsyncSession) and not asynchronous:
             raise self._mistake(
-                f"{method}() of {class_.__name__} is not an `async def`, as AsyncSession's is. "
+                f"{method}() of {class_.__name__} is not an `async def`, unlike AsyncSession's. "
                 "Write it with `async def`."
             )
 
     def open(
         self, options: TransactionOptions = NO_OPTIONS, *, loop_thread: int | None = None
     ) -> AnySession:
-        """Open a session without a connection; the caller finishes it."""
+        """Open a session, which has no connection yet. The caller finishes it."""
         self.state.check_running(new_session=True)
         given = self._options
         if options is AUTOCOMMIT:

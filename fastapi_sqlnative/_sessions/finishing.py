@@ -1,4 +1,4 @@
-"""Where sessions end: committed, rolled back, closed, whoever cancels the caller meanwhile."""
+"""Finishing sessions: commit, roll back and close, even if the caller is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .session import AnySession, NativeSession, record_of, sync_session
 logger = logging.getLogger("fastapi_sqlnative")
 
 Operation: TypeAlias = Callable[[AnySession], None]
-# Runs an operation where the session may wait for the database.
+# Runs an operation in the session's greenlet or thread.
 Call: TypeAlias = Callable[[AnySession, Operation], None]
 
 
-# -- what is done to one session, in a greenlet of its own kind or in a thread --------------------
+# -- operations on one session; plain code in a greenlet or a thread ------------------------------
 
 
 def commit(session: AnySession) -> None:
-    """Commit, where there is something to commit, to refuse, or to tell a listener of."""
+    """Commit, if there is something to commit or to refuse, or a listener to call."""
     inner = sync_session(session)
     record = inner.sqlnative
     record.check_discarded()
-    # After a failed flush, too, SQLAlchemy refuses, and it is right.
-    if record.has_lost_nothing and inner.is_active and not has_pending_changes(inner):
+    # Not after a failed flush: SQLAlchemy rightly refuses to commit then.
+    if record.lost_without_writes and inner.is_active and not has_pending_changes(inner):
         inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
-    if not (inner.in_transaction() or tells_of_commit(inner)):
+    if not (inner.in_transaction() or commit_is_observed(inner)):
         return  # SQLAlchemy's own commit would do nothing
     record.committed = False
     try:
@@ -46,13 +46,13 @@ def commit(session: AnySession) -> None:
     except AfterCommitError:
         raise
     except Exception as error:
-        if record.committed:  # an override of the application's went on after it
+        if record.committed:  # an override of commit() failed after its super().commit()
             raise record.state.error(AfterCommitError) from error
         raise
 
 
-def tells_of_commit(session: NativeSession) -> bool:
-    """Tell whether a commit without SQL would be heard by code of the application."""
+def commit_is_observed(session: NativeSession) -> bool:
+    """Return whether code of the application would notice a commit without SQL."""
     record = session.sqlnative
     if record.closed or not (session.in_transaction() or session.autobegin):
         return False
@@ -61,43 +61,43 @@ def tells_of_commit(session: NativeSession) -> bool:
 
 
 def roll_back_and_close(session: AnySession) -> None:
-    """Roll back, so that the application's listeners hear of it, and close."""
-    # After a failed flush that has been done, and SQLAlchemy warns of what was changed since.
+    """Roll back, which calls the application's listeners, and close."""
+    # A failed flush has already rolled back. SQLAlchemy would warn about changes made since.
     undone = not sync_session(session).is_active
     _end(session, *(("close",) if undone else ("rollback", "close")))
 
 
 def close(session: AnySession) -> None:
-    """Give the connection back, with what is not committed rolled back; refuse further use."""
+    """Roll back, return the connection to the pool and refuse further use."""
     _end(session, "close")
 
 
 def _end(session: AnySession, *methods: str) -> None:
-    """Call what ends a session.
+    """Call the methods that end a session.
 
-    A failure here only means that the connection is gone: it is logged, because it must not
-    hide the answer, or the error, that the session's work ended with.
+    A failure here only means that the connection is lost. It is logged, so that it doesn't hide
+    the response or the error that the session's work ended with.
     """
     inner = sync_session(session)
     record = inner.sqlnative
     record.finished = True
     overridden = record.state.overridden
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
-        return None  # never used: there is nothing to roll back, to give back or to detach
+        return None  # never used: nothing to roll back, release or detach
     record.ending = bool(overridden)
     try:
         if record.state.stopping == "stopped":
-            return inner.invalidate()  # no pool waits for the connection any more, to close it
+            return inner.invalidate()  # the pool is disposed of and would not close the connection
         for method in methods:
             _run(session, method)
     except BaseException as error:
         record.discard_connections()
         record.forget()
         if not isinstance(error, Exception):
-            raise  # the deadline of a cancellation
+            raise  # a cancellation's deadline has passed
         logger.warning(
-            "A session of database %r could not give its connection back, which is discarded: "
-            "it was lost, or a task that the request left behind is still using it.",
+            "A session of database %r could not return its connection, which is discarded: "
+            "it was lost, or a task that outlived the request is still using it.",
             record.state.name,
             exc_info=True,
         )
@@ -106,7 +106,7 @@ def _end(session: AnySession, *methods: str) -> None:
 
 
 def _run(session: AnySession, method: str) -> None:
-    """Call a method of the session, as the application's class has it."""
+    """Call a method of the session, or the application's override of it."""
     own = getattr(type(session), method)
     if isinstance(session, AsyncSession) and own is not getattr(AsyncSession, method):
         await_only(own(session))
@@ -115,7 +115,7 @@ def _run(session: AnySession, method: str) -> None:
 
 
 def close_all(call: Call, sessions: Sequence[AnySession], end: Operation = close) -> None:
-    """End all of them, also when the deadline of a cancellation cuts one short."""
+    """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
         call(sessions[0], end)
         return
@@ -124,14 +124,14 @@ def close_all(call: Call, sessions: Sequence[AnySession], end: Operation = close
             closing.callback(call, session, end)
 
 
-# -- where it is done -----------------------------------------------------------------------------
+# -- running them in tasks and threads ------------------------------------------------------------
 
 
 def has_only_read(session: AnySession) -> bool:
-    """Tell whether a cancellation while the session ends can cost no more than its connection.
+    """Return whether cancelling the end of the session can cost no more than its connection.
 
-    Then neither a task nor a thread is needed: nothing was written, and the connection goes back
-    in one piece. In AUTOCOMMIT there is no ROLLBACK to wait for, and nothing to cancel.
+    Then it needs no task of its own: nothing was written, and returning the connection is a single
+    step. In AUTOCOMMIT there is no ROLLBACK to wait for, so nothing can be cancelled.
     """
     inner = sync_session(session)
     record = inner.sqlnative
@@ -145,7 +145,7 @@ def has_only_read(session: AnySession) -> bool:
         and not state.overridden
         and (
             record.options is AUTOCOMMIT
-            or (record.options is NO_OPTIONS and state.returns_undisturbed)
+            or (record.options is NO_OPTIONS and state.returns_by_rollback_only)
         )
         and not has_pending_changes(inner)
     )
@@ -158,18 +158,18 @@ async def run_together(
     timeout: float,
     cancelled: bool = False,
 ) -> None:
-    """Run what finishes these sessions to its end, whoever cancels the caller meanwhile.
+    """Run the code that finishes these sessions to its end, even if the caller is cancelled.
 
-    `work` is plain code over sessions, and gets `call` to touch one: in the greenlet of an
-    `AsyncSession`, in one worker thread, or, where a request has both kinds, in a thread that
-    hands the asynchronous part back to the event loop.
+    `work` is plain code that touches sessions only through `call`. It runs in a greenlet if all
+    sessions are asynchronous, else in one worker thread, which hands the operations of async
+    sessions back to the event loop.
 
     Args:
-        sessions: everything that `work` touches.
-        work: commits, rolls back, closes.
-        timeout: seconds from the cancellation after which an asynchronous connection is
-            discarded. A synchronous one is waited for: its driver's timeouts bound it.
-        cancelled: the caller is being cancelled already.
+        sessions: all sessions that `work` touches.
+        work: commits, rolls back and closes them.
+        timeout: seconds from the cancellation after which async connections are discarded.
+            Synchronous ones are waited for: their driver's timeouts bound that.
+        cancelled: the caller is already being cancelled.
     """
     asynchronous = [session for session in sessions if isinstance(session, AsyncSession)]
     bridge = _Bridge()
@@ -177,8 +177,8 @@ async def run_together(
         running = asynchronous[0].run_sync(lambda _: work(directly))
     else:
         call = bridge.call if asynchronous else directly
-        # A limiter of its own: the default one may be full of threads that wait for a
-        # connection, which this work is about to give back.
+        # A limiter of its own: threads that wait for a connection may have used up the default
+        # one, and this work is about to release connections.
         running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
 
     def abandon(task: asyncio.Task[None]) -> None:
@@ -189,7 +189,7 @@ async def run_together(
             timeout,
             "" if cancelled else ", and whether a COMMIT took effect is unknown",
         )
-        # SQLAlchemy invalidates a connection that is cancelled in mid-flight.
+        # SQLAlchemy invalidates a connection whose operation is cancelled.
         bridge.cancel() if len(asynchronous) < len(sessions) else task.cancel()
 
     await to_completion(
@@ -198,12 +198,12 @@ async def run_together(
 
 
 def directly(session: AnySession, operation: Operation) -> None:
-    """Run an operation here."""
+    """Run an operation right here."""
     operation(session)
 
 
 class _Bridge:
-    """The way from a worker thread to the sessions of both kinds."""
+    """A bridge from a worker thread to the sessions of both kinds."""
 
     def __init__(self) -> None:
         self._crossing: asyncio.Task[Any] | None = None
@@ -215,7 +215,7 @@ class _Bridge:
             operation(session)
 
     def cancel(self) -> None:
-        """Give up what runs on the event loop now; the thread goes on with the rest."""
+        """Cancel the current operation on the event loop; the thread goes on with the rest."""
         if self._crossing is not None:
             self._crossing.cancel()
 
@@ -231,7 +231,7 @@ class _Bridge:
 async def finishing(
     session: AsyncSession, success: Operation, *, timeout: float
 ) -> AsyncGenerator[AsyncSession]:
-    """Finish an asynchronous session at the end of a block."""
+    """Finish an async session at the end of a block: by `success`, or by rolling back."""
 
     async def finish(operation: Operation, *, cancelled: bool = False) -> None:
         if record_of(session).asked or operation is not close:
@@ -253,7 +253,7 @@ async def finishing(
 
 
 def commit_and_close(session: AnySession) -> None:
-    """Commit, and close whatever comes of it."""
+    """Commit, then close even if that failed."""
     try:
         commit(session)
     finally:

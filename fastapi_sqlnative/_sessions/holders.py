@@ -1,4 +1,4 @@
-"""Who holds the connections of a database: for which route, since when, and until when at most."""
+"""Who holds the connections of a database: which route, since when and until when."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from .._drivers.pools import ConnectionHolder, ask_pool
 from .._routes import name_of_route
 from .shared import SharedState
 
-_NOBODYS: Final[Mapping[str, Any]] = MappingProxyType({})
+_NO_REQUEST: Final[Mapping[str, Any]] = MappingProxyType({})
 
 logger = logging.getLogger("fastapi_sqlnative")
 
 
 class Holder:
-    """What one session holds of the pool. Ends with the session."""
+    """The connections that one session holds. Lives as long as the session."""
 
     __slots__ = ("_since", "connections", "ends_at", "executing", "on_idle", "request", "state")
 
     def __init__(self, state: SharedState) -> None:
         self.state = state
-        self.connections: dict[Connection, int] = {}  # in use, with the changes made before
-        self.request: Mapping[str, Any] = _NOBODYS  # the scope of the one that opened the session
-        self.executing = False  # a statement of the session's is on its way
-        self.ends_at = math.inf  # by monotonic(): the server is to end what is asked for by then
-        self.on_idle: Any = None  # called when the connections are given back
+        self.connections: dict[Connection, int] = {}  # with SQLite's count of changes at checkout
+        self.request: Mapping[str, Any] = _NO_REQUEST  # the scope of the session's request
+        self.executing = False  # a statement is running
+        self.ends_at = math.inf  # when the server ends its statements, on the monotonic() clock
+        self.on_idle: Any = None  # called when the connections are released
         self._since = 0.0
 
     def take(self, connection: Connection) -> None:
-        """Note a connection that the session holds from now on."""
+        """Record a connection that the session has checked out."""
         if not self.connections:
             self._since = monotonic()
         self.connections[connection] = transactions.changes(connection)
-        self.state.at_work[connection] = self
+        self.state.holders[connection] = self
 
-    def give_back(self) -> None:
-        """Note that the session holds none any more."""
+    def release(self) -> None:
+        """Record that the session has released all its connections."""
         if not self.connections:
             return
         for connection in self.connections:
-            self.state.at_work.pop(connection, None)
+            self.state.holders.pop(connection, None)
         self.connections.clear()
         limit = self.state.warn_held_after
         if limit is not None and (held := self.seconds) > limit:
-            route = name_of_route(self.request) or "A session of the handle's"
+            route = name_of_route(self.request) or "A session from the handle"
             logger.warning(
                 "%s held a connection of database %r for %.1f s.", route, self.state.name, held
             )
@@ -60,7 +60,7 @@ class Holder:
             self.on_idle()
 
     def discard_connections(self) -> None:
-        """Close what a session holds and could not close: SQLAlchemy has forgotten it."""
+        """Close connections that the session failed to close: SQLAlchemy no longer tracks them."""
         for connection in tuple(self.connections):
             if not connection.closed:
                 connection.invalidate()
@@ -68,19 +68,19 @@ class Holder:
 
     @property
     def seconds(self) -> float:
-        """How long the session has held its connections."""
+        """The seconds for which the session has held its connections."""
         return monotonic() - self._since
 
     def is_idle_on(self, connection: Connection) -> bool:
-        """Tell whether a transaction is open, and nothing is asked of the server."""
+        """Return whether a transaction is open and no statement runs."""
         idle = transactions.is_idle_in_transaction(connection)
         return not self.executing if idle is None else idle
 
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
-    """List the holders of the database's connections, the one with the oldest first."""
+    """List the holders of the database's connections, the longest first."""
     held: dict[str | None, list[tuple[Holder, Connection]]] = {}
-    for connection, holder in state.at_work.copy().items():  # threads may change it meanwhile
+    for connection, holder in state.holders.copy().items():  # other threads may change it
         held.setdefault(name_of_route(holder.request), []).append((holder, connection))
     found = (
         ConnectionHolder(
@@ -94,14 +94,14 @@ def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
     return tuple(sorted(found, key=lambda each: each.seconds, reverse=True))
 
 
-def tell_holders(state: SharedState, error: PoolTimeoutError) -> None:
-    """Note on an error who had the connections that it was raised for want of, and log it.
+def report_holders(state: SharedState, error: PoolTimeoutError) -> None:
+    """Add a note to a pool timeout that says who holds the connections, and log it.
 
-    Once in a second: where hundreds wait in vain, the others get what the first has found.
+    At most once a second: if hundreds of requests time out, the others get the first one's text.
     """
-    told = state.told_holders
+    told = state.holders_reported
     if told is None or monotonic() - told[0] > 1:
-        told = state.told_holders = monotonic(), "; ".join(_described(state))
+        told = state.holders_reported = monotonic(), "; ".join(_described(state))
         logger.warning("No connection of database %r came back in time: %s.", state.name, told[1])
     error.add_note(f"The connections of database {state.name!r} are held by {told[1]}.")
 
@@ -115,6 +115,6 @@ def _described(state: SharedState) -> Iterator[str]:
         yield f"{route}: {each.connections}, up to {each.seconds:.1f} s{idle}"
     others = (ask_pool(state.root.pool, "checkedout") or 0) - ours
     if others > 0:
-        yield f"others than sessions of fastapi-sqlnative: {others}"
+        yield f"code outside fastapi-sqlnative: {others}"
     elif not ours:
-        yield "nobody any more"
+        yield "no one anymore"

@@ -1,4 +1,4 @@
-"""What waits in a session for a flush."""
+"""The pending changes of a session."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from sqlalchemy.orm.attributes import History
 
 
 def has_pending_changes(session: Session) -> bool:
-    """Tell whether a flush would send something."""
-    # Whatever is added or changed begins a transaction: asking for one first is cheap.
+    """Return whether a flush would send something."""
+    # Every addition or change begins a transaction, and checking for one first is cheap.
     return session.in_transaction() and would_be_flushed(session)
 
 
 def would_be_flushed(session: Session) -> bool:
-    """Tell whether a session has changes that reach the database."""
+    """Return whether a session has changes that a flush would send."""
     return bool(
         session.new
         or session.deleted
@@ -26,7 +26,7 @@ def would_be_flushed(session: Session) -> bool:
 
 
 def _would_be_sent(session: Session, row: object) -> bool:
-    """Tell whether a flush would send an object: not for attributes that no table keeps."""
+    """Return whether a flush would send an object's changes, ignoring attributes without a column."""
     state = inspect(row)
     columns = {
         attribute.key
@@ -34,14 +34,14 @@ def _would_be_sent(session: Session, row: object) -> bool:
         if any(getattr(each, "table", None) in state.mapper.tables for each in attribute.columns)
     } - state.unmodified
     related = {each.key for each in state.mapper.relationships if not each.viewonly}
-    # Also what was deleted from the object, which has no value any more.
+    # History also covers deleted attributes, which have no value anymore.
     return any(state.attrs[key].history.has_changes() for key in columns) or any(
         _relates(session, state.attrs[key].history) for key in related - state.unmodified
     )
 
 
 def _relates(session: Session, history: History) -> bool:
-    # A flush passes over objects that nobody has added to the session.
+    # A flush skips related objects that are not in the session.
     return bool(history.deleted) or any(
         each is None or each in session for each in history.added or ()
     )

@@ -1,7 +1,7 @@
-"""What one session has let through, and what follows for its use and its commit.
+"""The record of one session: what it has done, and whether it may be used and committed.
 
-Everything the rules on lying and forgotten commits (5, 6, 7) and on finished sessions (11) need to
-know stands here. `session` keeps it up to date.
+It holds all that the rules on lying and forgotten commits (5, 6, 7) and on finished sessions (11)
+depend on. `session` keeps it up to date.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import exceptions
 from .._drivers import failures, transactions
-from .holders import Holder, tell_holders
+from .holders import Holder, report_holders
 from .options import AUTOCOMMIT, TransactionOptions, engine_with
 from .shared import SharedState
 from .transaction import BegunTransaction
@@ -23,15 +23,15 @@ from .work import Work
 
 
 class Record(Holder):
-    """The memory of one session, from its last commit or rollback on.
+    """What one session has done since its last commit or rollback.
 
-    It belongs to the session and ends with it. An exception is kept until the transaction ends and
-    no longer: its traceback holds the connection.
+    It belongs to the session and lives as long. Exceptions are kept only until the transaction
+    ends, because their tracebacks reference the connection.
 
     Args:
-        state: what the sessions of the database share.
-        options: what the session's transactions ask of the server.
-        loop_thread: the thread on which the session must not block, `None` for anywhere.
+        state: the state shared by the database's sessions.
+        options: the options of the session's transactions.
+        loop_thread: the thread that the session must not block; `None` if it may run anywhere.
     """
 
     __slots__ = (
@@ -65,39 +65,39 @@ class Record(Holder):
         super().__init__(state)
         self.options = options
         self.loop_thread = loop_thread
-        self.commits = False  # whoever opened the session commits it at the end
-        self.finished = False  # its time is over
-        self.ending = False  # though an override of the application's may still use it
-        self.begun: BegunTransaction | None = None  # that was handed out
+        self.commits = False  # our code commits the session at the end
+        self.finished = False  # the request or block has ended
+        self.ending = False  # an override of close() and the like may still use it
+        self.begun: BegunTransaction | None = None  # the one handed out by begin()
         self.closed = False  # by the application
-        self.discarded = False  # and over work that was not stored
-        self.committed = False  # the last COMMIT has got through
+        self.discarded = False  # closed with unstored changes
+        self.committed = False  # the last COMMIT succeeded
         self.stored = False  # a COMMIT has stored something, or may have
-        # As the state's, for engines that may have been made for this session alone.
+        # Like `state.engines`, for engines that may exist only for this session.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
-        self.open_results: list[Any] | None = None  # not read to their end
+        self.open_results: list[Any] | None = None  # results that may not be exhausted
         self._begin()
 
     def _begin(self) -> None:
-        self.asked = False  # for an engine: there is a connection, or somebody waits for one
+        self.asked = False  # for an engine: it has a connection or waits for one
         self.work = Work()
-        self.autocommits = False  # each statement is stored at once
-        self.joined = False  # a transaction that is not the session's own
-        self.stores_on = 1  # so many connections, as far as it is known before COMMIT
-        self.committing = False  # nothing comes between now and COMMIT
+        self.autocommits = False  # each statement commits at once
+        self.joined = False  # the transaction is not the session's own
+        self.stores_on = 1  # the number of connections with changes, counted before COMMIT
+        self.committing = False  # the next thing to run is COMMIT
         self.failed: BaseException | None = None
-        self.rolled_back: BaseException | None = None  # by the database, with this failure
-        self.streamed = False  # a result that may fail while it is read
+        self.rolled_back: BaseException | None = None  # the failure that made the database do so
+        self.streamed = False  # a result may fail while it is read
 
     def begun_on(self, connection: Connection) -> None:
-        """Note a connection that the transaction runs on from now on.
+        """Record a connection that has joined the transaction.
 
         Raises:
-            TransactionOptionsError: its engine commits each statement by itself, so that there
-                is no transaction to commit or roll back.
+            TransactionOptionsError: the engine is in AUTOCOMMIT, so there is no transaction to
+                commit or roll back.
         """
         self.take(connection)
-        # With a savepoint on it from the beginning the transaction around it is somebody else's.
+        # If it starts inside a savepoint, someone else owns the transaction around it.
         self.joined = self.joined or connection.in_nested_transaction()
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
@@ -107,24 +107,24 @@ class Record(Holder):
             raise self.state.error(exceptions.TransactionOptionsError)
 
     def engine_for(self, engine: Engine) -> Engine:
-        """Return an engine that shares the pool of this one, and sets the session's options.
+        """Return an engine that shares this one's pool and sets the session's options.
 
-        A session sees one engine for one engine, or it would open a second connection.
+        It is cached, because a different engine would make the session open a second connection.
         """
         known = self.state.engines if engine is self.state.root else self.engines
         found = known.get((engine, self.options))
-        # Another thread may have been faster.
+        # setdefault, because another thread may have added one meanwhile.
         return found or known.setdefault((engine, self.options), engine_with(engine, self.options))
 
     def will_commit(self) -> None:
-        """Note that whoever opened the session commits it at the end."""
+        """Mark the session for the commit at the end."""
         self.commits = True
         if any(map(transactions.autocommits, self.connections)):
             raise self.state.error(exceptions.TransactionOptionsError)
 
     def forget(self) -> None:
-        """Start anew: the session's transaction has ended, and it holds no connection."""
-        self.give_back()
+        """Reset the record after a transaction, when the session holds no connection."""
+        self.release()
         self.begun = None
         if self.finished:
             self.failed = self.rolled_back = None
@@ -134,34 +134,34 @@ class Record(Holder):
     # -- may the session be used here and now? ---------------------------------------------
 
     def check_usable(self) -> None:
-        """Refuse a session that is finished or stopped, or that would block the event loop."""
+        """Refuse a session that is finished, whose database is stopped, or that would block."""
         self.check_unfinished()
         self.state.check_running()
         self.check_thread()
 
     def check_unfinished(self) -> None:
-        """Refuse a session whose time is over."""
+        """Refuse a finished session."""
         if self.finished and not self.ending:
             raise self.state.error(exceptions.SessionFinishedError)
 
     def check_thread(self) -> None:
-        """Refuse to wait for the database on the event loop's own thread."""
+        """Refuse to block the event loop's thread."""
         if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
             raise self.state.error(exceptions.BlockingSessionError)
 
     def check_discarded(self) -> None:
-        """Refuse a success when a close() has thrown away what was to be stored."""
+        """Refuse to report success after a close() has discarded changes."""
         if self.discarded:
             raise self.state.error(exceptions.UncommittedChangesError)
 
-    # -- what was let through --------------------------------------------------------------
+    # -- what it has done ------------------------------------------------------------------
 
-    def let_through(self, result: Any, statement: Any) -> None:
-        """Note what a statement may have done, and whether its result is still being read."""
+    def note_result(self, result: Any, statement: Any) -> None:
+        """Record what a statement may have done, and whether its result is still being read."""
         cursor_result = getattr(result, "raw", None) or result
         context = getattr(cursor_result, "context", None)
         if context is None:
-            # The ORM's bulk statements, and what a listener of the application answered with.
+            # The ORM's bulk statements, and results that a listener has substituted.
             self.work.wrote = self.work.wrote or getattr(statement, "is_dml", True)
             return
         self.work.note(self.state.statement_of(context), result, context, self.connections)
@@ -171,23 +171,23 @@ class Record(Holder):
             self.open_results = [*still_open, cursor_result]
 
     def end_results(self, *, streams_only: bool = False) -> None:
-        """Close what is still read: at COMMIT or ROLLBACK streams, at the end everything.
+        """Close open results: streams at COMMIT or ROLLBACK, everything when the session ends.
 
-        The connection goes to others then; a stream's rows wait on the server until that.
+        The connection then goes back to the pool, and a stream may have unread rows on the server.
         """
         for result in self.open_results or ():
             context = result.context
             if streams_only and not context.execution_options.get("stream_results"):
                 continue
             self.state.readers[context.root_connection] = self
-            # One on a lost connection fails, and one that was read meanwhile has no cursor.
+            # Closing fails on a lost connection; an exhausted result has no cursor to close.
             with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
                 context.cursor.close()
 
-    def hears(self, error: BaseException) -> None:
-        """Note a failure on one of the session's connections."""
+    def note_failure(self, error: BaseException) -> None:
+        """Record a failure on one of the session's connections."""
         if not isinstance(error, Exception):
-            return  # a cancellation costs the connection
+            return  # after a cancellation the connection is discarded anyway
         self.failed = self.failed or error
         if self.may_have_written and any(
             transactions.has_rolled_back(connection, error, before_commit=self.committing)
@@ -195,37 +195,37 @@ class Record(Holder):
         ):
             self.rolled_back = error
 
-    def fails(self, error: Exception) -> None:
-        """Note an error that leaves the session.
+    def handle_error(self, error: Exception) -> None:
+        """Record an error raised by a session method, and translate it if need be.
 
         Raises:
-            sqlalchemy.exc.OperationalError: in place of what SQLAlchemy does not know, when a
-                driver cannot connect or waits no longer.
+            sqlalchemy.exc.OperationalError: in place of a driver's connect error or timeout that
+                SQLAlchemy did not wrap.
         """
-        self.hears(error)
-        self.state.sign(error)
+        self.note_failure(error)
+        self.state.tag(error)
         if isinstance(error, PoolTimeoutError) and not hasattr(error, "__notes__"):
-            tell_holders(self.state, error)
+            report_holders(self.state, error)
         if (recognized := failures.recognize(error)) is not None:
-            raise self.state.sign(recognized) from error
+            raise self.state.tag(recognized) from error
 
     @property
     def may_have_written(self) -> bool:
-        """Tell whether a commit may store something, as far as can be told without asking."""
+        """Return whether a commit may store something, judged without asking the server."""
         return self.work.may_have_written and not self.options.read_only
 
     @property
-    def has_lost_nothing(self) -> bool:
-        """Tell whether a connection is gone that had nothing to store."""
+    def lost_without_writes(self) -> bool:
+        """Return whether a connection was lost in a transaction that wrote nothing."""
         return not self.may_have_written and any(each.invalidated for each in self.connections)
 
     @property
     def has_stored(self) -> bool:
-        """Tell whether something is stored, or may be, also by a COMMIT that is on its way."""
+        """Return whether something is or may be stored, counting a COMMIT in progress."""
         return self.stored or (self.may_have_written and (self.committing or self.autocommits))
 
     def count_unstored(self, *, if_lost: bool | None = None) -> int:
-        """Count the connections on which a COMMIT now would change something."""
+        """Count the connections on which a COMMIT would store something now."""
         if not self.may_have_written:
             return 0
         wrote = self.work.wrote and self.rolled_back is None
@@ -236,9 +236,9 @@ class Record(Holder):
         )
 
     def prepare(self) -> None:
-        """Refuse what cannot be committed, and find out whether what may have written has.
+        """Refuse an aborted transaction, and find out whether a possible write really was one.
 
-        Other databases depend on it: this one may fail when they have committed.
+        With several databases this must be known before the first of them commits.
         """
         self.check_committable()
         if self.may_have_written and not self.work.wrote:
@@ -248,7 +248,7 @@ class Record(Holder):
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
 
     def check_committable(self) -> None:
-        """Refuse to commit what the server has given up: it would answer with a silent ROLLBACK.
+        """Refuse to commit an aborted transaction, whose COMMIT would be a silent ROLLBACK.
 
         Raises:
             TransactionAbortedError: an error inside the transaction was swallowed.
@@ -269,28 +269,28 @@ class Record(Holder):
         raise self.state.error(exceptions.TransactionAbortedError) from cause
 
     def commit_failed(self, error: Exception) -> None:
-        """Say what a failure of `commit()` means, where the error itself does not.
+        """Raise the error that says what a failed `commit()` means, if `error` itself doesn't.
 
         Raises:
-            AfterCommitError: the COMMIT has got through.
-            CommitOutcomeUnknownError: it may have.
+            AfterCommitError: the COMMIT succeeded.
+            CommitOutcomeUnknownError: the COMMIT may have succeeded.
         """
         if self.committed:
             raise self.state.error(exceptions.AfterCommitError) from error
-        self.state.sign(error)
+        self.state.tag(error)
         if not self.committing:
             return
         if self.rolled_back is not None:
             raise self.state.error(exceptions.TransactionAbortedError) from self.rolled_back
-        # With several engines the first may have stored something when the second says no.
+        # With several engines, the first may have committed before the second refused.
         ended = sum(not each.in_transaction() for each in self.connections)
         unknown = self.may_have_written and (
             (ended > 1 and self.stores_on > 1)
             or any(failures.leaves_outcome_unknown(error, each) for each in self.connections)
         )
         for connection in self.connections:
-            if not failures.is_servers_word(error, connection):
-                # SQLAlchemy would keep one that may still be in its transaction.
+            if not failures.reported_by_server(error, connection):
+                # SQLAlchemy would keep the connection, which may still be in its transaction.
                 connection.invalidate()
         if unknown:
             self.stored = True

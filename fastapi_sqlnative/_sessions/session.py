@@ -1,4 +1,4 @@
-"""The session class: every use of the database passes one of its methods."""
+"""The session class: every use of the database goes through one of its methods."""
 
 from __future__ import annotations
 
@@ -23,53 +23,53 @@ from .transaction import BegunTransaction, depth_of
 AnySession: TypeAlias = Session | AsyncSession
 
 
-# Since SQLAlchemy 2.1 a session sets options itself; with an engine that has them each connection
-# and statement costs more.
+# SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
+# with options, which costs time for each connection and statement.
 TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
 
 
 class NativeSession(Session):
-    """A `Session` that notes what it lets through, and says what a COMMIT has done.
+    """A `Session` that records its work and reports the true outcome of a COMMIT.
 
-    It stands behind the application's own session class, nearest to SQLAlchemy's: an override of
-    the application's runs first, and what it calls by `super()` passes here.
+    In the MRO it comes after the application's own session class and before SQLAlchemy's. The
+    application's overrides run first, and their `super()` calls arrive here.
     """
 
     sqlnative: Record
 
-    # -- ways in ---------------------------------------------------------------------------
+    # -- using the database ----------------------------------------------------------------
 
     def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
-        """Let a statement through; loads, lazy ones too, come this way."""
+        """Execute a statement and record it. Loads, including lazy ones, call this too."""
         record = self.sqlnative
         record.check_usable()
         if record.options is AUTOCOMMIT and writes(statement):
-            raise record.state.error(ReadOnlySessionError)  # now: nothing undoes it
+            raise record.state.error(ReadOnlySessionError)  # before it is sent and committed
         record.executing = True
         try:
             result = super().execute(statement, *args, **options)
         except Exception as error:
-            record.fails(error)
+            record.handle_error(error)
             raise
         finally:
             record.executing = False
-        record.let_through(result, statement)
+        record.note_result(result, statement)
         return result
 
     def scalars(self, *args: Any, **options: Any) -> Any:
-        """Execute, and return scalars."""
+        """Execute a statement and return scalars."""
         return self.execute(*args, **options).scalars()
 
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
-        """Execute, and return a scalar."""
-        if isinstance(statement, Sequence):  # has no result
-            with self._way_in():
+        """Execute a statement and return a scalar."""
+        if isinstance(statement, Sequence):  # executing one returns no result object
+            with self._tracked():
                 return super().scalar(statement, *args, **options)
         return self.execute(statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
-        """Hand out a connection, over which anything may be sent."""
-        with self._way_in() as record:
+        """Hand out the connection; from then on anything may have been sent over it."""
+        with self._tracked() as record:
             connection = super().connection(*args, **options)
             begin(connection)
         record.work.handed_out = True
@@ -78,84 +78,84 @@ class NativeSession(Session):
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:
-        """Send pending changes. SQLAlchemy calls this before each statement."""
+        """Flush pending changes. SQLAlchemy's autoflush calls this before each statement."""
         record = self.sqlnative
         if record.options is AUTOCOMMIT and has_pending_changes(self):
             raise record.state.error(ReadOnlySessionError)
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
-        looked, record.committing = record.committing, False
+        checked, record.committing = record.committing, False
         executing, record.executing = record.executing, True
         try:
             super().flush(*args, **options)
         except Exception as error:
-            record.fails(error)
+            record.handle_error(error)
             raise
         finally:
             record.executing = executing
-        if looked:  # objects of a listener's, after the last look
+        if checked:  # a before_commit listener has flushed after the last check
             record.check_committable()
             record.committing = True
 
     def bulk_save_objects(self, *args: Any, **options: Any) -> None:
-        """Insert or update."""
+        """Insert or update objects in bulk."""
         self._write(super().bulk_save_objects, *args, **options)
 
     def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
-        """Insert."""
+        """Insert rows in bulk."""
         self._write(super().bulk_insert_mappings, *args, **options)
 
     def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
-        """Update."""
+        """Update rows in bulk."""
         self._write(super().bulk_update_mappings, *args, **options)
 
     def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
-        with self._way_in() as record:
+        with self._tracked() as record:
             if record.options is AUTOCOMMIT:
                 raise record.state.error(ReadOnlySessionError)
             record.work.wrote = True
             work(*args, **options)
 
     @contextmanager
-    def _way_in(self) -> Generator[Record]:
+    def _tracked(self) -> Generator[Record]:
         record = self.sqlnative
         record.check_usable()
         executing, record.executing = record.executing, True
         try:
             yield record
         except Exception as error:
-            record.fails(error)
+            record.handle_error(error)
             raise
         finally:
             record.executing = executing
 
-    # What a background task calls first, without asking for a connection: SQLAlchemy would refuse
-    # a closed session too, but its message knows no remedy.
+    # A background task may call these first, and they need no connection. SQLAlchemy would refuse
+    # a closed session too, but its message doesn't name the fix.
 
     def add(self, *args: Any, **options: Any) -> None:
-        """Refuse a finished session."""
+        """Add an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         super().add(*args, **options)
 
     def delete(self, *args: Any, **options: Any) -> None:
-        """Refuse a finished session."""
+        """Delete an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         super().delete(*args, **options)
 
     def merge(self, *args: Any, **options: Any) -> Any:
-        """Refuse a finished session."""
+        """Merge an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         return super().merge(*args, **options)
 
     def refresh(self, *args: Any, **options: Any) -> None:
-        """Refuse a finished session."""
+        """Refresh an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         super().refresh(*args, **options)
 
-    # -- ways out --------------------------------------------------------------------------
+    # -- transactions ----------------------------------------------------------------------
 
     def begin(self, nested: bool = False) -> SessionTransaction:
-        """Begin a transaction, or a savepoint."""
+        """Begin a transaction or savepoint."""
         record = self.sqlnative
         record.check_unfinished()
         for connection in record.connections if nested else ():
@@ -174,19 +174,19 @@ class NativeSession(Session):
         return cast("SessionTransaction", record.begun)
 
     def get_transaction(self) -> SessionTransaction | None:
-        """Return the transaction, if one has begun."""
+        """Return the current transaction, if any."""
         transaction = super().get_transaction()
         if transaction is None:
             return None
         return self._begun(transaction)
 
     def commit(self) -> None:
-        """Commit as SQLAlchemy does: usable? flush; committable? COMMIT; what does it mean?
+        """Commit as SQLAlchemy does: check, flush, check again, COMMIT, interpret the outcome.
 
         Raises:
             TransactionAbortedError: an error inside the transaction was swallowed.
             CommitOutcomeUnknownError: the connection was lost during COMMIT.
-            AfterCommitError: what ran after the COMMIT has failed.
+            AfterCommitError: code that ran after the COMMIT failed.
         """
         record = self.sqlnative
         record.check_unfinished()
@@ -200,19 +200,19 @@ class NativeSession(Session):
                 self._commit_after_listeners()
             else:
                 if self.in_transaction():
-                    _look_last(self)  # nothing comes between this and COMMIT
+                    _check_before_commit(self)  # nothing runs between this and COMMIT
                 super().commit()
         except Exception as error:
             record.commit_failed(error)
             raise
 
     def _commit_after_listeners(self) -> None:
-        # A listener of the session's own runs after those of its classes, and the newest last.
-        event.listen(self, "before_commit", _look_last)
+        # Listeners on the session run after those on its classes, and the newest runs last.
+        event.listen(self, "before_commit", _check_before_commit)
         try:
             super().commit()
         finally:
-            event.remove(self, "before_commit", _look_last)
+            event.remove(self, "before_commit", _check_before_commit)
 
     def rollback(self) -> None:
         """Roll back."""
@@ -222,21 +222,21 @@ class NativeSession(Session):
         record.end_results(streams_only=True)
         super().rollback()
 
-    # They roll back too, and a `with session:` is not meant that way.
+    # These roll back too, which the author of a `with session:` may not expect.
 
     def close(self) -> None:
-        """Close, and note what is thrown away."""
+        """Close the session, recording whether it discards changes."""
         self._note_discarded(ask=True)
         super().close()
 
     def reset(self) -> None:
-        """Reset, and note what is thrown away."""
+        """Reset the session, recording whether it discards changes."""
         self._note_discarded(ask=True)
         super().reset()
 
     def invalidate(self) -> None:
-        """Close and give the connection up, and note what is thrown away."""
-        self._note_discarded(ask=False)  # over a connection that may hang
+        """Invalidate the connections, recording whether that discards changes."""
+        self._note_discarded(ask=False)  # the connection may hang
         super().invalidate()
 
     def _note_discarded(self, *, ask: bool) -> None:
@@ -252,19 +252,19 @@ class NativeSession(Session):
 
 
 def sync_session(session: AnySession) -> NativeSession:
-    """Return the session that does the work: an `AsyncSession` is a proxy for one."""
+    """Return the synchronous session behind an `AsyncSession`, or the session itself."""
     return cast("NativeSession", getattr(session, "sync_session", session))
 
 
 def record_of(session: AnySession) -> Record:
-    """Return the record of a session that `native_class` made."""
+    """Return the record of a session whose class `native_class` made."""
     return sync_session(session).sqlnative
 
 
-def _look_last(session: NativeSession) -> None:
-    """Refuse to commit what cannot be: after every listener, and right before COMMIT."""
+def _check_before_commit(session: NativeSession) -> None:
+    """Refuse to commit an aborted transaction, after all listeners and right before COMMIT."""
     record = session.sqlnative
-    # First what commit() would flush after this, with listeners that may swallow an error.
+    # Flush here, not in commit() after this check: flush listeners may swallow an error.
     session.flush()
     record.check_committable()
     record.end_results(streams_only=True)

@@ -12,9 +12,9 @@ from sqlalchemy.exc import DBAPIError
 
 from .. import exceptions
 from .._drivers.errors import server_of
-from .._drivers.failures import is_servers_word
+from .._drivers.failures import reported_by_server
 from .._drivers.statements import Effect, Statement, statement_of, writes
-from .._drivers.transactions import may_be_interrupted, returns_undisturbed
+from .._drivers.transactions import may_be_interrupted, returns_by_rollback_only
 from .options import TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
@@ -69,16 +69,16 @@ class SharedState:
         self.root = root  # a session class of the application's may choose other engines
         self.shutdown_timeout = shutdown_timeout
         self.warn_held_after = warn_held_after
-        self.told_holders: tuple[float, str] | None = None  # when, and what
+        self.holders_reported: tuple[float, str] | None = None  # when, and what
         # Once it is stopped every session refuses its next statement: a disposed engine would
         # silently connect anew.
         self.stopping: Literal["shutting down", "stopped"] | None = None
         # Those of commit, rollback and close that the application's class has itself.
         self.overridden: frozenset[str] = frozenset()
         self.may_be_interrupted: bool = may_be_interrupted(root)
-        self.returns_undisturbed: bool = returns_undisturbed(root)
+        self.returns_by_rollback_only: bool = returns_undisturbed(root)
         # The records of the sessions that hold a connection, by it.
-        self.at_work: dict[Connection, Any] = {}
+        self.holders: dict[Connection, Any] = {}
         # Engines that share a pool and set the options, by the engine and the options.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
         # Whose results may still be read from a connection, when the session has ended.
@@ -99,7 +99,7 @@ class SharedState:
         """Build the error of this kind that names the database and the fix."""
         return kind(_MESSAGES[kind].format(self.name))
 
-    def sign(self, error: ErrorT) -> ErrorT:
+    def tag(self, error: ErrorT) -> ErrorT:
         """Note the database's name on an error that is not ours, for the log."""
         setattr(error, "database_name", self.name)  # noqa: B010 - the class has no such attribute
         return error
@@ -130,7 +130,7 @@ class SharedState:
 
     def record_on(self, connection: Connection) -> Any:
         """Return the record of the session that is, or was last, at work on a connection."""
-        return self.at_work.get(connection) or self.readers.get(connection)
+        return self.holders.get(connection) or self.readers.get(connection)
 
 
 def _listener(state: weakref.ref[SharedState]) -> Any:
@@ -144,10 +144,10 @@ def _listener(state: weakref.ref[SharedState]) -> Any:
         if context.execution_context is None and context.statement is None:
             # COMMIT or ROLLBACK did not get through, or was not even sent: SQLAlchemy would keep a
             # connection that may still be in its transaction.
-            if not is_servers_word(context.original_exception, connection):
+            if not reported_by_server(context.original_exception, connection):
                 context.is_disconnect = True
         elif not record.finished:
-            record.hears(context.original_exception)
+            record.note_failure(context.original_exception)
             if record.committing and record.rolled_back is not None:
                 # A listener that runs after the last look may swallow this: COMMIT is to fail.
                 context.is_disconnect, context.invalidate_pool_on_disconnect = True, False

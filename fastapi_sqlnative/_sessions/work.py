@@ -1,4 +1,4 @@
-"""What one transaction has let through, and whether a COMMIT would store it."""
+"""The work of one transaction, and whether a COMMIT would store anything."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import ExecutionContext
 
 from .._drivers import transactions
-from .._drivers.statements import Effect, Statement, met_no_row
+from .._drivers.statements import Effect, Statement, matched_no_row
 
 _Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, int]]
 
 
 class Work:
-    """What one transaction has let through.
+    """The work of one transaction.
 
     Attributes:
-        wrote: a statement or flush that writes.
-        unknown: a statement that may have written.
-        handed_out: a connection, over which anything may have been sent.
-        defined: a table, a function or the like.
+        wrote: a statement or flush has written.
+        unknown: a statement may have written.
+        handed_out: a connection was handed out, so anything may have been sent.
+        defined: DDL has run.
         undone: a savepoint was rolled back.
     """
 
@@ -42,7 +42,7 @@ class Work:
 
     @property
     def may_have_written(self) -> bool:
-        """Tell whether a commit may store something, as far as can be told without asking."""
+        """Return whether a commit may store something, judged without asking the server."""
         return self.wrote or self.unknown or self.handed_out
 
     def note(
@@ -52,16 +52,16 @@ class Work:
         context: ExecutionContext,
         connections: dict[Connection, int],
     ) -> None:
-        """Note what a statement has done, or may have done."""
+        """Record what a statement has done or may have done."""
         effect, savepoint, counted = statement
         if effect is Effect.NONE:
-            return  # nearly all of them
+            return  # the common case
         if effect is Effect.WRITE:
-            self.wrote = self.wrote or not (counted and met_no_row(result, context))
+            self.wrote = self.wrote or not (counted and matched_no_row(result, context))
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:
-            # MySQL commits what came before, and the definition itself.
+            # MySQL commits at DDL, together with everything before it.
             self.wrote = self.defined = context.dialect.name not in {"mysql", "mariadb"}
             self.unknown = self.unknown and self.wrote
         elif effect is Effect.SAVEPOINT:
@@ -70,17 +70,17 @@ class Work:
             self.savepoint_undone(savepoint, connections)
 
     def savepoint_begins(self, savepoint: str | int, connections: Mapping[Connection, int]) -> None:
-        """Remember what had been written, for the case that the savepoint is rolled back."""
+        """Save the current state, in case the savepoint is rolled back."""
         changes = {each: transactions.changes(each) for each in connections}
         self._savepoints = self._savepoints or {}
         self._savepoints[savepoint] = self.wrote, self.unknown, self.defined, changes
 
     def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, int]) -> None:
-        """Go back to what had been written when the savepoint began.
+        """Restore the state that was saved when the savepoint began.
 
         Args:
-            savepoint: its name or its depth.
-            connections: the changes that do not count, which become more.
+            savepoint: its name or depth.
+            connections: SQLite's counts of changes to ignore. The undone changes are added.
         """
         self.undone = True
         known = (self._savepoints or {}).get(savepoint)
@@ -101,14 +101,14 @@ class Work:
         if_lost: bool,
         joined: bool,
     ) -> bool:
-        """Tell whether a COMMIT on a connection would change something; in doubt ask.
+        """Return whether a COMMIT on a connection would store something; ask the server if unsure.
 
         Args:
-            connection: one that holds the transaction.
-            changes_before: what SQLite had counted when the transaction began.
-            wrote: the answer where nobody knows better.
-            if_lost: the answer where the connection is gone.
-            joined: the transaction around it is somebody else's, and so is what the server says.
+            connection: a connection of the transaction.
+            changes_before: SQLite's count of changes when the transaction began.
+            wrote: the answer if the database can't tell.
+            if_lost: the answer if the connection is lost.
+            joined: someone else owns the transaction, so the server's answer would include theirs.
         """
         if not connection.in_transaction() or transactions.autocommits(connection):
             return False

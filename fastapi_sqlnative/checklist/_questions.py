@@ -107,7 +107,7 @@ def _is_encrypted(asked: Asked) -> bool | None:
 
 
 def _is_pooled(asked: Asked) -> bool:
-    """Tell whether something that keeps connections, such as PgBouncer, is in between.
+    """Return whether something that keeps connections, such as PgBouncer, is in between.
 
     It tells its clients of a process of its own making, as it may not have one of the server's.
     """

@@ -194,7 +194,7 @@ def _parts(table: Table) -> Iterator[_Part]:
 
 
 def _is_key(part: _Part, columns: tuple[str, ...]) -> bool:
-    """Tell whether it is a key on exactly these columns."""
+    """Return whether it is a key on exactly these columns."""
     keys = schema.PrimaryKeyConstraint | schema.UniqueConstraint | Index
     return bool(columns) and isinstance(part, keys) and set(_columns(part)) == set(columns)
 
@@ -206,7 +206,7 @@ def _columns(part: _Part) -> tuple[str, ...]:
 
 
 def _is_shortened(part: _Part, stated: StatedError) -> bool:
-    """Tell whether the name was too long for the database, which has the stated one instead."""
+    """Return whether the name was too long for the database, which has the stated one instead."""
     name, stored = str(part.name), stated.constraint or ""
     if not 50 < len(stored) < len(name):
         return False

@@ -129,14 +129,14 @@ class _Health:
     saturated_is_ready: bool
 
     async def live(self, request: Request) -> JSONResponse:
-        """Tell whether the process is to go on."""
+        """Return whether the process is to go on."""
         limit = self.times.get("restart_after", math.inf)
         databases = running_for(request).all_databases()
         wedged = any(is_wedged(sync_engine(each.engine), limit) for each in databases)
         return _answer(Liveness(status="wedged" if wedged else "alive"), 503 if wedged else 200)
 
     async def ready(self, request: Request) -> JSONResponse:
-        """Tell whether the application can do its work, database by database, check by check."""
+        """Return whether the application can do its work, database by database, check by check."""
         running = running_for(request)
         databases = running.all_databases()
         asks = bool(databases) and not running.is_draining()
@@ -167,7 +167,7 @@ class _Health:
         engine = sync_engine(database.engine)
 
         def ask() -> CheckResult:
-            in_use = len(sessions_of(database).state.at_work)
+            in_use = len(sessions_of(database).state.holders)
             state = ask_database(engine, in_use=in_use, writable=policy == "writable")
             if is_wedged(engine, self.times["wedged_after"]):
                 state = DatabaseState.WEDGED

@@ -63,7 +63,7 @@ class IsolatedConnection:
 
     @property
     def asynchronous(self) -> bool:
-        """Tell whether it belongs to an AsyncEngine."""
+        """Return whether it belongs to an AsyncEngine."""
         return self.engine.dialect.is_async
 
     def refused(self, why: str) -> IsolationError:
@@ -92,7 +92,7 @@ class IsolatedConnection:
             # Whoever sends a request waits for it: its sessions are at rest.
             self._settle(filter(in_flow, self.own_sessions))
         except BaseException:
-            self.turn.give_back(session)
+            self.turn.release(session)
             raise
         self._begins = transaction
         return connection
@@ -102,7 +102,7 @@ class IsolatedConnection:
         self._begins = False  # the session may only have looked at its bind
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             _send(self.opened(), "PRAGMA query_only = OFF")
-        self.turn.give_back(session)
+        self.turn.release(session)
 
     def _settle(self, sessions: Iterable[Session]) -> None:
         """Commit what the test's sessions have added, which others then cannot undo."""

@@ -54,7 +54,7 @@ def ready_engine(installation: Installation) -> AnyEngine | None:
 
 
 def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
-    """Tell whether two engines mean the same database, whoever logs in with whatever driver."""
+    """Return whether two engines mean the same database, whoever logs in with whatever driver."""
     first, second = sync_engine(one), sync_engine(other)
     # An engine made from another, with options, has its dialect.
     return first.dialect is second.dialect or _address(first.url) == _address(second.url)

@@ -35,7 +35,7 @@ def joins_flow(session: object) -> None:
 
 
 def in_flow(session: object) -> bool:
-    """Tell whether a session belongs to whoever runs here, or to what has started that."""
+    """Return whether a session belongs to whoever runs here, or to what has started that."""
     return any(each() is session for each in _FLOW.get())
 
 
@@ -78,7 +78,7 @@ class Turn:
         self._waiting: deque[tuple[object, object, Future[None]]] = deque()
 
     def holds(self, session: object) -> bool:
-        """Tell whether a session has it."""
+        """Return whether a session has it."""
         return session in self._holders
 
     def take(self, session: object, connection: Any, *, transaction: bool) -> None:
@@ -106,7 +106,7 @@ class Turn:
                 ticket.result(_PATIENCE if running_loop() is None else 0)
         except BaseException as error:
             if not ticket.cancel():  # it has come at the last moment
-                self.give_back(session)
+                self.release(session)
             if not isinstance(error, TimeoutError):
                 raise
             raise connection.refused(
@@ -114,7 +114,7 @@ class Turn:
                 "first (await it, on the event loop), or test with cloned(app)."
             ) from None
 
-    def give_back(self, session: object) -> None:
+    def release(self, session: object) -> None:
         """Let the next one in, if the session has the turn and is the last of its request."""
         with self._lock:
             self._holders.pop(session, None)
@@ -132,7 +132,7 @@ class Turn:
         try:
             return work()
         finally:
-            self.give_back(who)
+            self.release(who)
 
     @contextmanager
     def lent(self, session: object) -> Generator[None]:

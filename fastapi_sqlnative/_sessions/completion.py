@@ -1,4 +1,4 @@
-"""Work that a cancellation does not interrupt (rule 13), and work that may hang."""
+"""Running work that a cancellation must not interrupt (rule 13), and work that may hang."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ async def to_completion(
     cancelled: bool = False,
     abandon: Callable[[asyncio.Task[None]], None] | None = None,
 ) -> None:
-    """Await work in a task of its own, which a cancellation reaches only after its deadline.
+    """Await work in a task of its own, shielded from cancellation until `timeout` has passed.
 
-    Both shields are needed: a task of its own against asyncio's one-time cancellation, a
-    shielded scope against anyio's, which comes back at every await and would spin.
+    Two shields are needed: the task protects from asyncio's one-time cancellation, the shielded
+    scope from anyio's, which is raised again at every await and would make the loop spin.
     """
     task = asyncio.create_task(running)
     cancellation: asyncio.CancelledError | None = None
@@ -44,7 +44,7 @@ async def to_completion(
             task.result()
         return
     if not task.cancelled() and (failure := task.exception()) is not None:
-        logger.error("What a cancelled caller was to wait for has failed.", exc_info=failure)
+        logger.error("The work of a cancelled caller failed.", exc_info=failure)
     raise cancellation
 
 
@@ -60,11 +60,11 @@ async def _outlast_cancellation(
                 await asyncio.wait({task}, timeout=remaining)
             if abandon is not None and not task.done() and clock() >= deadline:
                 abandon(task)
-                deadline = clock() + timeout  # what it does then may hang as well
+                deadline = clock() + timeout  # its cleanup may hang as well
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Call what may hang in a daemon thread of its own: the process can end all the same."""
+    """Call a function that may hang in a daemon thread, which doesn't keep the process alive."""
     future = Future[T]()
     future.set_running_or_notify_cancel()
     context = contextvars.copy_context()
@@ -82,10 +82,10 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
 
 
 async def ended_within(seconds: float, task: asyncio.Task[Any], *, grace: float = 0) -> bool:
-    """Wait so long for a task, and tell whether it has ended; else cancel it and leave it behind.
+    """Wait for a task for `seconds` and return whether it ended; if not, cancel and abandon it.
 
-    A cancellation of the caller cancels it too. It gets so many seconds of grace to end: a driver
-    may take its own time to let go of a server that hangs.
+    A cancellation of the caller cancels the task too. It then has `grace` seconds to end, because
+    a driver may be slow to give up on a server that hangs.
     """
     try:
         await asyncio.wait({task}, timeout=seconds)
@@ -100,6 +100,6 @@ async def ended_within(seconds: float, task: asyncio.Task[Any], *, grace: float 
 
 
 def _mark_retrieved(late: asyncio.Future[Any]) -> None:
-    # Else asyncio would report a failure that came too late as one that was forgotten.
+    # Otherwise asyncio would log the late exception as never retrieved.
     if not late.cancelled():
         late.exception()

@@ -1,4 +1,4 @@
-"""What a transaction asks of the server, and how each database is told."""
+"""Transaction options, and how each database sets them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _READ_ONLY: Final[Mapping[str, str | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class TransactionOptions:
-    """What a transaction asks of the server, for any database."""
+    """The options of a transaction, for any database."""
 
     isolation_level: str | None = None
     read_only: bool = False
 
     @classmethod
     def checked(cls, isolation_level: IsolationLevel | None, read_only: bool) -> TransactionOptions:
-        """Build options from what a user wrote.
+        """Validate a user's arguments.
 
         Raises:
-            ValueError: the isolation level is not one of the standard's four.
+            ValueError: the isolation level is not one of the four in the SQL standard.
         """
         known = get_args(IsolationLevel)
         if isolation_level is not None and isolation_level not in known:
             raise ValueError(
-                f"{isolation_level!r} is not an isolation level: write one of {', '.join(known)}. "
+                f"{isolation_level!r} is not an isolation level: use one of {', '.join(known)}. "
                 "For reads in AUTOCOMMIT depend on reader(name)."
             )
         return cls(isolation_level, read_only)
@@ -50,12 +50,12 @@ class TransactionOptions:
         return f"isolation_level={self.isolation_level!r}, read_only={self.read_only!r}"
 
     def check_known_to(self, dialect: Dialect, name: str) -> None:
-        """Refuse what the database of this name does not have, before anything is sent to it."""
-        # SQLAlchemy would look only when it has a connection, and an async one is lost to the pool
-        # then. No dialect looks at the connection that it is asked to pass.
+        """Refuse options that the dialect doesn't support, before anything is sent."""
+        # SQLAlchemy checks only after checkout, and the pool then loses an async connection.
+        # All dialects ignore the connection argument, so None will do.
         levels = dialect.get_isolation_level_values(cast("DBAPIConnection", None))
         if self.read_only and dialect.name not in _READ_ONLY:
-            lacking = "read-only transactions that fastapi-sqlnative knows of: leave read_only out"
+            lacking = "read-only transactions that fastapi-sqlnative can use: leave read_only out"
         elif self.isolation_level not in (None, *levels):
             known = ", ".join(level for level in get_args(IsolationLevel) if level in levels)
             lacking = f"isolation level {self.isolation_level!r}: choose one of {known}"
@@ -71,7 +71,7 @@ AUTOCOMMIT: Final = TransactionOptions(isolation_level="AUTOCOMMIT")
 
 
 def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
-    """Return an engine that shares the pool of this one, and sets the options."""
+    """Return an engine that shares this one's pool and sets the options."""
     given: dict[str, Any] = {}
     if options.isolation_level is not None:
         given["isolation_level"] = options.isolation_level
@@ -85,14 +85,14 @@ def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
 
 
 def begin_with(connection: Connection, options: TransactionOptions) -> None:
-    """Tell the server, as the transaction begins, what the engine cannot set."""
+    """Set options that the engine cannot set, at the beginning of a transaction."""
     statement = _READ_ONLY[connection.dialect.name] if options.read_only else None
     if statement is not None:
         connection.exec_driver_sql(statement)
 
 
 def _unset_read_only(connection: Connection) -> None:
-    # SQLite's pragma belongs to the connection, not to the transaction.
+    # SQLite's pragma is set for the connection, not for the transaction.
     cursor = connection.connection.cursor()
     cursor.execute("PRAGMA query_only = OFF")
     cursor.close()

@@ -1,4 +1,4 @@
-"""The transaction that `begin()` hands out."""
+"""The transaction that a session's `begin()` returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 
 class BegunTransaction:
-    """The transaction that `begin()` hands out, whose commit is the session's own."""
+    """The transaction that `begin()` returns. Its commit is the session's commit."""
 
     def __init__(
         self, session: Session, transaction: SessionTransaction, end_streams: Callable[[], None]
@@ -23,11 +23,11 @@ class BegunTransaction:
         return getattr(self.transaction, name)
 
     def commit(self) -> None:
-        """Commit the session, where this is still its transaction."""
+        """Commit the session, if this is still its transaction."""
         if self.transaction.is_active:
             self._session.commit()
         else:
-            self.transaction.commit()  # raises, and says why
+            self.transaction.commit()  # raises SQLAlchemy's own error
 
     def rollback(self) -> None:
         """Roll the transaction back."""
@@ -56,5 +56,5 @@ class BegunTransaction:
 
 
 def depth_of(transaction: SessionTransaction) -> int:
-    """Tell how many transactions a savepoint is inside of."""
+    """Return the number of transactions and savepoints around a savepoint."""
     return 0 if transaction.parent is None else 1 + depth_of(transaction.parent)

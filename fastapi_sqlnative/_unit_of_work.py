@@ -23,42 +23,42 @@ from ._sessions.pending import has_pending_changes
 from ._sessions.session import AnySession, sync_session
 from .databases import sessions_of
 
-# Seconds that a request which is too slow may take to roll back.
+# Grace period, in seconds, for a request past its deadline to roll back.
 _GRACE: Final = 1.0
-# Seconds without a connection after which a request lets others in.
+# Seconds after which a request without a connection gives up its place in the gate.
 _IDLE: Final = 0.1
-# Under which a request's scope keeps its unit of work.
+# The key of the unit of work in the request's scope.
 UNIT: Final = "fastapi_sqlnative_unit_of_work"
 
 
 class UnitOfWork:
-    """The owner of every session of one request.
+    """The owner of all sessions of one request.
 
-    Lives from the first dependency that asks for a session until the endpoint has returned and
-    its result is serialized. The response starts after that.
+    Lives from the first dependency that needs a session until the endpoint has returned and its
+    result is serialized. The response starts after that.
     """
 
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
         self.scope: Scope = connection.scope
         self._members: list[Member] = []
-        # Once: a second cancellation would interrupt the driver while it tells the server to stop.
+        # Cancel once: a second cancellation would interrupt the driver's cancel request.
         self.cancelled: bool = False
-        self.ends_at: float = math.inf  # by time.monotonic(): then the request's deadline is over
+        self.ends_at: float = math.inf  # the request's deadline, on the time.monotonic() clock
 
     async def session(self, name: str) -> AnySession:
         """Return the request's one session for a database."""
         return await self._session(name, NO_OPTIONS)
 
     async def reader(self, session: AnySession) -> AnySession:
-        """Return the AUTOCOMMIT session beside a session of ours, else that session itself."""
+        """Return the AUTOCOMMIT session of the same database, or an override's session itself."""
         beside = self._member_of(session)
         if beside is None:
-            return session  # an override's: the application's own
+            return session  # an override's session: the application's own
         return await self._session(beside.state.name, AUTOCOMMIT)
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
-        """Mark a session for the commit at the end; an override's session is left alone."""
+        """Mark a session for the commit at the end, unless it comes from an override."""
         member = self._member_of(session)
         if member is not None:
             if options != NO_OPTIONS:
@@ -75,22 +75,22 @@ class UnitOfWork:
                 return each.session
         database = self._running.database(name)
         has_place = False
-        # A websocket would keep its place for as long as the client stays.
-        if self.scope.get("type") == "http":  # FastStream and its like have none
+        # Not for a websocket, which would keep its place for as long as the client stays.
+        if self.scope.get("type") == "http":  # scopes of FastStream and the like have no type
             has_place = await self._running.admit(self, self.scope.get("route"), database)
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
         if has_place:
-            gave_back = functools.partial(self._gave_connections_back, asyncio.get_running_loop())
-            member.record.on_idle = gave_back
+            on_idle = functools.partial(self._released, asyncio.get_running_loop())
+            member.record.on_idle = on_idle
         self._members.append(member)
         self.limit(self.ends_at)
         return member.session
 
     def limit(self, ends_at: float) -> None:
-        """Have the server end what synchronous sessions ask for by then: nobody else can."""
+        """Have the server end synchronous sessions' statements: they can't be cancelled here."""
         self.ends_at = min(self.ends_at, ends_at)
         for member in self._members:
             if not isinstance(member.session, AsyncSession):
@@ -98,21 +98,21 @@ class UnitOfWork:
 
     @property
     def has_stored(self) -> bool:
-        """Return whether a COMMIT of the endpoint's own has stored something, or may be about to."""
+        """Return whether the endpoint's own COMMIT has stored something or may be about to."""
         return any(each.record.has_stored for each in self._members)
 
     @property
     def may_be_cancelled(self) -> bool:
-        """Return whether it costs nothing that is stored, and leaves no thread behind."""
+        """Return whether a cancellation loses no stored work and leaves no thread behind."""
         endpoint = getattr(self.scope.get("route"), "endpoint", None)
-        lasting = self.cancelled or self.has_stored or not is_awaitable(endpoint)
-        return not lasting and all(isinstance(each, AsyncSession) for each in self._all_sessions())
+        too_late = self.cancelled or self.has_stored or not is_awaitable(endpoint)
+        return not too_late and all(isinstance(each, AsyncSession) for each in self._all_sessions())
 
     async def __aenter__(self) -> UnitOfWork:
         return self
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Commit what was marked, roll back the rest, close all; on an error commit nothing."""
+        """Commit the marked sessions and roll back the rest, or all after an error; close all."""
         try:
             if error is None:
                 await self._complete()
@@ -127,7 +127,7 @@ class UnitOfWork:
         if not waiting:
             self._commit_all(finishing.directly)
         elif all(map(finishing.has_only_read, waiting)):
-            # Nothing is forgotten: what is marked is committed for its listeners, the rest closed.
+            # All have only read, so commit the marked ones for their listeners; else just close.
             commits = any(each.record.commits for each in self._members)
             end = self._commit_all if commits else self._close
             await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(finishing.directly))
@@ -140,7 +140,7 @@ class UnitOfWork:
 
         if any(each.record.asked or each.state.overridden for each in self._members):
             cancelled = isinstance(error, asyncio.CancelledError | exceptions.RequestCancelledError)
-            # A client waits for the answer, and there is no COMMIT to wait for.
+            # The client is waiting for the response, and there is no COMMIT to wait for.
             limit = _GRACE if isinstance(error, exceptions.RequestCancelledError) else math.inf
             await self._run_together(end, cancelled=cancelled, limit=limit)
         else:
@@ -157,17 +157,17 @@ class UnitOfWork:
     def _all_sessions(self) -> list[AnySession]:
         return [each.session for each in self._members]
 
-    def _gave_connections_back(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let others in while the request goes on without a connection; from any thread."""
+    def _released(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Leave the gate soon if the request holds no connection. Called from any thread."""
         if not any(each.record.finished for each in self._members):
-            # Not at once: one that goes on to its next statement needs its place.
+            # Not at once: a request that runs its next statement right away keeps its place.
             loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
         if not any(each.record.asked for each in self._members):
             self._running.gate.leave(self)
 
-    # From here on plain code over the sessions, in a greenlet or in a thread.
+    # From here on: plain code that runs in a greenlet or a thread.
 
     def _commit_all(self, call: Call) -> None:
         try:
@@ -185,7 +185,7 @@ class UnitOfWork:
         finishing.close_all(call, self._all_sessions())
 
     def _prepare(self, call: Call, marked: list[Member]) -> None:
-        """Flush all before the first COMMIT, so that only a COMMIT can come too late."""
+        """Flush all before the first COMMIT, so that after it only a COMMIT can fail."""
         order = [sessions_of(each).state for each in self._running.databases()]
         marked.sort(key=lambda each: order.index(each.state) if each.state in order else -1)
         for member in marked:
@@ -193,7 +193,7 @@ class UnitOfWork:
 
 
 class Member:
-    """A session of the request, with what does its work, what it remembers, and its database."""
+    """A session of the request, with its synchronous session, its record and its database."""
 
     __slots__ = ("inner", "record", "session", "state")
 
@@ -205,7 +205,7 @@ class Member:
 
     @property
     def waits(self) -> bool:
-        """Return whether finishing it may wait: for the database, or for code of the application."""
+        """Return whether finishing it may block, on the database or in application code."""
         return bool(
             self.record.asked
             or has_pending_changes(self.inner)
@@ -219,12 +219,12 @@ class Member:
         return self.record.may_have_written or has_pending_changes(self.inner)
 
     def set_options(self, options: TransactionOptions) -> None:
-        """Have the session's transaction ask something of the server, while it still can."""
+        """Set the transaction's options, unless it is too late for them."""
         record, name = self.record, self.state.name
         if record.options not in (NO_OPTIONS, options):
             raise exceptions.TransactionOptionsError(
                 f"transactional({name!r}) was asked for twice in one request, with "
-                f"{record.options} and with {options}. A request has one transaction for a "
+                f"{record.options} and with {options}. A request has one transaction per "
                 "database: declare it once, with the options that it needs."
             )
         if record.connections and record.options != options:
@@ -237,7 +237,7 @@ class Member:
         record.options = options
 
     def check_nothing_forgotten(self, call: Call) -> None:
-        """Refuse a success while something that was written waits for a commit."""
+        """Refuse to report success if the session leaves changes uncommitted."""
         record, name = self.record, self.state.name
         record.check_discarded()
         if record.commits or not self.inner.in_transaction():
@@ -260,12 +260,12 @@ class Member:
         return answer[-1] > 0
 
     def commit(self, call: Call, others: Sequence[Member]) -> None:
-        """Commit, beside the request's other databases.
+        """Commit, as one of the request's databases.
 
-        One that has nothing to store is committed as well, for what nobody has seen, and never
-        fails the others.
+        A session with nothing to store is committed as well, in case we have missed a write, but
+        losing its connection doesn't fail the request.
         """
-        # A listener may still write.
+        # Not idle if there are listeners, which may still write.
         idle = bool(others) and not (self.stores or commit_is_observed(self.inner))
         try:
             call(self.session, finishing.commit)
@@ -276,7 +276,7 @@ class Member:
                 return
             kept, lost = others, [] if idle and not self.record.stored else [self]
             if isinstance(error, exceptions.AfterCommitError):
-                # It is stored itself; those after it are not.
+                # This database did commit; the ones after it won't.
                 kept, lost = [*others, self], [e for e in others if e.record.may_have_written]
             names = tuple(each.state.name for each in kept if each.record.stored)
             if names and lost:
@@ -285,7 +285,7 @@ class Member:
 
 
 def _flush_and_prepare(session: AnySession) -> None:
-    """Do before a first COMMIT what can be refused, and find out what there is to store."""
+    """Flush, and refuse what cannot be committed, before the first COMMIT."""
     inner = sync_session(session)
     if inner.in_transaction():
         inner.flush()

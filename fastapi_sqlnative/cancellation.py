@@ -1,6 +1,6 @@
-"""Dependencies that end a request that is too slow, or that nobody waits for, up to its COMMIT."""
+"""Dependencies that cancel a request, up to its COMMIT, on a deadline or a disconnect."""
 
-# No `from __future__ import annotations` here: FastAPI could not resolve names of a function.
+# No `from __future__ import annotations` here: FastAPI can't resolve names local to a function.
 
 import asyncio
 import functools
@@ -26,29 +26,29 @@ __all__ = ["cancel_on_disconnect", "deadline"]
 
 logger: logging.Logger = logging.getLogger("fastapi_sqlnative")
 
-# Seconds in which a cancelled driver tells the server to stop. Then it is cancelled once more,
-# which costs the connection: a network that swallows packets may have swallowed that as well.
+# Grace period, in seconds, for a cancelled driver to send its cancel request. If the network drops
+# that too, a second cancellation discards the connection.
 _GRACE: Final = 1.0
 
 _Dependency: TypeAlias = Callable[..., Awaitable[None]]
 
 
 def deadline(seconds: float) -> _Dependency:
-    """End a request that is not done in time, from here up to its COMMIT.
+    """End a request that takes longer than `seconds`, up to its COMMIT.
 
-    Past the deadline nothing is committed and the client reads 504, also where the endpoint answers
-    in spite of it. With asynchronous engines whatever waits is cancelled, and the query ends on the
-    server. With a synchronous one the server ends each statement, and nothing else ends early; a
-    `def` endpoint is waited for, and so is what its dependencies do. No
-    COMMIT is interrupted, and a request that has committed something itself is left alone. Of
-    several deadlines the earliest counts. Websockets have none.
+    Past the deadline nothing is committed and the client gets a 504, even if the endpoint still
+    returns a response. With asynchronous engines the request is cancelled, and its query ends on
+    the server. With a synchronous engine the server ends each statement, and nothing else ends
+    early; a `def` endpoint and its dependencies run to their end. No COMMIT is interrupted, and a
+    request that has committed something itself is left alone. Of several deadlines the earliest
+    applies. Websockets have none.
 
     Args:
-        seconds: from the moment when FastAPI comes to this dependency; by then it has the body.
+        seconds: counted from when FastAPI runs this dependency, after it has read the body.
 
     Raises:
-        TypeError: at once, for what is no number.
-        ValueError: at once, for a time that is not above zero.
+        TypeError: at once, if `seconds` is not a number.
+        ValueError: at once, if it is not above zero.
         DeadlineExceededError: in the request; an `HTTPException`.
 
     Example:
@@ -59,29 +59,29 @@ def deadline(seconds: float) -> _Dependency:
 
 
 def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Dependency:
-    """Cancel a request whose client has gone away, up to its COMMIT.
+    """Cancel a request whose client has disconnected, up to its COMMIT.
 
-    What `deadline` says of a cancellation holds here. A request with a synchronous session goes on
-    to its end, and so does one with a body that FastAPI has left for the endpoint to read.
+    The request is cancelled as by `deadline`. A request with a synchronous session runs to its
+    end, and so does one with a body that FastAPI leaves for the endpoint to read.
 
     Args:
-        methods: of the requests to cancel. One that writes is better finished, as a rule.
+        methods: the HTTP methods to cancel. Requests that write are usually better finished.
 
     Raises:
-        ClientDisconnectedError: in the request; an `HTTPException`, whose answer nobody reads.
+        ClientDisconnectedError: in the request; an `HTTPException`, which no client is left to read.
 
     Example:
         @app.get("/report", dependencies=[Depends(cancel_on_disconnect())])
     """
     if isinstance(methods, str):
-        raise TypeError(f"methods are several: write methods=({methods!r},).")
+        raise TypeError(f"methods must be a collection of strings: pass methods=({methods!r},).")
     return _around_request(_while_connected, frozenset(each.upper() for each in methods))
 
 
-# One dependency for one limit, so that FastAPI's cache and `dependency_overrides` recognise it.
+# Cached, so that FastAPI's cache and `dependency_overrides` recognise equal dependencies.
 @functools.cache
 def _around_request(guard: Any, limit: object) -> _Dependency:
-    """Make a dependency that is left before the COMMIT, with whatever scope it is declared."""
+    """Make a dependency that exits before the COMMIT, whatever scope it is declared with."""
 
     async def around(
         connection: HTTPConnection, unit: Annotated[UnitOfWork, IN_UNIT_OF_WORK]
@@ -90,7 +90,7 @@ def _around_request(guard: Any, limit: object) -> _Dependency:
             async with guard(limit, connection, unit):
                 yield
         else:
-            yield  # a websocket lives for as long as its client likes
+            yield  # a websocket may stay open for as long as its client likes
 
     async def dependency(around: Annotated[None, Depends(around, scope="function")]) -> None: ...
 
@@ -101,7 +101,7 @@ def _around_request(guard: Any, limit: object) -> _Dependency:
 async def _cancellable(
     unit: UnitOfWork, error: Callable[[], Exception]
 ) -> AsyncGenerator[Callable[[], None]]:
-    """Yield what cancels the request; raise the error in place of what comes of that."""
+    """Yield a function that cancels the request, and raise `error` if it was called."""
     first, second = asyncio.timeout(None), asyncio.timeout(None)
 
     def cancel() -> None:
@@ -121,10 +121,10 @@ async def _cancellable(
                 raise
     except TimeoutError as cancelled:
         if cancelled is own:
-            raise  # by a timeout of the application's
+            raise  # a timeout of the application
         raise error() from cancelled
     if first.expired() and not unit.has_stored:
-        raise error()  # the endpoint has swallowed the cancellation
+        raise error()  # the endpoint swallowed the cancellation
 
 
 @asynccontextmanager
@@ -169,7 +169,7 @@ async def _while_connected(
 
     async def watch(cancel: Callable[[], None]) -> None:
         while (await request.receive())["type"] != "http.disconnect":
-            pass  # the end of a body
+            pass  # skip the end of the body
         cancel()
 
     async with _cancellable(unit, error) as cancel:
@@ -181,12 +181,12 @@ async def _while_connected(
 
 
 async def _is_read(request: Request) -> bool:
-    """Return whether nothing is left of the body, which the watch would take from the endpoint."""
+    """Return whether the body has been read; else the watch would take it from the endpoint."""
     if getattr(request.scope.get("route"), "body_field", None) is not None:
-        return True  # FastAPI has read it
+        return True  # FastAPI reads it
     headers = request.headers
     if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
         return False
-    with suppress(ClientDisconnect):  # the watch hears of it, too
-        await request.body()  # an endpoint that asks for it as well gets what the request keeps
+    with suppress(ClientDisconnect):  # the watch sees it, too
+        await request.body()  # cached, so that the endpoint can ask for it as well
     return True

@@ -1,7 +1,7 @@
-"""The dependencies of a route."""
+"""The dependencies that routes declare."""
 
-# No `from __future__ import annotations` here: older versions of FastAPI cannot resolve the text
-# of an annotation on an object's `__call__`.
+# No `from __future__ import annotations` here: older versions of FastAPI cannot resolve string
+# annotations on an object's `__call__`.
 
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -22,16 +22,16 @@ from ._unit_of_work import UNIT, UnitOfWork
 from .databases import AnyDatabase
 from .exceptions import DatabaseDependencyError
 
-# FastAPI's own name for the stack that it leaves after serialization and before the response
-# starts. A generator with scope="function" is the public way onto it, and costs every request a
-# tenth of a read. Where FastAPI keeps no such stack, the dependencies take the public way.
+# FastAPI's private key for the exit stack that it closes between serialization and the start of
+# the response. The public way onto that stack is a generator with scope="function", which costs
+# each request a tenth of a read. It is the fallback if FastAPI has no stack under this key.
 _FUNCTION_STACK: Final = "fastapi_function_astack"
 
 
 def unit_of(connection: HTTPConnection) -> UnitOfWork:
     """Return the request's unit of work, which ends before the response starts."""
     unit: UnitOfWork | None = connection.scope.get(UNIT)
-    # A copy of the scope is another request: an endpoint may call the application itself.
+    # A copied scope belongs to another request: an endpoint may call the application itself.
     if unit is None or unit.scope is not connection.scope:
         unit = connection.scope[UNIT] = UnitOfWork(connection)
         if HAS_FUNCTION_STACK:
@@ -41,18 +41,18 @@ def unit_of(connection: HTTPConnection) -> UnitOfWork:
 
 
 async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWork]:
-    """End the unit of work by FastAPI's public means: a generator with function scope."""
+    """End the unit of work through FastAPI's public API, a generator with function scope."""
     unit = unit_of(connection)
     async with nullcontext() if HAS_FUNCTION_STACK else unit:
         yield unit
 
 
-# What depends on it with function scope is left before the unit ends, and so before the COMMIT.
+# A function-scoped generator that depends on this exits before the unit, and so before the COMMIT.
 IN_UNIT_OF_WORK: Final[Any] = Depends(_end_of_request, scope="function")
 
 
 def _has_function_stack() -> bool:
-    """Serve a request by hand, and look."""
+    """Run FastAPI's request handling once and look for the stack."""
     found: list[object] = []
 
     async def look(request: Request) -> Response:
@@ -63,7 +63,7 @@ def _has_function_stack() -> bool:
 
     serving: Any = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
     with suppress(StopIteration):
-        serving.send(None)  # it is a coroutine, and waits for nothing
+        serving.send(None)  # runs the coroutine to its end, because nothing in it waits
     return isinstance(found[0], AsyncExitStack)
 
 
@@ -71,14 +71,14 @@ HAS_FUNCTION_STACK: Final = _has_function_stack()
 
 
 class _NoRequest:
-    """The connection of a dependency that is called by hand, in a unit test say."""
+    """The default for `connection`, if a dependency is called directly, as in a unit test."""
 
     @property
     def scope(self) -> dict[str, Any]:
         raise DatabaseDependencyError(
-            "A dependency of fastapi_sqlnative was called without a request. A test that calls "
-            "your function itself passes it a session, from `with isolated(app) as session` or a "
-            "handle's `session()`; one that needs the dependency sends a request."
+            "A dependency of fastapi_sqlnative was called without a request. If a test calls "
+            "your function directly, pass it a session from `with isolated(app) as session` or a "
+            "handle's `session()`. To test the dependency itself, send a request."
         )
 
 
@@ -86,13 +86,13 @@ _NO_REQUEST: Final[Any] = _NoRequest()
 
 
 class DatabaseDependency:
-    """A callable for `Depends`, named for its database: what `get_db` and its like return.
+    """A callable for `Depends`, for one database, as returned by `get_db` and the others.
 
-    There is one object for one name and options, so that FastAPI's cache and
-    `dependency_overrides` recognise it, however the name was spelt.
+    The same name and options always give the same object, however the name is spelt, so that
+    FastAPI's cache and `dependency_overrides` recognise it.
     """
 
-    # What a request opens with it, or may open.
+    # What a request opens through it, or may open.
     opens: Literal["session", "reader", "handle"] | None = None
 
     def __init__(self, name: str) -> None:
@@ -103,10 +103,10 @@ class DatabaseDependency:
 
 
 class SessionDependency(DatabaseDependency):
-    """The way to the request's session, or to the reader beside it.
+    """The dependency on a session: plain, transactional, or a reader.
 
-    The options are those of the transaction that is to be committed; `AUTOCOMMIT` means the reader,
-    and `None` the session as it is.
+    `options` are those of the transaction to commit. `AUTOCOMMIT` means the reader, `None` the
+    plain session.
     """
 
     def __init__(self, name: str, options: TransactionOptions | None = None) -> None:
@@ -116,11 +116,11 @@ class SessionDependency(DatabaseDependency):
         keyword = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
         given = [keyword("connection", annotation=HTTPConnection)]
         if options is not None:
-            # An override of get_db(name) reaches what hands out its session, too.
+            # So that an override of get_db(name) reaches transactional(name) and reader(name).
             given.append(keyword("session", default=Depends(get_db(name))))
         if not HAS_FUNCTION_STACK:
             given.append(keyword("unit", default=IN_UNIT_OF_WORK))
-        # FastAPI asks a callable object for its signature, as it asks a function.
+        # FastAPI reads the signature of a callable object like that of a function.
         self.__signature__ = Signature(given)
 
     async def __call__(
@@ -129,7 +129,7 @@ class SessionDependency(DatabaseDependency):
         session: AnySession = _NO_REQUEST,
         unit: object = None,
     ) -> AnySession:
-        """Open the session at the first call of a request, or go on with what `get_db` gave."""
+        """Return the request's session, opening it at the first call."""
         work = unit_of(connection)
         if self.options is None:
             return await work.session(self.name)
@@ -140,20 +140,20 @@ class SessionDependency(DatabaseDependency):
 
 
 class HandleDependency(DatabaseDependency):
-    """The way to the database's handle."""
+    """The dependency on a database's handle."""
 
     opens = "handle"
 
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
-        """Look the handle up."""
+        """Return the handle."""
         return running_for(connection).database(self.name)
 
 
 class InstalledDependency(DatabaseDependency):
-    """The wish that a database is installed, which start-up looks at; hands out nothing."""
+    """A dependency that only makes start-up check that a database is installed."""
 
     async def __call__(self) -> None:
-        """Need nothing of the request."""
+        """Do nothing in a request."""
 
 
 _session_dependency = functools.cache(SessionDependency)
@@ -163,16 +163,16 @@ _handle_dependency = functools.cache(HandleDependency)
 def get_db(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     """Depend on the request's one session for a database.
 
-    The session is opened without a connection, shared by everything in the request that asks
-    for the same name, and rolled back and closed before the response starts: streams and
-    background tasks need `get_database_handle`. Nothing is committed unless you call `commit()`
-    or something in the request depends on `transactional(name)`.
+    The session has no connection until the first statement. Everything in the request that asks
+    for the same name shares it. It is rolled back and closed before the response starts; streams
+    and background tasks need `get_database_handle`. Nothing is committed unless you call
+    `commit()` or something in the request depends on `transactional(name)`.
 
     Args:
         name: the name given to `install_database`.
 
     Raises:
-        UncommittedChangesError: in the request, when something was written and not committed.
+        UncommittedChangesError: in the request, if it leaves changes uncommitted.
 
     Example:
         Db = Annotated[AsyncSession, Depends(get_db("analytics"))]
@@ -186,24 +186,24 @@ def transactional(
     isolation_level: IsolationLevel | None = None,
     read_only: bool = False,
 ) -> Callable[..., Awaitable[AnySession]]:
-    """Depend on the session of `get_db(name)`, and have it committed.
+    """Depend on the session of `get_db(name)` and commit it.
 
-    The COMMIT comes after the result is serialized and before the response starts, so a failed one
-    is never answered with a success. Any exception, `HTTPException` included, rolls back; a
+    The COMMIT runs after the result is serialized and before the response starts, so a failed
+    COMMIT never gets a success response. Any exception, including `HTTPException`, rolls back; a
     returned response commits, whatever its status.
 
     Args:
         name: the name given to `install_database`.
-        isolation_level: for this transaction only; the pooled connection gets its own back.
-        read_only: have the server refuse writes.
+        isolation_level: for this transaction only; it is reset when the connection is returned.
+        read_only: make the server refuse writes.
 
     Raises:
-        ValueError: at once, for an isolation level that is none.
-        TransactionOptionsError: in the request, when the session was used before: declare the
+        ValueError: at once, for an unknown isolation level.
+        TransactionOptionsError: in the request, if the session was used before: declare the
             transaction first, in the route's or router's `dependencies=[...]`.
-        TransactionAbortedError: in the request, when an error inside was swallowed.
-        CommitOutcomeUnknownError: in the request, when the connection was lost during COMMIT.
-        PartialCommitError: in the request, when another database had committed before.
+        TransactionAbortedError: in the request, if an error inside was swallowed.
+        CommitOutcomeUnknownError: in the request, if the connection was lost during COMMIT.
+        PartialCommitError: in the request, if another database had already committed.
     """
     options = TransactionOptions.checked(isolation_level, read_only)
     return _session_dependency(trimmed(name), options)
@@ -212,15 +212,15 @@ def transactional(
 def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     """Depend on a session for reads that need no transaction.
 
-    It is a second session, in AUTOCOMMIT: one round trip for each query, which sees what is
-    committed at that moment. It does not see what the request's own transaction has written.
+    It is a second session, in AUTOCOMMIT. Each query is one round trip and sees the data that is
+    committed at that moment, but not the uncommitted changes of the request's own transaction.
 
     Args:
         name: the name given to `install_database`.
 
     Raises:
-        ReadOnlySessionError: in the request, for whatever writes, textual SQL included. A function
-            that writes is not recognised, and is committed at once.
+        ReadOnlySessionError: in the request, for statements that write, textual SQL included. A
+            call of a function that writes is not recognised, and commits at once.
 
     Example:
         Reader = Annotated[AsyncSession, Depends(reader())]

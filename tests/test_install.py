@@ -661,7 +661,7 @@ async def test_an_install_in_the_lifespan_is_refused() -> None:
     [(kind, traceback)] = await told_by(FastAPI(lifespan=lifespan))
     assert kind == "lifespan.startup.failed"
     assert "ApplicationAlreadyStartedError" in traceback
-    assert "to build the engine late, give install_database a function" in traceback
+    assert "To build the engine at start-up, pass install_database a function" in traceback
 
 
 async def test_a_server_is_told_what_fails_the_start() -> None:

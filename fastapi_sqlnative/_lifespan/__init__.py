@@ -1,1 +1,1 @@
-"""An application's databases: installed, started, checked, shut down."""
+"""The lifecycle of an application's databases: installation, start-up, checks, shutdown."""

@@ -1,4 +1,4 @@
-"""What a function is, takes and does, as far as it can be seen without calling it."""
+"""Introspection of functions, without calling them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _AWAITED: Final = frozenset(
 
 
 def name_of(call: object) -> str:
-    """Name a dependency for a message."""
+    """Return a dependency's name for a message."""
     return getattr(call, "__qualname__", None) or type(call).__qualname__
 
 
 def described(value: object) -> str:
-    """Name a function and its parameters, without defaults: an address may be one."""
+    """Describe a function with its parameters, without defaults: one may be a database URL."""
     if not callable(value):
         return type(value).__name__
     signature = inspect.signature(value)
@@ -34,12 +34,12 @@ def described(value: object) -> str:
 
 
 def is_generator(call: object) -> bool:
-    """Return whether FastAPI enters a dependency, and leaves it later."""
+    """Return whether a dependency is a generator, which FastAPI exits later."""
     return _is_any(call, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def is_awaitable(call: object) -> bool:
-    """Return whether a function can await what it is given; FastAPI builds a class in a thread."""
+    """Return whether a function can await; a class can't, because FastAPI calls it in a thread."""
     return _is_any(call, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
@@ -48,7 +48,7 @@ def _is_any(call: object, *kinds: Callable[[object], bool]) -> bool:
 
 
 def _functions(call: Any) -> list[Any]:
-    """List what runs when a dependency is called, behind partials and decorators."""
+    """List the functions that a dependency may call, behind partials and decorators."""
     while isinstance(call, functools.partial):
         call = call.func
     if call is None:
@@ -61,15 +61,15 @@ def _functions(call: Any) -> list[Any]:
 
 
 def annotation_of(call: Any, parameter: Any) -> object:
-    """Return the annotation of a parameter; `None` where there is none that can be read."""
+    """Return the annotation of a parameter; `None` if it can't be resolved."""
     try:
         return inspect.signature(call, eval_str=True).parameters[parameter].annotation
-    except Exception:  # noqa: BLE001 - often a name that only the type checker knows
-        return None  # nothing visible contradicts
+    except Exception:  # noqa: BLE001 - often a name imported under TYPE_CHECKING
+        return None
 
 
-def hands_on(call: Any) -> bool:
-    """Return whether what a dependency gives may be, or hold, the session that it was given."""
+def may_return_session(call: Any) -> bool:
+    """Return whether a dependency may return the session it gets, or an object that holds it."""
     try:
         given = inspect.signature(call, eval_str=True).return_annotation
     except Exception:  # noqa: BLE001 - as above
@@ -95,14 +95,14 @@ def classes_in(annotation: object) -> list[type]:
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:
-    """Return whether a function calls what must be awaited of a parameter, and does not await it.
+    """Return whether a function calls a coroutine method of a parameter and never awaits it.
 
-    It may return the coroutine, or hand the method on: only what can never work counts.
+    Returning the coroutine or passing the method on is fine: only what can never work counts.
     """
     if is_awaitable(call) or inspect.isclass(call):
         return False
     for function in _functions(call):
-        # Some have no source, or one that cannot be read by itself.
+        # Some functions have no source, or source that can't be parsed on its own.
         with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
             if any(_drops(node, parameter) for node in _within(tree, parameter)):
@@ -111,9 +111,9 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
 
 
 def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:
-    """Yield what is inside, but for where the name means another thing, or is looked at first."""
+    """Yield all nodes inside, except where the name is rebound or tested with `isinstance`."""
     for child in ast.iter_child_nodes(node):
-        arguments = getattr(child, "args", None)  # of a function or a lambda
+        arguments = getattr(child, "args", None)  # a function or lambda
         rebinds = isinstance(arguments, ast.arguments) and any(
             each.arg == parameter for each in ast.walk(arguments) if isinstance(each, ast.arg)
         )
@@ -124,7 +124,7 @@ def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:
 
 
 def _drops(node: ast.AST, parameter: str) -> bool:
-    """Return whether a coroutine is thrown away here, or asked for what its result would have."""
+    """Return whether a node discards a coroutine, or uses it as if it were its result."""
     if not isinstance(node, ast.Expr | ast.Attribute | ast.For):
         return False
     used = node.iter if isinstance(node, ast.For) else node.value

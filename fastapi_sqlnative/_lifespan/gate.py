@@ -1,4 +1,4 @@
-"""How many requests may hold connections at a time, so that none waits for ever."""
+"""A limit on the requests that may hold connections at a time, which prevents deadlocks."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .._sessions.engines import sync_engine
 from .._sessions.holders import report_holders
 from ..databases import AnyDatabase, sessions_of
 
-# What the requests of a route open.
+# The sessions that a request of a route opens, by database.
 Opened: TypeAlias = Counter[AnyDatabase]
 
 
 def key_of(route: object) -> object:
-    """Return what stands for a route in a dictionary."""
-    # A route has no hash; a method bound to it has one, by identity.
+    """Return a dictionary key for a route."""
+    # Routes are not hashable. Their bound methods are, by the identity of the route.
     return getattr(route, "matches", None)
 
 
 class Gate:
-    """The admission of requests, before their first session, where they could wait for ever.
+    """Admission control for requests, before their first session, that prevents two deadlocks.
 
-    Two waits would not end by themselves. A thread that waits for a connection is lost to the
-    request that holds one and needs a thread to go on: so synchronous sessions belong to three
-    quarters of FastAPI's threads at most. And a request with several sessions waits for one
-    connection while it holds another: so there are never enough of those to hold them all.
+    If every thread waited for a connection, the requests that hold connections would find no thread
+    to go on: so requests with synchronous sessions take at most three quarters of FastAPI's
+    threads. A request with several sessions waits for one connection while it holds another: so
+    never enough of these are admitted to hold all connections.
 
     Lives as long as the application runs, for all applications mounted in it.
     """
@@ -43,33 +43,33 @@ class Gate:
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def learn(self, route: object, opened: Opened) -> None:
-        """Remember what the requests of a route open, the most where it was included twice."""
+        """Record what the requests of a route open; the maximum for a route included twice."""
         found = self.opened[key_of(route)] = self.opened.get(key_of(route), Counter()) | opened
         if found.total() > 1:
             self._connections.total_tokens = self._fewest()
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
-        """Wait for a place as long as the pool would; tell whether there is one to be left."""
+        """Wait for a place, up to the pool's timeout; return whether `leave` must be called."""
         several = self.opened[key_of(route)].total() > 1
-        # In this order for everybody: two limiters taken crosswise would be a deadlock again.
+        # Always in this order: acquiring two limiters in opposite orders could deadlock.
         limiters = [self._connections] if several else []
         if not isinstance(database.engine, AsyncEngine):
             limiters.append(self._threads)
         for limiter in limiters:
             if limiter not in self._places.get(request, ()):
                 await _take(limiter, request, database)
-                # It may have given another place back meanwhile.
+                # Look up again: the request may have released a place while it waited.
                 self._places[request] = [*self._places.get(request, ()), limiter]
         return request in self._places
 
     def leave(self, request: object) -> None:
-        """Give back what the request has."""
+        """Release the places of a request."""
         for limiter in self._places.pop(request, ()):
             limiter.release_on_behalf_of(request)
 
     @functools.cached_property
     def _threads(self) -> anyio.CapacityLimiter:
-        # At the first request, because an application sets its number of threads as it starts.
+        # Read at the first request: applications set the number of threads during start-up.
         threads = anyio.to_thread.current_default_thread_limiter().total_tokens
         return anyio.CapacityLimiter(max(1, math.floor(threads * 3 / 4)))
 
@@ -78,13 +78,13 @@ class Gate:
         return anyio.CapacityLimiter(math.inf)
 
     def _fewest(self) -> float:
-        """Return how many requests with several sessions can never hold all connections."""
+        """Return the most requests with several sessions that cannot hold all connections."""
         wanted: Counter[Pool] = Counter()
         for opened in self.opened.values():
             if opened.total() > 1:
                 wanted |= Counter(sync_engine(each.engine).pool for each in opened.elements())
         limits: list[float] = [math.inf]
-        # What one request can hold of each pool at most, when all wait for one more.
+        # For each pool, the fewest requests that can exhaust it.
         shares: list[int] = []
         for pool, sessions in wanted.items():
             capacity = pool_capacity(pool)
@@ -105,10 +105,10 @@ async def _take(limiter: anyio.CapacityLimiter, request: object, database: AnyDa
         with anyio.move_on_after(timeout) as waiting:
             await limiter.acquire_on_behalf_of(request)
         if waiting.cancelled_caught:
-            # As from the pool, so that one handler fits both.
+            # The pool's own exception, so that one handler covers both.
             error = exc.TimeoutError(
-                f"Database {database.name!r} is busy: {limiter.total_tokens:g} requests are at "
-                f"work with such sessions, and none ended within {timeout:g} s.",
+                f"Database {database.name!r} is busy: the gate's limit of {limiter.total_tokens:g} "
+                f"requests is reached, and none of them ended within {timeout:g} s.",
                 code="3o7r",
             )
             report_holders(sessions_of(database).state, error)

@@ -28,33 +28,33 @@ def install_database(
     shutdown_timeout: float = 10.0,
     warn_held_after: float | None = None,
 ) -> None:
-    """Install a database on an application, for as long as its lifespan runs.
+    """Install a database on an application.
 
-    The database is up before the application's own lifespan starts and until it has ended, however
-    it was declared. Whoever builds the engine closes it: only your `shutdown` closes a ready
-    engine, and one that your factory built is disposed of for you. Nothing connects at start-up,
-    unless you ask for `startup_wait`.
+    The database is available before the application's own lifespan starts and until after it has
+    ended. A ready engine is closed only by your `shutdown`; an engine that your factory built is
+    disposed of for you. Start-up opens no connections, unless you set `startup_wait`.
 
     Args:
-        app: the application; call this before it starts.
-        name: the name that `get_db(name)` and the others ask for; spaces around it are removed.
+        app: the application, which must not have started.
+        name: the name that is passed to `get_db(name)` and the others; spaces around it are
+            removed.
         engine: an `Engine`, an `AsyncEngine`, or a function without parameters, sync or async,
             that builds one; it is called once at each start-up.
         shutdown: a function without parameters, sync or async, called at the end of the lifespan;
             a sync one runs in a thread.
         session_options: keyword arguments for the sessions, as for `sessionmaker`.
-            `expire_on_commit` is `False` unless you say otherwise.
-        startup_wait: seconds to wait for the database to answer before start-up fails. If it
-            answers and refuses, for example a wrong password, start-up fails at once.
+            `expire_on_commit` defaults to `False`.
+        startup_wait: seconds to wait for the database to answer before start-up fails. If the
+            database refuses, for example a wrong password, start-up fails at once.
         shutdown_timeout: seconds for connections in use to come back and for `shutdown` to end.
-            Also how long a cancelled request may go on with its COMMIT.
-        warn_held_after: seconds. A connection that a session has held for longer is logged, with
-            its route, when it comes back.
+            Also how long a cancelled request may take to finish its COMMIT.
+        warn_held_after: seconds. If a session has held a connection for longer, that is logged,
+            with its route, when the connection is returned.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a time that is not above zero.
-        DatabaseAlreadyInstalledError: the application has a database of that name.
+        TypeError: an argument has the wrong type.
+        ValueError: a time is not above zero.
+        DatabaseAlreadyInstalledError: the application already has a database of that name.
         ApplicationAlreadyStartedError: the application has started.
 
     Example:
@@ -67,7 +67,7 @@ def install_database(
     if app.middleware_stack is not None or installed.runs:
         raise ApplicationAlreadyStartedError(
             "A database cannot be installed: the application has started. Call install_database "
-            "where the application is made, before it is served; to build the engine late, give "
+            "where the application is created. To build the engine at start-up, pass "
             "install_database a function that makes it."
         )
     installation = Installation(
@@ -104,7 +104,7 @@ def _check(given: Installation) -> None:
         what = f"warn_held_after of database {given.name!r}"
         check_seconds(what, given.warn_held_after, zero=True)
     if database_class(engine) is not None:
-        given.make_handle(engine)  # mistakes in the options show now, not at start-up
+        given.make_handle(engine)  # so that wrong options fail now, not at start-up
     elif not _takes_nothing(engine):
         raise TypeError(
             f"engine of database {given.name!r} must be an Engine, an AsyncEngine or a function "
@@ -114,9 +114,9 @@ def _check(given: Installation) -> None:
 
 
 def _takes_nothing(function: object) -> bool:
-    """Return whether this can be called without arguments, before the day that it is."""
+    """Return whether this can be called without arguments."""
     try:
-        inspect.signature(function).bind()  # type: ignore[arg-type] # a TypeError tells
+        inspect.signature(function).bind()  # type: ignore[arg-type] # TypeError if not callable
     except TypeError:
         return False
     except ValueError:

@@ -1,4 +1,4 @@
-"""What start-up sees of an application's routes, where FastAPI sees nothing."""
+"""The checks of an application's routes at start-up, for mistakes that FastAPI doesn't see."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from .running import Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
-# What our dependencies give, and so the only classes whose annotation can contradict them.
+# What our dependencies return. Only annotations of these classes can contradict them.
 _GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
-# They make dependencies, and are easily taken for ones.
+# Functions that make dependencies and are easily mistaken for dependencies.
 _MAKERS: Final = (get_db, transactional, reader, get_database_handle)
 
 
 def check_application(running: Running, *, late: bool = False) -> None:
-    """Check the routes that nobody has looked at yet, and tell the gate what they open.
+    """Check all routes that have not been checked, and tell the gate what they open.
 
-    When it is late, the application's own lifespan has begun: a name that is not installed is then
-    logged, and refused at the route's first request, for the rest is at work by now.
+    `late`: the application's own lifespan has started. A name that is not installed is then only
+    logged, and refused at the route's first request, because the rest is already running.
     """
     for maker in _MAKERS:
         if maker in getattr(running.app, "dependency_overrides", {}):
             raise DatabaseDependencyError(
-                f"app.dependency_overrides[{maker.__name__}] can never match: the call makes the "
-                f"dependency. Write app.dependency_overrides[{maker.__name__}(name)]."
+                f"app.dependency_overrides[{maker.__name__}] can never match: the dependency is "
+                f"what the call returns. Use app.dependency_overrides[{maker.__name__}(name)]."
             )
     known = set(running.gate.opened)
     for context in routes_of(running.app.routes):
@@ -63,7 +63,7 @@ def check_application(running: Running, *, late: bool = False) -> None:
 
 
 def examine_late(running: Running, route: object) -> None:
-    """Check a route that was added after start-up, when its first request is there."""
+    """Check a route that was added after start-up, at its first request."""
     opened: Opened = Counter()
     for context in routes_of(running.app.routes):
         if _original(context) is route:
@@ -76,7 +76,7 @@ def _original(context: object) -> object:
 
 
 def _examine(running: Running, context: Any) -> Opened:
-    """Refuse a route that depends on a database in a way that cannot work; say what it opens."""
+    """Refuse a route whose dependencies on a database cannot work; return what it opens."""
     endpoint, route = getattr(context, "dependant", None), _original(context)
     if endpoint is None:
         return Counter()
@@ -86,7 +86,7 @@ def _examine(running: Running, context: Any) -> Opened:
         for parent, child, outlives in _walk(endpoint, overrides):
             ours: Any = child.call
             if isinstance(ours, InstalledDependency):
-                # Readiness counts the databases of mounted applications, too.
+                # Readiness also covers the databases of mounted applications.
                 if all(each.name != ours.name for each in running.databases_from_here()):
                     running.database(ours.name)
                 continue
@@ -96,7 +96,7 @@ def _examine(running: Running, context: Any) -> Opened:
                 _check_scope(child, ours.name, outlives)
                 _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
                 _check_autocommit(ours, database)
-            # transactional(name) opens what get_db(name) does; a handle may open one beside it.
+            # transactional(name) shares get_db(name)'s session; a handle may open another one.
             opened.add((database, ours.opens))
     except (DatabaseDependencyError, DatabaseNotInstalledError) as error:
         raise type(error)(f"Route {context.path!r}: {error}") from None
@@ -108,9 +108,9 @@ def _examine(running: Running, context: Any) -> Opened:
 def _walk(
     parent: Dependant, overrides: dict[Any, Any], outlives: object = None
 ) -> Iterator[tuple[Dependant, Dependant, object]]:
-    """Yield what depends on ours, ours, and the generator above that outlives the response.
+    """Yield each of our dependencies, its parent, and a generator above that outlives the response.
 
-    An overridden dependency is the application's business, and is not looked into.
+    Overridden dependencies are the application's responsibility and are skipped.
     """
     for child in parent.dependencies:
         call: Any = child.call
@@ -118,15 +118,15 @@ def _walk(
             continue
         if any(call is maker for maker in _MAKERS):
             raise DatabaseDependencyError(
-                f"Depends({name_of(call)}) gives no session. Write "
-                f"Depends({name_of(call)}(name)): the call makes the dependency."
+                f"Depends({name_of(call)}) gives no session. Use Depends({name_of(call)}(name)): "
+                "the dependency is what the call returns."
             )
         if not isinstance(call, DatabaseDependency):
-            # What a function returns need not be the session, nor anything that holds it.
-            above = outlives if functions.hands_on(call) else None
+            # A function may return something that doesn't hold the session.
+            above = outlives if functions.may_return_session(call) else None
             runs_on = child.scope != "function" and functions.is_generator(call)
             yield from _walk(child, overrides, call if runs_on else above)
-        # transactional(name) and reader(name) hand out what get_db(name) gives them.
+        # An override of get_db(name) also applies to transactional(name) and reader(name).
         elif not isinstance(call, SessionDependency) or get_db(call.name) not in overrides:
             yield parent, child, outlives
 
@@ -135,16 +135,16 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
     if child.scope == "request":
         raise DatabaseDependencyError(
             f"the session of database {name!r} is finished before the response starts, so "
-            'scope="request" cannot hold. Leave scope out; work that outlives the response depends '
-            f"on get_database_handle({name!r})."
+            'scope="request" cannot work. Leave scope out; for work that outlives the response, '
+            f"depend on get_database_handle({name!r})."
         )
     if outlives is not None:
         above = name_of(outlives)
         raise DatabaseDependencyError(
-            f"the generator {above} depends on the session of database {name!r}, but runs on after "
-            "the response has left, when the session is finished. Let it return the session "
-            f'instead of yielding it, or declare it with Depends({above}, scope="function"). '
-            f"Override a library's with one of your own that returns what get_db({name!r}) gives."
+            f"the generator {above} depends on the session of database {name!r}, but exits after "
+            "the response is sent, when the session is finished. Return the session instead of "
+            f'yielding it, or declare it with Depends({above}, scope="function"). Override a '
+            f"library's generator with a function that returns the session of get_db({name!r})."
         )
 
 
@@ -159,7 +159,7 @@ def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) ->
     fix = "Fix the annotation, or install the other kind of engine."
     if issubclass(named[0], given):
         fix = f'Install it with session_options={{"class_": {said}}}, or fix the annotation.'
-        said, gives = _path(named[0]), _path(given)  # SQLModel's has the same name
+        said, gives = _path(named[0]), _path(given)  # SQLModel's class has the same name
     raise DatabaseDependencyError(
         f"parameter {child.name!r} of {name_of(function)} is annotated with {said}, but database "
         f"{database.name!r} is installed with an {type(database.engine).__name__} and gives "
@@ -174,24 +174,24 @@ def _path(kind: type) -> str:
 def _check_function(
     function: Any, child: Dependant, database: AnyDatabase, *, is_endpoint: bool
 ) -> None:
-    """Refuse a function that cannot use the session: it cannot await, or runs too late."""
+    """Refuse a function that cannot use the session: it can't await, or runs too late."""
     if child.name is None:
-        return  # nobody looks at what it gets
+        return  # declared in `dependencies=[...]`: no function gets the session
     if is_endpoint and functions.is_generator(function):
         raise DatabaseDependencyError(
-            f"{name_of(function)} yields its response, and runs when the session of database "
+            f"{name_of(function)} yields its response, but runs after the session of database "
             f"{database.name!r} is finished. Depend on get_database_handle({database.name!r}) and "
             "open a session in the generator."
         )
-    # A dependency may pass the session on, to a repository say, and classes do nothing else.
+    # A dependency may only pass the session on, for example to a repository, as classes do.
     if isinstance(database, AsyncDatabase) and (
         not functions.is_awaitable(function)
         if is_endpoint
         else functions.drops_a_coroutine(function, child.name)
     ):
         raise DatabaseDependencyError(
-            f"{name_of(function)} is not an `async def`, and gets the AsyncSession of database "
-            f"{database.name!r}, which has to be awaited: nothing that it asks for would be done. "
+            f"{name_of(function)} is not an `async def`, but gets the AsyncSession of database "
+            f"{database.name!r}, whose methods must be awaited: no statement would ever run. "
             "Write it with `async def`, or install an Engine."
         )
 
@@ -207,9 +207,9 @@ def _check_autocommit(ours: SessionDependency, database: AnyDatabase) -> None:
 def _report_class(kind: type[APIRoute], path: str) -> None:
     if kind.get_route_handler is not APIRoute.get_route_handler:
         logger.warning(
-            "Route %r has a class of its own, %s, whose get_route_handler() runs around the "
-            "commit: if it turns an exception into a response, the request is rolled back and "
-            "answered as that response says.",
+            "Route %r uses the custom class %s, whose get_route_handler() runs around the commit: "
+            "if it turns an exception into a response, the request is rolled back, but the client "
+            "gets that response.",
             path,
             kind.__qualname__,
         )

@@ -1,4 +1,4 @@
-"""What is installed on an application, and the application at work."""
+"""The databases installed on an application, and the running application."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _STATE: Final = "fastapi_sqlnative"
 
 @dataclass(eq=False, kw_only=True)
 class Installation:
-    """What the application gave to `install_database`, and the handle while it runs."""
+    """The arguments of `install_database`, and the handle while the application runs."""
 
     name: str
-    # Engines, and bound methods of theirs, are printed with a URL that may have a password in it.
+    # The repr of an engine or its bound method includes the URL, which may contain a password.
     engine: AnyEngine | EngineFactory = field(repr=False)
     shutdown: Shutdown | None = field(repr=False)
     session_options: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Installation:
     database: AnyDatabase | None = None
 
     def make_handle(self, engine: Any) -> AnyDatabase:
-        """Make the handle on the engine that was given, or that its factory has built."""
+        """Make the handle for an engine."""
         kind = database_class(engine)
         if kind is None:
             raise TypeError(
@@ -58,24 +58,24 @@ class Installation:
 
 @dataclass(eq=False)
 class Installations:
-    """The databases of one application, in the order of installation. Lives as long as it."""
+    """The databases of one application, in order of installation. Lives as long as the app."""
 
     by_name: dict[str, Installation] = field(default_factory=dict[str, Installation])
-    # Called with every database of the application and of those mounted in it, at each start.
+    # Called at each start, with every database of the application and of those mounted in it.
     observers: list[Observer] = field(default_factory=list[Observer])
-    draining: bool = False  # the application is not to be sent any more requests
-    # The application at work, once for each outermost application that it is mounted in.
+    draining: bool = False  # readiness fails, so that no more requests are sent here
+    # One for each running outermost application that this one is mounted in.
     runs: list[Running] = field(default_factory=list["Running"])
-    loop: asyncio.AbstractEventLoop | None = None  # on which it is
-    # Another outermost application that starts meanwhile finds the databases up.
+    loop: asyncio.AbstractEventLoop | None = None  # that it runs on
+    # Held during start-up: another outermost application waits until the databases are up.
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Running:
-    """One run of an application's lifespan, or its place in that of one it is mounted in.
+    """One run of an application's lifespan, its own or that of an application above it.
 
-    Built at start-up, dropped at the end. `examine` tells the gate what a route opens that start-up
-    has not seen.
+    Built at start-up, dropped at the end. `examine` checks a route that was added after start-up
+    and tells the gate what it opens.
     """
 
     def __init__(
@@ -83,21 +83,21 @@ class Running:
     ) -> None:
         self.app = app
         self.installed = installations_of(app)
-        # What the application is mounted in, from the inside out, and what is mounted in it.
+        # The applications that this one is mounted in, innermost first, and those mounted in it.
         self.above: list[Running] = [] if parent is None else [parent, *parent.above]
         self.below: list[Running] = []
         for each in self.above:
             each.below.append(self)
         above = {} if parent is None else parent.by_name
         self.by_name: dict[str, Installation] = above | self.installed.by_name
-        # The outermost application's: a request knows by the router whose run it belongs to, and
-        # there is one gate for all that are mounted in it.
+        # These belong to the outermost application. The router tells which run a request belongs
+        # to, and all mounted applications share one gate.
         self.router: Router = app.router if parent is None else parent.router
         self.gate: Gate = Gate() if parent is None else parent.gate
         self.examine: Examine | None = examine if parent is None else parent.examine
 
     def database(self, name: str) -> AnyDatabase:
-        """Return the handle of a running database, or say why there is none."""
+        """Return the handle of a running database, or raise the error that says why not."""
         installation = self.by_name.get(name)
         if installation is None:
             raise not_installed(name, [*self.by_name])
@@ -106,42 +106,42 @@ class Running:
                 f"Database {name!r} is installed but not started: this application's lifespan is "
                 "not running. Serve the application with uvicorn; in tests use `with "
                 "TestClient(app)`, or `async with app.router.lifespan_context(app)` around an "
-                "ASGITransport. A mounted application starts with the one it is mounted in, when "
-                "that one has a database installed."
+                "ASGITransport. A mounted application starts with the application around it, if "
+                "that has a database installed."
             )
         return installation.database
 
     def databases(self) -> list[AnyDatabase]:
-        """List the running databases in the order in which they commit: a parent's come first."""
+        """List the running databases in commit order: the parents' come first."""
         return databases_of([*reversed(self.above), self])
 
     def all_databases(self) -> list[AnyDatabase]:
-        """List the running databases of this application, of those above and of those mounted."""
+        """List the running databases of this application, its parents and its mounts."""
         return databases_of([*reversed(self.above), self, *self.below])
 
     def databases_from_here(self) -> list[AnyDatabase]:
-        """List the running databases of this application and of those mounted in it."""
+        """List the running databases of this application and its mounts."""
         return databases_of([self, *self.below])
 
     def is_draining(self) -> bool:
-        """Return whether this application, or one that it is mounted in, drains."""
+        """Return whether this application, or one that it is mounted in, is draining."""
         return any(each.installed.draining for each in (self, *self.above))
 
     def admit(self, request: object, route: object, database: AnyDatabase) -> Awaitable[bool]:
-        """Wait for a place where it has to be, and tell whether the request has one to leave."""
+        """Wait for a place in the gate if needed; return whether the request must leave it."""
         if key_of(route) not in self.gate.opened and self.examine is not None:
             self.examine(self, route)
         return self.gate.enter(request, route, database)
 
 
 def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:
-    """List the running databases that are installed on these applications themselves."""
+    """List the running databases installed directly on these applications."""
     found = (one.database for each in runs for one in each.installed.by_name.values())
     return [database for database in found if database is not None]
 
 
 def installations_of(app: Starlette) -> Installations:
-    """Return what is installed on an application."""
+    """Return the installations of an application."""
     found = getattr(app.state, _STATE, None)
     if not isinstance(found, Installations):
         found = Installations()
@@ -150,7 +150,7 @@ def installations_of(app: Starlette) -> Installations:
 
 
 def trimmed(name: object) -> str:
-    """Return a database's name as it is kept, however it was spelt; blank is `default`."""
+    """Normalize a database's name; a blank name is `default`."""
     if not isinstance(name, str):
         raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
     return name.strip() or "default"
@@ -161,12 +161,12 @@ def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
     known = f"Installed: {', '.join(map(repr, sorted(set(names))))}."
     if not names:
         known = (
-            "None is installed. A mounted application sees the databases of the one it is mounted "
-            "in once that one's lifespan runs."
+            "None is installed. A mounted application sees the databases of the application around "
+            "it once that application's lifespan is running."
         )
     return DatabaseNotInstalledError(
         f"No database named {name!r} is installed on this application. {known} Fix the name, or "
-        f"call install_database(app, name={name!r}, engine=...) where the application is made."
+        f"call install_database(app, name={name!r}, engine=...) where the application is created."
     )
 
 
@@ -176,7 +176,7 @@ def running_for(connection: HTTPConnection) -> Running:
 
 
 def running_of(app: Starlette, router: Router | None = None) -> Running:
-    """Return the run behind a router, else the application's own; an idle one if there is none."""
+    """Return the run for a router, else any run of the application, else an idle one."""
     runs = installations_of(app).runs
     for wanted in router, app.router:
         for running in runs:
@@ -186,7 +186,7 @@ def running_of(app: Starlette, router: Router | None = None) -> Running:
 
 
 class InstalledDatabases(Mapping[str, DatabaseT]):
-    """The databases of an application by name, as they are now."""
+    """A live view of an application's databases by name."""
 
     def __init__(self, app: Starlette, kind: type[DatabaseT] | None) -> None:
         self._app = app
@@ -196,18 +196,18 @@ class InstalledDatabases(Mapping[str, DatabaseT]):
         try:
             database: Any = running_of(self._app).database(name)
         except DatabaseNotInstalledError as error:
-            # A Mapping promises KeyError for get() and `in`; the message is the useful part.
+            # Mapping.get() expects a KeyError; the message is the useful part.
             raise KeyError(str(error)) from None
         if self._kind is not None and not isinstance(database, self._kind):
             raise TypeError(
-                f"Database {database.name!r} is no {self._kind.__name__}: its engine makes it a "
+                f"Database {database.name!r} is not a {self._kind.__name__} but, by its engine, a "
                 f"{type(database).__name__}."
             )
         found: DatabaseT = database
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in running_of(self._app).by_name  # also where no handle is there yet
+        return name in running_of(self._app).by_name  # even before there is a handle
 
     def __iter__(self) -> Iterator[str]:
         return iter(running_of(self._app).by_name)
@@ -226,17 +226,17 @@ def installed_databases(app: Starlette, kind: type[DatabaseT]) -> Mapping[str, D
 def installed_databases(app: Starlette, kind: Any = None) -> Mapping[str, Any]:
     """Return the handles of an application by name, for code outside a request.
 
-    The view is live: names are there from `install_database` on, handles while the lifespan
-    runs, and a mounted application sees those of the one it is mounted in as well. A handle
-    belongs to one run of the lifespan; look it up where you use it.
+    The view is live: it has names once `install_database` is called, and handles while the
+    lifespan runs. A mounted application also sees the databases of the application around it. A
+    handle belongs to one run of the lifespan; look it up where you use it.
 
     Args:
         app: the application.
-        kind: `Database` or `AsyncDatabase`, so that the type checker knows what the handles are.
+        kind: `Database` or `AsyncDatabase`, for the type checker.
 
     Raises:
-        DatabaseNotStartedError: when a handle is read and the lifespan is not running.
-        TypeError: when a handle is read and is of the other kind.
+        DatabaseNotStartedError: at the lookup of a handle, if the lifespan is not running.
+        TypeError: at the lookup of a handle, if it is of the other kind.
 
     Example:
         async with installed_databases(app, AsyncDatabase)["default"].session() as session: ...

@@ -1,4 +1,4 @@
-"""Closing databases: in reverse order, each in its time, all of them whatever fails."""
+"""Closing databases: in reverse order, each within its deadline, all even if some fail."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .running import Installation, Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
-# What a hook gets, in seconds, when others have used up the time for all of them.
+# Seconds that a hook gets even if others have used up the time for all.
 _LEAST: Final = 1.0
 
 
 async def stop(runs: Sequence[Running]) -> None:
-    """End one lifespan's hold on these databases, and close those that nobody else holds.
+    """End one lifespan's runs, and close the databases that no other lifespan uses.
 
     Raises:
-        ExceptionGroup: of whatever the hooks and disposals raised, after all had their turn.
+        ExceptionGroup: with the errors of all hooks and disposals, after all have run.
     """
     ending: list[tuple[Installation, AnyDatabase]] = []
     for installed in (each.installed for each in reversed(runs)):
-        if all(each in runs for each in installed.runs):  # else another lifespan keeps it open
+        if all(each in runs for each in installed.runs):  # else another lifespan still uses it
             installed.draining = True
             last_first = reversed(installed.by_name.values())
             ending += [(each, each.database) for each in last_first if each.database is not None]
@@ -43,7 +43,7 @@ async def stop(runs: Sequence[Running]) -> None:
     for installation, database in ending:
         await _close(installation, database, deadline, errors)
     for each in runs:
-        each.installed.runs.remove(each)  # now, because requests were still told why until here
+        each.installed.runs.remove(each)  # only now: until here requests get the right error
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 
@@ -65,33 +65,33 @@ async def _close(
     for step, function in steps.items():
         try:
             await _call_within(max(deadline - anyio.current_time(), least), function)
-        except Exception as error:  # noqa: BLE001 - raised with the others, after their turn
+        except Exception as error:  # noqa: BLE001 - raised with the others at the end
             error.add_note(f"In the {step} of database {database.name!r}.")
             errors.append(error)
 
 
 async def _drain(state: SharedState, deadline: float) -> None:
-    """Wait for cancelled requests to give their connections back; not for those of others."""
-    # The last session to end may do so in a thread: there is no event to await for all.
+    """Wait until our sessions have released their connections, but not for other code's."""
+    # Sessions may end in threads, so there is no event to await.
     while state.holders and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.01)
     if left := len(state.holders):
         logger.warning(
             "Database %r is closed with %d connection(s) still in use; the sessions that hold "
-            "them refuse to go on.",
+            "them can run no more statements.",
             state.name,
             left,
         )
 
 
 async def _call_within(seconds: float, function: Callable[[], Any]) -> None:
-    """Call a hook in a task of its own: one that will not be cancelled is left behind."""
+    """Call a hook in a task of its own, which is abandoned if it ignores its cancellation."""
     task = asyncio.create_task(call_off_loop(function))
     if not await ended_within(seconds, task, grace=_LEAST):
         raise TimeoutError(f"It did not end within {seconds:.1f} s.")
     if task.cancelled():
-        # As an error like any other, or the cancellation would end the shutdown of the rest.
-        raise RuntimeError("It ended in a cancellation of its own making.")
+        # An ordinary error, because a CancelledError would end the shutdown of the rest.
+        raise RuntimeError("It raised CancelledError, although nobody had cancelled it.")
     task.result()
 
 

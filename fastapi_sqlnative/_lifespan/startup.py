@@ -1,4 +1,4 @@
-"""Starting an application's databases, and what is known once they are up."""
+"""Starting the databases of an application."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from .shutdown import stop
 
 logger = logging.getLogger("fastapi_sqlnative")
 
-# What one attempt of `startup_wait` gets: a port may accept and not answer, until it does.
+# Seconds for one attempt of `startup_wait`: a port may accept connections before it answers.
 _ATTEMPT: Final = 5.0
-# What a cancelled attempt gets, in seconds, to close its connection.
+# Grace period, in seconds, for a cancelled attempt to close its connection.
 _GRACE: Final = 1.0
 # asyncpg and asyncmy bind a connection to the event loop that made it; these do not.
 _LOOP_FREE: Final = frozenset({"psycopg", "psycopg_async", "aiosqlite"})
-# The execution option under which a ready engine knows the event loop it was last used on.
+# The execution option that holds the event loop on which a ready engine was last started.
 _LOOP: Final = "fastapi_sqlnative_loop"
 
 
 def with_databases(app: Starlette, inner: Lifespan[Any]) -> Lifespan[Any]:
-    """Put the databases around the application's lifespan, whose state passes through."""
+    """Wrap the application's lifespan in that of its databases, passing its state through."""
 
     @asynccontextmanager
     async def lifespan(served: Any) -> AsyncGenerator[Any]:
@@ -47,7 +47,7 @@ def with_databases(app: Starlette, inner: Lifespan[Any]) -> Lifespan[Any]:
             await _start(Running(app, examine=examine_late), runs)
             await _start_mounted(runs)
             async with inner(served) as state:
-                await _start_mounted(runs, late=True)  # what the application's own has added
+                await _start_mounted(runs, late=True)  # what the application's lifespan added
                 yield state
         finally:
             await to_completion(stop(runs))
@@ -56,7 +56,7 @@ def with_databases(app: Starlette, inner: Lifespan[Any]) -> Lifespan[Any]:
 
 
 async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
-    """Start the applications mounted in these, at any depth, and check every route."""
+    """Start all applications mounted in these, at any depth, and check every route."""
     for above in runs:
         for app in mounted_applications(above.app):
             if all(app is not each.app for each in runs):
@@ -80,15 +80,15 @@ async def _start(running: Running, runs: list[Running]) -> None:
             installed.draining = False
             for installation in installed.by_name.values():
                 await start_installation(installation)
-    hearing = (running, *running.above)
-    observers = [observer for each in hearing for observer in each.installed.observers]
+    observed = (running, *running.above)
+    observers = [observer for each in observed for observer in each.installed.observers]
     for database in databases_of([running]):
         for observer in observers:
             observer(database)
 
 
 async def start_installation(installation: Installation) -> None:
-    """Make the handle of a database, and wait for its answer where `startup_wait` was given."""
+    """Make the handle of a database, and wait for it to answer if `startup_wait` is set."""
     engine: Any = installation.engine
     builds = database_class(engine) is None
     if builds:
@@ -99,14 +99,14 @@ async def start_installation(installation: Installation) -> None:
         installation.database = installation.make_handle(engine)
     except Exception:
         if builds and database_class(engine) is not None:
-            await dispose(engine)  # nobody else knows of it
+            await dispose(engine)  # no one else has a reference to it
         raise
     if installation.startup_wait is not None:
         await _wait_for(installation.database, installation.startup_wait)
 
 
 async def call_factory(factory: Any) -> Any:
-    """Call a factory of an engine, sync or async."""
+    """Call an engine factory, sync or async."""
     engine = factory()
     return await engine if inspect.isawaitable(engine) else engine
 
@@ -115,21 +115,21 @@ def _check_loop(name: str, engine: Any) -> None:
     """Refuse an engine whose idle connections belong to another event loop."""
     if not isinstance(engine, AsyncEngine) or engine.driver in _LOOP_FREE:
         return
-    # Noted on the engine, which may have been installed on another application before.
+    # Kept on the engine, which may have been installed on another application before.
     loop = asyncio.get_running_loop()
     last = engine.get_execution_options().get(_LOOP, loop)
     if last is not loop and getattr(engine.pool, "checkedin", int)():
         raise DatabaseNotStartedError(
             f"Database {name!r} cannot start: its engine ({engine.driver}) holds "
             "connections that belong to another event loop, where it was used before. Install it "
-            "with shutdown=engine.dispose, or give install_database a function that makes the "
+            "with shutdown=engine.dispose, or pass install_database a function that makes the "
             "engine."
         )
     engine.update_execution_options(**{_LOOP: loop})
 
 
 async def _wait_for(database: AnyDatabase, seconds: float) -> None:
-    """Ask until the database answers, or the time is up."""
+    """Retry until the database answers or the time is up."""
     deadline = anyio.current_time() + seconds
     pause = 0.1
     while True:
@@ -138,8 +138,8 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
         except Exception as error:
             left = deadline - anyio.current_time()
             if left <= 0 or not _may_pass(error):
-                answered = "answered, and waiting will not help"
-                outcome = f"did not answer in {seconds:g} s" if left <= 0 else answered
+                refused = "answered with an error that will not go away by waiting"
+                outcome = f"did not answer in {seconds:g} s" if left <= 0 else refused
                 error.add_note(f"Database {database.name!r} {outcome}.")
                 raise
             delay = min(pause * random.uniform(0.5, 1.0), left)  # noqa: S311 - jitter
@@ -161,9 +161,9 @@ async def _ask(database: AnyDatabase, timeout: float) -> None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Tell a database that is away, or full, from one that says no."""
+    """Return whether an error may be temporary: the database is unavailable or full."""
     if isinstance(error, OSError):
-        return True  # asyncpg's, and the end of an attempt
+        return True  # asyncpg's connect errors, and an attempt's TimeoutError
     failure = describe_database_error(error)
     passing = (DatabaseErrorKind.UNAVAILABLE, DatabaseErrorKind.TOO_MANY_CONNECTIONS)
     return failure is not None and failure.kind in passing

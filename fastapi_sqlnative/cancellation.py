@@ -68,7 +68,7 @@ def cancel_on_disconnect(*, methods: Iterable[str] = ("GET", "HEAD")) -> _Depend
         methods: the HTTP methods to cancel. Requests that write are usually better finished.
 
     Raises:
-        ClientDisconnectedError: in the request; an `HTTPException`, which no client is left to read.
+        ClientDisconnectedError: in the request; an `HTTPException`, though no client is left.
 
     Example:
         @app.get("/report", dependencies=[Depends(cancel_on_disconnect())])

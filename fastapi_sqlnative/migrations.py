@@ -1,6 +1,6 @@
-"""Readiness by Alembic's revisions: has the database what this version of the application wants?
+"""Readiness by Alembic's revisions: does the database match this release of the application?
 
-Nothing here migrates. What is read is the version table that `alembic upgrade` keeps.
+Nothing here migrates. It only reads the version table that `alembic upgrade` maintains.
 """
 
 from __future__ import annotations
@@ -47,27 +47,26 @@ def alembic_check(
 ) -> Callable[[Starlette], Awaitable[CheckResult]]:
     """Make a check for `health_router` that is ready once the database is migrated.
 
-    The script directory is read once, now: a mistake in the configuration fails start-up, and
-    revisions that a newer release adds later are not seen. env.py does not run. The database is
-    read, never written to, until the check has passed; after that, nothing is sent while that
-    lifespan runs.
+    The script directory is read once, now: a wrong configuration fails start-up, and revisions
+    that are added later are not seen. env.py does not run. The database is read, never written to,
+    until the check has passed; after that, the check sends no more queries in that lifespan.
 
-    - `current`, ready: its revisions are the heads of the script directory.
-    - `ahead`, ready: it has a revision that this release does not know, and none older than its
-      heads. A newer release has migrated it; this one is still being replaced.
+    - `current`, ready: the database is at the heads of the script directory.
+    - `ahead`, ready: it has a revision that this release does not know, and none older than this
+      release's heads. A newer release has migrated it, and this one is still being replaced.
     - `behind`, not ready: anything else. `alembic upgrade` has not run, or not to the end.
 
     Args:
         config: Alembic's `Config`, or the path of an ini file.
         database: the name given to `install_database`, on the application that includes the
             router or on one that it is mounted in.
-        version_table: as env.py gives it to `context.configure`; it cannot be read from there.
+        version_table: as passed to `context.configure` in env.py, which is not read.
         version_table_schema: likewise.
 
     Raises:
-        FileNotFoundError: there is no such ini file.
+        FileNotFoundError: the ini file does not exist.
         ValueError: the script directory has no revisions.
-        alembic.util.CommandError: Alembic cannot read it.
+        alembic.util.CommandError: Alembic cannot read the script directory.
 
     Example:
         app.include_router(health_router(checks={"migrations": alembic_check("alembic.ini")}))
@@ -87,10 +86,10 @@ def alembic_check(
             return before
         found = await run_on_engine(handle.engine, read)
         seen[handle] = result = wanted.compare(found)
-        if result is not before:  # what stands where; the answer over HTTP does not say
+        if result is not before:  # with the revisions, which the HTTP response does not show
             logger.log(
                 logging.INFO if result is _CURRENT else logging.WARNING,
-                "Migrations of database %r are %s: it has %s, this release wants %s.",
+                "Migrations of database %r are %s: it has %s, this release needs %s.",
                 name,
                 result.state,
                 ", ".join(sorted(found)) or "none",
@@ -104,14 +103,14 @@ def alembic_check(
 def current_revisions(
     connection: Connection, table: str = "alembic_version", schema: str | None = None
 ) -> frozenset[str]:
-    """Read the version table of a database; there are none where it is missing."""
+    """Read the revisions from a database's version table; none if there is no such table."""
     options = {"version_table": table, "version_table_schema": schema}
     context = MigrationContext.configure(connection, opts=options)
     return frozenset(context.get_current_heads())
 
 
 class Revisions(NamedTuple):
-    """What a script directory knows, and which of it a migrated database has."""
+    """The revisions of a script directory, and those that a migrated database is at."""
 
     known: frozenset[str]
     heads: frozenset[str]
@@ -122,26 +121,26 @@ class Revisions(NamedTuple):
         if not isinstance(config, Config):
             if not Path(config).is_file():
                 raise FileNotFoundError(
-                    f"There is no Alembic configuration {os.fspath(config)!r}, seen from "
-                    f"{Path.cwd()}: give alembic_check a path that holds wherever it is started."
+                    f"There is no Alembic configuration {os.fspath(config)!r}, started in "
+                    f"{Path.cwd()}: pass a path that doesn't depend on the working directory."
                 )
             config = Config(config)
         script = ScriptDirectory.from_config(config)
         heads = set(script.get_heads())
         if not heads:
             raise ValueError(
-                f"The script directory {script.dir!r} has no revisions, so nothing would tell that "
-                "a database is migrated: fix script_location or version_locations, or make the "
-                "first revision before asking for alembic_check."
+                f"The script directory {script.dir!r} has no revisions, so every database would "
+                "count as migrated: fix script_location or version_locations, or create the first "
+                "revision before you use alembic_check."
             )
         known = frozenset(each.revision for each in script.walk_revisions())
-        # The version table leaves out a head that another branch depends on.
+        # The version table omits a head that another branch depends on.
         below = {head: script.get_all_current(tuple(heads - {head})) for head in heads}
         effective = {head for head in heads if script.get_revision(head) not in below[head]}
         return cls(known, frozenset(effective))
 
     def compare(self, found: frozenset[str]) -> CheckResult:
-        """Judge the revisions of a database."""
+        """Compare the revisions of a database with these."""
         if found == self.heads:
             return _CURRENT
         unknown = found - self.known

@@ -1,4 +1,4 @@
-"""Connection pools as OpenTelemetry metrics, by its conventions for database clients."""
+"""OpenTelemetry metrics for connection pools, following its conventions for database clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ try:
     from fastapi.telemetry import get_telemetry_data
 
     _telemetry_data: Callable[[], Any] | None = get_telemetry_data
-except ImportError:  # before 0.143 FastAPI had none
+except ImportError:  # FastAPI before 0.143
     _telemetry_data = None
 
 __all__ = ["instrument_pools"]
@@ -38,11 +38,11 @@ __all__ = ["instrument_pools"]
 _PREFIX: Final = "db.client.connection"
 _POOL: Final = f"{_PREFIX}.pool.name"
 _STATE: Final = f"{_PREFIX}.state"
-# In seconds; OpenTelemetry's own begin at 5.
+# In seconds. OpenTelemetry's default buckets start at 5.
 _BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-# The attribute of an instrument under which applications find what they share.
+# The attribute of an instrument that holds the `_Instruments` shared by applications.
 _SHARED: Final = "fastapi_sqlnative_shared"
-# In the `info` of a connection, since when it is being made and since when it is in use.
+# Keys in a connection's `info`: when connecting began, and when it was checked out.
 _MAKING: Final = "fastapi_sqlnative_making"
 _IN_USE: Final = "fastapi_sqlnative_in_use"
 
@@ -50,20 +50,20 @@ _IN_USE: Final = "fastapi_sqlnative_in_use"
 def instrument_pools(
     app: Starlette, *, meter_provider: metrics.MeterProvider | None = None
 ) -> None:
-    """Report the pools of an application's databases, those of mounted applications too.
+    """Report the pools of an application's databases, including those of mounted applications.
 
-    Seven metrics of `db.client.connection`, each with the database's name as `pool.name`: `count`
-    by state, `max` and `pending_requests` are read when they are collected; `create_time`,
-    `wait_time`, `use_time` and `timeouts` are measured, by `http.route` where FastAPI's telemetry
-    is on. What a kind of pool does not know is not reported, and of waits only those of this
-    package's sessions are known. An engine under two names is reported under the first; where two
-    engines have the same name, the second is `name#2`. The connections that readiness opens
-    outside a pool are not counted.
+    There are seven `db.client.connection` metrics, each with the database's name as `pool.name`.
+    `count` by state, `max` and `pending_requests` are read at collection time. `create_time`,
+    `wait_time`, `use_time` and `timeouts` are measured, by `http.route` if FastAPI's telemetry is
+    on. Figures that a pool class doesn't have are not reported, and only this package's sessions
+    have their waits measured. An engine with two names is reported under the first; if two engines
+    share a name, the second is `name#2`. The connections that readiness opens outside a pool are
+    not counted.
 
     Args:
-        app: one that has not started; databases may be installed on it before and after this.
-        meter_provider: by default that of `FastAPI(telemetry=...)`, else OpenTelemetry's global
-            one, as it is when the application starts.
+        app: an application that has not started. Databases may be installed before and after.
+        meter_provider: defaults to that of `FastAPI(telemetry=...)`, or else to OpenTelemetry's
+            global provider, looked up when the application starts.
 
     Raises:
         ApplicationAlreadyStartedError: the application has started.
@@ -72,12 +72,12 @@ def instrument_pools(
     if app.middleware_stack is not None or installed.runs:
         raise ApplicationAlreadyStartedError(
             "Pools cannot be instrumented: the application has started. Call instrument_pools "
-            "where the application is made, before it is served."
+            "where the application is created, before it is served."
         )
     instruments: list[_Instruments] = []
 
     def observe(database: AnyDatabase) -> None:
-        if not instruments:  # at the first start: by then the application has its provider
+        if not instruments:  # only at the first start is the provider sure to be set up
             provider = meter_provider or _provider_of(app) or metrics.get_meter_provider()
             instruments.append(_instruments_of(provider))
             instruments[0].applications.add(app)
@@ -87,7 +87,7 @@ def instrument_pools(
 
 
 def _provider_of(app: Starlette) -> metrics.MeterProvider | None:
-    # Private, because FastAPI shows what it was given nowhere else. Without it the global one is.
+    # A private attribute: there is no public one. If it is gone, the global provider is used.
     config: Mapping[str, Any] = getattr(app, "_telemetry", {})
     return config.get("meter_provider")
 
@@ -97,12 +97,12 @@ def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
     meter = provider.get_meter("fastapi_sqlnative")
     made = _Instruments(meter)
     for name, callback, unit, description in (
-        ("count", made.count, "{connection}", "Connections in the state given."),
+        ("count", made.count, "{connection}", "Connections in the given state."),
         ("max", made.limit, "{connection}", "Open connections that the pool allows."),
-        ("pending_requests", made.pending, "{request}", "Sessions that wait for one."),
+        ("pending_requests", made.pending, "{request}", "Sessions waiting for a connection."),
     ):
-        # The SDK gives each application the first one's instruments, with the first one's
-        # callbacks: so what those read is kept there, and lives as long as they do.
+        # For a known name the SDK returns the existing instrument with its first callbacks. So the
+        # object that these read is kept on the instrument, and lives as long.
         instrument = meter.create_observable_up_down_counter(
             f"{_PREFIX}.{name}", [callback], unit, description
         )
@@ -112,12 +112,12 @@ def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
 
 
 class _Instruments:
-    """What is reported of all applications with one meter provider."""
+    """The instruments shared by all applications with one meter provider."""
 
     def __init__(self, meter: metrics.Meter) -> None:
         self.applications: WeakSet[Starlette] = WeakSet()
         self.timeouts = meter.create_counter(
-            f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that were given up."
+            f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that timed out."
         )
         self.create_time, self.wait_time, self.use_time = (
             meter.create_histogram(
@@ -133,10 +133,10 @@ class _Instruments:
         self._heard: WeakSet[AnyDatabase] = WeakSet()
 
     def listen(self, database: AnyDatabase) -> None:
-        """Listen to a database that starts, and to its pool once for all its starts."""
+        """Listen to a database that is starting, and to its pool once, however often it starts."""
         engine = sync_engine(database.engine)
         if engine not in self._pools:
-            # A mounted application, or another with the same provider, may use a name once more.
+            # Mounted applications, or others with the same provider, may use the same name.
             taken = {pool.name for _, pool in self._running()}
             numbered = (f"{database.name}#{number}" for number in count(2))
             free = (each for each in chain([database.name], numbered) if each not in taken)
@@ -146,7 +146,7 @@ class _Instruments:
             self._pools[engine].listen_to_sessions(sessions_of(database).native)
 
     def _running(self) -> list[tuple[Engine, _Pool]]:
-        """List the engines that run and have been listened to, each once."""
+        """List the running engines that we listen to, each once."""
         engines = dict.fromkeys(
             sync_engine(database.engine)
             for app in tuple(self.applications)
@@ -155,7 +155,7 @@ class _Instruments:
         return [(each, self._pools[each]) for each in engines if each in self._pools]
 
     def count(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe the connections in use and those that wait."""
+        """Observe the connections in use and the idle ones."""
         for engine, pool in self._running():
             for state, method in ("used", "checkedout"), ("idle", "checkedin"):
                 connections = ask_pool(engine.pool, method)
@@ -163,29 +163,29 @@ class _Instruments:
                     yield metrics.Observation(connections, {_POOL: pool.name, _STATE: state})
 
     def limit(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe how many connections there can be."""
+        """Observe the maximum number of connections."""
         for engine, pool in self._running():
             capacity = pool_capacity(engine.pool)
             if capacity is not None:
                 yield metrics.Observation(capacity, {_POOL: pool.name})
 
     def pending(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe how many sessions wait."""
+        """Observe the number of sessions waiting for a connection."""
         for _, pool in self._running():
             yield metrics.Observation(len(pool.waiting), {_POOL: pool.name})
 
 
 def _attributes(pool: str) -> Mapping[str, str]:
-    """Name the pool, and the route of the request that is being served, where FastAPI knows it."""
+    """Return the attributes: the pool, and the current request's route if FastAPI knows it."""
     data = None if _telemetry_data is None else _telemetry_data()
     served: Any = data and (data.request or data.websocket)
-    # What FastAPI's own metrics say; it stands nowhere else, and without it nothing is said.
+    # The route as FastAPI's own metrics report it, from a private key: there is no public one.
     route = served and getattr(served.scope.get("fastapi.telemetry"), "route", None)
     return {_POOL: pool, "http.route": route} if route else {_POOL: pool}
 
 
 class _Pool:
-    """What is measured of one engine's connections: making them, waiting for them, using them."""
+    """The measurements of one engine's connections: create time, wait time and use time."""
 
     def __init__(self, name: str, engine: Engine, instruments: _Instruments) -> None:
         self.name = name
@@ -193,14 +193,14 @@ class _Pool:
         self._connected: WeakSet[Session] = WeakSet()
         self._timeout = pool_timeout(engine.pool)
         self._instruments = instruments
-        # The engine's listeners hear of the pools that replace this one, too.
+        # On the engine, because these listeners carry over to pools that replace this one.
         event.listen(engine, "do_connect", self._make)
         event.listen(engine, "connect", self._made)
         event.listen(engine, "checkout", self._use)
         event.listen(engine, "checkin", self._used)
 
     def listen_to_sessions(self, sessions: Any) -> None:
-        """Hear of a handle's sessions: the pool has no event for the beginning of a wait."""
+        """Listen to a handle's sessions, because the pool has no event for the start of a wait."""
         event.listen(sessions, "do_orm_execute", self._execute)
         event.listen(sessions, "before_flush", self._wait)
         event.listen(sessions, "after_begin", self._connect)
@@ -211,7 +211,7 @@ class _Pool:
 
     def _made(self, _connection: object, record: ConnectionPoolEntry) -> None:
         began = record.info.pop(_MAKING, None)
-        # Without one the engine has a `creator` of its own.
+        # None if the engine has a `creator`.
         if began is not None and OUTSIDE not in record.info:
             self._record(self._instruments.create_time, began)
 
@@ -242,7 +242,7 @@ class _Pool:
             return
         self._connected.discard(session)
         began = self.waiting.pop(session, None)
-        # No event tells that the pool has given up; that its time was over does.
+        # There is no event for a pool timeout, so infer it from the elapsed time.
         if began is not None and perf_counter() - began >= self._timeout:
             self._instruments.timeouts.add(1, _attributes(self.name))
 

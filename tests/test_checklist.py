@@ -137,7 +137,7 @@ def test_what_is_missing_is_found(kind: Kind, server: Badly) -> None:
         "connections",
     }
     assert row(findings, "role") == ("warning", "superuser")
-    assert row(findings, "connections") == ("warning", "32 wanted by 2 process(es), 30 to be had")
+    assert row(findings, "connections") == ("warning", "32 needed by 2 process(es), 30 available")
     assert all(each.fix and each.link for each in findings if each.status != "ok")
 
 
@@ -148,7 +148,7 @@ def test_what_is_well_is_not_complained_about(kind: Kind, server: Badly) -> None
     assert {each.status for each in findings} == {"ok"}, findings
     assert row(findings, "statement timeout") == ("ok", "5s")
     assert row(findings, "connect timeout") == ("ok", "5 s")
-    assert row(findings, "connections") == ("ok", "16 wanted by 1 process(es), 27 to be had")
+    assert row(findings, "connections") == ("ok", "16 needed by 1 process(es), 27 available")
     assert not any(each.fix or each.link for each in findings)
 
 
@@ -218,7 +218,7 @@ def test_pools_on_one_server_are_added_up(server: Badly) -> None:
         each for each in check(first, second, first, processes=2) if each.subject == "connections"
     )
     assert found.database == "default, db1, db2"
-    assert found.detail == "24 wanted by 2 process(es), 27 to be had"
+    assert found.detail == "24 needed by 2 process(es), 27 available"
 
 
 def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
@@ -230,13 +230,13 @@ def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
         psycopg.connect(server.url),
     ):
         found = row(check(engine), "connections")
-    assert found == ("ok", "16 wanted by 1 process(es), 25 to be had")
+    assert found == ("ok", "16 needed by 1 process(es), 25 available")
 
 
 def test_a_limit_of_the_role_counts(server: Badly) -> None:
     """A role's CONNECTION LIMIT is all that there is for its pools."""
     found = row(check(create_engine(url_of(server, "psycopg", "limited"))), "connections")
-    assert found == ("warning", "16 wanted by 1 process(es), 10 to be had")
+    assert found == ("warning", "16 needed by 1 process(es), 10 available")
 
 
 @pytest.mark.parametrize("options", [{"max_overflow": -1}, {"poolclass": NullPool}], ids=str)
@@ -329,16 +329,16 @@ def test_pgbouncer_is_found(server: Badly, pgbouncer: PgBouncer, driver: str) ->
     """PgBouncer in between shows, with what it takes; its clients are not the server's."""
     url = make_url(url_of(server, driver)).set(port=pgbouncer.port)
     findings = check(create_async_engine(url))
-    assert row(findings, "pooler") == ("warning", "in between, and statements are prepared")
+    assert row(findings, "pooler") == ("warning", "present, but the driver prepares statements")
     assert "connections" not in {each.subject for each in findings}
     findings = check(create_async_engine(url, connect_args=WITHOUT_PREPARED[driver]))
-    assert row(findings, "pooler") == ("ok", "in between, and no statements are prepared")
+    assert row(findings, "pooler") == ("ok", "present, and the driver prepares no statements")
     # psycopg2 prepares none.
     findings = check(create_engine(url.set(drivername="postgresql+psycopg2")))
     assert row(findings, "pooler")[0] == "ok"
 
 
-ANYBODY = "any server is believed"
+ANYBODY = "server not verified"
 OF_LIBPQ = {"host": "db.example", "hostaddr": "127.0.0.1"}
 
 
@@ -473,7 +473,7 @@ def test_a_database_that_hangs_is_one_row(kind: Kind) -> None:
         url = f"postgresql+{kind.driver}://shop@127.0.0.1:{port}/shop"
         (found,) = check(engine_for(kind, url), timeout=0.2)
     assert found.status == "no answer"
-    assert found.detail == "nothing within 0.2 s (connecting)"
+    assert found.detail == "no answer within 0.2 s (connecting)"
 
 
 def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
@@ -487,7 +487,7 @@ def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
     status, detail = row(findings, "connections")
     assert status == "unknown"
     assert detail == "InsufficientPrivilege: permission denied for view pg_stat_activity"
-    assert row(findings, "pooler") == ("ok", "none in between")
+    assert row(findings, "pooler") == ("ok", "none")
 
 
 # --- what it leaves alone -----------------------------------------------------------------------

@@ -710,7 +710,7 @@ def test_what_cannot_be_meant_is_refused_at_once() -> None:
         health_router(checks={"x": nothing})
     two: Any = lambda app, other: True  # noqa: E731
     with pytest.raises(
-        TypeError, match=r"Check 'x' must be a function of the application or of nothing"
+        TypeError, match=r"Check 'x' must be a function that takes the application or nothing"
     ):
         health_router(checks={"x": two})
 

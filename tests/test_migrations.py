@@ -371,8 +371,8 @@ def test_ready_over_http(
         assert (response.status_code, response.json()["checks"]) == (200, {"migrations": "current"})
     said = [each.getMessage() for each in caplog.records if "Migrations of" in each.getMessage()]
     assert said == [
-        "Migrations of database 'default' are behind: it has none, this release wants two.",
-        "Migrations of database 'default' are current: it has two, this release wants two.",
+        "Migrations of database 'default' are behind: it has none, this release needs two.",
+        "Migrations of database 'default' are current: it has two, this release needs two.",
     ]
 
 

@@ -26,7 +26,7 @@ def would_be_flushed(session: Session) -> bool:
 
 
 def _would_be_sent(session: Session, row: object) -> bool:
-    """Return whether a flush would send an object's changes, ignoring attributes without a column."""
+    """Return whether a flush would send an object, ignoring attributes without a column."""
     state = inspect(row)
     columns = {
         attribute.key

@@ -76,7 +76,7 @@ class SharedState:
         # The application's overrides among commit, rollback and close.
         self.overridden: frozenset[str] = frozenset()
         self.may_be_interrupted: bool = may_be_interrupted(root)
-        self.returns_by_rollback_only: bool = returns_undisturbed(root)
+        self.returns_by_rollback_only: bool = returns_by_rollback_only(root)
         # The session records, by the connections that they hold.
         self.holders: dict[Connection, Any] = {}
         # Engines with options set that share the pool of the engine in the key.

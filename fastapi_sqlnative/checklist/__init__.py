@@ -1,4 +1,4 @@
-"""A checklist for production that asks the databases of an application themselves."""
+"""A production checklist that queries the databases of an application."""
 
 from ._asking import check_databases
 from ._findings import Finding, FindingStatus, log_findings

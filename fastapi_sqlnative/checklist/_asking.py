@@ -1,4 +1,4 @@
-"""Asking every database of an application at once."""
+"""Checking all databases of an application concurrently."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 AlembicConfig: TypeAlias = "Config | str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[str], object]
-# What a question that has run out of time gets, in seconds, to close its connection.
+# Grace period, in seconds, to close the connection of a database that has run out of time.
 _GRACE: Final = 1.0
 
 
@@ -53,23 +53,23 @@ async def check_databases(
     alembic: Mapping[str, AlembicConfig] | None = None,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Ask every database of an application, and of those mounted in it, how it is set up.
+    """Check the setup of every database of an application and of those mounted in it.
 
-    The lifespan does not run. Engines are used as they are; a factory is called as at start-up,
-    and what it has built is disposed of. Each database gets one connection beside its pool, made
-    with the engine's arguments and events, in AUTOCOMMIT; nothing is written. A database that
-    does not answer is one row, whatever it raises. In a lifespan, where the databases are up,
-    their own engines are asked.
+    The lifespan does not run. Ready engines are used as they are; a factory is called as at
+    start-up, and its engine is disposed of. Each database gets one connection outside its pool,
+    made with the engine's arguments and events, in AUTOCOMMIT; nothing is written. A database that
+    does not answer becomes one row, whatever it raises. Within a running lifespan, the engines of
+    the running databases are used.
 
     Args:
         app: the application.
-        processes: how many serve it, all replicas together, each with pools of its own.
-        timeout: seconds that each database has for all its answers.
-        alembic: by name of the database, the configuration whose heads it is to have.
-        progress: called with a line for each database that is asked or has answered.
+        processes: the number of processes that serve it, across all replicas; each has its pools.
+        timeout: seconds for all answers of each database.
+        alembic: Alembic configurations whose heads a database should be at, by database name.
+        progress: called with a line when a database is asked and when it has answered.
 
     Raises:
-        ValueError: no process, a time that is not above zero, or an unknown name in `alembic`.
+        ValueError: a number is not above zero, or `alembic` has an unknown name.
 
     Example:
         findings = await check_databases(app, processes=8)
@@ -81,7 +81,7 @@ async def check_databases(
     migrations = {name: _migrations(config) for name, config in (alembic or {}).items()}
     if unknown := migrations.keys() - installed.keys():
         known = ", ".join(map(repr, installed)) or "none"
-        raise ValueError(f"alembic names {sorted(unknown)}, and installed are: {known}.")
+        raise ValueError(f"alembic names {sorted(unknown)}; the installed databases are: {known}.")
     asking = [_Asking(*each, migrations.get(each[0], {})) for each in installed.items()]
     tell: Progress = progress or (lambda _line: None)
     answered = await asyncio.gather(*(each.within(timeout, tell) for each in asking))
@@ -97,7 +97,7 @@ async def check_databases(
 
 
 def _installed(app: Starlette) -> dict[str, Installation]:
-    """List what is installed; a name that a mounted application has as well gets a number."""
+    """List the installations; repeated names, in mounted applications, get a number."""
     found: dict[str, Installation] = {}
     for each in applications_in(app):
         for name, installation in installations_of(each).by_name.items():
@@ -109,7 +109,7 @@ def _installed(app: Starlette) -> dict[str, Installation]:
 
 
 def _migrations(config: AlembicConfig) -> Questions:
-    """Make the question for Alembic's heads; its script directory is read now."""
+    """Make the question about Alembic's heads, reading the script directory now."""
     from ..migrations import Revisions, current_revisions  # Alembic is an extra
 
     wanted = Revisions.read(config)
@@ -129,7 +129,7 @@ def _judged(database: str, subject: str, answer: Answer) -> Finding:
 
 @dataclass(eq=False)
 class _Asking:
-    """One database while it is asked."""
+    """The check of one database."""
 
     label: str
     installation: Installation
@@ -138,11 +138,11 @@ class _Asking:
     doing: str = "connecting"
 
     async def within(self, timeout: float, tell: Progress) -> list[Finding]:
-        """Return what was found, or the one row that says why nothing was."""
+        """Return the findings, or a single one that says why there are none."""
         tell(f"Asking database {self.label!r} ...")
         task = asyncio.create_task(self._ask())
         if not await ended_within(timeout, task, grace=_GRACE):
-            found = [self._no_answer(f"nothing within {timeout:g} s ({self.doing})")]
+            found = [self._no_answer(f"no answer within {timeout:g} s ({self.doing})")]
         elif (error := task.exception()) is not None:
             found = [self._no_answer(_in_a_line(error))]
         else:
@@ -159,24 +159,24 @@ class _Asking:
         if not callable(engine):
             return await run_on_engine(engine, self._examine)
         engine = await call_factory(engine)
-        self.installation.make_handle(engine)  # raises the same as start-up
+        self.installation.make_handle(engine)  # raises the same errors as start-up
         try:
             return await run_on_engine(engine, self._examine)
         finally:
             await dispose(engine)
 
     def _examine(self, engine: Engine) -> tuple[list[Finding], Room | None]:
-        """Ask all questions over one connection, in plain code."""
+        """Ask all questions over one connection. Plain code."""
         rooms: list[Room | None] = []
         with (
             beside_pool(engine, engine.get_execution_options()) as beside,
             noting_arguments(beside) as noted,
             beside.connect() as connection,
         ):
-            stored_at_once = autocommits(connection)
+            autocommit = autocommits(connection)
             connection.execution_options(isolation_level="AUTOCOMMIT")
             parameters = parameters_of(connection, noted)
-            asked = Asked(connection, engine.pool, parameters, stored_at_once)
+            asked = Asked(connection, engine.pool, parameters, autocommit)
             questions = QUESTIONS.get(connection.dialect.name, OF_ANY_SERVER) | self.extra
             questions["connections"] = lambda asked: rooms.append(read_room(asked))
             answers = (self._answer(*each, asked) for each in questions.items())
@@ -194,7 +194,7 @@ class _Asking:
 
 
 def _in_a_line(error: BaseException) -> str:
-    """Say what was raised: its kind, and the first line of the driver's own words."""
+    """Return an error's class and the first line of the driver's message."""
     found = driver_error(error)
     first, *_ = str(found).strip().splitlines() or [""]
     return f"{type(found).__name__}: {first}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""What the checklist finds, and what is said of it."""
+"""The findings of the checklist, with their fixes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-# The guide of the newest version; a test holds it against pyproject.toml.
+# The newest guide; a test compares the address with pyproject.toml.
 GUIDE: Final = "https://github.com/fastapi-sqlnative/fastapi-sqlnative/blob/main/docs/"
 logger = logging.getLogger("fastapi_sqlnative")
 
 
 class FindingStatus(StrEnum):
-    """How one question about a database has ended."""
+    """The outcome of one question about a database."""
 
     OK = "ok"
     WARNING = "warning"
-    UNKNOWN = "unknown"  # the server did not say, for want of a privilege perhaps
-    NO_ANSWER = "no answer"  # there was nobody to ask
-    ACCEPTED = "accepted"  # the command was told that it is meant to be so
+    UNKNOWN = "unknown"  # the query failed, for example for lack of a privilege
+    NO_ANSWER = "no answer"  # the database could not be reached
+    ACCEPTED = "accepted"  # a row that --accept declares to be intended
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class Finding:
     """One row of the checklist.
 
     Attributes:
-        database: the name given to `install_database`; the names of all whose pools share a
-            server, where the row is about those together.
-        subject: what was looked at.
-        status: how it stands.
+        database: the name given to `install_database`; several names if the row is about databases
+            whose pools share a server.
+        subject: what was checked.
+        status: the outcome.
         detail: what was found.
-        fix: what to do about a warning; empty where nothing is to be done.
-        link: the page of the guide that explains it, likewise.
+        fix: what to do about it; empty if nothing needs to be done.
+        link: the page of the guide that explains it; empty if there is no `fix`.
     """
 
     database: str
@@ -46,13 +46,13 @@ class Finding:
     link: str = ""
 
 
-# By subject, what to do about a warning, and the page of the guide that explains it.
+# By subject, the fix for a warning and the page of the guide that explains it.
 _TIMEOUTS: Final = "performance.md#timeouts"
 FIXES: Final[Mapping[str, tuple[str, str]]] = {
     "answer": ("Fix the address, the network or the password.", "checklist.md#when-it-fails"),
-    "server version": ("Upgrade to a version that gets fixes.", "checklist.md#rows"),
+    "server version": ("Upgrade to a version that still gets fixes.", "checklist.md#rows"),
     "connect timeout": (
-        "Give connect_args a connect_timeout of 5, with asyncpg a timeout.",
+        "Set connect_timeout=5 in connect_args; for asyncpg, timeout=5.",
         _TIMEOUTS,
     ),
     "pre-ping": (
@@ -60,7 +60,7 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         "performance.md#connections-that-have-died",
     ),
     "transactions": (
-        "Make the engine without AUTOCOMMIT, in which nothing can be rolled back.",
+        "Create the engine without AUTOCOMMIT, in which nothing can be rolled back.",
         "isolation.md#when-it-fails",
     ),
     "statement timeout": (
@@ -77,41 +77,41 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         _TIMEOUTS,
     ),
     "TLS": (
-        "Give connect_args sslmode=verify-full, with asyncpg an SSLContext as ssl.",
+        "Set sslmode=verify-full in connect_args; for asyncpg, pass an SSLContext as ssl.",
         "security.md#tls",
     ),
     "role": (
-        "Connect as a role that is no superuser, bypasses nothing and owns no tables.",
+        "Connect as a role that is not a superuser, bypasses nothing and owns no tables.",
         "security.md#roles",
     ),
     "writes": (
-        "Connect to the primary, unless this database is meant for reads only.",
+        "Connect to the primary, unless this database is only meant for reads.",
         "health.md#which-databases-count",
     ),
     "pooler": (
-        "Give connect_args prepare_threshold=None, with asyncpg statement_cache_size=0 and "
+        "Set prepare_threshold=None in connect_args; for asyncpg, statement_cache_size=0 and "
         "prepared_statement_cache_size=0.",
         "pgbouncer.md",
     ),
     "connections": (
-        "Make the pools smaller or the processes fewer, or raise max_connections.",
+        "Use smaller pools or fewer processes, or raise max_connections.",
         "performance.md#connections",
     ),
     "migrations": ("Run alembic upgrade head before this release starts.", "migrations.md"),
     "journal mode": (
-        "PRAGMA journal_mode = WAL, once for the file: else a writer locks readers out.",
+        "Run PRAGMA journal_mode = WAL, once for the file, so that writers don't block readers.",
         "checklist.md#sqlite",
     ),
     "foreign keys": (
-        "PRAGMA foreign_keys = ON for each connection, in a listener.",
+        "Run PRAGMA foreign_keys = ON for each connection, in a listener.",
         "checklist.md#sqlite",
     ),
-    "busy timeout": ("Give connect_args a timeout of 5.", "checklist.md#sqlite"),
+    "busy timeout": ("Set timeout=5 in connect_args.", "checklist.md#sqlite"),
 }
 
 
 def finding(database: str, subject: str, detail: str, status: FindingStatus) -> Finding:
-    """Make a row; a warning says what to do, and so does a database that does not answer."""
+    """Make a row, with a fix if it is a warning or the database does not answer."""
     if status in (FindingStatus.OK, FindingStatus.UNKNOWN):
         return Finding(database, subject, status, detail)
     fix, page = FIXES[subject]
@@ -125,10 +125,10 @@ def summary(findings: Iterable[Finding]) -> str:
 
 
 def log_findings(findings: Iterable[Finding]) -> None:
-    """Log one line, for an application's lifespan: how many findings are ok, and which are not.
+    """Log one line with the number of findings by status and the subjects that are not ok.
 
     Args:
-        findings: what `check_databases` returned.
+        findings: the result of `check_databases`, called for example in the lifespan.
     """
     findings = list(findings)
     wrong = [f"{each.database}: {each.subject}" for each in findings if each.status != "ok"]

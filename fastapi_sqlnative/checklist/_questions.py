@@ -1,4 +1,4 @@
-"""What the checklist asks of a database, and when it warns."""
+"""The questions of the checklist, and when they warn."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .._drivers import connections
 from .._drivers.pools import pool_capacity, pre_pings
 from .._probe import WRITES
 
-# Requests wait as long for a connection of SQLAlchemy's pool, unless told otherwise; in seconds.
+# In seconds; the default for which requests wait for a connection of SQLAlchemy's pool.
 _LONGEST_CONNECT: Final = 30.0
 _LOCAL: Final = ("/", "127.", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One connection of an application's, made as the application makes them."""
+    """A connection made as the application makes its own."""
 
     connection: Connection
     pool: Pool
@@ -32,7 +32,7 @@ class Asked:
         return self.connection.scalar(text(query))
 
 
-# What was found, and whether it is well so; `None` is of no use for this engine.
+# The detail, and whether it is fine. An `Ask` returns `None` if it doesn't apply to the engine.
 Answer: TypeAlias = tuple[str, bool]
 Ask: TypeAlias = Callable[[Asked], Answer | None]
 Questions: TypeAlias = dict[str, Ask]
@@ -47,7 +47,7 @@ def _value(query: str, fine: Set[str]) -> Ask:
 
 
 def _limit(query: str) -> Ask:
-    """Ask for a time limit, of which 0 means that there is none."""
+    """Ask for a time limit, where 0 means none."""
 
     def ask(asked: Asked) -> Answer:
         found = str(asked.value(query))
@@ -61,10 +61,10 @@ def _version(asked: Asked) -> Answer:
     version = dialect.server_version_info or ()
     detail = ".".join(map(str, version))
     if dialect.name == "postgresql" and version:
-        # A major version gets fixes for five years from the autumn of 2007 + its number, since 10.
+        # From 10 on, version N is released in the autumn of 2007 + N and supported for five years.
         end = datetime.date(2012 + int(version[0]), 11, 30)
         if end <= datetime.datetime.now(datetime.UTC).date():
-            return f"{detail}, which gets no more fixes since {end:%B %Y}", False
+            return f"{detail}, which has had no fixes since {end:%B %Y}", False
     return detail, True
 
 
@@ -93,7 +93,7 @@ def _tls(asked: Asked) -> Answer:
     encrypted = _is_encrypted(asked)
     if encrypted is False:
         return "off", False
-    return "on, and any server is believed" if encrypted else "any server is believed", False
+    return "on, but the server is not verified" if encrypted else "server not verified", False
 
 
 def _is_encrypted(asked: Asked) -> bool | None:
@@ -107,26 +107,26 @@ def _is_encrypted(asked: Asked) -> bool | None:
 
 
 def _is_pooled(asked: Asked) -> bool:
-    """Return whether something that keeps connections, such as PgBouncer, is in between.
+    """Return whether there is a pooler, such as PgBouncer, between us and the server.
 
-    It tells its clients of a process of its own making, as it may not have one of the server's.
+    A pooler gives its clients a made-up backend PID, because it may not have a server connection.
     """
-    told = connections.server_process(asked.connection)  # of PostgreSQL alone
+    told = connections.server_process(asked.connection)  # None except on PostgreSQL
     return told is not None and told != asked.value("SELECT pg_backend_pid()")
 
 
 def _pooler(asked: Asked) -> Answer:
     if not _is_pooled(asked):
-        return "none in between", True
+        return "none", True
     if connections.prepares_statements(asked.connection, asked.parameters):
-        return "in between, and statements are prepared", False
-    return "in between, and no statements are prepared", True
+        return "present, but the driver prepares statements", False
+    return "present, and the driver prepares no statements", True
 
 
 def _mysql_role(asked: Asked) -> Answer:
     grants = " ".join(asked.connection.scalars(text("SHOW GRANTS")))
     every = "ALL PRIVILEGES ON *.*" in grants or "SUPER" in grants
-    return "may do everything" if every else "ordinary", not every
+    return "has all privileges" if every else "ordinary", not every
 
 
 _ROLE: Final = """
@@ -151,7 +151,7 @@ _MYSQL: Final[Questions] = OF_ANY_SERVER | {
     "role": _mysql_role,
     "writes": _value(WRITES["mysql"], {"writable"}),
 }
-# By the name of SQLAlchemy's dialect; what is not here has rows of any server only.
+# By SQLAlchemy's dialect name. Other dialects only get the questions for any server.
 QUESTIONS: Final[Mapping[str, Questions]] = {
     "postgresql": OF_ANY_SERVER
     | {
@@ -178,10 +178,10 @@ QUESTIONS: Final[Mapping[str, Questions]] = {
 }
 
 
-# -- connections, which the pools on one server share ----------------------------------------
+# -- the connections of a server, which several pools may share ------------------------------
 
-# In one row: whose server it is, what it offers to this role, its limit, and who it is here. Then
-# who uses how many.
+# The first query's row: an identity of the server, the connections available to this role, their
+# limit, and our role and database. The second query: the connections in use, by role and database.
 _POSTGRESQL_ROOM: Final = (
     """
 SELECT pg_postmaster_start_time()::text || ' ' || current_setting('port'),
@@ -214,7 +214,7 @@ _ROOMS: Final = {"postgresql": _POSTGRESQL_ROOM, "mysql": _MYSQL_ROOM, "mariadb"
 
 
 class Room(NamedTuple):
-    """What a server offers to one of the application's pools."""
+    """The connections that a server has for one of the application's pools."""
 
     server: str
     offered: int
@@ -225,7 +225,7 @@ class Room(NamedTuple):
 
 
 def read_room(asked: Asked) -> Room | None:
-    """Ask a server for how many connections it has; `None` where nobody counts them."""
+    """Ask a server for its connection limits; `None` if they can't be known."""
     queries = _ROOMS.get(asked.connection.dialect.name)
     if queries is None or _is_pooled(asked):
         return None
@@ -235,15 +235,15 @@ def read_room(asked: Asked) -> Room | None:
 
 
 def compare(rooms: Iterable[Room], processes: int) -> Answer:
-    """Compare the pools of all processes with the server that they share."""
+    """Compare the needs of all processes' pools with the server that they share."""
     rooms = list(rooms)
     capacities = [pool_capacity(pool) for pool in {room.pool for room in rooms}]
-    known = [each + 1 for each in capacities if each is not None]  # readiness asks beside a pool
+    known = [each + 1 for each in capacities if each is not None]  # one more for readiness
     if len(known) < len(capacities):
         return "a pool has no limit", False
     needed, first = processes * sum(known), rooms[0]
-    # Whoever logs in as this application is one of its processes, which are counted already.
+    # Leave out our own role and database: those are our processes, which are already counted.
     limits = {each.owner: each.limit for each in rooms}
     others = sum(count for who, count in first.in_use.items() if who not in limits)
     offered = min(first.offered - others, sum(limits.values()))
-    return f"{needed} wanted by {processes} process(es), {offered} to be had", needed <= offered
+    return f"{needed} needed by {processes} process(es), {offered} available", needed <= offered

@@ -1,6 +1,6 @@
-"""Answer a database failure over HTTP, where the application asks for it.
+"""HTTP responses for database failures, if the application asks for them.
 
-Nothing that a database has said gets into a response. It is in the `__cause__`, and logged once.
+No message of a database gets into a response. It stays in the `__cause__` and is logged once.
 """
 
 from ._answers import http_errors, install_error_handlers, map_database_error

@@ -1,4 +1,4 @@
-"""Where a failure becomes an answer: at a block of a route's, and app-wide."""
+"""Answering a failure: in a block of a route, and app-wide."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from ._formats import answer_invalid, answer_problem, document_failures
 from ._kinds import OUR_ERRORS
 from ._rules import DatabaseHTTPException, ErrorMapping, ErrorT, MappingOptions
 
-# The second None says that no error ends here, so that a block may end with a `return`.
+# The second None tells type checkers that a block swallows no error, so it may end with `return`.
 _Block = contextlib.AbstractContextManager[None, None]
 _AsyncBlock = contextlib.AbstractAsyncContextManager[None, None]
-# A group is answered if its one error is a failure, and raised again if not. Starlette before 0.46
-# raises a group for any error in a stream, where a handler would be in the way.
+# A group is answered if its only error is a failure, else re-raised. Starlette before 0.46 raises a
+# group for any error in a stream, and a handler must not interfere there.
 _GROUPS = () if starlette.__version__ < "0.46" else (ExceptionGroup,)
 
 
 def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> ErrorT | HTTPException:
     """Return the `HTTPException` that answers a database failure, or the same error unchanged.
 
-    Raise the result. The given error becomes its `__cause__`, and is logged here, once. An
+    Raise the result. The given error becomes its `__cause__` and is logged here, once. An
     `HTTPException` is returned unchanged; for any other error, the nearest database failure in
     its chain of causes counts.
 
     Args:
         error: any exception.
-        **options: `constraints` by name and kinds, each with a message or an `ErrorRule`, and the
-            `metadata` for `describe_database_error`. A wrong one is a `TypeError`.
+        **options: kinds, and `constraints` by name, each with a message or an `ErrorRule`; and the
+            `metadata` for `describe_database_error`. An unknown option is a `TypeError`.
 
     Example:
         except IntegrityError as error:
@@ -61,17 +61,17 @@ def http_errors(session: AsyncSession, /, **options: Unpack[MappingOptions]) -> 
 def http_errors(
     session: Session | AsyncSession | None = None, /, **options: Unpack[MappingOptions]
 ) -> _Block | _AsyncBlock:
-    """Map the database failures of a block, as `map_database_error` does.
+    """Map the database failures of a block, like `map_database_error`.
 
-    An exception of the application's own that was raised `from` a failure is left alone. With a
-    session, the block is a savepoint that is flushed at its end: an `add()` fails there and not at
-    COMMIT, and the transaction goes on without what the block did. A deferred constraint still
-    fails at COMMIT. Write `with` for a `Session` and `async with` for an `AsyncSession`; without a
-    session it is always `with`, also in `async` code. A wrong argument is a `TypeError` at once.
+    An exception of the application that was raised `from` a failure is left alone. With a session,
+    the block is a savepoint that is flushed at its end: an `add()` fails there and not at COMMIT,
+    and the transaction can continue without the work of the block. A deferred constraint still
+    fails at COMMIT. Use `with` for a `Session` and `async with` for an `AsyncSession`; without a
+    session, always use `with`, even in `async` code. A wrong argument is a `TypeError` at once.
 
     Args:
-        session: the one that the block uses, for a savepoint; without one there is none.
-        **options: those that `map_database_error` has.
+        session: the session used in the block; without it there is no savepoint.
+        **options: as for `map_database_error`.
 
     Example:
         async with http_errors(session, unique="E-mail already registered."):
@@ -91,7 +91,7 @@ def http_errors(
 @contextlib.contextmanager
 def _savepoint(session: Session, mapping: ErrorMapping) -> Generator[None]:
     with ErrorMapping({}):
-        session.flush()  # what waits from before is no failure of this block
+        session.flush()  # pending changes from before are not this block's failures
     with mapping, session.begin_nested():
         yield
 
@@ -115,37 +115,37 @@ def install_error_handlers(
     every_error: bool = False,
     **options: Unpack[MappingOptions],
 ) -> None:
-    """Answer the database failures of an application, and of those that are mounted in it by now.
+    """Answer the database failures of an application, and of those already mounted in it.
 
-    All failures are answered that no route has answered, including those of COMMIT. Handlers of the
-    application go first, for the same class or a more specific one, whenever they were added.
-    Websockets are left alone. An application that is mounted later needs its own call, and one that
-    had its own call keeps its handlers. A failure that passes is logged once; repetitions within
-    five seconds are counted. The OpenAPI document describes the answers to a conflict and an outage
-    for routes that use a database, unless they describe that status themselves.
+    This covers all failures that a route doesn't handle, including those of COMMIT. The
+    application's handlers for the same class or a more specific one take precedence, whenever they
+    were added. Websockets are left alone. An application that is mounted later needs its own call,
+    and one that had its own call keeps its handlers. A transient failure is logged once, and
+    repetitions within five seconds are counted. The OpenAPI document describes the answers to a
+    conflict and an outage for routes that use a database, unless they describe that status.
 
     Args:
-        app: the application; call this before it starts.
-        problem_details: answer with RFC 9457 `application/problem+json`, also what `http_errors`
-            and `map_database_error` have mapped. Only a rule's `pointer` names a field.
-        every_error: answer the application's other `HTTPException`s and invalid requests in this
-            format too, unless it has handlers of its own for them.
-        **options: as for `map_database_error`. `read_only=ErrorRule(status=503, retry_after=5)`
-            is for writes that a standby refuses.
+        app: the application, which must not have started.
+        problem_details: answer with RFC 9457 `application/problem+json`, including errors mapped
+            by `http_errors` and `map_database_error`. Only a rule's `pointer` names a field.
+        every_error: also answer other `HTTPException`s and invalid requests in this format, unless
+            the application has handlers of its own for them.
+        **options: as for `map_database_error`. Pass `read_only=ErrorRule(status=503,
+            retry_after=5)` if writes may reach a standby.
 
     Raises:
         ValueError: `every_error` without `problem_details`.
-        RuntimeError: the application has these handlers already.
+        RuntimeError: the application already has these handlers.
         ApplicationAlreadyStartedError: the application has started.
 
     Example:
         install_error_handlers(app, constraints={"uq_users_email": "E-mail already registered."})
     """
     if every_error and not problem_details:
-        raise ValueError("every_error=True asks for problem details: add problem_details=True.")
+        raise ValueError("every_error=True needs problem details: add problem_details=True.")
     if _has_handlers(app):
         raise RuntimeError(
-            "This application has these handlers already: call install_error_handlers once, with "
+            "This application already has these handlers: call install_error_handlers once, with "
             "all options."
         )
     mapping = ErrorMapping(options, window=5)
@@ -153,7 +153,7 @@ def install_error_handlers(
     if any(each.middleware_stack is not None for each in answered):
         raise ApplicationAlreadyStartedError(
             "The application, or one mounted in it, has started without error handlers: call "
-            "install_error_handlers where it is made."
+            "install_error_handlers where it is created."
         )
     for each in answered:
         handlers: dict[Any, Any] = each.exception_handlers
@@ -178,8 +178,8 @@ def _has_handlers(app: Starlette) -> bool:
 
 
 async def _answer(mapping: ErrorMapping, request: Request, error: Exception) -> Response:
-    """Answer a database failure as an `HTTPException`; raise anything else again."""
-    # A websocket has no response to be answered with.
+    """Answer a database failure as an `HTTPException`; re-raise anything else."""
+    # A websocket has no response.
     is_http = request.scope["type"] == "http"
     mapped = mapping.map_own(error, name_of_route(request.scope)) if is_http else error
     if not isinstance(mapped, DatabaseHTTPException):
@@ -189,7 +189,7 @@ async def _answer(mapping: ErrorMapping, request: Request, error: Exception) -> 
     handler = handlers.get(mapped.status_code) or next(by_class, http_exception_handler)
     if inspect.iscoroutinefunction(handler):
         response = handler(request, mapped)
-    else:  # as Starlette does it: one may wait for something
+    else:  # in a thread, as in Starlette, because it may block
         response = await run_in_threadpool(handler, request, mapped)
     answer: Response = await response if inspect.isawaitable(response) else response
     return answer

@@ -1,4 +1,4 @@
-"""What answers look like: as RFC 9457 problem details, and in the OpenAPI document."""
+"""The format of answers: RFC 9457 problem details, and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEDIA_TYPE: Final = "application/problem+json"
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:
-    """Answer an `HTTPException`; one that is no error keeps FastAPI's answer."""
+    """Answer an `HTTPException`; a status below 400 keeps FastAPI's answer."""
     assert isinstance(error, HTTPException)
     if error.status_code < 400:
         return await http_exception_handler(request, error)
@@ -37,7 +37,7 @@ async def answer_problem(request: Request, error: Exception) -> Response:
 
 
 async def answer_invalid(_request: Request, error: Exception) -> Response:
-    """Answer FastAPI's validation errors, each with its place in the body, or its parameter."""
+    """Answer FastAPI's validation errors, each with a JSON pointer or the parameter's name."""
     assert isinstance(error, RequestValidationError)
     errors = [_invalid(each) for each in error.errors()]
     return _problem(422, {"detail": "The request is not valid.", "errors": errors}, None)
@@ -53,7 +53,7 @@ def _problem(status: int, members: dict[str, Any], headers: Any) -> Response:
 
 
 def _invalid(found: object) -> dict[str, str]:
-    if not isinstance(found, Mapping):  # the application's own RequestValidationError may hold any
+    if not isinstance(found, Mapping):  # the application may raise it with any objects
         return {"detail": str(found)}
     error = cast("Mapping[str, Any]", found)
     invalid = {"detail": str(error.get("msg", "It is not valid."))}
@@ -62,7 +62,7 @@ def _invalid(found: object) -> dict[str, str]:
         parameter = ".".join(map(str, names or [where]))
         return invalid | {"parameter": parameter} if parameter else invalid
     if error.get("type") == "json_invalid":
-        names = []  # it is a position in the text
+        names = []  # `loc` is a position in the text
     escaped = (quote(str(name).replace("~", "~0").replace("/", "~1")) for name in names)
     return invalid | {"pointer": "/".join(["#", *escaped])}
 
@@ -73,12 +73,12 @@ def _invalid(found: object) -> dict[str, str]:
 def error_responses(
     *kinds: DatabaseErrorKind | str, problem_details: bool = False, **rules: Unpack[ErrorRules]
 ) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses=` of a route that may fail in these ways; in all, if none is given.
+    """Return the `responses=` of a route that may fail in these ways, or in any if none is given.
 
     Args:
-        *kinds: as members of `DatabaseErrorKind` or by name.
+        *kinds: members of `DatabaseErrorKind` or their names.
         problem_details: as for `install_error_handlers`.
-        **rules: as for `map_database_error`, for the statuses and for further kinds.
+        **rules: further kinds, with rules as for `map_database_error`.
 
     Example:
         @app.post("/users", responses=error_responses("check", "stale"))
@@ -90,7 +90,7 @@ def error_responses(
 def document_failures(
     app: FastAPI, mapping: ErrorMapping, problem_details: bool, every_error: bool
 ) -> None:
-    """Add to the document how the routes that use a database answer a conflict and an outage."""
+    """Document the answers to a conflict and an outage, on routes that use a database."""
     generate = app.openapi
     conflict = _responses(mapping, [Kind.UNIQUE], problem_details)
     outage = _responses(mapping, [Kind.UNAVAILABLE], problem_details)
@@ -125,7 +125,7 @@ def _responses(
 def _response(status: int, retry_after: int, problem_details: bool) -> dict[str, Any]:
     content = {_MEDIA_TYPE: {"schema": _PROBLEM}} if problem_details else {}
     if status == 422:
-        # FastAPI documents its own validation errors only where nothing else has their status.
+        # FastAPI omits its own validation error if a route documents that status.
         detail = [_VALIDATION] if problem_details else [_TEXT, _VALIDATION]
         content["application/json"] = {"schema": _object(detail={"anyOf": detail})}
     elif not problem_details:

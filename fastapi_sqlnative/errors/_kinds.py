@@ -1,4 +1,4 @@
-"""What a database failure is, by what its driver states and the application's metadata names."""
+"""Classifying database failures, by the driver's error and the application's metadata."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DatabaseErrorKind(StrEnum):
 
     UNIQUE = auto()
     EXCLUSION = auto()
-    FOREIGN_KEY = auto()  # which of the next two, the database does not tell
+    FOREIGN_KEY = auto()  # one of the next two; the database doesn't say which
     MISSING_PARENT = auto()
     STILL_REFERENCED = auto()
     NOT_NULL = auto()
@@ -31,7 +31,7 @@ class DatabaseErrorKind(StrEnum):
     SERIALIZATION = auto()
     DEADLOCK = auto()
     LOCK_NOT_AVAILABLE = auto()
-    STATEMENT_TIMEOUT = auto()  # or cancelled: the servers have one code for both; our deadline
+    STATEMENT_TIMEOUT = auto()  # or a cancellation, which has the same code; or our deadline
     POOL_TIMEOUT = auto()
     TOO_MANY_CONNECTIONS = auto()
     UNAVAILABLE = auto()
@@ -47,7 +47,7 @@ class DatabaseErrorKind(StrEnum):
 
 Kind = DatabaseErrorKind
 
-# Classes of SQLAlchemy's and of ours, each of which means one thing, whatever its cause was.
+# Exception classes of SQLAlchemy and of ours that determine the kind, whatever the cause.
 _CLASSES: Final[Mapping[type[Exception], DatabaseErrorKind]] = {
     StaleDataError: Kind.STALE,
     exc.TimeoutError: Kind.POOL_TIMEOUT,
@@ -68,16 +68,16 @@ _TRANSIENT: Final = _REPEATABLE + _PASSING
 
 @dataclass(frozen=True, slots=True)
 class DatabaseErrorDescription:
-    """The description of a database failure: what its driver states, and nothing guessed.
+    """The description of a database failure: the facts that its driver states, without guesses.
 
     Attributes:
         kind: what went wrong.
-        code: the SQLSTATE, MySQL error number or SQLite error name that says so, if any does.
-        constraint: the violated constraint's name.
-        table: the table it is on.
+        code: the SQLSTATE, MySQL error number or SQLite error name, if there is one.
+        constraint: the name of the violated constraint.
+        table: the constraint's table.
         columns: the columns concerned, in the constraint's order.
-        retryable: running the whole transaction again may succeed, and cannot do it twice.
-        transient: the database is busy or away, for a while.
+        retryable: repeating the whole transaction may succeed, and cannot store its work twice.
+        transient: the database is temporarily busy or unavailable.
     """
 
     kind: DatabaseErrorKind
@@ -94,14 +94,14 @@ def describe_database_error(
 ) -> DatabaseErrorDescription | None:
     """Describe a database failure; return `None` for any other error. Never raises.
 
-    The nearest failure in the error's `__cause__` chain counts: an `IntegrityError` that was raised
-    `from` another failure is described, not that other one. A group with one error counts as that
-    error.
+    The nearest failure in the error's `__cause__` chain counts: for an `IntegrityError` raised
+    `from` another failure, the `IntegrityError` is described. A group with one error counts as
+    that error.
 
     Args:
-        error: from SQLAlchemy, from this package or from a driver itself.
-        metadata: names a constraint's columns where the driver names only the constraint, and
-            the other way round. What it does not name exactly once stays out.
+        error: an error of SQLAlchemy, of this package or of a driver.
+        metadata: used to look up a constraint's columns if the driver names only the constraint,
+            and the other way round. A lookup without exactly one match is left out.
 
     Example:
         failure = describe_database_error(error)
@@ -119,7 +119,7 @@ def describe_database_error(
 
 
 def only_error(error: BaseException) -> BaseException:
-    """Return the one error in a group that has no other, however deep; any other as it is."""
+    """Unwrap groups, however nested, that contain a single error; return any other error as is."""
     while isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         if len(group.exceptions) != 1:
@@ -129,7 +129,7 @@ def only_error(error: BaseException) -> BaseException:
 
 
 def is_of_a_database(error: BaseException) -> bool:
-    """Tell SQLAlchemy's, a driver's and our own errors from everybody else's."""
+    """Return whether an error is SQLAlchemy's, a driver's or one of ours."""
     return isinstance(error, (exc.SQLAlchemyError, *OUR_ERRORS)) or server_of(error) is not None
 
 
@@ -146,7 +146,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _describe(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseErrorDescription:
     stated = read_error(error)
     kind = Kind(stated.kind)
-    # Lost with a statement on its way, it was not lost in COMMIT: nothing can have been stored.
+    # Lost during a statement, so not during COMMIT: nothing can have been stored.
     lost_early = kind is Kind.UNAVAILABLE and error.connection_invalidated and error.statement
     part, table = _find(stated, metadata, str(error.statement)) if metadata else (None, None)
     return DatabaseErrorDescription(
@@ -160,7 +160,7 @@ def _describe(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseError
     )
 
 
-# -- what the metadata names -----------------------------------------------------------------
+# -- lookups in the metadata -----------------------------------------------------------------
 
 _Part: TypeAlias = schema.ColumnCollectionConstraint | Index
 
@@ -168,14 +168,14 @@ _Part: TypeAlias = schema.ColumnCollectionConstraint | Index
 def _find(
     stated: StatedError, metadata: MetaData, statement: str
 ) -> tuple[_Part, str] | tuple[None, None]:
-    """Find what the metadata names exactly once, and its table."""
+    """Find the only constraint or index in the metadata that matches, and its table's name."""
     parts = {part: table.name for table in metadata.tables.values() for part in _parts(table)}
     here = [part for part, table in parts.items() if stated.table in (None, table)]
     if stated.constraint is not None:
         found = [part for part in here if part.name == stated.constraint]
         found = found or [part for part in here if _is_shortened(part, stated)]
         if not found and stated.kind == Kind.UNIQUE and not stated.nested:
-            # A partition's key has a name of its own: the statement names the table above it.
+            # A partition's key has a generated name; the statement names the partitioned table.
             written = set(re.findall(r"\w+", statement))
             if stated.table not in {*written, *parts.values()}:
                 above = (part for part, table in parts.items() if table in written)
@@ -187,31 +187,31 @@ def _find(
 
 
 def _parts(table: Table) -> Iterator[_Part]:
-    """Yield the constraints and unique indexes that have a name."""
+    """Yield the named constraints and unique indexes."""
     for part in (*table.constraints, *(index for index in table.indexes if index.unique)):
         if isinstance(part, _Part) and isinstance(part.name, str):
             yield part
 
 
 def _is_key(part: _Part, columns: tuple[str, ...]) -> bool:
-    """Return whether it is a key on exactly these columns."""
+    """Return whether this is a key on exactly these columns."""
     keys = schema.PrimaryKeyConstraint | schema.UniqueConstraint | Index
     return bool(columns) and isinstance(part, keys) and set(_columns(part)) == set(columns)
 
 
 def _columns(part: _Part) -> tuple[str, ...]:
     if isinstance(part, Index) and not all(isinstance(each, Column) for each in part.expressions):
-        return ()  # an expression is on no column in particular
+        return ()  # an index on an expression has no definite columns
     return tuple(column.name for column in part.columns)
 
 
 def _is_shortened(part: _Part, stated: StatedError) -> bool:
-    """Return whether the name was too long for the database, which has the stated one instead."""
+    """Return whether the stated name is this one, shortened because it is too long."""
     name, stored = str(part.name), stated.constraint or ""
     if not 50 < len(stored) < len(name):
         return False
     preparer = make_url(f"{stated.server}://").get_dialect()().identifier_preparer
     try:
         return preparer.format_constraint(part) == preparer.quote(stored)
-    except exc.IdentifierError:  # SQLAlchemy would not have created it: the server has cut it off
+    except exc.IdentifierError:  # not created by SQLAlchemy: the server has truncated it
         return name.startswith(stored)

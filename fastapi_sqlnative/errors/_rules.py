@@ -1,4 +1,4 @@
-"""The table of how each kind of database failure is answered, and what may be changed in it."""
+"""The answers to each kind of database failure, and how an application changes them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 @dataclass(frozen=True, slots=True)
 class ErrorRule:
-    """The answer to a kind of failure, or to a constraint.
+    """The answer to a kind of failure or to a violated constraint.
 
-    Without a `status`, the rule changes only the words; with one, it replaces status, words and
-    Retry-After. A wrong argument is a `TypeError` or `ValueError` at once.
+    Without a `status`, the rule changes only the message; with one, it replaces status, message
+    and Retry-After. A wrong argument is a `TypeError` or `ValueError` at once.
 
     Attributes:
-        detail: what the client reads; `None` for the default.
+        detail: the message for the client; `None` for the default.
         status: 400 to 599.
-        retry_after: seconds, for the Retry-After header; only beside a `status`.
+        retry_after: seconds, for the Retry-After header; only with a `status`.
         pointer: the field at fault, as a JSON pointer such as `#/email`; for problem details.
     """
 
@@ -50,17 +50,17 @@ class ErrorRule:
         for name, type_ in ("detail", str), ("status", int), ("retry_after", int), ("pointer", str):
             value: object = getattr(self, name)
             if not isinstance(value, type_ | None) or isinstance(value, bool):
-                raise TypeError(f"{name} of an ErrorRule is {type_.__name__}, not {value!r}.")
+                raise TypeError(f"{name} of an ErrorRule must be {type_.__name__}, not {value!r}.")
         if self.status is not None and not 400 <= self.status <= 599:
-            raise ValueError(f"status={self.status} is no error: write 400 to 599.")
+            raise ValueError(f"status={self.status} is not an error: use 400 to 599.")
         if self.retry_after is not None and (self.status is None or self.retry_after < 0):
-            raise ValueError("retry_after is a number of seconds from 0, and needs a status.")
+            raise ValueError("retry_after must be 0 seconds or more, and needs a status.")
         if self.pointer is not None and not self.pointer.startswith(("/", "#/")):
-            raise ValueError(f"pointer={self.pointer!r} is no JSON pointer: write '#/email'.")
+            raise ValueError(f"pointer={self.pointer!r} is not a JSON pointer such as '#/email'.")
 
 
 class ErrorRules(TypedDict, total=False):
-    """Name kinds: a message, or an `ErrorRule` for more. `foreign_key` is both of its ways."""
+    """Messages or `ErrorRule`s by kind. `foreign_key` covers both of its directions."""
 
     unique: str | ErrorRule
     exclusion: str | ErrorRule
@@ -90,7 +90,7 @@ class ErrorRules(TypedDict, total=False):
 
 
 class MappingOptions(ErrorRules, total=False):
-    """Name constraints too, which go before kinds, and `metadata` to look names up in."""
+    """Rules for kinds and for constraints, which take precedence, and `metadata` for lookups."""
 
     constraints: Mapping[str, str | ErrorRule] | None
     metadata: MetaData | None
@@ -98,7 +98,7 @@ class MappingOptions(ErrorRules, total=False):
 
 _BUSY: Final = "The service is busy. Try again."
 
-# How kinds are answered, unless the application says otherwise.
+# The default answers.
 _ANSWERS: Final[Mapping[ErrorRule, str]] = {
     ErrorRule("This conflicts with something that exists.", 409): "unique exclusion",
     ErrorRule("What this refers to is missing, or this is still in use.", 409): "foreign_key",
@@ -115,8 +115,8 @@ _ANSWERS: Final[Mapping[ErrorRule, str]] = {
     ErrorRule("The service took too long to answer.", 504): "statement_timeout",
     ErrorRule("The server failed to answer this request.", 500): """read_only permission_denied
         aborted_transaction uncommitted_changes other""",
-    # To be looked at, and not to be repeated.
-    ErrorRule("This may or may not have been stored. Look before.", 500): "outcome_unknown",
+    # The client must not simply repeat these.
+    ErrorRule("This may or may not have been stored. Check first.", 500): "outcome_unknown",
     ErrorRule("Only a part of this has been stored. Do not repeat it.", 500): "partial_commit",
     ErrorRule("This has been stored, and then something failed.", 500): "after_commit",
 }
@@ -126,7 +126,7 @@ _FAULTS: Final = {kind for kind, rule in _RULES.items() if rule.status == 500} -
 
 
 class DatabaseHTTPException(HTTPException):
-    """Be an `HTTPException` that a database failure was mapped to."""
+    """An `HTTPException` to which a database failure was mapped."""
 
     def __init__(self, rule: ErrorRule) -> None:
         headers = None if rule.retry_after is None else {"Retry-After": str(rule.retry_after)}
@@ -135,9 +135,9 @@ class DatabaseHTTPException(HTTPException):
 
 
 class ErrorMapping:
-    """The table, and what an application has put in its place; a context manager without state.
+    """The default answers with an application's changes; a context manager without state.
 
-    Of a WARNING, more within `window` seconds are counted and told at their end, if one is given.
+    Repetitions of a WARNING within `window` seconds, if given, are counted and logged at its end.
     """
 
     def __init__(self, options: Mapping[str, Any], window: float | None = None) -> None:
@@ -145,7 +145,7 @@ class ErrorMapping:
         self._metadata: MetaData | None = given.pop("metadata", None)
         constraints: object = given.pop("constraints", None) or {}
         if not isinstance(constraints, Mapping):
-            raise TypeError(f"constraints maps names to messages; {constraints!r} does not.")
+            raise TypeError(f"constraints must map names to messages; {constraints!r} does not.")
         self._constraints = _checked(cast("Mapping[object, object]", constraints))
         own = {kind_named(name): rule for name, rule in _checked(given).items()}
         if Kind.FOREIGN_KEY in own:
@@ -154,20 +154,20 @@ class ErrorMapping:
         for kind, rule in own.items():
             if kind in _NEVER_REPEATED and (rule.retry_after is not None or rule.status == 503):
                 raise ValueError(
-                    f"{kind.value} takes no 503 or retry_after: nobody is to repeat it."
+                    f"{kind.value} takes no 503 or retry_after: a client must not repeat it."
                 )
         self.rules = _RULES | {kind: _merged(_RULES[kind], rule) for kind, rule in own.items()}
         self._window = window
-        # By event loop: one that has ended tells nothing any more.
+        # By event loop: the timers of a closed loop never fire.
         self._repeats = WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]]()
 
     def map(self, error: ErrorT, route: str | None = None) -> ErrorT | DatabaseHTTPException:
-        """Log the failure and return its exception, or what was given."""
+        """Log a failure and return its `HTTPException`; return any other error unchanged."""
         failure = describe_database_error(error, metadata=self._metadata)
         is_answer = isinstance(error, AnyHTTPException)
         if failure is None or (is_answer and not isinstance(error, DeadlineExceededError)):
             return error
-        # The metadata's name for a constraint goes before the database's.
+        # The metadata's name for a constraint takes precedence over the database's.
         stated = describe_database_error(error) or failure
         names = failure.constraint, stated.constraint, f"{stated.table}.{stated.constraint}"
         own = next((self._constraints[each] for each in names if each in self._constraints), None)
@@ -177,29 +177,29 @@ class ErrorMapping:
         return mapped
 
     def map_own(self, error: ErrorT, route: str | None = None) -> ErrorT | DatabaseHTTPException:
-        """Do so for a database's own error: what the application has made of one is left alone."""
+        """Map a database error, but not an application's exception that was raised from one."""
         return self.map(error, route) if is_of_a_database(only_error(error)) else error
 
     def __enter__(self) -> None:
-        """Map nothing yet."""
+        """Do nothing."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Raise what an error maps to in its place."""
+        """Raise the mapped exception in place of the error."""
         if isinstance(error, Exception) and (mapped := self.map_own(error)) is not error:
             raise mapped
 
     def _log(
         self, failure: DatabaseErrorDescription, error: Exception, status: int, route: str | None
     ) -> None:
-        """Say it with what is known of it, and nothing that a user has written."""
-        database = getattr(only_error(error), "database_name", None)  # set by the session it left
+        """Log the known facts of a failure, without any user data."""
+        database = getattr(only_error(error), "database_name", None)  # set by our session
         where = f" of database {database!r}" if isinstance(database, str) else ""
         code = f", code {failure.code}" if failure.code else ""
         constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""
         kind = failure.kind.value
         what = f"A failure{where} ({kind}{code}{constraint}) is answered with {status}"
         place = f" on {route}" if route else ""
-        if status == 500 or failure.kind in _FAULTS:  # whatever it is answered with
+        if status == 500 or failure.kind in _FAULTS:  # even if its status was changed
             logger.error("%s%s.", what, place, exc_info=error)
         elif status < 500:
             logger.info("%s%s.", what, place)
@@ -212,19 +212,19 @@ class ErrorMapping:
                 repeats[what] += 1
                 return
             repeats[what] = 0
-            loop.call_later(self._window, self._tell, repeats, what)
+            loop.call_later(self._window, self._log_repeats, repeats, what)
             logger.warning("%s%s.", what, place)
 
-    def _tell(self, repeats: Counter[str], what: str) -> None:
+    def _log_repeats(self, repeats: Counter[str], what: str) -> None:
         if times := repeats.pop(what):
             logger.warning("%s: %d times more in %gs.", what, times, self._window)
 
 
 def kind_named(name: str) -> Kind:
-    """Return the kind of that name, or raise the `TypeError` that lists them all."""
+    """Return the kind of that name, or raise a `TypeError` that lists all names."""
     if name not in set(Kind):
         known = ", ".join(Kind)
-        raise TypeError(f"{name!r} is no kind of database failure. Write one of {known}.")
+        raise TypeError(f"{name!r} is no kind of database failure. Use one of {known}.")
     return Kind(name)
 
 

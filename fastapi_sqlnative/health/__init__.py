@@ -1,4 +1,4 @@
-"""Liveness and readiness: a router, what readiness asks, and draining."""
+"""Liveness and readiness: the router, readiness checks and draining."""
 
 from .._probe import DatabaseState
 from ._draining import drain_on_sigterm, start_draining

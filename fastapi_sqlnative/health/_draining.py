@@ -20,27 +20,27 @@ logger = logging.getLogger("fastapi_sqlnative")
 
 
 def start_draining(app: Starlette) -> None:
-    """Make an application not ready from now on; everything else is still served.
+    """Make an application's readiness fail from now on; all other requests are still served.
 
-    It can be called from a signal handler, and more than once. The next start resets it.
+    It can be called from a signal handler, and more than once. The next start-up resets it.
 
     Args:
-        app: the application; those mounted in it are not ready either.
+        app: the application; applications mounted in it become not ready as well.
     """
     installed = installations_of(app)
     if not installed.draining:
         installed.draining = True
-        logger.info("The application drains: it is not ready any more, and still serves.")
+        logger.info("The application is draining: it is no longer ready, but still serves.")
 
 
 def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
-    """On SIGTERM start draining, and run the server's own handler some seconds later.
+    """Start draining on SIGTERM, and call the server's own handler some seconds later.
 
-    Call it before the application starts. A second SIGTERM stops the server at once.
+    Call this before the application starts. A second SIGTERM stops the server at once.
 
     Args:
         app: the application that is served.
-        seconds: for which it drains: more than a load balancer needs to notice.
+        seconds: how long to drain; longer than a load balancer needs to notice.
     """
     check_seconds("seconds", seconds, zero=True)
     inner = app.router.lifespan_context
@@ -49,7 +49,7 @@ def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
     async def lifespan(served: Any) -> AsyncGenerator[Any]:
         async with inner(served) as state:
             loop = asyncio.get_running_loop()
-            stop: Any = signal.getsignal(signal.SIGTERM)  # the server's own, if it has one
+            stop: Any = signal.getsignal(signal.SIGTERM)  # the server's handler, if it has one
 
             def drain(signum: int, frame: FrameType | None) -> None:
                 signal.signal(signal.SIGTERM, stop)

@@ -1,4 +1,4 @@
-"""The routes of liveness and readiness, and what they answer."""
+"""The liveness and readiness routes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for
 
 DatabasePolicy: TypeAlias = Literal["required", "writable", "degraded", "ignored"]
 Status: TypeAlias = Literal["ready", "degraded", "not_ready", "not_started", "draining"]
-# Under which an application keeps its watches: a router may outlive it, and serve several.
+# Where an application's state keeps its watches: a router may outlive an app and serve several.
 _STATE: Final = "fastapi_sqlnative_health"
 
 
 class Liveness(BaseModel):
-    """Whether the process is to go on."""
+    """The answer of liveness: whether the process should keep running."""
 
     status: Literal["alive", "wedged"]
 
 
 class ReadinessReport(BaseModel):
-    """Whether requests should come, and which database or check says no."""
+    """The answer of readiness: whether to send requests, and the state of each dependency."""
 
     status: Status
     databases: dict[str, DatabaseState]
@@ -55,31 +55,31 @@ def health_router(
     saturated_is_ready: bool = True,
     include_in_schema: bool = True,
 ) -> APIRouter:
-    """Make a router with `GET` and `HEAD` of `{prefix}/live` and `{prefix}/ready`.
+    """Make a router with `GET` and `HEAD` routes for `{prefix}/live` and `{prefix}/ready`.
 
-    Live answers 200 while the process can answer at all, and asks no database. Ready answers 200 or
-    503, for the databases of the application, of those it is mounted in and of those mounted in
-    it. Any number of probes wait for the same question. An application that has not started, that
-    drains or has no database is not ready. The log has the cause of a state, when it changes.
+    Live answers 200 as long as the process can answer at all, and never queries a database. Ready
+    answers 200 or 503, for the databases of the application, of those it is mounted in and of
+    those mounted in it. Concurrent probes share one query. An application is not ready if it has
+    not started, is draining or has no database. The log shows the cause when a state changes.
 
     Args:
-        prefix: of the paths.
-        databases: by name, `required` as all are by default, `writable` to be required to take
-            writes as well, `degraded` to be reported only, or `ignored`.
-        checks: by name, what else the application depends on: functions, sync or async, of the
-            application or of nothing, that return `True`, `False` or a `CheckResult`.
-        timeout: seconds in which ready answers, whatever hangs.
-        max_age: seconds for which an answer stands.
-        down_after: seconds that a database may take to answer; until then its last answer stands.
-        wedged_after: seconds, or those of the pool's own timeout if they are more, for which
-            every connection may be in use and none come back. Then it is not ready.
+        prefix: the prefix of both paths.
+        databases: policies by name: `required` (the default), `writable` to also require that it
+            accepts writes, `degraded` to only report it, or `ignored`.
+        checks: further checks by name: functions, sync or async, that take the application or
+            nothing and return `True`, `False` or a `CheckResult`.
+        timeout: seconds within which ready answers, whatever hangs.
+        max_age: seconds for which a result is reused.
+        down_after: seconds that a database may take to answer; until then its last result holds.
+        wedged_after: seconds, or the pool's own timeout if that is longer, for which all
+            connections may be in use without one coming back. After that it is not ready.
         restart_after: seconds, likewise, after which live fails too; `None` for never.
-        saturated_is_ready: whether it is ready while every connection of a pool is in use.
-        include_in_schema: whether the OpenAPI document has these routes.
+        saturated_is_ready: whether it is ready while all connections of a pool are in use.
+        include_in_schema: whether the OpenAPI document includes these routes.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a time that is not above zero, or an unknown policy.
+        TypeError: an argument has the wrong type.
+        ValueError: a time is not above zero, or a policy is unknown.
     """
     times = {"timeout": timeout, "max_age": max_age, "down_after": down_after}
     times["wedged_after"] = wedged_after
@@ -92,7 +92,7 @@ def health_router(
     for name, policy in (databases or {}).items():
         if policy not in get_args(DatabasePolicy):
             known = ", ".join(map(repr, get_args(DatabasePolicy)))
-            raise ValueError(f"{policy!r} of database {name!r} is no policy: write one of {known}.")
+            raise ValueError(f"{policy!r} of database {name!r} is no policy: use one of {known}.")
         policies[trimmed(name)] = policy
     health = _Health(policies, named, times, saturated_is_ready)
     router = APIRouter(prefix=prefix, tags=["health"])
@@ -104,7 +104,7 @@ def health_router(
                 methods=[method],
                 include_in_schema=shown,
                 response_model=model,
-                response_class=JSONResponse,  # whatever the application's own is
+                response_class=JSONResponse,  # even if the application's default is another
                 responses={503: {"model": model}},
                 dependencies=[Depends(InstalledDependency(name)) for name in policies],
             )
@@ -121,7 +121,7 @@ def _checked(name: str, given: Check | ReadinessCheck, timeout: float) -> Readin
 
 @dataclass(frozen=True, eq=False)
 class _Health:
-    """What one router answers, for all applications that include it."""
+    """The endpoints of one router, for all applications that include it."""
 
     policies: Mapping[str, DatabasePolicy]
     checks: Mapping[str, ReadinessCheck]
@@ -129,28 +129,28 @@ class _Health:
     saturated_is_ready: bool
 
     async def live(self, request: Request) -> JSONResponse:
-        """Return whether the process is to go on."""
+        """Report whether the process should keep running."""
         limit = self.times.get("restart_after", math.inf)
         databases = running_for(request).all_databases()
         wedged = any(is_wedged(sync_engine(each.engine), limit) for each in databases)
         return _answer(Liveness(status="wedged" if wedged else "alive"), 503 if wedged else 200)
 
     async def ready(self, request: Request) -> JSONResponse:
-        """Return whether the application can do its work, database by database, check by check."""
+        """Report whether the application is ready, with the state of each database and check."""
         running = running_for(request)
         databases = running.all_databases()
         asks = bool(databases) and not running.is_draining()
         watches = self._watches(request.app, databases) if asks else ()
         times = self.times["timeout"], self.times["max_age"]
         await asyncio.gather(*(each.look(*times) for each in watches))
-        if running.is_draining():  # also since the question was put
+        if running.is_draining():  # it may have started draining meanwhile
             return _report("draining", ())
         failing = [each.check.required for each in watches if not each.result.ready]
         status: Status = "not_ready" if any(failing) else "degraded" if failing else "ready"
         return _report(status if databases else "not_started", watches)
 
     def _watches(self, app: Starlette, databases: Sequence[AnyDatabase]) -> Sequence[Watch]:
-        """Return the watches of this run of the application, made at the first question."""
+        """Return the watches of this run of the application, making them at the first probe."""
         runs: dict[_Health, tuple[Sequence[AnyDatabase], Sequence[Watch]]]
         setattr(app.state, _STATE, runs := getattr(app.state, _STATE, {}))
         if self not in runs or runs[self][0] != databases:
@@ -161,7 +161,7 @@ class _Health:
         return runs[self][1]
 
     def _check_of(self, database: AnyDatabase) -> ReadinessCheck:
-        """Make a check of a database: sync or async, as it is."""
+        """Make the check for a database, sync or async like the database."""
         policy = self.policies.get(database.name, "required")
         enough = (DatabaseState.UP, DatabaseState.SATURATED)[: 1 + self.saturated_is_ready]
         engine = sync_engine(database.engine)
@@ -179,7 +179,7 @@ class _Health:
 
 
 def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
-    # Of databases with one name, in an application and in one mounted in it, the worst.
+    # Databases of mounted applications may share a name: the worst state, which is last, wins.
     databases = {
         each.name: state
         for state in DatabaseState

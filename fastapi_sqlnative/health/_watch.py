@@ -1,4 +1,4 @@
-"""What one database or check has answered, and the checks that an application may have."""
+"""Readiness checks, and the results of each database and check."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class CheckResult:
     """The result of a check.
 
     Attributes:
-        ready: whether the application should get requests, as far as this check knows.
-        state: a word for the answer of readiness, which anyone may read.
+        ready: whether the application should get requests, according to this check.
+        state: a word that the readiness response shows to anyone.
     """
 
     ready: bool
@@ -37,13 +37,13 @@ Check: TypeAlias = Callable[..., bool | CheckResult | Awaitable[bool | CheckResu
 
 @dataclass(frozen=True, slots=True)
 class ReadinessCheck:
-    """A check with a timeout of its own, or one that is only reported.
+    """A check with its own timeout, or one that is only reported.
 
     Attributes:
         check: a function, sync or async, that takes the application or nothing; a sync one runs
             in a thread.
-        timeout: seconds, at most those of the router, which are the default.
-        required: if not, a failure is reported and the application is still ready.
+        timeout: seconds; the router's timeout is the default and the maximum.
+        required: if false, a failure is only reported and the application is still ready.
     """
 
     check: Check
@@ -52,13 +52,13 @@ class ReadinessCheck:
 
 
 def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
-    """Return what a check is called with: nothing, or the application."""
+    """Return the arguments that a check takes: none, or the application."""
     for arguments in ((), (app,)):
         with contextlib.suppress(TypeError):
             inspect.signature(check).bind(*arguments)
             return arguments
     raise TypeError(
-        f"Check {name!r} must be a function of the application or of nothing, not "
+        f"Check {name!r} must be a function that takes the application or nothing, not "
         f"{described(check)}."
     )
 
@@ -68,15 +68,15 @@ UP, DOWN = CheckResult(True, "up"), CheckResult(False, "down")
 
 @dataclass(eq=False)
 class Watch:
-    """What one database or check has answered, and the question that is under way.
+    """The last result of one database or check, and the check in progress.
 
-    A question outlives whoever waits for it: an answer that takes longer than a probe waits is
-    still an answer. There is never a second one: what hangs costs one thread, task or connection.
+    A check outlives the probe that started it, and a late result still counts. There is never a
+    second check at a time, so a hanging one costs a single thread, task or connection.
     """
 
     kind: Literal["Database", "Check"]
     name: str
-    check: ReadinessCheck  # until its timeout is over the last answer stands
+    check: ReadinessCheck  # until its timeout has passed, the last result holds
     app: Starlette
     result: CheckResult = DOWN
     _logged: CheckResult = UP
@@ -85,26 +85,26 @@ class Watch:
     _until: float = 0.0
 
     async def look(self, timeout: float, max_age: float) -> None:
-        """Wait at most `timeout` seconds for an answer that is no older than `max_age`."""
+        """Wait at most `timeout` seconds for a result that is no older than `max_age`."""
         now = asyncio.get_running_loop().time()
         patience = self.check.timeout or timeout
         if self._asking is None or (self._asking.done() and now >= self._until):
             self._answered.clear()
             self._asking = asyncio.create_task(self._put(patience, max_age))
-        limit = timeout if timeout < patience else None  # then the end of patience tells
+        limit = timeout if timeout < patience else None  # the check's own timeout sets the event
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._answered.wait(), limit)
 
     async def _put(self, patience: float, max_age: float) -> None:
         check = self.check.check
-        # A function, an object or a partial: calling it gives a coroutine.
-        call = getattr(type(check), "__call__", None)  # noqa: B004 - its kind, not whether it is
+        # It may be a function, a partial or an object with an async `__call__`.
+        call = getattr(type(check), "__call__", None)  # noqa: B004 - to see whether it is async
         is_async = inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
         asking = asyncio.create_task(self._ask(is_async))
         in_time, _ = await asyncio.wait({asking}, timeout=patience)
         if not in_time:
             self._find(DOWN, TimeoutError(f"No answer within {patience:g} s."))
-            if is_async:  # a cancellation does not end a thread
+            if is_async:  # a thread can't be cancelled
                 asking.cancel()
         (found,) = await asyncio.gather(asking, return_exceptions=True)
         if in_time:
@@ -112,7 +112,7 @@ class Watch:
             self._find(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
 
     async def _ask(self, is_async: bool) -> CheckResult:
-        """Call the check, a sync one in a thread; raise TypeError for what it may not return."""
+        """Call the check, a sync one in a thread; raise a TypeError for an invalid result."""
         arguments = arguments_for(self.name, self.check.check, self.app)
         call = functools.partial(self.check.check, *arguments)
         found: Any = call() if is_async else await asyncio.wrap_future(in_thread(call))

@@ -21,7 +21,7 @@ from tests.proxy import Proxy
 from tests.serving import KINDS
 
 WAYS = ("transactional", "own-commit", "handle")
-UNKNOWN = "500 This may or may not have been stored. Look before."
+UNKNOWN = "500 This may or may not have been stored. Check first."
 CALM = 0.7  # seconds of load before the fault
 CLIENTS = 8
 GIVE_UP = 15.0  # seconds in which an application has to recover by itself

@@ -1,4 +1,4 @@
-"""For people who test applications: isolation, clones, other engines, statements, failures."""
+"""Test tools: isolation, cloned databases, other engines, captured statements, failures."""
 
 from ._capture import CapturedStatement, CapturedStatements, capture_statements
 from ._client import async_client

@@ -1,4 +1,4 @@
-"""The statements of a block."""
+"""Capturing the statements sent in a block."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
 
 @dataclass(frozen=True, slots=True)
 class CapturedStatement:
-    """One statement.
+    """A statement that was sent.
 
     Attributes:
         database: the database's name.
-        sql: the text that was sent, or `BEGIN`, `COMMIT`, `ROLLBACK`.
-        parameters: as they were handed to the driver.
+        sql: the SQL text, or `BEGIN`, `COMMIT` or `ROLLBACK`.
+        parameters: the parameters as passed to the driver.
     """
 
     database: str
@@ -40,7 +40,7 @@ class CapturedStatement:
 
 
 class CapturedStatements(list[CapturedStatement]):
-    """What was sent within the block, in order, BEGIN, COMMIT and ROLLBACK included."""
+    """The statements sent in a block, in order, including BEGIN, COMMIT and ROLLBACK."""
 
     def __repr__(self) -> str:
         lines = "".join(f"\n  {each.database}: {each.sql}" for each in self)
@@ -48,22 +48,22 @@ class CapturedStatements(list[CapturedStatement]):
 
     @property
     def queries(self) -> list[CapturedStatement]:
-        """What was sent besides BEGIN, COMMIT, ROLLBACK and savepoints; count these."""
+        """The statements other than BEGIN, COMMIT, ROLLBACK and savepoints; count these."""
         return [e for e in self if e.sql not in _ENDS and not e.sql.startswith(_SAVEPOINTS)]
 
     @property
     def texts(self) -> list[str]:
-        """The SQL alone."""
+        """The SQL texts alone."""
         return [each.sql for each in self]
 
 
 @contextmanager
 def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatements]:
-    """Note what is sent to the databases of an application, or to one, within a block.
+    """Capture the statements that are sent to an application's databases, or to one, in a block.
 
-    This is everything that SQLAlchemy sends: for sessions, handles, Core and background work. In
-    an `isolated` block, the savepoints that stand for the application's transactions are noted as
-    `BEGIN`, `COMMIT` and `ROLLBACK`.
+    This includes everything that SQLAlchemy sends, for sessions, handles, Core and background
+    work. In an `isolated` block, the savepoints that stand for the application's transactions are
+    captured as `BEGIN`, `COMMIT` and `ROLLBACK`.
 
     Enter it before the application starts or while it runs.
 
@@ -76,26 +76,26 @@ def capture_statements(target: Target | AnyEngine) -> Generator[CapturedStatemen
         assert len(statements.queries) == 2
     """
     captured = CapturedStatements()
-    heard: set[Engine] = set()  # one may have two names
+    captured_engines: set[Engine] = set()  # an engine may have two names
 
-    def hear(name: str, engine: AnyEngine) -> None:
+    def capture(name: str, engine: AnyEngine) -> None:
         inner = sync_engine(engine)
-        if inner not in heard:
-            heard.add(inner)
+        if inner not in captured_engines:
+            captured_engines.add(inner)
             for each, listener in _listeners(name, captured).items():
                 event.listen(inner, each, listener)
                 listening.callback(event.remove, inner, each, listener)
 
     with ExitStack() as listening:
         if isinstance(target, Engine | AsyncEngine):
-            hear("default", target)
+            capture("default", target)
         elif not isinstance(target, Starlette):
-            hear(target.name, target.engine)
+            capture(target.name, target.engine)
         else:
             for _, installation in places(target, ()):
                 if (engine := ready_engine(installation)) is not None:
-                    hear(installation.name, engine)
-            listening.enter_context(observing(target, lambda each: hear(each.name, each.engine)))
+                    capture(installation.name, engine)
+            listening.enter_context(observing(target, lambda it: capture(it.name, it.engine)))
         yield captured
 
 

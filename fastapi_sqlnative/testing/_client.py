@@ -1,4 +1,4 @@
-"""Clients for asynchronous tests."""
+"""HTTP clients for asynchronous tests."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _BASE_URL = "http://testserver"
 async def async_client(
     app: Starlette, *, raise_app_exceptions: bool = True, **options: Any
 ) -> AsyncGenerator[httpx.AsyncClient]:
-    """Run the application's lifespan, and give an `httpx.AsyncClient` that calls it in process.
+    """Run the application's lifespan and yield an `httpx.AsyncClient` that calls it in process.
 
-    It is for asynchronous tests, on their event loop, what `TestClient` is for the others.
-    The lifespan has its own task: a fixture may begin and end in different ones.
+    It is the counterpart of `TestClient` for asynchronous tests, on their event loop. The lifespan
+    runs in a task of its own, because a fixture may be set up and torn down in different tasks.
 
     Args:
         app: the application.
-        raise_app_exceptions: raise the application's exceptions in the test; else answer a 500.
+        raise_app_exceptions: raise the application's exceptions in the test; if false, answer 500.
         **options: for `httpx.AsyncClient`, of httpx or, if that is not installed, of httpx2.
 
     Example:
@@ -60,9 +60,9 @@ async def async_client(
 
 
 def client_beside(served: TestClient) -> httpx.AsyncClient:
-    """Give an asynchronous client for the application that a `TestClient` runs on its own loop.
+    """Return an async client for the application that a `TestClient` runs on its own event loop.
 
-    Any plugin may run the test: the application does not see its event loop.
+    It works with any async test plugin, because the application doesn't use the test's event loop.
     """
     transport = _transport(served.app, served.app_state)
     portal: Any = served.portal
@@ -85,7 +85,7 @@ def _httpx() -> Any:
 
 
 def _transport(app: ASGIApp, state: dict[str, Any], **options: Any) -> Any:
-    """Give every request what the lifespan has yielded, as a server does."""
+    """Make a transport that passes the lifespan's state to each request, as a server does."""
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] = state.copy()

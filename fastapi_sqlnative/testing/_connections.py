@@ -1,4 +1,4 @@
-"""The one connection of an isolated database, in a transaction that is rolled back."""
+"""The single connection of an isolated database, in a transaction that is rolled back."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ._targets import IsolationError, running_loop
 from ._turns import REFUSED, SERVED, Turn, in_flow
 
 T = TypeVar("T")
-# The execution options of an isolated connection, and of what is sent for the block's own sake.
+# The execution options that mark an isolated connection, and the block's own statements.
 _ISOLATED: Final = "fastapi_sqlnative_isolated"
 _OURS: Final = "fastapi_sqlnative_testing"
 _ENDS: Final = ("commit", "end", "abort", "rollback")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
 _IN_MEMORY: Final = (StaticPool, SingletonThreadPool)
-# Constraints that wait for COMMIT, unless they are told otherwise.
+# Constraints that are initially deferred.
 _DEFERRED: Final = """
 SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace n ON n.oid = connamespace
 WHERE condeferred AND has_schema_privilege(n.oid, 'USAGE')
 """
-# What is sent in production where a block sends something about a savepoint.
+# The statements in production that correspond to those of a block.
 _IN_PRODUCTION: Final = {
     "SAVEPOINT": "BEGIN",
     "RELEASE SAVEPOINT": "COMMIT",
@@ -48,48 +48,48 @@ class IsolatedConnection:
     name: str
     engine: Engine
     turn: Turn
-    home: Callable[[], asyncio.AbstractEventLoop | None]  # finds the application's event loop
-    # The open ones, each with its transaction once there is a connection.
+    home: Callable[[], asyncio.AbstractEventLoop | None]  # returns the application's event loop
+    # The open blocks, each with its transaction once there is a connection.
     blocks: dict[object, Transaction | None] = field(
         default_factory=dict[object, Transaction | None]
     )
-    # The test's sessions, with their blocks; they give way to the application's.
+    # The test's sessions, with their blocks.
     own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])
-    loop: asyncio.AbstractEventLoop | None = None  # that the connection belongs to
+    loop: asyncio.AbstractEventLoop | None = None  # the event loop of the connection
     _connection: Connection | None = None
-    # The savepoint that stands for the application's transaction, and whether it comes next.
+    # The savepoint that stands for the application's transaction, and whether it is about to begin.
     _root: str = ""
     _begins: bool = False
 
     @property
     def asynchronous(self) -> bool:
-        """Return whether it belongs to an AsyncEngine."""
+        """Return whether the connection belongs to an AsyncEngine."""
         return self.engine.dialect.is_async
 
     def refused(self, why: str) -> IsolationError:
-        """Build the error for what one connection cannot do; a request may swallow it."""
+        """Build the error, and record it on the request, which fails even if it swallows it."""
         error = IsolationError(f"Database {self.name!r} is isolated: {why}")
         if (request := SERVED.get()) is not None:
             request[REFUSED] = str(error)
         return error
 
-    # -- transactions of the application's -------------------------------------------------
+    # -- the application's transactions ----------------------------------------------------
 
     def begin(self, session: object, *, transaction: bool) -> Connection:
-        """Return the connection to a session of the application's, when its turn has come."""
+        """Wait for the turn of a session of the application, and return the connection."""
         if self.turn.holds(session):
             return self.opened()
         here = running_loop()
         if self.asynchronous and here is not (self.loop or self.home() or here):
             raise self.refused(
-                "its connection belongs to another event loop, the application's. Use the client "
-                "that runs it, or client.portal.call(); several applications need one event loop, "
-                "with async_client."
+                "its connection belongs to the application's event loop, not to this one. Use the "
+                "client that runs the application, or client.portal.call(); run several "
+                "applications on one event loop, with async_client."
             )
         self.turn.take(session, self, transaction=transaction)
         try:
             connection = self.opened()
-            # Whoever sends a request waits for it: its sessions are at rest.
+            # The sender of a request waits for it, so its sessions are not in use.
             self._settle(filter(in_flow, self.own_sessions))
         except BaseException:
             self.turn.release(session)
@@ -98,18 +98,18 @@ class IsolatedConnection:
         return connection
 
     def end(self, session: NativeSession) -> None:
-        """Let others use the connection, after a transaction."""
-        self._begins = False  # the session may only have looked at its bind
+        """End the turn of a session after its transaction."""
+        self._begins = False  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             _send(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
 
     def _settle(self, sessions: Iterable[Session]) -> None:
-        """Commit what the test's sessions have added, which others then cannot undo."""
+        """Commit the pending changes of the test's sessions, so that no rollback undoes them."""
         for own in [each for each in sessions if each.in_transaction()]:
             with self.turn.lent(own):
                 if not own.is_active or is_aborted(self.opened(), doubtful=True):
-                    own.rollback()  # the test has seen the error
+                    own.rollback()  # the test has already seen the error
                 else:
                     own.commit()
 
@@ -121,12 +121,12 @@ class IsolatedConnection:
             self._connection = self._open()
         if self._connection.closed or self._connection.invalidated:
             raise self.refused(
-                "its connection was lost, or a statement cancelled, and with it went all that the "
-                "test has stored. Test that with cloned(app)."
+                "its connection was lost or a statement was cancelled, which undid everything that "
+                "the test had stored. Test that with cloned(app)."
             )
         for block in [each for each, begun in self.blocks.items() if begun is None]:
             around = [each for each in self.blocks.values() if each]
-            self.blocks[block] = self._connection.get_transaction()  # settling comes here again
+            self.blocks[block] = self._connection.get_transaction()  # _settle() calls opened()
             if around:
                 self._settle(own for own, its in self.own_sessions.items() if its is not block)
                 self.blocks[block] = self._connection.begin_nested()
@@ -138,7 +138,7 @@ class IsolatedConnection:
         connection.begin()
         driver: Any = connection.connection.driver_connection
         if self.engine.dialect.name == "sqlite" and not driver.in_transaction:
-            _send(connection, "BEGIN")  # else the first savepoint would be the transaction
+            _send(connection, "BEGIN")  # else releasing the first savepoint would commit
         if autocommits(connection):
             connection.close()
             raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
@@ -146,7 +146,7 @@ class IsolatedConnection:
         return connection
 
     def _check_deferred(self, connection: Connection, savepoint: str, _context: None) -> None:
-        """Check at the application's COMMIT what PostgreSQL would check."""
+        """Check deferred constraints at the application's COMMIT, as PostgreSQL would."""
         if savepoint != self._root or connection.dialect.name != "postgresql":
             return
         deferred = _send(connection, _DEFERRED).scalar()
@@ -156,11 +156,11 @@ class IsolatedConnection:
                 _send(connection, f"SET CONSTRAINTS {deferred} DEFERRED")
         except BaseException:
             if (transaction := connection.get_nested_transaction()) is not None:
-                transaction.rollback()  # SQLAlchemy takes the failed release for its end
+                transaction.rollback()  # SQLAlchemy considers it ended by the failed release
             raise
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
-        """Refuse what would end the block and, over other connections, what would be stored."""
+        """Refuse statements that would end the block, and writes over other connections."""
         sql = statement.strip(" \t\r\n;").lower()
         if isolated_on(connection) is self:
             command, following = sql.partition(" ")[::2]
@@ -168,20 +168,20 @@ class IsolatedConnection:
                 self._root, self._begins = following, False
             if command in _ENDS and not (command == "rollback" and "to " in following):
                 raise self.refused("COMMIT and ROLLBACK as text would end the block.")
-        # Tables may be created before the first use; later it could wait for the test's locks.
+        # DDL is allowed before the first use; later it could wait for the test's locks.
         elif not (
             (sql.startswith(_READS) and not writes(statement))
             or (sql.startswith(_DEFINES) and self._connection is None)
         ):
             raise self.refused(
-                "what is written on its engine itself would be stored for good. Use a session, or "
-                "test with cloned(app)."
+                "a write on the engine itself would be stored permanently. Use a session, or test "
+                "with cloned(app)."
             )
 
     # -- blocks ----------------------------------------------------------------------------
 
     def leave(self, block: object) -> None:
-        """Undo the work of a block, and close the connection with the last one."""
+        """Roll back the work of a block, and close the connection after the last one."""
         undo = partial(self._undo, block)
         if self._connection is None:
             undo()
@@ -195,7 +195,7 @@ class IsolatedConnection:
                     session.close()
                     del self.own_sessions[session]
                 elif session.in_transaction():
-                    session.rollback()  # to a savepoint that is about to go
+                    session.rollback()  # its savepoint ends with the block
         transaction = self.blocks.pop(block)
         if not self.blocks:
             self.close()
@@ -203,15 +203,15 @@ class IsolatedConnection:
             transaction.rollback()
 
     def close(self) -> None:
-        """Undo everything, because the last block or the application ends."""
+        """Roll back everything, because the last block or the application ends."""
         for session in self.own_sessions:
             with self.turn.lent(session):
                 session.close()
         connection, self._connection, self.loop = self._connection, None, None
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
-            # Nobody else may: the pool may be another one by now, or the application never run.
-            # But a database in memory goes with its connection.
+            # Close it for real: the pool may have been replaced, or the application may never run.
+            # But an in-memory database would disappear with its connection.
             if not isinstance(self.engine.pool, _IN_MEMORY):
                 if (transaction := connection.get_transaction()) is not None:
                     transaction.rollback()
@@ -225,17 +225,17 @@ class IsolatedConnection:
         loop = self.loop or self.home()
         if loop is None or not loop.is_running():
             raise self.refused(
-                "its event loop is not running. Use the session inside of `with TestClient(app)`, "
-                "and leave isolated(app) on the event loop that has entered it."
+                "its event loop is not running. Use the session inside `with TestClient(app)`, and "
+                "leave isolated(app) on the event loop that entered it."
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
 
     def in_production(self, sql: str, context: ExecutionContext) -> str | None:
-        """Return what is sent in production where this is sent; `None` for what a block adds."""
+        """Return the SQL that production would send; `None` for the block's own statements."""
         if _OURS in context.execution_options:
             return None
         command, _, savepoint = sql.rpartition(" ")
-        begins = self._begins and command == "SAVEPOINT"  # nobody has told what it is called yet
+        begins = self._begins and command == "SAVEPOINT"  # its name is not known yet
         return _IN_PRODUCTION.get(command, sql) if begins or savepoint == self._root else sql
 
 
@@ -243,6 +243,6 @@ _send = partial(Connection.exec_driver_sql, execution_options={_OURS: True})
 
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:
-    """Return what a connection is isolated by."""
+    """Return the isolated connection that a connection is, if any."""
     found: IsolatedConnection | None = connection.get_execution_options().get(_ISOLATED)
     return found

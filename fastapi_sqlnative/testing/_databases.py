@@ -1,4 +1,4 @@
-"""Databases in place of an application's own: another one, or a copy for one test."""
+"""Replacing an application's databases: with another engine, or with a copy for one test."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _running(installation: Installation, remedy: str) -> IsolationError:
     )
 
 
-# -- another one ----------------------------------------------------------------------------------
+# -- another engine -------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -46,23 +46,23 @@ def override_database(
 ) -> Generator[None]:
     """Make an application use another engine for one of its databases within a block.
 
-    It is replaced under its name, for routes, handles that are fetched from then on, background
-    work, websockets, mounted applications and health. The session options and times stay.
+    The engine is replaced for routes, new handles, background work, websockets, mounted
+    applications and health checks. Session options and timeouts stay the same.
 
-    Enter it before the application starts, which then does not call its own factory, and leave it
-    after the application has ended. A ready engine may also be used while the application runs.
+    Enter it before the application starts, so that its own factory is not called, and leave it
+    after the application has ended. With a ready engine it also works while the application runs.
 
     Args:
         app: the application, or the outermost one if it is mounted.
-        name: of the database.
-        engine: of the installed kind: a ready one, which the test disposes of, or a factory, whose
-            engine is disposed of with the application.
+        name: the name of the database.
+        engine: an engine of the installed kind, sync or async: a ready one, which the test
+            disposes of, or a factory, whose engine is disposed of with the application.
 
     Raises:
-        DatabaseNotInstalledError: an unknown name.
+        DatabaseNotInstalledError: the name is unknown.
         TypeError: the engine is of the other kind.
-        ValueError: it is for the installed database itself, where a ready engine is installed.
-        IsolationError: a factory, while the application runs.
+        ValueError: it leads to the database of the installed ready engine.
+        IsolationError: it is a factory and the application is running.
 
     Example:
         with override_database(app, "default", build_test_engine), TestClient(app) as client: ...
@@ -72,7 +72,7 @@ def override_database(
     check = partial(_checked, name, ready_engine(installation))
     builds = database_class(engine) is None
     if builds and installed.runs:
-        raise _running(installation, "give override_database() an engine, or enter it first")
+        raise _running(installation, "pass override_database() an engine, or enter it first")
 
     async def build() -> Any:
         return check(await call_factory(engine))
@@ -81,7 +81,7 @@ def override_database(
     try:
         if own is not None:
             installation.database = installation.make_handle(engine)
-            for observer in [*installed.observers]:  # those who count, hear or isolate
+            for observer in [*installed.observers]:  # telemetry, capture_statements, isolated
                 observer(installation.database)
         yield
     finally:
@@ -93,16 +93,16 @@ def override_database(
 def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
     kind = database_class(engine)
     if own is None or kind is None:
-        return engine  # start-up says what is no engine
+        return engine  # start-up refuses anything that is not an engine
     if database_class(own) is not kind:
         raise TypeError(
-            f"Database {name!r} is installed with an {type(own).__name__}, which an "
-            f"{type(engine).__name__} cannot stand in for: the routes expect other sessions."
+            f"Database {name!r} is installed with an {type(own).__name__}, and an "
+            f"{type(engine).__name__} cannot stand in for it: the routes expect other sessions."
         )
     if is_one_database(own, engine):
         raise ValueError(
             f"The engine given for database {name!r} leads to the very database that is "
-            "installed: the tests would write to it. Give one for another database."
+            "installed: the tests would write to it. Pass an engine for another database."
         )
     return engine
 
@@ -111,14 +111,14 @@ def _checked(name: str, own: AnyEngine | None, engine: Any) -> Any:
 
 
 class Templates:
-    """The databases that tests clone, each made when it is first needed.
+    """The template databases that tests clone, each made when it is first needed.
 
-    Use one for the whole test run, as a block: at its end they are dropped. Every process makes
-    its own.
+    Use one object for the whole test run, as a context manager: it drops the databases at the end.
+    Every process makes its own.
 
     Args:
         prepare: a function that fills an empty database over a connection, in one transaction,
-            such as `Base.metadata.create_all`. For several databases, a mapping from their names.
+            such as `Base.metadata.create_all`. For several databases, a mapping by name.
     """
 
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
@@ -150,18 +150,18 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
     Nothing is simulated: concurrent requests, COMMIT, locks, isolation levels and Core on the
     engine itself are real. The application's own engine connects to the copy, with all its options
     and listeners; only `engine.url` still names the original, which stays untouched. PostgreSQL
-    copies with `CREATE DATABASE ... TEMPLATE`. For SQLite a file is copied.
+    copies with `CREATE DATABASE ... TEMPLATE`. For SQLite, a file is copied.
 
     Enter it before the application starts, and leave it after the application has ended.
 
     Args:
         app: the application, or the outermost one if it is mounted.
-        *names: of databases; by default all, including those of mounted applications.
-        templates: what to copy.
+        *names: names of databases; by default all, including those of mounted applications.
+        templates: the databases to copy.
 
     Raises:
-        DatabaseNotInstalledError: an unknown name.
-        IsolationError: the application runs, or the database cannot be copied.
+        DatabaseNotInstalledError: a name is unknown.
+        IsolationError: the application is running, or the database cannot be copied.
 
     Example:
         with cloned(app, templates=templates), TestClient(app) as client: ...
@@ -175,25 +175,25 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
             builds = database_class(given) is None
             engine = _wait_for(call_factory, given) if builds else given
             template = templates.of(installation.name, engine)
-            if template not in copies:  # two names may mean one database
+            if template not in copies:  # two names may refer to one database
                 copies[template] = _create(installation.name, engine, template, undo)
             if builds:
                 installation.engine = partial(_build, given, copies[template])
                 undo.callback(setattr, installation, "engine", given)
             else:
                 undo.callback(_wait_for, dispose, engine)
-                undo.callback(_lead(sync_engine(engine), copies[template], []))
+                undo.callback(_redirect(sync_engine(engine), copies[template], []))
         yield
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:
     engine: AnyEngine = await call_factory(factory)
-    _lead(sync_engine(engine), database, [])  # for good: the engine ends with the application
+    _redirect(sync_engine(engine), database, [])  # never undone: the app disposes of the engine
     return engine
 
 
 def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack) -> str:
-    """Create a database, empty or from a template, and drop it with the block."""
+    """Create a database, empty or from a template, which is dropped when the block ends."""
     url = sync_engine(engine).url
     backend, original = url.get_backend_name(), url.database or ":memory:"
     token = f"{os.getpid()}_{secrets.token_hex(4)}"
@@ -205,8 +205,8 @@ def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack)
         return str(file)
     if backend != "postgresql":
         raise IsolationError(
-            f"Database {name!r} ({url.drivername}) cannot be cloned: PostgreSQL and files of "
-            "SQLite can. Use another database, with override_database()."
+            f"Database {name!r} ({url.drivername}) cannot be cloned: only PostgreSQL and SQLite "
+            "files can. Use another database, with override_database()."
         )
     database = f"{original[:40]}_{token}"
 
@@ -223,39 +223,39 @@ def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack)
 
 
 async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
-    """Do something in another database of the engine's server."""
-    led: list[str] = []
+    """Call `work` with a connection to another database on the engine's server."""
+    redirected: list[str] = []
 
     def use(inner: Engine) -> None:
         with inner.connect() as connection:
-            if not led:
+            if not redirected:
                 raise IsolationError(
-                    "The engine connects by creator= or a do_connect listener, and would have used "
-                    "the installed database. Use another engine, with override_database()."
+                    "The engine connects through creator= or a do_connect listener, and would have "
+                    "used the installed database. Use another engine, with override_database()."
                 )
             work(connection)
             connection.commit()
 
-    await dispose(engine)  # of what is idle, and leads to the original
-    unlead = _lead(sync_engine(engine), database, led)
+    await dispose(engine)  # idle connections, which lead to the original database
+    undo = _redirect(sync_engine(engine), database, redirected)
     try:
         await run_on_engine(engine, use)
         await dispose(engine)
     finally:
-        unlead()
+        undo()
 
 
-def _lead(engine: Engine, database: str, led: list[str]) -> Callable[[], None]:
-    """Have an engine connect to another database of its server; return what undoes it."""
+def _redirect(engine: Engine, database: str, redirected: list[str]) -> Callable[[], None]:
+    """Make an engine connect to another database on its server; return a function to undo it."""
     own, other = (
         engine.dialect.create_connect_args(url)
         for url in (engine.url, engine.url.set(database=database))
     )
     changed = {key: value for key, value in other[1].items() if own[1].get(key) != value}
 
-    def lead(dialect: Any, _record: object, _arguments: object, options: dict[str, Any]) -> Any:
-        led.append(database)
+    def connect(dialect: Any, _record: object, _arguments: object, options: dict[str, Any]) -> Any:
+        redirected.append(database)
         return dialect.connect(*other[0], **options | changed)
 
-    event.listen(engine, "do_connect", lead)
-    return partial(event.remove, engine, "do_connect", lead)
+    event.listen(engine, "do_connect", connect)
+    return partial(event.remove, engine, "do_connect", connect)

@@ -1,4 +1,4 @@
-"""Failures of a database, met by an application's sessions once, where a test wants them."""
+"""Injected database failures: each hits an application's sessions once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CommitFailure: TypeAlias = Literal[
 _POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{}'; END$$"
 _SIGNAL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {}, MESSAGE_TEXT = 'by a test'"
 _MYSQL: Final = {"serialization": _SIGNAL.format(1020), "deadlock": _SIGNAL.format(1213)}
-# How each server is asked to fail. SQLite has none.
+# The statements that make each server fail. SQLite has no server.
 _PROVOKING: Final = {
     "postgresql": {
         "serialization": _POSTGRES.format("40001"),
@@ -48,22 +48,22 @@ def fail_next_statement(
     containing: str = "",
     route: str | None = None,
 ) -> Generator[None]:
-    """Make one statement of an application's sessions fail, once, within a block.
+    """Make a single statement of an application's sessions fail within a block.
 
-    For serialization failures and deadlocks the server itself fails instead of running the
-    statement, and aborts the transaction. For a lost connection, SQLAlchemy's error is raised and
-    the connection is discarded, except in an `isolated` block.
+    For serialization failures and deadlocks, the server itself raises the error instead of running
+    the statement, and aborts the transaction. For a lost connection, SQLAlchemy's error is raised
+    and the connection is discarded, except in an `isolated` block.
 
     Args:
         target: a running application, or a handle.
         failure: SQLite has no deadlock; its serialization failure is SQLITE_BUSY_SNAPSHOT.
-        name: of the application's database.
+        name: the name of the application's database.
         containing: a part of the statement's SQL; by default the next statement fails.
         route: the path, as declared or as requested; only requests to it fail.
 
     Raises:
-        ValueError: a failure that the database does not have.
-        AssertionError: at the end, if nothing has met the failure.
+        ValueError: the database does not have this failure.
+        AssertionError: at the end, if no session has hit the failure.
 
     Example:
         with fail_next_statement(app, "deadlock", containing="UPDATE account"):
@@ -83,7 +83,7 @@ def fail_next_statement(
             if isolated_on(connection) is None:
                 connection.invalidate(lost)
             else:
-                record.rolled_back = lost  # so that no commit follows, as none would
+                record.rolled_back = lost  # so that a commit is refused, as on a lost connection
             raise exc.OperationalError(statement, parameters, lost, connection_invalidated=True)
 
         event.listen(state.root, "before_cursor_execute", fail)
@@ -97,9 +97,9 @@ def fail_next_statement(
 def fail_next_commit(
     target: Target, failure: CommitFailure, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Make one COMMIT of an application's sessions fail, once, as `fail_next_statement` does.
+    """Make a single COMMIT of an application's sessions fail, like `fail_next_statement`.
 
-    Only with `connection_lost_after` is the transaction stored. For a lost connection the
+    Only `connection_lost_after` leaves the transaction stored. For a lost connection the
     application gets a `CommitOutcomeUnknownError`.
 
     Example:
@@ -129,7 +129,7 @@ def fail_next_commit(
                 lose(record)
 
         def lose(record: Record) -> None:
-            # Its outcome is unknown, and it does not cost an isolated connection.
+            # A code that means "outcome unknown", and keeps an isolated connection open.
             raise exc.OperationalError(None, None, _lost(next(iter(record.connections)), "08007"))
 
         event.listen(sessions, "before_commit", before)
@@ -141,7 +141,7 @@ def fail_next_commit(
 def fail_next_checkout(
     target: Target, *, name: str = "default", route: str | None = None
 ) -> Generator[None]:
-    """Make one session find the pool exhausted, without a wait, as `fail_next_statement` does.
+    """Make a single checkout fail as if the pool were exhausted, like `fail_next_statement`.
 
     Example:
         with fail_next_checkout(app):
@@ -162,7 +162,7 @@ def fail_next_checkout(
 def _fault(
     target: Target, name: str, failure: str, route: str | None
 ) -> Generator[tuple[SharedState, Any, Callable[[], bool]]]:
-    """Give a database's state, a class for its sessions, and what is true once, where wanted."""
+    """Yield the database's state, a session class, and a function that is true for one call."""
     met: list[str] = []
 
     def happens() -> bool:
@@ -182,22 +182,22 @@ def _fault(
         state, native = factory.state, factory.native
         provoked = _PROVOKING.get(state.root.dialect.name, {})
         if failure in _PROVOKING["postgresql"] and failure not in provoked:
-            raise ValueError(f"{state.root.dialect.name} knows no {failure!r}.")
+            raise ValueError(f"{state.root.dialect.name} has no {failure!r} failure.")
         factory.native = type(native.__name__, (native,), {})
         undo.callback(setattr, factory, "native", native)
         yield state, factory.native, happens
     if not met:
         raise AssertionError(
-            f"The {failure} failure of database {state.name!r} was never met by a session."
+            f"The {failure} failure of database {state.name!r} never hit a session."
         )
 
 
 def _provoke(connection: Connection, failure: str) -> None:
-    """Have the server fail."""
+    """Make the server fail."""
     dialect = connection.dialect
     if statement := _PROVOKING[dialect.name][failure]:
         connection.exec_driver_sql(statement)
-    # There is no server to ask. This is what its driver raises for SQLITE_BUSY_SNAPSHOT.
+    # SQLite: raise the error that its driver raises for SQLITE_BUSY_SNAPSHOT.
     busy: Any = dialect.loaded_dbapi.OperationalError("database is locked")
     busy.sqlite_errorcode = sqlite3.SQLITE_BUSY_SNAPSHOT
     busy.sqlite_errorname = "SQLITE_BUSY_SNAPSHOT"
@@ -205,7 +205,7 @@ def _provoke(connection: Connection, failure: str) -> None:
 
 
 def _lost(connection: Connection, sqlstate: str) -> Any:
-    """Make the driver's error for a lost connection."""
+    """Build the driver's error for a lost connection."""
     lost = connection.dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
     lost.sqlstate, lost.severity = sqlstate, "FATAL"  # type: ignore[attr-defined] # as servers do
     return lost

@@ -1,4 +1,4 @@
-"""Isolated databases: what a test does is gone afterwards, commits included."""
+"""Isolated databases: everything that a test does is rolled back, including its commits."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from ._targets import (
 )
 from ._turns import Turn, joins_flow, marking_requests
 
-# The block that others in the same test share connections with, whichever application theirs is.
+# The outer block, with which other blocks of the same test share connections, for any application.
 _AROUND: Final = ContextVar["Isolated | None"]("fastapi_sqlnative_isolated", default=None)
 
 
 def isolated(app: Starlette, *names: str) -> Isolated:
-    """Undo everything that is done to an application's databases in a block, at its end.
+    """Roll back everything that is done to an application's databases in a block.
 
     Each database gets one connection of the application's own engine, with one transaction that is
     rolled back at the end. The application's transactions are savepoints in it, one at a time. A
     commit releases the savepoint and, on PostgreSQL, checks deferred constraints.
 
-    `with` gives a `Session` for the test itself, also for an `AsyncEngine`; `async with` gives an
-    `AsyncSession`. It belongs to the first database and may stay open: when a request begins, what
-    it has added is committed, and its queries load fresh values. Blocks may be nested.
+    `with` returns a `Session` for the test itself, even for an `AsyncEngine`; `async with` returns
+    an `AsyncSession`. It belongs to the first database and may stay open: its pending changes are
+    committed when a request begins, and its queries load fresh values. Blocks may be nested.
 
-    Enter it before the application starts or while it runs. docs/testing.md lists what one
-    connection cannot show. For that use `cloned`.
+    Enter it before the application starts or while it runs. docs/testing.md lists what a single
+    connection cannot show. For that, use `cloned`.
 
     Args:
         app: the application, or the outermost one if it is mounted.
-        *names: of databases; by default all, including those of mounted applications.
+        *names: names of databases; by default all, including those of mounted applications.
 
     Raises:
-        DatabaseNotInstalledError: an unknown name.
-        IsolationError: by the block or by a session, for what one connection cannot do.
+        DatabaseNotInstalledError: a name is unknown.
+        IsolationError: in the block or from a session, if a single connection cannot do something.
 
     Example:
         with TestClient(app) as client, isolated(app) as session:
@@ -71,17 +71,17 @@ class Isolated:
     def __init__(self, app: Starlette, names: tuple[str, ...]) -> None:
         self._app = app
         self._chosen = places(app, names)
-        self._own = self._chosen[0][1]  # that the test's own session is for
+        self._own = self._chosen[0][1]  # the database of the test's own session
         self._loop: asyncio.AbstractEventLoop | None = None
         self._restore = ExitStack()
         self.ended = False
-        # Shared with the blocks around and within this one.
+        # Shared with outer and inner blocks.
         self.turn = Turn()
         self.connections: list[IsolatedConnection] = []
 
     def __enter__(self) -> Session:
         if self._asynchronous() and running_loop() is not None:
-            raise RuntimeError("On an event loop write `async with isolated(app)`: it awaits.")
+            raise RuntimeError("Use `async with isolated(app)` on an event loop.")
         self._enter()
         session: Session = self._own_session(Session)
         return session
@@ -91,7 +91,7 @@ class Isolated:
 
     async def __aenter__(self) -> AsyncSession:
         if not self._asynchronous():
-            raise TypeError("Write `with isolated(app)`: it has an Engine, and gives a Session.")
+            raise TypeError("Use `with isolated(app)`: the database is installed with an Engine.")
         self._own, *_ = self._asynchronous()
         self._loop = asyncio.get_running_loop()
         self._enter()
@@ -99,7 +99,7 @@ class Isolated:
         return session
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.wrap_future(in_thread(self._leave))  # which awaits this event loop
+        await asyncio.wrap_future(in_thread(self._leave))  # in a thread: it waits for this loop
 
     def _asynchronous(self) -> list[Installation]:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
@@ -133,19 +133,19 @@ class Isolated:
     # -- the databases ---------------------------------------------------------------------
 
     def _isolate(self, database: AnyDatabase) -> None:
-        """Put our class in front of a handle's sessions."""
+        """Make a handle's sessions use the isolated connection."""
         if all(installation.database is not database for _, installation in self._chosen):
             return
         self._connection_of(database.name, sync_engine(database.engine))
         factory = sessions_of(database)
         native = factory.native
-        if not issubclass(native, IsolatedSession):  # as by the block around this one
+        if not issubclass(native, IsolatedSession):  # an outer block may have done it
             found = {"connection_of": staticmethod(self._connection_of)}
             factory.native = type(native.__name__, (IsolatedSession, native), found)
             self._restore.callback(setattr, factory, "native", native)
 
     def _connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
-        """Return the connection that stands for all of a database's."""
+        """Return the isolated connection of a database, making it if necessary."""
         known = (each for each in self.connections if each.blocks)
         found = next((each for each in known if is_one_database(each.engine, engine)), None)
         if self.ended:
@@ -153,15 +153,15 @@ class Isolated:
                 return found  # the block's own sessions are being closed
             raise IsolationError(
                 f"The isolated(app) block of database {name!r} has ended: finish work with the "
-                "database before."
+                "database inside the block."
             )
         if found is None:
             found = IsolatedConnection(name, engine, self.turn, self._home)
             self.connections.append(found)
         if found.asynchronous is not engine.dialect.is_async:
             raise IsolationError(
-                f"Databases {found.name!r} and {name!r} are one, and an Engine and an AsyncEngine "
-                "cannot share a connection: test with cloned(app)."
+                f"{found.name!r} and {name!r} are the same database, but an Engine and an "
+                "AsyncEngine cannot share a connection: test with cloned(app)."
             )
         found.blocks.setdefault(self)
         watching = engine, "before_cursor_execute", found.watch
@@ -171,11 +171,11 @@ class Isolated:
         return found
 
     def _home(self) -> asyncio.AbstractEventLoop | None:
-        """Find the application's event loop."""
+        """Return the application's event loop."""
         return next((each.loop for each, _ in self._chosen if each.runs), self._loop)
 
     def _close_before_shutdown(self, installation: Installation) -> None:
-        """Close the connection while its event loop runs and its engine is not disposed of."""
+        """Close the connection at shutdown, before its event loop ends and the engine is closed."""
         shutdown = installation.shutdown
 
         async def close_and_shut_down() -> None:
@@ -188,15 +188,15 @@ class Isolated:
         installation.shutdown = close_and_shut_down
         self._restore.callback(setattr, installation, "shutdown", shutdown)
 
-    # -- sessions of the test's ------------------------------------------------------------
+    # -- the test's sessions ---------------------------------------------------------------
 
     def _own_session(self, kind: type[Any]) -> Any:
         options: dict[str, Any] = dict(self._own.session_options)
         engine = ready_engine(self._own)
-        if engine is not None:  # to be looked at: what is sent goes over the isolated connection
+        if engine is not None:  # for inspection only: statements use the isolated connection
             options["bind"] = sync_engine(engine) if kind is Session else engine
         options["join_transaction_mode"] = "create_savepoint"
-        options["expire_on_commit"] = kind is Session  # else it would have to be awaited again
+        options["expire_on_commit"] = kind is Session  # an async refresh would need an await
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
         found = staticmethod(self._own_connection)
@@ -214,9 +214,9 @@ class Isolated:
         return self._connection_of(self._own.name, sync_engine(engine))
 
     def _welcome(self, guest: Session, *_: object) -> None:
-        """Note that a session of the test's begins, and with it what was made without a handle.
+        """Track a session of the test when it begins, and bind it to the connection if needed.
 
-        Such a session, a factory's say, is bound to the connection.
+        Sessions made without a handle need that, for example those of a factory.
         """
         if isinstance(guest, OwnSession):
             if guest.own_connection == self._own_connection and ready_engine(self._own) is not None:

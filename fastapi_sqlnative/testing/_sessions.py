@@ -16,14 +16,14 @@ from ._turns import Turn, joins_flow
 
 
 class IsolatedSession(NativeSession):
-    """A session of the application's, whose transactions are savepoints."""
+    """A session of the application, whose transactions are savepoints."""
 
-    # Finds the connection that stands for all of an engine's.
+    # Returns the isolated connection for an engine.
     connection_of: ClassVar[staticmethod[[str, Engine], IsolatedConnection]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
-        if "execution_options" in options:  # the connection has its isolation level by now
+        if "execution_options" in options:  # the open connection can't change its isolation level
             options["execution_options"] = dict(options["execution_options"])
             options["execution_options"].pop("isolation_level", None)
         super().__init__(*args, **options)
@@ -31,9 +31,9 @@ class IsolatedSession(NativeSession):
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Return the isolated connection, once others have finished with it.
+        """Return the isolated connection, after waiting for its turn.
 
-        Only where something is to be sent: code that only looks at the bind gets the engine.
+        Only for statements: code that only inspects the bind gets the engine.
         """
         bind = super().get_bind(*args, **arguments)
         if not (isinstance(bind, Engine) and self.sqlnative.executing):
@@ -44,7 +44,7 @@ class IsolatedSession(NativeSession):
         return connection
 
     def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
-        """Let a statement of `reader` stand for itself, as AUTOCOMMIT does."""
+        """Execute a statement; for a `reader`, in a savepoint of its own, as in AUTOCOMMIT."""
         record = self.sqlnative
         if record.options is not AUTOCOMMIT or record.connections:
             return super().execute(statement, *args, **options)
@@ -62,7 +62,7 @@ class IsolatedSession(NativeSession):
 @event.listens_for(IsolatedSession, "after_begin")
 def _after_begin(session: IsolatedSession, _: SessionTransaction, connection: Connection) -> None:
     if session.sqlnative.options.read_only and connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would have
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would
 
 
 @event.listens_for(IsolatedSession, "after_transaction_end")
@@ -74,23 +74,23 @@ def _after_transaction_end(session: IsolatedSession, transaction: SessionTransac
 
 
 class OwnSession(Session):
-    """The test's own session, which is not in the way of the application's.
+    """The test's own session, which doesn't block the application's.
 
-    It has its turn for each call only. What it has added is committed as soon as the application
-    begins a transaction, and what it reads it reads anew.
+    It takes its turn only for each call. Its pending changes are committed when the application
+    begins a transaction, and its queries always load fresh values.
     """
 
     turn: ClassVar[Turn]
-    own_connection: ClassVar[staticmethod[[], IsolatedConnection]]  # finds it
-    crosses: ClassVar[bool]  # from the test's thread to the event loop of the connection
+    own_connection: ClassVar[staticmethod[[], IsolatedConnection]]  # returns the connection
+    crosses: ClassVar[bool]  # whether calls run on the connection's event loop, in another thread
 
     def get_bind(self, *_: Any, **__: Any) -> Engine | Connection:
-        """Return the isolated connection where something is to be sent, else its engine."""
+        """Return the isolated connection for statements, else its engine."""
         isolated = self.own_connection()
         return isolated.opened() if self.turn.holds(self) else isolated.engine
 
     def connection(self, *args: Any, **options: Any) -> Connection:
-        """Hand out the connection, where whoever gets it can use it."""
+        """Return the connection, unless only another thread's event loop can use it."""
         if self.crosses:
             raise self.own_connection().refused(
                 "a synchronous session cannot hand out the connection of an AsyncEngine. Use "
@@ -100,20 +100,20 @@ class OwnSession(Session):
         return connection
 
     def get(self, *args: Any, **options: Any) -> Any:
-        """Load by primary key, what the application has stored since included."""
+        """Load by primary key, with fresh values."""
         return super().get(*args, **options | {"populate_existing": True})
 
     def begin(self, nested: bool = False) -> SessionTransaction:
-        """Begin a transaction, or a savepoint."""
+        """Begin a transaction or savepoint."""
         begun = self.in_turn(super().begin, nested)
         return cast("SessionTransaction", _Begun(self, begun))
 
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a method when it is this session's turn, where the connection may be used."""
+        """Call a method in this session's turn, where the connection may be used."""
         call = partial(method, *args, **options)
         if self.turn.holds(self):
-            return call()  # maybe to be closed, when the engine of a factory is forgotten
-        joins_flow(self)  # here, not where it crosses to
+            return call()  # without the connection: a factory's engine may be gone at the end
+        joins_flow(self)  # here, not in the other thread
         isolated = self.own_connection()
         work = partial(self.turn.during, self, isolated, call)
         return isolated.run(work) if self.crosses else work()
@@ -123,20 +123,20 @@ def _has_turn(name: str) -> Callable[..., Any]:
     def method(self: OwnSession, *args: Any, **options: Any) -> Any:
         call = getattr(super(OwnSession, self), name)
         if name in ("close", "rollback", "reset") and not self.in_transaction():
-            return call(*args, **options)  # it may well come when the event loop is gone
+            return call(*args, **options)  # the event loop may already be closed
         return self.in_turn(call, *args, **options)
 
     return method
 
 
-_LOADS = ("execute", "scalars", "scalar")  # all others come by `execute`
+_LOADS = ("execute", "scalars", "scalar")  # all others call `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
 for _name in (*_LOADS, *_BULK, "flush", "commit", "rollback", "close", "reset"):
     setattr(OwnSession, _name, _has_turn(_name))
 
 
 class _Begun:
-    """A transaction whose end has its turn as well."""
+    """A transaction whose methods take the session's turn as well."""
 
     def __init__(self, session: OwnSession, transaction: SessionTransaction) -> None:
         self._session = session
@@ -155,6 +155,6 @@ class _Begun:
 
 
 @event.listens_for(OwnSession, "do_orm_execute")
-def _read_anew(state: ORMExecuteState) -> None:
+def _load_fresh_values(state: ORMExecuteState) -> None:
     if state.is_select and not (state.is_column_load or state.is_relationship_load):
         state.update_execution_options(populate_existing=True)

@@ -1,4 +1,4 @@
-"""Which databases a test means."""
+"""Finding the databases that a test refers to."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Place: TypeAlias = tuple[Installations, Installation]
 
 
 class IsolationError(RuntimeError):
-    """A test has asked a database for what the block that it is in cannot do."""
+    """A test tried to do something that its block cannot do."""
 
 
 def places(app: Starlette, names: Sequence[str]) -> list[Place]:
-    """Find where names are installed, on the application or on a mounted one; all without a name.
+    """Find where names are installed, on the application or a mounted one; by default all.
 
     Raises:
         DatabaseNotInstalledError: a name is unknown, or there is no database at all.
@@ -46,7 +46,7 @@ def places(app: Starlette, names: Sequence[str]) -> list[Place]:
 
 
 def ready_engine(installation: Installation) -> AnyEngine | None:
-    """Return the engine; `None` where a factory has not made it yet."""
+    """Return the engine; `None` if its factory has not been called yet."""
     engine: Any = installation.engine
     if installation.database is not None:
         return installation.database.engine
@@ -54,22 +54,22 @@ def ready_engine(installation: Installation) -> AnyEngine | None:
 
 
 def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
-    """Return whether two engines mean the same database, whoever logs in with whatever driver."""
+    """Return whether two engines lead to the same database, ignoring user and driver."""
     first, second = sync_engine(one), sync_engine(other)
-    # An engine made from another, with options, has its dialect.
+    # Engines made by `execution_options()` share the dialect.
     return first.dialect is second.dialect or _address(first.url) == _address(second.url)
 
 
 def _address(url: URL) -> object:
     backend, host = url.get_backend_name(), url.host or url.query.get("host")
     if not (host or url.database) or url.database == ":memory:":
-        return object()  # a `creator` knows it, or it is the engine's own
+        return object()  # unknown, because of a `creator`, or an in-memory database of its own
     port = url.port or url.query.get("port") or {"postgresql": 5432}.get(backend, 3306)
     return backend, host, str(port), url.database
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of this thread, if one runs."""
+    """Return the running event loop of this thread, if any."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -78,7 +78,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 @contextmanager
 def observing(app: Starlette, observer: Observer) -> Generator[None]:
-    """Show an observer every database that runs, or starts within the block."""
+    """Call an observer with every database that is running or starts within the block."""
     installed = [installations_of(each) for each in applications_in(app)]
     for each in installed:
         each.observers.append(observer)

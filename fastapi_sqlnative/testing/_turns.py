@@ -1,4 +1,4 @@
-"""Requests, and whose turn it is on isolated connections, across threads and event loops."""
+"""Taking turns on isolated connections, across requests, threads and event loops."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from starlette.types import Receive, Scope, Send
 from ._targets import IsolationError, running_loop
 
 T = TypeVar("T")
-# The request that is being served, and under which its scope keeps what it was refused.
+# The scope of the current request, and the scope's key for an error that it has been given.
 SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
 REFUSED: Final = "fastapi_sqlnative_refused"
-# Seconds for which a session waits for another one's transaction to end.
+# Seconds that a session waits for another session's transaction to end.
 _PATIENCE: Final = 10.0
-# The sessions that were used in this request, task or test, or in the one that it came from.
+# The sessions used in this request, task or test, or in the one that started it.
 _FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
 
 
 def joins_flow(session: object) -> None:
-    """Note that a session is used by whoever runs here, and by what that starts."""
+    """Record that a session is used in this context and in the tasks started from it."""
     others = tuple(each for each in _FLOW.get() if each() not in (None, session))
     _FLOW.set((*others, weakref.ref(session)))
 
 
 def in_flow(session: object) -> bool:
-    """Return whether a session belongs to whoever runs here, or to what has started that."""
+    """Return whether a session is used in this context or in the one that started it."""
     return any(each() is session for each in _FLOW.get())
 
 
 @contextmanager
 def marking_requests(app: Starlette) -> Generator[None]:
-    """Let `SERVED` tell for which request something is done; fail one that swallows a refusal."""
+    """Set `SERVED` during each request, and fail a request that swallows an `IsolationError`."""
     inner = app.router.middleware_stack
 
     async def mark(scope: Scope, receive: Receive, send: Send) -> None:
         before = SERVED.get()
         SERVED.set(scope)
         if scope["type"] == "lifespan":
-            _FLOW.set(())  # what the application starts is no part of the test
+            _FLOW.set(())  # tasks that the application starts are not part of the test
         try:
             await inner(scope, receive, send)
         finally:
-            SERVED.set(before)  # the test itself may have called, in its own task
+            SERVED.set(before)  # the request may run in the test's own task
         if REFUSED in scope:
             raise IsolationError(scope[REFUSED])
 
@@ -64,35 +64,34 @@ def marking_requests(app: Starlette) -> Generator[None]:
 
 
 class Turn:
-    """The right to use isolated connections, for one request or piece of other work at a time.
+    """A lock on the isolated connections, for one request or other piece of work at a time.
 
-    A session of the application's has it from the beginning of its transaction to the end, one of
-    the test's for each call. Others wait, first come first served; one that would wait for its
-    own request is refused.
+    A session of the application holds it for a whole transaction, a session of the test for each
+    call. Others wait in order. A session that would wait for its own request is refused.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Sessions, and the connection that each has for a transaction; `None` for one call.
+        # By session, the connection held for a transaction; `None` for a single call.
         self._holders: dict[object, object] = {}
         self._waiting: deque[tuple[object, object, Future[None]]] = deque()
 
     def holds(self, session: object) -> bool:
-        """Return whether a session has it."""
+        """Return whether it is a session's turn."""
         return session in self._holders
 
     def take(self, session: object, connection: Any, *, transaction: bool) -> None:
-        """Wait for the turn: in a greenlet for an asynchronous connection, else in a thread.
+        """Wait for the turn: in a greenlet for an async connection, else in a thread.
 
-        Without `transaction` it is for one call, which may stand within a transaction of the same
-        request.
+        Without `transaction` the turn is for a single call, which may be inside a transaction of
+        the same request.
         """
         ticket, use = Future[None](), connection if transaction else None
         with self._lock:
             own = [used for each, used in self._holders.items() if used and in_flow(each)]
             if use in own:
                 raise connection.refused(
-                    "a second transaction was to begin beside an open one of the same request or "
+                    "a second transaction cannot begin beside an open one of the same request or "
                     "test. End that one first, use its session, or test with cloned(app)."
                 )
             if own or not self._holders:
@@ -105,17 +104,17 @@ class Turn:
             else:
                 ticket.result(_PATIENCE if running_loop() is None else 0)
         except BaseException as error:
-            if not ticket.cancel():  # it has come at the last moment
+            if not ticket.cancel():  # the turn came at the last moment
                 self.release(session)
             if not isinstance(error, TimeoutError):
                 raise
             raise connection.refused(
-                "another session's transaction stays open on its one connection. End that one "
+                "another session's transaction is still open on the only connection. End it "
                 "first (await it, on the event loop), or test with cloned(app)."
             ) from None
 
     def release(self, session: object) -> None:
-        """Let the next one in, if the session has the turn and is the last of its request."""
+        """End a session's turn, and give it to the next in line if no other session holds it."""
         with self._lock:
             self._holders.pop(session, None)
             while self._waiting and not self._holders:
@@ -125,7 +124,7 @@ class Turn:
                     ticket.set_result(None)
 
     def during(self, who: object, connection: Any, work: Callable[[], T]) -> T:
-        """Do something when nobody else uses the connection."""
+        """Wait for the turn and call `work`."""
         if self.holds(who):
             return work()
         self.take(who, connection, transaction=False)
@@ -136,7 +135,7 @@ class Turn:
 
     @contextmanager
     def lent(self, session: object) -> Generator[None]:
-        """Let a session of the test's end beside the one that has the turn."""
+        """Let a session of the test end during another session's turn."""
         self._holders[session] = None
         try:
             yield

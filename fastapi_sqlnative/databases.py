@@ -1,4 +1,4 @@
-"""The handles of a database: what an application calls, sync and async."""
+"""The database handles, sync and async."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class _Database(Generic[EngineT]):
-    """A name, an engine and the maker of its sessions."""
+    """The common part of both handles: a name, an engine and its session factory."""
 
     _engine_type: ClassVar[type[AnyEngine]]
 
@@ -54,11 +54,11 @@ class _Database(Generic[EngineT]):
         self._sessions = SessionFactory(engine, state, session_options or {})
 
     def __repr__(self) -> str:
-        # Not the engine's own: SQLAlchemy prints a password that stands in the URL's query.
+        # Not the engine's repr, which shows a password in the URL's query string.
         return f"<{type(self).__name__} {self.name!r} {self.engine.url.drivername}>"
 
     def pool_status(self) -> PoolStatus:
-        """Look into the pool and at the holders of its connections; ask the database nothing."""
+        """Return the state of the pool and the holders of its connections, without any query."""
         return pool_status(sync_engine(self.engine).pool, holders_of(self._sessions.state))
 
     def _open_transaction(self, isolation_level: IsolationLevel | None, read_only: bool) -> Any:
@@ -73,19 +73,19 @@ class _Database(Generic[EngineT]):
 class Database(_Database[Engine]):
     """A database on an `Engine`, inside or outside an application.
 
-    The handle owns neither the engine nor its pool. An installed one is the application's:
-    depend on `get_database_handle(name)`, or look it up in `installed_databases(app)`. In a
-    script or worker build one yourself:
+    The handle owns neither the engine nor its pool. In an application, depend on
+    `get_database_handle(name)` or look the handle up in `installed_databases(app)`. In a script or
+    worker, create one yourself:
 
         database = Database(create_engine(url))
         with database.transaction() as session:
             session.add(Account(name="Ada"))
 
     Args:
-        engine: whoever built it disposes of it.
-        name: appears in messages; give each handle its own where there are several.
+        engine: an engine that you dispose of yourself.
+        name: a name for messages; give each handle its own.
         session_options: as for `install_database`.
-        shutdown_timeout: seconds for which a COMMIT is awaited after a cancellation.
+        shutdown_timeout: seconds that a COMMIT may take to finish after a cancellation.
         warn_held_after: seconds, as for `install_database`.
     """
 
@@ -93,7 +93,7 @@ class Database(_Database[Engine]):
 
     @contextmanager
     def session(self) -> Generator[Session]:
-        """Open a session for a block; at its end roll back and close. Never commits."""
+        """Open a session for a block, and roll back and close it at the end. Never commits."""
         with self._finished(self._sessions.open()) as session:
             yield session
 
@@ -101,16 +101,16 @@ class Database(_Database[Engine]):
     def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
     ) -> Generator[Session]:
-        """Open a session for a block; commit at its end, roll back on any exception.
+        """Open a session for a block, and commit it at the end, or roll back on any exception.
 
         Args:
-            isolation_level: for this transaction only; the pooled connection gets its own back.
-            read_only: have the server refuse writes.
+            isolation_level: for this transaction only; it is reset when the connection is returned.
+            read_only: make the server refuse writes.
 
         Raises:
             TransactionAbortedError: an error inside the block was swallowed.
             CommitOutcomeUnknownError: the connection was lost during COMMIT.
-            AfterCommitError: what ran after the COMMIT has failed.
+            AfterCommitError: code that ran after the COMMIT failed.
         """
         with self._finished(self._open_transaction(isolation_level, read_only)) as session:
             yield session
@@ -136,26 +136,26 @@ class Database(_Database[Engine]):
         timeout: float = 10.0,
         backoff: float = 0.05,
     ) -> T:
-        """Run work in a transaction, and all of it again after a failure that may pass by itself.
+        """Run work in a transaction, and retry all of it after a temporary failure.
 
-        Each attempt has a session and transaction of its own. It is repeated after a
-        serialization failure, that of a COMMIT too, a deadlock and a connection lost before
-        COMMIT; never where the server is busy or away, nor where the outcome is unknown. The last
-        error is raised as it is.
+        Each attempt has its own session and transaction. An attempt is retried after a
+        serialization failure (also at COMMIT), a deadlock, or a connection lost before COMMIT; it
+        is never retried if the server is overloaded or unreachable, or if the outcome is unknown.
+        The last error is raised unchanged.
 
         Args:
-            work: called with the session, once for each attempt; its result is returned. It leaves
-                the commit to the handle. What it does besides, such as sending mail, is repeated.
-            attempts: how many in all.
+            work: called with the session for each attempt; its result is returned. It must not
+                commit. Its other effects, such as sending mail, are repeated.
+            attempts: the maximum number of attempts.
             isolation_level: as for `transaction`.
             read_only: as for `transaction`.
-            timeout: seconds after which no attempt is begun; a running one is not interrupted.
-            backoff: seconds, the most that the first pause takes. The limit doubles, up to 2 s,
-                and a pause is any part of it.
+            timeout: seconds after which no new attempt begins; a running one is not interrupted.
+            backoff: the longest first pause, in seconds. The limit doubles for each retry, up to
+                2 s, and each pause is a random part of it.
 
         Raises:
-            ValueError: for fewer than one attempt.
-            TypeError: the work is `async def`.
+            ValueError: `attempts` is below 1, or a time is negative.
+            TypeError: `work` is a coroutine or generator function.
             CommitOutcomeUnknownError: the connection was lost during COMMIT.
 
         Example:
@@ -171,12 +171,12 @@ class Database(_Database[Engine]):
                 return retries.checked(work(session))
 
     def ping(self, timeout: float = 5.0) -> None:
-        """Ask the database for one row, waiting at most `timeout` seconds.
+        """Query one row from the database, waiting at most `timeout` seconds.
 
-        The wait has an end, the thread that asks may not: the driver's own timeouts bound it.
+        The querying thread may take longer: only the driver's own timeouts bound it.
 
         Raises:
-            TimeoutError: no answer came in time.
+            TimeoutError: the database did not answer in time.
         """
         self._sessions.state.check_running()
         asking = in_thread(lambda: ask_for_one_row(self.engine))
@@ -189,7 +189,7 @@ class Database(_Database[Engine]):
 class AsyncDatabase(_Database[AsyncEngine]):
     """A database on an `AsyncEngine`, inside or outside an application.
 
-    It lives, and takes its arguments, as `Database` does:
+    Its arguments and its lifetime are those of `Database`:
 
         database = AsyncDatabase(create_async_engine(url))
         async with database.transaction() as session:
@@ -200,7 +200,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
 
     @asynccontextmanager
     async def session(self) -> AsyncGenerator[AsyncSession]:
-        """Open a session for a block; at its end roll back and close. Never commits."""
+        """Open a session for a block, and roll back and close it at the end. Never commits."""
         session = cast("AsyncSession", self._sessions.open())
         async with finishing(session, close, timeout=self._sessions.state.shutdown_timeout):
             yield session
@@ -209,10 +209,10 @@ class AsyncDatabase(_Database[AsyncEngine]):
     async def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
     ) -> AsyncGenerator[AsyncSession]:
-        """Open a session for a block; commit at its end, roll back on any exception.
+        """Open a session for a block, and commit it at the end, or roll back on any exception.
 
-        The arguments and errors are those that `Database.transaction` has. A cancellation does not
-        interrupt the COMMIT: it is awaited, for `shutdown_timeout` seconds at most.
+        Arguments and errors are those of `Database.transaction`. A cancellation does not interrupt
+        the COMMIT, which is awaited for at most `shutdown_timeout` seconds.
         """
         session = self._open_transaction(isolation_level, read_only)
         timeout = self._sessions.state.shutdown_timeout
@@ -229,7 +229,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         timeout: float = 10.0,
         backoff: float = 0.05,
     ) -> T:
-        """Do what `Database.run_in_transaction` does, with an `async def`.
+        """Run an `async def` like `Database.run_in_transaction`.
 
         Example:
             await database.run_in_transaction(book_seat, isolation_level="SERIALIZABLE")
@@ -245,10 +245,10 @@ class AsyncDatabase(_Database[AsyncEngine]):
                     return retries.checked(await work(session))
 
     async def ping(self, timeout: float = 5.0) -> None:
-        """Ask the database for one row, waiting at most `timeout` seconds.
+        """Query one row from the database, waiting at most `timeout` seconds.
 
         Raises:
-            TimeoutError: no answer came in time.
+            TimeoutError: the database did not answer in time.
         """
         self._sessions.state.check_running()
         try:
@@ -262,20 +262,20 @@ AnyDatabase: TypeAlias = Database | AsyncDatabase
 
 
 def sessions_of(database: AnyDatabase) -> SessionFactory:
-    """Return what makes the sessions of a database; for the package only."""
-    # The class is this module's own, and its users are to see nothing of it.
+    """Return the session factory of a database. For this package only."""
+    # A private attribute, because users of a handle should not see it.
     return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
 def remedy_for_address(given: object) -> str:
-    """Say how an address becomes an engine, where one was given in place of it."""
+    """Return a hint for the error message if a URL was given instead of an engine."""
     if not isinstance(given, str | URL):
         return ""
-    return " Make one of the address: create_async_engine(url), or create_engine(url)."
+    return " Create an engine from the URL: create_async_engine(url), or create_engine(url)."
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:
-    """Choose the handle for an engine; `None` for what is no engine."""
+    """Return the handle class for an engine; `None` for anything else."""
     if isinstance(engine, AsyncEngine):
         return AsyncDatabase
     return Database if isinstance(engine, Engine) else None

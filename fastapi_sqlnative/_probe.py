@@ -17,7 +17,7 @@ from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_
 from .errors import DatabaseErrorKind, describe_database_error
 
 # The engine's execution option that holds the time of the pool's last checkout.
-_TAKEN: Final = "fastapi_sqlnative_taken"
+_LAST_CHECKOUT: Final = "fastapi_sqlnative_last_checkout"
 # From these a probe would check out the only connection, or the thread's, ahead of a request.
 _EXCLUSIVE: Final = (sa.AssertionPool, sa.SingletonThreadPool)
 # Queries that answer `writable` if the server accepts writes, by SQLAlchemy's dialect name.
@@ -90,24 +90,24 @@ def is_wedged(engine: Engine, seconds: float) -> bool:
 
     The pool's own timeout applies if it is longer. The first call starts listening to the pool.
     """
-    taken: list[float] | None = engine.get_execution_options().get(_TAKEN)
-    if taken is None:
-        taken = _listen(engine)
+    last_checkout: list[float] | None = engine.get_execution_options().get(_LAST_CHECKOUT)
+    if last_checkout is None:
+        last_checkout = _listen(engine)
     # If a connection had come back, the pool would not be full or would have had a checkout.
     limit = max(seconds, pool_timeout(engine.pool))
-    return is_full(engine) and monotonic() - taken[0] > limit
+    return is_full(engine) and monotonic() - last_checkout[0] > limit
 
 
 def _listen(engine: Engine) -> list[float]:
-    taken = [monotonic()]
+    last_checkout = [monotonic()]
 
     def note(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
         if OUTSIDE not in record.info:
-            taken[0] = monotonic()
+            last_checkout[0] = monotonic()
 
     event.listen(engine, "checkout", note)
-    engine.update_execution_options(**{_TAKEN: taken})
-    return taken
+    engine.update_execution_options(**{_LAST_CHECKOUT: last_checkout})
+    return last_checkout
 
 
 def is_full(engine: Engine) -> bool:

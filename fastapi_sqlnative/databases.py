@@ -46,7 +46,7 @@ class _Database(Generic[EngineT]):
         if not isinstance(given, self._engine_type):
             raise TypeError(
                 f"{type(self).__name__} {name!r} takes an {self._engine_type.__name__}, not "
-                f"{type(engine).__name__}.{remedy_for_address(given)}"
+                f"{type(engine).__name__}.{hint_for_url(given)}"
             )
         self.name = name
         self.engine: EngineT = engine
@@ -267,7 +267,7 @@ def sessions_of(database: AnyDatabase) -> SessionFactory:
     return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
-def remedy_for_address(given: object) -> str:
+def hint_for_url(given: object) -> str:
     """Return a hint for the error message if a URL was given instead of an engine."""
     if not isinstance(given, str | URL):
         return ""

@@ -130,7 +130,7 @@ class _Instruments:
             )
         )
         self._pools: WeakKeyDictionary[Engine, _Pool] = WeakKeyDictionary()
-        self._heard: WeakSet[AnyDatabase] = WeakSet()
+        self._listened: WeakSet[AnyDatabase] = WeakSet()
 
     def listen(self, database: AnyDatabase) -> None:
         """Listen to a database that is starting, and to its pool once, however often it starts."""
@@ -141,8 +141,8 @@ class _Instruments:
             numbered = (f"{database.name}#{number}" for number in count(2))
             free = (each for each in chain([database.name], numbered) if each not in taken)
             self._pools[engine] = _Pool(next(free), engine, self)
-        if database not in self._heard:
-            self._heard.add(database)
+        if database not in self._listened:
+            self._listened.add(database)
             self._pools[engine].listen_to_sessions(sessions_of(database).native)
 
     def _running(self) -> list[tuple[Engine, _Pool]]:

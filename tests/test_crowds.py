@@ -162,7 +162,7 @@ async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:
     """A request that lets go of one place while it waits for the next loses neither."""
     gate, database = Gate(), Database(sqlite())
     uses_two = APIRoute("/", lambda: None)
-    gate.learn(uses_two, Counter({database: 2}))
+    gate.register(uses_two, Counter({database: 2}))
     places = [gate._connections, gate._threads]
     places[1].total_tokens = 1
     await places[1].acquire_on_behalf_of("another")

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, event
 
 
 @contextmanager
-def noting_arguments(engine: Engine) -> Generator[list[Mapping[str, Any]]]:
+def recording_arguments(engine: Engine) -> Generator[list[Mapping[str, Any]]]:
     """Collect the keyword arguments of every connection that the engine opens in this block.
 
     An engine with a `creator` yields none: SQLAlchemy calls it without arguments.
@@ -70,8 +70,8 @@ def encrypts(connection: Connection) -> bool | None:
     """Return whether the connection uses TLS on our side; `None` if the driver can't say."""
     raw: Any = connection.connection.driver_connection
     holder = getattr(raw, "pgconn", None) or getattr(raw, "info", None)  # psycopg's, psycopg2's
-    told = getattr(holder, "ssl_in_use", None)
-    return None if told is None else bool(told)
+    in_use = getattr(holder, "ssl_in_use", None)
+    return None if in_use is None else bool(in_use)
 
 
 def verifies_server(parameters: Mapping[str, Any]) -> bool:

@@ -42,11 +42,11 @@ class Gate:
         self.opened: dict[object, Opened] = {}  # by the route's `key_of`
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
-    def learn(self, route: object, opened: Opened) -> None:
+    def register(self, route: object, opened: Opened) -> None:
         """Record what the requests of a route open; the maximum for a route included twice."""
         found = self.opened[key_of(route)] = self.opened.get(key_of(route), Counter()) | opened
         if found.total() > 1:
-            self._connections.total_tokens = self._fewest()
+            self._connections.total_tokens = self._max_with_several()
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, up to the pool's timeout; return whether `leave` must be called."""
@@ -77,7 +77,7 @@ class Gate:
     def _connections(self) -> anyio.CapacityLimiter:
         return anyio.CapacityLimiter(math.inf)
 
-    def _fewest(self) -> float:
+    def _max_with_several(self) -> float:
         """Return the most requests with several sessions that cannot hold all connections."""
         wanted: Counter[Pool] = Counter()
         for opened in self.opened.values():

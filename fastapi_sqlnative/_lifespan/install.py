@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 
 from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
-from ..databases import database_class, remedy_for_address
+from ..databases import database_class, hint_for_url
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
 from .functions import described
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
@@ -92,7 +92,7 @@ def install_database(
 
 def _check(given: Installation) -> None:
     shutdown, engine = given.shutdown, given.engine
-    if shutdown is not None and not _takes_nothing(shutdown):
+    if shutdown is not None and not _takes_no_arguments(shutdown):
         raise TypeError(
             f"shutdown of database {given.name!r} must be a function without parameters, such as "
             f"engine.dispose (no parentheses), not {described(shutdown)}."
@@ -105,15 +105,15 @@ def _check(given: Installation) -> None:
         check_seconds(what, given.warn_held_after, zero=True)
     if database_class(engine) is not None:
         given.make_handle(engine)  # so that wrong options fail now, not at start-up
-    elif not _takes_nothing(engine):
+    elif not _takes_no_arguments(engine):
         raise TypeError(
             f"engine of database {given.name!r} must be an Engine, an AsyncEngine or a function "
             f"without parameters that makes one, not {described(engine)}."
-            f"{remedy_for_address(engine)}"
+            f"{hint_for_url(engine)}"
         )
 
 
-def _takes_nothing(function: object) -> bool:
+def _takes_no_arguments(function: object) -> bool:
     """Return whether this can be called without arguments."""
     try:
         inspect.signature(function).bind()  # type: ignore[arg-type] # TypeError if not callable

@@ -55,7 +55,7 @@ def check_application(running: Running, *, late: bool = False) -> None:
         route = _original(context)
         if key_of(route) not in known:
             try:
-                running.gate.learn(route, _examine(running, context))
+                running.gate.register(route, _examine(running, context))
             except DatabaseNotInstalledError as error:
                 if not late:
                     raise
@@ -68,7 +68,7 @@ def examine_late(running: Running, route: object) -> None:
     for context in routes_of(running.app.routes):
         if _original(context) is route:
             opened |= _examine(running, context)
-    running.gate.learn(route, opened)
+    running.gate.register(route, opened)
 
 
 def _original(context: object) -> object:

@@ -99,11 +99,11 @@ def report_holders(state: SharedState, error: PoolTimeoutError) -> None:
 
     At most once a second: if hundreds of requests time out, the others get the first one's text.
     """
-    told = state.holders_reported
-    if told is None or monotonic() - told[0] > 1:
-        told = state.holders_reported = monotonic(), "; ".join(_described(state))
-        logger.warning("No connection of database %r came back in time: %s.", state.name, told[1])
-    error.add_note(f"The connections of database {state.name!r} are held by {told[1]}.")
+    report = state.holders_reported
+    if report is None or monotonic() - report[0] > 1:
+        report = state.holders_reported = monotonic(), "; ".join(_described(state))
+        logger.warning("No connection of database %r came back in time: %s.", state.name, report[1])
+    error.add_note(f"The connections of database {state.name!r} are held by {report[1]}.")
 
 
 def _described(state: SharedState) -> Iterator[str]:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.applications import Starlette
 
-from .._drivers.connections import noting_arguments, parameters_of
+from .._drivers.connections import parameters_of, recording_arguments
 from .._drivers.errors import driver_error
 from .._drivers.pools import beside_pool
 from .._drivers.transactions import autocommits
@@ -83,8 +83,8 @@ async def check_databases(
         known = ", ".join(map(repr, installed)) or "none"
         raise ValueError(f"alembic names {sorted(unknown)}; the installed databases are: {known}.")
     asking = [_Asking(*each, migrations.get(each[0], {})) for each in installed.items()]
-    tell: Progress = progress or (lambda _line: None)
-    answered = await asyncio.gather(*(each.within(timeout, tell) for each in asking))
+    report: Progress = progress or (lambda _line: None)
+    answered = await asyncio.gather(*(each.within(timeout, report) for each in asking))
     servers: dict[str, dict[str, Room]] = {}
     for each in asking:
         if each.room is not None:
@@ -137,9 +137,9 @@ class _Asking:
     room: Room | None = None
     doing: str = "connecting"
 
-    async def within(self, timeout: float, tell: Progress) -> list[Finding]:
+    async def within(self, timeout: float, report: Progress) -> list[Finding]:
         """Return the findings, or a single one that says why there are none."""
-        tell(f"Asking database {self.label!r} ...")
+        report(f"Asking database {self.label!r} ...")
         task = asyncio.create_task(self._ask())
         if not await ended_within(timeout, task, grace=_GRACE):
             found = [self._no_answer(f"no answer within {timeout:g} s ({self.doing})")]
@@ -147,7 +147,7 @@ class _Asking:
             found = [self._no_answer(_in_a_line(error))]
         else:
             found, self.room = task.result()
-        tell(f"Database {self.label!r}: {summary(found)}.")
+        report(f"Database {self.label!r}: {summary(found)}.")
         return found
 
     def _no_answer(self, why: str) -> Finding:
@@ -170,7 +170,7 @@ class _Asking:
         rooms: list[Room | None] = []
         with (
             beside_pool(engine, engine.get_execution_options()) as beside,
-            noting_arguments(beside) as noted,
+            recording_arguments(beside) as noted,
             beside.connect() as connection,
         ):
             autocommit = autocommits(connection)

@@ -128,7 +128,7 @@ def only_error(error: BaseException) -> BaseException:
     return error
 
 
-def is_of_a_database(error: BaseException) -> bool:
+def is_database_error(error: BaseException) -> bool:
     """Return whether an error is SQLAlchemy's, a driver's or one of ours."""
     return isinstance(error, (exc.SQLAlchemyError, *OUR_ERRORS)) or server_of(error) is not None
 

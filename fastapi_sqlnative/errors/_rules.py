@@ -19,7 +19,7 @@ from ._kinds import (
     DatabaseErrorDescription,
     Kind,
     describe_database_error,
-    is_of_a_database,
+    is_database_error,
     only_error,
 )
 
@@ -178,7 +178,7 @@ class ErrorMapping:
 
     def map_own(self, error: ErrorT, route: str | None = None) -> ErrorT | DatabaseHTTPException:
         """Map a database error, but not an application's exception that was raised from one."""
-        return self.map(error, route) if is_of_a_database(only_error(error)) else error
+        return self.map(error, route) if is_database_error(only_error(error)) else error
 
     def __enter__(self) -> None:
         """Do nothing."""

@@ -142,7 +142,7 @@ class _Health:
         asks = bool(databases) and not running.is_draining()
         watches = self._watches(request.app, databases) if asks else ()
         times = self.times["timeout"], self.times["max_age"]
-        await asyncio.gather(*(each.look(*times) for each in watches))
+        await asyncio.gather(*(each.refresh(*times) for each in watches))
         if running.is_draining():  # it may have started draining meanwhile
             return _report("draining", ())
         failing = [each.check.required for each in watches if not each.result.ready]

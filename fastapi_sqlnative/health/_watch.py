@@ -80,38 +80,38 @@ class Watch:
     app: Starlette
     result: CheckResult = DOWN
     _logged: CheckResult = UP
-    _asking: asyncio.Task[None] | None = None
+    _running: asyncio.Task[None] | None = None
     _answered: asyncio.Event = field(default_factory=asyncio.Event)
     _until: float = 0.0
 
-    async def look(self, timeout: float, max_age: float) -> None:
+    async def refresh(self, timeout: float, max_age: float) -> None:
         """Wait at most `timeout` seconds for a result that is no older than `max_age`."""
         now = asyncio.get_running_loop().time()
-        patience = self.check.timeout or timeout
-        if self._asking is None or (self._asking.done() and now >= self._until):
+        check_timeout = self.check.timeout or timeout
+        if self._running is None or (self._running.done() and now >= self._until):
             self._answered.clear()
-            self._asking = asyncio.create_task(self._put(patience, max_age))
-        limit = timeout if timeout < patience else None  # the check's own timeout sets the event
+            self._running = asyncio.create_task(self._run(check_timeout, max_age))
+        # After the check's own timeout `_run` sets the event.
+        limit = timeout if timeout < check_timeout else None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._answered.wait(), limit)
 
-    async def _put(self, patience: float, max_age: float) -> None:
+    async def _run(self, timeout: float, max_age: float) -> None:
         check = self.check.check
-        # It may be a function, a partial or an object with an async `__call__`.
-        call = getattr(type(check), "__call__", None)  # noqa: B004 - to see whether it is async
+        call = getattr(type(check), "__call__", None)  # noqa: B004 - an object's may be async
         is_async = inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
-        asking = asyncio.create_task(self._ask(is_async))
-        in_time, _ = await asyncio.wait({asking}, timeout=patience)
+        calling = asyncio.create_task(self._call(is_async))
+        in_time, _ = await asyncio.wait({calling}, timeout=timeout)
         if not in_time:
-            self._find(DOWN, TimeoutError(f"No answer within {patience:g} s."))
+            self._set(DOWN, TimeoutError(f"No answer within {timeout:g} s."))
             if is_async:  # a thread can't be cancelled
-                asking.cancel()
-        (found,) = await asyncio.gather(asking, return_exceptions=True)
+                calling.cancel()
+        (found,) = await asyncio.gather(calling, return_exceptions=True)
         if in_time:
             self._until = asyncio.get_running_loop().time() + max_age
-            self._find(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
+            self._set(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
 
-    async def _ask(self, is_async: bool) -> CheckResult:
+    async def _call(self, is_async: bool) -> CheckResult:
         """Call the check, a sync one in a thread; raise a TypeError for an invalid result."""
         arguments = arguments_for(self.name, self.check.check, self.app)
         call = functools.partial(self.check.check, *arguments)
@@ -127,7 +127,7 @@ class Watch:
                     f"Check {self.name!r} returned {kind}: return a bool or a CheckResult."
                 )
 
-    def _find(self, result: CheckResult, cause: BaseException | None) -> None:
+    def _set(self, result: CheckResult, cause: BaseException | None) -> None:
         self.result = result
         self._answered.set()
         if result != self._logged:

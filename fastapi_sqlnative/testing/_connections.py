@@ -107,7 +107,7 @@ class IsolatedConnection:
     def _settle(self, sessions: Iterable[Session]) -> None:
         """Commit the pending changes of the test's sessions, so that no rollback undoes them."""
         for own in [each for each in sessions if each.in_transaction()]:
-            with self.turn.lent(own):
+            with self.turn.allowing(own):
                 if not own.is_active or is_aborted(self.opened(), doubtful=True):
                     own.rollback()  # the test has already seen the error
                 else:
@@ -190,7 +190,7 @@ class IsolatedConnection:
 
     def _undo(self, block: object) -> None:
         for session, its in [*self.own_sessions.items()]:
-            with self.turn.lent(session):
+            with self.turn.allowing(session):
                 if its is block:
                     session.close()
                     del self.own_sessions[session]
@@ -205,7 +205,7 @@ class IsolatedConnection:
     def close(self) -> None:
         """Roll back everything, because the last block or the application ends."""
         for session in self.own_sessions:
-            with self.turn.lent(session):
+            with self.turn.allowing(session):
                 session.close()
         connection, self._connection, self.loop = self._connection, None, None
         self.blocks = dict.fromkeys(self.blocks)

@@ -32,7 +32,7 @@ from ._targets import (
 from ._turns import Turn, joins_flow, marking_requests
 
 # The outer block, with which other blocks of the same test share connections, for any application.
-_AROUND: Final = ContextVar["Isolated | None"]("fastapi_sqlnative_isolated", default=None)
+_OUTER: Final = ContextVar["Isolated | None"]("fastapi_sqlnative_isolated", default=None)
 
 
 def isolated(app: Starlette, *names: str) -> Isolated:
@@ -105,16 +105,16 @@ class Isolated:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
 
     def _enter(self) -> None:
-        around = _AROUND.get()
-        if around is None or around.ended:
-            _AROUND.set(self)
+        outer = _OUTER.get()
+        if outer is None or outer.ended:
+            _OUTER.set(self)
         else:
-            self.turn, self.connections = around.turn, around.connections
+            self.turn, self.connections = outer.turn, outer.connections
         with ExitStack() as undo:
             undo.callback(self._leave)
             for hook in "after_transaction_create", "before_flush":
-                event.listen(Session, hook, self._welcome)
-                self._restore.callback(event.remove, Session, hook, self._welcome)
+                event.listen(Session, hook, self._track_session)
+                self._restore.callback(event.remove, Session, hook, self._track_session)
             for _, installation in self._chosen:
                 self._close_before_shutdown(installation)
                 if (engine := ready_engine(installation)) is not None:
@@ -213,7 +213,7 @@ class Isolated:
             )
         return self._connection_of(self._own.name, sync_engine(engine))
 
-    def _welcome(self, guest: Session, *_: object) -> None:
+    def _track_session(self, guest: Session, *_: object) -> None:
         """Track a session of the test when it begins, and bind it to the connection if needed.
 
         Sessions made without a handle need that, for example those of a factory.

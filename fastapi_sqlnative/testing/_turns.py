@@ -134,7 +134,7 @@ class Turn:
             self.release(who)
 
     @contextmanager
-    def lent(self, session: object) -> Generator[None]:
+    def allowing(self, session: object) -> Generator[None]:
         """Let a session of the test end during another session's turn."""
         self._holders[session] = None
         try:

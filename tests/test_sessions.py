@@ -383,7 +383,7 @@ def test_a_statement_left_behind_in_the_queue_of_the_pool(
         assert isinstance(left[0].exception(), SessionFinishedError)
         wait_until(lambda: engine.pool.checkedout() == 0)
     assert rows.names == []
-    assert "a task that the request left behind" in caplog.text
+    assert "a task that outlived the request" in caplog.text
 
 
 @pytest.mark.driver_decides

@@ -166,7 +166,7 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
     async def endpoint(session: Annotated[AsyncSession, Depends(library)]) -> int:
         return int(await session.scalar(text("SELECT 7")) or 0)
 
-    with pytest.raises(DatabaseDependencyError, match="of your own that returns"):
+    with pytest.raises(DatabaseDependencyError, match="a function that returns"):
         await start_and_stop(app)
     app.dependency_overrides[library] = of_the_application
     async with running(app) as client:

@@ -63,13 +63,13 @@ class NativeSession(Session):
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Execute a statement and return a scalar."""
         if isinstance(statement, Sequence):  # executing one returns no result object
-            with self._tracked():
+            with self._recording():
                 return super().scalar(statement, *args, **options)
         return self.execute(statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
         """Hand out the connection; from then on anything may have been sent over it."""
-        with self._tracked() as record:
+        with self._recording() as record:
             connection = super().connection(*args, **options)
             begin(connection)
         record.work.handed_out = True
@@ -110,14 +110,14 @@ class NativeSession(Session):
         self._write(super().bulk_update_mappings, *args, **options)
 
     def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
-        with self._tracked() as record:
+        with self._recording() as record:
             if record.options is AUTOCOMMIT:
                 raise record.state.error(ReadOnlySessionError)
             record.work.wrote = True
             work(*args, **options)
 
     @contextmanager
-    def _tracked(self) -> Generator[Record]:
+    def _recording(self) -> Generator[Record]:
         record = self.sqlnative
         record.check_usable()
         executing, record.executing = record.executing, True

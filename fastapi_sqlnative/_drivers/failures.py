@@ -65,7 +65,7 @@ def sqlstates(error: BaseException | None) -> set[str]:
 
 
 def recognize(error: BaseException) -> OperationalError | None:
-    """Return SQLAlchemy's error for a driver's or connect error that SQLAlchemy did not wrap."""
+    """Wrap a driver's connect error or timeout that SQLAlchemy did not wrap; `None` for others."""
     # SQLAlchemy leaves asyncpg's OSErrors and some of its own errors unwrapped. The traceback
     # rules out an OSError of the application's, raised in a listener for example.
     if not isinstance(error, OSError) and server_of(error) is None:

@@ -427,7 +427,7 @@ def test_the_reference_is_complete() -> None:
 def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
     """Yield each parameter of a function or class, and of its methods, with what describes it."""
     docstring = inspect.getdoc(described) or ""
-    for name in re.findall(r"(?:as|what|that) `(\w+(?:\.\w+)?)` (?:does|has)", docstring):
+    for name in re.findall(r"(?:like|those of) `(\w+(?:\.\w+)?)`", docstring):
         docstring += inspect.getdoc(pkgutil.resolve_name(f"{described.__module__}.{name}")) or ""
     with contextlib.suppress(ValueError):  # a class without a signature
         yield from ((name, docstring) for name in inspect.signature(described).parameters)

@@ -347,9 +347,9 @@ OF_LIBPQ = {"host": "db.example", "hostaddr": "127.0.0.1"}
     ("driver", "arguments", "expected"),
     [
         ("psycopg", OF_LIBPQ | {"sslmode": "disable"}, "off"),
-        ("psycopg", OF_LIBPQ, f"on, and {ANYBODY}"),
+        ("psycopg", OF_LIBPQ, f"on, but {ANYBODY}"),
         ("psycopg", OF_LIBPQ | {"sslmode": "verify-full"}, "on"),
-        ("psycopg2", OF_LIBPQ | {"sslmode": "verify-ca"}, f"on, and {ANYBODY}"),
+        ("psycopg2", OF_LIBPQ | {"sslmode": "verify-ca"}, f"on, but {ANYBODY}"),
         ("psycopg2", OF_LIBPQ | {"sslmode": "verify-full"}, "on"),
         ("asyncpg", {"host": "0.0.0.0"}, ANYBODY),
         ("asyncpg", {"host": "0.0.0.0", "ssl": "believing"}, ANYBODY),

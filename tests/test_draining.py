@@ -132,7 +132,7 @@ async def test_draining_ends_by_itself(processes: Processes) -> None:
     process = await processes.start(0.1)
     process.popen.send_signal(signal.SIGTERM)
     assert await process.ended() == -signal.SIGTERM
-    assert "The application drains" in process.said
+    assert "The application is draining" in process.said
     with pytest.raises(ValueError, match="seconds must be at least 0 seconds, and finite"):
         drain_on_sigterm(FastAPI(), seconds=-1)
 

@@ -340,7 +340,7 @@ def test_write_skew_ends_right(
     found = rows.connection.execute("SELECT count(*) FROM item WHERE position > 0").fetchone()
     assert found == (1,)
     assert sum(taken) == WRITERS - 1
-    assert [each for each in caplog.records if "repeated" in each.message], "nobody collided"
+    assert [each for each in caplog.records if "retrying" in each.message], "nobody collided"
 
 
 class Crossing:

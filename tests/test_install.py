@@ -552,7 +552,7 @@ class Wrong(Exception):  # noqa: N818
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "engine-none": ({"engine": None}, TypeError, "'default' must be an Engine.*not NoneType"),
-    "engine-url": ({"engine": "sqlite://"}, TypeError, "not str. Make one.*: create_async_engine"),
+    "engine-url": ({"engine": "sqlite://"}, TypeError, "not str. Create.*URL: create_async_engine"),
     "engine-url-object": ({"engine": make_url("sqlite://")}, TypeError, "not URL"),
     "engine-session": ({"engine": Session()}, TypeError, "not Session"),
     "engine-class": ({"engine": AsyncEngine}, TypeError, r"not AsyncEngine\(sync_engine"),

@@ -375,7 +375,7 @@ async def test_a_mounted_application_of_a_root_that_is_not_running() -> None:
     app.mount("/sub", sub)
     install(app, "root")
     for _ in range(2):
-        with pytest.raises(DatabaseNotInstalledError, match="the one it is mounted in"):
+        with pytest.raises(DatabaseNotInstalledError, match="the application around it"):
             await ask(app, "/sub/default")
         await start_and_stop(app)
 

@@ -238,7 +238,7 @@ def test_an_exhausted_pool(app: FastAPI, client: TestClient) -> None:
 
 def test_what_was_never_hit_fails_the_test(app: FastAPI, client: TestClient) -> None:
     """A failure that nothing ran into is an error of the test's, and is gone after its block."""
-    missed = pytest.raises(AssertionError, match="never met")
+    missed = pytest.raises(AssertionError, match="never hit")
     with missed, fail_next_commit(app, "serialization"):
         pass
     with missed, fail_next_statement(app, "serialization", containing="DELETE"):

@@ -544,7 +544,7 @@ def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, ro
 @on_a_loop
 def test_a_client_on_a_loop_of_its_own_is_refused(app: FastAPI, kind: Kind, rows: Rows) -> None:
     """A second TestClient that is not entered runs its requests elsewhere: told at once."""
-    refused = pytest.raises(IsolationError, match="another event loop")
+    refused = pytest.raises(IsolationError, match="the application's event loop")
     with TestClient(app), isolated(app), refused:
         TestClient(app).post("/names")
 
@@ -618,7 +618,7 @@ def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, r
             stack.enter_context(isolated(app))
         assert first.post("/add").status_code == 201
         if kind.asynchronous:
-            with pytest.raises(IsolationError, match="another event loop"):
+            with pytest.raises(IsolationError, match="the application's event loop"):
                 second.post("/names")
         else:
             assert second.post("/names").json() == ["added"]
@@ -653,7 +653,7 @@ def test_an_engine_and_an_async_engine_for_one_database_are_refused(rows: Rows) 
     url = make_engine_url(rows)
     install_database(app, name="sync", engine=create_engine(url))
     install_database(app, name="async", engine=create_async_engine(url))
-    with pytest.raises(IsolationError, match="'sync' and 'async' are one"):
+    with pytest.raises(IsolationError, match="'sync' and 'async' are the same"):
         isolated(app).__enter__()
 
 

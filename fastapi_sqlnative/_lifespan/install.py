@@ -67,8 +67,8 @@ def install_database(
     if app.middleware_stack is not None or installed.runs:
         raise ApplicationAlreadyStartedError(
             "A database cannot be installed: the application has started. Call install_database "
-            "where the application is created. To build the engine at start-up, pass "
-            "install_database a function that makes it."
+            "where the application is created, before it is served. To build the engine at "
+            "start-up, pass install_database a function that makes it."
         )
     installation = Installation(
         name=trimmed(name),

@@ -93,7 +93,7 @@ def _tls(asked: Asked) -> Answer:
     encrypted = _is_encrypted(asked)
     if encrypted is False:
         return "off", False
-    return "on, but the server is not verified" if encrypted else "server not verified", False
+    return "on, but server not verified" if encrypted else "server not verified", False
 
 
 def _is_encrypted(asked: Asked) -> bool | None:

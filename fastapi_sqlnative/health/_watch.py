@@ -103,13 +103,13 @@ class Watch:
         calling = asyncio.create_task(self._call(is_async))
         in_time, _ = await asyncio.wait({calling}, timeout=timeout)
         if not in_time:
-            self._set_result(DOWN, TimeoutError(f"No answer within {timeout:g} s."))
+            self._settle(DOWN, TimeoutError(f"No answer within {timeout:g} s."))
             if is_async:  # a thread can't be cancelled
                 calling.cancel()
         (found,) = await asyncio.gather(calling, return_exceptions=True)
         if in_time:
             self._until = asyncio.get_running_loop().time() + max_age
-            self._set_result(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
+            self._settle(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
 
     async def _call(self, is_async: bool) -> CheckResult:
         """Call the check, a sync one in a thread; raise a TypeError for an invalid result."""
@@ -127,7 +127,7 @@ class Watch:
                     f"Check {self.name!r} returned {kind}: return a bool or a CheckResult."
                 )
 
-    def _set_result(self, result: CheckResult, cause: BaseException | None) -> None:
+    def _settle(self, result: CheckResult, cause: BaseException | None) -> None:
         self.result = result
         self._answered.set()
         if result != self._logged:

@@ -74,7 +74,7 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
 def _ask(engine: Engine, writable: bool) -> DatabaseState:
     name = engine.dialect.name
     if writable and name not in WRITES:
-        raise NotImplementedError(f"Nothing asks {name} for writes: give it the policy 'required'.")
+        raise NotImplementedError(f"{name} has no check for writes: use the policy 'required'.")
     query: Any = sa.text(WRITES[name]) if writable else sa.select(1)
     try:
         with engine.connect() as connection:

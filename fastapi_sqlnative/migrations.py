@@ -121,8 +121,8 @@ class Revisions(NamedTuple):
         if not isinstance(config, Config):
             if not Path(config).is_file():
                 raise FileNotFoundError(
-                    f"There is no Alembic configuration {os.fspath(config)!r}, started in "
-                    f"{Path.cwd()}: pass a path that doesn't depend on the working directory."
+                    f"There is no Alembic configuration {os.fspath(config)!r} (working directory: "
+                    f"{Path.cwd()}): pass a path that works wherever the application is started."
                 )
             config = Config(config)
         script = ScriptDirectory.from_config(config)

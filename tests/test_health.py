@@ -425,7 +425,7 @@ async def test_a_database_that_nobody_can_ask_for_writes_is_down(
     """Readiness fails closed where it cannot tell, and the log names the policy that works."""
     async with running(healthy(async_sqlite(), databases={"default": "writable"})) as client:
         assert await ready(client) == (503, report("not_ready", {"default": "down"}))
-    assert "Nothing asks sqlite for writes: give it the policy 'required'." in log.text
+    assert "sqlite has no check for writes: use the policy 'required'." in log.text
 
 
 @pytest.fixture

@@ -561,7 +561,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"function without parameters that makes one, not create_async_engine\(url",
     ),
-    "name-number": ({"name": 7}, TypeError, "name of a database is a string, not int"),
+    "name-number": ({"name": 7}, TypeError, "name of a database must be a string, not int"),
     "name-none": ({"name": None}, TypeError, "not NoneType"),
     "shutdown-called": ({"shutdown": "closed"}, TypeError, r"such as engine\.dispose \(no paren"),
     "shutdown-parameter": ({"shutdown": read_once}, TypeError, r"not read_once\(app: .*FastAPI"),

@@ -85,7 +85,7 @@ def test_a_name_has_one_spelling(dependency: Callable[..., Any]) -> None:
     assert dependency() is dependency("") is dependency(" \t") is dependency(" default ")
     assert dependency("sales ") is dependency("sales")
     assert dependency("sales") is not dependency("Sales")
-    with pytest.raises(TypeError, match="is a string, not int"):
+    with pytest.raises(TypeError, match="must be a string, not int"):
         dependency(1)
 
 

@@ -333,7 +333,7 @@ async def test_a_refusal_fails_the_start_at_once(
     engine = strict_engine(strict_server, driver, **parts)
     app = FastAPI()
     install_database(app, name="desk", engine=engine, shutdown=engine.dispose, startup_wait=60)
-    expected = "Database 'desk' answered with an error that will not go away by waiting"
+    expected = "Database 'desk' answered with an error that waiting will not fix"
     with pytest.raises(Exception, match=expected) as failed:
         await start_and_stop(app)
     assert "seldom-seen" not in str(failed.value)

@@ -152,7 +152,7 @@ def installations_of(app: Starlette) -> Installations:
 def trimmed(name: object) -> str:
     """Normalize a database's name; a blank name is `default`."""
     if not isinstance(name, str):
-        raise TypeError(f"The name of a database is a string, not {type(name).__name__}.")
+        raise TypeError(f"The name of a database must be a string, not {type(name).__name__}.")
     return name.strip() or "default"
 
 
@@ -200,8 +200,8 @@ class InstalledDatabases(Mapping[str, DatabaseT]):
             raise KeyError(str(error)) from None
         if self._kind is not None and not isinstance(database, self._kind):
             raise TypeError(
-                f"Database {database.name!r} is not a {self._kind.__name__} but, by its engine, a "
-                f"{type(database).__name__}."
+                f"The handle of database {database.name!r} is {type(database).__name__}, not "
+                f"{self._kind.__name__}: its engine decides that. Ask for the other kind."
             )
         found: DatabaseT = database
         return found

@@ -138,7 +138,7 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
         except Exception as error:
             left = deadline - anyio.current_time()
             if left <= 0 or not _may_pass(error):
-                refused = "answered with an error that will not go away by waiting"
+                refused = "answered with an error that waiting will not fix"
                 outcome = f"did not answer in {seconds:g} s" if left <= 0 else refused
                 error.add_note(f"Database {database.name!r} {outcome}.")
                 raise

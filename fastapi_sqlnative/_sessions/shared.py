@@ -49,8 +49,8 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
         "an after_commit listener, or the session class's commit(). Do not repeat the request."
     ),
     exceptions.ReadOnlySessionError: (
-        "The session from reader({0!r}) only reads: every statement would be committed on its "
-        "own. Depend on transactional({0!r}) to write."
+        "The session from reader({0!r}) is read-only: it would commit each statement on its own. "
+        "Depend on transactional({0!r}) to write."
     ),
     exceptions.TransactionOptionsError: (
         "Database {0!r} has no transactions: its engine is in AUTOCOMMIT, where each statement is "

@@ -151,7 +151,7 @@ def fail_next_checkout(
 
         def get_bind(session: NativeSession, *args: Any, **arguments: Any) -> Any:
             if not session.sqlnative.connections and happens():
-                raise exc.TimeoutError("The pool is exhausted: by a test", code="3o7r")
+                raise exc.TimeoutError("The pool is exhausted (simulated by a test)", code="3o7r")
             return super(sessions, session).get_bind(*args, **arguments)
 
         sessions.get_bind = get_bind
@@ -206,6 +206,6 @@ def _provoke(connection: Connection, failure: str) -> None:
 
 def _lost(connection: Connection, sqlstate: str) -> Any:
     """Build the driver's error for a lost connection."""
-    lost = connection.dialect.loaded_dbapi.OperationalError("the connection was lost: by a test")
+    lost = connection.dialect.loaded_dbapi.OperationalError("connection lost (simulated by a test)")
     lost.sqlstate, lost.severity = sqlstate, "FATAL"  # type: ignore[attr-defined] # as servers do
     return lost

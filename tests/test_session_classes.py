@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
+from fastapi_sqlnative._sessions.factory import Outermost
+from fastapi_sqlnative._sessions.session import NativeSession
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
     TransactionAbortedError,
@@ -289,3 +291,13 @@ async def test_a_method_that_goes_past_execute_is_seen(
         await ask(engine, kind, transactional(), swallow, session_options=options)
     assert await ask(engine, kind, transactional(), forget, session_options=options) == 201
     assert rows.names == ["a"]
+
+
+# -- names -------------------------------------------------------------------------------------
+
+
+def test_a_class_may_name_its_own_methods_as_it_likes() -> None:
+    """The package's session classes add nothing to SQLAlchemy's but the record."""
+    ours = {name for each in (Outermost, NativeSession) for name in vars(each)}
+    assert {name for name in ours - set(dir(Session)) if not name.startswith("__")} == set()
+    assert "sqlnative" in NativeSession.__annotations__

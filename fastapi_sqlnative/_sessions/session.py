@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, cast
 
@@ -63,13 +63,13 @@ class NativeSession(Session):
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Execute a statement and return a scalar."""
         if isinstance(statement, Sequence):  # executing one returns no result object
-            with self._recording():
+            with _recording(self.sqlnative):
                 return super().scalar(statement, *args, **options)
         return self.execute(statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
         """Hand out the connection; from then on anything may have been sent over it."""
-        with self._recording() as record:
+        with _recording(self.sqlnative) as record:
             connection = super().connection(*args, **options)
             begin(connection)
         record.work.handed_out = True
@@ -99,35 +99,18 @@ class NativeSession(Session):
 
     def bulk_save_objects(self, *args: Any, **options: Any) -> None:
         """Insert or update objects in bulk."""
-        self._write(super().bulk_save_objects, *args, **options)
+        with _writing(self.sqlnative):
+            super().bulk_save_objects(*args, **options)
 
     def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
         """Insert rows in bulk."""
-        self._write(super().bulk_insert_mappings, *args, **options)
+        with _writing(self.sqlnative):
+            super().bulk_insert_mappings(*args, **options)
 
     def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
         """Update rows in bulk."""
-        self._write(super().bulk_update_mappings, *args, **options)
-
-    def _write(self, work: Callable[..., None], *args: Any, **options: Any) -> None:
-        with self._recording() as record:
-            if record.options is AUTOCOMMIT:
-                raise record.state.error(ReadOnlySessionError)
-            record.work.wrote = True
-            work(*args, **options)
-
-    @contextmanager
-    def _recording(self) -> Generator[Record]:
-        record = self.sqlnative
-        record.check_usable()
-        executing, record.executing = record.executing, True
-        try:
-            yield record
-        except Exception as error:
-            record.handle_error(error)
-            raise
-        finally:
-            record.executing = executing
+        with _writing(self.sqlnative):
+            super().bulk_update_mappings(*args, **options)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would refuse
     # a closed session too, but its message doesn't name the fix.
@@ -162,23 +145,14 @@ class NativeSession(Session):
             begin_before_savepoint(connection)
         transaction = super().begin(nested)
         if not nested:
-            return self._begun(transaction)
+            return _begun(self, transaction)
         record.work.savepoint_begins(depth_of(transaction), record.connections)
         return transaction
-
-    def _begun(self, transaction: SessionTransaction) -> SessionTransaction:
-        record = self.sqlnative
-        if record.begun is None or record.begun.transaction is not transaction:
-            end_streams = functools.partial(record.end_results, streams_only=True)
-            record.begun = BegunTransaction(self, transaction, end_streams)
-        return cast("SessionTransaction", record.begun)
 
     def get_transaction(self) -> SessionTransaction | None:
         """Return the current transaction, if any."""
         transaction = super().get_transaction()
-        if transaction is None:
-            return None
-        return self._begun(transaction)
+        return None if transaction is None else _begun(self, transaction)
 
     def commit(self) -> None:
         """Commit as SQLAlchemy does: check, flush, check again, COMMIT, interpret the outcome.
@@ -196,23 +170,11 @@ class NativeSession(Session):
         try:
             while self.in_nested_transaction():
                 cast("SessionTransaction", self.get_nested_transaction()).commit()
-            if self.dispatch.before_commit:
-                self._commit_after_listeners()
-            else:
-                if self.in_transaction():
-                    _check_before_commit(self)  # nothing runs between this and COMMIT
+            with _checked_last(self):
                 super().commit()
         except Exception as error:
             record.commit_failed(error)
             raise
-
-    def _commit_after_listeners(self) -> None:
-        # Listeners on the session run after those on its classes, and the newest runs last.
-        event.listen(self, "before_commit", _check_before_commit)
-        try:
-            super().commit()
-        finally:
-            event.remove(self, "before_commit", _check_before_commit)
 
     def rollback(self) -> None:
         """Roll back."""
@@ -226,29 +188,18 @@ class NativeSession(Session):
 
     def close(self) -> None:
         """Close the session, recording whether it discards changes."""
-        self._note_discarded(ask=True)
+        _note_discarded(self, ask=True)
         super().close()
 
     def reset(self) -> None:
         """Reset the session, recording whether it discards changes."""
-        self._note_discarded(ask=True)
+        _note_discarded(self, ask=True)
         super().reset()
 
     def invalidate(self) -> None:
         """Invalidate the connections, recording whether that discards changes."""
-        self._note_discarded(ask=False)  # the connection may hang
+        _note_discarded(self, ask=False)  # the connection may hang
         super().invalidate()
-
-    def _note_discarded(self, *, ask: bool) -> None:
-        record = self.sqlnative
-        if record.connections:
-            record.check_thread()
-        record.end_results()
-        record.closed = True
-        if record.finished or record.discarded or not self.in_transaction():
-            return
-        unstored = record.count_unstored() > 0 if ask else record.may_have_written
-        record.discarded = unstored or has_pending_changes(self)
 
 
 def sync_session(session: AnySession) -> NativeSession:
@@ -261,6 +212,55 @@ def record_of(session: AnySession) -> Record:
     return sync_session(session).sqlnative
 
 
+# Functions, because a method could have the name of one of the application's class.
+
+
+@contextmanager
+def _recording(record: Record) -> Generator[Record]:
+    record.check_usable()
+    executing, record.executing = record.executing, True
+    try:
+        yield record
+    except Exception as error:
+        record.handle_error(error)
+        raise
+    finally:
+        record.executing = executing
+
+
+@contextmanager
+def _writing(record: Record) -> Generator[None]:
+    with _recording(record):
+        if record.options is AUTOCOMMIT:
+            raise record.state.error(ReadOnlySessionError)
+        record.work.wrote = True
+        yield
+
+
+def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTransaction:
+    record = session.sqlnative
+    if record.begun is None or record.begun.transaction is not transaction:
+        end_streams = functools.partial(record.end_results, streams_only=True)
+        record.begun = BegunTransaction(session, transaction, end_streams)
+    return cast("SessionTransaction", record.begun)
+
+
+@contextmanager
+def _checked_last(session: NativeSession) -> Generator[None]:
+    """Check the transaction as the last thing before the COMMIT in this block."""
+    if not session.dispatch.before_commit:
+        if session.in_transaction():
+            _check_before_commit(session)
+        yield
+        return
+    # Listeners on the session run after those on its classes, and the newest runs last.
+    event.listen(session, "before_commit", _check_before_commit)
+    try:
+        yield
+    finally:
+        event.remove(session, "before_commit", _check_before_commit)
+
+
 def _check_before_commit(session: NativeSession) -> None:
     """Refuse to commit an aborted transaction, after all listeners and right before COMMIT."""
     record = session.sqlnative
@@ -269,3 +269,15 @@ def _check_before_commit(session: NativeSession) -> None:
     record.check_committable()
     record.end_results(streams_only=True)
     record.committing = True
+
+
+def _note_discarded(session: NativeSession, *, ask: bool) -> None:
+    record = session.sqlnative
+    if record.connections:
+        record.check_thread()
+    record.end_results()
+    record.closed = True
+    if record.finished or record.discarded or not session.in_transaction():
+        return
+    unstored = record.count_unstored() > 0 if ask else record.may_have_written
+    record.discarded = unstored or has_pending_changes(session)

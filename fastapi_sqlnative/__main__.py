@@ -8,7 +8,6 @@ import dataclasses
 import json
 import pkgutil
 import sys
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
@@ -17,13 +16,15 @@ from typing import Any
 from starlette.applications import Starlette
 
 from .checklist import Finding, FindingStatus, check_databases
-from .checklist._findings import summary
+from .checklist._findings import FIXES, summary
 
 _EPILOG = """\
 exit status: 0; 1 if, with --strict, a row is neither ok nor accepted; 2 if the application cannot
-be imported, or a database does not answer
+be imported or has no database, an option is wrong, or a database does not answer
 """
 _WELL = (FindingStatus.OK, FindingStatus.ACCEPTED)
+# The subjects of rows that may be accepted. A database that does not answer may not.
+_ACCEPTABLE = sorted(FIXES.keys() - {"answer"})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         findings = asyncio.run(_ask(options))
-    except Exception as error:
-        traceback.print_exc()
-        print(f"{options.app} could not be checked: see above.", file=sys.stderr)
+    except (Exception, SystemExit) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())  # Pydantic's have several lines
+        print(f"{options.app} cannot be checked: {why}", file=sys.stderr)
         raise SystemExit(2) from error
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))
@@ -68,12 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         "--accept",
         action="append",
         default=[],
+        type=_row,
         metavar="DATABASE:SUBJECT",
         help="a row to report as accepted",
     )
     check.add_argument("--strict", action="store_true", help="fail on warnings")
     check.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _row(text: str) -> str:
+    """Check that there is a row of this subject. Its database is checked once all have answered."""
+    subject = text.rpartition(":")[2]
+    if subject not in _ACCEPTABLE:
+        known = ", ".join(_ACCEPTABLE)
+        raise argparse.ArgumentTypeError(f"no row {subject!r} can be accepted; these can: {known}")
+    return text
 
 
 async def _ask(options: argparse.Namespace) -> list[Finding]:
@@ -85,6 +96,11 @@ async def _ask(options: argparse.Namespace) -> list[Finding]:
         alembic={name or "default": path for name, _, path in alembic},
         progress=partial(print, file=sys.stderr, flush=True),
     )
+    if not findings:
+        raise LookupError("no database is installed on it. Call install_database(app, ...).")
+    known = {each.database for each in findings}
+    if unknown := {each.rpartition(":")[0] for each in options.accept} - known:
+        raise LookupError(f"--accept names {sorted(unknown)}, and installed are: {sorted(known)}.")
     return [
         dataclasses.replace(each, status=FindingStatus.ACCEPTED)
         if f"{each.database}:{each.subject}" in options.accept
@@ -98,7 +114,8 @@ def _application(place: str, factory: bool) -> Starlette:
     found: Any = pkgutil.resolve_name(place if ":" in place else f"{place}:app")
     app = found() if factory else found
     if not isinstance(app, Starlette):
-        raise TypeError(f"{place} is {app!r}, not an application. Pass --factory for a function.")
+        kind = type(app).__name__
+        raise TypeError(f"this is a {kind}, not an application. Pass --factory if it makes one.")
     return app
 
 

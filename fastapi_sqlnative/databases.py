@@ -7,11 +7,17 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar, cast
 
-from sqlalchemy import URL, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy import URL, Connection, Engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from ._drivers.pools import PoolStatus, pool_status
 from ._retries import Retries
@@ -46,7 +52,7 @@ class _Database(Generic[EngineT]):
         if not isinstance(given, self._engine_type):
             raise TypeError(
                 f"{type(self).__name__} {name!r} takes an {self._engine_type.__name__}, not "
-                f"{type(engine).__name__}.{hint_for_url(given)}"
+                f"{type(engine).__name__}.{hint_for_engine(given)}"
             )
         self.name = name
         self.engine: EngineT = engine
@@ -267,11 +273,21 @@ def sessions_of(database: AnyDatabase) -> SessionFactory:
     return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
-def hint_for_url(given: object) -> str:
-    """Return a hint for the error message if a URL was given instead of an engine."""
-    if not isinstance(given, str | URL):
-        return ""
-    return " Create an engine from the URL: create_async_engine(url), or create_engine(url)."
+# What is easily mistaken for an engine, or for a function that makes one.
+_FROM_ENGINES: Final = (
+    *(Connection, Session, sessionmaker, scoped_session),
+    *(AsyncConnection, AsyncSession, async_sessionmaker, async_scoped_session),
+)
+
+
+def hint_for_engine(given: object) -> str:
+    """Return a hint for the error message if it is known what was given instead of an engine."""
+    if isinstance(given, str | URL):
+        return " Create an engine from the URL: create_async_engine(url), or create_engine(url)."
+    kind = given if isinstance(given, type) else type(given)
+    if issubclass(kind, _FROM_ENGINES):
+        return " Pass the engine itself, and a sessionmaker's other options as session_options."
+    return ""
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:

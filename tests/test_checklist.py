@@ -85,6 +85,7 @@ def server() -> Iterator[Badly]:
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute(ROLES)
             connection.execute("CREATE DATABASE second")
+            connection.execute("CREATE DATABASE narrow CONNECTION LIMIT 5")
         yield server
 
 
@@ -233,10 +234,21 @@ def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
     assert found == ("ok", "16 needed by 1 process(es), 25 available")
 
 
-def test_a_limit_of_the_role_counts(server: Badly) -> None:
-    """A role's CONNECTION LIMIT is all that there is for its pools."""
-    found = row(check(create_engine(url_of(server, "psycopg", "limited"))), "connections")
-    assert found == ("warning", "16 needed by 1 process(es), 10 available")
+@pytest.mark.parametrize(
+    ("role", "databases", "expected"),
+    [
+        ("limited", ["postgres"], "16 needed by 1 process(es), 10 available"),
+        ("limited", ["postgres", "second"], "32 needed by 1 process(es), 10 available"),
+        ("shop", ["narrow"], "16 needed by 1 process(es), 5 available"),
+    ],
+    ids=str,
+)
+def test_a_limit_of_the_role_or_the_database_counts(
+    server: Badly, role: str, databases: list[str], expected: str
+) -> None:
+    """A CONNECTION LIMIT is all that there is for pools; a role's applies to all its databases."""
+    engines = (create_engine(url_of(server, "psycopg", role, each)) for each in databases)
+    assert row(check(*engines), "connections") == ("warning", expected)
 
 
 @pytest.mark.parametrize("options", [{"max_overflow": -1}, {"poolclass": NullPool}], ids=str)
@@ -613,6 +625,9 @@ def create_app():
     install_database(app, engine=create_engine({url!r}))
     return app
 
+def fail():
+    raise ValueError("1 error:\\n  url is missing")
+
 app = create_app()
 """
 
@@ -623,7 +638,7 @@ def application(server: Badly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "main.py").write_text(MAIN.format(url=url_of(server, "psycopg")))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in "main", "failing", "away":
+    for name in "main", "failing", "leaving", "empty", "away":
         sys.modules.pop(name, None)
 
 
@@ -685,18 +700,54 @@ def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("nowhere:app", "No module named 'nowhere'"),
-        ("main:nothing", "has no attribute 'nothing'"),
-        ("main:create_app", "--factory"),
+        ("nowhere:app", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("main:nothing", "AttributeError: module 'main' has no attribute 'nothing'"),
+        ("main:create_app", "TypeError: this is a function, not an application. Pass --factory"),
+        ("main:fail --factory", "ValueError: 1 error: url is missing"),
         ("failing:app", "KeyError: 'SHOP_DATABASE_URL'"),
-        ("away:app", "Asking database 'default'"),
+        ("leaving:app", "SystemExit"),
+        ("empty:app", "no database is installed on it. Call install_database(app, ...)."),
     ],
 )
-def test_what_cannot_be_asked_is_no_success(
+def test_what_cannot_be_asked_is_said_in_a_line(
     application: Path, target: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An application that cannot be imported, or a database that is away, is status 2."""
+    """An application that cannot be imported, or has no database, is one line and status 2."""
     (application / "failing.py").write_text("import os; os.environ['SHOP_DATABASE_URL']")
+    (application / "leaving.py").write_text("raise SystemExit")
+    (application / "empty.py").write_text("from fastapi import FastAPI; app = FastAPI()")
+    name, *options = target.split()
+    assert run(name, *options) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"{name} cannot be checked: ")
+    assert says in line
+    assert not printed.out
+
+
+def test_a_database_that_is_away_is_no_success(
+    application: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A database that does not answer is status 2, whatever is accepted."""
     (application / "away.py").write_text(MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop"))
-    assert run(target) == 2
-    assert says in capsys.readouterr().err
+    assert run("away:app", "--accept", "default:pooler") == 2
+    assert "no answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("accepted", "says"),
+    [
+        ("default:poler", "no row 'poler' can be accepted; these can: TLS,"),
+        ("default:answer", "no row 'answer' can be accepted"),
+        ("defult:pooler", "--accept names ['defult'], and installed are: ['default']"),
+        ("pooler", "--accept names ['']"),
+    ],
+)
+def test_a_row_that_does_not_exist_cannot_be_accepted(
+    application: Path, accepted: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt row accepts nothing, and is an error that names the rows or the databases."""
+    assert run("main", "--accept", accepted) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert not printed.out

@@ -1,17 +1,18 @@
 """Rule 11: what start-up finds in the routes, before a request can."""
 
 import functools
+import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any, Optional, Protocol, Union, cast
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket, routing
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Host, Mount, Router
@@ -26,6 +27,7 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
+from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, DatabaseNotInstalledError
 from tests.in_process import async_sqlite, running, sqlite, start_and_stop
 
@@ -542,13 +544,32 @@ async def test_what_ends_with_the_session_may_hold_it(dependency: Dependency) ->
     await start(in_the_route(dependency))
 
 
-@pytest.mark.parametrize("maker", OURS.values(), ids=OURS)
-async def test_a_forgotten_call_fails_the_start(maker: Dependency) -> None:
+UNCALLED: dict[Dependency, str] = {
+    get_db: "get_db(name)",
+    transactional: "transactional(name)",
+    reader: "reader(name)",
+    get_database_handle: "get_database_handle(name)",
+    deadline: "deadline(seconds)",
+    cancel_on_disconnect: "cancel_on_disconnect()",
+}
+
+
+@pytest.mark.parametrize(("maker", "called"), UNCALLED.items(), ids=UNCALLED.values())
+async def test_a_forgotten_call_fails_the_start(maker: Dependency, called: str) -> None:
     """`Depends(get_db)` without the call is refused, and the error shows how to write it."""
-    app = FastAPI()
-    with_route(app, Depends(maker))
-    with pytest.raises(DatabaseDependencyError, match=rf"Depends\({maker.__name__}\(name\)\)"):
-        await start(app)
+    message = rf"'/items': Depends\({maker.__name__}\) lacks .*Depends\({re.escape(called)}\)"
+    with pytest.raises(DatabaseDependencyError, match=message):
+        await start(in_the_route(maker))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+async def test_a_forgotten_call_is_found_everywhere(
+    place: Callable[[Dependency], FastAPI],
+) -> None:
+    """Wherever a deadline without its call stands, it fails the start; with the call it serves."""
+    with pytest.raises(DatabaseDependencyError, match=r"'/items': Depends\(deadline\) lacks"):
+        await start(place(deadline))
+    await start(place(deadline(5)))
 
 
 async def test_function_scope_around_ours_is_fine() -> None:
@@ -607,6 +628,8 @@ CONTRADICTIONS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
     "alias": (SYNC_ALIAS, async_sqlite),
     "nested-alias": (NESTED_ALIAS, async_sqlite),
     "handle-for-session": (AsyncDatabase, async_sqlite),
+    "factory-for-session": (async_sessionmaker[AsyncSession], async_sqlite),
+    "sync-factory-for-session": (sessionmaker, sqlite),
 }
 
 
@@ -627,6 +650,7 @@ HANDLES: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
     "Database-AsyncEngine": (Database, async_sqlite),
     "AsyncDatabase-Engine": (AsyncDatabase, sqlite),
     "session-for-handle": (AsyncSession, async_sqlite),
+    "factory-for-handle": (async_sessionmaker, async_sqlite),
 }
 
 
@@ -634,9 +658,33 @@ HANDLES: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
 async def test_a_handle_s_annotation_is_checked(
     annotation: Any, engine: Callable[[], Engine | AsyncEngine]
 ) -> None:
-    """Database and AsyncDatabase are not taken for each other, or for a session."""
+    """Database and AsyncDatabase are not taken for each other, for a session or a factory."""
     with pytest.raises(DatabaseDependencyError, match=r"gives (Async)?Database\."):
         await start(annotated(annotation, get_database_handle), engine)
+
+
+ADVICE: dict[str, tuple[Any, Callable[[str], Dependency], str]] = {
+    "colour": (Session, get_db, "Install the other kind of engine"),
+    "colour-of-a-handle": (Database, get_database_handle, "Install the other kind of engine"),
+    "handle-for-session": (AsyncDatabase, get_db, r"Depend on get_database_handle\('orders'\)"),
+    "either-handle": (Database | AsyncDatabase, transactional, "Depend on get_database_handle"),
+    "session-for-handle": (AsyncSession, get_database_handle, r"Depend on get_db\('orders'\)"),
+    "factory": (async_sessionmaker, get_db, r"Use Annotated\[AsyncDatabase, Depends\(get_da"),
+    "factory-for-handle": (
+        sessionmaker[Session],
+        get_database_handle,
+        r"'orders'\)\)\], and call its session\(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("annotation", "ours", "advice"), ADVICE.values(), ids=ADVICE)
+async def test_a_contradiction_names_what_to_depend_on(
+    annotation: Any, ours: Callable[[str], Dependency], advice: str
+) -> None:
+    """The error names the dependency that gives what the annotation says, where there is one."""
+    with pytest.raises(DatabaseDependencyError, match=advice):
+        await start(annotated(annotation, ours))
 
 
 AGREEMENTS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
@@ -648,7 +696,12 @@ AGREEMENTS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
     "object": (object, async_sqlite),
     "protocol": (Executes, async_sqlite),
     "own-class": (Repository, async_sqlite),
+    "base-class": (AsyncSession.__mro__[1], async_sqlite),
+    "context-manager": (AbstractAsyncContextManager, async_sqlite),
+    "session-or-handle": (AsyncSession | AsyncDatabase, async_sqlite),
+    "session-or-factory": (async_sessionmaker[AsyncSession] | AsyncSession, async_sqlite),
     "list": (list[Session], async_sqlite),
+    "class": (type[Session], async_sqlite),
     "alias": (SYNC_ALIAS, sqlite),
     "text": ("Session", async_sqlite),
 }
@@ -662,9 +715,20 @@ async def test_an_annotation_that_may_fit_is_left_alone(
     await start(annotated(annotation), engine)
 
 
-@pytest.mark.parametrize(
-    ("annotation", "engine"), [(Database, sqlite), (AsyncDatabase, async_sqlite), (Any, sqlite)]
-)
+HANDLES_THAT_FIT: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
+    "Database": (Database, sqlite),
+    "AsyncDatabase": (AsyncDatabase, async_sqlite),
+    "either": (Database | AsyncDatabase, async_sqlite),
+    "handle-or-session": (AsyncDatabase | AsyncSession, async_sqlite),
+    "handle-or-factory": (sessionmaker[Session] | Database | None, sqlite),
+    "base-class": (Database.__mro__[1], sqlite),
+    "protocol": (Executes, async_sqlite),
+    "object": (object, sqlite),
+    "any": (Any, sqlite),
+}
+
+
+@pytest.mark.parametrize(("annotation", "engine"), HANDLES_THAT_FIT.values(), ids=HANDLES_THAT_FIT)
 async def test_a_handle_s_annotation_that_fits_starts(
     annotation: Any, engine: Callable[[], Engine | AsyncEngine]
 ) -> None:

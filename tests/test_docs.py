@@ -14,7 +14,8 @@ The rules for whoever writes a page. None of its blocks is exempt:
 
   ``start -> DatabaseNotInstalledError`` stands alone: the application does not start.
 - Every endpoint that a page defines is requested in it.
-- ``console`` names targets of the Makefile, extras and an ``app`` that exist.
+- ``console`` names targets of the Makefile, extras and an ``app`` that exist; ``pytest`` calls the
+  page's tests. They find the page's names in ``main``.
 - ``sql`` runs in one transaction that is rolled back. A statement that ends with ``-- refused`` is
   one for which the role lacks the privilege.
 - ``toml`` is FastAPI's table in pyproject.toml.
@@ -232,7 +233,16 @@ class Snippets:
             match words:
                 case ["make", target]:
                     assert f"\n{target}: " in (ROOT / "Makefile").read_text("utf-8")
-                case ["pip" | ".venv/bin/pip", "install", *packages] | ["uv", "add", *packages]:
+                case ["uv", "run", "pytest"]:
+                    tests = [each for name, each in self.names.items() if name.startswith("test_")]
+                    assert tests
+                    for test in tests:
+                        test()
+                case (
+                    ["pip" | ".venv/bin/pip", "install", *packages]
+                    | ["uv", "add", "--dev", *packages]
+                    | ["uv", "add", *packages]
+                ):
                     for package in packages:
                         check_package(package)
                 case ["python", "-m", "venv", ".venv"] | ["uv", "init", "--bare", *_]:
@@ -269,7 +279,7 @@ def check_package(requirement: str) -> None:
         extras = (found[2] or "").split(",")
         assert set(filter(None, extras)) <= project["optional-dependencies"].keys()
     else:
-        assert found[1] in {"aiosqlite", "asyncmy", "fastapi", "uvicorn"}
+        assert found[1] in {"aiosqlite", "asyncmy", "fastapi", "pytest", "uvicorn"}
 
 
 def endpoints(page: Path) -> set[str]:
@@ -301,6 +311,7 @@ def run_snippets(page: Path, postgres: WorkerPostgres, monkeypatch: pytest.Monke
     """Run the blocks of a page from its top, on empty schemas."""
     module = ModuleType(module_name(page))
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
+    monkeypatch.setitem(sys.modules, "main", module)
     snippets = Snippets(page, module)
     # A database that a page clones has no such schema.
     path = f"{SCHEMA},public" if page.stem == "testing" else SCHEMA

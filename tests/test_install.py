@@ -10,8 +10,13 @@ from typing import Annotated, Any
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
 from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from starlette.testclient import TestClient
 
 from conftest import WorkerPostgres
@@ -29,6 +34,7 @@ from fastapi_sqlnative.exceptions import (
     DatabaseNotInstalledError,
     DatabaseNotStartedError,
 )
+from fastapi_sqlnative.testing import async_client
 from tests.in_process import (
     async_sqlite,
     client_of,
@@ -554,7 +560,28 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "engine-none": ({"engine": None}, TypeError, "'default' must be an Engine.*not NoneType"),
     "engine-url": ({"engine": "sqlite://"}, TypeError, "not str. Create.*URL: create_async_engine"),
     "engine-url-object": ({"engine": make_url("sqlite://")}, TypeError, "not URL"),
-    "engine-session": ({"engine": Session()}, TypeError, "not Session"),
+    "engine-session": ({"engine": Session()}, TypeError, "not Session. Pass the engine itself"),
+    "engine-session-class": ({"engine": AsyncSession}, TypeError, "not AsyncSession. Pass the eng"),
+    "engine-factory-of-sessions": (
+        {"engine": sessionmaker(sqlite())},
+        TypeError,
+        r"not sessionmaker\. Pass the engine itself, .*session_options",
+    ),
+    "engine-async-factory": (
+        {"engine": async_sessionmaker(async_sqlite(), autoflush=False)},
+        TypeError,
+        "not async_sessionmaker. Pass the engine itself",
+    ),
+    "engine-scoped-session": (
+        {"engine": scoped_session(sessionmaker())},
+        TypeError,
+        "not scoped_session. Pass the engine itself",
+    ),
+    "engine-connection": (
+        {"engine": async_sqlite().connect()},
+        TypeError,
+        "not AsyncConnection. Pass the engine itself",
+    ),
     "engine-class": ({"engine": AsyncEngine}, TypeError, r"not AsyncEngine\(sync_engine"),
     "engine-parameter": (
         {"engine": create_async_engine},
@@ -688,19 +715,34 @@ async def test_an_install_beside_running_databases_is_refused(mounted: bool) -> 
     assert list(installed_databases(sub)) == []
 
 
+NOT_STARTED = pytest.raises(
+    DatabaseNotStartedError,
+    match=r"'default' .*not started.*`with TestClient\(app\) as client`.*ASGITransport, "
+    r"`async with async_client\(app\) as client` from fastapi_sqlnative\.testing",
+)
+
+
 async def test_a_request_without_a_lifespan_says_what_is_missing() -> None:
-    """A bare ASGITransport never ran the lifespan: the error names the ways to run it."""
+    """A bare ASGITransport never ran the lifespan: the error names what does, and that works."""
     engine = async_sqlite()
     app = reading_app(engine, shutdown=engine.dispose)
-    async with client_of(app) as client:
-        with pytest.raises(
-            DatabaseNotStartedError, match=r"'default' .*not started.*TestClient.*lifespan_context"
-        ):
-            await client.get("/")
-        async with running(app):
+    async with client_of(app) as bare:
+        with NOT_STARTED:
+            await bare.get("/")
+        async with async_client(app) as client:
             assert (await client.get("/")).json() == 1
-        with pytest.raises(DatabaseNotStartedError):
-            await client.get("/")
+        with NOT_STARTED:
+            await bare.get("/")
+
+
+def test_a_test_client_outside_of_a_block_says_what_is_missing() -> None:
+    """A TestClient runs the lifespan as a block only: the error says so, and that works."""
+    engine = sqlite()
+    app = reading_app(engine, shutdown=engine.dispose)
+    with NOT_STARTED:
+        TestClient(app).get("/")
+    with TestClient(app) as client:
+        assert client.get("/").json() == 1
 
 
 async def test_a_request_without_an_install_says_so() -> None:
@@ -725,7 +767,7 @@ BAD_FACTORIES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "raises": (fail, Wrong, "no engine today"),
     "nothing": (lambda: None, TypeError, "'bad' must return an Engine.*returned NoneType"),
     "url": (lambda: "sqlite://", TypeError, "it returned str"),
-    "session": (sessionmaker(), TypeError, "it returned Session"),
+    "session": (lambda: Session(), TypeError, "it returned Session"),
     "factory": (lambda: async_sqlite, TypeError, "it returned function"),
 }
 

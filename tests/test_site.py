@@ -267,9 +267,16 @@ def commands(tool: str) -> list[str]:
 
 @pytest.mark.timeout(600)  # pip and uv install some fifty packages
 @pytest.mark.parametrize(
-    ("tool", "fastapi"), [("uv", ["uv", "run", "fastapi"]), ("pip", [".venv/bin/fastapi"])]
+    ("tool", "fastapi", "tested"),
+    [
+        ("uv", ["uv", "run", "fastapi"], "uv add --dev pytest && uv run pytest"),
+        ("pip", [".venv/bin/fastapi"], ".venv/bin/pip install pytest && .venv/bin/pytest"),
+    ],
+    ids=["uv", "pip"],
 )
-def test_the_tutorial_from_an_empty_folder(tool: str, fastapi: list[str], tmp_path: Path) -> None:
+def test_the_tutorial_from_an_empty_folder(
+    tool: str, fastapi: list[str], tested: str, tmp_path: Path
+) -> None:
     """Whoever types what the tutorial says gets the answers that it shows."""
     tools = Path(sys.executable).parent
     own = {"DATABASE_URL", "PYTHONPATH", "VIRTUAL_ENV"}  # a reader has none of them
@@ -279,8 +286,10 @@ def test_the_tutorial_from_an_empty_folder(tool: str, fastapi: list[str], tmp_pa
         subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True)
     found = [each for each in blocks(START) if each.info in {"python", "http", "toml"}]
     code = [each.content for each in found if each.info == "python"]
+    tests = [each for each in code if "TestClient" in each]
+    (tmp_path / "test_main.py").write_text("".join(tests), "utf-8")
     (tmp_path / "main.py").write_text(
-        "\n".join(each for each in code if "TestClient" not in each), "utf-8"
+        "\n".join(each for each in code if each not in tests), "utf-8"
     )
     (table,) = (each.content for each in found if each.info == "toml")
     with (tmp_path / "pyproject.toml").open("a") as project:
@@ -303,6 +312,7 @@ def test_the_tutorial_from_an_empty_folder(tool: str, fastapi: list[str], tmp_pa
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(SECONDS)
+    subprocess.run(tested, shell=True, cwd=tmp_path, env=environment, check=True)
 
 
 def is_alive(address: str, server: subprocess.Popen[bytes]) -> bool:

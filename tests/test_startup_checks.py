@@ -20,6 +20,7 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
+from fastapi_sqlnative.cancellation import deadline
 from fastapi_sqlnative.exceptions import (
     DatabaseDependencyError,
     DatabaseNotInstalledError,
@@ -176,13 +177,18 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
 # -- overrides and endpoints of any kind -------------------------------------------------------
 
 
-@pytest.mark.parametrize("maker", [get_db, transactional, reader])
-async def test_an_override_of_the_maker_can_never_match(maker: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("maker", "arguments"),
+    [(get_db, "name"), (transactional, "name"), (reader, "name"), (deadline, "seconds")],
+)
+async def test_an_override_of_the_maker_can_never_match(
+    maker: Callable[..., Any], arguments: str
+) -> None:
     """`dependency_overrides[get_db]`, without the call, fails start-up and names the call."""
     app = with_database()
     app.dependency_overrides[maker] = of_the_application
-    name = maker.__name__
-    with pytest.raises(DatabaseDependencyError, match=rf"dependency_overrides\[{name}\(name\)\]"):
+    call = rf"{maker.__name__}\({arguments}\)"
+    with pytest.raises(DatabaseDependencyError, match=rf"dependency_overrides\[{call}\]"):
         await start_and_stop(app)
 
 

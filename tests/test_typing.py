@@ -113,7 +113,8 @@ def snippets(folder: Path) -> list[Path]:
         module = folder / f"{module_name(page)}.py"
         # SQLAlchemy 2.0 does not know the type of func.count(), 2.1 does.
         option = "" if page == README else "# mypy: no-warn-return-any"
-        module.write_text(option + code(page), "utf-8")
+        alone = code(page).replace("from main import", "#")  # the page itself is that module
+        module.write_text(option + alone, "utf-8")
         found.append(module)
     return found
 

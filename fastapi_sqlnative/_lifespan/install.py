@@ -10,9 +10,9 @@ from starlette.applications import Starlette
 
 from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine
-from ..databases import database_class, hint_for_url
+from ..databases import database_class, hint_for_engine
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
-from .functions import described
+from .functions import described, name_of
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 from .startup import with_databases
 
@@ -105,11 +105,11 @@ def _check(given: Installation) -> None:
         check_seconds(what, given.warn_held_after, zero=True)
     if database_class(engine) is not None:
         given.make_handle(engine)  # so that wrong options fail now, not at start-up
-    elif not _takes_no_arguments(engine):
+    elif (hint := hint_for_engine(engine)) or not _takes_no_arguments(engine):
         raise TypeError(
             f"engine of database {given.name!r} must be an Engine, an AsyncEngine or a function "
-            f"without parameters that makes one, not {described(engine)}."
-            f"{hint_for_url(engine)}"
+            "without parameters that makes one, not "
+            f"{name_of(engine) if hint else described(engine)}.{hint}"
         )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from .._routes import routes_of
 from .._sessions.options import AUTOCOMMIT
+from ..cancellation import cancel_on_disconnect, deadline
 from ..databases import AnyDatabase, AsyncDatabase, Database, sessions_of
 from ..dependencies import (
     DatabaseDependency,
@@ -32,10 +33,19 @@ from .running import Running
 
 logger = logging.getLogger("fastapi_sqlnative")
 
-# What our dependencies return. Only annotations of these classes can contradict them.
-_GIVEN: Final = (Session, AsyncSession, Database, AsyncDatabase)
-# Functions that make dependencies and are easily mistaken for dependencies.
-_MAKERS: Final = (get_db, transactional, reader, get_database_handle)
+# What our dependencies return or are expected to. Only annotations of these can contradict them.
+_FACTORIES: Final = (sessionmaker, async_sessionmaker)
+_HANDLES: Final = (Database, AsyncDatabase)
+_GIVEN: tuple[type, ...] = (Session, AsyncSession, *_HANDLES, *_FACTORIES)
+# Functions that make dependencies and are easily mistaken for dependencies, and how to call them.
+_MAKERS: Final[Mapping[Callable[..., Any], str]] = {
+    get_db: "get_db(name)",
+    transactional: "transactional(name)",
+    reader: "reader(name)",
+    get_database_handle: "get_database_handle(name)",
+    deadline: "deadline(seconds)",
+    cancel_on_disconnect: "cancel_on_disconnect()",
+}
 
 
 def check_application(running: Running, *, late: bool = False) -> None:
@@ -44,11 +54,11 @@ def check_application(running: Running, *, late: bool = False) -> None:
     `late`: the application's own lifespan has started. A name that is not installed is then only
     logged, and refused at the route's first request, because the rest is already running.
     """
-    for maker in _MAKERS:
+    for maker, called in _MAKERS.items():
         if maker in getattr(running.app, "dependency_overrides", {}):
             raise DatabaseDependencyError(
-                f"app.dependency_overrides[{maker.__name__}] can never match: the dependency is "
-                f"what the call returns. Use app.dependency_overrides[{maker.__name__}(name)]."
+                f"app.dependency_overrides[{name_of(maker)}] can never match: the dependency is "
+                f"what the call returns. Use app.dependency_overrides[{called}]."
             )
     known = set(running.gate.opened)
     for context in routes_of(running.app.routes):
@@ -116,11 +126,12 @@ def _walk(
         call: Any = child.call
         if getattr(call, "__hash__", None) is not None and call in overrides:
             continue
-        if any(call is maker for maker in _MAKERS):
-            raise DatabaseDependencyError(
-                f"Depends({name_of(call)}) gives no session. Use Depends({name_of(call)}(name)): "
-                "the dependency is what the call returns."
-            )
+        for maker, called in _MAKERS.items():
+            if call is maker:
+                raise DatabaseDependencyError(
+                    f"Depends({name_of(maker)}) lacks a call. Use Depends({called}): the "
+                    "dependency is what the call returns."
+                )
         if not isinstance(call, DatabaseDependency):
             # A function may return something that doesn't hold the session.
             above = outlives if functions.may_return_session(call) else None
@@ -155,14 +166,20 @@ def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) ->
     named = [each for each in functions.classes_in(annotation) if issubclass(each, _GIVEN)]
     if not named or any(issubclass(given, each) for each in named):
         return
-    said, gives = named[0].__name__, given.__name__
-    fix = "Fix the annotation, or install the other kind of engine."
-    if issubclass(named[0], given):
+    said, gives, name = named[0].__name__, given.__name__, database.name
+    fix = "Install the other kind of engine, or fix the annotation."
+    if is_session and issubclass(named[0], given):
         fix = f'Install it with session_options={{"class_": {said}}}, or fix the annotation.'
         said, gives = _path(named[0]), _path(given)  # SQLModel's class has the same name
+    elif issubclass(named[0], _FACTORIES):
+        handle = f"{type(database).__name__}, Depends(get_database_handle({name!r}))"
+        fix = f"Use Annotated[{handle}], and call its session()."
+    elif is_session is issubclass(named[0], _HANDLES):
+        ours = "get_database_handle" if is_session else "get_db"
+        fix = f"Depend on {ours}({name!r}), or fix the annotation."
     raise DatabaseDependencyError(
         f"parameter {child.name!r} of {name_of(function)} is annotated with {said}, but database "
-        f"{database.name!r} is installed with an {type(database.engine).__name__} and gives "
+        f"{name!r} is installed with an {type(database.engine).__name__} and gives "
         f"{gives}. {fix}"
     )
 

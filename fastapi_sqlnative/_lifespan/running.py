@@ -105,9 +105,10 @@ class Running:
             raise DatabaseNotStartedError(
                 f"Database {name!r} is installed but not started: this application's lifespan is "
                 "not running. Serve the application with uvicorn; in tests use `with "
-                "TestClient(app)`, or `async with app.router.lifespan_context(app)` around an "
-                "ASGITransport. A mounted application starts with the application around it, if "
-                "that has a database installed."
+                "TestClient(app) as client`, or, instead of an ASGITransport, `async with "
+                "async_client(app) as client` from fastapi_sqlnative.testing. A mounted "
+                "application starts with the application around it, if that has a database "
+                "installed."
             )
         return installation.database
 

@@ -64,7 +64,8 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         "isolation.md#when-it-fails",
     ),
     "statement timeout": (
-        "Set it in connect_args, or ALTER ROLE ... SET statement_timeout = '5s'.",
+        "Set it in connect_args (MySQL: init_command), or ALTER ROLE ... SET "
+        "statement_timeout = '5s'.",
         _TIMEOUTS,
     ),
     "lock timeout": (
@@ -72,12 +73,12 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         _TIMEOUTS,
     ),
     "idle in transaction": (
-        "Set it in connect_args, or ALTER ROLE ... SET idle_in_transaction_session_timeout = "
-        "'30s'.",
+        "Set it in connect_args (MariaDB: init_command), or ALTER ROLE ... SET "
+        "idle_in_transaction_session_timeout = '30s'.",
         _TIMEOUTS,
     ),
     "TLS": (
-        "Set sslmode=verify-full in connect_args; for asyncpg, pass an SSLContext as ssl.",
+        "Set sslmode=verify-full in connect_args; for asyncpg or MySQL, pass an SSLContext as ssl.",
         "security.md#tls",
     ),
     "role": (
@@ -85,7 +86,8 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         "security.md#roles",
     ),
     "writes": (
-        "Connect to the primary, unless this database is only meant for reads.",
+        "Connect to the primary, without default_transaction_read_only, unless this database is "
+        "only meant for reads.",
         "health.md#which-databases-count",
     ),
     "pooler": (
@@ -94,7 +96,8 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         "pgbouncer.md",
     ),
     "connections": (
-        "Use smaller pools or fewer processes, or raise max_connections.",
+        "Use limited, smaller pools or fewer processes, or raise max_connections (or a "
+        "CONNECTION LIMIT).",
         "performance.md#connections",
     ),
     "migrations": ("Run alembic upgrade head before this release starts.", "migrations.md"),

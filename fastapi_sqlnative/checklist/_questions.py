@@ -71,7 +71,7 @@ def _version(asked: Asked) -> Answer:
 def _connect_timeout(asked: Asked) -> Answer:
     seconds = connections.connect_timeout(asked.connection, asked.parameters)
     if seconds is None:
-        return "none", False
+        return "none given", False
     return f"{seconds:g} s", seconds <= _LONGEST_CONNECT
 
 
@@ -180,17 +180,17 @@ QUESTIONS: Final[Mapping[str, Questions]] = {
 
 # -- the connections of a server, which several pools may share ------------------------------
 
-# The first query's row: an identity of the server, the connections available to this role, their
-# limit, and our role and database. The second query: the connections in use, by role and database.
+# The first query's row: an identity of the server, the connections available to this role, and our
+# role and database, each with its limit. The second query: the connections in use, by role and
+# database.
 _POSTGRESQL_ROOM: Final = (
     """
 SELECT pg_postmaster_start_time()::text || ' ' || current_setting('port'),
     current_setting('max_connections')::int - CASE WHEN rolsuper THEN 0 ELSE
         current_setting('superuser_reserved_connections')::int
         + coalesce(current_setting('reserved_connections', true), '0')::int END,
-    least(nullif(rolconnlimit, -1), nullif(datconnlimit, -1),
-        current_setting('max_connections')::int),
-    rolname || '@' || datname
+    rolname, least(nullif(rolconnlimit, -1), current_setting('max_connections')::int),
+    datname, least(nullif(datconnlimit, -1), current_setting('max_connections')::int)
 FROM pg_roles, pg_database WHERE rolname = current_user AND datname = current_database()
 """,
     """
@@ -202,8 +202,9 @@ WHERE usename IS NOT NULL AND datname IS NOT NULL
 _MYSQL_ROOM: Final = (
     """
 SELECT concat(@@hostname, ':', @@port), @@max_connections,
+    substring_index(current_user(), '@', 1),
     coalesce(nullif(@@max_user_connections, 0), @@max_connections),
-    concat(substring_index(current_user(), '@', 1), '@', coalesce(database(), ''))
+    coalesce(database(), ''), @@max_connections
 """,
     """
 SELECT concat(user, '@', coalesce(db, '')), count(*) FROM information_schema.processlist
@@ -216,12 +217,14 @@ _ROOMS: Final = {"postgresql": _POSTGRESQL_ROOM, "mysql": _MYSQL_ROOM, "mariadb"
 class Room(NamedTuple):
     """The connections that a server has for one of the application's pools."""
 
+    pool: Pool
+    in_use: Mapping[str, int]
     server: str
     offered: int
-    limit: int
-    owner: str
-    in_use: Mapping[str, int]
-    pool: Pool
+    role: str
+    role_limit: int
+    database: str
+    database_limit: int
 
 
 def read_room(asked: Asked) -> Room | None:
@@ -230,8 +233,8 @@ def read_room(asked: Asked) -> Room | None:
     if queries is None or _is_pooled(asked):
         return None
     answers: Any = (asked.connection.execute(text(query)).all() for query in queries)
-    ((server, offered, limit, owner),), in_use = answers
-    return Room(server, offered, limit, owner, dict(in_use), asked.pool)
+    (here,), in_use = answers
+    return Room(asked.pool, dict(in_use), *here)
 
 
 def compare(rooms: Iterable[Room], processes: int) -> Answer:
@@ -242,8 +245,11 @@ def compare(rooms: Iterable[Room], processes: int) -> Answer:
     if len(known) < len(capacities):
         return "a pool has no limit", False
     needed, first = processes * sum(known), rooms[0]
-    # Leave out our own role and database: those are our processes, which are already counted.
-    limits = {each.owner: each.limit for each in rooms}
-    others = sum(count for who, count in first.in_use.items() if who not in limits)
-    offered = min(first.offered - others, sum(limits.values()))
+    # Leave out our own roles and databases: those are our processes, which are already counted.
+    ours = {f"{each.role}@{each.database}" for each in rooms}
+    others = sum(count for who, count in first.in_use.items() if who not in ours)
+    of_roles = {each.role: each.role_limit for each in rooms}
+    of_databases = {each.database: each.database_limit for each in rooms}
+    limits = sum(of_roles.values()), sum(of_databases.values())
+    offered = min(first.offered - others, *limits)
     return f"{needed} needed by {processes} process(es), {offered} available", needed <= offered

@@ -255,8 +255,13 @@ class Member:
 
     def _leaves_unstored(self, call: Call) -> bool:
         answer = [0]
+
+        def count(_: AnySession) -> None:
+            self.record.end_results()  # SQLite counts the changes of a statement at its end
+            answer.append(self.record.count_unstored())
+
         if self.record.may_have_written:
-            call(self.session, lambda _: answer.append(self.record.count_unstored()))
+            call(self.session, count)
         return answer[-1] > 0
 
     def commit(self, call: Call, others: Sequence[Member]) -> None:

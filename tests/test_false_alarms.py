@@ -132,6 +132,15 @@ def returning_nothing(session: Session) -> None:
     assert session.scalars(statement.returning(items.c.id)).all() == []
 
 
+def newer(table: Any, *returning: Any) -> Body:
+    """Make an upsert whose condition is not met."""
+    statement = upsert(table).values(name="there", position=2)
+    statement = statement.on_conflict_do_update(
+        index_elements=["name"], set_={"position": 2}, where=items.c.position > 7
+    )
+    return run(statement.returning(*returning) if returning else statement)
+
+
 def nowait(session: Session) -> None:
     session.execute(text("SET LOCAL lock_timeout = '5s'"))
     session.execute(select(items).with_for_update(nowait=True)).all()
@@ -174,6 +183,9 @@ STORES_NOTHING: dict[str, Body] = {
     "on conflict, text": run(
         "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO NOTHING"
     ),
+    "upsert of an older row": newer(items),
+    "orm upsert of an older row": newer(Item),
+    "orm upsert of an older row, returning": newer(Item, Item),
     "temporary table": temporary,
     "temporary table of a query": temporary_of_a_query,
     "for update": run(select(items).with_for_update()),

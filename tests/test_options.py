@@ -449,10 +449,11 @@ def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> No
     "sql",
     [
         'SELECT may.update, may.delete FROM (SELECT 1 AS "update", 2 AS "delete") AS may',
+        "SELECT 1 AS update, (SELECT 2) delete, 3 AS call",
         "SELECT * FROM item FOR  UPDATE",
         'SELECT \'drop\', "create" FROM (VALUES (1)) AS made("create")',
     ],
-    ids=["columns", "lock", "literals"],
+    ids=["columns", "names", "lock", "literals"],
 )
 def test_a_reader_reads_what_looks_like_a_write(
     kind: Kind, engine: Engine, rows: Rows, sql: str

@@ -20,7 +20,7 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
     UncommittedChangesError,
 )
-from tests.in_process import ask, async_sqlite, session_class, sqlite
+from tests.in_process import ask, async_sqlite, run_in_transaction, session_class, sqlite
 from tests.serving import KINDS, Item, Kind, Rows, add, items
 
 pytestmark = pytest.mark.anyio
@@ -291,6 +291,48 @@ async def test_a_method_that_goes_past_execute_is_seen(
         await ask(engine, kind, transactional(), swallow, session_options=options)
     assert await ask(engine, kind, transactional(), forget, session_options=options) == 201
     assert rows.names == ["a"]
+
+
+# -- after an exception ------------------------------------------------------------------------
+
+
+async def test_objects_stay_as_they_were_loaded(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """An exception handler reads what the endpoint has loaded, also of a request that failed."""
+    rows.add("there")
+    loaded: list[Item] = []
+
+    def body(session: Session) -> None:
+        loaded.extend(session.scalars(select(Item)))
+        session.execute(insert(items).values(name="undone"))
+        raise ZeroDivisionError
+
+    for dependency in get_db(), transactional():
+        with pytest.raises(ZeroDivisionError):
+            await ask(engine, kind, dependency, body, shutdown=None)
+    with pytest.raises(ZeroDivisionError):
+        await run_in_transaction(engine, body)
+    assert [each.name for each in loaded] == ["there"] * 3
+    assert rows.names == ["there"]
+
+
+async def test_a_listener_of_the_rollback_may_use_the_session(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """What SQLAlchemy's manual does in `after_soft_rollback` works, and is closed with the rest."""
+    heard: list[int] = []
+
+    class Listening(Session): ...
+
+    @event.listens_for(Listening, "after_soft_rollback")
+    def look(session: Session, _previous: object) -> None:
+        if session.is_active:
+            heard.append(session.scalars(select(1)).one())
+
+    with pytest.raises(ZeroDivisionError):
+        await ask(
+            engine, kind, transactional(), fail, session_options=session_class(kind, Listening)
+        )
+    assert (heard, rows.names) == ([1], [])
 
 
 # -- names -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -79,6 +79,51 @@ async def test_a_conflict_that_keeps_the_transaction_is_a_success(kind: Kind) ->
         session.execute(text("INSERT INTO item VALUES ('kept')"))
         with pytest.raises(DBAPIError, match="UNIQUE"):
             session.execute(text("INSERT INTO item VALUES ('kept')"))
+
+    def look(session: Session) -> None:
+        stored.extend(session.scalars(text("SELECT name FROM item")))
+
+    assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
+    assert await ask(engine, kind, transactional(), look) == 201
+    assert stored == ["kept"]
+
+
+BEFORE_ANY_WRITE = "PRAGMA cache_size", "SELECT unknown_to_us(1)", "SELECT 1"
+
+
+@pytest.mark.parametrize("first", BEFORE_ANY_WRITE)
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_an_error_before_any_write_is_no_rollback(kind: Kind, first: str) -> None:
+    """Python's driver begins no transaction before a write: a failure until then loses nothing."""
+    engine = engine_at(kind, f"sqlite+{kind.driver}://")
+    stored: list[object] = []
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.commit()
+        with suppress(DBAPIError):
+            session.execute(text(first)).close()
+        with pytest.raises(DBAPIError, match="no such table"):
+            session.execute(text("SELECT * FROM nowhere"))
+        session.execute(text("INSERT INTO item VALUES ('kept')"))
+
+    def look(session: Session) -> None:
+        stored.extend(session.scalars(text("SELECT name FROM item")))
+
+    assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
+    assert await ask(engine, kind, transactional(), look) == 201
+    assert stored == ["kept"]
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_rows_that_nobody_reads_stop_no_commit(kind: Kind) -> None:
+    """A write whose RETURNING was left unread is stored: SQLite waits for no reader."""
+    engine = engine_at(kind, f"sqlite+{kind.driver}://")
+    stored: list[object] = []
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.execute(text("INSERT INTO item VALUES ('kept') RETURNING name"))
 
     def look(session: Session) -> None:
         stored.extend(session.scalars(text("SELECT name FROM item")))

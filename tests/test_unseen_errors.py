@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, event, insert, select, text
+from sqlalchemy import Connection, Engine, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
@@ -72,6 +72,30 @@ async def test_an_error_over_what_was_handed_out_counts(
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body)
     assert rows.names == []
+
+
+def expression(session: Session) -> None:
+    session.scalars(select(Item)).one().position = func.coalesce(items.c.position, 0) + 1
+    session.flush()
+
+
+def notify(session: Session) -> None:
+    session.execute(text("NOTIFY news, 'lost'"))
+
+
+@pytest.mark.parametrize("work", [expression, notify])
+async def test_work_that_leaves_no_trace_counts(
+    kind: Kind, engine: Engine, rows: Rows, work: Body
+) -> None:
+    """A flushed SQL expression and a notification are lost with the transaction: it is refused."""
+    rows.add("there")
+
+    def body(session: Session) -> None:
+        work(session)
+        swallow(lambda: session.execute(FAILING))
+
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body)
 
 
 # -- in listeners of the application's ---------------------------------------------------------

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import TextClause
-from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.engine import CursorResult, ExecutionContext
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 
@@ -48,14 +48,15 @@ def statement_of(compiled: Any) -> Statement:
     return Statement(Effect.WRITE, counted=skips and not getattr(compiled, "ctes", None))
 
 
-def matched_no_row(result: Any, context: ExecutionContext) -> bool:
+def matched_no_row(result: CursorResult[Any], context: ExecutionContext) -> bool:
     """Return whether a writing statement changed nothing, by its row count.
 
     SQLite's `total_changes` is better: it also counts triggers' changes and rows not yet fetched.
     """
     if context.executemany or context.dialect.name == "sqlite":
         return False
-    return getattr(result, "rowcount", -1) == 0
+    # With RETURNING added by SQLAlchemy, the rows are read and the cursor is closed by now.
+    return result.rowcount == 0 or result.returned_defaults_rows == []
 
 
 def writes(statement: Any) -> bool:
@@ -95,12 +96,12 @@ _FIRST: Final = {
         r"rollback\s++(?:(?:work|transaction)\s++)?to\s++(?:savepoint\s++)?(\S++)\Z", re.IGNORECASE
     ),
     Effect.NONE: re.compile(
-        r"(?:select|with|values|table|show|set|lock|listen|notify|release)\b", re.IGNORECASE
+        r"(?:select|with|values|table|show|set|lock|listen|release)\b", re.IGNORECASE
     ),
 }
-# Keywords by which a statement writes although it starts like a read. FOR UPDATE only locks.
+# How a statement writes although it starts like a read: in or after a CTE, by EXPLAIN or INTO.
 _WRITING: Final = re.compile(
-    r"(?<![.\w])(?:insert|(?<!for\s)(?<!\bkey\s)update|delete|merge|into|call|create)\b",
+    r"(?:[()]|\Aexplain\b.*)\s*+(?:insert|update|delete|merge|call|create)\s|(?<![.\w])into\s",
     re.IGNORECASE,
 )
 # Often used on temporary tables, so inside a transaction the server is asked instead.

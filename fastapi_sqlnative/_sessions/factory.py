@@ -63,7 +63,7 @@ def _after_begin(
     if connection in record.connections:
         return  # a savepoint on a connection that the record has
     record.begun_on(connection)
-    if record.finished:
+    if record.finished and not record.ending:
         # A task or thread that outlived the request was still waiting for the pool.
         record.discard_connections()
         record.forget()
@@ -76,8 +76,10 @@ def _after_begin(
         limit_statements(connection, record.ends_at - time.monotonic())
 
 
+# Before, because a flush leaves no history of SQL expressions; after, because listeners may add.
+@event.listens_for(Outermost, "before_flush")
 @event.listens_for(Outermost, "after_flush")
-def _after_flush(session: Outermost, _context: object) -> None:
+def _around_flush(session: Outermost, *_: object) -> None:
     record = session.sqlnative
     record.work.wrote = record.work.wrote or would_be_flushed(session)
 

@@ -61,10 +61,15 @@ def commit_is_observed(session: NativeSession) -> bool:
 
 
 def roll_back_and_close(session: AnySession) -> None:
-    """Roll back, which calls the application's listeners, and close."""
+    """Roll back and close; call `rollback()` only if the application observes it.
+
+    It expires every object, and an exception handler may still read what was loaded.
+    """
+    inner = sync_session(session)
+    listened = inner.dispatch.after_rollback or len(inner.dispatch.after_soft_rollback) > 1
+    observed = listened or "rollback" in inner.sqlnative.state.overridden
     # A failed flush has already rolled back. SQLAlchemy would warn about changes made since.
-    undone = not sync_session(session).is_active
-    _end(session, *(("close",) if undone else ("rollback", "close")))
+    _end(session, *(("rollback", "close") if observed and inner.is_active else ("close",)))
 
 
 def close(session: AnySession) -> None:
@@ -84,7 +89,7 @@ def _end(session: AnySession, *methods: str) -> None:
     overridden = record.state.overridden
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
         return None  # never used: nothing to roll back, release or detach
-    record.ending = bool(overridden)
+    record.ending = bool(overridden) or "rollback" in methods
     try:
         if record.state.stopping == "stopped":
             return inner.invalidate()  # the pool is disposed of and would not close the connection

@@ -31,7 +31,7 @@ def _would_be_sent(session: Session, row: object) -> bool:
     columns = {
         attribute.key
         for attribute in state.mapper.column_attrs
-        if any(getattr(each, "table", None) in state.mapper.tables for each in attribute.columns)
+        if any(map(state.mapper.persist_selectable.c.contains_column, attribute.columns))
     } - state.unmodified
     related = {each.key for each in state.mapper.relationships if not each.viewonly}
     # History also covers deleted attributes, which have no value anymore.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from typing import Any
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import exceptions
@@ -75,7 +77,9 @@ class Record(Holder):
         self.stored = False  # a COMMIT has stored something, or may have
         # Like `state.engines`, for engines that may exist only for this session.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
-        self.open_results: list[Any] | None = None  # results that may not be exhausted
+        # The contexts of results that may not be exhausted. Weak, because a result that nobody
+        # reads any more keeps SQLite from committing.
+        self.open_results: weakref.WeakSet[ExecutionContext] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -164,19 +168,18 @@ class Record(Holder):
             # The ORM's bulk statements, and results that a listener has substituted.
             self.work.wrote = self.work.wrote or getattr(statement, "is_dml", True)
             return
-        self.work.note(self.state.statement_of(context), result, context, self.connections)
+        self.work.note(self.state.statement_of(context), cursor_result, context, self.connections)
         if cursor_result.cursor is not None and transactions.reads_later(context):
             self.streamed = True
-            still_open = [each for each in self.open_results or () if each.cursor is not None]
-            self.open_results = [*still_open, cursor_result]
+            self.open_results = self.open_results or weakref.WeakSet()
+            self.open_results.add(context)
 
     def end_results(self, *, streams_only: bool = False) -> None:
         """Close open results: streams at COMMIT or ROLLBACK, everything when the session ends.
 
         The connection then goes back to the pool, and a stream may have unread rows on the server.
         """
-        for result in self.open_results or ():
-            context = result.context
+        for context in self.open_results or ():
             if streams_only and not context.execution_options.get("stream_results"):
                 continue
             self.state.readers[context.root_connection] = self
@@ -190,8 +193,13 @@ class Record(Holder):
             return  # after a cancellation the connection is discarded anyway
         self.failed = self.failed or error
         if self.may_have_written and any(
-            transactions.has_rolled_back(connection, error, before_commit=self.committing)
-            for connection in self.connections
+            transactions.has_rolled_back(
+                connection,
+                error,
+                changed=self.work.defined or transactions.changes(connection) != before,
+                before_commit=self.committing,
+            )
+            for connection, before in self.connections.items()
         ):
             self.rolled_back = error
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection
-from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.engine import CursorResult, ExecutionContext
 
 from .._drivers import transactions
 from .._drivers.statements import Effect, Statement, matched_no_row
@@ -48,7 +48,7 @@ class Work:
     def note(
         self,
         statement: Statement,
-        result: Any,
+        result: CursorResult[Any],
         context: ExecutionContext,
         connections: dict[Connection, int],
     ) -> None:

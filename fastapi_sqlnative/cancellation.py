@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
@@ -102,28 +102,31 @@ async def _cancellable(
     unit: UnitOfWork, error: Callable[[], Exception]
 ) -> AsyncGenerator[Callable[[], None]]:
     """Yield a function that cancels the request, and raise `error` if it was called."""
-    first, second = asyncio.timeout(None), asyncio.timeout(None)
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    before = task.cancelling()
+    ours: list[asyncio.TimerHandle | None] = []
 
+    # Not by asyncio.timeout(), which cancels in the event loop's next iteration: by then the task
+    # may have sent its COMMIT.
     def cancel() -> None:
-        if unit.may_be_cancelled:
+        if ours or unit.may_be_cancelled:
             unit.cancelled = True
-            now = asyncio.get_running_loop().time()
-            first.reschedule(now)
-            second.reschedule(now + _GRACE)
+            task.cancel()
+            again = None if ours else asyncio.get_running_loop().call_later(_GRACE, cancel)
+            ours.append(again)
 
-    own: Exception | None = None
     try:
-        async with second, first:
-            try:
-                yield cancel
-            except Exception as raised:
-                own = raised
-                raise
-    except TimeoutError as cancelled:
-        if cancelled is own:
-            raise  # a timeout of the application
+        yield cancel
+    except asyncio.CancelledError as cancelled:
+        if not ours or task.cancelling() - len(ours) > before:
+            raise  # somebody else has cancelled the request
         raise error() from cancelled
-    if first.expired() and not unit.has_stored:
+    finally:
+        for again in ours:
+            task.uncancel()
+            if again is not None:
+                again.cancel()
+    if ours and not unit.has_stored:
         raise error()  # the endpoint swallowed the cancellation
 
 

@@ -83,7 +83,7 @@ def paste(command: str) -> tuple[int, str]:
     words = shlex.split(command)
     if shutil.which("curl"):
         words += ["-sS", "-w", "\n%{http_code}"]
-        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # ours
+        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # our own command
         body, _, status = sent.stdout.rpartition("\n")
         return int(status), body
     parser = argparse.ArgumentParser()
@@ -110,7 +110,7 @@ def launched(
     unset = {"DATABASE_URL": "", "SECOND_DATABASE_URL": "", "PORT": "0"}
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(  # noqa: S603 # ours
+        subprocess.Popen(  # noqa: S603 # our own command
             [sys.executable, "-m", "examples", name],
             cwd=directory,
             env={**os.environ, "PYTHONPATH": str(ROOT), **unset, **environment},

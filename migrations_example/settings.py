@@ -43,7 +43,7 @@ def _url(variable: str) -> URL:
         raise ValueError(f"{variable} is not set, as in postgresql+psycopg://user@host/bookshop")
     try:
         return make_url(os.environ[variable])
-    except ArgumentError:  # which has the password in it, in SQLAlchemy 2.0
+    except ArgumentError:  # in SQLAlchemy 2.0 it contains the password
         example = "postgresql+psycopg://user@host/bookshop"
         raise ValueError(f"{variable} is no address, as {example} is") from None
 

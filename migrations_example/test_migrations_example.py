@@ -277,7 +277,7 @@ def test_eight_runners(place: Place) -> None:
     """Eight processes that migrate at once apply each revision once, and all of them succeed."""
     with hold_the_lock(place) as held:
         words, pipe = [sys.executable, "-c", EIGHT], subprocess.PIPE
-        with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # ours
+        with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # our own command
             wait_until(lambda: place.others() == 9, seconds=120)
             assert place.tables() == set()
             held.close()
@@ -387,7 +387,7 @@ def test_the_command_leaves_loggers_enabled(postgresql: Place) -> None:
         "import logging; mine = logging.getLogger('mine'); from alembic.config import main; "
         "main(argv=['-c', 'migrations_example/alembic.ini', 'current']); print(mine.disabled)"
     )
-    done = subprocess.run(  # noqa: S603 # ours
+    done = subprocess.run(  # noqa: S603 # our own command
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
@@ -488,7 +488,7 @@ def test_a_backfill_that_is_killed(served_place: Place) -> None:
     with served_place.connection() as holder:
         for statement in STOP_AT[served_place.name]:
             holder.execute(text(statement))
-        with subprocess.Popen(words, cwd=ROOT) as process:  # noqa: S603 # ours
+        with subprocess.Popen(words, cwd=ROOT) as process:  # noqa: S603 # our own command
             stopped = text(STOPPED[served_place.name])
             wait_until(lambda: bool(holder.scalar(stopped)), seconds=60)
             process.kill()
@@ -646,7 +646,7 @@ def paste(printed: str) -> int:
     for place, line in enumerate(lines):
         if line.startswith(".venv/bin/alembic "):
             words = [sys.executable, "-m", "alembic", *shlex.split(line)[1:]]
-            subprocess.run(words, cwd=ROOT, check=True)  # noqa: S603 # ours
+            subprocess.run(words, cwd=ROOT, check=True)  # noqa: S603 # our own command
         if line.startswith("curl "):
             method = "POST" if "-X POST" in line else "GET"
             _, status, body = lines[place + 1].split(" ", 2)

@@ -20,7 +20,7 @@ from examples.tenants_by_database.router import (
 )
 from fastapi_sqlnative import AsyncDatabase, health_router, install_database, installed_databases
 
-# It stands for your identity provider, which says who has a token and where they belong.
+# This stands in for your identity provider, which maps tokens to users and their tenants.
 USERS = {"ada": "acme", "grace": "globex", "alan": "initech", "heidi": "umbrella"}
 # How many databases may be open: far fewer than there are tenants.
 LIMIT = 2
@@ -62,7 +62,7 @@ async def current_tenant(tenant: str, credentials: Credentials) -> str:
     if own is None:
         raise HTTPException(401, "Unknown token.")
     if tenant != own:
-        raise HTTPException(404, "No such tenant.")  # whether there is one, is nobody's business
+        raise HTTPException(404, "No such tenant.")  # do not reveal whether it exists
     return own
 
 
@@ -88,7 +88,7 @@ async def tenant_transaction(
         yield session
 
 
-# The scope has the COMMIT come before the response, as it does for `transactional`.
+# With this scope, the COMMIT comes before the response, as with `transactional`.
 Transaction = Annotated[AsyncSession, Depends(tenant_transaction, scope="function")]
 
 router = APIRouter()
@@ -153,7 +153,7 @@ async def close_idle(tenants: TenantDatabases, idle_after: float) -> None:
         await tenants.close_idle()
 
 
-# -- only because this is a demo -----------------------------------------------------------------
+# -- for the demo only --------------------------------------------------------------------------
 # It has two databases, so a tenant's place is a schema in one of them. In production whoever signs
 # a tenant up creates its database, migrates it and then enters it into the catalogue.
 

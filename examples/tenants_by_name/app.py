@@ -15,7 +15,7 @@ from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_databa
 
 # Tenant and name of its database: a fixed set, known when the application is deployed.
 TENANTS = {"acme": "tenant-a", "globex": "tenant-b"}
-# It stands for your identity provider, which says who has a token and where they belong.
+# This stands in for your identity provider, which maps tokens to users and their tenants.
 USERS = {"ada": "acme", "grace": "globex", "heidi": "initech"}
 
 
@@ -41,7 +41,7 @@ async def current_tenant(tenant: str, credentials: Credentials) -> str:
     if own is None:
         raise HTTPException(401, "Unknown token.")
     if tenant != own:
-        raise HTTPException(404, "No such tenant.")  # whether there is one, is nobody's business
+        raise HTTPException(404, "No such tenant.")  # do not reveal whether it exists
     if own not in TENANTS:
         raise HTTPException(403, "Your tenant has no database here.")
     return own
@@ -65,7 +65,7 @@ async def tenant_transaction(database: TenantDatabase) -> AsyncGenerator[AsyncSe
         yield session
 
 
-# The scope has the COMMIT come before the response, as it does for `transactional`.
+# With this scope, the COMMIT comes before the response, as with `transactional`.
 Transaction = Annotated[AsyncSession, Depends(tenant_transaction, scope="function")]
 
 

@@ -21,7 +21,7 @@ router = APIRouter()
 
 
 class NewProject(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # a "tenant" in it is no slip
+    model_config = ConfigDict(extra="forbid")  # a "tenant" in the body is refused
 
     name: str
 
@@ -71,12 +71,12 @@ async def list_audit(session: TenantDb) -> list[str]:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         async with AsyncSession(engine) as session, session.begin():

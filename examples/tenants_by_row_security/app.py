@@ -59,7 +59,7 @@ Transaction = Annotated[AsyncSession, Depends(transactional())]
 
 
 class NewDocument(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # a "tenant" in it is no slip
+    model_config = ConfigDict(extra="forbid")  # a "tenant" in the body is refused
 
     title: str
 

@@ -16,7 +16,7 @@ TENANT = "nullif(current_setting('app.tenant', true), '')"
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class User(Base):

@@ -27,7 +27,7 @@ Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Show(Base):

@@ -20,7 +20,7 @@ Reader = Annotated[AsyncSession, Depends(reader())]
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Post(Base):
@@ -47,14 +47,14 @@ async def store(database: AsyncDatabase, text: str) -> str:
 
 
 def create_app(*, pool_size: int = 5) -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(
         os.environ["DATABASE_URL"], pool_size=pool_size, max_overflow=0, pool_timeout=5
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield

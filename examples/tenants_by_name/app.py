@@ -1,4 +1,4 @@
-"""Notes of two tenants, each with a database of its own; a request is served by one of them."""
+"""Notes of two tenants, each with its own database; each request uses one of them."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -13,18 +13,18 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_database
 
-# Tenant and name of its database: a fixed set, known when the application is deployed.
+# Each tenant's database name: a fixed set, known at deployment.
 TENANTS = {"acme": "tenant-a", "globex": "tenant-b"}
 # This stands in for your identity provider, which maps tokens to users and their tenants.
 USERS = {"ada": "acme", "grace": "globex", "heidi": "initech"}
 
 
 class Base(DeclarativeBase):
-    """Collect the tables, the same in every database."""
+    """The base class of the models, the same in every database."""
 
 
 class Note(Base):
-    """Hold a note. No tenant stands in it: whose it is, the database tells."""
+    """A note. It has no tenant column: its database determines the tenant."""
 
     __tablename__ = "tenants_by_name_note"
 
@@ -36,7 +36,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 
 async def current_tenant(tenant: str, credentials: Credentials) -> str:
-    """Know the tenant by the user; the path may only repeat it."""
+    """Take the tenant from the user; the path may only repeat it."""
     own = USERS.get(credentials.credentials)
     if own is None:
         raise HTTPException(401, "Unknown token.")
@@ -52,7 +52,7 @@ async def tenant_database(
     a: Annotated[AsyncDatabase, Depends(get_database_handle("tenant-a"))],
     b: Annotated[AsyncDatabase, Depends(get_database_handle("tenant-b"))],
 ) -> AsyncDatabase:
-    """Choose among the databases that are installed; a handle costs nothing."""
+    """Choose one of the installed databases; an unused handle costs nothing."""
     return {database.name: database for database in (a, b)}[TENANTS[tenant]]
 
 
@@ -70,7 +70,7 @@ Transaction = Annotated[AsyncSession, Depends(tenant_transaction, scope="functio
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL and SECOND_DATABASE_URL."""
+    """Build the application, using DATABASE_URL and SECOND_DATABASE_URL."""
     variables = {"tenant-a": "DATABASE_URL", "tenant-b": "SECOND_DATABASE_URL"}
     engines = {name: create_async_engine(os.environ[each]) for name, each in variables.items()}
 

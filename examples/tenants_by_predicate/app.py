@@ -43,7 +43,7 @@ async def list_projects(projects: Annotated[Projects, Depends()]) -> Sequence[Pr
 
 @router.get("/projects/{project_id}", response_model=ProjectPublic)
 async def read_project(project_id: int, projects: Annotated[Projects, Depends()]) -> Project:
-    """Read one of them."""
+    """Read one of your tenant's projects."""
     return await projects.one(project_id)
 
 
@@ -51,19 +51,19 @@ async def read_project(project_id: int, projects: Annotated[Projects, Depends()]
 async def add_project(
     new: NewProject, projects: Annotated[Projects, Depends()], _: Transaction
 ) -> Project:
-    """Add one; whose it is, the session knows."""
+    """Add a project; the session sets its tenant."""
     return await projects.add(Project(name=new.name))
 
 
 @router.post("/projects/{project_id}/archive", response_model=ProjectPublic)
 async def archive_project(project_id: int, archive: Annotated[Archive, Depends()]) -> Project:
-    """Archive one, with an entry in the audit."""
+    """Archive a project, with an audit entry."""
     return await archive.archive(project_id)
 
 
 @router.get("/audit")
 async def list_audit(session: TenantDb) -> list[str]:
-    """List what was done."""
+    """List the audit entries."""
     return [
         f"{each.by} {each.action} {each.project_id}"
         for each in await session.scalars(select(AuditEntry).order_by(AuditEntry.id))

@@ -1,4 +1,4 @@
-"""A board where sockets write: each message is a transaction, and between two there is none."""
+"""A board to which sockets write: each message is a transaction of its own."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -13,8 +13,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_database, reader
 
-# A session from get_db would live as long as the socket, and after its first statement hold a
-# connection all the while.
+# A session from get_db would live as long as the socket, and would hold a connection from its
+# first statement on.
 Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 Reader = Annotated[AsyncSession, Depends(reader())]
 
@@ -24,7 +24,7 @@ class Base(DeclarativeBase):
 
 
 class Post(Base):
-    """Hold what somebody has written; the database refuses what is blank."""
+    """A post on the board; the database refuses a blank one."""
 
     __tablename__ = "websockets_post"
     __table_args__ = (CheckConstraint("text <> ''", name="ck_websockets_post_text"),)
@@ -34,7 +34,7 @@ class Post(Base):
 
 
 async def store(database: AsyncDatabase, text: str) -> str:
-    """Store one message in a transaction of its own, and say what became of it."""
+    """Store one message in its own transaction, and return the result."""
     try:
         async with database.transaction() as session:
             post = Post(text=text)
@@ -42,7 +42,7 @@ async def store(database: AsyncDatabase, text: str) -> str:
             await session.flush()
             stored = f"{post.id} stored"
     except IntegrityError:
-        return "refused"  # rolled back; the socket goes on
+        return "refused"  # rolled back; the socket stays open
     return stored  # after the COMMIT
 
 

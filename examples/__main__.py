@@ -3,8 +3,8 @@
     python -m examples quick_start
 
 It sets DATABASE_URL and SECOND_DATABASE_URL, and serves `examples.quick_start.app:create_app()`.
-What it prints to try are the commands in the `sh` blocks of the example's README.md, where the
-address is always http://127.0.0.1:8000, and what they answer.
+It prints the commands in the `sh` blocks of the example's README.md, in which the address is
+always http://127.0.0.1:8000, and their responses.
 """
 
 import errno
@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
 
 
 def to_try(readme: str) -> tuple[list[str], list[str]]:
-    """Separate the commands from what stands around them: a prompt of zsh takes no comments."""
+    """Separate the commands from the text around them: zsh's prompt does not accept comments."""
     commands: list[str] = []
     answers: list[str] = []
     title = ""

@@ -146,7 +146,7 @@ def test_archive_and_audit_are_one(owner: psycopg.Connection) -> None:
     assert stored(owner) == [("acme", "rocket", True), START[1]]
 
 
-# -- whoever forgets the tenant ----------------------------------------------------------------
+# -- a forgotten tenant ------------------------------------------------------------------------
 
 OTHER = aliased(Project)
 SUBQUERY = select(Project).subquery()

@@ -1,4 +1,4 @@
-"""A board to which sockets write: each message is a transaction of its own."""
+"""A board to which sockets write: each message is a separate transaction."""
 
 import os
 from collections.abc import AsyncGenerator

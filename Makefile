@@ -1,46 +1,46 @@
-# The contributor's and CI's one entry. Everything happens in .venv; nothing is installed elsewhere.
+# The entry point for contributors and CI. Everything is installed in .venv and nowhere else.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-# Compiling every module anew takes each of the many processes here longer than its work.
+# Recompiling every module would take each of the many processes longer than its work.
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED := 1
 
-# The first that is new enough; `make PYTHON=...` chooses another.
+# The first Python that is new enough; `make PYTHON=...` selects another.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& command -v $$python && break; done)
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
 CANARY := .venv-canary/bin/python
-# Processes for the tests; if empty, four, and none for a few tests.
+# Number of test processes; if empty, four, or none for a few tests.
 WORKERS ?=
 export WORKERS
 SITE := .venv-site/bin/python
-# More for pytest, as in: make test ARGS="-k transfer"
+# Extra arguments for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
-# few: one driver of each colour, all of them where a driver decides. `make check` runs all.
+# few: one asynchronous and one synchronous driver, and all drivers where they differ.
+# `make check` runs all.
 DRIVERS ?= few
 DATABASE_URL ?=
 export DATABASE_URL
 
-# Kept, though make reaches it on the way to others.
+# Keep intermediate files.
 .SECONDARY:
 .PHONY: help env test test-lowest lint types benchmark build check demo example constraints clean release-check release-notes test-python canary test-ha test-docker audit test-faults soak test-site docs docs-serve benchmark-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-env: .venv/ready ## create .venv, or bring it up to date
+env: .venv/ready ## create or update .venv
 
-test: .venv/ready ## run the tests, on the PostgreSQL that is found or started
+test: .venv/ready ## run the tests, on a PostgreSQL that is found or started
 	@echo "Starting the tests ..."
 	@$(RUN) -m pytest -n auto --drivers=$(DRIVERS) $(ARGS)
 
-# What the oldest frameworks do that is not ours to fix: they use names of anyio's and of their own
-# that have been deprecated since, and Starlette leaves the streams of its test client and of its
-# middlewares to the garbage collector.
+# Warnings from the oldest supported frameworks, which we cannot fix: they use deprecated names, and
+# Starlette leaves the streams of its test client and middlewares to the garbage collector.
 OLD_WARNINGS := -W "ignore:The anyio.abc.BlockingPortal alias:DeprecationWarning" \
 	-W "ignore:async generator function lifespans:DeprecationWarning" \
 	-W "ignore:The on_startup and on_shutdown:DeprecationWarning" \
@@ -50,8 +50,8 @@ test-lowest: .venv-lowest/ready ## run the tests on the lowest supported version
 	$(call on_lowest,sqlalchemy,$(DRIVERS))
 	$(call on_lowest,sqlalchemy==2.1.6,few)
 
-# Installs that SQLAlchemy, and runs the tests with those drivers. What a driver decides is run with
-# all of them on both; the rest differs with SQLAlchemy, and not with the driver as well.
+# Install the given SQLAlchemy, and run the tests with the given drivers. Tests that depend on the
+# driver run with all drivers on both versions; for the others, one run per version is enough.
 define on_lowest
 	@$(LOWEST) -m uv pip install --quiet --python $(LOWEST) --resolution lowest-direct \
 		-P fastapi -P starlette -P sqlalchemy --editable . starlette $(1)
@@ -65,19 +65,19 @@ test-python: ## run the tests on another Python: make test-python PYTHON=python3
 		$(MAKE) .venv-$$version/ready && \
 		.venv-$$version/bin/python -m pytest -n auto $(ARGS)
 
-# A lower bound that is a pre-release itself lets uv take others; of these, and not of what the
-# tests use by the way. Not in `make check`: what fails here may be theirs.
+# A pre-release as the lower bound makes uv accept pre-releases, of these packages only. Not part of
+# `make check`: a failure here may be caused by one of them.
 BELOW = fastapi starlette pydantic anyio sqlalchemy greenlet psycopg asyncpg aiosqlite alembic
-canary: .venv-canary/ready ## run the tests on the newest pre-releases of what is below
+canary: .venv-canary/ready ## run the tests on pre-releases of the main dependencies
 	@$(CANARY) -m uv pip install --quiet --python $(CANARY) --upgrade \
 		$(BELOW:%='%>=0.dev0') --editable . --group test
 	@$(CANARY) -m uv --quiet pip list --python $(CANARY) --format freeze \
 		| grep -E '^($(subst $() ,|,$(BELOW)))=='
 	@$(CANARY) -m pytest -n auto $(ARGS)
 
-# Its own target, because it wants a browser (Debian: chromium, chromium-driver), the network, and
-# an environment with what docs/works-with.md works with.
-test-site: .venv-site/ready-integrations ## read the site in a browser, run the tutorial and integrations
+# Not part of `make test`: it needs a browser (Debian: chromium, chromium-driver), the network, and
+# an environment with the packages of docs/works-with.md.
+test-site: .venv-site/ready-integrations ## test the site in a browser, the tutorial and the integrations
 	@$(SITE) -m pytest tests/test_site.py $(ARGS)
 
 lint: .venv/ready-lint ## check style
@@ -88,23 +88,23 @@ types: .venv/ready-lint ## check types: mypy --strict and pyright
 	@$(RUN) -m mypy
 	@$(RUN) -m pyright --pythonpath $(RUN)
 
-benchmark: .venv/ready ## compare with the hand-written pattern
+benchmark: .venv/ready ## compare with a hand-written dependency
 	@$(RUN) -m tests.benchmark
 	@$(RUN) -m tests.import_time
 
-# Quiet for half an hour: ARGS="--quick" is for trying it out, ARGS="cpu" for one part.
+# Takes half an hour on an idle machine. ARGS="--quick" is a short trial, ARGS="cpu" runs one part.
 benchmark-peers: .venv-peers/ready-peers ## compare with other packages; writes docs/performance-compared.md
 	@.venv-peers/bin/python -m tests.peers $(ARGS)
 
-test-faults: .venv/ready ## break the server, the network and the workers; build/faults/report.md
+test-faults: .venv/ready ## break the server, the network and the workers; writes build/faults/report.md
 	@$(RUN) -m tests.faults
 
-# Every fault with every driver, deployment and pool_pre_ping, again and again.
+# Every fault with every driver, deployment and pool_pre_ping, repeatedly.
 MINUTES ?= 60
-soak: .venv/ready ## do that for a long time: make soak MINUTES=60
+soak: .venv/ready ## repeat the fault tests for a long time: make soak MINUTES=60
 	@$(RUN) -m tests.faults --minutes $(MINUTES)
 
-build: .venv/ready-lint ## build the wheel and the sdist, and look into the wheel
+build: .venv/ready-lint ## build the wheel and the sdist, and check the wheel's contents
 	@rm -rf dist
 	@$(RUN) -m hatchling build
 	@$(RUN) -m zipfile --list dist/*.whl | awk 'NR > 1 { print $$1 }' >.venv/wheel
@@ -112,12 +112,12 @@ build: .venv/ready-lint ## build the wheel and the sdist, and look into the whee
 	@grep -qx 'fastapi_sqlnative/.agents/skills/.*/SKILL.md' .venv/wheel
 	@! grep -vE '^fastapi_sqlnative(/|-[0-9.]+\.dist-info/)' .venv/wheel
 
-# From the network: each environment is empty at first. In CONTRIBUTING.md: how a release is made.
-release-check: build ## try what was built in empty environments, before a release
+# Needs the network: every environment starts empty. CONTRIBUTING.md describes a release.
+release-check: build ## test the built packages in empty environments, before a release
 	@$(RUN) -m tests.release dist
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-release-notes: ## print what the changelog says of this version
+release-notes: ## print this version's section of the changelog
 	@awk -v heading='## [$(VERSION)]' 'index($$0, "## [") == 1 { on = index($$0, heading) == 1; next } \
 		on { print; found = found || /[^ ]/ } END { exit !found }' CHANGELOG.md || \
 		{ echo "CHANGELOG.md has no section [$(VERSION)]" >&2; exit 1; }
@@ -125,15 +125,15 @@ release-notes: ## print what the changelog says of this version
 docs: .venv/ready-lint ## build the site into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-docs-serve: .venv/ready-lint ## show the site while you write it
+docs-serve: .venv/ready-lint ## serve the site, and rebuild it when a page changes
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --strict --watch fastapi_sqlnative
 
-# Where CI is set, a missing MariaDB fails its tests instead of leaving them out.
+# If CI is set, a missing MariaDB fails its tests instead of leaving them out.
 check: export CI := true
 check: DRIVERS := all
 check: lint types audit test test-lowest test-site benchmark test-faults build docs ## run everything CI runs
 
-# More databases than one, from Debian's packages; where one is missing it fails.
+# Needs several servers, from Debian's packages; a missing one makes it fail.
 test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)
 	@tests/ha/install postgresql pgbouncer patroni etcd-server
 	@$(RUN) -m pytest tests/ha $(ARGS)
@@ -143,10 +143,10 @@ test-docker: .venv/ready ## run tests on PostgreSQL in a container (Debian, root
 	@tests/ha/install postgresql docker.io iptables iproute2
 	@$(RUN) -m tests.ha.docker $(ARGS)
 
-audit: .venv/ready-lint ## ask for known vulnerabilities of the pinned versions
+audit: .venv/ready-lint ## check the pinned versions for known vulnerabilities
 	@$(RUN) -m tests.audit
 
-demo: .venv/ready-demo ## serve the showcase on a PostgreSQL of its own, or on DATABASE_URL
+demo: .venv/ready-demo ## serve the showcase on a temporary PostgreSQL, or on DATABASE_URL
 	@$(RUN) -m examples showcase
 
 example: .venv/ready-demo ## serve one of the examples: make example NAME=quick_start
@@ -158,19 +158,19 @@ constraints: .venv/ready ## pin the newest versions of the development environme
 		--no-annotate --custom-compile-command "make constraints" \
 		--output-file constraints.txt pyproject.toml
 
-clean: ## remove everything made here
+clean: ## remove everything that make creates
 	@rm -rf .venv .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Runs $(2), and says every five seconds that it is still at it: uv itself can be silent for long.
+# Run $(2), and print a line every five seconds: uv itself can be silent for a long time.
 define saying
 	@echo "$(1) ..."
-	@{ while sleep 5 >/dev/null 2>&1; do echo "... still at it"; done; } & ticker=$$!; \
+	@{ while sleep 5 >/dev/null 2>&1; do echo "... still running"; done; } & ticker=$$!; \
 		trap 'kill $$ticker 2>/dev/null' EXIT; \
 		$(2)
 endef
 
-# A uv of its own environment installs, quickly, what the constraints pin.
+# Each environment's own uv quickly installs the pinned versions.
 INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --constraints constraints.txt
 
 %/ready-demo: pyproject.toml constraints.txt
@@ -184,7 +184,7 @@ INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --const
 	@touch $@
 
 %/ready: %/ready-demo
-	$(call saying,Adding to $* what the tests need,$(INSTALL) --editable . --group test)
+	$(call saying,Adding the test dependencies to $*,$(INSTALL) --editable . --group test)
 	@touch $@
 
 %/ready-lint: %/ready
@@ -192,9 +192,9 @@ INSTALL = $*/bin/python -m uv pip install --quiet --python $*/bin/python --const
 	@touch $@
 
 %/ready-integrations: %/ready-lint
-	$(call saying,Adding to $* what the package works with,$(INSTALL) --group integrations)
+	$(call saying,Adding the integrations to $*,$(INSTALL) --group integrations)
 	@touch $@
 
 %/ready-peers: %/ready-demo
-	$(call saying,Adding to $* the packages that are compared,$(INSTALL) --group peers)
+	$(call saying,Adding the compared packages to $*,$(INSTALL) --group peers)
 	@touch $@

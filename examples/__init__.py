@@ -1,1 +1,1 @@
-"""Applications built on fastapi-sqlnative, each executed by a test beside it."""
+"""Example applications for fastapi-sqlnative, each with its own tests."""

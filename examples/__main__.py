@@ -1,10 +1,10 @@
-"""Serve an example: on DATABASE_URL, or on an empty database that is gone afterwards.
+"""Serve an example, on DATABASE_URL or on an empty, temporary database.
 
     python -m examples quick_start
 
 It sets DATABASE_URL and SECOND_DATABASE_URL, and serves `examples.quick_start.app:create_app()`.
-What it prints to try are the commands in the `sh` blocks of the example's README.md, where the
-address is always http://127.0.0.1:8000, and what they answer.
+It prints the commands in the `sh` blocks of the example's README.md, in which the address is
+always http://127.0.0.1:8000, and their responses.
 """
 
 import errno
@@ -38,7 +38,7 @@ TO_TRY = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Server(uvicorn.Server):
-    """Say what to try once requests are answered."""
+    """Print what to try once the server accepts requests."""
 
     readme: str
     empty: bool
@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
 
 
 def to_try(readme: str) -> tuple[list[str], list[str]]:
-    """Separate the commands from what stands around them: a prompt of zsh takes no comments."""
+    """Separate the commands from the text around them: zsh's prompt does not accept comments."""
     commands: list[str] = []
     answers: list[str] = []
     title = ""
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
         os.environ.update(_addresses(name, closing))
         say(f"Starting {name} on {make_url(os.environ['DATABASE_URL']).get_backend_name()} ...")
         app = _build(name)
-        # Somebody who still reads a stream cannot keep the example from stopping.
+        # A client that is still reading a stream must not keep the example from stopping.
         server = Server(uvicorn.Config(app, timeout_graceful_shutdown=3))
         server.readme = (HERE / name / "README.md").read_text("utf-8")
         server.empty = not given
@@ -105,7 +105,7 @@ def _build(name: str) -> FastAPI:
 
 
 def _stop(*_: object) -> None:
-    # Uvicorn shuts down by itself and then raises the signal again: leave through every `with`,
+    # Uvicorn shuts down and then raises the signal again: leave through every `with`,
     # undisturbed by an impatient second Ctrl-C.
     for each in signal.SIGINT, signal.SIGTERM:
         signal.signal(each, signal.SIG_IGN)
@@ -114,7 +114,7 @@ def _stop(*_: object) -> None:
 
 
 def _listen(port: int) -> socket.socket:
-    """Take the port, or the next that is free."""
+    """Return the port, or the next one that is free."""
     while True:
         try:
             return socket.create_server(("127.0.0.1", port))
@@ -138,8 +138,8 @@ def _addresses(name: str, closing: ExitStack) -> Mapping[str, str]:
 
 
 def _given(name: str) -> Mapping[str, str]:
-    """Pass on the addresses that the environment has; a plain one gets a driver."""
-    # Some read it when the application is built, others when their engine is.
+    """Pass on the addresses in the environment, adding a driver where there is none."""
+    # Some examples read it when they build the application, others when they build the engine.
     wanted = "SECOND_DATABASE_URL" in (HERE / name / "app.py").read_text("utf-8")
     if wanted and not os.environ.get("SECOND_DATABASE_URL"):
         raise SystemExit(f"{name} has two databases: set SECOND_DATABASE_URL too.")
@@ -151,12 +151,12 @@ def _given(name: str) -> Mapping[str, str]:
 def _read(variable: str) -> URL:
     try:
         return make_url(os.environ[variable])
-    except ArgumentError:  # which has the password in it, in SQLAlchemy 2.0
+    except ArgumentError:  # in SQLAlchemy 2.0 it contains the password
         raise SystemExit(f"{variable} is no address, as postgresql://me@host/shop is.") from None
 
 
 def _with_driver(url: URL) -> URL:
-    # SQLAlchemy 2.0 would take psycopg2 here, which has no asyncio.
+    # SQLAlchemy 2.0 would choose psycopg2 here, which does not support asyncio.
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 

@@ -1,4 +1,4 @@
-"""What the launcher gives an example, for its test: empty databases, and where they are."""
+"""Provide what the launcher provides for an example: empty databases and their addresses."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from conftest import WorkerPostgres
 
 @pytest.fixture
 def worker(pytestconfig: pytest.Config) -> str:
-    """Name this worker."""
+    """Return this worker's name."""
     name: str = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
     return name
 
@@ -19,7 +19,7 @@ def worker(pytestconfig: pytest.Config) -> str:
 def databases(
     empty_databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch, patient_probes: None
 ) -> WorkerPostgres:
-    """Give two empty databases, with their addresses in the environment."""
+    """Provide two empty databases, with their addresses in the environment."""
     monkeypatch.setenv("DATABASE_URL", empty_databases.url("psycopg"))
     monkeypatch.setenv("SECOND_DATABASE_URL", empty_databases.second.url("psycopg"))
     return empty_databases

@@ -1,4 +1,4 @@
-"""`python -m examples NAME`, and what every example's README says that it answers."""
+"""Tests of `python -m examples NAME` and of the commands in every example's README."""
 
 import argparse
 import importlib
@@ -30,17 +30,17 @@ EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/app.py"))
 ANSWER = re.compile(r"# (?P<status>\d{3})(?: (?P<body>.+))?")
 
 
-# --- what the READMEs say ---
+# --- the READMEs ---
 
 
 @pytest.fixture
 def sqlite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the address of a file that is not there yet into the environment."""
+    """Put the address of a new file into the environment."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/example.db")
 
 
 def commands(readme: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Yield each command with the status and the body that stand below it."""
+    """Yield each command with the status and the body on the line below it."""
     for block in TO_TRY.findall(readme.read_text("utf-8")):
         lines = block.splitlines()
         for place, line in enumerate(lines):
@@ -58,7 +58,7 @@ def commands(readme: Path) -> Iterator[tuple[str, str, str | None]]:
     ],
 )
 def test_a_readme_says_what_is_answered(example: Path, request: pytest.FixtureRequest) -> None:
-    """On an empty database each line of a README is answered as the README says."""
+    """On an empty database, each command in a README gets the response that the README shows."""
     own = {"mariadb": "mariadb_database", "sqlite": "sqlite_file"}
     request.getfixturevalue(own.get(example.name, "databases"))
     given = list(commands(example / "README.md"))
@@ -71,7 +71,7 @@ def test_a_readme_says_what_is_answered(example: Path, request: pytest.FixtureRe
 
 
 def value(body: str) -> Any:
-    """Read a body as JSON where it is."""
+    """Parse a body as JSON, if it is."""
     try:
         return json.loads(body)
     except json.JSONDecodeError:
@@ -79,11 +79,11 @@ def value(body: str) -> Any:
 
 
 def paste(command: str) -> tuple[int, str]:
-    """Run a line with curl; without curl, send what it says with httpx."""
+    """Run a line with curl or, if it is not installed, send the same with httpx."""
     words = shlex.split(command)
     if shutil.which("curl"):
         words += ["-sS", "-w", "\n%{http_code}"]
-        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # ours
+        sent = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 # our own command
         body, _, status = sent.stdout.rpartition("\n")
         return int(status), body
     parser = argparse.ArgumentParser()
@@ -106,11 +106,11 @@ def paste(command: str) -> tuple[int, str]:
 def launched(
     name: str, directory: Path, stop: signal.Signals, **environment: str
 ) -> Iterator[list[str]]:
-    """Launch an example as a process, give what it prints, and see it end as it should."""
+    """Run an example as a process, yield its output, and check how it exits."""
     unset = {"DATABASE_URL": "", "SECOND_DATABASE_URL": "", "PORT": "0"}
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(  # noqa: S603 # ours
+        subprocess.Popen(  # noqa: S603 # our own command
             [sys.executable, "-m", "examples", name],
             cwd=directory,
             env={**os.environ, "PYTHONPATH": str(ROOT), **unset, **environment},
@@ -152,7 +152,7 @@ def is_free(port: int) -> bool:
 
 
 def paste_all(printed: list[str], *, ada: int = 1_000_00) -> None:
-    """Run the showcase's five printed lines; `ada` is the balance they begin with."""
+    """Run the showcase's five printed commands; `ada` is the initial balance."""
     assert """1. ada's accounts: 200 [{"number":"ada-1","balance":100000}]""" in printed
     accounts, small, large, ready, ledger = (line for line in printed if line.startswith("curl"))
     assert answer_of(accounts) == (200, [{"number": "ada-1", "balance": ada}])
@@ -171,7 +171,7 @@ def answer_of(command: str) -> tuple[int, Any]:
 
 
 def test_an_example_runs_on_a_given_postgres(databases: WorkerPostgres, tmp_path: Path) -> None:
-    """On a taken port it takes another; its printed lines work; Ctrl-C ends it with exit code 0."""
+    """It takes another port if one is taken; its commands work; Ctrl-C ends it with exit code 0."""
     given = {"DATABASE_URL": databases.dsn, "SECOND_DATABASE_URL": databases.second.dsn}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -182,7 +182,7 @@ def test_an_example_runs_on_a_given_postgres(databases: WorkerPostgres, tmp_path
 
 
 def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
-    """A file that is there is taken up again; SIGTERM ends it with exit code 0."""
+    """An existing file is reused; SIGTERM ends the process with exit code 0."""
     for ada in 1_000_00, 995_00:
         url = "sqlite+aiosqlite:///demo.db"
         with launched("showcase", tmp_path, signal.SIGTERM, DATABASE_URL=url) as printed:
@@ -190,10 +190,10 @@ def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"demo.db", "demo-analytics.db"}
 
 
-@pytest.mark.timeout(180)  # two clusters' worth of starting, on a machine that does more
+@pytest.mark.timeout(180)  # starts two clusters, possibly on a busy machine
 def test_two_examples_have_a_postgres_each_and_leave_nothing(tmp_path: Path) -> None:
-    """With no address each starts a PostgreSQL that begins empty, and that goes when it ends."""
-    # Not tmp_path: PostgreSQL's account, under root, cannot reach pytest's folder.
+    """Without an address, it starts an empty PostgreSQL, which is removed when it ends."""
+    # Not tmp_path: as root, PostgreSQL's account cannot access pytest's folder.
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
         Path(temporary).chmod(0o755)
         with (
@@ -209,17 +209,17 @@ def test_two_examples_have_a_postgres_each_and_leave_nothing(tmp_path: Path) -> 
 
 
 def test_what_is_printed_can_be_pasted() -> None:
-    """Whichever shell it is pasted into: a comment is none at the prompt of zsh."""
+    """The output can be pasted into any shell: zsh's prompt does not know comments."""
     for readme in (example / "README.md" for example in EXAMPLES):
         lines, answers = to_try(readme.read_text("utf-8"))
         assert [line for line in lines if "#" in line] == []
         assert len([line for line in lines if line.startswith("curl ")]) == len(answers)
-        for line in lines:  # what stands outside of quotes means the same to each of them
+        for line in lines:  # text outside quotes means the same in each shell
             assert re.fullmatch(r"[\w ./:@-]+", re.sub(r"'[^']*'|\"[^\"$`!]*\"", "", line)), line
 
 
 def refusal(*arguments: str) -> str:
-    """Launch what cannot be, and return what it says; whatever starts a server comes later."""
+    """Run the launcher with invalid arguments, and return its message; no server is started."""
     with pytest.raises(SystemExit) as refused:
         main(list(arguments))
     return str(refused.value)
@@ -227,22 +227,22 @@ def refusal(*arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments", [[], ["quick_strat"], ["showcase", "quick_start"]])
 def test_a_name_that_is_none_is_refused(arguments: list[str]) -> None:
-    """Without the name of an example nothing is started, and the message lists the names."""
+    """Without an example's name nothing is started, and the message lists the names."""
     said = refusal(*arguments)
     assert re.findall(r"^  (\w+)$", said, re.MULTILINE) == [each.name for each in EXAMPLES]
 
 
 def test_a_second_address_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An example with two databases that is given one says which variable to set."""
+    """If only one of two databases is given, the message names the variable to set."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://me@127.0.0.1/shop")
     monkeypatch.setenv("PORT", "0")
     monkeypatch.delenv("SECOND_DATABASE_URL", raising=False)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's own
     said = refusal("named_databases")
     assert said == "named_databases has two databases: set SECOND_DATABASE_URL too."
 
 
 def test_the_index_leads_to_every_example() -> None:
-    """Every folder with an application has its row in the index."""
+    """Every folder with an application has a row in the index."""
     index = (ROOT / "examples" / "README.md").read_text("utf-8")
     assert [each.name for each in EXAMPLES if f"({each.name}/README.md)" not in index] == []

@@ -1,1 +1,1 @@
-"""A complete Alembic project, to copy: see README.md."""
+"""A complete Alembic project to copy: see README.md."""

@@ -1,4 +1,4 @@
-"""Serve the application before anybody migrates: on DATABASE_URL, or a PostgreSQL of its own."""
+"""Serve the application before it is migrated, on DATABASE_URL or a temporary PostgreSQL."""
 
 import os
 import re
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """Run until SIGINT or SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which ends what was started, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which also stops the server
     with ExitStack() as closing:
         listener = socket.create_server(("127.0.0.1", int(os.environ.get("PORT") or 8000)))
         closing.enter_context(listener)
@@ -55,7 +55,7 @@ def _start_postgres(closing: ExitStack) -> dict[str, str]:
 
 
 def _commands() -> str:
-    """Find the lines to try in the README."""
+    """Find the commands to try in the README."""
     readme = (HERE / "README.md").read_text("utf-8")
     return "\n".join(re.findall(r"^```sh\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE))
 

@@ -1,4 +1,4 @@
-"""The application: it migrates nothing, and is not ready before somebody has."""
+"""The application, which does not migrate, and is not ready until its databases are migrated."""
 
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ router = APIRouter()
 
 @router.post("/books", status_code=201)
 async def add_book(title: str, session: Transaction) -> int:
-    """Add a book, and return its id."""
+    """Add a book, and return its ID."""
     session.add(book := Book(title=title))
     await session.flush()
     return book.id
@@ -37,7 +37,7 @@ async def list_titles(session: Reader) -> list[str]:
 
 
 def create_app() -> FastAPI:
-    """Build the application, on the databases that the environment names."""
+    """Build the application, using the databases that the environment names."""
     app = FastAPI(title="Bookshop")
     install_database(app, engine=partial(application_engine, "default"))
     install_database(app, name="analytics", engine=partial(application_engine, "analytics"))

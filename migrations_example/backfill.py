@@ -2,8 +2,8 @@
 
     python -m migrations_example.backfill --size 1000 --pause 0.1
 
-It keeps no notes: what is left to do is what still differs. So it can be stopped at any moment,
-killed, started again, and run twice at once.
+It stores no progress: the rows that still differ are left to do. So you can stop or kill it at any
+moment, restart it, and run two at once.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ from fastapi_sqlnative import AsyncDatabase
 from migrations_example.releases import book
 from migrations_example.settings import application_engine
 
-# Not `title IS NULL`: release 1, while it still ran, renamed books whose title was there already.
+# Not `title IS NULL`: while release 1 still ran, it renamed books that already had a title.
 DIFFERS = book.c.title.is_distinct_from(book.c.name)
 
 
 async def backfill(database: AsyncDatabase, *, size: int = 1000, pause: float = 0.1) -> int:
-    """Copy until nothing is left, and return how many rows this took.
+    """Copy until nothing is left, and return the number of copied rows.
 
     Args:
         database: the handle.
-        size: rows in a transaction: so many are locked at once.
-        pause: seconds between transactions, for everybody else and for replicas.
+        size: rows per transaction, which are locked at once.
+        pause: seconds between transactions, to leave time for other work and for standbys.
     """
     copied, after = 0, 0
     while True:
@@ -37,18 +37,18 @@ async def backfill(database: AsyncDatabase, *, size: int = 1000, pause: float = 
         elif await _is_done(database):
             return copied
         else:
-            after = 0  # somebody had locked the rest: look at it again
+            after = 0  # the rest was locked: try it again
         await asyncio.sleep(pause)
 
 
 def _batch(after: int, size: int) -> Select[int]:
-    """Lock the next rows by key; those that somebody else has locked are left for later."""
+    """Lock the next rows by key, skipping those that another session has locked."""
     rows = select(book.c.id).where(book.c.id > after, DIFFERS).order_by(book.c.id).limit(size)
     return rows.with_for_update(skip_locked=True)
 
 
 async def _copy(database: AsyncDatabase, batch: Select[int]) -> Sequence[int]:
-    # On MariaDB the default, REPEATABLE READ, would lock every row that it looks at.
+    # On MariaDB, the default, REPEATABLE READ, would lock every row that it examines.
     async with database.transaction(isolation_level="READ COMMITTED") as session:
         ids = (await session.scalars(batch)).all()
         if ids:
@@ -63,7 +63,7 @@ async def _is_done(database: AsyncDatabase) -> bool:
 
 
 async def main() -> None:
-    """Run on DATABASE_URL."""
+    """Run the backfill on DATABASE_URL."""
     parser = ArgumentParser("python -m migrations_example.backfill", description=__doc__)
     parser.add_argument("--size", type=int, default=1000, help="rows in a transaction")
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between transactions")

@@ -1,4 +1,4 @@
-"""One runner migrates a database at a time; the others wait, and then find nothing to do."""
+"""A lock that lets one runner at a time migrate a database, while the others wait."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from sqlalchemy import Connection, TextClause, text
 
 logger = logging.getLogger("alembic.env")
 
-# PostgreSQL's advisory locks belong to a database, MariaDB's and MySQL's to the whole server.
+# PostgreSQL's advisory locks are per database, MariaDB's and MySQL's per server.
 POSTGRESQL = (
     text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))"),
     text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"),
@@ -29,19 +29,19 @@ PAUSE = 0.1
 
 @contextmanager
 def one_at_a_time(connection: Connection, name: str, wait: float) -> Iterator[None]:
-    """Hold a lock of the session for a block: over its commits, until its end or the connection's.
+    """Hold a session-level lock for a block, across commits, until the block or connection ends.
 
-    Alembic reads inside the block what the database has, so whoever comes second sees what the
-    first has done. It is of no use through a PgBouncer in transaction mode, where a session has
+    Alembic reads the current revision inside the block, so a second runner sees what the
+    first has done. It does not work through PgBouncer in transaction mode, where a session has
     no server connection of its own.
 
     Args:
-        connection: the one that migrates; it has begun no transaction.
-        name: of the lock.
-        wait: seconds.
+        connection: the connection that migrates, without an open transaction.
+        name: the name of the lock.
+        wait: how long to wait for the lock, in seconds.
 
     Raises:
-        CommandError: somebody else has held the lock for so long, or a transaction has begun.
+        CommandError: another process held the lock for that long, or a transaction is open.
     """
     if connection.in_transaction():
         raise CommandError(
@@ -55,14 +55,14 @@ def one_at_a_time(connection: Connection, name: str, wait: float) -> Iterator[No
     try:
         yield
     finally:
-        connection.rollback()  # whatever an error, or a command that only reads, has left open
+        connection.rollback()  # a transaction left open by an error or a read-only command
         _ask(connection, release, name)
 
 
 def _wait(connection: Connection, take: TextClause, name: str, wait: float) -> None:
     deadline = time.monotonic() + wait
-    # Asked for again and again, in a transaction each: a statement that waits for the lock has a
-    # snapshot, for whose end a CREATE INDEX CONCURRENTLY of the lock's holder would wait.
+    # Poll, each time in a new transaction: a statement that waits for the lock holds a
+    # snapshot, and the lock holder's CREATE INDEX CONCURRENTLY would wait for it.
     while not _ask(connection, take, name):
         if time.monotonic() > deadline:
             raise CommandError(
@@ -74,5 +74,5 @@ def _wait(connection: Connection, take: TextClause, name: str, wait: float) -> N
 
 def _ask(connection: Connection, statement: TextClause, name: str) -> bool:
     answer = connection.scalar(statement, {"name": name})
-    connection.commit()  # whatever is read next is of a snapshot that is younger than the lock
+    connection.commit()  # so that the next read has a snapshot taken after the lock
     return bool(answer)

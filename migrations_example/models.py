@@ -1,4 +1,4 @@
-"""The tables as the newest release wants them: what `alembic check` compares the databases with."""
+"""The tables of the newest release, with which `alembic check` compares the databases."""
 
 from datetime import datetime
 
@@ -7,7 +7,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """Hold the tables of the database `default`."""
+    """The base class of the models in the database `default`."""
 
 
 class Book(Base):
@@ -18,7 +18,7 @@ class Book(Base):
 
 
 class AnalyticsBase(DeclarativeBase):
-    """Hold the tables of the database `analytics`."""
+    """The base class of the models in the database `analytics`."""
 
 
 class Sale(AnalyticsBase):

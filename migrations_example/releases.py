@@ -1,7 +1,7 @@
-"""What each release of the application asks of `book`, while `name` becomes `title`.
+"""How each release of the application uses `book`, while `name` becomes `title`.
 
-The application of today is release 4; the others stand here to be tested on every revision that
-they meet. A deployment runs two at once: the one that is replaced and the one that replaces it.
+The current application is release 4; the others are here to be tested on every revision that
+they meet. A deployment runs two at once: the old release and the new one.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ book = table("book", column("id"), column("name"), column("title"))
 
 @dataclass(frozen=True)
 class Release:
-    """Know the columns that one release writes, and the one that it reads."""
+    """A release, with the columns that it writes and the one that it reads."""
 
     writes: tuple[str, ...]
     reads: str
@@ -24,7 +24,7 @@ class Release:
         return insert(book).values(dict.fromkeys(self.writes, title))
 
     def rename(self, before: str, after: str) -> Update:
-        """Give books another title."""
+        """Rename books."""
         found = book.c[self.reads] == before
         return update(book).where(found).values(dict.fromkeys(self.writes, after))
 

@@ -1,4 +1,4 @@
-"""Where the databases are and how to connect to them: the same for the application and Alembic."""
+"""The databases' addresses and connection settings, for both the application and Alembic."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 VARIABLES = {"default": "DATABASE_URL", "analytics": "ANALYTICS_DATABASE_URL"}
 
-# One set, in the words of each driver; TLS would stand here too.
+# The same settings, in each driver's terms. TLS settings would go here too.
 CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "psycopg": {"connect_timeout": 5, "application_name": "bookshop"},
     "asyncpg": {"timeout": 5, "server_settings": {"application_name": "bookshop"}},
@@ -32,7 +32,7 @@ def migration_engine(name: str) -> Engine | AsyncEngine:
 
 
 def migration_url(name: str) -> URL:
-    """Find the address for migrations: its own where they need another role, or no PgBouncer."""
+    """Find the address for migrations, which may differ to use another role or avoid PgBouncer."""
     variable = VARIABLES[name]
     own = f"MIGRATION_{variable}"
     return _url(own if os.environ.get(own) else variable)
@@ -43,7 +43,7 @@ def _url(variable: str) -> URL:
         raise ValueError(f"{variable} is not set, as in postgresql+psycopg://user@host/bookshop")
     try:
         return make_url(os.environ[variable])
-    except ArgumentError:  # which has the password in it, in SQLAlchemy 2.0
+    except ArgumentError:  # in SQLAlchemy 2.0 it contains the password
         example = "postgresql+psycopg://user@host/bookshop"
         raise ValueError(f"{variable} is no address, as {example} is") from None
 

@@ -1,4 +1,4 @@
-"""What README.md promises, on PostgreSQL and MariaDB."""
+"""Tests of the example and its README on PostgreSQL and MariaDB."""
 
 import asyncio
 import io
@@ -58,7 +58,7 @@ SYNCHRONOUS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 @dataclass
 class Place:
-    """Know the database that a test migrates, and look at it from outside."""
+    """The database that a test migrates, as seen from a separate connection."""
 
     url: URL
     outside: Engine
@@ -69,12 +69,12 @@ class Place:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """Connect with every statement a transaction of its own."""
+        """Connect with a transaction per statement."""
         with self.outside.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     def others(self) -> int:
-        """Count the connections of others to the database."""
+        """Count other connections to the database."""
         others = {
             "postgresql": "SELECT count(*) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()",
@@ -130,7 +130,7 @@ def placed(
 
 
 def with_marks(*drivers: str) -> list[Any]:
-    """Mark the drivers that need MariaDB, and those of which another shows as much."""
+    """Mark the drivers that need MariaDB, and those that another driver represents."""
     return [
         pytest.param(
             each,
@@ -148,7 +148,7 @@ def with_marks(*drivers: str) -> list[Any]:
     params=with_marks("postgresql+psycopg", "postgresql+asyncpg", "mysql+pymysql", "mysql+asyncmy")
 )
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Give each driver that Alembic may be run with in turn."""
+    """Provide each driver that Alembic may use in turn."""
     with placed(request.param, request, monkeypatch) as place:
         yield place
 
@@ -157,14 +157,14 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def served_place(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
-    """Give each driver that the application may be run with in turn."""
+    """Provide each driver that the application may use in turn."""
     with placed(request.param, request, monkeypatch) as place:
         yield place
 
 
 @pytest.fixture
 def postgresql(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Give a PostgreSQL, where one is enough to show it."""
+    """Provide a PostgreSQL database, for tests that need only one driver."""
     with placed("postgresql+psycopg", request, monkeypatch) as place:
         yield place
 
@@ -181,7 +181,7 @@ def config(section: str = "alembic", **options: Any) -> Config:
 
 @pytest.mark.parametrize("section", ["alembic", "analytics"])
 def test_up_and_down(place: Place, section: str) -> None:
-    """Every revision goes up, down and up again, and then the models agree with the database."""
+    """Every revision runs up, down and up again, and then the models match the database."""
     for _ in range(2):
         command.upgrade(config(section), "head")
         command.check(config(section))
@@ -198,7 +198,7 @@ def test_databases_are_apart(place: Place) -> None:
 
 
 def test_a_model_without_a_revision_fails_the_check(postgresql: Place) -> None:
-    """`alembic check` sees what the models have and the database lacks."""
+    """`alembic check` finds what the models have and the database lacks."""
     command.upgrade(config(), "head")
     with postgresql.connection() as connection:
         connection.execute(text("DROP INDEX ix_book_title"))
@@ -207,7 +207,7 @@ def test_a_model_without_a_revision_fails_the_check(postgresql: Place) -> None:
 
 
 def test_offline_sql(place: Place) -> None:
-    """What `--sql` writes does the same when somebody else applies it."""
+    """The output of `--sql` has the same effect when applied by hand."""
     buffer = io.StringIO()
     command.upgrade(config(output_buffer=buffer), "head", sql=True)
     assert place.tables() == set()
@@ -218,7 +218,7 @@ def test_offline_sql(place: Place) -> None:
     command.check(config())
 
 
-# --- where to ---
+# --- addresses ---
 
 
 def test_the_same_settings(postgresql: Place) -> None:
@@ -239,7 +239,7 @@ def test_the_same_settings(postgresql: Place) -> None:
 
 
 def test_an_address_for_migrations(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alembic may have an address of its own, past a PgBouncer or with another role."""
+    """Alembic can use a separate address, to bypass PgBouncer or use another role."""
     monkeypatch.setenv("MIGRATION_DATABASE_URL", os.environ["DATABASE_URL"])
     monkeypatch.setenv("DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/nowhere")
     command.upgrade(config(), "0001")
@@ -250,14 +250,14 @@ def test_an_address_for_migrations(place: Place, monkeypatch: pytest.MonkeyPatch
 
 
 def hold_the_lock(place: Place) -> ExitStack:
-    """Do as one more runner does, until this is closed."""
+    """Act as another runner, until closed."""
     held = ExitStack()
     connection = held.enter_context(place.outside.connect())
     held.enter_context(one_at_a_time(connection, LOCK, 0))
     return held
 
 
-# Processes of their own, of which Alembic and the drivers are imported once.
+# Separate processes, forked after Alembic and the drivers are imported once.
 EIGHT = """
 import os, sys
 import asyncmy, psycopg, sqlalchemy.ext.asyncio
@@ -271,13 +271,13 @@ print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(8)])
 """
 
 
-@pytest.mark.timeout(240)  # nine processes, on a machine that may be busy
+@pytest.mark.timeout(240)  # nine processes, possibly on a busy machine
 @pytest.mark.parametrize("place", with_marks("postgresql+psycopg", "mysql+asyncmy"), indirect=True)
 def test_eight_runners(place: Place) -> None:
-    """Eight processes that migrate at once apply each revision once, and all of them succeed."""
+    """Eight simultaneous processes apply each revision once, and all of them succeed."""
     with hold_the_lock(place) as held:
         words, pipe = [sys.executable, "-c", EIGHT], subprocess.PIPE
-        with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # ours
+        with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # our own command
             wait_until(lambda: place.others() == 9, seconds=120)
             assert place.tables() == set()
             held.close()
@@ -288,7 +288,7 @@ def test_eight_runners(place: Place) -> None:
 
 
 def test_a_runner_gives_up(place: Place) -> None:
-    """A runner waits for another one, though not for ever, and then says what it waited for."""
+    """A runner waits for another one for a limited time, and then reports what it waited for."""
     impatient = config()
     impatient.set_main_option("lock_wait", "0.2")
     with (
@@ -300,7 +300,7 @@ def test_a_runner_gives_up(place: Place) -> None:
 
 
 def test_a_table_in_use_is_not_queued_for(postgresql: Place) -> None:
-    """A change that cannot have its table gives up after seconds; nobody waits behind it longer."""
+    """A change that cannot lock its table fails after seconds, and then blocks no one."""
     command.upgrade(config(), "0001")
     with postgresql.outside.begin() as reader:
         reader.execute(RELEASES[1].titles())
@@ -310,7 +310,7 @@ def test_a_table_in_use_is_not_queued_for(postgresql: Place) -> None:
 
 
 def test_a_failed_revision(place: Place) -> None:
-    """A revision that fails stays undone, those before it stay done, and the lock is free."""
+    """A failed revision is rolled back, earlier ones stay applied, and the lock is released."""
     command.upgrade(config(), "0002")
     with place.connection() as connection:
         connection.execute(RELEASES[1].add("Emma"))
@@ -319,7 +319,7 @@ def test_a_failed_revision(place: Place) -> None:
         given.attributes["connection"] = connection
         with pytest.raises(DBAPIError):
             command.upgrade(given, "head")
-        # The connection is still open, as one that a pool keeps would be.
+        # The connection is still open, as it would be in a pool.
         hold_the_lock(place).close()
     assert place.version() == "0002"
     backfill_all(place)
@@ -327,7 +327,7 @@ def test_a_failed_revision(place: Place) -> None:
 
 
 def test_a_revision_that_stopped_half_way(postgresql: Place) -> None:
-    """What a revision outside of a transaction has left behind does not hinder the next try."""
+    """What a revision outside a transaction leaves behind does not prevent the next attempt."""
     command.upgrade(config(), "0002")
     with postgresql.connection() as connection:
         connection.execute(insert(book), [{"name": "Emma", "title": "Emma"}] * 2)
@@ -349,7 +349,7 @@ def test_a_revision_that_stopped_half_way(postgresql: Place) -> None:
 
 @pytest.mark.anyio
 async def test_on_a_connection_that_is_given(served_place: Place) -> None:
-    """A running event loop gives Alembic a connection of its own; its loggers stay as they were."""
+    """With a running event loop, Alembic uses a given connection, and the loggers are unchanged."""
     before = {name: logging.getLogger(name).disabled for name in ("mine", "sqlalchemy")}
     handlers = list(logging.getLogger().handlers)
     engine = create_async_engine(served_place.url, poolclass=NullPool)
@@ -373,7 +373,7 @@ async def run(
 
 
 def test_a_transaction_is_refused(postgresql: Place) -> None:
-    """A connection that has begun a transaction is refused: an index could not be built."""
+    """A connection with an open transaction is refused: an index could not be built."""
     with postgresql.outside.begin() as connection:
         connection.execute(text("SELECT 1"))
         given = config(attributes={"connection": connection})
@@ -382,12 +382,12 @@ def test_a_transaction_is_refused(postgresql: Place) -> None:
 
 
 def test_the_command_leaves_loggers_enabled(postgresql: Place) -> None:
-    """The command `alembic` sets up logging, and silences no logger that is there already."""
+    """The `alembic` command sets up logging, and does not disable existing loggers."""
     source = (
         "import logging; mine = logging.getLogger('mine'); from alembic.config import main; "
         "main(argv=['-c', 'migrations_example/alembic.ini', 'current']); print(mine.disabled)"
     )
-    done = subprocess.run(  # noqa: S603 # ours
+    done = subprocess.run(  # noqa: S603 # our own command
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
@@ -397,7 +397,7 @@ def test_the_command_leaves_loggers_enabled(postgresql: Place) -> None:
 
 
 def test_both_releases_work_on_every_revision(place: Place) -> None:
-    """Whatever either release writes, the other reads, on every revision, up and down."""
+    """On every revision, up and down, each release reads what the other writes."""
     for revision in REVISIONS:
         command.upgrade(config(), revision)
         work_together(place, revision)
@@ -410,7 +410,7 @@ def test_both_releases_work_on_every_revision(place: Place) -> None:
 
 
 def work_together(place: Place, revision: str) -> None:
-    """Let each of two releases add a title, both of them change it, and both see all of it."""
+    """Two releases each add a title, both change it, and both see all changes."""
     running = [RELEASES[number] for number in RUNNING[revision]]
     with place.connection() as connection:
 
@@ -420,7 +420,7 @@ def work_together(place: Place, revision: str) -> None:
         for number, writer in enumerate(running):
             title = f"{revision} {number} {len(seen()[0])}"
             connection.execute(writer.add(title))
-            # Each is once the last to change it.
+            # Each is the last to change it once.
             for renamer in running[::-1] if number else running:
                 assert [each[-1] for each in seen()] == [title] * 2
                 connection.execute(renamer.rename(title, f"{title}!"))
@@ -458,7 +458,7 @@ def copied(place: Place) -> int:
         return connection.scalar(same) or 0
 
 
-# A batch stops in the middle of its UPDATE, at the row with this id, while a test has the lock.
+# A batch pauses in its UPDATE, at the row with this ID, while a test holds the lock.
 STOP_AT = {
     "postgresql": (
         "SELECT pg_advisory_lock(1)",
@@ -482,13 +482,13 @@ STOPPED = {
 
 
 def test_a_backfill_that_is_killed(served_place: Place) -> None:
-    """Killed in the middle of a batch, it leaves the batches before; the next run does the rest."""
+    """If killed in the middle of a batch, it keeps earlier batches; the next run does the rest."""
     add_books(served_place, 25)
     words = [sys.executable, "-m", "migrations_example.backfill", "--size", "10", "--pause", "0"]
     with served_place.connection() as holder:
         for statement in STOP_AT[served_place.name]:
             holder.execute(text(statement))
-        with subprocess.Popen(words, cwd=ROOT) as process:  # noqa: S603 # ours
+        with subprocess.Popen(words, cwd=ROOT) as process:  # noqa: S603 # our own command
             stopped = text(STOPPED[served_place.name])
             wait_until(lambda: bool(holder.scalar(stopped)), seconds=60)
             process.kill()
@@ -499,7 +499,7 @@ def test_a_backfill_that_is_killed(served_place: Place) -> None:
 
 
 def test_two_backfills_at_once(served_place: Place) -> None:
-    """Two at once share the rows, and neither copies what the other has copied."""
+    """Two simultaneous backfills share the rows, and copy no row twice."""
     add_books(served_place, 200)
 
     async def two() -> list[int]:
@@ -513,7 +513,7 @@ def test_two_backfills_at_once(served_place: Place) -> None:
 
 @pytest.mark.anyio
 async def test_a_backfill_goes_round_what_is_locked(served_place: Place) -> None:
-    """A row that somebody has locked keeps nobody waiting, and is copied in the end."""
+    """A row locked by another session does not delay the others, and is copied at the end."""
     await asyncio.to_thread(add_books, served_place, 25)
     engine, batches = asynchronous(served_place), Counter[str]()
 
@@ -525,7 +525,7 @@ async def test_a_backfill_goes_round_what_is_locked(served_place: Place) -> None
     with served_place.outside.connect() as somebody:
         somebody.execute(update(book).where(book.c.id == 3).values(name="locked"))
         running = asyncio.create_task(backfill(AsyncDatabase(engine), size=10, pause=0))
-        # Three hold all the others; it has found nothing, and has begun again, more than once.
+        # The only rows left are locked: it has found nothing and retried more than once.
         await asyncio.to_thread(wait_until, lambda: batches["asked"] > 10)
         assert copied(served_place) == 24
         assert not running.done()
@@ -538,7 +538,7 @@ async def test_a_backfill_goes_round_what_is_locked(served_place: Place) -> None
 
 
 def test_an_application_that_starts_too_early(served_place: Place) -> None:
-    """It is alive and not ready before the release step, and ready after it without a restart."""
+    """It is alive but not ready before the release step, and ready after it without a restart."""
     with serve(create_app()) as served:
         assert served.client.get("/health/live").status_code == 200
         expect_checks(served, 503, "behind", "behind")
@@ -551,7 +551,7 @@ def test_an_application_that_starts_too_early(served_place: Place) -> None:
 
 
 def test_an_application_that_is_being_replaced(served_place: Place) -> None:
-    """A database that a newer release has migrated is ahead, and the old one still serves."""
+    """A database migrated by a newer release is ahead, and the old release still serves."""
     for section in "alembic", "analytics":
         command.upgrade(config(section), "head")
     with served_place.connection() as connection:
@@ -578,7 +578,7 @@ def expect_checks(served: Served, status: int, default: str, analytics: str) -> 
 def test_the_steps_to_copy_it(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whoever copies the project as the README says has a first revision that fits the models."""
+    """A project copied as the README says has a first revision that matches the models."""
     copied = tmp_path / "migrations_example"
     shutil.copytree(
         ROOT / "migrations_example", copied, ignore=shutil.ignore_patterns("__pycache__")
@@ -589,7 +589,7 @@ def test_the_steps_to_copy_it(
     tools = Path(sys.executable).parent
     with placed("postgresql+psycopg", request, monkeypatch) as place:
         for command_line in "".join(steps).splitlines():
-            subprocess.run(  # noqa: S602 # the README's own line
+            subprocess.run(  # noqa: S602 # a line of the README
                 command_line,
                 shell=True,
                 cwd=tmp_path,
@@ -602,9 +602,9 @@ def test_the_steps_to_copy_it(
     assert sorted(left) == ["__init__.py", "locking.py", "models.py", "settings.py"]
 
 
-@pytest.mark.timeout(180)  # five processes, on a machine that may be busy
+@pytest.mark.timeout(180)  # five processes, possibly on a busy machine
 def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever pastes what the README's command prints is answered as the README says."""
+    """The commands that the README's program prints get the responses that the README shows."""
     for variable in ("DATABASE_URL", "ANALYTICS_DATABASE_URL"):
         monkeypatch.delenv(variable, raising=False)
     with started(tmp_path) as printed:
@@ -617,7 +617,7 @@ def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def started(folder: Path) -> Iterator[str]:
-    """Run `python -m migrations_example`, and give what it has printed once it serves."""
+    """Run `python -m migrations_example`, and yield its output once it serves."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0"}
     with subprocess.Popen(  # ours
         [sys.executable, "-m", "migrations_example"],
@@ -640,13 +640,13 @@ def started(folder: Path) -> Iterator[str]:
 
 
 def paste(printed: str) -> int:
-    """Do what the lines say, and count the answers that were as the line below says."""
+    """Run the commands, and count the responses that match the line below."""
     answers = 0
     lines = printed.splitlines()
     for place, line in enumerate(lines):
         if line.startswith(".venv/bin/alembic "):
             words = [sys.executable, "-m", "alembic", *shlex.split(line)[1:]]
-            subprocess.run(words, cwd=ROOT, check=True)  # noqa: S603 # ours
+            subprocess.run(words, cwd=ROOT, check=True)  # noqa: S603 # our own command
         if line.startswith("curl "):
             method = "POST" if "-X POST" in line else "GET"
             _, status, body = lines[place + 1].split(" ", 2)
@@ -656,7 +656,7 @@ def paste(printed: str) -> int:
 
 
 def expect(method: str, url: str, answer: tuple[int, Any]) -> None:
-    """Ask until the answer is the one that is expected: at first nobody listens."""
+    """Retry until the response is the expected one: at first no server is listening."""
 
     def answered() -> bool:
         try:

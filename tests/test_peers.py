@@ -108,7 +108,7 @@ def test_ratios_are_to_the_best_by_hand() -> None:
     results.figures[throughput] = results.figures[row]
     assert results.reference(throughput) == BY_HAND[1]
     assert set(results.ahead(throughput)) == set(BY_HAND[:2])
-    assert title_of(row.table) == "CPU of a request: psycopg"
+    assert title_of(row.table) == "CPU per request: psycopg"
 
 
 @pytest.mark.parametrize("measure", ["failed", "failed, calm"])

@@ -1,1 +1,1 @@
-"""Work after the commit, and only after one."""
+"""Work that runs only after a successful commit."""

@@ -1,4 +1,4 @@
-"""Sign-ups that are greeted after they are stored, and never when they are not."""
+"""Members who are greeted after they are stored, and only then."""
 
 import logging
 import os
@@ -29,11 +29,11 @@ logger = logging.getLogger("examples.background")
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Member(Base):
-    """Know somebody by name; the badge is checked at COMMIT, to show one that fails."""
+    """A member. The badge is checked at COMMIT, to show a COMMIT that fails."""
 
     __tablename__ = "background_member"
     __table_args__ = (
@@ -50,33 +50,33 @@ class Member(Base):
 
 
 async def greet(database: AsyncDatabase, member_id: int) -> None:
-    """Greet a member who is stored, in a transaction of its own.
+    """Greet a stored member, in a separate transaction.
 
-    It has the id and loads the row again: the object of the request is detached, and may be out
-    of date. The response has left, so a failure is for the log.
+    It takes the ID and loads the row again: the request's object is detached, and may be out
+    of date. The response has been sent, so a failure can only be logged.
     """
     try:
         async with database.transaction() as session:
             member = await session.get_one(Member, member_id, with_for_update=True)
-            member.greeted = True  # here a mail would be sent
+            member.greeted = True  # a real application would send a mail here
     except SQLAlchemyError:
         logger.exception("Member %s has not been greeted.", member_id)
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield
 
     app = FastAPI(title="Background tasks", lifespan=lifespan)
     install_database(app, engine=engine, shutdown=engine.dispose)
-    install_error_handlers(app)  # for the constraint that COMMIT checks
+    install_error_handlers(app)  # for the constraint that is checked at COMMIT
 
     @app.post("/members", status_code=201)
     async def sign_up(
@@ -85,7 +85,7 @@ def create_app() -> FastAPI:
         member = Member(name=name, badge=badge)
         async with http_errors(session, unique="This name is taken."):
             session.add(member)
-        tasks.add_task(greet, database, member.id)  # runs after the COMMIT, if there is one
+        tasks.add_task(greet, database, member.id)  # runs only after a successful COMMIT
         if badge < 0:
             raise HTTPException(422, "A badge has a number.")  # and the task does not run
         return member.id

@@ -1,4 +1,4 @@
-"""When a task runs, and when it never does, over HTTP."""
+"""Tests over HTTP: when a task runs, and when it does not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from tests.serving import Served, serve, wait_until
 
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note the members whose task has begun."""
+    """Record the members whose task has started."""
     begun: list[int] = []
     greet = example.greet
 
@@ -42,7 +42,7 @@ def greeted(served: Served) -> Any:
 
 
 def test_who_is_stored_is_greeted(databases: WorkerPostgres, tasks: list[int]) -> None:
-    """A task that the request added finds what the request has stored."""
+    """A task that a request adds finds the rows that the request stored."""
     with served() as running:
         assert sign_up(running, "ada", 1).status_code == 201
         wait_until(lambda: greeted(running) == {"ada": True})
@@ -60,12 +60,12 @@ def test_who_is_stored_is_greeted(databases: WorkerPostgres, tasks: list[int]) -
 def test_who_is_not_stored_is_not_greeted(
     databases: WorkerPostgres, tasks: list[int], name: str, badge: int, status: int
 ) -> None:
-    """When the transaction is rolled back, by whatever, no task begins."""
+    """When the transaction is rolled back for any reason, no task starts."""
     with served() as running:
         sign_up(running, "ada", 1)
         wait_until(lambda: greeted(running) == {"ada": True})
         assert sign_up(running, name, badge).status_code == status
-        assert sign_up(running, "alan", 3).status_code == 201  # the task would have been before
+        assert sign_up(running, "alan", 3).status_code == 201  # the task would have run before this
         wait_until(lambda: greeted(running) == {"ada": True, "alan": True})
     assert len(tasks) == 2
 
@@ -73,7 +73,7 @@ def test_who_is_not_stored_is_not_greeted(
 def test_a_task_that_fails_changes_no_answer(
     databases: WorkerPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A row that is gone when its task runs is for the log; the 201 has left."""
+    """If a row is gone when its task runs, the error is logged; the 201 has already been sent."""
     with served() as running, psycopg.connect(databases.dsn, autocommit=True) as owner:
         owner.execute(
             "CREATE FUNCTION vanish() RETURNS trigger LANGUAGE plpgsql AS"

@@ -1,1 +1,1 @@
-"""The transaction by hand: its end, a row lock, savepoints."""
+"""Controlling the transaction by hand: its end, a row lock, savepoints."""

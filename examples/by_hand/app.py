@@ -1,4 +1,4 @@
-"""Gift cards: read, decide, write, with the transaction in the endpoint's own hands."""
+"""Gift cards: read, decide, write, in transactions that the endpoints control."""
 
 import os
 from typing import Annotated
@@ -46,14 +46,14 @@ router = APIRouter(prefix="/cards")
 
 @router.post("", status_code=201, responses=error_responses("unique"))
 async def issue(new: NewCard, session: Transaction) -> None:
-    """Issue one card. The block is a savepoint, so the answer to a taken code stands here."""
+    """Issue one card. The block is a savepoint, and maps a taken code to a response."""
     async with http_errors(session, unique="This code has been issued."):
         session.add(Card(code=new.code, balance=new.balance))
 
 
 @router.post("/import", status_code=201)
 async def import_cards(cards: list[NewCard], session: Transaction) -> Imported:
-    """Issue many: a savepoint for each, so that a taken code costs itself and nothing else."""
+    """Issue many cards, each in a savepoint, so that a taken code does not affect the others."""
     result = Imported(stored=[], refused=[])
     for new in cards:
         try:
@@ -68,13 +68,13 @@ async def import_cards(cards: list[NewCard], session: Transaction) -> Imported:
 
 @router.post("/{code}/payments", status_code=201)
 async def pay(code: str, amount: Annotated[int, Query(gt=0)], session: Db) -> str:
-    """Pay with a card, however many others do so at the same time.
+    """Pay with a card, however many requests do so at the same time.
 
-    `get_db()` gives a session that commits when it is told to. The block ends the transaction, so
-    the lock on the row is gone before the receipt is made, which may take its time.
+    A session from `get_db()` commits only when told to. The block ends the transaction, which
+    releases the row lock before the receipt is made, which may take a while.
     """
     async with session.begin():
-        card = await session.get(Card, code, with_for_update=True)  # the others wait here
+        card = await session.get(Card, code, with_for_update=True)  # concurrent payments wait here
         if card is None:
             raise HTTPException(404, "No such card.")
         if card.balance < amount:
@@ -85,7 +85,7 @@ async def pay(code: str, amount: Annotated[int, Query(gt=0)], session: Db) -> st
 
 @router.get("/{code}")
 async def read_balance(code: str, session: Db) -> int:
-    """Read what is left."""
+    """Read the remaining balance."""
     card = await session.get(Card, code)
     if card is None:
         raise HTTPException(404, "No such card.")
@@ -93,7 +93,7 @@ async def read_balance(code: str, session: Db) -> int:
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at start-up, and the table."""
+    """Build the engine at start-up, and create the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
@@ -101,7 +101,7 @@ async def build_engine() -> AsyncEngine:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="By hand")
     install_database(app, engine=build_engine)
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""Gift cards under contention."""
+"""Tests of gift cards under contention."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from tests.serving import serve, wait_until
 
 @pytest.mark.usefixtures("databases")
 def test_a_card_pays_no_more_than_is_on_it() -> None:
-    """Of forty payments at once exactly as many succeed as the card can pay."""
+    """Of forty simultaneous payments, exactly as many succeed as the balance allows."""
     with serve(create_app()) as served, ThreadPoolExecutor(40) as threads:
         served.client.post("/cards", json={"code": "xmas", "balance": 100})
 
@@ -26,7 +26,7 @@ def test_a_card_pays_no_more_than_is_on_it() -> None:
 
 
 def test_a_payment_waits_for_the_row(databases: WorkerPostgres) -> None:
-    """While another transaction holds the card, a payment waits, and then sees what that left."""
+    """While another transaction locks the card, a payment waits, and then sees the new balance."""
     with (
         serve(create_app()) as served,
         ThreadPoolExecutor(1) as thread,
@@ -48,7 +48,7 @@ def test_a_payment_waits_for_the_row(databases: WorkerPostgres) -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_a_savepoint_fails_alone() -> None:
-    """A code that is taken, inside the same import too, costs only itself."""
+    """A taken code, also within the same import, fails alone."""
     with serve(create_app()) as served:
         cards = [{"code": code, "balance": 1} for code in ("a", "b", "a", "c")]
         answer = served.client.post("/cards/import", json=cards)
@@ -68,7 +68,7 @@ def test_a_taken_code_is_answered_in_its_own_words() -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_a_refused_payment_releases_the_row() -> None:
-    """An exception inside the block ends the transaction: the next payment does not wait."""
+    """An exception inside the block ends the transaction, so the next payment does not wait."""
     with serve(create_app()) as served:
         served.client.post("/cards", json={"code": "a", "balance": 5})
         path = "/cards/a/payments"

@@ -1,1 +1,1 @@
-"""Database failures as HTTP answers: at a route, and for a whole application."""
+"""Mapping database failures to HTTP responses, for a route and for a whole application."""

@@ -1,4 +1,4 @@
-"""What `make example NAME=error_mapping` serves: the answers for a whole application."""
+"""The application that `make example NAME=error_mapping` serves: app-wide mapping."""
 
 from examples.error_mapping.app_wide import create_app
 

@@ -1,4 +1,4 @@
-"""App-wide: routes that know of no failure, and problem details for all of them."""
+"""App-wide mapping: routes without error handling, and problem details for all failures."""
 
 from typing import Annotated
 
@@ -22,7 +22,7 @@ router = APIRouter()
 Transaction = Annotated[AsyncSession, Depends(transactional())]
 Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 
-# Only constraints that stand here name a field to the client.
+# Only these constraints name a field to the client.
 CONSTRAINTS = {
     "uq_mapping_event_title": ErrorRule("There is an event of this title.", pointer="#/title"),
     "ck_mapping_event_seats": ErrorRule("An event has seats.", pointer="#/seats"),
@@ -51,7 +51,7 @@ async def add_event(new: NewEvent, session: Transaction) -> int:
 
 @router.post("/bookings", status_code=201)
 async def book(new: NewBooking, database: Handle) -> bool:
-    """Book a seat if one is left, however many others do so at the same time."""
+    """Book a seat if one is left, however many requests do so at the same time."""
 
     async def take_a_seat(session: AsyncSession) -> bool:
         bookings = select(func.count()).where(Booking.event_id == new.event_id)
@@ -62,7 +62,7 @@ async def book(new: NewBooking, database: Handle) -> bool:
         session.add(Booking(event_id=new.event_id, guest=new.guest))
         return True
 
-    # Two that count the last seat at once cannot both be right: the later one counts again.
+    # If two requests count the last seat at once, the later one is retried and counts again.
     return await database.run_in_transaction(
         take_a_seat, isolation_level="SERIALIZABLE", attempts=10
     )
@@ -78,7 +78,7 @@ def create_app(database_url: str | None = None) -> FastAPI:
         metadata=Base.metadata,
         constraints=CONSTRAINTS,
     )
-    # 409 and 503 are in the document already.
+    # 409 and 503 are documented automatically.
     failures = error_responses("check", "missing_parent", problem_details=True)
     app.include_router(router, responses=failures)
     return app

@@ -1,4 +1,4 @@
-"""At a route: each failure gets its meaning where it may happen, all others stay a 500."""
+"""Mapping at a route: each failure is mapped where it may happen, all others stay a 500."""
 
 from typing import Annotated
 
@@ -25,7 +25,7 @@ class Guests(BaseModel):
 
 @router.post("/events", status_code=201, responses=error_responses("unique", "check"))
 async def add_event(new: NewEvent, session: Transaction) -> int:
-    """Add an event; one title is one event."""
+    """Add an event; its title must be unique."""
     event = Event(title=new.title, seats=new.seats)
     async with http_errors(
         session,
@@ -38,10 +38,10 @@ async def add_event(new: NewEvent, session: Transaction) -> int:
 
 @router.post("/events/{event_id}/bookings", responses=error_responses("unique"))
 async def book(event_id: int, guests: Guests, session: Transaction) -> list[str]:
-    """Book seats for several guests; a guest who has one already is left out."""
+    """Book seats for several guests; guests who already have one are left out."""
     booked: list[str] = []
     for name in guests.names:
-        # One savepoint for each: those before stay booked when the whole is refused for none.
+        # One savepoint per guest: a refused one does not undo the bookings before it.
         async with http_errors(
             session,
             unique=f"{name} has a seat.",

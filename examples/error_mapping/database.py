@@ -1,4 +1,4 @@
-"""The application of both examples, without its routes and answers."""
+"""The application that both examples share, without its routes and error mapping."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -14,7 +14,7 @@ from fastapi_sqlnative import install_database
 
 
 def create_app_with_database(database_url: str | None = None) -> FastAPI:
-    """Build an application on the given database, on DATABASE_URL or on a file."""
+    """Build an application on the given database, or on DATABASE_URL, or on a file."""
     url = make_url(
         database_url or os.environ.get("DATABASE_URL") or "sqlite+aiosqlite:///error_mapping.db"
     )
@@ -25,7 +25,7 @@ def create_app_with_database(database_url: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is an example: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield
@@ -36,11 +36,11 @@ def create_app_with_database(database_url: str | None = None) -> FastAPI:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    # Otherwise SQLite takes a booking for an event that does not exist, and its driver begins no
-    # transaction before a savepoint: the savepoint's end would be a COMMIT.
+    # Otherwise SQLite accepts a booking for an event that does not exist, and its driver begins no
+    # transaction before a savepoint, so that releasing the savepoint would commit.
     connection.execute("PRAGMA foreign_keys = ON")
     connection.isolation_level = None
 
 
 def _begin_on_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # one writer after the other
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # one writer at a time

@@ -5,11 +5,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Event(Base):
-    """Name something that has seats."""
+    """An event with seats."""
 
     __tablename__ = "mapping_event"
     __table_args__ = (
@@ -23,7 +23,7 @@ class Event(Base):
 
 
 class Booking(Base):
-    """Give a seat to a guest, who has one for each event."""
+    """A guest's seat at an event; a guest has at most one per event."""
 
     __tablename__ = "mapping_booking"
     __table_args__ = (UniqueConstraint("event_id", "guest", name="uq_mapping_booking_guest"),)

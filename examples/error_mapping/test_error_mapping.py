@@ -1,4 +1,4 @@
-"""What the examples of error mapping promise, over HTTP."""
+"""Tests of the error mapping examples over HTTP."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ PARTY = {"title": "Party", "seats": 3}
     params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver), "sqlite"]
 )
 def url(request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path) -> Iterator[str]:
-    """Give an empty database of each kind in turn."""
+    """Provide an empty database of each kind in turn."""
     if request.param == "sqlite":
         yield f"sqlite+aiosqlite:///{tmp_path}/example.db"
         return
@@ -31,7 +31,7 @@ def url(request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path
 
 
 def test_a_route_answers_in_its_own_words(url: str) -> None:
-    """Each failure has the words of the block around it, and a status if it asks for one."""
+    """Each failure has the text of the block around it, and its status if one is set."""
     with serve(at_a_route.create_app(url)) as served:
         assert served.client.post("/events", json=PARTY).json() == 1
         taken = served.client.post("/events", json=PARTY)
@@ -45,7 +45,7 @@ def test_a_route_answers_in_its_own_words(url: str) -> None:
         assert served.client.post("/events/1/bookings", json=guests).json() == ["ada", "grace"]
         again = served.client.post("/events/1/bookings", json={"names": ["alan", "ada"]})
         assert (again.status_code, again.json()["detail"]) == (409, "ada has a seat.")
-        # The refusal has rolled back the whole request.
+        # The failure rolled back the whole request.
         alan = served.client.post("/events/1/bookings", json={"names": ["alan"]})
         assert alan.json() == ["alan"]
         nowhere = served.client.post("/events/9/bookings", json={"names": ["alan"]})
@@ -53,7 +53,7 @@ def test_a_route_answers_in_its_own_words(url: str) -> None:
 
 
 def test_an_application_answers_with_problem_details(url: str) -> None:
-    """A failure that no route knows of is a problem, with the field that it is mapped to."""
+    """A failure that no route handles is a problem, with the field that it is mapped to."""
     with serve(app_wide.create_app(url)) as served:
         assert served.client.post("/events", json=PARTY).json() == 1
         taken = served.client.post("/events", json=PARTY)
@@ -74,7 +74,7 @@ def test_an_application_answers_with_problem_details(url: str) -> None:
 
 
 def test_the_last_seat_is_booked_once(url: str) -> None:
-    """As many as there are seats get one, whoever else asks at the same time."""
+    """Exactly as many bookings succeed as there are seats, however many run at the same time."""
     with serve(app_wide.create_app(url)) as served:
         served.client.post("/events", json=PARTY)
 

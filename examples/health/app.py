@@ -1,4 +1,4 @@
-"""A shop that says when it should get requests: two databases, a marker row, a slow goodbye."""
+"""A shop that reports whether it is ready: two databases, a marker row, and draining."""
 
 import os
 import secrets
@@ -31,7 +31,7 @@ class Base(DeclarativeBase): ...
 
 
 class Marker(Base):
-    """Say that the shop is open: an operator takes the row away to close it."""
+    """A marker that the shop is open: an operator deletes the row to close it."""
 
     __tablename__ = "health_marker"
 
@@ -39,7 +39,7 @@ class Marker(Base):
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine, with a table that a release step would have made."""
+    """Build the engine, and create a table that a release step would have created."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
@@ -47,12 +47,12 @@ async def build_engine() -> AsyncEngine:
 
 
 def build_analytics_engine() -> AsyncEngine:
-    """Build the engine of a database that the shop can do without."""
+    """Build the engine of the optional database."""
     return create_async_engine(os.environ["SECOND_DATABASE_URL"])
 
 
 async def is_open(app: FastAPI) -> bool:
-    """Look for the marker row; while every connection is in use this fails as well."""
+    """Look for the marker row; this also fails while every connection is in use."""
     database = installed_databases(app)["default"]
     assert isinstance(database, AsyncDatabase)  # for the type checker: it may be a Database
     async with database.session() as session:
@@ -61,7 +61,7 @@ async def is_open(app: FastAPI) -> bool:
 
 def require_operator(credentials: Credentials) -> None:
     """Refuse requests without OPERATOR_TOKEN, and all requests while it is not set."""
-    token = os.environ.get("OPERATOR_TOKEN", "")  # nobody gives an empty one: that is a 401
+    token = os.environ.get("OPERATOR_TOKEN", "")  # an empty token is a 401
     given = credentials.credentials
     if not secrets.compare_digest(given.encode(), token.encode()):
         raise HTTPException(403, "For operators only.")
@@ -72,30 +72,30 @@ router = APIRouter()
 
 @router.get("/stock")
 async def count_stock(session: Reader) -> int:
-    """Ask the shop's own database."""
+    """Query the shop's own database."""
     return (await session.scalars(select(literal(3)))).one()
 
 
 @router.get("/report")
 async def write_report(session: AnalyticsReader) -> int:
-    """Ask the other one; while it is away this is a 503, and nothing else is."""
+    """Query the optional database; while it is unreachable, only this route returns a 503."""
     return (await session.scalars(select(literal(7)))).one()
 
 
 @router.put("/marker", status_code=204, dependencies=[Depends(require_operator)])
 async def open_shop(session: Transaction) -> None:
-    """Let requests come."""
+    """Open the shop to requests."""
     await session.merge(Marker(id=1))
 
 
 @router.delete("/marker", status_code=204, dependencies=[Depends(require_operator)])
 async def close_shop(session: Transaction) -> None:
-    """Keep requests away, from every process at once."""
+    """Close the shop, for every process at once."""
     await session.execute(delete(Marker))
 
 
 def create_app() -> FastAPI:
-    """Build the application; DATABASE_URL and SECOND_DATABASE_URL say where its databases are."""
+    """Build the application, using DATABASE_URL and SECOND_DATABASE_URL."""
     app = FastAPI(title="Health")
     install_database(app, engine=build_engine)
     install_database(app, name="analytics", engine=build_analytics_engine)

@@ -1,4 +1,4 @@
-"""What a load balancer and an operator read while databases come and go."""
+"""Tests of what a load balancer and an operator see while databases fail and recover."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ OPERATOR = {"Authorization": "Bearer let-me-in"}
 
 @pytest.fixture
 def served(databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """Serve a shop that has been opened."""
+    """Serve a shop that is open."""
     monkeypatch.setenv("OPERATOR_TOKEN", "let-me-in")
     with serve(create_app()) as served:
         assert served.client.put("/marker", headers=OPERATOR).status_code == 204
@@ -31,7 +31,7 @@ def served(databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def becomes(
     served: Served, status: int, overall: str, *databases: str, check: str = "up"
 ) -> Callable[[], bool]:
-    """Tell whether readiness has become this; an answer may be a second old."""
+    """Check whether readiness has this status; a result may be a second old."""
     states = dict(zip(("default", "analytics"), databases, strict=True))
     body = {"status": overall, "databases": states, "checks": {"open": check}}
 
@@ -44,7 +44,7 @@ def becomes(
 
 @contextmanager
 def away(database: PostgresDatabase) -> Iterator[None]:
-    """Let a database refuse everybody, and end the connections that it has."""
+    """Make a database refuse all connections, and close those that it has."""
     url = make_url(database.dsn)
     assert url.database is not None
     server = url.set(database="postgres").render_as_string(hide_password=False)
@@ -61,7 +61,7 @@ def away(database: PostgresDatabase) -> Iterator[None]:
 
 
 def test_readiness_follows_the_marker_row(served: Served) -> None:
-    """Without the row no requests should come, with it they should, and nobody restarts."""
+    """Without the row the shop is not ready, with it it is, without a restart."""
     wait_until(becomes(served, 200, "ready", "up", "up"))
     assert served.client.delete("/marker", headers=OPERATOR).status_code == 204
     wait_until(becomes(served, 503, "not_ready", "up", "up", check="down"))
@@ -72,7 +72,7 @@ def test_readiness_follows_the_marker_row(served: Served) -> None:
 def test_a_required_database_takes_readiness_with_it(
     served: Served, databases: WorkerPostgres
 ) -> None:
-    """While it is away the process is alive and not ready; when it is back, ready again."""
+    """While it is unreachable, the process is alive but not ready; then it is ready again."""
     with away(databases):
         wait_until(becomes(served, 503, "not_ready", "down", "up", check="down"))
         body = served.client.get("/health/ready").text
@@ -88,7 +88,7 @@ def test_a_required_database_takes_readiness_with_it(
 
 
 def test_a_degraded_database_is_reported_only(served: Served, databases: WorkerPostgres) -> None:
-    """Without it the application is degraded, still ready, and fails only where it is asked."""
+    """Without it, the application is degraded but ready, and only its own routes fail."""
     with away(databases.second):
         wait_until(becomes(served, 200, "degraded", "up", "down"))
         assert served.client.get("/stock").json() == 3
@@ -98,7 +98,7 @@ def test_a_degraded_database_is_reported_only(served: Served, databases: WorkerP
 
 
 def test_the_shop_is_opened_by_operators(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening and closing want the token, and nobody has it while none is configured."""
+    """Opening and closing require the token, and always fail if none is configured."""
     assert served.client.delete("/marker").status_code == 401
     wrong = {"Authorization": "Bearer guessed"}
     assert served.client.delete("/marker", headers=wrong).status_code == 403
@@ -110,7 +110,7 @@ def test_the_shop_is_opened_by_operators(served: Served, monkeypatch: pytest.Mon
 
 @contextmanager
 def read_only(database: PostgresDatabase) -> Iterator[None]:
-    """Let a database take no writes, from the next connection on, and end those that it has."""
+    """Make a database read-only for new connections, and close those that it has."""
     name = make_url(database.dsn).database
     assert name is not None
     with psycopg.connect(database.dsn, autocommit=True) as connection:
@@ -129,7 +129,7 @@ def read_only(database: PostgresDatabase) -> Iterator[None]:
 def test_a_database_that_takes_no_writes_is_no_place_to_sell(
     served: Served, databases: WorkerPostgres
 ) -> None:
-    """As after a failover to a standby: reads would work, and requests go elsewhere."""
+    """As after a failover to a standby: reads would work, but the shop is not ready."""
     with read_only(databases):
         wait_until(becomes(served, 503, "not_ready", "read_only", "up"))
         assert served.client.get("/health/live").status_code == 200
@@ -138,7 +138,7 @@ def test_a_database_that_takes_no_writes_is_no_place_to_sell(
 
 @pytest.mark.usefixtures("databases")
 def test_sigterm_drains_before_it_stops() -> None:
-    """The process says that it is draining, and serves until it is told again."""
+    """The process reports that it is draining, and serves until a second signal."""
     command = ["-m", "uvicorn", "--factory", "examples.health.app:create_app", "--port", "0"]
     with launch([sys.executable, *command], ROOT, DRAIN_SECONDS="60") as (process, client):
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Articles: written through asyncmy, read through PyMySQL in a `def` endpoint."""
+"""Articles, written through asyncmy and read through PyMySQL in a `def` endpoint."""
 
 import os
 from datetime import datetime
@@ -22,15 +22,15 @@ class Base(DeclarativeBase): ...
 
 class Article(Base):
     __tablename__ = "mariadb_article"
-    # The server's default may be one that has no room for every character.
+    # The server's default may not support every character.
     __table_args__ = {"mysql_default_charset": "utf8mb4"}  # noqa: RUF012 # as SQLAlchemy spells it
-    # There is no UPDATE ... RETURNING, and MySQL has no RETURNING at all. What the server computes
-    # is then read when it is first asked for, which an AsyncSession cannot do by itself. With this
-    # a flush reads it at once.
+    # There is no UPDATE ... RETURNING, and MySQL has no RETURNING at all. Values that the server
+    # computes are then loaded on first access, which an AsyncSession cannot do. With this
+    # option, the flush loads them.
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 # as SQLAlchemy spells it
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    title: Mapped[str] = mapped_column(String(80))  # a VARCHAR has a length here
+    title: Mapped[str] = mapped_column(String(80))  # a VARCHAR needs a length here
     stock: Mapped[int] = mapped_column(CheckConstraint("stock >= 0"))
     changed_at: Mapped[datetime] = mapped_column(
         DATETIME(fsp=6), server_default=func.now(6), onupdate=func.now(6)
@@ -52,7 +52,7 @@ router = APIRouter()
 
 @router.post("/articles", status_code=201, response_model=ArticlePublic)
 async def add_article(new: NewArticle, session: Transaction) -> Article:
-    """Store an article; id and time are the server's."""
+    """Store an article; the server generates its ID and time."""
     session.add(article := Article(title=new.title, stock=new.stock))
     await session.flush()
     return article
@@ -60,7 +60,7 @@ async def add_article(new: NewArticle, session: Transaction) -> Article:
 
 @router.post("/articles/{article_id}/sales", response_model=ArticlePublic)
 async def sell(article_id: int, number: int, session: Transaction) -> Article:
-    """Sell some: lock, decide, write, where PostgreSQL could UPDATE ... RETURNING."""
+    """Sell some: lock, decide, write. PostgreSQL could use UPDATE ... RETURNING."""
     article = await session.get(Article, article_id, with_for_update=True)
     if article is None:
         raise HTTPException(404, "No such article.")
@@ -73,17 +73,17 @@ async def sell(article_id: int, number: int, session: Transaction) -> Article:
 
 @router.get("/stock")
 def read_stock(session: SyncReader) -> dict[str, int]:
-    """Read what is left of everything."""
+    """Read the stock of all articles."""
     rows = session.execute(select(Article.title, Article.stock).order_by(Article.title))
     return dict(rows.all())
 
 
 OPTIONS = {
-    # Each statement sees what is committed by then, as on PostgreSQL. The default, REPEATABLE
-    # READ, shows the past to a SELECT, and the present to a SELECT ... FOR UPDATE beside it.
+    # Each statement sees what is committed at that moment, as on PostgreSQL. With the default,
+    # REPEATABLE READ, a SELECT sees a snapshot, but a SELECT ... FOR UPDATE sees newer rows.
     "isolation_level": "READ COMMITTED",
-    "pool_recycle": 1800,  # seconds, fewer than the server's wait_timeout
-    # Seconds to wait for a row, and for a statement to end. MySQL says max_execution_time.
+    "pool_recycle": 1800,  # seconds; less than the server's wait_timeout
+    # Seconds to wait for a row lock, and for a statement. On MySQL: max_execution_time.
     "connect_args": {
         "init_command": "SET SESSION innodb_lock_wait_timeout = 1, max_statement_time = 5"
     },
@@ -91,7 +91,7 @@ OPTIONS = {
 
 
 def build_async_engine(url: URL) -> AsyncEngine:
-    """Build the engine for `async def`, and the table."""
+    """Build the engine for `async def`, and create the table."""
     return create_async_engine(url.set(drivername="mysql+asyncmy"), **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""The application on a real MariaDB."""
+"""Tests of the application on a real MariaDB."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def served(mariadb_database: str) -> Iterator[Served]:
 
 
 def test_what_the_server_computes_is_shown(served: Served) -> None:
-    """After an INSERT and after an UPDATE the answer has the server's own id and time."""
+    """After an INSERT and an UPDATE, the response has the server-generated ID and time."""
     added = served.client.post("/articles", json=LAMP)
     assert added.status_code == 201
     sold = served.client.post("/articles/1/sales", params={"number": 3})
@@ -33,7 +33,7 @@ def test_what_the_server_computes_is_shown(served: Served) -> None:
 
 
 def test_both_drivers_see_one_database(served: Served) -> None:
-    """What asyncmy has committed PyMySQL reads, every character of it."""
+    """PyMySQL reads what asyncmy committed, every character of it."""
     served.client.post("/articles", json=LAMP)
     assert served.client.get("/stock").json() == {"Lamp 💡": 10}
     served.client.post("/articles/1/sales", params={"number": 4})
@@ -41,7 +41,7 @@ def test_both_drivers_see_one_database(served: Served) -> None:
 
 
 def test_no_more_is_sold_than_there_is(served: Served) -> None:
-    """Of twenty sales at once exactly as many succeed as there are articles."""
+    """Of twenty simultaneous sales, exactly as many succeed as there are articles."""
     served.client.post("/articles", json=LAMP)
 
     def sell(_: int) -> int:
@@ -53,7 +53,7 @@ def test_no_more_is_sold_than_there_is(served: Served) -> None:
 
 
 def test_a_locked_row_is_not_waited_for_forever(served: Served, mariadb_database: str) -> None:
-    """A sale that waits for somebody else's lock ends in a 503 that may be repeated."""
+    """A sale that waits for another session's lock ends in a 503, and can be retried."""
     served.client.post("/articles", json=LAMP)
     url = make_url(mariadb_database)
     assert url.host is not None
@@ -72,6 +72,6 @@ def test_a_locked_row_is_not_waited_for_forever(served: Served, mariadb_database
 
 
 def test_the_database_has_the_last_word(served: Served) -> None:
-    """A stock below zero is refused by the CHECK constraint, and nothing is stored."""
+    """The CHECK constraint refuses a negative stock, and nothing is stored."""
     assert served.client.post("/articles", json=LAMP | {"stock": -1}).status_code == 422
     assert served.client.get("/stock").json() == {}

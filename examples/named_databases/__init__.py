@@ -1,1 +1,1 @@
-"""Two databases under two names, each with tables of its own."""
+"""Two databases under two names, each with its own tables."""

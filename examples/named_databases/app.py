@@ -1,4 +1,4 @@
-"""A shop and its reports: two databases, two metadata, and nothing in between."""
+"""A shop and its reports: two databases with separate metadata."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -14,7 +14,7 @@ from fastapi_sqlnative import get_db, install_database, transactional
 
 
 class ShopBase(DeclarativeBase):
-    """Collect the tables of the database `shop`."""
+    """The base class of the models in the database `shop`."""
 
 
 class Order(ShopBase):
@@ -25,7 +25,7 @@ class Order(ShopBase):
 
 
 class ReportsBase(DeclarativeBase):
-    """Collect the tables of the database `reports`."""
+    """The base class of the models in the database `reports`."""
 
 
 class Visit(ReportsBase):
@@ -35,7 +35,7 @@ class Visit(ReportsBase):
     page: Mapped[str]
 
 
-# A type of its own for each database: its name stands here and nowhere else.
+# One annotated type per database: each name appears only here.
 ShopDb = Annotated[AsyncSession, Depends(get_db("shop"))]
 ShopTransaction = Annotated[AsyncSession, Depends(transactional("shop"))]
 ReportsDb = Annotated[AsyncSession, Depends(get_db("reports"))]
@@ -46,7 +46,7 @@ router = APIRouter()
 
 @router.post("/orders", status_code=201)
 async def order(article: str, session: ShopTransaction) -> int:
-    """Store an order in the shop, and nothing in the reports."""
+    """Store an order in the shop database."""
     session.add(new := Order(article=article))
     await session.flush()
     return new.id
@@ -54,7 +54,7 @@ async def order(article: str, session: ShopTransaction) -> int:
 
 @router.post("/visits", status_code=201)
 async def visit(page: str, session: ReportsTransaction) -> int:
-    """Store a visit in the reports, and nothing in the shop."""
+    """Store a visit in the reports database."""
     session.add(new := Visit(page=page))
     await session.flush()
     return new.id
@@ -71,12 +71,12 @@ async def count(shop: ShopDb, reports: ReportsDb) -> dict[str, int]:
 
 @router.get("/mixed-up")
 async def ask_the_wrong_one(shop: ShopDb) -> int:
-    """Ask the shop for what is in the reports: there is no such table."""
+    """Query the shop for a table of the reports, which does not exist there."""
     return (await shop.scalars(select(func.count()).select_from(Visit))).one()
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL (shop) and SECOND_DATABASE_URL (reports)."""
+    """Build the application, using DATABASE_URL (shop) and SECOND_DATABASE_URL (reports)."""
     shop = create_async_engine(os.environ["DATABASE_URL"])
     reports = create_async_engine(os.environ["SECOND_DATABASE_URL"])
 

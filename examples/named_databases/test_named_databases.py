@@ -1,4 +1,4 @@
-"""Two names, two databases."""
+"""Tests of two names for two databases."""
 
 from typing import Annotated
 
@@ -17,14 +17,14 @@ from tests.serving import serve
 
 
 def tables(database: PostgresDatabase) -> list[str]:
-    """List what there is, as the server knows it."""
+    """List the database's tables, according to the server."""
     with psycopg.connect(database.dsn) as connection:
         query = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
         return [name for (name,) in connection.execute(query)]
 
 
 def test_each_name_leads_to_its_own_database(databases: WorkerPostgres) -> None:
-    """What is written under one name is in that database, and the other does not know the table."""
+    """A write under one name goes to that database; the other does not have the table."""
     with serve(create_app()) as served:
         assert served.client.post("/orders", params={"article": "lamp"}).status_code == 201
         assert served.client.post("/orders", params={"article": "chair"}).status_code == 201
@@ -36,7 +36,7 @@ def test_each_name_leads_to_its_own_database(databases: WorkerPostgres) -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_the_wrong_name_finds_no_table() -> None:
-    """A query through the wrong name fails, and is never answered by the other database."""
+    """A query through the wrong name fails, and never reaches the other database."""
     with TestClient(create_app()) as client:
         with pytest.raises(ProgrammingError, match="named_databases_visit"):
             client.get("/mixed-up")
@@ -45,7 +45,7 @@ def test_the_wrong_name_finds_no_table() -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_a_misspelt_name_fails_the_start() -> None:
-    """No request is needed to find it, and the message lists the names that exist."""
+    """It fails without a request, and the message lists the installed names."""
     app = create_app()
 
     @app.get("/misspelt")

@@ -1,1 +1,1 @@
-"""An OpenAPI document that says what is answered when the database says no."""
+"""An OpenAPI document that includes the responses to database failures."""

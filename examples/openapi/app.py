@@ -1,4 +1,4 @@
-"""Rooms, and the answers that their routes document."""
+"""Rooms, and the responses that their routes document."""
 
 import os
 from typing import Annotated
@@ -59,7 +59,7 @@ router = APIRouter(prefix="/rooms")
     "",
     status_code=201,
     response_model=RoomPublic,
-    # 409 and 503 are documented on every route with a database; a 422 of the database's is not.
+    # 409 and 503 are documented on every route with a database, but not the database's 422.
     responses=error_responses("check", problem_details=True),
 )
 async def add_room(new: NewRoom, session: Transaction) -> Room:
@@ -71,12 +71,12 @@ async def add_room(new: NewRoom, session: Transaction) -> Room:
 
 @router.post("/{room_id}/cleaning", status_code=204)
 async def clean(room_id: int, session: Transaction) -> None:
-    """Start cleaning, unless somebody is at it: then 503, and the client may ask again."""
+    """Start cleaning; if it is already in progress, respond with a 503 that invites a retry."""
     await session.get(Room, room_id, with_for_update={"nowait": True})
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at start-up, and the table."""
+    """Build the engine at start-up, and create the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
@@ -84,7 +84,7 @@ async def build_engine() -> AsyncEngine:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="OpenAPI", version="1")
     install_database(app, engine=build_engine)
     install_error_handlers(app, problem_details=True, constraints=CONSTRAINTS)

@@ -1,4 +1,4 @@
-"""The document is valid, and what it says is what is answered."""
+"""Tests that the document is valid and matches the actual responses."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ BLUE = {"name": "Blue", "beds": 2}
 
 
 def find(document: Any, response: Response, path: str | None = None) -> Any:
-    """Find what the document says of this answer, by path, method, status and media type."""
+    """Find this response in the document, by path, method, status and media type."""
     request = response.request
     operation = document["paths"][path or request.url.path][request.method.lower()]
     answer = operation["responses"][str(response.status_code)]
@@ -26,7 +26,7 @@ def find(document: Any, response: Response, path: str | None = None) -> Any:
 
 @pytest.mark.usefixtures("databases")
 def test_refusals_are_documented() -> None:
-    """A new room, a taken name, too many beds, no body: each answer stands in the document."""
+    """A new room, a taken name, too many beds, no body: the document has each response."""
     with serve(create_app()) as served:
         document = served.client.get("/openapi.json").json()
         validate(document)
@@ -38,7 +38,7 @@ def test_refusals_are_documented() -> None:
 
 
 def test_a_busy_row_is_documented(databases: WorkerPostgres) -> None:
-    """A 503 carries the Retry-After that the document promises."""
+    """A 503 has the Retry-After that the document promises."""
     with serve(create_app()) as served, psycopg.connect(databases.dsn) as other:
         document = served.client.get("/openapi.json").json()
         served.client.post("/rooms", json=BLUE)
@@ -52,7 +52,7 @@ def test_a_busy_row_is_documented(databases: WorkerPostgres) -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_health_is_documented() -> None:
-    """Alive, ready and not ready: each stands in the document as it is answered."""
+    """Alive, ready and not ready: the document has each response."""
     app = create_app()
     with serve(app) as served:
         document = served.client.get("/openapi.json").json()
@@ -68,7 +68,7 @@ def test_health_is_documented() -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_sessions_are_no_part_of_the_document() -> None:
-    """What a route takes is its body and its path; the session does not show."""
+    """A route's inputs are its body and its path; the session is not among them."""
     paths = create_app().openapi()["paths"]
     assert "parameters" not in paths["/rooms"]["post"]
     taken = [each["name"] for each in paths["/rooms/{room_id}/cleaning"]["post"]["parameters"]]

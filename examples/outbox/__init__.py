@@ -1,1 +1,1 @@
-"""Two databases without a distributed transaction: an outbox, and a worker that carries it on."""
+"""Two databases without a distributed transaction: an outbox, and a worker that delivers it."""

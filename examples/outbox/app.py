@@ -1,4 +1,4 @@
-"""Orders in one database, parcels in another: neither is lost, and none is packed twice."""
+"""Orders in one database, parcels in another: none is lost, and none is packed twice."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ router = APIRouter()
 
 @router.post("/orders", status_code=201)
 async def order(item: str, session: Transaction) -> int:
-    """Store the order and what is to happen elsewhere, in one transaction of one database."""
+    """Store the order and its message in one transaction of one database."""
     order = Order(item=item)
     session.add_all([order, Message(item=item)])
     await session.flush()
@@ -39,19 +39,19 @@ async def order(item: str, session: Transaction) -> int:
 
 @router.get("/messages")
 async def list_messages(session: Reader) -> list[str]:
-    """List what waits to be carried on."""
+    """List the messages that wait to be delivered."""
     return list(await session.scalars(select(Message.item).order_by(Message.id)))
 
 
 @router.get("/parcels")
 async def list_parcels(session: WarehouseReader) -> list[str]:
-    """List what has arrived in the second database."""
+    """List the parcels that have arrived in the second database."""
     return list(await session.scalars(select(Parcel.item).order_by(Parcel.message_id)))
 
 
 @asynccontextmanager
 async def working(app: FastAPI) -> AsyncGenerator[None]:
-    """Keep a worker for as long as the application runs: its databases are up before, and after."""
+    """Run a worker in the lifespan: the databases are up before it starts and until it ends."""
     source, target = (installed_databases(app)[name] for name in ("default", "warehouse"))
     assert isinstance(source, AsyncDatabase)
     assert isinstance(target, AsyncDatabase)
@@ -65,13 +65,13 @@ async def working(app: FastAPI) -> AsyncGenerator[None]:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL and SECOND_DATABASE_URL."""
+    """Build the application, using DATABASE_URL and SECOND_DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     warehouse = create_async_engine(os.environ["SECOND_DATABASE_URL"])
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         for base, on in (Base, engine), (WarehouseBase, warehouse):
             async with on.begin() as connection:
                 await connection.run_sync(base.metadata.create_all)

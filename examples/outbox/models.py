@@ -5,11 +5,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """Collect the tables of the database `default`."""
+    """The base class of the models in the database `default`."""
 
 
 class Order(Base):
-    """Hold an order."""
+    """An order."""
 
     __tablename__ = "outbox_order"
 
@@ -18,7 +18,7 @@ class Order(Base):
 
 
 class Message(Base):
-    """Wait to be carried to the second database. Its id is never given out twice."""
+    """A message to be delivered to the second database. Its ID is never reused."""
 
     __tablename__ = "outbox_message"
 
@@ -27,11 +27,11 @@ class Message(Base):
 
 
 class WarehouseBase(DeclarativeBase):
-    """Collect the tables of the database `warehouse`."""
+    """The base class of the models in the database `warehouse`."""
 
 
 class Parcel(WarehouseBase):
-    """Be what a message asks for. Its id is the key: a second delivery changes nothing."""
+    """A parcel, with its message's ID, so that a second delivery changes nothing."""
 
     __tablename__ = "outbox_parcel"
 

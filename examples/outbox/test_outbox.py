@@ -1,4 +1,4 @@
-"""What is promised of two databases and a worker, over HTTP and with a killed process."""
+"""Tests of two databases and a worker, over HTTP and with a killed process."""
 
 import asyncio
 import sys
@@ -20,7 +20,7 @@ from tests.serving import launch, serve, wait_until
 
 
 def items(database: PostgresDatabase, table: str) -> list[str]:
-    """List the items of a table, from outside."""
+    """List the items in a table, from a separate connection."""
     with psycopg.connect(database.dsn) as connection:
         query = sql.SQL("SELECT item FROM {} ORDER BY item")
         found = connection.execute(query.format(sql.Identifier(table)))
@@ -28,7 +28,7 @@ def items(database: PostgresDatabase, table: str) -> list[str]:
 
 
 def test_an_order_becomes_a_parcel(databases: WorkerPostgres) -> None:
-    """A stored order arrives in the second database once, and its message is gone."""
+    """A stored order arrives in the second database once, and its message is deleted."""
     with serve(create_app()) as running:
         for number in range(5):
             assert running.client.post(f"/orders?item={number}").status_code == 201
@@ -39,7 +39,7 @@ def test_an_order_becomes_a_parcel(databases: WorkerPostgres) -> None:
 
 
 def test_what_is_rolled_back_sends_nothing(databases: WorkerPostgres) -> None:
-    """A request that fails after its message was written leaves none."""
+    """A request that fails after writing its message leaves no message."""
     app = create_app()
 
     @app.post("/refused")
@@ -58,7 +58,7 @@ def test_what_is_rolled_back_sends_nothing(databases: WorkerPostgres) -> None:
 def test_messages_wait_for_a_database_that_is_away(
     databases: WorkerPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While the second database fails orders are taken; when it is back, they arrive."""
+    """While the second database fails, orders are accepted; afterwards they arrive."""
     with (
         serve(create_app()) as running,
         psycopg.connect(databases.second.dsn, autocommit=True) as owner,
@@ -87,13 +87,13 @@ FOR EACH ROW EXECUTE FUNCTION wait_for_the_test();
 def test_a_worker_that_is_killed_between_its_commits_loses_nothing(
     databases: WorkerPostgres,
 ) -> None:
-    """The parcel is stored, the message is not deleted: it comes again, and changes nothing."""
+    """The parcel is stored but the message is not deleted: a second delivery changes nothing."""
     with psycopg.connect(databases.dsn, autocommit=True) as owner:
         with launch([sys.executable, *COMMAND], ROOT) as (killed, client):
             owner.execute(WAIT_BEFORE_DELETE)
             owner.execute("SELECT pg_advisory_lock(4711)")
             assert client.post("/orders?item=lamp").status_code == 201
-            # Its second transaction waits to delete: the first has been committed.
+            # Its second transaction waits to delete; the first one is committed.
             wait_until(lambda: waiting(owner) == 1)
             assert items(databases.second, "outbox_parcel") == ["lamp"]
             killed.kill()
@@ -107,7 +107,7 @@ def test_a_worker_that_is_killed_between_its_commits_loses_nothing(
 
 
 def waiting(owner: psycopg.Connection) -> int:
-    """Count the transactions that wait for the test to let go."""
+    """Count the transactions that wait for the test to release its lock."""
     row = owner.execute(
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -124,7 +124,7 @@ def waiting(owner: psycopg.Connection) -> int:
     "driver", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)]
 )
 async def test_workers_share_the_work(databases: WorkerPostgres, driver: str) -> None:
-    """Workers at once deliver every message once: none waits for another, or takes its messages."""
+    """Concurrent workers deliver each message once, without waiting for each other."""
     engine = create_async_engine(databases.url(driver))
     warehouse = create_async_engine(databases.second.url(driver))
     for base, on in (Base, engine), (WarehouseBase, warehouse):
@@ -133,7 +133,7 @@ async def test_workers_share_the_work(databases: WorkerPostgres, driver: str) ->
     source, target = AsyncDatabase(engine), AsyncDatabase(warehouse, name="warehouse")
     async with source.transaction() as session:
         await session.execute(insert(Message), [{"item": str(each)} for each in range(40)])
-    # What one of them has locked the others do not wait for.
+    # The others do not wait for messages that one has locked.
     async with source.transaction() as session:
         await session.scalars(select(Message).limit(10).with_for_update())
         moved = await asyncio.gather(*(carry_on(source, target, limit=10) for _ in range(3)))

@@ -1,4 +1,4 @@
-"""The worker: it moves messages from one database to the other, each at least once."""
+"""The worker, which moves each message from one database to the other at least once."""
 
 import asyncio
 import logging
@@ -17,8 +17,8 @@ async def carry_on(source: AsyncDatabase, target: AsyncDatabase, *, limit: int =
     """Move up to `limit` messages and return how many.
 
     They are locked until they are deleted, and other workers skip them. The target commits first.
-    Whoever is killed between the two COMMITs leaves the messages where they were: they are
-    delivered once more, and the target has them already.
+    If a worker is killed between the two COMMITs, the messages stay where they are, and are
+    delivered again to a target that ignores those it has.
     """
     async with source.transaction() as session:
         query = select(Message).order_by(Message.id).limit(limit)
@@ -34,11 +34,11 @@ async def carry_on(source: AsyncDatabase, target: AsyncDatabase, *, limit: int =
 
 
 async def run(source: AsyncDatabase, target: AsyncDatabase, *, pause: float = 0.2) -> None:
-    """Carry on until cancelled; look again after a pause, in seconds, when nothing is left."""
+    """Deliver until cancelled; when nothing is left, poll again after `pause` seconds."""
     while True:
         try:
             moved = await carry_on(source, target)
-        except (SQLAlchemyError, OSError):  # a database is away: the messages wait for it
+        except (SQLAlchemyError, OSError):  # a database is unreachable: the messages wait
             logger.exception("Messages could not be carried on; they are tried again.")
             moved = 0
         if not moved:

@@ -1,1 +1,1 @@
-"""PostgreSQL with psycopg or asyncpg, and limits that the server itself keeps."""
+"""PostgreSQL with psycopg or asyncpg, and timeouts that the server enforces."""

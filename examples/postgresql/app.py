@@ -1,4 +1,4 @@
-"""Counters, on an engine that gives up before its clients do."""
+"""Counters, on an engine whose timeouts are shorter than its clients'."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -22,8 +22,7 @@ from fastapi_sqlnative import (
 Reader = Annotated[AsyncSession, Depends(reader())]
 Transaction = Annotated[AsyncSession, Depends(transactional())]
 
-# The server ends what takes longer, and tells the application; a client that has gone away is
-# nobody to tell.
+# The server enforces these limits, even if the client has disconnected.
 LIMITS = {
     "statement_timeout": "1s",
     "lock_timeout": "300ms",
@@ -46,7 +45,7 @@ router = APIRouter()
 
 @router.post("/counters/{name}", responses=error_responses("lock_not_available"))
 async def count(name: str, session: Transaction) -> int:
-    """Count one up; the server does it in one statement, and has INSERT ... RETURNING."""
+    """Increment a counter, in one statement on the server with INSERT ... RETURNING."""
     statement = insert(Counter).values(name=name, value=1)
     statement = statement.on_conflict_do_update(
         index_elements=[Counter.name], set_={"value": Counter.value + 1}
@@ -56,20 +55,20 @@ async def count(name: str, session: Transaction) -> int:
 
 @router.get("/slow", responses=error_responses("statement_timeout"))
 async def be_slow(seconds: float, session: Reader) -> None:
-    """Have the server work for a while."""
+    """Run a slow statement."""
     await session.execute(select(func.pg_sleep(seconds)))
 
 
 @router.get("/limits")
 async def list_limits(session: Reader) -> dict[str, str]:
-    """Ask the server what it keeps to."""
+    """Show the server's settings for this connection."""
     query = text("SELECT name, setting || unit FROM pg_settings WHERE name IN :names")
     query = query.bindparams(bindparam("names", list(LIMITS), expanding=True))
     return dict((await session.execute(query)).all())
 
 
 def build_engine(url: URL) -> AsyncEngine:
-    """Build the same engine with either driver; only the way to say it differs."""
+    """Build the same engine with either driver; only the arguments differ."""
     connect_args: dict[str, Any]
     if url.get_driver_name() == "asyncpg":
         connect_args = {"timeout": 5, "server_settings": LIMITS}
@@ -81,13 +80,13 @@ def build_engine(url: URL) -> AsyncEngine:
         connect_args=connect_args,
         pool_size=5,
         max_overflow=5,
-        pool_timeout=2,  # seconds: then a 503, while the client still waits for it
-        pool_pre_ping=True,  # a server that was restarted costs a reconnection, not a request
+        pool_timeout=2,  # seconds; then a 503, while the client is still waiting
+        pool_pre_ping=True,  # after a server restart, reconnect instead of failing a request
     )
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL, `postgresql+psycopg://` or `postgresql+asyncpg://`."""
+    """Build the application, using DATABASE_URL with psycopg or asyncpg."""
     engine = build_engine(make_url(os.environ["DATABASE_URL"]))
 
     @asynccontextmanager

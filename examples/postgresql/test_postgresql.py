@@ -1,4 +1,4 @@
-"""The same application with either driver."""
+"""Tests of the same application with either driver."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ def served(
 
 
 def test_the_server_knows_the_limits(served: Served) -> None:
-    """Both drivers bring the limits to the server, in a way of their own."""
+    """Both drivers pass the limits to the server, each in its own way."""
     assert served.client.get("/limits").json() == {
         "idle_in_transaction_session_timeout": "10000ms",
         "lock_timeout": "300ms",
@@ -30,7 +30,7 @@ def test_the_server_knows_the_limits(served: Served) -> None:
 
 
 def test_a_statement_that_takes_too_long_is_ended(served: Served) -> None:
-    """The client gets a 504 while the statement would go on, and the next request is served."""
+    """The client gets a 504 while the statement would still run, and the next request works."""
     assert served.client.get("/slow", params={"seconds": 60}).status_code == 504
     assert served.client.get("/slow", params={"seconds": 0}).status_code == 200
 
@@ -38,7 +38,7 @@ def test_a_statement_that_takes_too_long_is_ended(served: Served) -> None:
 def test_a_row_that_is_locked_for_long_is_not_waited_for(
     served: Served, databases: WorkerPostgres
 ) -> None:
-    """The client gets a 503 that it may repeat, and repeated it succeeds once the row is free."""
+    """The client gets a 503 with a Retry-After, and a retry succeeds once the row is unlocked."""
     assert served.client.post("/counters/visits").json() == 1
     with psycopg.connect(databases.dsn) as other:
         other.execute("SELECT FROM postgresql_counter FOR UPDATE")
@@ -50,7 +50,7 @@ def test_a_row_that_is_locked_for_long_is_not_waited_for(
 def test_connections_that_died_in_the_pool_cost_no_request(
     served: Served, databases: WorkerPostgres
 ) -> None:
-    """After the server has ended every idle connection the next request is served all the same."""
+    """After the server has closed every idle connection, the next request still succeeds."""
     assert served.client.post("/counters/visits").json() == 1
     with psycopg.connect(databases.dsn, autocommit=True) as other:
         ended = other.execute(

@@ -40,9 +40,9 @@ router = APIRouter()
 
 @router.post("/books", status_code=201, response_model=BookPublic)
 async def add_book(new: NewBook, session: Transaction) -> Book:
-    """Store a book; it is committed before the answer leaves."""
+    """Store a book; it is committed before the response is sent."""
     session.add(book := Book(title=new.title))
-    await session.flush()  # the server makes the id; the COMMIT comes after this function
+    await session.flush()  # the server generates the id; the COMMIT comes after this function
     return book
 
 
@@ -54,12 +54,12 @@ async def list_books(session: Db) -> list[Book]:
 
 @router.post("/forgotten", status_code=201)
 async def forget_book(new: NewBook, session: Db) -> None:
-    """Add a book and commit nothing: answered with 500, never with 201."""
+    """Add a book without committing it: the response is a 500, never a 201."""
     session.add(Book(title=new.title))
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
 
     @asynccontextmanager

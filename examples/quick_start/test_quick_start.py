@@ -1,4 +1,4 @@
-"""The quick start over HTTP."""
+"""Tests of the quick start over HTTP."""
 
 import psycopg
 import pytest
@@ -14,7 +14,7 @@ from tests.serving import serve
 def test_a_stored_book_is_there_and_a_forgotten_one_is_no_success(
     driver: str, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the time of a 201 the row is committed; without a commit there is a 500 and no row."""
+    """A 201 means that the row is committed; without a commit there is a 500 and no row."""
     monkeypatch.setenv("DATABASE_URL", databases.url(driver))
     with psycopg.connect(databases.dsn, autocommit=True) as outside, serve(create_app()) as served:
         assert served.client.get("/books").json() == []

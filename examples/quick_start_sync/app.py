@@ -33,7 +33,7 @@ router = APIRouter()
 
 @router.post("/notes", status_code=201)
 def add_note(new: NewNote, session: Transaction) -> int:
-    """Store a note, and return the id that the server made."""
+    """Store a note, and return the ID that the server generated."""
     session.add(note := Note(text=new.text))
     session.flush()
     return note.id
@@ -47,19 +47,19 @@ def count_notes(session: Db) -> int:
 
 @router.get("/blocking")
 async def count_on_the_event_loop(session: Db) -> int:
-    """Block every other request: refused, and answered with 500."""
+    """Try to block every other request: this is refused with a 500."""
     return session.scalars(select(func.count()).select_from(Note)).one()
 
 
 def build_engine() -> Engine:
-    """Build the engine at start-up; what is built here is disposed of at the end."""
+    """Build the engine at start-up; it is disposed of at shutdown."""
     engine = create_engine(os.environ["DATABASE_URL"], pool_size=2, max_overflow=0)
     Base.metadata.create_all(engine)  # in production: Alembic, before start-up
     return engine
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="Quick start, synchronous")
     install_database(app, engine=build_engine)
     app.include_router(router)

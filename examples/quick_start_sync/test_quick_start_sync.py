@@ -1,4 +1,4 @@
-"""The synchronous quick start over HTTP."""
+"""Tests of the synchronous quick start over HTTP."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +13,7 @@ from tests.serving import serve
 
 @pytest.mark.usefixtures("databases")
 def test_many_requests_share_two_connections() -> None:
-    """A hundred requests at once all succeed on a pool of two, and none is stored twice or lost."""
+    """A hundred simultaneous requests succeed with a pool of two; none is stored twice or lost."""
     with serve(create_app()) as served, ThreadPoolExecutor(100) as threads:
         answers = threads.map(
             lambda number: served.client.post("/notes", json={"text": f"note {number}"}),
@@ -27,7 +27,7 @@ def test_many_requests_share_two_connections() -> None:
 def test_the_event_loop_is_never_blocked(
     driver: str, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An `async def` endpoint that uses a synchronous session is refused, by name."""
+    """An `async def` endpoint that uses a synchronous session is refused, and named."""
     monkeypatch.setenv("DATABASE_URL", databases.url(driver))
     with TestClient(create_app()) as client:
         assert client.post("/notes", json={"text": "buy bread"}).status_code == 201

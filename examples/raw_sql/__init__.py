@@ -1,1 +1,1 @@
-"""SQL as text, with everything that a request says bound and never written into it."""
+"""Textual SQL, in which every value from a request is bound."""

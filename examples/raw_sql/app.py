@@ -21,7 +21,7 @@ TABLE = text("""
         amount integer NOT NULL
     )
 """)
-# A column or a direction cannot be bound: what is written into the text comes from here alone.
+# A column or a direction cannot be bound, so it is chosen from these constants.
 ORDERS = {"customer": "customer", "total": "total DESC, customer"}
 
 
@@ -37,7 +37,7 @@ class Total(BaseModel):
 
 
 class Filters(BaseModel, extra="forbid"):
-    """What a report may be asked for; a filter that is left out leaves nothing in the SQL."""
+    """A report's parameters; a filter that is not set adds nothing to the SQL."""
 
     prefix: str | None = None
     regions: list[str] = []
@@ -49,7 +49,7 @@ router = APIRouter()
 
 @router.post("/sales", status_code=201)
 async def add_sale(sale: Sale, session: Transaction) -> int:
-    """Store a sale. Textual SQL that writes wants `transactional`: it cannot be recognised."""
+    """Store a sale. Textual SQL that writes needs `transactional`."""
     statement = text("""
         INSERT INTO raw_sql_sale (customer, region, amount)
         VALUES (:customer, :region, :amount) RETURNING id
@@ -63,7 +63,7 @@ async def list_totals(filters: Annotated[Filters, Query()], session: Reader) -> 
     """Sum up the sales by customer."""
     conditions = ["TRUE"]
     if filters.prefix is not None:
-        conditions.append("starts_with(customer, :prefix)")  # unlike LIKE, % means itself
+        conditions.append("starts_with(customer, :prefix)")  # unlike in LIKE, % is literal
     if filters.regions:
         conditions.append("region IN :regions")
     statement = text(f"""
@@ -79,7 +79,7 @@ async def list_totals(filters: Annotated[Filters, Query()], session: Reader) -> 
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at start-up, and the table."""
+    """Build the engine at start-up, and create the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.execute(TABLE)
@@ -87,7 +87,7 @@ async def build_engine() -> AsyncEngine:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="Raw SQL")
     install_database(app, engine=build_engine)
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""Plain SQL over HTTP, with hostile words."""
+"""Tests of textual SQL over HTTP, with hostile input."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def totals(served: Served, **filters: Any) -> Any:
 
 
 def store(served: Served, *sales: tuple[str, str, int]) -> None:
-    """Store sales, a request for each."""
+    """Store sales, one request per sale."""
     for customer, region, amount in sales:
         sale = {"customer": customer, "region": region, "amount": amount}
         assert served.client.post("/sales", json=sale).status_code == 201
@@ -39,7 +39,7 @@ def store(served: Served, *sales: tuple[str, str, int]) -> None:
 
 @pytest.mark.usefixtures("databases")
 def test_filters_are_optional() -> None:
-    """Each filter narrows the report; what is left out does not."""
+    """Each filter narrows the report; a filter that is not set does not."""
     with serve(create_app()) as served:
         store(served, *SALES)
         assert totals(served) == EVERYBODY
@@ -53,7 +53,7 @@ def test_filters_are_optional() -> None:
 @pytest.mark.usefixtures("databases")
 @pytest.mark.parametrize("words", HOSTILE)
 def test_hostile_words_are_only_words(words: str) -> None:
-    """SQL and wildcards in a filter find nothing, and as a customer's name are found as it is."""
+    """SQL and wildcards in a filter match nothing, and as a customer's name match literally."""
     with serve(create_app()) as served:
         store(served, *SALES)
         assert totals(served, prefix=words) == {}
@@ -74,7 +74,7 @@ def test_hostile_words_are_only_words(words: str) -> None:
     ],
 )
 def test_what_cannot_be_bound_is_chosen_from_a_list(query: dict[str, str]) -> None:
-    """An order that is not on the list is a 422, though it would be good SQL."""
+    """An order that is not on the list is a 422, even if it is valid SQL."""
     with serve(create_app()) as served:
         store(served, *SALES)
         assert served.client.get("/totals", params=query).status_code == 422

@@ -1,1 +1,1 @@
-"""A read replica as a database of another name."""
+"""A read replica, installed under another name."""

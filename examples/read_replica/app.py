@@ -1,4 +1,4 @@
-"""Writes go to the primary, lists come from the replica, and each route says which it is."""
+"""Writes go to the primary, lists come from the replica, and each route declares which it uses."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -22,7 +22,7 @@ from fastapi_sqlnative import (
 Transaction = Annotated[AsyncSession, Depends(transactional())]
 Reader = Annotated[AsyncSession, Depends(reader())]
 ReplicaReader = Annotated[AsyncSession, Depends(reader("replica"))]
-# Several reads that must agree need one transaction, on a replica too.
+# Several consistent reads need one transaction, on a replica too.
 ReplicaSnapshot = Annotated[
     AsyncSession,
     Depends(transactional("replica", isolation_level="REPEATABLE READ", read_only=True)),
@@ -30,11 +30,11 @@ ReplicaSnapshot = Annotated[
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Article(Base):
-    """Hold an article."""
+    """An article."""
 
     __tablename__ = "read_replica_article"
 
@@ -63,7 +63,7 @@ async def add_article(title: str, session: Transaction) -> Article:
 
 @router.get("/articles/{article_id}", response_model=ArticlePublic)
 async def read_article(article_id: int, session: Reader) -> Article:
-    """Read from the primary: whoever has just saved an article is sent here."""
+    """Read from the primary, for users who have just saved an article."""
     article = await session.get(Article, article_id)
     if article is None:
         raise HTTPException(404, "No such article.")
@@ -78,7 +78,7 @@ async def list_articles(session: ReplicaReader) -> list[Article]:
 
 @router.get("/statistics")
 async def read_statistics(session: ReplicaSnapshot) -> dict[str, int | None]:
-    """Read several things from one state of the replica."""
+    """Read twice from one state of the replica."""
     return {
         "articles": await session.scalar(select(func.count()).select_from(Article)),
         "longest": await session.scalar(select(func.max(func.length(Article.title)))),
@@ -86,10 +86,10 @@ async def read_statistics(session: ReplicaSnapshot) -> dict[str, int | None]:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL, the primary, and SECOND_DATABASE_URL, the replica."""
+    """Build the application, using DATABASE_URL (primary) and SECOND_DATABASE_URL (replica)."""
     primary = create_async_engine(os.environ["DATABASE_URL"])
-    # The server refuses to write, whatever is sent (psycopg's way to say so). A true replica does
-    # so by itself, and so does a role that has SELECT only.
+    # The server refuses every write; these are psycopg's arguments. A real replica does so
+    # without them, and so does a role that has only SELECT.
     replica = create_async_engine(
         os.environ["SECOND_DATABASE_URL"],
         connect_args={"options": "-c default_transaction_read_only=on"},
@@ -108,15 +108,15 @@ def create_app() -> FastAPI:
     return app
 
 
-# -- only because this is a demo -----------------------------------------------------------------
-# Its "replica" is a second database that nobody replicates to. Replication is played here, over
-# connections that may write, so that it can be seen to lag.
+# -- for the demo only --------------------------------------------------------------------------
+# The "replica" is a second database without replication. Replication is simulated here, over
+# connections that may write, so that you can see it lag.
 
 replication = APIRouter(prefix="/demo")
 
 
 async def create_tables() -> None:
-    """Create the tables in both; in production Alembic does it, on the primary alone."""
+    """Create the tables in both; in production, use Alembic, on the primary only."""
     for variable in "DATABASE_URL", "SECOND_DATABASE_URL":
         engine = create_async_engine(os.environ[variable], poolclass=NullPool)
         async with engine.begin() as connection:
@@ -127,7 +127,7 @@ async def create_tables() -> None:
 async def catch_up(
     primary: Annotated[AsyncDatabase, Depends(get_database_handle())],
 ) -> int:
-    """Copy to the "replica" what it does not have yet, and tell how much it was."""
+    """Copy missing rows to the "replica", and return their number."""
     table = Base.metadata.tables[Article.__tablename__]
     engine = create_async_engine(os.environ["SECOND_DATABASE_URL"], poolclass=NullPool)
     async with primary.session() as session, engine.begin() as connection:

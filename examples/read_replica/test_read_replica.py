@@ -1,4 +1,4 @@
-"""What reaches the primary and what the replica, over HTTP."""
+"""Tests over HTTP of what reaches the primary and the replica."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ def served(app: FastAPI | None = None) -> Iterator[Served]:
 
 
 def stored(databases: WorkerPostgres) -> tuple[int, int]:
-    """Count the articles of both databases, from outside."""
+    """Count the articles in both databases, from separate connections."""
     counted = []
     for database in databases, databases.second:
         with psycopg.connect(database.dsn) as connection:
@@ -38,7 +38,7 @@ def stored(databases: WorkerPostgres) -> tuple[int, int]:
 
 
 def test_routes_say_what_they_read_from(databases: WorkerPostgres) -> None:
-    """A write is on the primary at once, and in what the replica shows when it has caught up."""
+    """A write is on the primary immediately, and on the replica once it has caught up."""
     with served() as running:
         client = running.client
         emma = {"id": 1, "title": "Emma"}
@@ -90,7 +90,7 @@ def add_mistakes(app: FastAPI) -> None:
     ["/transaction/orm", "/transaction/text", "/session/orm", "/session/text"],
 )
 def test_the_server_refuses_to_write_to_the_replica(databases: WorkerPostgres, path: str) -> None:
-    """A write that is sent to the replica fails there, however it was sent."""
+    """A write to the replica fails there, however it is sent."""
     app = create_app()
     add_mistakes(app)
     with served(app) as running:
@@ -101,7 +101,7 @@ def test_the_server_refuses_to_write_to_the_replica(databases: WorkerPostgres, p
 
 
 def test_a_replica_that_is_away_stops_no_write(databases: WorkerPostgres) -> None:
-    """Without its replica the application still writes, and reads what the primary has."""
+    """Without its replica, the application still writes to and reads from the primary."""
     with served() as running:
         with psycopg.connect(databases.second.dsn) as owner:
             owner.execute("DROP TABLE read_replica_article")

@@ -1,1 +1,1 @@
-"""A repository injected by FastAPI, and an id that does not exist."""
+"""A repository injected by FastAPI, and a 404 for an unknown ID."""

@@ -1,4 +1,4 @@
-"""Authors behind a repository; each endpoint on one of them finds it, or is not called."""
+"""Authors in a repository; an endpoint for one author runs only if that author exists."""
 
 import os
 from collections.abc import Sequence
@@ -24,27 +24,27 @@ class Author(Base):
 
 
 class Authors:
-    """Find and store authors in the request's session; the endpoint says whether it commits."""
+    """A repository of authors in the request's session; the endpoint decides about the commit."""
 
     def __init__(self, session: Annotated[AsyncSession, Depends(get_db())]) -> None:
         self.session = session
 
     async def list(self) -> Sequence[Author]:
-        """List all, by name."""
+        """List all authors by name."""
         return (await self.session.scalars(select(Author).order_by(Author.name))).all()
 
     async def find(self, author_id: int) -> Author | None:
-        """Find one, or none."""
+        """Return an author, or `None`."""
         return await self.session.get(Author, author_id)
 
     async def add(self, name: str) -> Author:
-        """Add one, with the id that the server makes."""
+        """Add an author, with the ID that the server generates."""
         self.session.add(author := Author(name=name))
         await self.session.flush()
         return author
 
     async def remove(self, author: Author) -> None:
-        """Remove one."""
+        """Remove an author from the database."""
         await self.session.delete(author)
 
 
@@ -52,7 +52,7 @@ Repository = Annotated[Authors, Depends()]
 
 
 async def find_author(author_id: int, authors: Repository) -> Author:
-    """Find the author of the path, for every endpoint that is about one."""
+    """Find the author in the path, for every endpoint that concerns one."""
     author = await authors.find(author_id)
     if author is None:
         raise HTTPException(404, "No such author.")
@@ -94,7 +94,7 @@ async def read_author(author: Found) -> Author:
 
 @router.put("/{author_id}", response_model=AuthorPublic, dependencies=commits)
 async def rename_author(author: Found, new: NewAuthor) -> Author:
-    """Give an author another name."""
+    """Rename an author."""
     author.name = new.name
     return author
 
@@ -106,7 +106,7 @@ async def remove_author(author: Found, authors: Repository) -> None:
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at start-up, and the table."""
+    """Build the engine at start-up, and create the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
@@ -114,7 +114,7 @@ async def build_engine() -> AsyncEngine:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="Repositories")
     install_database(app, engine=build_engine)
     app.include_router(router)

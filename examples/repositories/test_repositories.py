@@ -1,4 +1,4 @@
-"""The repository over HTTP."""
+"""Tests of the repository over HTTP."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.serving import serve
 
 @pytest.mark.usefixtures("databases")
 def test_what_the_repository_did_is_committed() -> None:
-    """An author that is added, renamed and removed is so for the next request."""
+    """The next request sees that an author was added, renamed or removed."""
     with serve(create_app()) as served:
         author = served.client.post("/authors", json={"name": "Jane Austin"}).json()
         path = f"/authors/{author['id']}"
@@ -22,7 +22,7 @@ def test_what_the_repository_did_is_committed() -> None:
 @pytest.mark.usefixtures("databases")
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 def test_a_missing_id_is_404(method: str) -> None:
-    """No verb succeeds on an author that does not exist, and nothing is written."""
+    """No method succeeds on an unknown author, and nothing is written."""
     with serve(create_app()) as served:
         served.client.post("/authors", json={"name": "Jane Austen"})
         answer = served.client.request(method, "/authors/7", json={"name": "Nobody"})

@@ -1,1 +1,1 @@
-"""Tenant, user and trace of a request, as dependencies that reach the session."""
+"""A request's tenant, user and trace, as dependencies that reach the session."""

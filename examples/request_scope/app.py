@@ -1,4 +1,4 @@
-"""Tenant, user and trace in every transaction of a request; no context variable, no middleware."""
+"""Tenant, user and trace in every transaction of a request, without middleware."""
 
 import logging
 import os
@@ -28,12 +28,12 @@ Log = Annotated[logging.LoggerAdapter[logging.Logger], Depends(request_log)]
 
 
 async def scoped_db(session: Db, scope: Scope) -> AsyncSession:
-    """Give the request's session its scope, before anything begins a transaction on it."""
+    """Set the scope of the request's session, before a transaction begins."""
     session.info["scope"] = scope
     return session
 
 
-# For every route below: dependencies of a router come before those of its routes.
+# For every route below: a router's dependencies run before those of its routes.
 router = APIRouter(dependencies=[Depends(scoped_db)])
 
 
@@ -54,7 +54,7 @@ async def add_change(
     log: Log,
     tasks: BackgroundTasks,
 ) -> Change:
-    """Record a change, and something more once it is stored."""
+    """Record a change, and follow up after the commit."""
     change = Change(what=what)
     session.add(change)
     await session.flush()
@@ -64,7 +64,7 @@ async def add_change(
 
 
 async def follow_up(database: AsyncDatabase, scope: RequestScope, change_id: int) -> None:
-    """Work after the request, and for it: the scope is handed on like any other value."""
+    """Work after the response; the scope is passed as a plain value."""
     async with database.transaction() as session:
         session.info["scope"] = scope
         session.add(Change(what=f"followed up {change_id}"))
@@ -72,25 +72,25 @@ async def follow_up(database: AsyncDatabase, scope: RequestScope, change_id: int
 
 @router.get("/changes", response_model=list[ChangePublic])
 async def list_changes(scope: Scope, session: Db) -> list[Change]:
-    """List what your tenant has changed."""
+    """List your tenant's changes."""
     query = select(Change).where(Change.tenant == scope.user.tenant).order_by(Change.id)
     return list(await session.scalars(query))
 
 
 @router.get("/trace")
 async def show_trace(session: Db) -> str:
-    """Show what an administrator sees of this request in pg_stat_activity."""
+    """Show how this request appears in pg_stat_activity."""
     name = await session.scalar(select(func.current_setting("application_name")))
     return str(name)
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield

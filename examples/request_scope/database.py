@@ -1,4 +1,4 @@
-"""The session that tells the server whose request it works for, and the table that remembers."""
+"""The session that passes the scope to the server, and a table that records it."""
 
 from sqlalchemy import Connection, TextClause, event, func, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column
@@ -7,7 +7,7 @@ from examples.request_scope.scope import RequestScope
 
 
 class ScopedSession(Session):
-    """Be a session whose transactions carry the scope in its `info`, where there is one."""
+    """A session whose transactions carry the scope in its `info`, if there is one."""
 
 
 @event.listens_for(ScopedSession, "after_begin")
@@ -18,28 +18,28 @@ def _tell_the_server(
     if scope is None or transaction.nested:
         return
     told = {
-        "application_name": scope.trace,  # pg_stat_activity and the log show it
+        "application_name": scope.trace,  # shown in pg_stat_activity and the log
         "app.trace": scope.trace,
         "app.user": scope.user.name,
         "app.tenant": scope.user.tenant,
     }
-    # `true`: until the transaction ends. The next borrower of the connection has none of it.
+    # `true`: until the transaction ends. The connection's next user does not inherit it.
     connection.execute(
         select(*(func.set_config(name, value, True) for name, value in told.items()))
     )
 
 
 def setting(name: str) -> TextClause:
-    """Read a setting of the transaction, and NULL where it has none: the column refuses that."""
-    return text(f"nullif(current_setting('{name}', true), '')")  # '' is left of an earlier one
+    """Read a transaction's setting, or NULL if it is not set, which the column refuses."""
+    return text(f"nullif(current_setting('{name}', true), '')")  # '' once it was set
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Change(Base):
-    """Record something; the server fills in who did it, and in which request."""
+    """A change; the server fills in who made it, and in which request."""
 
     __tablename__ = "request_scope_change"
 

@@ -1,4 +1,4 @@
-"""What a request is about: its trace, its user, its tenant. Plain dependencies, one for each."""
+"""A request's trace, user and tenant, as plain dependencies."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Header, HTTPException, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-# It stands for your identity provider, which says who has a token and where they belong.
+# This stands in for your identity provider, which maps tokens to users and their tenants.
 USERS = {"ada": "acme", "grace": "globex"}
 TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
@@ -17,14 +17,14 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 @dataclass(frozen=True)
 class User:
-    """Know somebody, and the tenant that they belong to."""
+    """A user, and the tenant that they belong to."""
 
     name: str
     tenant: str
 
 
 def trace_id(response: Response, traceparent: Annotated[str, Header()] = "") -> str:
-    """Go on with the client's trace, where it is one, or begin a trace."""
+    """Continue the client's trace if it is valid, or start one."""
     found = TRACEPARENT.fullmatch(traceparent)
     trace = found[1] if found else secrets.token_hex(16)
     response.headers["X-Trace"] = trace
@@ -32,7 +32,7 @@ def trace_id(response: Response, traceparent: Annotated[str, Header()] = "") -> 
 
 
 def current_user(credentials: Credentials) -> User:
-    """Know the user by a token."""
+    """Find the user by a token."""
     name = credentials.credentials
     if name not in USERS:
         raise HTTPException(401, "Unknown token.")
@@ -41,7 +41,7 @@ def current_user(credentials: Credentials) -> User:
 
 @dataclass(frozen=True)
 class RequestScope:
-    """Hold what a request is about, for whoever outlives it too: it is a plain value."""
+    """A request's scope: a plain value, which can outlive the request."""
 
     trace: Annotated[str, Depends(trace_id)]
     user: Annotated[User, Depends(current_user)]
@@ -51,7 +51,7 @@ Scope = Annotated[RequestScope, Depends()]
 
 
 def request_log(scope: Scope) -> logging.LoggerAdapter[logging.Logger]:
-    """Log with the trace in every line."""
+    """A log adapter that adds the trace to every line."""
     log = logging.getLogger("examples.request_scope")
     extra = {"trace": scope.trace, "user": scope.user.name, "tenant": scope.user.tenant}
     return logging.LoggerAdapter(log, extra)

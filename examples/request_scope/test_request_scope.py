@@ -1,4 +1,4 @@
-"""What a request's scope reaches, and what it does not, over HTTP."""
+"""Tests over HTTP of what a request's scope reaches, and what it does not."""
 
 import logging
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 def owner(
     request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[psycopg.Connection]:
-    """Name the database to the example, look into it, and leave nothing behind."""
+    """Provide the example's database and a connection to it, and clean up."""
     monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
     with psycopg.connect(postgres.dsn, autocommit=True) as connection:
         yield connection
@@ -31,7 +31,7 @@ def owner(
 
 
 class Client:
-    """Speak to the example."""
+    """Provide a client for the example."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
@@ -45,7 +45,7 @@ class Client:
 
 @contextmanager
 def served() -> Iterator[Client]:
-    """Serve the example, and tell at its end what its connections remember of requests."""
+    """Serve the example, and check at the end what its connections still hold of requests."""
     app = create_app()
 
     @app.get("/left-behind")
@@ -70,7 +70,7 @@ def served() -> Iterator[Client]:
 
 
 def test_the_scope_reaches_the_server(owner: psycopg.Connection) -> None:
-    """A row knows who wrote it in which trace, also one that is written after the response."""
+    """A row records its user and trace, also if it is written after the response."""
     with served() as client:
         answer = client.call("POST", "/changes?what=paint", "ada", TRACE)
         assert answer.json() == {"what": "paint", "user": "ada", "trace": TRACE}
@@ -89,7 +89,7 @@ def test_the_scope_reaches_the_server(owner: psycopg.Connection) -> None:
     "trace", ["x" * 32, "'; DROP TABLE request_scope_change; --", TRACE.upper()]
 )
 def test_a_trace_that_is_none_is_not_believed(owner: psycopg.Connection, trace: str) -> None:
-    """A header that is no trace begins one; nothing of it gets to the server or into a log."""
+    """An invalid header starts a new trace; none of it reaches the server or the log."""
     with served() as client:
         made = client.call("GET", "/trace", "ada", trace).json()
         assert len(made) == 32
@@ -97,7 +97,7 @@ def test_a_trace_that_is_none_is_not_believed(owner: psycopg.Connection, trace: 
 
 
 def test_what_has_no_scope_writes_nothing(owner: psycopg.Connection) -> None:
-    """A session without a scope cannot write, not even on a connection that has served one."""
+    """A session without a scope cannot write, not even on a connection that has had one."""
     with served() as client:
         assert client.call("POST", "/changes?what=paint", "ada", TRACE).status_code == 201
         assert client.call("POST", "/without-a-scope", "ada", TRACE).status_code == 500
@@ -127,7 +127,7 @@ def test_requests_at_once_keep_their_scope(owner: psycopg.Connection) -> None:
 def test_the_log_knows_the_trace(
     owner: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line of the log carries the trace of its request."""
+    """A log line has the trace of its request."""
     caplog.set_level(logging.INFO, "examples.request_scope")
     with served() as client:
         client.call("POST", "/changes?what=paint", "ada", TRACE)

@@ -1,4 +1,4 @@
-"""Enrolments: a seat in a course and its payment, both or neither."""
+"""Enrolments: a seat in a course and its payment, in one transaction."""
 
 import os
 from typing import Annotated
@@ -41,7 +41,7 @@ class Payment(Base):
 
 
 class Courses:
-    """Give seats away. Called by an endpoint or by another service, it has a transaction."""
+    """The service for seats. It has a transaction, whether an endpoint or a service calls it."""
 
     def __init__(self, session: Transaction) -> None:
         self.session = session
@@ -52,12 +52,12 @@ class Courses:
         if course is None:
             raise HTTPException(404, "No such course.")
         with http_errors(check=ErrorRule("The course is full.", 409)):
-            course.seats = Course.seats - 1  # computed by the database: nobody's seat is lost
+            course.seats = Course.seats - 1  # in the database: no lost update
             await self.session.flush()
 
 
 class Payments:
-    """Take money."""
+    """The service for payments."""
 
     def __init__(self, session: Transaction) -> None:
         self.session = session
@@ -75,7 +75,7 @@ class Payments:
 
 
 class Enrolments:
-    """Own the workflow. It has no session: those below it share the request's one."""
+    """The service that owns the workflow. Its parts share the request's session."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Enrolments:
         self.payments = payments
 
     async def enrol(self, name: str, title: str) -> Payment:
-        """Take the seat first; a payment that is refused gives it back."""
+        """Take the seat first; a refused payment rolls it back."""
         await self.courses.take_seat(title)
         return await self.payments.charge(name, amount=100)
 
@@ -101,13 +101,13 @@ router = APIRouter()
 
 @router.post("/enrolments", status_code=201)
 async def enrol(wanted: Enrolment, enrolments: Annotated[Enrolments, Depends()]) -> int:
-    """Enrol a student: both services, one transaction."""
+    """Enrol a student: two services, one transaction."""
     return (await enrolments.enrol(wanted.student, wanted.course)).id
 
 
 @router.post("/courses/{title}/guests", status_code=201)
 async def invite(title: str, courses: Annotated[Courses, Depends()]) -> None:
-    """Give a seat away for nothing: one service alone, and a transaction all the same."""
+    """Give a seat away for free: one service alone, also in a transaction."""
     await courses.take_seat(title)
 
 
@@ -137,7 +137,7 @@ async def build_engine() -> AsyncEngine:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="Services")
     install_database(app, engine=build_engine)
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""Two services, seen by the rows that they leave."""
+"""Tests of two services, by the rows that they leave."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ START = {"seats": {"chess": 5, "go": 0}, "credit": {"ada": 150, "grace": 20}, "p
 
 
 def state(served: Served) -> Any:
-    """Read every row, in a request of its own."""
+    """Read every row, in a separate request."""
     return served.client.get("/state").json()
 
 
 @pytest.mark.usefixtures("databases")
 def test_both_services_are_committed_together() -> None:
-    """A 201 means that the seat is taken, the credit is less and the payment is booked."""
+    """A 201 means that the seat is taken, the credit is reduced and the payment is booked."""
     with serve(create_app()) as served:
         answer = served.client.post("/enrolments", json={"student": "ada", "course": "chess"})
         assert (answer.status_code, answer.json()) == (201, 1)
@@ -38,7 +38,7 @@ def test_both_services_are_committed_together() -> None:
 def test_a_refusal_by_either_leaves_no_row(
     student: str, course: str, status: int, detail: str
 ) -> None:
-    """Whichever service raises, and whatever the other has flushed: every row is as before."""
+    """Whichever service raises, and whatever the other has flushed, every row is unchanged."""
     with serve(create_app()) as served:
         wanted = {"student": student, "course": course}
         answer = served.client.post("/enrolments", json=wanted)
@@ -48,7 +48,7 @@ def test_a_refusal_by_either_leaves_no_row(
 
 @pytest.mark.usefixtures("databases")
 def test_a_service_alone_has_a_transaction_too() -> None:
-    """Called by an endpoint directly, the same service commits what it did."""
+    """If an endpoint calls a service directly, its changes are committed too."""
     with serve(create_app()) as served:
         assert served.client.post("/courses/chess/guests").status_code == 201
         assert state(served) == START | {"seats": {"chess": 4, "go": 0}}

@@ -1,1 +1,1 @@
-"""An engine out of settings: built once, disposed of once."""
+"""An engine built from settings: built once, disposed of once."""

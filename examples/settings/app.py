@@ -1,4 +1,4 @@
-"""An application whose engine is described by its settings."""
+"""An application that builds its engine from settings."""
 
 from typing import Annotated
 
@@ -14,12 +14,12 @@ from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_databa
 class DatabaseSettings(BaseSettings):
     """Read DATABASE_URL, DATABASE_POOL_SIZE and so on from the environment."""
 
-    # A refused value may hold a password: the error names the setting, and does not show it.
+    # An invalid value may contain a password: the error names the setting without its value.
     model_config = SettingsConfigDict(
         env_prefix="DATABASE_", hide_input_in_errors=True, frozen=True
     )
 
-    # SQLAlchemy's URL hides its password when it is printed. It is text, and no list in JSON.
+    # SQLAlchemy's URL hides its password when printed. Read it as plain text, not as JSON.
     url: Annotated[URL, NoDecode, PlainValidator(make_url)]
     pool_size: Annotated[int, Field(ge=1, le=50)] = 5
     max_overflow: Annotated[int, Field(ge=0, le=50)] = 10
@@ -27,7 +27,7 @@ class DatabaseSettings(BaseSettings):
     application_name: str = "settings-example"
 
     def build_engine(self) -> AsyncEngine:
-        """Build the engine that these settings describe; whoever calls this disposes of it."""
+        """Build the engine that these settings describe; the caller disposes of it."""
         return create_async_engine(
             self.url,
             pool_size=self.pool_size,
@@ -50,17 +50,17 @@ async def read_pool(
 
 @router.get("/name")
 async def read_name(session: Annotated[AsyncSession, Depends(reader())]) -> str:
-    """Ask the server what it calls this application."""
+    """Show this application's name on the server."""
     name: str = (await session.scalars(text("SHOW application_name"))).one()
     return name
 
 
 def create_app(settings: DatabaseSettings | None = None) -> FastAPI:
-    """Build the application; without settings they are read from the environment, here and now.
+    """Build the application; if no settings are given, read them from the environment.
 
     The engine is built when the application starts, and disposed of when it stops.
     """
-    settings = settings or DatabaseSettings()  # type: ignore[call-arg] # the environment has it
+    settings = settings or DatabaseSettings()  # type: ignore[call-arg] # from the environment
     app = FastAPI(title="Settings")
     install_database(app, engine=settings.build_engine)
     app.include_router(router)

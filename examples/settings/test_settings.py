@@ -1,4 +1,4 @@
-"""The engine's life, and the settings it is made of."""
+"""Tests of the engine's lifetime and its settings."""
 
 import pytest
 from pydantic import ValidationError
@@ -11,7 +11,7 @@ from tests.serving import serve
 
 
 class Counted(DatabaseSettings):
-    """Count what is built of these settings, and what of it has been disposed of."""
+    """Count the engines that are built from these settings and disposed of."""
 
     _built: int = 0
     _disposed: int = 0
@@ -31,7 +31,7 @@ class Counted(DatabaseSettings):
 
 
 def test_the_engine_is_built_once_and_disposed_of_once(databases: WorkerPostgres) -> None:
-    """However many requests there are, one start makes one engine, and its end disposes of it."""
+    """Each start builds one engine and disposes of it once, however many requests there are."""
     settings = Counted(url=make_url(databases.url("psycopg")))
     app = create_app(settings)
     assert settings.counters == (0, 0)
@@ -45,7 +45,7 @@ def test_the_engine_is_built_once_and_disposed_of_once(databases: WorkerPostgres
 
 @pytest.mark.usefixtures("databases")
 def test_the_environment_reaches_pool_and_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the environment says is what the pool and the server know."""
+    """The pool and the server use the settings from the environment."""
     monkeypatch.setenv("DATABASE_POOL_SIZE", "3")
     monkeypatch.setenv("DATABASE_APPLICATION_NAME", "shop")
     with serve(create_app()) as served:
@@ -54,11 +54,11 @@ def test_the_environment_reaches_pool_and_server(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_wrong_setting_is_named_and_no_secret_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake ends the process before anything is served, without the password."""
+    """An invalid setting stops the process before it serves, without showing the password."""
     monkeypatch.setenv("DATABASE_URL", "postgresql+psycopg://me:secret@db/shop")
     monkeypatch.setenv("DATABASE_POOL_SIZE", "secret")
     with pytest.raises(ValidationError, match="pool_size") as refused:
         create_app()
     assert "secret" not in str(refused.value)
     monkeypatch.delenv("DATABASE_POOL_SIZE")
-    assert "secret" not in repr(DatabaseSettings())  # type: ignore[call-arg] # as in the app
+    assert "secret" not in repr(DatabaseSettings())  # type: ignore[call-arg] # from the environment

@@ -1,1 +1,1 @@
-"""Serve accounts, transfers and a ledger on one database, and events on a second."""
+"""Accounts, transfers and a ledger in one database, and events in a second."""

@@ -1,4 +1,4 @@
-"""The application: two databases, installed, and its routes."""
+"""The application, with its two databases and its routes."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -14,9 +14,9 @@ from fastapi_sqlnative import health_router, install_database, install_error_han
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Build the application, with engines of its own that end with its lifespan.
+    """Build the application; its engines are disposed of when its lifespan ends.
 
-    Without settings they come from the environment, as `uvicorn --factory` wants it.
+    If no settings are given, they come from the environment, for `uvicorn --factory`.
     """
     settings = settings or read_settings(os.environ)
     engine = create_async_engine(settings.database)
@@ -35,16 +35,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app, name="analytics", engine=analytics, shutdown=analytics.dispose, startup_wait=10
     )
     app.include_router(router)
-    # A failure that no service has words for: a 503 where it may pass, and never what it said.
+    # For failures that no service maps: a 503 if it is temporary, and no database error text.
     install_error_handlers(app)
-    # Without the second database no money is moved, and accounts are still shown.
+    # Without the second database, transfers fail, but accounts are still shown.
     app.include_router(health_router(databases={"analytics": "degraded"}))
     return app
 
 
 async def _create_tables(engine: AsyncEngine, analytics: AsyncEngine) -> None:
-    # At start-up only because this is a demo: in production `alembic upgrade` does it, once,
-    # before the new version is served.
+    # At start-up for the demo only: in production, run `alembic upgrade` once,
+    # before the new version goes live.
     for base, on in (Base, engine), (AnalyticsBase, analytics):
         async with on.begin() as connection:
             await connection.run_sync(base.metadata.create_all)
@@ -54,7 +54,7 @@ async def _seed(engine: AsyncEngine) -> None:
     async with AsyncSession(engine) as session, session.begin():
         if await session.get(User, "ada") is None:
             session.add_all([User(name="ada"), User(name="grace")])
-            await session.flush()  # no relationship() tells SQLAlchemy that users come first
+            await session.flush()  # there is no relationship() to order the INSERTs
             session.add_all(
                 [
                     Account(number="ada-1", owner="ada", balance=1_000_00),

@@ -1,4 +1,4 @@
-"""The sessions of a request under the names this application uses, and its current user."""
+"""The request's sessions under this application's names, and the current user."""
 
 from typing import Annotated
 
@@ -16,19 +16,19 @@ AnalyticsDb = Annotated[AsyncSession, Depends(get_db("analytics"))]
 AnalyticsTransaction = Annotated[AsyncSession, Depends(transactional("analytics"))]
 AnalyticsReader = Annotated[AsyncSession, Depends(reader("analytics"))]
 
-# Believing a header is for a demo only.
+# Trusting a header is for the demo only.
 UserName = Annotated[str, Header(alias="X-User")]
 
 
 async def current_user(session: Db, name: UserName = "") -> User:
-    """Load the user; the transaction that the endpoint asks for goes on in this same session."""
+    """Load the user, in the same session as the endpoint's transaction."""
     return await _find_user(session, name)
 
 
 async def reading_user(session: Reader, name: UserName = "") -> User:
     """Load the user for an endpoint that only reads.
 
-    Through the session the endpoint reads with: `get_db` beside `reader` would hold two of the
+    It uses the endpoint's session: `get_db` beside `reader` would hold two of the
     pool's connections for one request.
     """
     return await _find_user(session, name)

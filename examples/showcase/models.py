@@ -7,11 +7,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """Collect the tables of the database `default`."""
+    """The base class of the models in the database `default`."""
 
 
 class User(Base):
-    """Name somebody who owns accounts."""
+    """A user who owns accounts."""
 
     __tablename__ = "showcase_user"
 
@@ -19,7 +19,7 @@ class User(Base):
 
 
 class Account(Base):
-    """Hold what a user owns, in cents. The database itself refuses to go below zero."""
+    """A user's account, in cents. The database refuses a negative balance."""
 
     __tablename__ = "showcase_account"
     __table_args__ = (CheckConstraint("balance >= 0", name="showcase_balance_not_negative"),)
@@ -30,7 +30,7 @@ class Account(Base):
 
 
 class LedgerEntry(Base):
-    """Book one side of a transfer. A reference is booked once for an account."""
+    """One side of a transfer. A reference is booked once per account."""
 
     __tablename__ = "showcase_ledger_entry"
     __table_args__ = (UniqueConstraint("account", "reference"),)
@@ -43,11 +43,11 @@ class LedgerEntry(Base):
 
 
 class AnalyticsBase(DeclarativeBase):
-    """Collect the tables of the database `analytics`."""
+    """The base class of the models in the database `analytics`."""
 
 
 class Event(AnalyticsBase):
-    """Record that something happened, without saying to whom."""
+    """An event, without the user it concerns."""
 
     __tablename__ = "showcase_event"
 

@@ -1,4 +1,4 @@
-"""What is stored where. A repository joins the request's transaction and never ends it."""
+"""Repositories, which join the request's transaction and never end it."""
 
 from collections.abc import Mapping
 
@@ -9,16 +9,16 @@ from examples.showcase.models import Account, Event, LedgerEntry
 
 
 class Accounts:
-    """Find accounts in the request's session."""
+    """A repository of accounts in the request's session."""
 
     def __init__(self, session: Db) -> None:
         self.session = session
 
     async def lock(self, *numbers: str) -> Mapping[str, Account]:
-        """Load accounts and keep others from changing them until the transaction ends.
+        """Load accounts, locked against changes until the transaction ends.
 
-        The order is always the same, so two opposite transfers wait for each other instead of
-        holding one row each. SQLite knows no FOR UPDATE: it has one writer at a time.
+        The order is always the same, so opposite transfers wait for each other instead of
+        holding one row each. SQLite has no FOR UPDATE: it allows one writer at a time.
         """
         query = select(Account).where(Account.number.in_(numbers)).order_by(Account.number)
         found = await self.session.scalars(query.with_for_update())
@@ -26,13 +26,13 @@ class Accounts:
 
 
 class Ledger:
-    """Book amounts in the request's session."""
+    """A repository of ledger entries in the request's session."""
 
     def __init__(self, session: Db) -> None:
         self.session = session
 
     def book(self, reference: str, amounts: Mapping[str, int]) -> list[LedgerEntry]:
-        """Add an entry for each account; the next flush gives them their ids."""
+        """Add an entry for each account; the next flush assigns their IDs."""
         entries = [
             LedgerEntry(account=account, reference=reference, amount=amount)
             for account, amount in amounts.items()
@@ -42,7 +42,7 @@ class Ledger:
 
 
 class Events:
-    """Record events in the request's session of the second database."""
+    """A repository of events in the request's session for the second database."""
 
     def __init__(self, session: AnalyticsDb) -> None:
         self.session = session

@@ -1,4 +1,4 @@
-"""The endpoints: each names its user and the service that answers."""
+"""The endpoints, each of which declares its user and its service."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -23,7 +23,7 @@ router = APIRouter()
 async def transfer(
     user: CurrentUser, order: TransferOrder, transfers: Annotated[Transfers, Depends()]
 ) -> list[LedgerEntry]:
-    """Move money from one of your accounts to any other."""
+    """Move money from one of your accounts to any other account."""
     return await transfers.transfer(user, order)
 
 
@@ -39,7 +39,7 @@ async def list_accounts(
 async def list_ledger(
     user: ReadingUser, statements: Annotated[Statements, Depends()]
 ) -> Sequence[LedgerEntry]:
-    """List what was booked on your accounts, the newest first."""
+    """List your accounts' ledger entries, newest first."""
     return await statements.ledger(user)
 
 
@@ -47,11 +47,11 @@ async def list_ledger(
 async def export_ledger(
     user: ReadingUser, export: Annotated[LedgerExport, Depends()]
 ) -> StreamingResponse:
-    """Stream everything that was booked on your accounts, as lines of JSON."""
+    """Stream all of your accounts' ledger entries as lines of JSON."""
     return StreamingResponse(export.lines(user), media_type="application/x-ndjson")
 
 
 @router.get("/statistics")
 async def list_statistics(statistics: Annotated[Statistics, Depends()]) -> list[EventSummary]:
-    """Sum up what happened, from the second database."""
+    """Summarise the events, from the second database."""
     return await statistics.events()

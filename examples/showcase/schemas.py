@@ -1,4 +1,4 @@
-"""What the API takes and gives. Amounts are in cents."""
+"""The API's request and response models. Amounts are in cents."""
 
 from datetime import datetime
 from typing import Annotated, Self
@@ -10,7 +10,7 @@ Word = Annotated[str, Field(pattern="^[A-Za-z0-9-]{1,40}$")]
 
 
 class TransferOrder(BaseModel):
-    """Ask for a transfer. With a reference of its own it can be sent again without paying twice."""
+    """A transfer order. With its own reference, it can be sent again without paying twice."""
 
     source: Word
     target: Word
@@ -25,7 +25,7 @@ class TransferOrder(BaseModel):
 
 
 class AccountPublic(BaseModel):
-    """Show an account to its owner."""
+    """An account, as shown to its owner."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -34,7 +34,7 @@ class AccountPublic(BaseModel):
 
 
 class LedgerEntryPublic(BaseModel):
-    """Show one side of a transfer."""
+    """One side of a transfer."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -46,7 +46,7 @@ class LedgerEntryPublic(BaseModel):
 
 
 class EventSummary(BaseModel):
-    """Sum up the events of one name."""
+    """The number of events with one name."""
 
     model_config = ConfigDict(from_attributes=True)
 

@@ -1,4 +1,4 @@
-"""The workflows. The service that owns one declares its transaction."""
+"""The services. The one that owns a workflow declares its transaction."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated
@@ -20,13 +20,13 @@ from fastapi_sqlnative import AsyncDatabase, get_database_handle
 
 
 class Transfers:
-    """Move money: both accounts, both ledger entries, or nothing at all.
+    """The service for transfers: both accounts and both ledger entries, or nothing.
 
-    Everything that is raised here rolls back. The event is committed with the rest, but two
+    Any exception rolls back. The event is committed in the same request, but two
     databases are not atomic: both are flushed first, then `default` commits (it was installed
-    first), then `analytics`. Should only that last COMMIT fail, the money has moved, the event is
-    lost and the client gets a 500 (`PartialCommitError`). An event that must not be lost belongs
-    into a table of `default`, from where a worker carries it on.
+    first), then `analytics`. If only that last COMMIT fails, the money has moved, the event is
+    lost, and the client gets a 500 (`PartialCommitError`). Store an event that must not be lost
+    in a table of `default`, from where a worker delivers it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Transfers:
         ledger: Annotated[Ledger, Depends()],
         events: Annotated[Events, Depends()],
         transaction: Transaction,
-        analytics: AnalyticsTransaction,  # declared, so that what `events` adds is committed
+        analytics: AnalyticsTransaction,  # declared, so that the changes of `events` are committed
     ) -> None:
         self.accounts = accounts
         self.ledger = ledger
@@ -46,14 +46,14 @@ class Transfers:
         """Carry out an order and return its two ledger entries.
 
         Raises:
-            HTTPException: 404 for an account that is unknown, or as a source not the user's;
+            HTTPException: 404 for an unknown account, or a source that is not the user's;
                 409 for insufficient funds, or a reference that has been used.
         """
         await self._move(user, order)
         entries = self.ledger.book(
             order.reference, {order.source: -order.amount, order.target: order.amount}
         )
-        # The response is made before the COMMIT, and shows ids that the server gives out.
+        # The response is created before the COMMIT, and shows IDs that the server generates.
         await self._flush(refused="This reference has been used.")
         self.events.record("transfer", order.amount)
         return entries
@@ -61,11 +61,11 @@ class Transfers:
     async def _move(self, user: User, order: TransferOrder) -> None:
         accounts = await self.accounts.lock(order.source, order.target)
         source, target = accounts.get(order.source), accounts.get(order.target)
-        if source is None or source.owner != user.name:  # no telling which of the two it is
+        if source is None or source.owner != user.name:  # do not reveal which of the two it is
             raise HTTPException(404, f"You have no account {order.source}.")
         if target is None:
             raise HTTPException(404, f"There is no account {order.target}.")
-        # Computed by the database: SQLite, without row locks, must not lose an update either.
+        # Computed by the database, so that SQLite, without row locks, loses no update either.
         source.balance = Account.balance - order.amount
         target.balance = Account.balance + order.amount
         await self._flush(refused="Insufficient funds.")
@@ -78,7 +78,7 @@ class Transfers:
 
 
 class Statements:
-    """Show a user's accounts, in one round trip a query and without a transaction."""
+    """The service for reading accounts, with one round trip per query and no transaction."""
 
     def __init__(self, session: Reader) -> None:
         self.session = session
@@ -89,19 +89,19 @@ class Statements:
         return (await self.session.scalars(query)).all()
 
     async def ledger(self, user: User) -> Sequence[LedgerEntry]:
-        """List the newest hundred entries of the user's accounts."""
+        """List the newest hundred ledger entries of the user's accounts."""
         query = _entries_of(user).order_by(LedgerEntry.id.desc()).limit(100)
         return (await self.session.scalars(query)).all()
 
 
 class Statistics:
-    """Sum up what happened, from the second database."""
+    """The service for statistics, from the second database."""
 
     def __init__(self, session: AnalyticsReader) -> None:
         self.session = session
 
     async def events(self) -> list[EventSummary]:
-        """Sum up the events by name."""
+        """Count the events by name."""
         query = select(
             Event.name,
             func.count().label("events"),
@@ -111,9 +111,9 @@ class Statistics:
 
 
 class LedgerExport:
-    """Stream the ledger, however long it is.
+    """The service that streams the ledger, however long it is.
 
-    The body is sent when the request's sessions have ended, so this one opens its own.
+    The body is sent after the request's sessions have ended, so it opens its own.
     """
 
     def __init__(self, database: Annotated[AsyncDatabase, Depends(get_database_handle())]) -> None:
@@ -124,7 +124,7 @@ class LedgerExport:
 
         A connection is in use for as long as the client reads.
         """
-        # Without yield_per the ORM would load everything before the first line.
+        # Without yield_per, the ORM would load everything before the first line.
         query = _entries_of(user).order_by(LedgerEntry.id).execution_options(yield_per=100)
         async with self.database.session() as session:
             async for entry in await session.stream_scalars(query):

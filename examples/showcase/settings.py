@@ -1,4 +1,4 @@
-"""Where the two databases are."""
+"""The addresses of the two databases."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sqlalchemy import URL, make_url
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold the addresses of both databases; a `URL` hides its password when it is printed."""
+    """The addresses of both databases; a `URL` hides its password when printed."""
 
     database: URL
     analytics: URL
@@ -30,12 +30,12 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 
 def _read_url(text: str) -> URL:
     url = make_url(text)
-    # SQLAlchemy 2.0 would take psycopg2 here, which has no asyncio.
+    # SQLAlchemy 2.0 would choose psycopg2 here, which does not support asyncio.
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
 def _beside(url: URL) -> URL:
-    # A server takes two engines on one database. SQLite locks the whole file for one writer, and
+    # A server allows two engines on one database. SQLite locks the whole file for one writer, so
     # a request that writes to both would wait for itself.
     if url.get_backend_name() != "sqlite" or not url.database:
         return url

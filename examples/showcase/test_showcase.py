@@ -1,4 +1,4 @@
-"""What the showcase promises, over HTTP."""
+"""Tests of the showcase over HTTP."""
 
 import json
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ on_postgres = pytest.mark.parametrize(
 def settings(
     request: pytest.FixtureRequest, postgres: WorkerPostgres, tmp_path: Path, patient_probes: None
 ) -> Iterator[Settings]:
-    """Give two databases of each kind in turn, and leave nothing in them."""
+    """Provide two databases of each kind in turn, and clean up."""
     match request.param:
         case "sqlite":
             yield read_settings({"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/demo.db"})
@@ -72,25 +72,25 @@ def served(settings: Settings) -> Iterator["Bank"]:
 
 
 class Bank:
-    """Speak to the showcase as its users do."""
+    """Provide a client for the showcase."""
 
     def __init__(self, client: httpx.Client | TestClient) -> None:
         self.client = client
 
     def get(self, path: str, user: str) -> Any:
-        """Read something, as that user."""
+        """Send a GET request as that user."""
         response = self.client.get(path, headers={"X-User": user})
         assert response.status_code == 200, response.text
         return response.json()
 
     def transfer(self, user: str, source: str, target: str, amount: int, **more: str) -> Any:
-        """Order a transfer, as that user."""
+        """Order a transfer as that user."""
         order = {"source": source, "target": target, "amount": amount} | more
         return self.client.post("/transfers", headers={"X-User": user}, json=order)
 
     @property
     def balances(self) -> dict[str, int]:
-        """Read what is on every account."""
+        """Read the balance of every account."""
         accounts = [*self.get("/accounts", "ada"), *self.get("/accounts", "grace")]
         return {account["number"]: account["balance"] for account in accounts}
 
@@ -102,7 +102,7 @@ class Bank:
 
     @property
     def events(self) -> Any:
-        """Read what the second database has counted."""
+        """Read the event counts of the second database."""
         return self.client.get("/statistics").json()
 
 
@@ -122,7 +122,7 @@ def test_a_transfer_commits_everywhere(settings: Settings) -> None:
 
 
 def test_insufficient_funds_change_nothing(settings: Settings) -> None:
-    """A transfer of more than there is gets a 409 and leaves no trace in either database."""
+    """A transfer of more than the balance is a 409 and leaves no trace in either database."""
     with served(settings) as bank:
         answer = bank.transfer("ada", "ada-1", "grace-1", 1_000_01)
         assert (answer.status_code, answer.json()) == (409, {"detail": "Insufficient funds."})
@@ -130,7 +130,7 @@ def test_insufficient_funds_change_nothing(settings: Settings) -> None:
 
 
 def test_a_ledger_that_refuses_gives_the_money_back(settings: Settings) -> None:
-    """When a unique constraint refuses the ledger entry, the balances written before are undone."""
+    """When a unique constraint refuses the ledger entry, the earlier balance updates are undone."""
     with served(settings) as bank:
         assert bank.transfer("ada", "ada-1", "grace-1", 100, reference="rent").status_code == 201
         before = (bank.balances, bank.booked, bank.events)
@@ -142,7 +142,7 @@ def test_a_ledger_that_refuses_gives_the_money_back(settings: Settings) -> None:
 
 @on_postgres
 def test_a_second_database_that_refuses_gives_the_money_back(settings: Settings) -> None:
-    """When `analytics` cannot take the event, `default` has not committed the transfer."""
+    """When `analytics` refuses the event, `default` does not commit the transfer."""
     with served(settings) as bank:
         _drop_tables(Settings(settings.analytics, settings.analytics))
         assert bank.transfer("ada", "ada-1", "grace-1", 100).status_code == 500
@@ -151,7 +151,7 @@ def test_a_second_database_that_refuses_gives_the_money_back(settings: Settings)
 
 @on_postgres
 def test_opposite_transfers_do_not_deadlock(settings: Settings) -> None:
-    """Transfers in both directions at once all succeed, and no cent is lost."""
+    """Simultaneous transfers in both directions all succeed, and no cent is lost."""
     orders = [("ada", "ada-1", "grace-1", 3), ("grace", "grace-1", "ada-1", 2)] * 20
     with served(settings) as bank, ThreadPoolExecutor(len(orders)) as threads:
         answers = list(threads.map(lambda order: bank.transfer(*order), orders))
@@ -163,7 +163,7 @@ def test_opposite_transfers_do_not_deadlock(settings: Settings) -> None:
 
 @on_postgres
 def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
-    """A transfer that waits to lock a row has one connection: the user came through it too."""
+    """A transfer that waits for a row lock has one connection, which also loaded the user."""
     dsn = settings.database.set(drivername="postgresql").render_as_string(hide_password=False)
     with (
         served(settings) as bank,
@@ -181,7 +181,7 @@ def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
 def _backends(
     watching: psycopg.Connection, *, besides: psycopg.Connection
 ) -> list[tuple[str, str]]:
-    """List what each transaction waits for, and how its statement ends."""
+    """List what each transaction is waiting for, and how its statement ends."""
     return watching.execute(
         "SELECT wait_event_type, right(query, 10) FROM pg_stat_activity"
         " WHERE datname = current_database() AND state <> 'idle'"
@@ -192,7 +192,7 @@ def _backends(
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
 def test_sqlite_loses_no_update(settings: Settings) -> None:
-    """Without row locks, transfers at once still add up."""
+    """Without row locks, simultaneous transfers still add up."""
     with served(settings) as bank, ThreadPoolExecutor(10) as threads:
         order = ("ada", "ada-1", "grace-1", 1)
         answers = list(threads.map(lambda _: bank.transfer(*order), range(10)))
@@ -218,14 +218,14 @@ def test_sqlite_loses_no_update(settings: Settings) -> None:
 def test_refused_orders_change_nothing(
     settings: Settings, user: str, source: str, target: str, amount: int, status: int
 ) -> None:
-    """Whoever asks for what is not theirs, or makes no sense, is told so and moves nothing."""
+    """A transfer that is not allowed or makes no sense is refused and moves nothing."""
     with served(settings) as bank:
         answer = bank.transfer(user, source, target, amount)
         assert (answer.status_code, bank.balances, bank.booked) == (status, START, [])
 
 
 def test_readers_must_say_who_they_are(settings: Settings) -> None:
-    """An unknown user is shown neither accounts nor ledger, streamed or not."""
+    """An unknown user sees neither accounts nor ledger, streamed or not."""
     with served(settings) as bank:
         for path in "/accounts", "/ledger", "/ledger/export":
             assert bank.client.get(path).status_code == 401
@@ -233,7 +233,7 @@ def test_readers_must_say_who_they_are(settings: Settings) -> None:
 
 
 def test_the_ledger_streams(settings: Settings) -> None:
-    """The export streams the user's own entries, all of them, the oldest first."""
+    """The export streams all of the user's own entries, oldest first."""
     with served(settings) as bank:
         for amount in 1, 2, 3:
             assert bank.transfer("ada", "ada-1", "grace-1", amount).status_code == 201
@@ -244,7 +244,7 @@ def test_the_ledger_streams(settings: Settings) -> None:
 
 
 def test_a_second_start_seeds_nothing(settings: Settings) -> None:
-    """What was stored is there after a restart, and is not seeded over."""
+    """Stored data survives a restart, and is not overwritten by the demo data."""
     for transfers in 1, 2:
         with served(settings) as bank:
             assert bank.transfer("ada", "ada-1", "grace-1", 100).status_code == 201
@@ -252,7 +252,7 @@ def test_a_second_start_seeds_nothing(settings: Settings) -> None:
 
 
 def test_openapi_names_the_endpoints(settings: Settings) -> None:
-    """The interactive documentation loads, and no session shows in it."""
+    """The interactive documentation loads, and does not show the session."""
     with served(settings) as bank:
         assert bank.client.get("/docs").status_code == 200
         schema = bank.client.get("/openapi.json").json()
@@ -262,7 +262,7 @@ def test_openapi_names_the_endpoints(settings: Settings) -> None:
 
 
 def test_addresses_come_from_the_environment() -> None:
-    """One address is enough; without any, the error says what to set."""
+    """One address is enough; without any, the error names the variable."""
     alone = read_settings({"DATABASE_URL": "sqlite+aiosqlite:///data/demo.db"})
     assert alone.analytics.database == "data/demo-analytics.db"
     plain = read_settings({"DATABASE_URL": "postgresql://me:secret@db/bank"})
@@ -274,7 +274,7 @@ def test_addresses_come_from_the_environment() -> None:
 
 @on_postgres
 def test_a_second_database_that_is_away_is_reported(settings: Settings) -> None:
-    """Without `analytics` the showcase is degraded, ready, and still shows accounts."""
+    """Without `analytics`, the showcase is degraded but ready, and still shows accounts."""
     app = create_app(settings)
     nobody = create_async_engine(settings.analytics.set(host="127.0.0.1", port=1, query={}))
     with TestClient(app) as client:
@@ -288,7 +288,7 @@ def test_a_second_database_that_is_away_is_reported(settings: Settings) -> None:
 
 @on_postgres
 def test_a_deadlock_at_the_commit_moves_nothing(settings: Settings) -> None:
-    """A COMMIT that fails is a 503 with Retry-After, and the money is where it was."""
+    """A failed COMMIT is a 503 with Retry-After, and no money has moved."""
     app = create_app(settings)
     with TestClient(app) as client, isolated(app):
         bank = Bank(client)

@@ -1,1 +1,1 @@
-"""Requests that end when they are too slow, or when nobody waits for them any more."""
+"""Requests that end when they are too slow, or when their client disconnects."""

@@ -1,4 +1,4 @@
-"""Orders, and reports on them that may take too long."""
+"""Reports that may take too long, and a pool that shows who holds its connections."""
 
 import os
 from typing import Annotated
@@ -18,7 +18,7 @@ router = APIRouter()
 
 
 class Holder(BaseModel):
-    """Tell who holds connections of the pool."""
+    """The connections that a route holds."""
 
     route: str | None
     connections: int
@@ -27,21 +27,21 @@ class Holder(BaseModel):
 
 @router.get("/reports/{seconds}", dependencies=[Depends(deadline(1))])
 async def report(seconds: float, session: Db) -> str:
-    """Have the server work for so long; a second is what this route gets."""
+    """Run a query of this length; the route's deadline is one second."""
     await session.execute(select(func.pg_sleep(seconds)))
     return "done"
 
 
 @router.get("/searches/{seconds}", dependencies=[Depends(cancel_on_disconnect())])
 async def search(seconds: float, session: Db) -> str:
-    """Work for as long as the client waits: press Ctrl-C, and the query ends too."""
+    """Run for as long as the client waits: press Ctrl-C, and the query is cancelled too."""
     await session.execute(select(func.pg_sleep(seconds)))
     return "found"
 
 
 @router.get("/pool")
 async def list_holders(database: Handle) -> list[Holder]:
-    """List who holds connections; this route does not."""
+    """List who holds connections; this route holds none."""
     return [
         Holder(
             route=each.route,
@@ -53,7 +53,7 @@ async def list_holders(database: Handle) -> list[Holder]:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"], pool_size=2, max_overflow=0)
     app = FastAPI(title="Slow requests", dependencies=[Depends(deadline(30))])
     install_database(app, engine=engine, shutdown=engine.dispose, warn_held_after=5)

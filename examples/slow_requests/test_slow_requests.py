@@ -1,4 +1,4 @@
-"""What becomes of a query that nobody waits for any more."""
+"""Tests of queries that are too slow or whose client has gone."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ Running = Callable[[], int]
 
 @pytest.fixture
 def running(databases: WorkerPostgres) -> Iterator[Running]:
-    """Count, from outside, what the server works on or keeps open."""
+    """Count the queries that the server runs, from a separate connection."""
     query = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND pid <> pg_backend_pid() AND state <> 'idle'"
@@ -37,14 +37,14 @@ def running(databases: WorkerPostgres) -> Iterator[Running]:
 
 
 def test_a_report_that_takes_too_long_ends(served: Served, running: Running) -> None:
-    """The client reads 504, and the server works on it no longer."""
+    """The client gets a 504, and the server no longer runs the query."""
     assert served.client.get("/reports/60").status_code == 504
     wait_until(lambda: running() == 0)
     wait_until(lambda: served.client.get("/reports/0").json() == "done")
 
 
 def test_a_search_that_nobody_waits_for_ends(served: Served, running: Running) -> None:
-    """The pool names the route while it runs, and is empty when the client has gone."""
+    """The pool names the route while it runs, and is free once the client has gone."""
     address = httpx.URL(served.url)
     with socket.create_connection((address.host, address.port)) as client:
         client.sendall(b"GET /searches/60 HTTP/1.1\r\nHost: app\r\n\r\n")

@@ -18,7 +18,7 @@ class Base(DeclarativeBase): ...
 
 
 class Shelf(Base):
-    __tablename__ = "example_shelf"  # names that begin with sqlite_ are its own
+    __tablename__ = "example_shelf"  # names that begin with sqlite_ are reserved
 
     id: Mapped[int] = mapped_column(primary_key=True)
 
@@ -49,7 +49,7 @@ router = APIRouter()
 async def add_books(
     new: Delivery, session: Annotated[AsyncSession, Depends(transactional())]
 ) -> int:
-    """Store all books or none: read, decide, write, with a savepoint for each."""
+    """Store all books or none: read, decide, write, with a savepoint per book."""
     on_shelf = select(func.count()).where(Book.shelf_id == new.shelf)
     if (await session.scalars(on_shelf)).one() + len(new.titles) > CAPACITY:
         raise HTTPException(409, FULL)
@@ -86,7 +86,7 @@ def list_books_in_a_thread(session: Annotated[Session, Depends(reader("sync"))])
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL, a file for both engines."""
+    """Build the application, using DATABASE_URL, a file for both engines."""
     url = make_url(os.environ["DATABASE_URL"])
 
     async def build_engine() -> AsyncEngine:

@@ -27,16 +27,16 @@ def _prepare(engine: Engine) -> None:
 
 def _on_connect(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")  # off by default, and per connection
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers and the one writer do not wait
+    cursor.execute("PRAGMA foreign_keys = ON")  # off by default, and set per connection
+    cursor.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not wait for each other
     cursor.close()
 
 
 def _on_begin(connection: Connection) -> None:
-    # Python's driver begins a transaction before an INSERT, UPDATE or DELETE if there is none: not
-    # before a SELECT, nor before a SAVEPOINT, whose end would then be a COMMIT.
-    # A `reader()` begins nothing, and so never waits for a writer.
+    # Python's driver begins a transaction only before an INSERT, UPDATE or DELETE: not
+    # before a SELECT or a SAVEPOINT, so that releasing the savepoint would commit.
+    # A `reader()` begins no transaction, so it never waits for a writer.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-        # Asks for the writer's place at once. A transaction that has read before it writes would
-        # ask too late, when another may have written, and fail with "database is locked".
+        # Take the write lock immediately. A transaction that reads before it writes would take it
+        # too late, after another has written, and fail with "database is locked".
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""SQLite over HTTP, for `async def` and `def` alike."""
+"""Tests of SQLite over HTTP, for `async def` and `def`."""
 
 import sqlite3
 from collections import Counter
@@ -19,7 +19,7 @@ each_colour = pytest.mark.parametrize("path", ["/books", "/sync/books"])
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Name a file that is not there yet."""
+    """Return the path of a new file."""
     return tmp_path / "example.db"
 
 
@@ -33,7 +33,7 @@ def served(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 @each_colour
 def test_foreign_keys_are_checked(path: str, served: Served) -> None:
-    """A book for a shelf that does not exist is refused, on every connection of the pool."""
+    """A book for a shelf that does not exist is refused on every connection of the pool."""
     for _ in range(3):
         answer = served.client.post(path, json=EMMA | {"shelf": 7})
         assert (answer.status_code, answer.json()["detail"]) == (422, "No such shelf.")
@@ -42,7 +42,7 @@ def test_foreign_keys_are_checked(path: str, served: Served) -> None:
 
 @each_colour
 def test_a_savepoint_is_no_commit(path: str, served: Served) -> None:
-    """When the third of three is refused, the savepoints of the first two are rolled back too."""
+    """If the third of three books is refused, the savepoints of the first two are rolled back."""
     answer = served.client.post(path, json={"titles": ["Emma", "Persuasion", "Emma"]})
     assert (answer.status_code, answer.json()["detail"]) == (409, "There is a book of this title.")
     assert served.client.get(path).json() == []
@@ -50,7 +50,7 @@ def test_a_savepoint_is_no_commit(path: str, served: Served) -> None:
 
 @each_colour
 def test_both_engines_see_one_file(path: str, served: Served) -> None:
-    """What one has committed the other reads, and so does anybody else."""
+    """Each engine reads what the other has committed, and so do other connections."""
     assert served.client.post(path, json=EMMA).status_code == 201
     assert served.client.get("/books").json() == ["Emma"]
     assert served.client.get("/sync/books").json() == ["Emma"]
@@ -58,7 +58,7 @@ def test_both_engines_see_one_file(path: str, served: Served) -> None:
 
 @each_colour
 def test_readers_do_not_wait_for_the_writer(path: str, served: Served, file: Path) -> None:
-    """While somebody writes, a reader is answered at once, with what is committed."""
+    """While another connection writes, a reader immediately gets what is committed."""
     served.client.post(path, json=EMMA)
     with closing(sqlite3.connect(file)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -69,7 +69,7 @@ def test_readers_do_not_wait_for_the_writer(path: str, served: Served, file: Pat
 
 @each_colour
 def test_the_writer_does_not_wait_for_readers(path: str, served: Served, file: Path) -> None:
-    """While somebody reads in a transaction, a writer is answered at once."""
+    """While another connection reads in a transaction, a writer does not wait."""
     with closing(sqlite3.connect(file)) as other:
         other.execute("BEGIN")
         assert other.execute("SELECT title FROM example_book").fetchall() == []
@@ -79,7 +79,7 @@ def test_the_writer_does_not_wait_for_readers(path: str, served: Served, file: P
 
 
 def test_writers_come_one_after_the_other(served: Served) -> None:
-    """Of twenty requests at once that read, decide and write, exactly ten find a place."""
+    """Of twenty simultaneous requests that read, decide and write, exactly ten succeed."""
 
     def add(number: int) -> int:
         path = ("/books", "/sync/books")[number % 2]

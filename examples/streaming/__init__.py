@@ -1,1 +1,1 @@
-"""A large result and an event stream, each holding a connection only while it must."""
+"""A large result and an event stream, which hold a connection only while they need it."""

@@ -1,4 +1,4 @@
-"""Measurements, exported as lines of JSON; the events are beside it."""
+"""Measurements, exported as lines of JSON; for the events, see `events.py`."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from examples.streaming.models import Base, Measurement
 from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_database, transactional
 
-# The request's session has ended when a body is sent: streams open their own, from the handle.
+# The request's session has ended when a body is sent, so streams open their own.
 Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 Transaction = Annotated[AsyncSession, Depends(transactional())]
 
@@ -33,24 +33,24 @@ router = APIRouter()
 
 @router.post("/measurements", status_code=201)
 async def add_measurements(values: list[int], session: Transaction) -> int:
-    """Store measurements, and tell how many."""
+    """Store measurements, and return their number."""
     session.add_all([Measurement(value=value) for value in values])
     return len(values)
 
 
 @router.get("/measurements", response_class=StreamingResponse)
 async def export(database: Handle) -> StreamingResponse:
-    """Send everything as it is now, one line of JSON each, however much it is."""
+    """Send all measurements as of now, one line of JSON each, however many there are."""
     return StreamingResponse(lines(database), media_type="application/x-ndjson")
 
 
 async def lines(database: AsyncDatabase) -> AsyncGenerator[str]:
-    """Yield a line for each row, from a cursor on the server.
+    """Yield a line per row, from a server-side cursor.
 
-    One statement sees one state, so the connection is in use until the last row is read, or the
-    client leaves: slow clients each take one of the pool's.
+    One statement sees one state, so the connection is in use until the last row is read or the
+    client disconnects: each slow client holds one of the pool's connections.
     """
-    # Without yield_per the ORM would load everything before the first line.
+    # Without yield_per, the ORM would load everything before the first line.
     query = select(Measurement).order_by(Measurement.id).execution_options(yield_per=100)
     async with database.session() as session:
         async for measurement in await session.stream_scalars(query):
@@ -58,14 +58,14 @@ async def lines(database: AsyncDatabase) -> AsyncGenerator[str]:
 
 
 def create_app(*, pool_size: int = 5) -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(
         os.environ["DATABASE_URL"], pool_size=pool_size, max_overflow=0, pool_timeout=5
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield

@@ -12,7 +12,7 @@ from examples.streaming.models import Measurement
 from fastapi_sqlnative import AsyncDatabase, get_database_handle
 
 Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
-PAUSE = 0.2  # seconds between two looks for something new
+PAUSE = 0.2  # seconds between polls
 
 router = APIRouter()
 
@@ -21,9 +21,9 @@ router = APIRouter()
 async def follow(
     database: Handle, last_event_id: Annotated[int, Header()] = 0
 ) -> AsyncIterator[ServerSentEvent]:
-    """Send what is measured from now on, or after the last event that the client has seen.
+    """Send new measurements, or those after the last event that the client received.
 
-    It may go on for hours, and holds a connection for none of them: a session ends before
+    It may run for hours without holding a connection: each session ends before
     anything is sent.
     """
     while True:
@@ -34,7 +34,7 @@ async def follow(
 
 
 async def measured_after(database: AsyncDatabase, last: int) -> Sequence[Measurement]:
-    """Load what is new, a hundred at most."""
+    """Load new measurements, a hundred at most."""
     query = select(Measurement).where(Measurement.id > last).order_by(Measurement.id).limit(100)
     async with database.session() as session:
         return (await session.scalars(query)).all()

@@ -1,14 +1,14 @@
-"""The table."""
+"""The table of measurements."""
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Measurement(Base):
-    """Hold what was measured."""
+    """A measurement."""
 
     __tablename__ = "streaming_measurement"
 

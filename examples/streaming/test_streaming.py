@@ -1,4 +1,4 @@
-"""What a stream holds, and what it gives back, on a real server."""
+"""Tests on a real server of the connections that a stream holds and returns."""
 
 import json
 import time
@@ -29,7 +29,7 @@ MANY = 20_000
 def owner(
     request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[psycopg.Connection]:
-    """Name the database to the example, look into it, and leave nothing behind."""
+    """Provide the example's database and a connection to it, and clean up."""
     monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
     with psycopg.connect(postgres.dsn, autocommit=True) as connection:
         yield connection
@@ -37,7 +37,7 @@ def owner(
 
 
 class Streaming:
-    """Look at the example from both ends."""
+    """The example as seen by its clients and its database."""
 
     def __init__(self, served: Served, app: FastAPI, owner: psycopg.Connection) -> None:
         self.client = served.client
@@ -54,7 +54,7 @@ class Streaming:
         )
 
     def is_quiet(self) -> bool:
-        """Tell whether nothing is sent to the database for longer than a look for events takes."""
+        """Check that nothing is sent to the database for longer than a poll takes."""
         engine = installed_databases(self.app)["default"].engine
         assert isinstance(engine, AsyncEngine)
         sent: list[str] = []
@@ -73,7 +73,7 @@ class Streaming:
         return installed_databases(self.app)["default"].pool_status().checked_out
 
     def in_transaction(self) -> int:
-        """Count what the server still keeps open for the example."""
+        """Count the example's connections that the server keeps open."""
         row = self.owner.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
             " AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
@@ -84,14 +84,14 @@ class Streaming:
 
 @contextmanager
 def served(owner: psycopg.Connection) -> Iterator[Streaming]:
-    """Serve the example with one connection for all."""
+    """Serve the example with a pool of one."""
     app = create_app(pool_size=1)
     with serve(app) as running:
         yield Streaming(running, app, owner)
 
 
 def follow(streaming: Streaming, following: ExitStack, **headers: str) -> Iterator[int]:
-    """Begin to follow the events, and yield the id of each."""
+    """Follow the events, and yield each ID."""
     request = streaming.client.stream("GET", "/events", headers=headers)
     response = following.enter_context(request)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -105,7 +105,7 @@ def ids(lines: Iterator[str]) -> Iterator[int]:
 
 
 def test_everything_is_exported(owner: psycopg.Connection) -> None:
-    """An export has a line of JSON for every row, and its connection is back at the end."""
+    """An export has a line of JSON per row, and returns its connection at the end."""
     with served(owner) as streaming:
         streaming.add_many()
         with streaming.client.stream("GET", "/measurements") as response:
@@ -118,7 +118,7 @@ def test_everything_is_exported(owner: psycopg.Connection) -> None:
 def test_a_client_that_leaves_an_export_gives_its_connection_back(
     owner: psycopg.Connection,
 ) -> None:
-    """An export is read as it is sent; nothing is in use any more when its client has gone."""
+    """An export is sent as it is read; when its client has gone, no connection is in use."""
     loaded: list[Measurement] = []
 
     def note(measurement: Measurement, _context: object) -> None:
@@ -128,13 +128,13 @@ def test_a_client_that_leaves_an_export_gives_its_connection_back(
     with served(owner) as streaming:
         streaming.add_many(10 * MANY)
         with streaming.client.stream("GET", "/measurements") as response:
-            reading = response.iter_lines()  # collected, it would close the response
+            reading = response.iter_lines()  # if it were collected, it would close the response
             assert next(reading) == '{"id":1,"value":1}'
             assert len(loaded) < MANY
             assert streaming.checked_out == 1
             wait_until(lambda: streaming.in_transaction() == 1)  # in the middle of its cursor
         wait_until(lambda: streaming.checked_out == 0)
-        # A connection that is closed in its cursor leaves the pool before the server hears of it.
+        # A connection closed inside its cursor leaves the pool before the server notices.
         wait_until(lambda: streaming.in_transaction() == 0)
         streaming.add(1)  # the pool of one is free
     event.remove(Measurement, "load", note)
@@ -144,7 +144,7 @@ def test_a_client_that_leaves_an_export_gives_its_connection_back(
 def test_events_hold_no_connection_while_they_wait(
     owner: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty clients that wait for an event leave a pool of one to others."""
+    """While twenty clients wait for an event, a pool of one stays available to others."""
     monkeypatch.setattr("examples.streaming.events.PAUSE", 60)
     with served(owner) as streaming, ExitStack() as following:
         streaming.add(7)
@@ -156,7 +156,7 @@ def test_events_hold_no_connection_while_they_wait(
 
 @needs_events
 def test_what_is_new_reaches_everybody(owner: psycopg.Connection) -> None:
-    """A client that follows gets what is stored afterwards."""
+    """A client that follows gets measurements stored afterwards."""
     with served(owner) as streaming, ExitStack() as following:
         streams = [follow(streaming, following) for _ in range(5)]
         streaming.add(7, 8)
@@ -165,7 +165,7 @@ def test_what_is_new_reaches_everybody(owner: psycopg.Connection) -> None:
 
 @needs_events
 def test_a_client_that_leaves_the_events_leaves_nothing(owner: psycopg.Connection) -> None:
-    """When every client has gone nobody looks for events any more, and nothing is in use."""
+    """When every client has gone, polling stops and no connection is in use."""
     with served(owner) as streaming:
         streaming.add(7)
         with ExitStack() as following:
@@ -179,7 +179,7 @@ def test_a_client_that_leaves_the_events_leaves_nothing(owner: psycopg.Connectio
 
 @needs_events
 def test_a_client_that_comes_back_goes_on(owner: psycopg.Connection) -> None:
-    """With the id of the last event it has seen, a client gets those that came after it."""
+    """With the ID of the last event that it received, a client gets the later ones."""
     with served(owner) as streaming, ExitStack() as following:
         streaming.add(7, 8, 9)
         assert next(follow(streaming, following, **{"Last-Event-ID": "2"})) == 3

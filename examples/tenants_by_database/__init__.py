@@ -1,1 +1,1 @@
-"""Many tenants' databases behind a router of the application's own."""
+"""Many tenants' databases behind the application's own router."""

@@ -1,4 +1,4 @@
-"""Notes of many tenants, each in a place of its own that a catalogue knows."""
+"""Notes of many tenants, each in a separate place listed in a catalogue."""
 
 import asyncio
 import contextlib
@@ -20,18 +20,18 @@ from examples.tenants_by_database.router import (
 )
 from fastapi_sqlnative import AsyncDatabase, health_router, install_database, installed_databases
 
-# It stands for your identity provider, which says who has a token and where they belong.
+# This stands in for your identity provider, which maps tokens to users and their tenants.
 USERS = {"ada": "acme", "grace": "globex", "alan": "initech", "heidi": "umbrella"}
-# How many databases may be open: far fewer than there are tenants.
+# The number of databases that may be open: far fewer than there are tenants.
 LIMIT = 2
 
 
 class Catalogue(DeclarativeBase):
-    """Collect the tables of the application's own database."""
+    """The base class of the models in the application's own database."""
 
 
 class Tenant(Catalogue):
-    """Say where a tenant's data is. The password is not in here: it comes from where yours do."""
+    """Where a tenant's data is. The password is stored elsewhere, with your other secrets."""
 
     __tablename__ = "tenants_by_database_tenant"
 
@@ -41,11 +41,11 @@ class Tenant(Catalogue):
 
 
 class Base(DeclarativeBase):
-    """Collect the tables that each tenant has."""
+    """The base class of the models that each tenant has."""
 
 
 class Note(Base):
-    """Hold a note. No tenant stands in it: whose it is, the place tells."""
+    """A note. It has no tenant column: its place determines the tenant."""
 
     __tablename__ = "note"
 
@@ -57,12 +57,12 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 
 async def current_tenant(tenant: str, credentials: Credentials) -> str:
-    """Know the tenant by the user; the path may only repeat it."""
+    """Take the tenant from the user; the path may only repeat it."""
     own = USERS.get(credentials.credentials)
     if own is None:
         raise HTTPException(401, "Unknown token.")
     if tenant != own:
-        raise HTTPException(404, "No such tenant.")  # whether there is one, is nobody's business
+        raise HTTPException(404, "No such tenant.")  # do not reveal whether it exists
     return own
 
 
@@ -88,7 +88,7 @@ async def tenant_transaction(
         yield session
 
 
-# The scope has the COMMIT come before the response, as it does for `transactional`.
+# With this scope, the COMMIT comes before the response, as with `transactional`.
 Transaction = Annotated[AsyncSession, Depends(tenant_transaction, scope="function")]
 
 router = APIRouter()
@@ -96,7 +96,7 @@ router = APIRouter()
 
 @router.post("/{tenant}/notes", status_code=201)
 async def add_note(text: str, session: Transaction) -> int:
-    """Write into the tenant's own table."""
+    """Write to the tenant's own table."""
     note = Note(text=text)
     session.add(note)
     await session.flush()
@@ -105,12 +105,12 @@ async def add_note(text: str, session: Transaction) -> int:
 
 @router.get("/{tenant}/notes")
 async def list_notes(session: Transaction) -> list[str]:
-    """Read the tenant's own table."""
+    """Read from the tenant's own table."""
     return list(await session.scalars(select(Note.text).order_by(Note.id)))
 
 
 def create_app(*, limit: int = LIMIT, idle_after: float = 60.0, max_age: float = 5.0) -> FastAPI:
-    """Build the application on DATABASE_URL, which has the catalogue, and SECOND_DATABASE_URL."""
+    """Build the application, using DATABASE_URL, with the catalogue, and SECOND_DATABASE_URL."""
     url = make_url(os.environ["DATABASE_URL"])
     engine = create_async_engine(url)
 
@@ -135,27 +135,27 @@ def create_app(*, limit: int = LIMIT, idle_after: float = 60.0, max_age: float =
     app = FastAPI(title="Tenants by database", lifespan=lifespan)
     install_database(app, engine=engine, shutdown=engine.dispose)
     app.include_router(router)
-    # Of the catalogue alone: one tenant's database that is away takes nobody else's from them.
+    # Only for the catalogue: one unreachable tenant database must not affect other tenants.
     app.include_router(health_router())
     return app
 
 
 def address(url: URL, tenant: Tenant) -> URL:
-    """Return the address of a tenant's place, with the application's own account."""
+    """Return the address of a tenant's place, with the application's own credentials."""
     place = {"options": f"-csearch_path={tenant.schema}"}
     return url.set(database=tenant.database).update_query_dict(place)
 
 
 async def close_idle(tenants: TenantDatabases, idle_after: float) -> None:
-    """Close what nobody uses, for as long as the application runs."""
+    """Close idle databases for as long as the application runs."""
     while True:
         await asyncio.sleep(idle_after / 4)
         await tenants.close_idle()
 
 
-# -- only because this is a demo -----------------------------------------------------------------
-# It has two databases, so a tenant's place is a schema in one of them. In production whoever signs
-# a tenant up creates its database, migrates it and then enters it into the catalogue.
+# -- for the demo only --------------------------------------------------------------------------
+# It has two databases, so a tenant's place is a schema in one of them. In production, the sign-up
+# process creates a tenant's database, migrates it and then adds it to the catalogue.
 
 
 async def create_places(url: URL) -> None:

@@ -1,4 +1,4 @@
-"""Keep the databases of many tenants open, but never too many at once."""
+"""A router that keeps a limited number of tenant databases open."""
 
 import asyncio
 import time
@@ -14,16 +14,16 @@ from fastapi_sqlnative import AsyncDatabase
 
 
 class UnknownTenantError(LookupError):
-    """Nobody knows of a database for this tenant."""
+    """This tenant has no database."""
 
 
 class TooManyTenantsError(RuntimeError):
-    """Every database that may be open is in use."""
+    """All databases that may be open are in use."""
 
 
 @dataclass(eq=False)
 class _Opened:
-    """An open database, by how many it is used, and since when by nobody."""
+    """An open database, its number of users, and since when it has been idle."""
 
     database: AsyncDatabase
     url: URL
@@ -32,17 +32,17 @@ class _Opened:
 
 
 class TenantDatabases:
-    """The open databases of an application's tenants; it belongs to one event loop.
+    """The open databases of an application's tenants, for use on one event loop.
 
     The server must allow `limit` times `pool_size` connections to each process.
 
     Args:
-        find_address: asked for a tenant's address once in `max_age` seconds; `None` for a tenant
-            that has none. Only you know where addresses and passwords come from.
-        limit: how many databases are open at most, those that are being closed included.
-        pool_size: connections to each.
-        idle_after: seconds after which `close_idle` closes a database that nobody uses.
-        max_age: seconds for which an address is believed.
+        find_address: called for a tenant's address at most once per `max_age` seconds; `None` for
+            a tenant without one. Only you know where addresses and passwords come from.
+        limit: the maximum number of open databases, including those being closed.
+        pool_size: connections to each database.
+        idle_after: seconds after which `close_idle` closes an unused database.
+        max_age: seconds for which an address is cached.
     """
 
     def __init__(
@@ -60,25 +60,25 @@ class TenantDatabases:
         self._idle_after = idle_after
         self._max_age = max_age
         self._addresses: dict[str, tuple[float, URL]] = {}
-        self._open: OrderedDict[str, _Opened] = OrderedDict()  # what was used last stands last
-        self._replaced: list[_Opened] = []  # their tenants have moved, and some still use them
+        self._open: OrderedDict[str, _Opened] = OrderedDict()  # the most recently used is last
+        self._replaced: list[_Opened] = []  # their tenants have moved, but requests still use them
         self._changing = asyncio.Lock()
         self.refused = 0  # for the metrics
 
     @property
     def open(self) -> list[str]:
-        """List the tenants whose databases are open, for the metrics; no addresses."""
+        """List the tenants whose databases are open, for the metrics, without addresses."""
         return list(self._open)
 
     @asynccontextmanager
     async def lend(self, tenant: str) -> AsyncGenerator[AsyncDatabase]:
-        """Give a tenant's database for a block, in which it is not closed.
+        """Lend a tenant's database to a block, and keep it open until the block ends.
 
-        The tenant is one that this request was authorised for: nothing here asks who it is.
+        The caller must have authorised the request for this tenant: this is not checked here.
 
         Raises:
-            UnknownTenantError: there is no address for it.
-            TooManyTenantsError: all that may be open are in use.
+            UnknownTenantError: the tenant has no address.
+            TooManyTenantsError: all databases that may be open are in use.
         """
         opened = await self._take(tenant, await self._address(tenant))
         try:
@@ -88,7 +88,7 @@ class TenantDatabases:
             opened.unused_since = time.monotonic()
 
     async def close_idle(self) -> None:
-        """Close what nobody has used for long; call it now and then."""
+        """Close the databases that have been idle for too long; call it periodically."""
         before = time.monotonic() - self._idle_after
         async with self._changing:
             await self._close(
@@ -100,7 +100,7 @@ class TenantDatabases:
             )
 
     async def close(self) -> None:
-        """Close everything, at the end of the application."""
+        """Close everything, when the application ends."""
         async with self._changing:
             self._replaced += self._open.values()
             self._open.clear()
@@ -122,14 +122,14 @@ class TenantDatabases:
         if opened is None or opened.url != url:
             async with self._changing:
                 opened = await self._opened(tenant, url)
-                opened.users += 1  # before anybody else has the lock
+                opened.users += 1  # before another task gets the lock
         else:
             opened.users += 1
         self._open.move_to_end(tenant)
         return opened
 
     async def _opened(self, tenant: str, url: URL) -> _Opened:
-        opened = self._open.get(tenant)  # by somebody who had the lock before
+        opened = self._open.get(tenant)  # by a task that held the lock before
         if opened is not None and opened.url == url:
             return opened
         if opened is not None:
@@ -153,7 +153,7 @@ class TenantDatabases:
         await self._close([idle])
 
     async def _close(self, tenants: list[str]) -> None:
-        # Out of sight first: nobody is lent what is about to be closed.
+        # Remove it first, so that it is not lent while it is being closed.
         closing = [self._open.pop(tenant) for tenant in tenants]
         closing += [each for each in self._replaced if not each.users]
         self._replaced = [each for each in self._replaced if each.users]

@@ -1,4 +1,4 @@
-"""What tenants with a database each are promised where there are many of them."""
+"""Tests of many tenants with a database each."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -33,7 +33,7 @@ def call(served: Served, method: str, tenant: str, token: str = "", **query: str
 
 
 def test_each_tenant_has_its_place(databases: WorkerPostgres) -> None:
-    """More tenants than may be open at once each write to their own database, and to no other."""
+    """More tenants than may be open at once each write only to their own database."""
     with serve(create_app()) as served, ThreadPoolExecutor(12) as threads:
         tenants = ["acme", "globex", "initech"]
 
@@ -63,7 +63,7 @@ def test_each_tenant_has_its_place(databases: WorkerPostgres) -> None:
 def test_no_other_tenant_is_reached(
     databases: WorkerPostgres, tenant: str, token: str, status: int
 ) -> None:
-    """Whoever names a tenant that is not theirs is refused, and no database is opened for it."""
+    """A request for another user's tenant is refused, and opens no database."""
     app = create_app()
     with serve(app) as served:
         for method in "GET", "POST":
@@ -72,7 +72,7 @@ def test_no_other_tenant_is_reached(
 
 
 def test_a_failed_commit_is_no_success(databases: WorkerPostgres) -> None:
-    """A constraint that is checked at COMMIT only fails the request of its tenant."""
+    """A constraint that is checked only at COMMIT fails its tenant's request."""
     with serve(create_app()) as served, psycopg.connect(databases.dsn, autocommit=True) as owner:
         owner.execute(
             "ALTER TABLE tenant_acme.note ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED"
@@ -84,7 +84,7 @@ def test_a_failed_commit_is_no_success(databases: WorkerPostgres) -> None:
 
 
 def test_a_database_that_is_away_takes_no_other_with_it(databases: WorkerPostgres) -> None:
-    """A tenant whose database is gone fails alone, and readiness stays as it is."""
+    """A tenant whose database is missing fails alone, and readiness does not change."""
     with serve(create_app()) as served:
         with psycopg.connect(databases.dsn) as owner:
             owner.execute("UPDATE tenants_by_database_tenant SET database='gone' WHERE name='acme'")
@@ -94,7 +94,7 @@ def test_a_database_that_is_away_takes_no_other_with_it(databases: WorkerPostgre
 
 
 def test_shutdown_closes_every_database(databases: WorkerPostgres) -> None:
-    """When the application has ended, the server has no connection of it left."""
+    """When the application has ended, it has no connection left on the server."""
     with serve(create_app()) as served:
         for tenant in "acme", "globex":
             assert call(served, "GET", tenant).status_code == 200
@@ -103,7 +103,7 @@ def test_shutdown_closes_every_database(databases: WorkerPostgres) -> None:
 
 
 def connections(databases: WorkerPostgres) -> int:
-    """Count the connections to both databases, from outside."""
+    """Count the connections to both databases, from separate connections."""
     names = [make_url(each.dsn).database for each in (databases, databases.second)]
     query = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = ANY(%s) AND pid <> pg_backend_pid()"
@@ -119,7 +119,7 @@ def connections(databases: WorkerPostgres) -> int:
 
 @pytest.fixture
 def addresses(databases: WorkerPostgres) -> dict[str, URL]:
-    """Give two tenants the first database, and two the second."""
+    """Map two tenants to the first database, and two to the second."""
     first, second = (make_url(each.url("psycopg")) for each in (databases, databases.second))
     return {"acme": first, "globex": second, "initech": first, "umbrella": second}
 
@@ -145,7 +145,7 @@ async def name_of(database: AsyncDatabase) -> str:
 
 @pytest.mark.anyio
 async def test_the_bound_holds(addresses: dict[str, URL], databases: WorkerPostgres) -> None:
-    """What was unused for longest is closed for the next; what is in use is not."""
+    """The least recently used database is closed to make room; one in use is not."""
     async with routing(addresses) as router:
         async with router.lend("acme") as acme:
             for tenant in "globex", "initech", "umbrella":
@@ -165,7 +165,7 @@ async def test_the_bound_holds(addresses: dict[str, URL], databases: WorkerPostg
 
 @pytest.mark.anyio
 async def test_many_first_requests_open_one_engine(addresses: dict[str, URL]) -> None:
-    """Forty requests at once for a tenant that is not open share one engine."""
+    """Forty simultaneous requests for a tenant that is not open share one engine."""
     async with routing(addresses, limit=1) as router, AsyncExitStack() as lent:
         lending = [lent.enter_async_context(router.lend("acme")) for _ in range(40)]
         assert len({id(each.engine) for each in await asyncio.gather(*lending)}) == 1
@@ -173,7 +173,7 @@ async def test_many_first_requests_open_one_engine(addresses: dict[str, URL]) ->
 
 @pytest.mark.anyio
 async def test_crowds_of_tenants_respect_the_bound(addresses: dict[str, URL]) -> None:
-    """Whatever requests do at once, no more are open than may be, and answers are right."""
+    """Whatever concurrent requests do, the limit holds, and the responses are right."""
     async with routing(addresses) as router:
         most = 0
 
@@ -194,14 +194,14 @@ async def test_crowds_of_tenants_respect_the_bound(addresses: dict[str, URL]) ->
 
 @pytest.mark.anyio
 async def test_a_tenant_that_moves_is_followed(addresses: dict[str, URL]) -> None:
-    """A new address serves new requests; what has begun on the old one finishes there."""
+    """A new address serves new requests; requests on the old one finish there."""
     async with routing(addresses) as router:
         old, new = str(addresses["acme"].database), str(addresses["globex"].database)
         async with router.lend("acme") as before:
             addresses["acme"] = addresses["globex"]
             async with router.lend("acme") as after:
                 assert [await name_of(each) for each in (before, after)] == [old, new]
-            # The old one counts until it is given back.
+            # The old one counts until it is returned.
             with pytest.raises(TooManyTenantsError):
                 async with router.lend("acme"), router.lend("initech"):
                     pass
@@ -217,7 +217,7 @@ async def test_a_tenant_that_moves_is_followed(addresses: dict[str, URL]) -> Non
 async def test_what_nobody_uses_is_closed(
     addresses: dict[str, URL], databases: WorkerPostgres
 ) -> None:
-    """After a while without requests an idle database has no connection left, a used one has."""
+    """After a while without requests, an idle database has no connections, a used one has."""
     async with routing(addresses, idle_after=0.0) as router, router.lend("acme") as acme:
         await name_of(acme)
         async with router.lend("globex") as globex:
@@ -229,7 +229,7 @@ async def test_what_nobody_uses_is_closed(
 
 @pytest.mark.anyio
 async def test_a_cancelled_request_gives_its_database_back(addresses: dict[str, URL]) -> None:
-    """A request that is cancelled while it has a database does not keep it from being closed."""
+    """A request that is cancelled while using a database does not prevent closing it."""
     async with routing(addresses, limit=1) as router:
         lent = asyncio.Event()
 

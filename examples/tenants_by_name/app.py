@@ -1,4 +1,4 @@
-"""Notes of two tenants, each with a database of its own; a request is served by one of them."""
+"""Notes of two tenants, each with its own database; each request uses one of them."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -13,18 +13,18 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_database
 
-# Tenant and name of its database: a fixed set, known when the application is deployed.
+# Each tenant's database name: a fixed set, known at deployment.
 TENANTS = {"acme": "tenant-a", "globex": "tenant-b"}
-# It stands for your identity provider, which says who has a token and where they belong.
+# This stands in for your identity provider, which maps tokens to users and their tenants.
 USERS = {"ada": "acme", "grace": "globex", "heidi": "initech"}
 
 
 class Base(DeclarativeBase):
-    """Collect the tables, the same in every database."""
+    """The base class of the models, the same in every database."""
 
 
 class Note(Base):
-    """Hold a note. No tenant stands in it: whose it is, the database tells."""
+    """A note. It has no tenant column: its database determines the tenant."""
 
     __tablename__ = "tenants_by_name_note"
 
@@ -36,12 +36,12 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 
 async def current_tenant(tenant: str, credentials: Credentials) -> str:
-    """Know the tenant by the user; the path may only repeat it."""
+    """Take the tenant from the user; the path may only repeat it."""
     own = USERS.get(credentials.credentials)
     if own is None:
         raise HTTPException(401, "Unknown token.")
     if tenant != own:
-        raise HTTPException(404, "No such tenant.")  # whether there is one, is nobody's business
+        raise HTTPException(404, "No such tenant.")  # do not reveal whether it exists
     if own not in TENANTS:
         raise HTTPException(403, "Your tenant has no database here.")
     return own
@@ -52,7 +52,7 @@ async def tenant_database(
     a: Annotated[AsyncDatabase, Depends(get_database_handle("tenant-a"))],
     b: Annotated[AsyncDatabase, Depends(get_database_handle("tenant-b"))],
 ) -> AsyncDatabase:
-    """Choose among the databases that are installed; a handle costs nothing."""
+    """Choose one of the installed databases; an unused handle costs nothing."""
     return {database.name: database for database in (a, b)}[TENANTS[tenant]]
 
 
@@ -65,12 +65,12 @@ async def tenant_transaction(database: TenantDatabase) -> AsyncGenerator[AsyncSe
         yield session
 
 
-# The scope has the COMMIT come before the response, as it does for `transactional`.
+# With this scope, the COMMIT comes before the response, as with `transactional`.
 Transaction = Annotated[AsyncSession, Depends(tenant_transaction, scope="function")]
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL and SECOND_DATABASE_URL."""
+    """Build the application, using DATABASE_URL and SECOND_DATABASE_URL."""
     variables = {"tenant-a": "DATABASE_URL", "tenant-b": "SECOND_DATABASE_URL"}
     engines = {name: create_async_engine(os.environ[each]) for name, each in variables.items()}
 

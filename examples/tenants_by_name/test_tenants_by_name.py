@@ -1,4 +1,4 @@
-"""What tenants with a database each are promised, over HTTP."""
+"""Tests over HTTP of tenants with a database each."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,14 +34,14 @@ def call(served: Served, method: str, tenant: str, token: str, **query: str) -> 
 
 
 def stored(databases: WorkerPostgres) -> tuple[list[Any], list[Any]]:
-    """List the notes of both databases, from outside."""
+    """List the notes in both databases, from separate connections."""
     with psycopg.connect(databases.dsn) as a, psycopg.connect(databases.second.dsn) as b:
         first, second = ([text for (text,) in each.execute(NOTES).fetchall()] for each in (a, b))
         return first, second
 
 
 def test_each_tenant_has_its_database(databases: WorkerPostgres) -> None:
-    """What a user writes and reads is in their tenant's database, and in no other."""
+    """A user writes to and reads from their tenant's database, and no other."""
     with served() as running:
         assert call(running, "GET", "acme", "ada").json() == ["of acme"]
         assert call(running, "GET", "globex", "grace").json() == ["of globex"]
@@ -64,7 +64,7 @@ def test_each_tenant_has_its_database(databases: WorkerPostgres) -> None:
 def test_no_other_tenant_is_reached(
     databases: WorkerPostgres, tenant: str, token: str, status: int
 ) -> None:
-    """Whoever names a tenant that is not theirs reads and writes nothing, anywhere."""
+    """A request for another user's tenant reads and writes nothing, anywhere."""
     with served() as running:
         for method in "GET", "POST":
             assert call(running, method, tenant, token, text="x").status_code == status
@@ -72,7 +72,7 @@ def test_no_other_tenant_is_reached(
 
 
 def test_a_failed_commit_is_no_success(databases: WorkerPostgres) -> None:
-    """A constraint that is checked at COMMIT only fails the request, on the chosen database."""
+    """A constraint that is checked only at COMMIT fails the request, on the chosen database."""
     with served() as running, psycopg.connect(databases.dsn, autocommit=True) as owner:
         owner.execute(
             "ALTER TABLE tenants_by_name_note ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED"
@@ -83,7 +83,7 @@ def test_a_failed_commit_is_no_success(databases: WorkerPostgres) -> None:
 
 
 def test_tenants_at_once_do_not_mix(databases: WorkerPostgres) -> None:
-    """Many requests of both tenants each reach their own database."""
+    """Many requests from both tenants each reach their own database."""
     users = [("acme", "ada"), ("globex", "grace")]
     with served() as running, ThreadPoolExecutor(12) as threads:
 
@@ -96,7 +96,7 @@ def test_tenants_at_once_do_not_mix(databases: WorkerPostgres) -> None:
 
 
 def test_a_database_that_is_away_takes_no_other_with_it(databases: WorkerPostgres) -> None:
-    """When one tenant's table is gone, only this tenant's requests fail."""
+    """If one tenant's table is missing, only this tenant's requests fail."""
     with served() as running:
         with psycopg.connect(databases.dsn) as owner:
             owner.execute("DROP TABLE tenants_by_name_note")
@@ -107,7 +107,7 @@ def test_a_database_that_is_away_takes_no_other_with_it(databases: WorkerPostgre
 def test_a_name_that_is_not_installed_fails_the_start(
     databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An application that knows of a database which nobody installed does not start."""
+    """An application that uses a database that is not installed does not start."""
 
     def install_the_first(app: FastAPI, *, name: str, **options: Any) -> None:
         if name == "tenant-a":

@@ -1,1 +1,1 @@
-"""Tenants in one database, kept apart by a predicate that every query gets."""
+"""Tenants in one database, separated by a predicate on every query."""

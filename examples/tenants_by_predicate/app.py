@@ -21,7 +21,7 @@ router = APIRouter()
 
 
 class NewProject(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # a "tenant" in it is no slip
+    model_config = ConfigDict(extra="forbid")  # a "tenant" in the body is refused
 
     name: str
 
@@ -43,7 +43,7 @@ async def list_projects(projects: Annotated[Projects, Depends()]) -> Sequence[Pr
 
 @router.get("/projects/{project_id}", response_model=ProjectPublic)
 async def read_project(project_id: int, projects: Annotated[Projects, Depends()]) -> Project:
-    """Read one of them."""
+    """Read one of your tenant's projects."""
     return await projects.one(project_id)
 
 
@@ -51,19 +51,19 @@ async def read_project(project_id: int, projects: Annotated[Projects, Depends()]
 async def add_project(
     new: NewProject, projects: Annotated[Projects, Depends()], _: Transaction
 ) -> Project:
-    """Add one; whose it is, the session knows."""
+    """Add a project; the session sets its tenant."""
     return await projects.add(Project(name=new.name))
 
 
 @router.post("/projects/{project_id}/archive", response_model=ProjectPublic)
 async def archive_project(project_id: int, archive: Annotated[Archive, Depends()]) -> Project:
-    """Archive one, with an entry in the audit."""
+    """Archive a project, with an audit entry."""
     return await archive.archive(project_id)
 
 
 @router.get("/audit")
 async def list_audit(session: TenantDb) -> list[str]:
-    """List what was done."""
+    """List the audit entries."""
     return [
         f"{each.by} {each.action} {each.project_id}"
         for each in await session.scalars(select(AuditEntry).order_by(AuditEntry.id))
@@ -71,12 +71,12 @@ async def list_audit(session: TenantDb) -> list[str]:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         async with AsyncSession(engine) as session, session.begin():

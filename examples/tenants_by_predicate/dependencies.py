@@ -1,4 +1,4 @@
-"""The user, the tenant, and the session that serves this tenant."""
+"""The user, the tenant, and the tenant's session."""
 
 import hashlib
 from typing import Annotated
@@ -15,7 +15,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 
 async def current_user(session: Db, credentials: Credentials) -> User:
-    """Know the user by a token that only they have."""
+    """Find the user by a token that only they have."""
     user = await session.get(User, digest(credentials.credentials))
     if user is None:
         raise HTTPException(401, "Unknown token.")
@@ -23,7 +23,7 @@ async def current_user(session: Db, credentials: Credentials) -> User:
 
 
 def digest(token: str) -> str:
-    """Return what is stored of a token."""
+    """Return the hash that is stored instead of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -33,7 +33,7 @@ CurrentUser = Annotated[User, Depends(current_user)]
 async def current_tenant(
     user: CurrentUser, claimed: Annotated[str | None, Header(alias="X-Tenant")] = None
 ) -> str:
-    """Know the tenant by the user. A header may repeat it, and decides nothing."""
+    """Take the tenant from the user. A header may only repeat it."""
     if not user.tenant:
         raise HTTPException(403, "You belong to no tenant.")
     if claimed not in (None, user.tenant):
@@ -42,7 +42,7 @@ async def current_tenant(
 
 
 async def tenant_db(session: Db, tenant: Annotated[str, Depends(current_tenant)]) -> AsyncSession:
-    """Give the request's session to the tenant; `transactional` and the rest have the same."""
+    """Set the tenant of the request's session, which `transactional` and others share."""
     session.info["tenant"] = tenant
     return session
 

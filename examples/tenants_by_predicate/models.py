@@ -1,4 +1,4 @@
-"""The tables: users of several tenants, and what belongs to a tenant."""
+"""The tables: users of several tenants, and tables with a tenant column."""
 
 from datetime import datetime
 
@@ -7,11 +7,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class User(Base):
-    """Know somebody by a token, and the tenant that they belong to."""
+    """A user, known by a token, and the tenant that they belong to."""
 
     __tablename__ = "tenants_by_predicate_user"
 
@@ -21,13 +21,13 @@ class User(Base):
 
 
 class OwnedByTenant:
-    """Mark a class whose rows belong to a tenant."""
+    """A mixin for classes whose rows belong to a tenant."""
 
     tenant: Mapped[str] = mapped_column()
 
 
 class Project(OwnedByTenant, Base):
-    """Hold a project until it is archived."""
+    """A project, which may be archived."""
 
     __tablename__ = "tenants_by_predicate_project"
     __table_args__ = (UniqueConstraint("tenant", "id"), UniqueConstraint("tenant", "name"))
@@ -38,10 +38,10 @@ class Project(OwnedByTenant, Base):
 
 
 class AuditEntry(OwnedByTenant, Base):
-    """Record who did something to a project, once for each thing done."""
+    """An audit entry: who did something to a project, once per action."""
 
     __tablename__ = "tenants_by_predicate_audit"
-    # Both columns: an entry cannot point at a project of another tenant.
+    # Both columns, so that an entry cannot refer to another tenant's project.
     __table_args__ = (
         ForeignKeyConstraint(["tenant", "project_id"], [Project.tenant, Project.id]),
         UniqueConstraint("project_id", "action"),

@@ -1,4 +1,4 @@
-"""Projects of the request's tenant. No query here names one."""
+"""Projects of the request's tenant. No query here mentions the tenant."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,31 +13,31 @@ from fastapi_sqlnative import http_errors
 
 
 class Projects:
-    """Find and keep projects: a repository, which joins whatever the request does."""
+    """A repository of projects, which joins the request's transaction."""
 
     def __init__(self, session: TenantDb) -> None:
         self.session = session
 
     async def all(self) -> Sequence[Project]:
-        """List the projects that there are, for this tenant."""
+        """List this tenant's projects."""
         return (await self.session.scalars(select(Project).order_by(Project.id))).all()
 
     async def one(self, project_id: int) -> Project:
-        """Find a project; a foreign one is as good as none."""
+        """Find a project; another tenant's project does not exist for this one."""
         project = await self.session.get(Project, project_id)
         if project is None:
             raise HTTPException(404, "No such project.")
         return project
 
     async def add(self, project: Project) -> Project:
-        """Keep a project. Its name is taken only by one of the same tenant."""
+        """Add a project. Its name must be unique within the tenant."""
         async with http_errors(self.session, unique="There is a project of this name."):
             self.session.add(project)
         return project
 
 
 class Archive:
-    """Archive a project and say so in the audit: both, or neither."""
+    """The service that archives a project with its audit entry: both or neither."""
 
     def __init__(
         self, projects: Annotated[Projects, Depends()], user: CurrentUser, session: Transaction

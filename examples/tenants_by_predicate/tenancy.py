@@ -1,4 +1,4 @@
-"""The session that adds the tenant to every query, and refuses what it cannot be added to."""
+"""A session that adds the tenant to every query, and refuses statements to which it cannot."""
 
 from sqlalchemy import Select, event, inspect
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
@@ -7,20 +7,20 @@ from examples.tenants_by_predicate.models import OwnedByTenant
 
 
 class TenantMissingError(RuntimeError):
-    """Something of a tenant was asked for in a session that has none."""
+    """A session without a tenant was used for a tenant's rows."""
 
 
 class OtherTenantError(RuntimeError):
-    """Something may belong to another tenant than the session's."""
+    """A statement or object may belong to another tenant than the session's."""
 
 
 class TenantSession(Session):
-    """Be a session that serves the one tenant in its `info`."""
+    """A session that serves only the tenant in its `info`."""
 
 
 @event.listens_for(TenantSession, "do_orm_execute")
 def _add_the_predicate(state: ORMExecuteState) -> None:
-    # A UNION is fine in a subquery only: SQLAlchemy 2.0.40 caches it with the tenant of the first.
+    # A UNION is safe only in a subquery: SQLAlchemy 2.0.40 caches it with the first tenant.
     if not (state.is_orm_statement and isinstance(state.statement, Select)):
         raise OtherTenantError(
             "The tenant cannot be added to this statement: select() mapped classes, write by "
@@ -29,8 +29,8 @@ def _add_the_predicate(state: ORMExecuteState) -> None:
     tenant = state.session.info.get("tenant", "")
     if not tenant and any(issubclass(each.class_, OwnedByTenant) for each in state.all_mappers):
         raise _missing()
-    # Wherever such a class stands in the statement: joined, aliased, in a subquery, loaded along.
-    # Without a tenant that is '', which is nobody's.
+    # Applies wherever the class is used: in joins, aliases, subqueries and eager loads.
+    # Without a tenant this is '', to which no row belongs.
     state.statement = state.statement.options(
         with_loader_criteria(OwnedByTenant, lambda cls: cls.tenant == tenant, include_aliases=True)
     )
@@ -47,7 +47,7 @@ def _write_for_the_tenant_only(session: Session, *_: object) -> None:
         attribute = inspect(row).attrs.tenant
         if row in session.new and not attribute.history.added:
             row.tenant = tenant
-        # What it was counts as much as what it is to be.
+        # Check the old tenant as well as the new one.
         if {*attribute.load_history().sum()} != {tenant}:
             raise OtherTenantError(f"A {type(row).__name__} of another tenant was to be written.")
 

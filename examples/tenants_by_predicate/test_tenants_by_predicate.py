@@ -1,6 +1,6 @@
-"""What the predicate promises, over HTTP, against somebody who tries to get around it."""
+"""Tests over HTTP of the predicate, against attempts to get around it."""
 
-# ruff: noqa: S608 # the names of tables are ours
+# ruff: noqa: S608 # the table names are constants
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ START = [("acme", "rocket", False), ("globex", "volcano", False)]
 def owner(
     postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[psycopg.Connection]:
-    """Name the database to the example, look into it, and leave nothing behind."""
+    """Provide the example's database and a connection to it, and clean up."""
     monkeypatch.setenv("DATABASE_URL", postgres.url("psycopg"))
     with psycopg.connect(postgres.dsn, autocommit=True) as connection:
         yield connection
@@ -59,7 +59,7 @@ def stored(owner: psycopg.Connection) -> list[tuple[Any, ...]]:
 
 
 class Tenant:
-    """Speak to the example with somebody's token."""
+    """Provide a client that sends a user's token."""
 
     def __init__(self, client: httpx.Client, token: str) -> None:
         self.client = client
@@ -75,7 +75,7 @@ class Tenant:
 
 @contextmanager
 def served(app: FastAPI | None = None) -> Iterator[tuple[Served, Tenant, Tenant]]:
-    """Serve the example, with a project of each tenant."""
+    """Serve the example, with a project for each tenant."""
     with serve(app or create_app()) as running:
         ada, grace = Tenant(running.client, "ada"), Tenant(running.client, "grace")
         assert ada.call("POST", "/projects", {"name": "rocket"}).json()["tenant"] == "acme"
@@ -84,7 +84,7 @@ def served(app: FastAPI | None = None) -> Iterator[tuple[Served, Tenant, Tenant]
 
 
 def test_each_tenant_has_its_own(owner: psycopg.Connection) -> None:
-    """A list, a row and a name that is taken are those of the user's tenant."""
+    """Lists, rows and taken names are limited to the user's tenant."""
     with served() as (_, ada, grace):
         assert (ada.names, grace.names) == (["rocket"], ["volcano"])
         assert ada.call("POST", "/projects", {"name": "rocket"}).status_code == 409
@@ -92,7 +92,7 @@ def test_each_tenant_has_its_own(owner: psycopg.Connection) -> None:
 
 
 def test_a_foreign_row_is_none(owner: psycopg.Connection) -> None:
-    """Whoever reads or archives a foreign project is told what is said of one that is not there."""
+    """Reading or archiving another tenant's project gets the same answer as an unknown project."""
     with served() as (_, ada, _):
         for method, path in ("GET", "/projects/{}"), ("POST", "/projects/{}/archive"):
             foreign, missing = (ada.call(method, path.format(number)) for number in (2, 9))
@@ -118,7 +118,7 @@ def test_a_foreign_row_is_none(owner: psycopg.Connection) -> None:
 def test_only_the_user_decides_on_the_tenant(
     owner: psycopg.Connection, token: str, headers: dict[str, str], status: int
 ) -> None:
-    """A tenant that is missing or spoofed is refused before any query of it."""
+    """A missing or spoofed tenant is refused before any query for it."""
     with served() as (running, _, _):
         asking = Tenant(running.client, token)
         answer = asking.call("GET", "/projects", **headers)
@@ -131,7 +131,7 @@ def test_only_the_user_decides_on_the_tenant(
 
 
 def test_archive_and_audit_are_one(owner: psycopg.Connection) -> None:
-    """A project is archived with its audit entry, or, where that is refused, not at all."""
+    """A project is archived with its audit entry or, if that is refused, not at all."""
     with served() as (_, ada, grace):
         assert ada.call("POST", "/projects/1/archive").json()["archived_at"] is not None
         assert ada.call("GET", "/audit").json() == ["ada archived 1"]
@@ -146,7 +146,7 @@ def test_archive_and_audit_are_one(owner: psycopg.Connection) -> None:
     assert stored(owner) == [("acme", "rocket", True), START[1]]
 
 
-# -- whoever forgets the tenant ----------------------------------------------------------------
+# -- a forgotten tenant ------------------------------------------------------------------------
 
 OTHER = aliased(Project)
 SUBQUERY = select(Project).subquery()
@@ -170,7 +170,7 @@ QUERIES: dict[str, Any] = {
 
 
 def probe(app: FastAPI, work: Callable[[Session], Any]) -> None:
-    """Add endpoints that do something in a session with a tenant, and in sessions without."""
+    """Add endpoints that use a session with a tenant, and sessions without one."""
 
     @app.post("/as-tenant")
     async def do_with_a_tenant(session: TenantDb, _: Transaction) -> Any:
@@ -199,11 +199,11 @@ def probe(app: FastAPI, work: Callable[[Session], Any]) -> None:
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_that_forgets_the_tenant_gets_it(owner: psycopg.Connection, query: str) -> None:
-    """However a class stands in a query, only rows of the request's tenant are found."""
+    """However a query uses a class, it finds only rows of the request's tenant."""
     app = create_app()
     probe(app, lambda session: list(session.scalars(QUERIES[query])))
     with served(app) as (running, ada, grace):
-        for _ in range(3):  # SQLAlchemy keeps what it has compiled for the one
+        for _ in range(3):  # SQLAlchemy caches what it compiles for the first
             assert ada.call("POST", "/as-tenant").json() == ["rocket"]
             assert grace.call("POST", "/as-tenant").json() == ["volcano"]
         for path in "/as-nobody", "/as-reader", "/as-task":
@@ -254,7 +254,7 @@ WRITES: dict[str, Callable[[Session], Any]] = {
 def test_what_the_tenant_cannot_be_added_to_is_refused(
     owner: psycopg.Connection, write: str
 ) -> None:
-    """A statement that no predicate fits, or an object of another tenant, fails the request."""
+    """A statement that cannot take the predicate, or another tenant's object, fails the request."""
     app = create_app()
 
     def work(session: Session) -> None:
@@ -271,7 +271,7 @@ def test_what_the_tenant_cannot_be_added_to_is_refused(
 
 
 def test_writing_without_a_tenant_is_refused(owner: psycopg.Connection) -> None:
-    """An object that names its tenant itself is not written by a session that has none."""
+    """A session without a tenant does not write an object that sets its own tenant."""
     app = create_app()
 
     def work(session: Session) -> None:
@@ -286,7 +286,7 @@ def test_writing_without_a_tenant_is_refused(owner: psycopg.Connection) -> None:
 
 
 def test_tenants_at_once_do_not_mix(owner: psycopg.Connection) -> None:
-    """Many requests of both tenants each see their own rows only."""
+    """Many requests from both tenants each see only their own rows."""
     with served() as (_, ada, grace), ThreadPoolExecutor(12) as threads:
         seen = list(threads.map(lambda number: (ada, grace)[number % 2].names, range(60)))
     assert seen == [["rocket"], ["volcano"]] * 30

@@ -1,1 +1,1 @@
-"""Tenants in one database, kept apart by PostgreSQL's row-level security."""
+"""Tenants in one database, separated by PostgreSQL's row-level security."""

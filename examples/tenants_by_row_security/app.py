@@ -1,4 +1,4 @@
-"""Documents of several tenants in one table; no query names a tenant."""
+"""Documents of several tenants in one table; no query mentions a tenant."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -36,7 +36,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
 
 
 async def tenant_of_the_user(credentials: Credentials, session: Db) -> str:
-    """Take the tenant from the authenticated user, never from the request's text."""
+    """Take the tenant from the authenticated user, never from the request's data."""
     user = await session.get(User, digest(credentials.credentials))
     if user is None:
         raise HTTPException(401, "Unknown token.")
@@ -48,9 +48,9 @@ async def tenant_of_the_user(credentials: Credentials, session: Db) -> str:
 async def tenant_db(
     session: Db, tenant: Annotated[str, Depends(tenant_of_the_user)]
 ) -> AsyncSession:
-    """Give the request's session to the tenant."""
+    """Set the tenant of the request's session."""
     session.info["tenant"] = tenant  # from the next BEGIN on
-    await session.execute(select(tenant_is(tenant)))  # and in the one of the login
+    await session.execute(select(tenant_is(tenant)))  # and in the current transaction
     return session
 
 
@@ -59,7 +59,7 @@ Transaction = Annotated[AsyncSession, Depends(transactional())]
 
 
 class NewDocument(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # a "tenant" in it is no slip
+    model_config = ConfigDict(extra="forbid")  # a "tenant" in the body is refused
 
     title: str
 
@@ -77,7 +77,7 @@ class NewComment(BaseModel):
 
 
 async def own_document(document_id: int, session: TenantDb) -> Document:
-    """Find a document; a foreign one is as good as none."""
+    """Find a document; another tenant's document does not exist for this one."""
     document = await session.get(Document, document_id)
     if document is None:
         raise HTTPException(404, "No such document.")
@@ -89,7 +89,7 @@ OwnDocument = Annotated[Document, Depends(own_document)]
 
 @router.get("/documents", response_model=list[DocumentPublic])
 async def list_documents(session: TenantDb) -> list[Document]:
-    """List every document there is, for this tenant."""
+    """List this tenant's documents."""
     return list(await session.scalars(select(Document).order_by(Document.id)))
 
 
@@ -101,7 +101,7 @@ async def read_document(document: OwnDocument) -> Document:
 
 @router.post("/documents", status_code=201, response_model=DocumentPublic)
 async def add_document(new: NewDocument, session: TenantDb, _: Transaction) -> Document:
-    """Add a document: whose it is, the server knows."""
+    """Add a document; the server sets its tenant."""
     document = Document(title=new.title)
     session.add(document)
     await session.flush()
@@ -110,14 +110,14 @@ async def add_document(new: NewDocument, session: TenantDb, _: Transaction) -> D
 
 @router.put("/documents/{document_id}", response_model=DocumentPublic)
 async def rename_document(new: NewDocument, document: OwnDocument, _: Transaction) -> Document:
-    """Give a document another title."""
+    """Rename a document."""
     document.title = new.title
     return document
 
 
 @router.post("/documents/{document_id}/comments", status_code=201)
 async def add_comment(document_id: int, new: NewComment, session: TenantDb, _: Transaction) -> int:
-    """Comment on a document, which the foreign key finds among the tenant's own only."""
+    """Comment on a document; the foreign key accepts only the tenant's own."""
     comment = Comment(document_id=document_id, text=new.text)
     async with http_errors(session, missing_parent=ErrorRule("No such document.", 404)):
         session.add(comment)
@@ -125,7 +125,7 @@ async def add_comment(document_id: int, new: NewComment, session: TenantDb, _: T
 
 
 def create_app(*, pool_size: int = 5) -> FastAPI:
-    """Build the application on DATABASE_URL, which is the owner's: it serves as another role."""
+    """Build the application, using the owner's DATABASE_URL; it serves as another role."""
     owner = make_url(os.environ["DATABASE_URL"])
 
     @asynccontextmanager

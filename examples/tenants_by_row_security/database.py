@@ -1,4 +1,4 @@
-"""The session that tells the server its tenant, and the role that cannot look past it."""
+"""The session that sets the tenant on the server, and the role that cannot bypass it."""
 
 import hashlib
 import secrets
@@ -17,13 +17,13 @@ from examples.tenants_by_row_security.models import GUARDED, Base, User
 
 
 class TenantSession(Session):
-    """Be a session whose every transaction is that of the tenant in its `info`, or of none."""
+    """A session whose transactions belong to the tenant in its `info`, or to none."""
 
 
 @event.listens_for(TenantSession, "after_begin")
 def _tell_tenant(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    # At every BEGIN: a commit in mid-request ends the setting along with the transaction. In
-    # AUTOCOMMIT, as from reader(), it ends with this very statement: no tenant, no rows.
+    # At every BEGIN: a commit in the middle of a request also ends the setting. In
+    # AUTOCOMMIT mode, as in reader(), it ends with this statement: no tenant, no rows.
     if not transaction.nested:
         connection.execute(select(tenant_is(session.info.get("tenant"))))
 
@@ -34,7 +34,7 @@ def tenant_is(tenant: str | None) -> Function[str]:
 
 
 async def check_row_security(session: AsyncSession) -> None:
-    """Refuse to serve where row security does not bind this role: a superuser, a table without.
+    """Refuse to serve if row security does not apply to this role or to a table.
 
     Raises:
         RuntimeError: before the first request.
@@ -47,11 +47,11 @@ async def check_row_security(session: AsyncSession) -> None:
             )
 
 
-# -- only because this is a demo: in production Alembic does it, as the owner ------------------
+# -- for the demo only: in production, use Alembic, as the owner ---------------------------------
 
 
 def role_of(url: URL) -> str:
-    """Name the application's role: roles are the server's, and other databases have theirs."""
+    """Return the name of the application's role, which must be unique on the server."""
     return f"{url.database}_app"
 
 
@@ -74,7 +74,7 @@ async def _seed(connection: AsyncConnection) -> None:
 
 
 def digest(token: str) -> str:
-    """Return what is stored of a token."""
+    """Return the hash that is stored instead of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -88,11 +88,11 @@ async def _give_role(connection: AsyncConnection, role: str, password: str) -> N
         f"GRANT SELECT ON {User.__tablename__} TO %I",
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON {guarded} TO %I",
     ):
-        # Names and passwords of roles cannot be bound: the server quotes them.
+        # Role names and passwords cannot be bound: the server quotes them.
         quoted = select(func.format(statement, role, password))
         await connection.exec_driver_sql(str(await connection.scalar(quoted)))
 
 
 async def build_engine(owner: URL, pool_size: int) -> AsyncEngine:
-    """Build the application's engine, on the role that owns nothing."""
+    """Build the application's engine, for the role that owns nothing."""
     return create_async_engine(await prepare(owner), pool_size=pool_size, max_overflow=0)

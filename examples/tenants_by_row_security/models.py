@@ -1,4 +1,4 @@
-"""The tables, and the policies that come with them."""
+"""The tables and their policies."""
 
 from sqlalchemy import (
     DDL,
@@ -11,16 +11,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-# After a transaction that had it, a connection shows the setting as '' and not as NULL.
+# Once a transaction has used the setting, the connection shows it as '' rather than NULL.
 TENANT = "nullif(current_setting('app.tenant', true), '')"
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class User(Base):
-    """Know somebody by a token, and the tenant that they belong to. Read before there is one."""
+    """A user, known by a token, and their tenant. Read before the tenant is known."""
 
     __tablename__ = "tenants_by_row_security_user"
 
@@ -29,7 +29,7 @@ class User(Base):
 
 
 class Document(Base):
-    """Hold what belongs to a tenant. Nobody writes the tenant: the server fills it in."""
+    """A tenant's document. The server fills in the tenant."""
 
     __tablename__ = "tenants_by_row_security_document"
     __table_args__ = (UniqueConstraint("tenant", "id"),)
@@ -40,11 +40,11 @@ class Document(Base):
 
 
 class Comment(Base):
-    """Comment on a document of the same tenant."""
+    """A comment on a document of the same tenant."""
 
     __tablename__ = "tenants_by_row_security_comment"
-    # The server checks foreign keys without the policies. On the id alone, anybody could write
-    # under a foreign document, and learn which ids there are.
+    # The server checks foreign keys without the policies. With the id alone, a user could comment
+    # on another tenant's document, and learn which IDs exist.
     __table_args__ = (
         ForeignKeyConstraint(["tenant", "document_id"], [Document.tenant, Document.id]),
     )
@@ -61,7 +61,7 @@ GUARDED: tuple[Table, ...] = tuple(
 for _table in GUARDED:
     for _statement in (
         "ALTER TABLE %(fullname)s ENABLE ROW LEVEL SECURITY",
-        "ALTER TABLE %(fullname)s FORCE ROW LEVEL SECURITY",  # the owner is bound as well
-        f"CREATE POLICY tenant ON %(fullname)s USING (tenant = {TENANT})",  # WITH CHECK too
+        "ALTER TABLE %(fullname)s FORCE ROW LEVEL SECURITY",  # applies to the owner too
+        f"CREATE POLICY tenant ON %(fullname)s USING (tenant = {TENANT})",  # and WITH CHECK
     ):
         event.listen(_table, "after_create", DDL(_statement))  # type: ignore[no-untyped-call] # SQLAlchemy's

@@ -1,6 +1,6 @@
-"""What row security promises, over HTTP, against somebody who tries to get around it."""
+"""Tests over HTTP of row security, against attempts to get around it."""
 
-# ruff: noqa: S608 # the names of tables are ours
+# ruff: noqa: S608 # the table names are constants
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ Reader = Annotated[AsyncSession, Depends(reader())]
 def owner(
     request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[psycopg.Connection]:
-    """Name the database to the example; give its owner's connection, and leave nothing behind."""
+    """Provide the example's database and its owner's connection, and clean up."""
     monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
     with psycopg.connect(postgres.dsn, autocommit=True) as connection:
         yield connection
@@ -46,7 +46,7 @@ def owner(
 
 
 def add_attacks(app: FastAPI) -> None:
-    """Add what an attacker dreams of: statements of their own, in a session of the example's."""
+    """Add an endpoint for an attacker's own statements, in one of the example's sessions."""
 
     async def run(session: AsyncSession, statements: list[str]) -> list[Any]:
         result: list[Any] = []
@@ -94,7 +94,7 @@ def add_attacks(app: FastAPI) -> None:
 
 
 class Tenant:
-    """Speak to the example with somebody's token."""
+    """Provide a client that sends a user's token."""
 
     def __init__(self, client: httpx.Client, token: str) -> None:
         self.client = client
@@ -104,7 +104,7 @@ class Tenant:
         return self.client.request(method, path, json=body, headers=self.headers | headers)
 
     def attack(self, path: str, *statements: str) -> Any:
-        """Run statements; give what the last one found, or the status."""
+        """Run statements; return the last one's result, or the status."""
         answer = self.call("POST", path, list(statements))
         return answer.json() if answer.status_code == 200 else answer.status_code
 
@@ -115,7 +115,7 @@ class Tenant:
 
 @contextmanager
 def served(pool_size: int = 1) -> Iterator[tuple[Served, Tenant, Tenant]]:
-    """Serve the example with a document of each tenant, and for now one connection for all."""
+    """Serve the example with a document for each tenant, and at first a pool of one."""
     app = create_app(pool_size=pool_size)
     add_attacks(app)
     with serve(app) as running:
@@ -134,7 +134,7 @@ START = [("acme", "of acme"), ("globex", "of globex")]
 
 
 def test_a_foreign_row_is_none(owner: psycopg.Connection) -> None:
-    """Whoever asks for a foreign document, to read, rename or comment on it, gets a 404."""
+    """Reading, renaming or commenting on another tenant's document is a 404."""
     with served() as (_, ada, grace):
         assert (ada.titles, grace.titles) == (["of acme"], ["of globex"])
         for method, path, body in (
@@ -154,7 +154,7 @@ def test_a_foreign_row_is_none(owner: psycopg.Connection) -> None:
     ("token", "status"), [("unknown", 401), ("nobody", 403), ("' OR true --", 401)]
 )
 def test_who_has_no_tenant_is_refused(owner: psycopg.Connection, token: str, status: int) -> None:
-    """A token that is unknown, or its user without a tenant, is answered before any query."""
+    """An unknown token, or a user without a tenant, is refused before any query."""
     with served() as (running, _, _):
         stranger = Tenant(running.client, token)
         assert stranger.call("GET", "/documents").status_code == status
@@ -165,7 +165,7 @@ def test_who_has_no_tenant_is_refused(owner: psycopg.Connection, token: str, sta
 
 
 def test_a_tenant_that_is_claimed_is_not_believed(owner: psycopg.Connection) -> None:
-    """Neither a header nor a field of the body makes anybody another tenant."""
+    """Neither a header nor a body field can change the tenant."""
     with served() as (_, ada, _):
         claim = ada.call("GET", "/documents", **{"X-Tenant": "globex", "Tenant": "globex"})
         assert [each["tenant"] for each in claim.json()] == ["acme"]
@@ -197,7 +197,7 @@ ESCAPES = {
 
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_no_statement_gets_out(owner: psycopg.Connection, escape: str) -> None:
-    """A statement that forgets the tenant, or wants another, sees and changes own rows only."""
+    """A statement that omits the tenant, or names another, sees and changes only own rows."""
     with served() as (_, ada, grace):
         found = ada.attack("/as-tenant", ESCAPES[escape], EVERYTHING)
         assert found in (["of acme"], 500)
@@ -213,10 +213,10 @@ WITHOUT = ["/as-nobody", "/as-task", "/as-reader"]
 def test_without_a_tenant_there_is_nothing(
     owner: psycopg.Connection, path: str, before: str
 ) -> None:
-    """No tenant: no row is seen, changed, removed or written, whoever had the connection before.
+    """Without a tenant no row is read or written, whoever used the connection before.
 
-    A reader has none either: in AUTOCOMMIT the setting ends with the statement that made it. What
-    writes is refused there before it is sent.
+    A reader has none either: in AUTOCOMMIT mode the setting ends with its own statement. Writes
+    are refused there before they are sent.
     """
     nothing: Any = 500 if path == "/as-reader" else []
     pool_size = 2 if path == "/as-reader" else 1  # it is a second session
@@ -236,7 +236,7 @@ def test_without_a_tenant_there_is_nothing(
 
 
 def test_the_tenant_survives_a_commit_in_mid_request(owner: psycopg.Connection) -> None:
-    """After a commit, a rollback and a failed savepoint the request is still its tenant's."""
+    """After a commit, a rollback and a failed savepoint, the request keeps its tenant."""
     insert = f"INSERT INTO {DOCUMENT} (title) VALUES ('more')"
     with served() as (_, ada, grace):
         assert ada.attack("/as-tenant", insert, "COMMIT", EVERYTHING) == ["of acme", "more"]
@@ -253,13 +253,13 @@ ENDINGS: dict[str, Callable[[Tenant], Any]] = {
     "savepoint": lambda ada: ada.attack("/savepoint", EVERYTHING),
     "reader": lambda ada: ada.attack("/as-reader", EVERYTHING),
 }
-# What a connection knows of tenants, whoever asks: not through a session of the example's.
+# The tenant that a connection still has, read without one of the example's sessions.
 LEFT_BEHIND = text("SELECT coalesce(current_setting('app.tenant', true), '')")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_next_borrower_inherits_nothing(owner: psycopg.Connection, ending: str) -> None:
-    """However a request ends, its connection goes back without a tenant."""
+    """However a request ends, its connection is returned without a tenant."""
     app = create_app(pool_size=2 if ending == "reader" else 1)
     add_attacks(app)
 
@@ -280,7 +280,7 @@ def test_the_next_borrower_inherits_nothing(owner: psycopg.Connection, ending: s
 
 @pytest.mark.anyio
 async def test_a_cancelled_request_leaves_nothing_behind(owner: psycopg.Connection) -> None:
-    """A request that is cancelled in the middle of a statement takes its tenant with it."""
+    """A request that is cancelled in the middle of a statement leaves no tenant behind."""
     app = create_app(pool_size=1)
     add_attacks(app)
     bearer = {"Authorization": "Bearer ada"}
@@ -299,7 +299,7 @@ async def test_a_cancelled_request_leaves_nothing_behind(owner: psycopg.Connecti
 
 
 def is_sleeping(owner: psycopg.Connection) -> bool:
-    """Tell whether the request's statement runs."""
+    """Check whether the request's statement is running."""
     found = owner.execute(
         "SELECT FROM pg_stat_activity WHERE datname = current_database()"
         " AND query = 'SELECT pg_sleep(60)' AND state = 'active'"
@@ -308,7 +308,7 @@ def is_sleeping(owner: psycopg.Connection) -> bool:
 
 
 def test_tenants_at_once_do_not_mix(owner: psycopg.Connection) -> None:
-    """Many requests of both tenants on few connections each see their own rows only."""
+    """Many requests from both tenants on few connections each see only their own rows."""
     with served(pool_size=3) as (_, ada, grace), ThreadPoolExecutor(12) as threads:
         seen = list(threads.map(lambda number: (ada, grace)[number % 2].titles, range(60)))
     assert seen == [["of acme"], ["of globex"]] * 30
@@ -317,7 +317,7 @@ def test_tenants_at_once_do_not_mix(owner: psycopg.Connection) -> None:
 def test_a_role_that_is_not_bound_does_not_serve(
     owner: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the owner, who may be a superuser, or with a table whose policies are off: no start."""
+    """It refuses to start as the owner, here a superuser, or if a table's policies are off."""
 
     async def as_the_owner(url: URL, pool_size: int) -> AsyncEngine:
         await prepare(url)
@@ -335,7 +335,7 @@ def test_a_role_that_is_not_bound_does_not_serve(
 
 
 def test_the_owner_is_bound_as_well(owner: psycopg.Connection) -> None:
-    """Even a role that owns the table sees no row without a tenant: row security is forced."""
+    """Even the table's owner sees no row without a tenant: row security is forced."""
     with served() as (_, ada, _):
         role = sql.Identifier(f"{owner.info.dbname}_app")
         owner.execute(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(DOCUMENT), role))

@@ -1,1 +1,1 @@
-"""An application with the test-suite that its users would write."""
+"""An application with the test suite that its developers would write."""

@@ -1,4 +1,4 @@
-"""Tickets are sold, each once, and customers listed with what they have bought."""
+"""A box office that sells each ticket once, and lists customers with their tickets."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -27,11 +27,11 @@ Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Show(Base):
-    """Name an evening, and how many tickets are left for it."""
+    """A show, and the number of tickets left for it."""
 
     __tablename__ = "testing_show"
 
@@ -41,7 +41,7 @@ class Show(Base):
 
 
 class Customer(Base):
-    """Name somebody who buys."""
+    """A customer."""
 
     __tablename__ = "testing_customer"
 
@@ -51,25 +51,25 @@ class Customer(Base):
 
 
 class Ticket(Base):
-    """Let one customer in."""
+    """A ticket for one customer."""
 
     __tablename__ = "testing_ticket"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    # Checked at COMMIT, so that an import may write them in any order.
+    # Checked at COMMIT, so that an import can write rows in any order.
     show_id: Mapped[int] = mapped_column(ForeignKey(Show.id, deferrable=True, initially="DEFERRED"))
     customer_id: Mapped[int] = mapped_column(ForeignKey(Customer.id))
 
 
 class NewShow(BaseModel):
-    """Be the body of a new show."""
+    """The request body for a new show."""
 
     title: str
     left: int
 
 
 class Sale(BaseModel):
-    """Be the body of a sale."""
+    """The request body for a sale."""
 
     show: str
     customer: str
@@ -80,7 +80,7 @@ router = APIRouter()
 
 @router.post("/shows", status_code=201)
 async def add_show(new: NewShow, session: Transaction) -> int:
-    """Add a show; one title is one show."""
+    """Add a show; its title must be unique."""
     async with http_errors(session, unique="There is a show of this title."):
         session.add(show := Show(title=new.title, left=new.left))
     return show.id
@@ -88,7 +88,7 @@ async def add_show(new: NewShow, session: Transaction) -> int:
 
 @router.post("/tickets", status_code=201)
 async def sell(sale: Sale, database: Handle) -> int:
-    """Sell a ticket; all of it is run again when it has met another one."""
+    """Sell a ticket; the whole transaction is retried after a conflict with another sale."""
 
     async def work(session: AsyncSession) -> int | None:
         show = await session.scalar(select(Show).where(Show.title == sale.show).with_for_update())
@@ -111,21 +111,21 @@ async def sell(sale: Sale, database: Handle) -> int:
 
 @router.get("/customers")
 async def list_customers(session: Db) -> dict[str, int]:
-    """List all customers, with the number of their tickets."""
+    """List all customers with their number of tickets."""
     customers = select(Customer).options(selectinload(Customer.tickets)).order_by(Customer.name)
     return {each.name: len(each.tickets) for each in await session.scalars(customers)}
 
 
 @router.post("/imported-tickets", status_code=201)
 async def import_ticket(show_id: int, customer: str, session: Transaction) -> None:
-    """Store what was sold elsewhere; the show may come later in the same transaction."""
+    """Store tickets sold elsewhere; the show may follow later in the same transaction."""
     session.add(customer_row := Customer(name=customer))
     await session.flush()
     session.add(Ticket(show_id=show_id, customer_id=customer_row.id))
 
 
 def create_app(database_url: str | None = None) -> FastAPI:
-    """Build the application on the given database or on DATABASE_URL."""
+    """Build the application, using the given database or DATABASE_URL."""
     engine = create_async_engine(database_url or os.environ["DATABASE_URL"])
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What the suite shares: the application on one database, and what its databases begin with."""
+"""Fixtures for the suite: the application, its database, and the contents of clones."""
 
 from collections.abc import Callable, Iterator
 
@@ -34,7 +34,7 @@ __all__ = [
 
 @pytest.fixture(scope="module")
 def database_url(pytestconfig: pytest.Config) -> Iterator[str]:
-    """Give the database that all isolated tests share: none of them leaves anything there."""
+    """Provide the database that all isolated tests share, in which they leave nothing behind."""
     worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
     server = pytestconfig.stash[SERVER].url
     with fresh_database(server, f"sqlnative_{worker}_testing") as dsn:  # yours: os.environ[...]
@@ -49,7 +49,7 @@ def app(database_url: str) -> FastAPI:
 
 @pytest.fixture(scope="session")
 def prepare_database() -> Callable[[Connection], object]:
-    """Say what makes the tables of a clone; in production Alembic does."""
+    """Return the function that creates a clone's tables; in production, use Alembic."""
     return Base.metadata.create_all
 
 
@@ -57,7 +57,7 @@ Scoped = scoped_session(sessionmaker())
 
 
 class ShowFactory(SQLAlchemyModelFactory):
-    """Make shows, in the test's own session."""
+    """A factory that creates shows in the test's own session."""
 
     class Meta:  # pyright: ignore[reportIncompatibleVariableOverride] # as factory_boy wants it
         model = Show
@@ -70,7 +70,7 @@ class ShowFactory(SQLAlchemyModelFactory):
 
 @pytest.fixture
 def show_factory(isolated_session: Session) -> Iterator[type[ShowFactory]]:
-    """Give the factory, with the session of this test."""
+    """Provide the factory with this test's session."""
     Scoped.registry.set(isolated_session)
     yield ShowFactory
     Scoped.registry.clear()

@@ -1,4 +1,4 @@
-"""The suite of the application: isolated where that is true, on a clone elsewhere."""
+"""The application's test suite: isolated where that is enough, on a clone elsewhere."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,7 +35,7 @@ def hamlet(isolated_session: Session) -> Show:
 def test_a_ticket_is_sold_once(
     isolated_client: TestClient, isolated_session: Session, hamlet: Show
 ) -> None:
-    """The second customer gets none, and is not stored."""
+    """The second customer gets no ticket, and is not stored."""
     assert isolated_client.post("/tickets", json=SALE).status_code == 201
     late = isolated_client.post("/tickets", json=SALE | {"customer": "Grace"})
     assert (late.status_code, late.json()) == (409, {"detail": "There is no ticket."})
@@ -47,7 +47,7 @@ def test_a_ticket_is_sold_once(
 def test_shows_sell_apart(
     isolated_client: TestClient, show_factory: type[ShowFactory], isolated_session: Session
 ) -> None:
-    """What one show has sold is not missing from the others, which a factory has made."""
+    """A sale for one show does not change the others, which a factory creates."""
     shows = show_factory.create_batch(3)
     sale = {"show": shows[1].title, "customer": "Ada"}
     assert isolated_client.post("/tickets", json=sale).status_code == 201
@@ -57,21 +57,21 @@ def test_shows_sell_apart(
 
 @pytest.mark.usefixtures("hamlet")
 def test_one_title_is_one_show(isolated_client: TestClient) -> None:
-    """The refusal takes nothing with it that was there before."""
+    """A refused request does not undo earlier changes."""
     again = isolated_client.post("/shows", json=SHOW)
     assert (again.status_code, again.json()["detail"]) == (409, "There is a show of this title.")
     assert isolated_client.post("/tickets", json=SALE).status_code == 201
 
 
 def test_a_ticket_is_for_a_show(isolated_client: TestClient) -> None:
-    """A constraint that waits for COMMIT is answered as any other, and stores no half."""
+    """A constraint that is checked at COMMIT gets a response like any other, and stores nothing."""
     imported = isolated_client.post("/imported-tickets?show_id=99&customer=Ada")
     assert imported.status_code == 422, imported.text
     assert isolated_client.get("/customers").json() == {}
 
 
 def test_nothing_is_left_by_the_others(isolated_client: TestClient) -> None:
-    """The show that other tests have stored is not there."""
+    """A show that other tests stored does not exist here."""
     assert isolated_client.post("/shows", json=SHOW).status_code == 201
 
 
@@ -90,7 +90,7 @@ async def test_on_the_event_loop(isolated_async_client: httpx.AsyncClient) -> No
 def test_customers_are_two_queries(
     isolated_client: TestClient, statements: CapturedStatements, customers: int
 ) -> None:
-    """However many there are: one for them, one for all of their tickets."""
+    """However many customers there are: one query for them, and one for all of their tickets."""
     isolated_client.post("/shows", json=SHOW | {"left": customers})
     for number in range(customers):
         isolated_client.post("/tickets", json=SALE | {"customer": f"customer-{number}"})
@@ -99,12 +99,12 @@ def test_customers_are_two_queries(
     assert len(statements.queries) == 2
 
 
-# --- what the application makes of failures ---
+# --- how the application handles failures ---
 
 
 @pytest.mark.usefixtures("hamlet")
 def test_a_deadlock_is_not_seen(app: FastAPI, isolated_client: TestClient) -> None:
-    """The sale is run again, and the ticket sold once."""
+    """The sale is retried, and the ticket is sold once."""
     with fail_next_statement(app, "deadlock", containing="UPDATE testing_show"):
         assert isolated_client.post("/tickets", json=SALE).status_code == 201
     assert isolated_client.get("/customers").json() == {"Ada": 1}
@@ -112,14 +112,14 @@ def test_a_deadlock_is_not_seen(app: FastAPI, isolated_client: TestClient) -> No
 
 @pytest.mark.usefixtures("hamlet")
 def test_a_lost_commit_is_not_repeated(app: FastAPI, isolated_client: TestClient) -> None:
-    """Nobody knows whether it is sold: the client is told, and a second ticket is not given."""
+    """The outcome is unknown: the client is told so, and no second ticket is sold."""
     with fail_next_commit(app, "connection_lost_after"):
         assert isolated_client.post("/tickets", json=SALE).status_code == 500
     assert isolated_client.get("/customers").json() == {"Ada": 1}
 
 
 def test_a_busy_pool_is_answered(app: FastAPI, isolated_client: TestClient) -> None:
-    """The client may come again."""
+    """The client is invited to retry."""
     with fail_next_checkout(app):
         busy = isolated_client.get("/customers")
     assert busy.status_code == 503
@@ -130,7 +130,7 @@ def test_a_busy_pool_is_answered(app: FastAPI, isolated_client: TestClient) -> N
 
 
 def test_the_last_ticket_is_sold_once(cloned_client: TestClient) -> None:
-    """Many buy at the same time, and one gets it."""
+    """Many customers buy at the same time, and one gets the ticket."""
     cloned_client.post("/shows", json=SHOW)
 
     def buy(number: int) -> int:

@@ -1,1 +1,1 @@
-"""What goes wrong when transactions meet, and what prevents it."""
+"""Anomalies of concurrent transactions, and how to prevent them."""

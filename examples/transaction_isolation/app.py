@@ -1,4 +1,4 @@
-"""Tickets and doctors on call: the same change made carelessly, and in ways that are right."""
+"""Tickets and doctors on call: the same change, made carelessly and correctly."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -17,11 +17,11 @@ Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Event(Base):
-    """Have tickets left."""
+    """An event with tickets left."""
 
     __tablename__ = "transaction_isolation_event"
 
@@ -30,7 +30,7 @@ class Event(Base):
 
 
 class Doctor(Base):
-    """Be on call or not. One has to be, always: no constraint can say so."""
+    """A doctor, on call or not. At least one must be, which no constraint can express."""
 
     __tablename__ = "transaction_isolation_doctor"
 
@@ -49,7 +49,7 @@ async def sell(session: AsyncSession, *, lock: bool = False) -> int:
 
 
 async def go_off_call(session: AsyncSession, name: str) -> int:
-    """Let a doctor go, if another one stays."""
+    """Let a doctor go off call, if another one stays."""
     on_call = await session.scalar(select(func.count()).select_from(Doctor).where(Doctor.on_call))
     if on_call is None or on_call < 2:
         raise HTTPException(409, "Somebody has to stay.")
@@ -59,12 +59,12 @@ async def go_off_call(session: AsyncSession, name: str) -> int:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL, with fresh rows at every start."""
+    """Build the application, using DATABASE_URL, with fresh rows at every start."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.drop_all)
             await connection.run_sync(Base.metadata.create_all)
@@ -79,17 +79,17 @@ def create_app() -> FastAPI:
 
     @app.post("/tickets/carelessly")
     async def sell_carelessly(session: Transaction) -> int:
-        """READ COMMITTED: two read the same number, and one of the two sales is lost."""
+        """READ COMMITTED: two requests read the same number, and one sale is lost."""
         return await sell(session)
 
     @app.post("/tickets/locked")
     async def sell_locked(session: Transaction) -> int:
-        """Lock the row when it is read: whoever comes second reads when the first is done."""
+        """Lock the row when reading it: a second request reads it after the first is done."""
         return await sell(session, lock=True)
 
     @app.post("/tickets/at-once")
     async def sell_at_once(session: Transaction) -> int:
-        """Decide and write in one statement, which reads what is there when it writes."""
+        """Decide and write in one statement, which uses the current value."""
         one_less = update(Event).where(Event.id == 1, Event.tickets > 0)
         left: int | None = await session.scalar(
             one_less.values(tickets=Event.tickets - 1).returning(Event.tickets)
@@ -100,14 +100,14 @@ def create_app() -> FastAPI:
 
     @app.post("/tickets/serializable")
     async def sell_serializable(database: Handle) -> int:
-        """Run it again when it cannot have been right: the code of the careless one, unchanged."""
+        """Use the careless code unchanged, and retry it after a serialization failure."""
         return await database.run_in_transaction(sell, isolation_level="SERIALIZABLE", attempts=20)
 
     @app.post("/doctors/{name}/off-call/{level}")
     async def let_go(
         name: str, level: Literal["REPEATABLE READ", "SERIALIZABLE"], database: Handle
     ) -> int:
-        """REPEATABLE READ is not enough where two read the same rows and write different ones."""
+        """REPEATABLE READ allows write skew: both read the same rows and write different ones."""
         return await database.run_in_transaction(
             lambda session: go_off_call(session, name), isolation_level=level, attempts=20
         )

@@ -1,4 +1,4 @@
-"""Transactions that meet: the damage is done on purpose, and then prevented."""
+"""Tests of concurrent transactions: the anomalies are provoked, and then prevented."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +18,7 @@ SAFE = ["/tickets/locked", "/tickets/at-once", "/tickets/serializable"]
 def served(
     request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Served]:
-    """Serve the example on an empty database: every scenario begins with the same rows."""
+    """Serve the example on an empty database: every scenario starts with the same rows."""
     monkeypatch.setenv("DATABASE_URL", databases.url(request.param))
     with serve(create_app()) as running:
         yield running
@@ -26,9 +26,9 @@ def served(
 
 @contextmanager
 def held_up(databases: WorkerPostgres, *locks: str) -> Iterator[list[Future[int]]]:
-    """Keep rows locked until all requests that the block sends wait for one; then let go.
+    """Lock rows until all requests that the block sends are waiting for one; then release them.
 
-    A plain SELECT waits for nobody: a request that waits to write has read by now.
+    A plain SELECT does not wait: a request that waits to write has already read.
     """
     sent: list[Future[int]] = []
     with (
@@ -43,7 +43,7 @@ def held_up(databases: WorkerPostgres, *locks: str) -> Iterator[list[Future[int]
 
 
 def waiting(watching: psycopg.Connection) -> int:
-    """Count the sessions that wait for a lock."""
+    """Count the sessions that are waiting for a lock."""
     row = watching.execute(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -53,7 +53,7 @@ def waiting(watching: psycopg.Connection) -> int:
 
 
 def two(served: Served, databases: WorkerPostgres, lock: str, *paths: str) -> list[int]:
-    """Send two requests that meet, and give their statuses, sorted."""
+    """Send two overlapping requests, and return their sorted statuses."""
     with ThreadPoolExecutor(2) as threads:
         with held_up(databases, lock) as sent:
             sent += [threads.submit(status, served, path) for path in paths]
@@ -74,21 +74,21 @@ DOCTORS = "SELECT FROM transaction_isolation_doctor FOR UPDATE"
 
 
 def test_a_careless_sale_is_lost(served: Served, databases: WorkerPostgres) -> None:
-    """Two sales that have read the same number both succeed, and one ticket is gone."""
+    """Two sales that read the same number both succeed, but only one ticket is subtracted."""
     assert two(served, databases, EVENT, *["/tickets/carelessly"] * 2) == [200, 200]
     assert state(served)[0] == 4
 
 
 @pytest.mark.parametrize("path", SAFE)
 def test_no_sale_is_lost(served: Served, databases: WorkerPostgres, path: str) -> None:
-    """Two sales that meet take two tickets, in each of the ways that are right."""
+    """Two overlapping sales subtract two tickets, in each of the correct ways."""
     assert two(served, databases, EVENT, path, path) == [200, 200]
     assert state(served)[0] == 3
 
 
 @pytest.mark.parametrize("path", SAFE)
 def test_as_many_are_sold_as_there_are(served: Served, path: str) -> None:
-    """Of twenty buyers at once five get a ticket, and all others are told that there is none."""
+    """Of twenty simultaneous buyers, five get a ticket, and the others are told there is none."""
     with ThreadPoolExecutor(20) as threads:
         answers = list(threads.map(lambda _: status(served, path), range(20)))
     assert sorted(answers) == [200] * 5 + [409] * 15
@@ -100,12 +100,12 @@ def off_call(level: str) -> list[str]:
 
 
 def test_repeatable_read_lets_both_doctors_go(served: Served, databases: WorkerPostgres) -> None:
-    """Each sees the other on call and writes a row of its own: nobody is left, and no error."""
+    """Each sees the other on call and updates its own row: no doctor is left, without an error."""
     assert two(served, databases, DOCTORS, *off_call("REPEATABLE READ")) == [200, 200]
     assert state(served)[1] == 0
 
 
 def test_serializable_keeps_one_doctor(served: Served, databases: WorkerPostgres) -> None:
-    """One of the two cannot have been right: it is run again, sees the other gone, and stays."""
+    """One of the two is retried after a serialization failure, sees the other gone, and stays."""
     assert two(served, databases, DOCTORS, *off_call("SERIALIZABLE")) == [200, 409]
     assert state(served)[1] == 1

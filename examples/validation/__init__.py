@@ -1,1 +1,1 @@
-"""Pydantic in front of the tables, and a test that keeps the two together."""
+"""Pydantic models for the tables, and a test that keeps both in sync."""

@@ -1,4 +1,4 @@
-"""Products: what Pydantic refuses never reaches the database."""
+"""Products: what Pydantic rejects never reaches the database."""
 
 import os
 from typing import Annotated
@@ -26,14 +26,14 @@ class Product(Base):
 
 
 class NewProduct(BaseModel, extra="forbid", str_strip_whitespace=True):
-    """What a client may say about a product. A test compares it with the table.
+    """A product as a client may send it. A test compares it with the table.
 
-    Nothing else: with `id` or `is_admin` in the body the request is refused.
+    Other fields, such as `id` or `is_admin`, are rejected.
     """
 
     sku: Annotated[str, StringConstraints(to_upper=True, max_length=8, pattern=r"^[A-Za-z]+-\d+$")]
     name: Annotated[str, Field(min_length=1, max_length=40)]
-    price: Annotated[int, Field(gt=0, lt=2**31)]  # what the column's INTEGER can hold
+    price: Annotated[int, Field(gt=0, lt=2**31)]  # the range of the column's INTEGER
     note: Annotated[str, Field(max_length=200)] | None = None
 
 
@@ -48,7 +48,7 @@ router = APIRouter(prefix="/products")
 async def add_product(
     new: NewProduct, session: Annotated[AsyncSession, Depends(transactional())]
 ) -> Product:
-    """Store a product. Without a valid one this function is not called, nor a session opened."""
+    """Store a product. If it is invalid, this function is not called and no session is opened."""
     session.add(product := Product(**new.model_dump()))
     await session.flush()
     return product
@@ -61,7 +61,7 @@ async def count(session: Annotated[AsyncSession, Depends(get_db())]) -> int:
 
 
 async def build_engine() -> AsyncEngine:
-    """Build the engine at start-up, and the table."""
+    """Build the engine at start-up, and create the table."""
     engine = create_async_engine(os.environ["DATABASE_URL"])
     async with engine.begin() as connection:  # in production: Alembic, before start-up
         await connection.run_sync(Base.metadata.create_all)
@@ -69,7 +69,7 @@ async def build_engine() -> AsyncEngine:
 
 
 def create_app() -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     app = FastAPI(title="Validation")
     install_database(app, engine=build_engine)
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""Validation over HTTP, and the agreement of model and table."""
+"""Tests of validation over HTTP, and of the agreement between model and table."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ LAMP = {"sku": "LAMP-7", "name": "Lamp", "price": 30}
 
 @pytest.mark.usefixtures("databases")
 def test_known_fields_are_coerced() -> None:
-    """Spaces, capitals and a number in quotes are brought into shape, and stored so."""
+    """Spaces, capitals and a quoted number are normalised before they are stored."""
     with serve(create_app()) as served:
         sent = {"sku": " lamp-7 ", "name": "Lamp ", "price": "30"}
         answer = served.client.post("/products", json=sent)
@@ -39,18 +39,18 @@ def test_known_fields_are_coerced() -> None:
 )
 @pytest.mark.usefixtures("databases")
 def test_a_422_sends_the_database_nothing(change: dict[str, Any]) -> None:
-    """A request that is refused is not stored, and its session has not sent a statement."""
+    """A rejected request stores nothing, and its session sends no statement."""
     statements: list[str] = []
     with serve(create_app()) as served, listening(statements):
         assert served.client.post("/products", json=LAMP | change).status_code == 422
         assert statements == []
         assert served.client.get("/products/count").json() == 0
-        assert len(statements) == 1  # so the silence above says something
+        assert len(statements) == 1  # so the empty list above is significant
 
 
 @contextmanager
 def listening(statements: list[str]) -> Iterator[None]:
-    """Write down what any engine sends."""
+    """Record the statements that any engine sends."""
 
     def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
         statements.append(statement)
@@ -66,7 +66,7 @@ JSON_TYPES = {str: "string", int: "integer"}
 
 
 class Shape(NamedTuple):
-    """Say what model and column have to agree on."""
+    """The properties that model and column must agree on."""
 
     type: str
     max_length: int | None
@@ -75,7 +75,7 @@ class Shape(NamedTuple):
 
 
 def sent(model: type[BaseModel]) -> dict[str, Shape]:
-    """Read the shapes that clients may send, out of what the model tells OpenAPI."""
+    """Read the shapes that clients may send from the model's OpenAPI schema."""
     schema = model.model_json_schema()
     shapes = {}
     for name, described in schema["properties"].items():
@@ -88,7 +88,7 @@ def sent(model: type[BaseModel]) -> dict[str, Shape]:
 
 
 def stored() -> dict[str, Shape]:
-    """Read the shapes that the table stores; the key is the server's."""
+    """Read the shapes that the table stores, except the generated key."""
     return {
         column.name: Shape(
             JSON_TYPES[column.type.python_type],
@@ -102,7 +102,7 @@ def stored() -> dict[str, Shape]:
 
 
 def test_model_and_table_agree() -> None:
-    """What clients may send is what the table can store, field by field."""
+    """What clients may send matches what the table can store, field by field."""
     assert sent(NewProduct) == stored()
 
 
@@ -119,5 +119,5 @@ def test_model_and_table_agree() -> None:
     ],
 )
 def test_drift_is_found(drifted: dict[str, Any]) -> None:
-    """A model that says anything else does not agree."""
+    """A model that differs does not match."""
     assert sent(create_model("Drifted", __base__=NewProduct, **drifted)) != stored()

@@ -1,1 +1,1 @@
-"""A session for each message of a socket, not one for the socket."""
+"""A session for each message of a socket, not for the whole socket."""

@@ -1,4 +1,4 @@
-"""A board where sockets write: each message is a transaction, and between two there is none."""
+"""A board to which sockets write: each message is a separate transaction."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -13,18 +13,18 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_database, reader
 
-# A session from get_db would live as long as the socket, and after its first statement hold a
-# connection all the while.
+# A session from get_db would live as long as the socket, and would hold a connection from its
+# first statement on.
 Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 Reader = Annotated[AsyncSession, Depends(reader())]
 
 
 class Base(DeclarativeBase):
-    """Collect the tables."""
+    """The base class of all models."""
 
 
 class Post(Base):
-    """Hold what somebody has written; the database refuses what is blank."""
+    """A post on the board; the database refuses a blank one."""
 
     __tablename__ = "websockets_post"
     __table_args__ = (CheckConstraint("text <> ''", name="ck_websockets_post_text"),)
@@ -34,7 +34,7 @@ class Post(Base):
 
 
 async def store(database: AsyncDatabase, text: str) -> str:
-    """Store one message in a transaction of its own, and say what became of it."""
+    """Store one message in its own transaction, and return the result."""
     try:
         async with database.transaction() as session:
             post = Post(text=text)
@@ -42,19 +42,19 @@ async def store(database: AsyncDatabase, text: str) -> str:
             await session.flush()
             stored = f"{post.id} stored"
     except IntegrityError:
-        return "refused"  # rolled back; the socket goes on
+        return "refused"  # rolled back; the socket stays open
     return stored  # after the COMMIT
 
 
 def create_app(*, pool_size: int = 5) -> FastAPI:
-    """Build the application on DATABASE_URL."""
+    """Build the application, using DATABASE_URL."""
     engine = create_async_engine(
         os.environ["DATABASE_URL"], pool_size=pool_size, max_overflow=0, pool_timeout=5
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        # At start-up only because this is a demo: in production Alembic does it.
+        # At start-up for the demo only: in production, use Alembic.
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         yield

@@ -1,4 +1,4 @@
-"""What a socket holds, and what becomes of its messages, on a real server."""
+"""Tests on a real server of what a socket holds, and of its messages."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from tests.serving import Served, serve, wait_until
 
 
 class Board:
-    """Open sockets to a server, and look at what they leave."""
+    """Sockets to a server, and what they store."""
 
     def __init__(self, served: Served, sockets: ExitStack, app: FastAPI) -> None:
         self.client = served.client
@@ -38,20 +38,20 @@ class Board:
 
 @contextmanager
 def board() -> Iterator[Board]:
-    """Serve the example with one connection for all."""
+    """Serve the example with a pool of one."""
     app = create_app(pool_size=1)
     with serve(app) as served, ExitStack() as sockets:
         yield Board(served, sockets, app)
 
 
 def say(socket: ClientConnection, text: str) -> str:
-    """Send one message, and wait for its answer."""
+    """Send one message, and wait for the reply."""
     socket.send(text)
     return str(socket.recv(timeout=10))
 
 
 def test_a_message_is_stored_when_it_is_answered(databases: WorkerPostgres) -> None:
-    """An answer says what was committed, and what comes after it cannot take that back."""
+    """A reply confirms a commit, which later messages cannot undo."""
     with board() as running:
         socket = running.socket()
         assert say(socket, "hello") == "1 stored"
@@ -61,7 +61,7 @@ def test_a_message_is_stored_when_it_is_answered(databases: WorkerPostgres) -> N
 
 
 def test_a_message_that_is_refused_fails_alone(databases: WorkerPostgres) -> None:
-    """The database's refusal rolls back one message, and the socket goes on."""
+    """If the database refuses a message, it alone is rolled back, and the socket stays open."""
     with board() as running:
         socket = running.socket()
         answers = [say(socket, text) for text in ("hello", "", "again")]
@@ -70,7 +70,7 @@ def test_a_message_that_is_refused_fails_alone(databases: WorkerPostgres) -> Non
 
 
 def test_sockets_share_one_connection(databases: WorkerPostgres) -> None:
-    """Forty sockets that stay open write through a pool of one, and idle ones hold nothing."""
+    """Forty open sockets write through a pool of one, and idle ones hold no connection."""
     with board() as running, ThreadPoolExecutor(8) as threads:
         sockets = [running.socket() for _ in range(40)]
         for _ in range(2):
@@ -81,7 +81,7 @@ def test_sockets_share_one_connection(databases: WorkerPostgres) -> None:
 
 
 def test_a_client_that_leaves_leaves_nothing(databases: WorkerPostgres) -> None:
-    """Whoever goes away without a word, with messages on the way, keeps no connection."""
+    """A client that vanishes with messages in transit leaves no connection in use."""
     with board() as running:
         for _ in range(10):
             socket = running.socket()

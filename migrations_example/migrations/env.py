@@ -1,7 +1,7 @@
-"""Run by Alembic for every command: migrate the database that the section of alembic.ini names.
+"""Alembic runs this for every command, to migrate the database of a section in alembic.ini.
 
-On a connection of its own, synchronous or asynchronous as the address says; on the one that
-`config.attributes["connection"]` holds; or, with `--sql`, on none.
+It uses its own connection, synchronous or asynchronous depending on the URL; or the one in
+`config.attributes["connection"]`; or, with `--sql`, none.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ config = context.config
 database = config.get_main_option("database", "default")
 options: dict[str, Any] = {
     "target_metadata": METADATA[database],
-    # What has been done stays done, and no lock on a table is held over the next revision.
+    # Completed revisions stay applied, and no table lock is held during the next revision.
     "transaction_per_migration": True,
 }
 
-# A change that cannot have its table gives up, rather than let every request queue behind it.
+# If a change cannot lock its table, it fails rather than make every request queue behind it.
 GIVE_UP_ON_LOCKS = {
     "postgresql": "SET lock_timeout = '5s'",
     "mariadb": "SET SESSION lock_wait_timeout = 5",
@@ -33,7 +33,7 @@ GIVE_UP_ON_LOCKS = {
 
 
 def migrate(connection: Connection) -> None:
-    """Do what the command asks, alone."""
+    """Run the command, while holding the lock."""
     wait = float(config.get_main_option("lock_wait", "300"))
     with one_at_a_time(connection, "bookshop migrations", wait):
         connection.execute(text(GIVE_UP_ON_LOCKS[connection.dialect.name]))
@@ -44,7 +44,7 @@ def migrate(connection: Connection) -> None:
 
 
 async def migrate_asynchronously(engine: AsyncEngine) -> None:
-    """Do the same with an asynchronous driver."""
+    """Run the command with an asynchronous driver."""
     async with engine.connect() as connection:
         await connection.run_sync(migrate)
     await engine.dispose()
@@ -62,7 +62,7 @@ def migrate_synchronously() -> None:
 
 
 def write_sql() -> None:
-    """Write what would be done."""
+    """Print the statements instead of running them."""
     context.configure(
         url=migration_url(database),
         literal_binds=True,
@@ -73,7 +73,7 @@ def write_sql() -> None:
         context.run_migrations()
 
 
-# Only the command `alembic` has these options: in a process of somebody else's, logging is theirs.
+# Only the `alembic` command has these options: another process configures its own logging.
 if config.cmd_opts is not None and config.config_file_name is not None:
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 

@@ -159,14 +159,14 @@ NETWORK: dict[str, Any] = {
 CASES = (
     Case(
         "`connect_timeout=2`, asyncpg: `timeout=2`",
-        "a host that accepts and says nothing",
+        "a host that accepts and does not respond",
         all_alike(503),
         silent_hosts=1,
         **CONNECTING,
     ),
     Case(
         "the same, two hosts in the URL",
-        "both accept and say nothing",
+        "both accept and do not respond",
         all_alike(503),
         silent_hosts=2,
         **CONNECTING,
@@ -180,42 +180,42 @@ CASES = (
     ),
     Case(
         "`statement_timeout=1s`",
-        "a statement that takes long",
+        "a slow statement",
         all_alike(504),
         body=compute,
         **of_the_server("statement_timeout", "1s"),
     ),
     Case(
         "`lock_timeout=500ms`",
-        "a row that somebody else has locked",
+        "a row that another session has locked",
         all_alike(503),
         fault=locked,
         **of_the_server("lock_timeout", "500ms"),
     ),
     Case(
         "`idle_in_transaction_session_timeout=1s`",
-        "two seconds in which nothing is sent",
+        "two seconds without a statement",
         all_alike(503),
         body=pause,
         **of_the_server("idle_in_transaction_session_timeout", "1s"),
     ),
     Case(
         "`tcp_user_timeout=2000`, asyncpg: `command_timeout=2`",
-        "a network that loses every packet",
+        "a network that drops every packet",
         {"psycopg-async": 503, "asyncpg": 504, "psycopg-sync": 503},
         fault=packets_lost,
         **NETWORK,
     ),
     Case(
         "the same",
-        "a server that acknowledges and does not answer",
+        "a server that acknowledges and does not respond",
         {"psycopg-async": None, "asyncpg": 504, "psycopg-sync": None},
         fault=frozen,
         **NETWORK,
     ),
     Case(
         "`deadline(1)`",
-        "a statement that takes longer",
+        "a slow statement",
         all_alike(504),
         body=compute,
         seconds=1,
@@ -229,7 +229,7 @@ CASES = (
     ),
     Case(
         "`deadline(1)`",
-        "a silent server",
+        "an unresponsive server",
         {"psycopg-async": 504, "asyncpg": 504, "psycopg-sync": None},
         fault=frozen,
         seconds=1,
@@ -246,7 +246,7 @@ class Measured:
 
     def __str__(self) -> str:
         if self.status is None:
-            return f"not ended by it (watched for {WATCHED:.0f} s)"
+            return f"not ended (watched for {WATCHED:.0f} s)"
         return f"{self.seconds:.1f} s, {self.status}"
 
 

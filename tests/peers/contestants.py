@@ -334,7 +334,7 @@ BY_HAND = tuple(each.name for each in CONTESTANTS if each.name.startswith("by ha
 
 # Who cannot be installed beside the others, and why.
 LEFT_OUT = {
-    "fastapi-sqla": "4.0.1 caps FastAPI below 0.142, and fastapi-toolsets wants 0.142 or newer",
+    "fastapi-sqla": "4.0.1 caps FastAPI below 0.142, and fastapi-toolsets requires 0.142 or newer",
     "dbwarden-fastapi": "0.2.0 needs dbwarden, which caps SQLAlchemy below 2.1, and Python 3.12.7",
 }
 

@@ -13,51 +13,53 @@ PAGE = DOCS / "performance-compared.md"
 CHARTS = DOCS / "charts"
 
 TITLES = {
-    "cpu": "CPU of a request",
-    "trips": "Round trips of a request",
-    "throughput": "Requests a second, from twice as many as the hand-written dependency can serve",
-    "p50": "Median latency, at twice as many",
-    "p99": "The slowest of a hundred, at twice as many",
-    "server CPU": "CPU of the server for a request",
-    "p50, calm": "Median latency, at half as many",
-    "p99, calm": "The slowest of a hundred, at half as many",
-    "server CPU, calm": "CPU of the server for a request, at half as many",
-    "failed": "Requests that failed",
-    "failed, calm": "Requests that failed, at half as many",
-    "memory": "Memory of the server",
+    "cpu": "CPU per request",
+    "trips": "Round trips per request",
+    "throughput": "Requests per second, double load",
+    "p50": "Median latency, double load",
+    "p99": "99th percentile latency, double load",
+    "server CPU": "Server CPU per request",
+    "p50, calm": "Median latency, half load",
+    "p99, calm": "99th percentile latency, half load",
+    "server CPU, calm": "Server CPU per request, half load",
+    "failed": "Failed requests",
+    "failed, calm": "Failed requests, half load",
+    "memory": "Server memory",
     "start-up": "CPU until the server listens",
 }
 HEADINGS: dict[Part, tuple[str, str]] = {
     "cpu": (
         "What a request costs",
-        "The application is called in the benchmark's own process, without HTTP: what is left is "
+        "The benchmark calls the application in its own process, without HTTP. This measures "
         "FastAPI, the package, SQLAlchemy and the driver.",
     ),
     "wire": (
         "What goes over the wire",
-        "Questions to the database, each of which waits for its answer, counted by a proxy once "
-        "the connection is there. They are numbers, not ratios.",
+        "Round trips to the database, counted by a proxy after the connection is established. "
+        "These are counts, not ratios.",
     ),
     "load": (
         "Under load",
-        "uvicorn with one process, a pool of ten, and requests that are sent when they are due, "
-        "whether or not others were answered; a latency counts from then. A column is so many "
-        "connections, with so many milliseconds more to the database and back. What is called "
-        "twice and half is measured against the hand-written dependency in the same minute. Some "
-        "answer before they are done: the hand-written dependency in request scope rolls back "
-        "after the response, and saves its client that round trip (`reader` needs none); what "
-        "advanced-alchemy has answered is not stored yet.",
+        "uvicorn with one process and a pool of ten. Requests are sent at a fixed rate, whether "
+        "or not earlier ones were answered, and latency counts from the time a request was due. "
+        "Each column shows the number of client connections and the milliseconds added to a "
+        "round trip to the database. Double and half load are relative to the rate that the "
+        "hand-written dependency can serve, measured just before. Some contestants respond before "
+        "they are done: the hand-written dependency in request scope rolls back after the "
+        "response, which saves its client that round trip (`reader` needs no rollback), and "
+        "advanced-alchemy commits after the response.",
     ),
     "load-sync": (
         "Under load, synchronously",
-        "The same with `def` endpoints, whose requests wait for FastAPI's forty threads too.",
+        "The same with `def` endpoints, whose requests also wait for FastAPI's forty threads.",
     ),
     "databases": (
         "One, ten and a hundred databases",
-        "So many are installed, the last of them is read from. Memory is the server's peak.",
+        "That many databases are installed, and requests read from the last one. Memory is the "
+        "server's peak.",
     ),
 }
-# A ratio says little of what is nearly nothing, and a table that nobody reads costs the others.
+# Only what is worth a chart: ratios of tiny values mean little, and more charts hide the others.
 DRAWN = {
     "cpu": ("one read", "three reads", "a committed write"),
     "throughput": ("64 at 0 ms", "64 at 1 ms", "64 at 5 ms"),
@@ -67,47 +69,47 @@ DRAWN = {
 INTRODUCTION = (
     "# Compared with other packages",
     "",
-    "What does a request cost with this package, with the dependencies that people write by hand, "
-    "and with other packages that bring SQLAlchemy sessions to FastAPI? `make benchmark-peers` "
-    "measures it on your machine and writes this page. What a hand-written dependency does with "
-    "a transaction is [another comparison](compared.md#side-by-side).",
+    "This page compares the cost of a request with this package, with hand-written dependencies, "
+    "and with other packages that integrate SQLAlchemy sessions into FastAPI. "
+    "`make benchmark-peers` measures it on your machine and writes this page. "
+    "[Another comparison](compared.md#side-by-side) shows what a hand-written dependency does "
+    "with a transaction.",
     "",
-    "Every application has the same routes and the same engines, and is built as its package's "
-    "documentation says. The contestants take turns within each round. A figure is the ratio to "
-    "the best hand-written dependency in the same round, the median of all rounds, with the "
-    "quartiles in brackets: below 1 is cheaper, but for requests a second, of which more are "
-    "better. Ratios hold for one run on one machine.",
+    "Every application has the same routes and the same engines, and follows its package's "
+    "documentation. The contestants take turns within each round. Each figure is the ratio to "
+    "the best hand-written dependency in the same round: the median of all rounds, with the "
+    "quartiles in brackets. Below 1 is better, except for requests per second, where above 1 is "
+    "better. Ratios hold only for one run on one machine.",
     "",
-    "- **By hand** is the tutorial's generator, in FastAPI's two scopes, where the endpoint "
-    "commits; and one that wraps `begin()`.",
-    "- **The limit** is a session opened inside the endpoint, with no dependency around it.",
-    "- `reader` is this package's dependency for reads that need no transaction; `get_db` and "
-    "`transactional` are measured as fastapi-sqlnative.",
-    "- fastapi-async-sqlalchemy commits reads too. advanced-alchemy commits after the response "
-    "has left.",
+    "- **By hand** is the tutorial's generator, in each of FastAPI's two scopes, with a commit in "
+    "the endpoint; and a generator that wraps `begin()`.",
+    "- **The limit** is a session opened inside the endpoint, without a dependency.",
+    "- `reader` is this package's dependency for reads that need no transaction. `get_db` (reads) "
+    "and `transactional` (writes) are shown as fastapi-sqlnative.",
+    "- fastapi-async-sqlalchemy also commits reads. advanced-alchemy commits after the response.",
     "",
 )
 AHEAD = (
-    "Contestants that were ahead of `get_db` (for reads) or `transactional` (for writes) in three "
-    "of four rounds or more."
+    "Contestants that were ahead of `get_db` (reads) or `transactional` (writes) in at least three "
+    "of four rounds."
 )
 ABOUT_THE_RUN = {"date", "cores", "load", "rounds"}
 BUSY = (
-    "The machine was not quiet: when this began, its load was {load} on {cores} cores. Small "
-    "differences say nothing then."
+    "The machine was not idle: when this part began, its load was {load} on {cores} cores. Small "
+    "differences are not meaningful."
 )
 NAMES = [each.name for each in CONTESTANTS]
 
 
 def kind_of(name: str) -> str:
-    """Give the colour of a contestant's bars."""
+    """Return the colour of a contestant's bars."""
     if name in (OURS, OUR_READER):
         return "ours"
     return "hand" if name in (*BY_HAND, LIMIT) else "other"
 
 
 def cell(results: Results, row: Row, name: str) -> str:
-    """Write what a table says of one contestant in one row."""
+    """Format one contestant's value in one row."""
     values = results.figures[row].get(name)
     if values is None:
         return ""
@@ -120,21 +122,21 @@ def cell(results: Results, row: Row, name: str) -> str:
 
 
 def table(results: Results, rows: list[Row]) -> list[list[str]]:
-    """Give a table's lines: the columns' names, then one for each contestant."""
+    """Return a table's lines: the column names, then one line per contestant."""
     present = [name for name in NAMES if any(name in results.figures[row] for row in rows)]
     lines = [[name, *(cell(results, row, name) for row in rows)] for name in present]
     return [["", *(row.name for row in rows)], *lines]
 
 
 def title_of(key: TableKey) -> str:
-    """Say what a table shows."""
+    """Return a table's title."""
     return ": ".join(
         [TITLES[key.measure], ", ".join(each for each in (key.engine, key.workload) if each)]
     )
 
 
 def is_dull(results: Results, rows: list[Row]) -> bool:
-    """Tell whether a table of failures has none."""
+    """Check whether a table of failures contains none."""
     return all(
         "failed" in row.measure and not any(map(sum, results.figures[row].values())) for row in rows
     )
@@ -146,16 +148,16 @@ def _markdown(lines: list[list[str]]) -> Iterator[str]:
 
 
 def _shown(results: Results) -> Iterator[tuple[TableKey, list[Row]]]:
-    """Yield the tables that somebody reads."""
+    """Yield the tables that are worth showing."""
     for key, rows in results.tables().items():
-        # Under load it is the same as in process, with HTTP around it.
+        # Under load, server CPU only repeats the in-process figures, plus HTTP.
         repeats = "server CPU" in key.measure and results.part != "databases"
         if not (repeats or is_dull(results, rows)):
             yield key, rows
 
 
 def _ahead(results: Results) -> Iterator[str]:
-    """List by row what is ahead of this package; its own `reader` does not count."""
+    """List the contestants ahead of this package by row, except its own `reader`."""
     for key, rows in _shown(results):
         for row in rows:
             named = [
@@ -173,7 +175,7 @@ def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
     panels = {row.name: results.ratios(row) for row in rows if row.name in columns}
     if not panels:
         return
-    title = f"{title_of(key)} (the best of those by hand is 1)".replace("`", "")
+    title = f"{title_of(key)} (best hand-written dependency = 1)".replace("`", "")
     words = "".join(letter if letter.isalnum() else " " for letter in " ".join(key)).split()
     path = CHARTS / f"{'-'.join(words).lower()}.svg"
     path.write_text(bar_chart(title, panels, {name: kind_of(name) for name in NAMES}), "utf-8")
@@ -197,7 +199,7 @@ def _part(results: Results) -> Iterator[str]:
 
 
 def write_page() -> None:
-    """Write the page and its charts; parts that were never measured are left out."""
+    """Write the page and its charts, leaving out parts that were never measured."""
     CHARTS.mkdir(exist_ok=True)
     found = [results for part in get_args(Part) if (results := load_results(part))]
     lines = list(INTRODUCTION)

@@ -1,4 +1,4 @@
-"""Create book, whose title is called `name`."""
+"""Create book, with its title in the column `name`."""
 
 import sqlalchemy as sa
 from alembic import op

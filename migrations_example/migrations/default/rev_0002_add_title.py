@@ -1,6 +1,6 @@
-"""Expand: add `title`, which nobody has to write yet.
+"""Expand: add `title`, which is not required yet.
 
-Nullable and without a default: no row is rewritten, and the table is locked for a moment only.
+It is nullable and has no default, so no row is rewritten, and the table is locked only briefly.
 """
 
 import sqlalchemy as sa

@@ -1,8 +1,8 @@
-"""Tighten: every book has a `title`, after the backfill.
+"""Tighten: require `title`, after the backfill.
 
-PostgreSQL checks the rows while others write, and then believes the constraint instead of reading
-the table again under its strongest lock. Each statement is a transaction of its own: in one, the
-lock of the first would be held over the check. So it can stop half-way, and begins by clearing up.
+PostgreSQL validates the rows while others write, and then relies on the constraint instead of
+scanning the table under an exclusive lock. Each statement has its own transaction: in a single
+one, the first lock would be held during validation. It can stop halfway, so it cleans up first.
 """
 
 import sqlalchemy as sa

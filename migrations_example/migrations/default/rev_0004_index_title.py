@@ -1,6 +1,6 @@
-"""Index `title` while others write: outside of a transaction, and in a revision of its own.
+"""Index `title` while others write: outside a transaction, and in a separate revision.
 
-An index that was given up is left behind, invalid, and is dropped before the next try.
+A failed attempt leaves an invalid index behind, which is dropped before the next attempt.
 """
 
 from alembic import context, op
@@ -12,7 +12,7 @@ down_revision = "0003"
 def upgrade() -> None:
     with context.get_context().autocommit_block():
         if context.get_context().dialect.name == "postgresql":
-            # It waits for every transaction that is older, and nobody queues behind it.
+            # It waits for all older transactions, but nothing queues behind it.
             op.execute("SET lock_timeout = '1h'")
             op.execute("DROP INDEX CONCURRENTLY IF EXISTS ix_book_title")
         op.create_index("ix_book_title", "book", ["title"], postgresql_concurrently=True)

@@ -1,4 +1,4 @@
-"""Nobody has to write `name` any more."""
+"""Relax: `name` is no longer required."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,5 +12,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("UPDATE book SET name = title")  # release 4 has changed titles only
+    op.execute("UPDATE book SET name = title")  # release 4 changed only titles
     op.alter_column("book", "name", existing_type=sa.String(200), nullable=False)

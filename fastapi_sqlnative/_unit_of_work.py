@@ -6,29 +6,29 @@ import asyncio
 import functools
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any, Final, cast
 
+import anyio.from_thread
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import await_only
 from starlette.types import Scope
 
 from . import exceptions
 from ._lifespan.functions import is_awaitable
 from ._lifespan.running import running_for
+from ._members import Member, check_partial, flush_and_prepare
 from ._sessions import finishing
-from ._sessions.finishing import Call, commit_is_observed
+from ._sessions.finishing import Call
+from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
-from ._sessions.pending import has_pending_changes
-from ._sessions.session import AnySession, sync_session
-from .databases import sessions_of
+from ._sessions.session import AnySession
+from .databases import AnyDatabase, AsyncDatabase, sessions_of
 
 # Grace period, in seconds, for a request past its deadline to roll back.
 _GRACE: Final = 1.0
 # Seconds after which a request without a connection gives up its place in the gate.
 _IDLE: Final = 0.1
-# The key of the unit of work in the request's scope.
-UNIT: Final = "fastapi_sqlnative_unit_of_work"
 
 
 class UnitOfWork:
@@ -82,7 +82,9 @@ class UnitOfWork:
         loop_thread = None if factory.asynchronous else threading.get_ident()
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
-        if has_place:
+        # A `def` endpoint keeps its thread, which is what the place is for.
+        if has_place and self._is_awaitable:
+            member.record.on_wanted = functools.partial(self._wanted, database)
             on_idle = functools.partial(self._released, asyncio.get_running_loop())
             member.record.on_idle = on_idle
         self._members.append(member)
@@ -107,6 +109,10 @@ class UnitOfWork:
         endpoint = getattr(self.scope.get("route"), "endpoint", None)
         too_late = self.cancelled or self.has_stored or not is_awaitable(endpoint)
         return not too_late and all(isinstance(each, AsyncSession) for each in self._all_sessions())
+
+    @property
+    def _is_awaitable(self) -> bool:
+        return is_awaitable(getattr(self.scope.get("route"), "endpoint", None))
 
     async def __aenter__(self) -> UnitOfWork:
         return self
@@ -167,6 +173,14 @@ class UnitOfWork:
         if not any(each.record.asked for each in self._members):
             self._running.gate.leave(self)
 
+    def _wanted(self, database: AnyDatabase) -> None:
+        """Wait for another place, in the greenlet or thread that wants a connection."""
+        admit = functools.partial(self._running.admit, self, self.scope.get("route"), database)
+        if isinstance(database, AsyncDatabase):
+            await_only(admit())
+        else:
+            anyio.from_thread.run(admit)
+
     # From here on: plain code that runs in a greenlet or a thread.
 
     def _commit_all(self, call: Call) -> None:
@@ -177,7 +191,7 @@ class UnitOfWork:
             if len(marked) > 1:
                 self._prepare(call, marked)
             for member in marked:
-                member.commit(call, [each for each in marked if each is not member])
+                member.commit(call, self._others(member))
         finally:
             self._close(call)
 
@@ -189,111 +203,11 @@ class UnitOfWork:
         order = [sessions_of(each).state for each in self._running.databases()]
         marked.sort(key=lambda each: order.index(each.state) if each.state in order else -1)
         for member in marked:
-            call(member.session, _flush_and_prepare)
+            try:
+                call(member.session, flush_and_prepare)
+            except Exception as error:
+                check_partial(error, self._others(member), [member])
+                raise
 
-
-class Member:
-    """A session of the request, with its synchronous session, its record and its database."""
-
-    __slots__ = ("inner", "record", "session", "state")
-
-    def __init__(self, session: AnySession) -> None:
-        self.session = session
-        self.inner = sync_session(session)
-        self.record = self.inner.sqlnative
-        self.state = self.record.state
-
-    @property
-    def waits(self) -> bool:
-        """Return whether finishing it may block, on the database or in application code."""
-        return bool(
-            self.record.asked
-            or has_pending_changes(self.inner)
-            or self.state.overridden
-            or (self.record.commits and commit_is_observed(self.inner))
-        )
-
-    @property
-    def stores(self) -> bool:
-        """Return whether its commit may store something."""
-        return self.record.may_have_written or has_pending_changes(self.inner)
-
-    def set_options(self, options: TransactionOptions) -> None:
-        """Set the transaction's options, unless it is too late for them."""
-        record, name = self.record, self.state.name
-        if record.options not in (NO_OPTIONS, options):
-            raise exceptions.TransactionOptionsError(
-                f"transactional({name!r}) was asked for twice in one request, with "
-                f"{record.options} and with {options}. A request has one transaction per "
-                "database: declare it once, with the options that it needs."
-            )
-        if record.connections and record.options != options:
-            raise exceptions.TransactionOptionsError(
-                f"The transaction on database {name!r} has begun: an earlier dependency has used "
-                f"the session, and {options} can no longer apply. Declare the transaction first, "
-                f"in the route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
-            )
-        options.check_known_to(self.state.root.dialect, name)
-        record.options = options
-
-    def check_nothing_forgotten(self, call: Call) -> None:
-        """Refuse to report success if the session leaves changes uncommitted."""
-        record, name = self.record, self.state.name
-        record.check_discarded()
-        if record.commits or not self.inner.in_transaction():
-            return
-        pending = has_pending_changes(self.inner)
-        if record.options is AUTOCOMMIT:
-            if pending:
-                raise self.state.error(exceptions.ReadOnlySessionError)
-        elif pending or self._leaves_unstored(call):
-            raise exceptions.UncommittedChangesError(
-                f"The request wrote to database {name!r} through get_db({name!r}) and returned "
-                f"without a commit. Depend on transactional({name!r}), which commits before "
-                "the response, or call commit() or rollback() yourself."
-            )
-
-    def _leaves_unstored(self, call: Call) -> bool:
-        answer = [0]
-
-        def count(_: AnySession) -> None:
-            self.record.end_results()  # SQLite counts the changes of a statement at its end
-            answer.append(self.record.count_unstored())
-
-        if self.record.may_have_written:
-            call(self.session, count)
-        return answer[-1] > 0
-
-    def commit(self, call: Call, others: Sequence[Member]) -> None:
-        """Commit, as one of the request's databases.
-
-        A session with nothing to store is committed as well, in case we have missed a write, but
-        losing its connection doesn't fail the request.
-        """
-        # Not idle if there are listeners, which may still write.
-        idle = bool(others) and not (self.stores or commit_is_observed(self.inner))
-        try:
-            call(self.session, finishing.commit)
-        except Exception as error:
-            if idle and (
-                getattr(error, "connection_invalidated", False) or isinstance(error, OSError)
-            ):
-                return
-            kept, lost = others, [] if idle and not self.record.stored else [self]
-            if isinstance(error, exceptions.AfterCommitError):
-                # This database did commit; the ones after it won't.
-                kept, lost = [*others, self], [e for e in others if e.record.may_have_written]
-            names = tuple(each.state.name for each in kept if each.record.stored)
-            if names and lost:
-                raise exceptions.PartialCommitError(names, lost[0].state.name) from error
-            raise
-
-
-def _flush_and_prepare(session: AnySession) -> None:
-    """Flush, and refuse what cannot be committed, before the first COMMIT."""
-    inner = sync_session(session)
-    if inner.in_transaction():
-        inner.flush()
-        if not inner.is_active:
-            inner.commit()  # raises: an earlier flush has failed
-        inner.sqlnative.prepare()
+    def _others(self, member: Member) -> list[Member]:
+        return [each for each in self._members if each is not member]

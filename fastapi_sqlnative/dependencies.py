@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ._lifespan.running import running_for, trimmed
+from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, IsolationLevel, TransactionOptions
 from ._sessions.session import AnySession
-from ._unit_of_work import UNIT, UnitOfWork
+from ._unit_of_work import UnitOfWork
 from .databases import AnyDatabase
 from .exceptions import DatabaseDependencyError
 

@@ -400,5 +400,5 @@ async def test_a_flush_that_dies_with_its_connection_is_refused(
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     route(app, kind, "/", transactional(), body)
-    with pytest.raises(PendingRollbackError):
+    with pytest.raises(TransactionAbortedError):
         await ask(app)

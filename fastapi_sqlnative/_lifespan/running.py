@@ -128,11 +128,11 @@ class Running:
         """Return whether this application, or one that it is mounted in, is draining."""
         return any(each.installed.draining for each in (self, *self.above))
 
-    def admit(self, request: object, route: object, database: AnyDatabase) -> Awaitable[bool]:
+    async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place in the gate if needed; return whether the request must leave it."""
         if key_of(route) not in self.gate.opened and self.examine is not None:
             self.examine(self, route)
-        return self.gate.enter(request, route, database)
+        return await self.gate.enter(request, route, database)
 
 
 def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:

@@ -72,6 +72,8 @@ async def _start(running: Running, runs: list[Running]) -> None:
             "This application, or one it is mounted in, is running on another event loop. Make "
             "one application per event loop: call the application factory again."
         )
+    if not installed.runs:
+        installed.starting = asyncio.Lock()  # of this event loop
     installed.runs.append(running)
     runs.append(running)
     async with installed.starting:

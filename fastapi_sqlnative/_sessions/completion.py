@@ -8,7 +8,7 @@ import contextvars
 import logging
 import math
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -21,15 +21,36 @@ T = TypeVar("T")
 async def to_completion(
     running: Coroutine[Any, Any, None],
     *,
+    databases: Sequence[str] = (),
     timeout: float = math.inf,
     cancelled: bool = False,
-    abandon: Callable[[asyncio.Task[None]], None] | None = None,
+    abandon: Callable[[asyncio.Task[None]], object] | None = lambda task: task.cancel(),
 ) -> None:
     """Await work in a task of its own, shielded from cancellation until `timeout` has passed.
 
     Two shields are needed: the task protects from asyncio's one-time cancellation, the shielded
     scope from anyio's, which is raised again at every await and would make the loop spin.
+
+    Args:
+        running: the work.
+        databases: their names, for the log.
+        timeout: seconds from the cancellation.
+        cancelled: the caller is already being cancelled.
+        abandon: called with the task when the timeout has passed; `None` waits for ever.
+            SQLAlchemy invalidates a connection whose operation is cancelled.
     """
+
+    def give_up(task: asyncio.Task[None]) -> None:
+        logger.error(
+            "Database %s did not finish within %s s of a cancellation: the connection is "
+            "discarded%s.",
+            ", ".join(map(repr, databases)),
+            timeout,
+            "" if cancelled else ", and whether a COMMIT took effect is unknown",
+        )
+        if abandon is not None:
+            abandon(task)
+
     task = asyncio.create_task(running)
     cancellation: asyncio.CancelledError | None = None
     try:
@@ -38,7 +59,7 @@ async def to_completion(
             return
     except asyncio.CancelledError as error:
         cancellation = error
-    await _outlast_cancellation(task, timeout, abandon)
+    await _outlast_cancellation(task, math.inf if abandon is None else timeout, give_up)
     if cancellation is None:
         if not task.cancelled():
             task.result()
@@ -49,16 +70,16 @@ async def to_completion(
 
 
 async def _outlast_cancellation(
-    task: asyncio.Task[None], timeout: float, abandon: Callable[[asyncio.Task[None]], None] | None
+    task: asyncio.Task[None], timeout: float, abandon: Callable[[asyncio.Task[None]], None]
 ) -> None:
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout
     with anyio.CancelScope(shield=True):
         while not task.done():
-            remaining = None if abandon is None else max(deadline - clock(), 0)
+            remaining = None if timeout == math.inf else max(deadline - clock(), 0)
             with contextlib.suppress(asyncio.CancelledError):  # raised again by the caller
                 await asyncio.wait({task}, timeout=remaining)
-            if abandon is not None and not task.done() and clock() >= deadline:
+            if not task.done() and clock() >= deadline:
                 abandon(task)
                 deadline = clock() + timeout  # its cleanup may hang as well
 

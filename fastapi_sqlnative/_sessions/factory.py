@@ -40,6 +40,8 @@ class Outermost(Session):
         bind = super().get_bind(*args, **arguments)
         record = self.sqlnative
         record.asked = True
+        if record.executing and record.on_wanted is not None:
+            record.on_wanted()
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
         if record.options is AUTOCOMMIT and TAKES_OPTIONS:

@@ -41,6 +41,7 @@ def commit(session: AnySession) -> None:
     if not (inner.in_transaction() or commit_is_observed(inner)):
         return  # SQLAlchemy's own commit would do nothing
     record.committed = False
+    record.shielded = True  # by whoever finishes it
     try:
         _run(session, "commit")
     except AfterCommitError:
@@ -187,18 +188,14 @@ async def run_together(
         running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
 
     def abandon(task: asyncio.Task[None]) -> None:
-        logger.error(
-            "Database %s did not finish within %s s of a cancellation: the connection is "
-            "discarded%s.",
-            ", ".join(repr(record_of(session).state.name) for session in sessions),
-            timeout,
-            "" if cancelled else ", and whether a COMMIT took effect is unknown",
-        )
-        # SQLAlchemy invalidates a connection whose operation is cancelled.
         bridge.cancel() if len(asynchronous) < len(sessions) else task.cancel()
 
     await to_completion(
-        running, timeout=timeout, cancelled=cancelled, abandon=abandon if asynchronous else None
+        running,
+        databases=[record_of(session).state.name for session in sessions],
+        timeout=timeout,
+        cancelled=cancelled,
+        abandon=abandon if asynchronous else None,
     )
 
 

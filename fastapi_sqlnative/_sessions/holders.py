@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from time import monotonic
 from types import MappingProxyType
 from typing import Any, Final
 
 from sqlalchemy import Connection
+from sqlalchemy.engine import CursorResult, ExecutionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._drivers import transactions
@@ -17,6 +20,8 @@ from .._drivers.pools import ConnectionHolder, ask_pool
 from .._routes import name_of_route
 from .shared import SharedState
 
+# The key in a request's scope under which it keeps its unit of work.
+UNIT: Final = "fastapi_sqlnative_unit_of_work"
 _NO_REQUEST: Final[Mapping[str, Any]] = MappingProxyType({})
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -25,7 +30,18 @@ logger = logging.getLogger("fastapi_sqlnative")
 class Holder:
     """The connections that one session holds. Lives as long as the session."""
 
-    __slots__ = ("_since", "connections", "ends_at", "executing", "on_idle", "request", "state")
+    __slots__ = (
+        "_since",
+        "_streams",
+        "_unread",
+        "connections",
+        "ends_at",
+        "executing",
+        "on_idle",
+        "on_wanted",
+        "request",
+        "state",
+    )
 
     def __init__(self, state: SharedState) -> None:
         self.state = state
@@ -34,6 +50,11 @@ class Holder:
         self.executing = False  # a statement is running
         self.ends_at = math.inf  # when the server ends its statements, on the monotonic() clock
         self.on_idle: Any = None  # called when the connections are released
+        self.on_wanted: Any = None  # called before a connection is checked out
+        # Results that may not be exhausted: streams, whose cursor on the server has to be closed,
+        # and others by their context. Weak, because SQLite cannot commit while one is unread.
+        self._streams: list[Any] = []
+        self._unread: weakref.WeakSet[ExecutionContext] | None = None
         self._since = 0.0
 
     def take(self, connection: Connection) -> None:
@@ -58,6 +79,28 @@ class Holder:
             )
         if self.on_idle is not None:
             self.on_idle()
+
+    def note_open_result(self, result: CursorResult[Any]) -> None:
+        """Record a result that may be read later, over its connection."""
+        if result.context.execution_options.get("stream_results"):
+            still_open = [each for each in self._streams if each.cursor is not None]
+            self._streams = [*still_open, result]
+        else:
+            self._unread = self._unread or weakref.WeakSet()
+            self._unread.add(result.context)
+
+    def end_results(self, *, streams_only: bool = False) -> None:
+        """Close open results: streams at COMMIT or ROLLBACK, everything when the session ends.
+
+        The connection then goes back to the pool, and a stream may have unread rows on the server.
+        """
+        streams, self._streams = [each.context for each in self._streams], []
+        others = () if streams_only else self._unread or ()
+        for context in [*streams, *others]:
+            self.state.readers[context.root_connection] = self
+            # Closing fails on a lost connection; an exhausted result has no cursor to close.
+            with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
+                context.cursor.close()
 
     def discard_connections(self) -> None:
         """Close connections that the session failed to close: SQLAlchemy no longer tracks them."""

@@ -6,18 +6,16 @@ depend on. `session` keeps it up to date.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import weakref
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import exceptions
 from .._drivers import failures, transactions
-from .holders import Holder, report_holders
+from .._drivers.statements import writes
+from .holders import UNIT, Holder, report_holders
 from .options import AUTOCOMMIT, TransactionOptions, engine_with
 from .shared import SharedState
 from .transaction import BegunTransaction
@@ -52,9 +50,9 @@ class Record(Holder):
         "finished",
         "joined",
         "loop_thread",
-        "open_results",
         "options",
         "rolled_back",
+        "shielded",
         "stored",
         "stores_on",
         "streamed",
@@ -69,6 +67,7 @@ class Record(Holder):
         self.loop_thread = loop_thread
         self.commits = False  # our code commits the session at the end
         self.finished = False  # the request or block has ended
+        self.shielded = False  # from cancellation, while it is finished
         self.ending = False  # an override of close() and the like may still use it
         self.begun: BegunTransaction | None = None  # the one handed out by begin()
         self.closed = False  # by the application
@@ -77,9 +76,6 @@ class Record(Holder):
         self.stored = False  # a COMMIT has stored something, or may have
         # Like `state.engines`, for engines that may exist only for this session.
         self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
-        # The contexts of results that may not be exhausted. Weak, because a result that nobody
-        # reads any more keeps SQLite from committing.
-        self.open_results: weakref.WeakSet[ExecutionContext] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -171,21 +167,7 @@ class Record(Holder):
         self.work.note(self.state.statement_of(context), cursor_result, context, self.connections)
         if cursor_result.cursor is not None and transactions.reads_later(context):
             self.streamed = True
-            self.open_results = self.open_results or weakref.WeakSet()
-            self.open_results.add(context)
-
-    def end_results(self, *, streams_only: bool = False) -> None:
-        """Close open results: streams at COMMIT or ROLLBACK, everything when the session ends.
-
-        The connection then goes back to the pool, and a stream may have unread rows on the server.
-        """
-        for context in self.open_results or ():
-            if streams_only and not context.execution_options.get("stream_results"):
-                continue
-            self.state.readers[context.root_connection] = self
-            # Closing fails on a lost connection; an exhausted result has no cursor to close.
-            with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
-                context.cursor.close()
+            self.note_open_result(cursor_result)
 
     def note_failure(self, error: BaseException) -> None:
         """Record a failure on one of the session's connections."""
@@ -211,11 +193,15 @@ class Record(Holder):
                 SQLAlchemy did not wrap.
         """
         self.note_failure(error)
-        self.state.tag(error)
+        statement = getattr(error, "statement", None)
+        if self.autocommits and getattr(error, "connection_invalidated", False):
+            # The statement may be stored, and only its answer lost.
+            self.work.wrote = self.work.wrote or (statement is not None and writes(statement))
+        self.state.tag(error, stored=self.request_has_stored)
         if isinstance(error, PoolTimeoutError) and not hasattr(error, "__notes__"):
             report_holders(self.state, error)
         if (recognized := failures.recognize(error)) is not None:
-            raise self.state.tag(recognized) from error
+            raise self.state.tag(recognized, stored=self.request_has_stored) from error
 
     @property
     def may_have_written(self) -> bool:
@@ -231,6 +217,12 @@ class Record(Holder):
     def has_stored(self) -> bool:
         """Return whether something is or may be stored, counting a COMMIT in progress."""
         return self.stored or (self.may_have_written and (self.committing or self.autocommits))
+
+    @property
+    def request_has_stored(self) -> bool:
+        """Return `has_stored` for all sessions of the request."""
+        unit = self.request.get(UNIT)
+        return self.has_stored if unit is None else unit.has_stored
 
     def count_unstored(self, *, if_lost: bool | None = None) -> int:
         """Count the connections on which a COMMIT would store something now."""
@@ -285,7 +277,7 @@ class Record(Holder):
         """
         if self.committed:
             raise self.state.error(exceptions.AfterCommitError) from error
-        self.state.tag(error)
+        self.state.tag(error, stored=self.request_has_stored)
         if not self.committing:
             return
         if self.rolled_back is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, cast
 
@@ -171,7 +171,7 @@ class NativeSession(Session):
             while self.in_nested_transaction():
                 cast("SessionTransaction", self.get_nested_transaction()).commit()
             with _checked_last(self):
-                super().commit()
+                _commit_uninterrupted(self, super().commit)
         except Exception as error:
             record.commit_failed(error)
             raise
@@ -269,6 +269,15 @@ def _check_before_commit(session: NativeSession) -> None:
     record.check_committable()
     record.end_results(streams_only=True)
     record.committing = True
+
+
+def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) -> None:
+    record = session.sqlnative
+    stores = record.may_have_written or has_pending_changes(session)
+    if record.state.root.dialect.is_async and stores and not record.shielded:
+        record.state.run_uninterrupted(commit)
+    else:
+        commit()
 
 
 def _note_discarded(session: NativeSession, *, ask: bool) -> None:

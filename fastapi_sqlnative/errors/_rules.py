@@ -171,7 +171,12 @@ class ErrorMapping:
         stated = describe_database_error(error) or failure
         names = failure.constraint, stated.constraint, f"{stated.table}.{stated.constraint}"
         own = next((self._constraints[each] for each in names if each in self._constraints), None)
-        mapped = DatabaseHTTPException(_merged(self.rules[failure.kind], own or ErrorRule()))
+        rule = _merged(self.rules[failure.kind], own or ErrorRule())
+        if getattr(only_error(error), "database_stored", False) and (
+            rule.retry_after is not None or rule.status in (503, 504)
+        ):
+            rule = self.rules[Kind.OUTCOME_UNKNOWN]  # repeated, it would be stored twice
+        mapped = DatabaseHTTPException(rule)
         mapped.__cause__ = error
         self._log(failure, error, mapped.status_code, route)
         return mapped

@@ -1,0 +1,125 @@
+"""The sessions of one request, each with what is known of it, and how each is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import exceptions
+from ._sessions import finishing
+from ._sessions.finishing import Call, commit_is_observed
+from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
+from ._sessions.pending import has_pending_changes
+from ._sessions.session import AnySession, sync_session
+
+
+class Member:
+    """A session of the request, with its synchronous session, its record and its database."""
+
+    __slots__ = ("inner", "record", "session", "state")
+
+    def __init__(self, session: AnySession) -> None:
+        self.session = session
+        self.inner = sync_session(session)
+        self.record = self.inner.sqlnative
+        self.state = self.record.state
+
+    @property
+    def waits(self) -> bool:
+        """Return whether finishing it may block, on the database or in application code."""
+        return bool(
+            self.record.asked
+            or has_pending_changes(self.inner)
+            or self.state.overridden
+            or (self.record.commits and commit_is_observed(self.inner))
+        )
+
+    @property
+    def stores(self) -> bool:
+        """Return whether its commit may store something."""
+        return self.record.may_have_written or has_pending_changes(self.inner)
+
+    def set_options(self, options: TransactionOptions) -> None:
+        """Set the transaction's options, unless it is too late for them."""
+        record, name = self.record, self.state.name
+        if record.options not in (NO_OPTIONS, options):
+            raise exceptions.TransactionOptionsError(
+                f"transactional({name!r}) was asked for twice in one request, with "
+                f"{record.options} and with {options}. A request has one transaction per "
+                "database: declare it once, with the options that it needs."
+            )
+        if record.connections and record.options != options:
+            raise exceptions.TransactionOptionsError(
+                f"The transaction on database {name!r} has begun: an earlier dependency has used "
+                f"the session, and {options} can no longer apply. Declare the transaction first, "
+                f"in the route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
+            )
+        options.check_known_to(self.state.root.dialect, name)
+        record.options = options
+
+    def check_nothing_forgotten(self, call: Call) -> None:
+        """Refuse to report success if the session leaves changes uncommitted."""
+        record, name = self.record, self.state.name
+        record.check_discarded()
+        if record.commits or not self.inner.in_transaction():
+            return
+        pending = has_pending_changes(self.inner)
+        if record.options is AUTOCOMMIT:
+            if pending:
+                raise self.state.error(exceptions.ReadOnlySessionError)
+        elif pending or self._leaves_unstored(call):
+            raise exceptions.UncommittedChangesError(
+                f"The request wrote to database {name!r} through get_db({name!r}) and returned "
+                f"without a commit. Depend on transactional({name!r}), which commits before "
+                "the response, or call commit() or rollback() yourself."
+            )
+
+    def _leaves_unstored(self, call: Call) -> bool:
+        answer = [0]
+
+        def count(_: AnySession) -> None:
+            self.record.end_results()  # SQLite counts the changes of a statement at its end
+            answer.append(self.record.count_unstored())
+
+        if self.record.may_have_written:
+            call(self.session, count)
+        return answer[-1] > 0
+
+    def commit(self, call: Call, others: Sequence[Member]) -> None:
+        """Commit, as one of the request's databases.
+
+        A session with nothing to store is committed as well, in case we have missed a write, but
+        losing its connection doesn't fail the request.
+        """
+        # Not idle if there are listeners, which may still write.
+        marked = [each for each in others if each.record.commits]
+        idle = bool(marked) and not (self.stores or commit_is_observed(self.inner))
+        try:
+            call(self.session, finishing.commit)
+        except Exception as error:
+            if idle and (
+                getattr(error, "connection_invalidated", False) or isinstance(error, OSError)
+            ):
+                return
+            kept, lost = others, [] if idle and not self.record.stored else [self]
+            if isinstance(error, exceptions.AfterCommitError):
+                # This database did commit; the ones after it won't.
+                kept, lost = [*others, self], [e for e in marked if e.record.may_have_written]
+            check_partial(error, kept, lost)
+            raise
+
+
+def check_partial(error: Exception, kept: Sequence[Member], lost: Sequence[Member]) -> None:
+    """Refuse to report a failure as if nothing was stored, when another database has stored."""
+    names = tuple(each.state.name for each in kept if each.record.stored)
+    if names and lost:
+        raise exceptions.PartialCommitError(names, lost[0].state.name) from error
+
+
+def flush_and_prepare(session: AnySession) -> None:
+    """Flush, and refuse what cannot be committed, before the first COMMIT."""
+    inner = sync_session(session)
+    if inner.in_transaction():
+        inner.flush()
+        if not inner.is_active:
+            inner.commit()  # raises: an earlier flush has failed
+        inner.sqlnative.prepare()

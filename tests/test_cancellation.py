@@ -77,14 +77,36 @@ async def ended(task: "asyncio.Task[Any]") -> None:
     assert task.cancelled() or task.exception() is None
 
 
+def add_and_commit(session: Session) -> None:
+    add_a(session)
+    session.commit()
+
+
+# A thread is left behind with its own COMMIT when asyncio cancels who waits for it.
+OURS_AND_OWN = pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        *(pytest.param(each, add_a, id=each.id) for each in KINDS),
+        *(pytest.param(each, add_and_commit, id=f"{each.id}-own") for each in KINDS[:2]),
+    ],
+    indirect=["kind"],
+)
+
+
 @pytest.mark.driver_decides
+@OURS_AND_OWN
 @pytest.mark.parametrize("cancel", CANCELS.values(), ids=CANCELS)
 async def test_a_commit_is_awaited(
-    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, cancel: Cancel
+    kind: Kind,
+    behind_proxy: Engine,
+    proxy: Proxy,
+    rows: Rows,
+    cancel: Cancel,
+    body: Callable[[Session], None],
 ) -> None:
     """A request cancelled while its COMMIT is on the way ends after it, and it is stored."""
     proxy.fault = Fault.STALLED
-    async with running(behind_proxy, kind, add_a) as client:
+    async with running(behind_proxy, kind, body) as client:
         task = await cancelled_request(client, proxy.reached, cancel)
         await asyncio.wait({task}, timeout=0.05)
         assert not task.done()
@@ -97,6 +119,7 @@ async def test_a_commit_is_awaited(
 # FastAPI shields the exit of a dependency from anyio: a cancellation that it does not let through
 # starts no deadline.
 @pytest.mark.driver_decides
+@OURS_AND_OWN
 @pytest.mark.parametrize("cancel", [CANCELS["asyncio-twice"]], ids=["asyncio-twice"])
 async def test_a_commit_that_hangs_is_given_up(
     kind: Kind,
@@ -104,13 +127,14 @@ async def test_a_commit_that_hangs_is_given_up(
     proxy: Proxy,
     rows: Rows,
     cancel: Cancel,
+    body: Callable[[Session], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Past the deadline an async connection is discarded, and the unknown outcome is logged."""
     if not kind.asynchronous:
         proxy.go_on.set()  # a sync COMMIT is waited for: its driver's timeouts bound it
     proxy.fault = Fault.STALLED
-    async with running(behind_proxy, kind, add_a, shutdown_timeout=0.2) as client:
+    async with running(behind_proxy, kind, body, shutdown_timeout=0.2) as client:
         task = await cancelled_request(client, proxy.reached, cancel)
         await ended(task)
     told = "whether a COMMIT took effect is unknown" in caplog.text

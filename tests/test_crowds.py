@@ -114,7 +114,7 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
 
 @asynccontextmanager
 async def idling(app: FastAPI, client: httpx.AsyncClient, times: int) -> AsyncGenerator[None]:
-    """Send requests that wait for something else than the database, until the block ends."""
+    """Send requests that wait for something else until the block ends, and then go on."""
     arrived, leave = asyncio.Semaphore(0), asyncio.Event()
 
     def read_and_commit(*sessions: Session) -> None:
@@ -123,15 +123,19 @@ async def idling(app: FastAPI, client: httpx.AsyncClient, times: int) -> AsyncGe
         for session in sessions:
             session.commit()
 
-    async def endpoint(
-        first: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
-    ) -> None:
+    async def work(first: Any, second: Any) -> None:
         if isinstance(first, AsyncSession):
             await first.run_sync(lambda one: read_and_commit(one, second.sync_session))
         else:
             await run_sync(read_and_commit, first, second)
+
+    async def endpoint(
+        first: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
+    ) -> None:
+        await work(first, second)
         arrived.release()
         await leave.wait()
+        await work(first, second)
 
     app.post("/idle")(endpoint)
     waiting = [asyncio.create_task(client.post("/idle")) for _ in range(times)]
@@ -152,7 +156,7 @@ async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None
 
 
 async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI) -> None:
-    """Sixty requests that have given their connections back leave room for the sixty-first."""
+    """Sixty requests that have given their connections back leave room for one, and come back."""
     add_with_a_reader(app, kind)
     async with running(app) as client, idling(app, client, 60):
         assert (await client.post("/")).status_code == 201

@@ -344,6 +344,36 @@ def test_an_unknown_outcome_tells_nobody_to_repeat(
     assert "may or may not" in response.json()["detail"]
 
 
+PASSING = "RAISE EXCEPTION 'in the way' USING ERRCODE = "
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["commit", "AUTOCOMMIT"])
+@pytest.mark.parametrize("failure", ["lost", "40001", "55P03", "57014"])
+@pytest.mark.parametrize("mapped", ["handlers", "block"])
+def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, autocommit: bool, failure: str, mapped: str
+) -> None:
+    """A failure that would pass is a 500 without Retry-After where repeating stores it twice."""
+
+    def fail(session: Session) -> None:
+        if failure == "lost":
+            rows.lose(session)
+        session.execute(text(f"DO $$BEGIN {PASSING}'{failure}'; END$$"))
+
+    def body(session: Session) -> None:
+        session.execute(insert(items).values(name="a"))
+        if not autocommit:
+            session.commit()
+        with contextlib.nullcontext() if mapped == "handlers" else http_errors():
+            fail(session)
+
+    engine = make_engine(isolation_level="AUTOCOMMIT") if autocommit else make_engine()
+    response = call(make_app(engine, handlers=mapped == "handlers"), kind, body, get_db())
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert "may or may not" in response.json()["detail"]
+    assert rows.names == ["a"]
+
+
 def test_a_partial_commit_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:

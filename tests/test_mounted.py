@@ -314,6 +314,29 @@ async def test_two_roots_that_start_at_the_same_time() -> None:
         may_go_on.set()
 
 
+def test_two_roots_that_start_at_the_same_time_once_more() -> None:
+    """They may do so again on another event loop, as in a second test."""
+
+    async def build() -> AsyncEngine:
+        await anyio.wait_all_tasks_blocked()  # until the other root waits, too
+        return async_sqlite()
+
+    sub = FastAPI()
+    install_database(sub, engine=build)
+
+    async def start() -> None:
+        async with anyio.create_task_group() as starting:
+            for _ in range(2):
+                root = FastAPI()
+                engine = async_sqlite()
+                install_database(root, name="own", engine=engine, shutdown=engine.dispose)
+                root.mount("/sub", sub)
+                starting.start_soon(start_and_stop, root)
+
+    for _ in range(2):
+        anyio.run(start)
+
+
 def test_two_event_loops_with_one_mounted_application() -> None:
     """One without databases of its own may be mounted in roots on several event loops."""
     sub = showing()

@@ -331,6 +331,33 @@ async def test_a_half_that_the_endpoint_has_committed_is_named(
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 
+def add_first(session: Session) -> None:
+    session.add(Item(name="a"))
+    session.commit()
+
+
+FAILING: dict[str, Body] = {
+    "at COMMIT": taken,
+    "in the last flush": lambda session: session.add(Item(name="there")),
+}
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+@pytest.mark.parametrize("fail", FAILING.values(), ids=FAILING)
+async def test_whoever_has_committed_a_half_it_is_named(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], dependency: Any, fail: Body
+) -> None:
+    """The endpoint's own commit counts through any dependency, and whenever the other fails."""
+    app = two(kind, make_engine, add_first, fail)
+    app.router.routes.pop()
+    beside = Depends(using(kind, Depends(dependency), add_first))
+    route(app, kind, "/", transactional("second"), fail, dependencies=[beside])
+    with pytest.raises(PartialCommitError) as caught:
+        await ask(app)
+    assert (caught.value.committed, caught.value.failed) == (("default",), "second")
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
 # -- beside another session --------------------------------------------------------------------
 
 

@@ -439,6 +439,21 @@ async def test_no_commit_is_interrupted(
 
 
 @asynchronous
+async def test_a_commit_that_is_about_to_begin_is_cancelled(app: FastAPI, rows: Rows) -> None:
+    """What is ready to go on when its time is over does not reach its own commit()."""
+
+    async def commit_late(session: AsyncSession) -> None:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        # Both are due when the loop has a moment: first this, and then the deadline.
+        loop.call_later(SOON / 10, ready.set)
+        loop.call_soon(time.sleep, 2 * SOON)
+        await ready.wait()
+        await session.commit()
+
+    assert await status_after(app, rows, commit_late) == 504
+
+
+@asynchronous
 async def test_a_reader_of_a_function_has_stored_nothing(
     kind: Kind, app: FastAPI, rows: Rows
 ) -> None:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from traceback import clear_frames
 from typing import Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import Depends
@@ -120,6 +121,7 @@ async def _cancellable(
     except asyncio.CancelledError as cancelled:
         if not ours or task.cancelling() - len(ours) > before:
             raise  # somebody else has cancelled the request
+        clear_frames(cancelled.__traceback__)  # else a half-open connection lives until the next GC
         raise error() from cancelled
     finally:
         for again in ours:

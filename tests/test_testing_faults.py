@@ -21,7 +21,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapped, Session, registry
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import (
@@ -47,6 +47,19 @@ notes = Table(
     Column("id", Integer, primary_key=True),
     Column("name", String(20), unique=True),
 )
+
+
+class Note:
+    """A row that a flush stores."""
+
+    id: Mapped[int]
+    name: Mapped[str]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+registry().map_imperatively(Note, notes)
 
 
 def _params() -> Iterator[Any]:
@@ -128,6 +141,10 @@ def app(driver: Driver, url: str) -> FastAPI:
     def add(session: Session) -> None:
         session.execute(notes.insert().values(name="note"))
 
+    def flush(session: Session) -> None:
+        session.add(Note(name="note"))
+        session.flush()
+
     def names(session: Session) -> list[str]:
         return list(session.scalars(select(notes.c.name)))
 
@@ -147,6 +164,7 @@ def app(driver: Driver, url: str) -> FastAPI:
         database.run_in_transaction(add, backoff=0)
 
     route(app, kind, "/add", transactional(), add)
+    route(app, kind, "/flush", transactional(), flush)
     route(app, kind, "/swallow", transactional(), swallow)
     route(app, kind, "/names", transactional(), names)
     route(
@@ -195,10 +213,11 @@ def test_a_failure_that_passes(
     assert client.post("/names").json() == ["note"]
 
 
-def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient) -> None:
+@pytest.mark.parametrize("path", ["/add", "/flush"])
+def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path: str) -> None:
     """The transaction is gone, and the next request has another connection."""
     with pytest.raises(exc.DBAPIError) as raised, fail_next_statement(app, "connection_lost"):
-        client.post("/add")
+        client.post(path)
     assert raised.value.connection_invalidated
     description = describe_database_error(raised.value)
     assert description is not None

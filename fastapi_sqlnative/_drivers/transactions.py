@@ -94,18 +94,18 @@ def _sqlite(connection: Connection) -> Any:
 
 
 def has_rolled_back(
-    connection: Connection, error: BaseException, *, changed: bool, before_commit: bool
+    connection: Connection, error: BaseException, *, changes_before: int | None, before_commit: bool
 ) -> bool:
     """Return whether this failure has made the database silently roll back the transaction.
 
     On PostgreSQL any failure aborts it, and we ask the server about that before COMMIT. With
-    `before_commit` that check is already past, so ask now. On SQLite a transaction that has not
-    `changed` anything may not have begun.
+    `before_commit` that check is already past, so ask now. On SQLite a transaction that has
+    changed nothing since `changes_before` may not have begun; `None` says that it has.
     """
     if connection.closed or connection.invalidated:
         return True
     if connection.dialect.name == "sqlite":
-        return changed and not is_open_on_sqlite(connection)
+        return changes(connection) != changes_before and not is_open_on_sqlite(connection)
     if connection.dialect.name in {"mysql", "mariadb"}:
         return driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
     in_savepoint = connection.in_nested_transaction()

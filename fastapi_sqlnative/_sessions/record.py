@@ -178,7 +178,7 @@ class Record(Holder):
             transactions.has_rolled_back(
                 connection,
                 error,
-                changed=self.work.defined or transactions.changes(connection) != before,
+                changes_before=None if self.work.defined else before,
                 before_commit=self.committing,
             )
             for connection, before in self.connections.items()

@@ -55,6 +55,7 @@ class Progress:
         self.last = time.monotonic()
         return (yield)
 
+    @pytest.hookimpl(tryfirst=True)  # xdist's controller, which leaves it to the workers, ends it
     def pytest_collection(self) -> None:
         self.says("Collecting the tests")
 

@@ -6,8 +6,6 @@ import errno
 import logging
 import socket
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -645,7 +643,7 @@ def errors(draw: st.DrawFn) -> object:
 
 
 @given(errors())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_describing_never_fails(error: Any) -> None:
     """Whatever object is given: in an exception handler there is nobody left to catch more."""
     describe_database_error(error)
@@ -821,17 +819,6 @@ def test_nobody_is_told_to_repeat_what_is_half_stored(kind: str) -> None:
             http_errors(**rules)
     rules = {kind: ErrorRule("Look.", 502)}
     http_errors(**rules)
-
-
-def test_a_driver_that_is_not_there_is_not_imported() -> None:
-    """Describing an error imports no driver."""
-    drivers = {"asyncmy", "asyncpg", "psycopg", "psycopg2", "pymysql", "sqlite3"}
-    program = (
-        "import sys, fastapi_sqlnative as package; package.describe_database_error(ValueError());"
-        f"print({drivers} & set(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout == "set()\n", run.stderr
 
 
 def test_an_error_without_a_drivers_error_is_none() -> None:

@@ -271,7 +271,9 @@ async def test_a_database_that_hangs_holds_no_other(
 
 # -- clients that disconnect -----------------------------------------------------------------
 
-CLIENTS = 100
+# One of a hundred left a transaction open with asyncpg on an old SQLAlchemy; more than a pool has
+# connections are enough for the others.
+CLIENTS, ON_ASYNCPG = 40, 100
 SERIES = text("SELECT generate_series(:page * 100, :page * 100 + 99)")
 
 
@@ -359,7 +361,7 @@ async def disconnect(url: str, path: str, started: bool) -> None:
 async def test_clients_that_disconnect_leave_nothing(
     kind: Kind, make_engine: MakeEngine, rows: Rows, path: str, middleware: bool
 ) -> None:
-    """A hundred clients go away in the middle; then nothing is in use or in a transaction."""
+    """Many clients go away in the middle; then nothing is in use or in a transaction."""
     rows.connection.execute(SLOW_COMMIT)
     engine = make_engine(pool_size=5, max_overflow=10)
     app = disconnecting_app(engine, kind, paged=middleware)
@@ -367,7 +369,7 @@ async def test_clients_that_disconnect_leave_nothing(
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     with serve(app) as served:
         async with asyncio.TaskGroup() as clients:
-            for _ in range(CLIENTS):
+            for _ in range(ON_ASYNCPG if kind.driver == "asyncpg" else CLIENTS):
                 clients.create_task(disconnect(served.url, path, path == "/stream"))
         pool: Any = engine.pool
 

@@ -103,7 +103,7 @@ def makes_sense(order: Sequence[Operation]) -> bool:
     return True
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(histories())
 def test_the_checker_agrees_with_trying_every_order(history: list[Operation]) -> None:
     """On small histories it says what trying every order of every possible subset says."""

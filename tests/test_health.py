@@ -484,7 +484,7 @@ async def test_the_body_tells_nobody_where_the_database_is(
 
 
 @pytest.mark.parametrize("build", [sqlite, async_sqlite])
-async def test_a_thousand_probes_cost_one_question(build: Callable[[], AnyEngine]) -> None:
+async def test_many_probes_cost_one_question(build: Callable[[], AnyEngine]) -> None:
     """Probes that come together, or shortly after one another, wait for one and the same answer."""
     engine = build()
     statements: list[str] = []
@@ -502,7 +502,7 @@ async def test_a_thousand_probes_cost_one_question(build: Callable[[], AnyEngine
 
     app = healthy(engine, max_age=60, timeout=20, checks={"check": check})
     async with running(app) as client:
-        answers = await asyncio.gather(*(client.get("/health/ready") for _ in range(1000)))
+        answers = await asyncio.gather(*(client.get("/health/ready") for _ in range(200)))
         assert {each.status_code for each in answers} == {200}
         assert (await client.head("/health/ready")).status_code == 200
     assert len(statements) == len(called) == 1

@@ -45,7 +45,7 @@ shortly = settings(
 # --- requests -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["psycopg", "asyncpg"])
+@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
 def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterator[FastAPI]:
     """Build the showcase on two databases, and leave nothing in them."""
     first, second = (make_url(each.url(request.param)) for each in (postgres, postgres.second))

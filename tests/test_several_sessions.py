@@ -17,8 +17,8 @@ pytestmark = pytest.mark.anyio
 SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 30}
 
 
-async def flood(served: Served, path: str, times: int = 60) -> list[int]:
-    """Send many requests at once; return the status of each."""
+async def flood(served: Served, path: str, times: int = 45) -> list[int]:
+    """Send more requests at once than there are threads; return the status of each."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=50) as client:
         responses = await asyncio.gather(*(client.post(path) for _ in range(times)))

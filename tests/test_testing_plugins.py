@@ -210,38 +210,40 @@ async def test_own_fixtures(client, db_session):
     assert len((await client.get("/names")).json()) == 11
 """
 
-PLUGINS = {
-    "pytest-asyncio-auto": ("asyncio_mode = auto", ASYNCHRONOUS + OWN_FIXTURES),
-    "pytest-asyncio-strict": (
-        "asyncio_mode = strict",
-        "import pytest\npytestmark = pytest.mark.asyncio\n" + ASYNCHRONOUS + OWN_FIXTURES,
-    ),
-    "two-workers": ("addopts = -n 2", SYNCHRONOUS),
-    "anyio": (
-        "",
-        "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
-        + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def"),
+STRICT = "import pytest\npytestmark = pytest.mark.asyncio\n" + ASYNCHRONOUS + OWN_FIXTURES
+ANYIO = (
+    "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
+    + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def")
+)
+
+# Settings, and modules of tests; whoever has pytest-asyncio in its strict mode can have anyio too.
+SUITES = {
+    "pytest-asyncio-auto": ("asyncio_mode = auto", {"auto": ASYNCHRONOUS + OWN_FIXTURES}),
+    "others-on-two-workers": (
+        "asyncio_mode = strict\naddopts = -n 2",
+        {"strict": STRICT, "anyio": ANYIO, "synchronous": SYNCHRONOUS},
     ),
 }
 
 
 @pytest.mark.timeout(240)  # a whole run of pytest, with clones
-@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("suite", SUITES)
 def test_suites_of_applications(
-    plugin: str,
+    suite: str,
     tmp_path: Path,
     postgres: WorkerPostgres,
     rows: Rows,
     pytestconfig: pytest.Config,
 ) -> None:
     """Fixtures, factories and async clients work with each plugin, and leave nothing behind."""
-    settings, suite = PLUGINS[plugin]
+    settings, modules = SUITES[suite]
     (tmp_path / "pytest.ini").write_text(
         f"[pytest]\n{settings}\nasyncio_default_fixture_loop_scope = function\n"
         "filterwarnings = error\n"
     )
     (tmp_path / "conftest.py").write_text(CONFTEST)
-    (tmp_path / "test_suite.py").write_text(suite)
+    for name, module in modules.items():
+        (tmp_path / f"test_with_{name}.py").write_text(module)
     # What this run is told of warnings: the lowest versions have some of their own.
     warnings = [f"-W{each}" for each in pytestconfig.known_args_namespace.pythonwarnings or ()]
     # Of the plugins that are installed here, an application has those that it uses.

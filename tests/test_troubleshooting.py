@@ -87,7 +87,7 @@ def test_every_error_of_ours_has_an_entry() -> None:
 @pytest.mark.parametrize("quoted", [text for texts in OURS.values() for text in texts])
 def test_our_texts_are_quoted_as_they_are(quoted: str) -> None:
     """A text on the page is one of the package's."""
-    assert any(pattern(quoted).search(found) for found in texts_of_the_package())
+    assert any(map(pattern(quoted).search, texts_of_the_package()))
 
 
 # --- others' ------------------------------------------------------------------------------------

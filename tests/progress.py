@@ -52,6 +52,7 @@ class Progress:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> Generator[None]:
         self.running.pop(nodeid, None)
+        self.phase = "stopping"  # what is left to say when no test runs
         self.last = time.monotonic()
         return (yield)
 

@@ -110,6 +110,8 @@ class Rows:
 
         Of those that were closed without a word the server hears late: wait for it.
         """
+        # In a transaction of its own the server would tell again what it told first.
+        self.connection.execute("SELECT pg_stat_clear_snapshot()")
         found = self.connection.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
             " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"

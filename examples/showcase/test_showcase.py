@@ -181,11 +181,11 @@ def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
 def _backends(
     watching: psycopg.Connection, *, besides: psycopg.Connection
 ) -> list[tuple[str, str]]:
-    """List what each transaction is waiting for, and how its statement ends."""
+    """List what each transaction of the showcase's waits for, and how its statement ends."""
     return watching.execute(
         "SELECT wait_event_type, right(query, 10) FROM pg_stat_activity"
         " WHERE datname = current_database() AND state <> 'idle'"
-        " AND pid NOT IN (pg_backend_pid(), %s)",
+        " AND query LIKE '%%showcase%%' AND pid NOT IN (pg_backend_pid(), %s)",
         (besides.info.backend_pid,),
     ).fetchall()
 

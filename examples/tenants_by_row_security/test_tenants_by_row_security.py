@@ -195,14 +195,14 @@ ESCAPES = {
 }
 
 
-@pytest.mark.parametrize("escape", ESCAPES)
-def test_no_statement_gets_out(owner: psycopg.Connection, escape: str) -> None:
-    """A statement that omits the tenant, or names another, sees and changes only own rows."""
+def test_no_statement_gets_out(owner: psycopg.Connection) -> None:
+    """A statement that forgets the tenant, or wants another, sees and changes own rows only."""
     with served() as (_, ada, grace):
-        found = ada.attack("/as-tenant", ESCAPES[escape], EVERYTHING)
-        assert found in (["of acme"], 500)
-        assert (ada.titles, grace.titles) == (["of acme"], ["of globex"])
-    assert stored(owner) == START
+        for escape, statement in ESCAPES.items():
+            found = ada.attack("/as-tenant", statement, EVERYTHING)
+            assert found in (["of acme"], 500), escape
+            assert (ada.titles, grace.titles) == (["of acme"], ["of globex"]), escape
+            assert stored(owner) == START, escape
 
 
 WITHOUT = ["/as-nobody", "/as-task", "/as-reader"]

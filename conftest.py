@@ -219,9 +219,15 @@ def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what all tests share to no garbage collection: tests that collect look at their own."""
+    """Leave what all tests share to no garbage collection: it takes long, and is in vain."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def collecting() -> None:
+    """Do so once more with what other modules have left, for tests that collect their own."""
+    pytest_collection_finish()
 
 
 # --- what the server saw ---

@@ -17,7 +17,7 @@ from fastapi_sqlnative.exceptions import SessionFinishedError
 from tests.in_process import application, ask, async_sqlite, is_kept, running, session_class
 from tests.serving import Item, Kind, Rows, items, wait_until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("collecting")]
 
 SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 sqlite_kinds = pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)

@@ -437,6 +437,7 @@ def _(postgres: str, sqlite: str) -> None:
 # What SQLAlchemy has begun to await without a greenlet is never awaited, and says so when it goes.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collecting")
 @pytest.mark.parametrize("title", OTHERS)
 def test_texts_of_others_are_quoted_as_they_are(
     title: str, postgres: WorkerPostgres, tmp_path: Path

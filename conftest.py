@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # --- the run's server: started by the controller, handed to xdist's workers ---
 
-# Tests wait for a database, and a server's end, more than they compute.
-WORKERS = 4
+# Each imports and collects for itself, for four seconds; two processors are busy with three, as
+# tests wait for a database's answer, and for a server's end.
+WORKERS = 3
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()
 

@@ -38,7 +38,7 @@ from fastapi_sqlnative.testing import (
     fail_next_statement,
     isolated,
 )
-from tests.failing import DRIVERS, Driver, disposing, engine_for
+from tests.failing import ASYNCPG, DRIVERS, FOLLOWERS, Driver, disposing, engine_for
 from tests.serving import Kind, route
 
 notes = Table(
@@ -63,10 +63,14 @@ registry().map_imperatively(Note, notes)
 
 
 def _params() -> Iterator[Any]:
-    """Yield each driver, and once for each database an isolated one."""
+    """Yield each driver, and once for each database an isolated one.
+
+    A driver decides what a failure is raised as; what is done with it, one of a database shows.
+    """
     databases: set[str] = set()
     for driver in DRIVERS:
-        marks = [pytest.mark.mariadb] if driver.dialect == "mysql" else []
+        marks = [pytest.mark.mariadb] * (driver.dialect == "mysql")
+        marks += [pytest.mark.other_driver] * (driver in (ASYNCPG, *FOLLOWERS))
         yield pytest.param((driver, False), id=driver.id, marks=marks)
         if driver.dialect not in databases:
             databases.add(driver.dialect)
@@ -192,6 +196,7 @@ def without_deadlock(driver: Driver, failure: str) -> bool:
     return driver.dialect == "sqlite" and failure == "deadlock"
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("failure", ["serialization", "deadlock"])
 @pytest.mark.parametrize("fail", [fail_next_statement, fail_next_commit])
 def test_a_failure_that_passes(
@@ -213,6 +218,7 @@ def test_a_failure_that_passes(
     assert client.post("/names").json() == ["note"]
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("path", ["/add", "/flush"])
 def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path: str) -> None:
     """The transaction is gone, and the next request has another connection."""
@@ -227,6 +233,7 @@ def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path
     assert client.post("/names").json() == ["note"]
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_connection_lost_in_commit(app: FastAPI, client: TestClient, when: Any) -> None:
     """Before COMMIT nothing is stored, after it all is, and the application cannot know."""

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # --- the run's server: started by the controller, handed to xdist's workers ---
 
-# Each imports and collects for itself, for four seconds; two processors are busy with three, as
-# tests wait for a database's answer, and for a server's end.
+# Each worker imports and collects everything, which takes four CPU seconds. Three keep two
+# processors busy, because tests also wait for databases and for servers to stop.
 WORKERS = 3
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()
@@ -220,14 +220,14 @@ def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what all tests share to no garbage collection: it takes long, and is in vain."""
+    """Exempt what all tests share from garbage collection: traversing it is slow and pointless."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module")
 def collecting() -> None:
-    """Do so once more with what other modules have left, for tests that collect their own."""
+    """Exempt what earlier modules left as well, for tests that collect their own garbage."""
     pytest_collection_finish()
 
 

@@ -130,7 +130,7 @@ def placed(
 
 
 def with_marks(*drivers: str, few: tuple[str, ...] = ("postgresql+psycopg",)) -> list[Any]:
-    """Mark the drivers that need MariaDB, and those of which the few show as much."""
+    """Mark the drivers that need MariaDB, and those that `few` represent."""
     return [
         pytest.param(
             each,
@@ -144,7 +144,7 @@ def with_marks(*drivers: str, few: tuple[str, ...] = ("postgresql+psycopg",)) ->
     ]
 
 
-# For what PostgreSQL and MariaDB do in ways of their own: locks, and DDL in a transaction.
+# Where PostgreSQL and MariaDB behave differently: locks, and DDL in a transaction.
 the_database_decides = pytest.mark.parametrize(
     "place", with_marks(*DRIVERS, few=("postgresql+psycopg", "mysql+asyncmy")), indirect=True
 )
@@ -261,7 +261,7 @@ def hold_the_lock(place: Place) -> ExitStack:
     return held
 
 
-# Processes of their own, of which Alembic and the drivers are imported once.
+# Separate processes, forked after Alembic and the drivers are imported once.
 FOUR = """
 import logging, os, sys
 import asyncmy, psycopg, sqlalchemy.ext.asyncio
@@ -277,13 +277,13 @@ print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(4)])
 """
 
 
-@pytest.mark.timeout(240)  # five processes, on a machine that may be busy
+@pytest.mark.timeout(240)  # five processes, possibly on a busy machine
 @pytest.mark.parametrize("place", with_marks("postgresql+psycopg", "mysql+asyncmy"), indirect=True)
 def test_four_runners(place: Place) -> None:
-    """Four commands at once apply each revision once, all succeed, and none silences a logger."""
+    """Four simultaneous commands apply each revision once, succeed, and disable no logger."""
     with hold_the_lock(place) as held:
         words, pipe = [sys.executable, "-c", FOUR], subprocess.PIPE
-        with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # ours
+        with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # our own command
             wait_until(lambda: place.others() == 5, seconds=120)
             assert place.tables() == set()
             held.close()

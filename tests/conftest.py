@@ -104,7 +104,7 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
     Install them with ``shutdown=engine.dispose``: their event loop ends with the server.
     """
     pools: list[Pool] = []
-    # A new engine would ask the server for a type that no test has, for as long as to connect.
+    # Saves a query that takes as long as connecting, for a type that no test uses.
     without = {"use_native_hstore": False} if kind.driver == "psycopg" else {}
 
     def make(*, second: bool = False, **options: Any) -> Engine | AsyncEngine:

@@ -52,11 +52,11 @@ class Progress:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> Generator[None]:
         self.running.pop(nodeid, None)
-        self.phase = "stopping"  # what is left to say when no test runs
+        self.phase = "stopping"  # when no test is running
         self.last = time.monotonic()
         return (yield)
 
-    @pytest.hookimpl(tryfirst=True)  # xdist's controller, which leaves it to the workers, ends it
+    @pytest.hookimpl(tryfirst=True)  # xdist's controller ends this hook
     def pytest_collection(self) -> None:
         self.says("Collecting the tests")
 

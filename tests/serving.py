@@ -80,7 +80,7 @@ class Rows:
 
     def __init__(self, connection: psycopg.Connection) -> None:
         self.connection = connection
-        # TRUNCATE, which waits for whoever uses the table as this does, takes six times as long.
+        # TRUNCATE takes six times as long; it waits for other users of the table, as LOCK does.
         connection.execute("LOCK item; DELETE FROM item; SELECT setval('item_id_seq', 1, false)")
 
     def add(self, name: str, position: int | None = None) -> None:
@@ -110,7 +110,7 @@ class Rows:
 
         Of those that were closed without a word the server hears late: wait for it.
         """
-        # In a transaction of its own the server would tell again what it told first.
+        # Within a transaction, the server would repeat its first answer.
         self.connection.execute("SELECT pg_stat_clear_snapshot()")
         found = self.connection.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"

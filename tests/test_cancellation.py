@@ -271,8 +271,8 @@ async def test_a_database_that_hangs_holds_no_other(
 
 # -- clients that disconnect -----------------------------------------------------------------
 
-# One of a hundred left a transaction open with asyncpg on an old SQLAlchemy; more than a pool has
-# connections are enough for the others.
+# With asyncpg on an old SQLAlchemy, one client of a hundred left a transaction open. For the other
+# drivers it is enough that there are more clients than connections.
 CLIENTS, ON_ASYNCPG = 40, 100
 SERIES = text("SELECT generate_series(:page * 100, :page * 100 + 99)")
 

@@ -126,8 +126,8 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     await anyio.to_thread.run_sync(wait_until, lambda: rows.backends(application="draining") == 0)
 
 
-def test_a_time_that_cannot_be_is_refused() -> None:
-    """Nobody drains for less than no time."""
+def test_a_negative_time_is_refused() -> None:
+    """A negative time is refused at once."""
     with pytest.raises(ValueError, match="seconds must be at least 0 seconds, and finite"):
         drain_on_sigterm(FastAPI(), seconds=-1)
 
@@ -189,12 +189,12 @@ async def load(port: int) -> AsyncGenerator[Load]:
     ids=lambda kind: kind.id,
 )
 async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Rows) -> None:
-    """Two processes leave one by one under load: every request is answered and stored.
+    """Two processes are stopped one by one under load: every request is answered and stored.
 
-    And the one that came meanwhile has little time to drain: with that it ends by itself.
+    The one that replaced them drains for a tenth of a second, and then ends by itself.
     """
     async with Balancer().listening() as balancer:
-        # All are started before the load, which they would share two processors with.
+        # Started before the load, with which they would share two processors.
         first, second, new = await asyncio.gather(*map(processes.start, (600, 600, 0.1)))
         await balancer.add(first.port)
         await balancer.add(second.port)

@@ -443,7 +443,7 @@ async def test_two_servers_are_asked_together(server: PostgresServer, kind: Kind
 async def test_a_storm_of_probes_is_one_question_in_the_servers_log(
     server: PostgresServer, kind: Kind
 ) -> None:
-    """Many probes over HTTP are one statement in the pool, or one connection outside it."""
+    """Many probes over HTTP cost one statement in the pool, or one connection outside it."""
     engine = engine_at(server, kind, pool_size=1, max_overflow=0)
     app = healthy(engine, timeout=30, max_age=60)
     app.include_router(health_router(prefix="/again", timeout=30, max_age=60))

@@ -322,7 +322,7 @@ def test_commands(
     """What the examples and migrations print when they cannot connect has no password in it."""
     monkeypatch.setenv("PORT", "0")
     monkeypatch.setenv("DATABASE_URL", address)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
     with pytest.raises((SystemExit, SQLAlchemyError, ValueError)) as raised:
         command()
     heard.raised(raised.value)

@@ -408,7 +408,7 @@ async def test_a_running_application_is_not_instrumented() -> None:
 
 
 def test_nothing_is_imported_unless_asked_for() -> None:
-    """The package imports none of its extras, nor its testing; describing an error, no driver."""
+    """The package imports no extra and no testing, and describing an error imports no driver."""
     ours = {f"fastapi_sqlnative.{each}" for each in ("telemetry", "migrations", "testing")}
     drivers = {"asyncmy", "asyncpg", "psycopg", "psycopg2", "pymysql", "sqlite3"}
     code = (

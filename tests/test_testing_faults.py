@@ -65,7 +65,7 @@ registry().map_imperatively(Note, notes)
 def _params() -> Iterator[Any]:
     """Yield each driver, and once for each database an isolated one.
 
-    A driver decides what a failure is raised as; what is done with it, one of a database shows.
+    The driver decides which error is raised; how it is handled, one driver per database shows.
     """
     databases: set[str] = set()
     for driver in DRIVERS:

@@ -216,7 +216,7 @@ ANYIO = (
     + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def")
 )
 
-# Settings, and modules of tests; whoever has pytest-asyncio in its strict mode can have anyio too.
+# Settings and test modules. Strict pytest-asyncio and anyio can be used in one suite.
 SUITES = {
     "pytest-asyncio-auto": ("asyncio_mode = auto", {"auto": ASYNCHRONOUS + OWN_FIXTURES}),
     "others-on-two-workers": (

@@ -13,7 +13,7 @@ from tests.serving import serve
 
 @pytest.mark.usefixtures("databases")
 def test_many_requests_share_two_connections() -> None:
-    """Fifty requests at once all succeed on a pool of two, and none is stored twice or lost."""
+    """Fifty simultaneous requests succeed with a pool of two; none is stored twice or lost."""
     with serve(create_app()) as served, ThreadPoolExecutor(50) as threads:
         answers = threads.map(
             lambda number: served.client.post("/notes", json={"text": f"note {number}"}),

@@ -181,7 +181,7 @@ def test_the_user_is_read_in_the_transaction(settings: Settings) -> None:
 def _backends(
     watching: psycopg.Connection, *, besides: psycopg.Connection
 ) -> list[tuple[str, str]]:
-    """List what each transaction of the showcase's waits for, and how its statement ends."""
+    """List what each of the showcase's transactions is waiting for, and how its statement ends."""
     return watching.execute(
         "SELECT wait_event_type, right(query, 10) FROM pg_stat_activity"
         " WHERE datname = current_database() AND state <> 'idle'"
@@ -215,7 +215,7 @@ ORDERS: dict[str, tuple[tuple[str, str, str, int], int]] = {
 
 @on_postgres
 def test_refused_orders_change_nothing(settings: Settings) -> None:
-    """Whoever asks for what is not theirs, or makes no sense, is told so and moves nothing."""
+    """A transfer that is not allowed or makes no sense is refused and moves nothing."""
     with served(settings) as bank:
         for name, (order, status) in ORDERS.items():
             answer = bank.transfer(*order)

@@ -115,7 +115,7 @@ CLAIMS: list[tuple[str, dict[str, str], int]] = [
 
 
 def test_only_the_user_decides_on_the_tenant(owner: psycopg.Connection) -> None:
-    """A tenant that is missing or spoofed is refused before any query of it."""
+    """A missing or spoofed tenant is refused before any query for it."""
     with served() as (running, _, _):
         for token, headers, status in CLAIMS:
             asking = Tenant(running.client, token)
@@ -197,12 +197,12 @@ def probe(app: FastAPI, work: Callable[[Session], Any]) -> None:
 
 
 def test_a_query_that_forgets_the_tenant_gets_it(owner: psycopg.Connection) -> None:
-    """However a class stands in a query, only rows of the request's tenant are found."""
+    """However a query uses a class, it finds only rows of the request's tenant."""
     app = create_app()
     probe(app, lambda session: list(session.scalars(QUERIES[query])))
     with served(app) as (running, ada, grace):
         for query in QUERIES:
-            for _ in range(3):  # SQLAlchemy keeps what it has compiled for the one
+            for _ in range(3):  # SQLAlchemy caches what it compiles for the first
                 assert ada.call("POST", "/as-tenant").json() == ["rocket"], query
                 assert grace.call("POST", "/as-tenant").json() == ["volcano"], query
             for path in "/as-nobody", "/as-reader", "/as-task":
@@ -251,7 +251,7 @@ WRITES: dict[str, Callable[[Session], Any]] = {
 
 
 def test_what_the_tenant_cannot_be_added_to_is_refused(owner: psycopg.Connection) -> None:
-    """A statement that no predicate fits, or an object of another tenant, fails the request."""
+    """A statement that cannot take the predicate, or another tenant's object, fails the request."""
     app = create_app()
 
     def work(session: Session) -> None:

@@ -196,7 +196,7 @@ ESCAPES = {
 
 
 def test_no_statement_gets_out(owner: psycopg.Connection) -> None:
-    """A statement that forgets the tenant, or wants another, sees and changes own rows only."""
+    """A statement that omits the tenant, or names another, sees and changes only own rows."""
     with served() as (_, ada, grace):
         for escape, statement in ESCAPES.items():
             found = ada.attack("/as-tenant", statement, EVERYTHING)

@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 RUN := .venv/bin/python
 LOWEST := .venv-lowest/bin/python
 CANARY := .venv-canary/bin/python
-# Number of test processes; if empty, three, or none for a few tests.
+# Number of test processes; if empty, five, or none for a few tests.
 WORKERS ?=
 export WORKERS
 SITE := .venv-site/bin/python

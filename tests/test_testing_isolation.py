@@ -319,6 +319,42 @@ def test_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
     assert rows.names == []
 
 
+@pytest.mark.parametrize("used_before", [False, True], ids=["first-use", "used-before"])
+@pytest.mark.parametrize("how", ["commit", "flush", "add", "outer"])
+def test_a_block_within_a_block_that_has_sent_nothing(
+    app: FastAPI, rows: Rows, how: str, used_before: bool
+) -> None:
+    """Whichever session writes first, and however, its row belongs to the innermost block."""
+    with TestClient(app) as client, isolated(app) as outer:
+        if used_before:
+            outer.add(Item(name="module"))
+            outer.commit()
+        with isolated(app), isolated(app) as inner:
+            writing = outer if how == "outer" else inner
+            writing.add(Item(name="test"))
+            if how in ("commit", "flush"):
+                getattr(writing, how)()
+            assert client.post("/names").json() == ["module"] * used_before + ["test"]
+        assert client.post("/names").json() == ["module"] * used_before
+    assert rows.names == []
+
+
+@on_a_loop
+@pytest.mark.anyio
+async def test_asynchronous_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
+    """What the outer session has pending is the outer block's, what it adds inside is not."""
+    async with async_client(app) as client, isolated(app) as outer:
+        outer.add(Item(name="module"))
+        for _ in range(2):
+            async with isolated(app), isolated(app) as inner:
+                outer.add(Item(name="outer"))
+                inner.add(Item(name="inner"))
+                await inner.flush()
+                assert (await client.post("/names")).json() == ["inner", "module", "outer"]
+            assert (await client.post("/names")).json() == ["module"]
+    assert rows.names == []
+
+
 @pytest.mark.parametrize("failing", ["flush", "execute"])
 def test_an_error_of_the_tests_own(app: FastAPI, kind: Kind, failing: str, rows: Rows) -> None:
     """A request is not in the way of a test that has seen an error and has not rolled back."""

@@ -125,11 +125,9 @@ class IsolatedConnection:
                 "the test had stored. Test that with cloned(app)."
             )
         for block in [each for each, begun in self.blocks.items() if begun is None]:
-            around = [each for each in self.blocks.values() if each]
-            self.blocks[block] = self._connection.get_transaction()  # _settle() calls opened()
-            if around:
-                self._settle(own for own, its in self.own_sessions.items() if its is not block)
-                self.blocks[block] = self._connection.begin_nested()
+            inner = any(self.blocks.values())
+            begin = self._connection.begin_nested if inner else self._connection.get_transaction
+            self.blocks[block] = begin()
         return self._connection
 
     def _open(self) -> Connection:
@@ -179,6 +177,17 @@ class IsolatedConnection:
             )
 
     # -- blocks ----------------------------------------------------------------------------
+
+    def enter(self, block: object) -> None:
+        """Begin an inner block; what its outer blocks' sessions have pending is stored before."""
+        if self._connection is not None or any(own.in_transaction() for own in self.own_sessions):
+            self.run(partial(self.turn.during, block, self, partial(self._enter, block)))
+
+    def _enter(self, block: object) -> None:
+        del self.blocks[block]
+        self._settle(self.own_sessions)
+        self.blocks[block] = None
+        self.opened()
 
     def leave(self, block: object) -> None:
         """Roll back the work of a block, and close the connection after the last one."""

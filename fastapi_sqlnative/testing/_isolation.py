@@ -83,6 +83,7 @@ class Isolated:
         if self._asynchronous() and running_loop() is not None:
             raise RuntimeError("Use `async with isolated(app)` on an event loop.")
         self._enter()
+        self._begin()
         session: Session = self._own_session(Session)
         return session
 
@@ -95,6 +96,7 @@ class Isolated:
         self._own, *_ = self._asynchronous()
         self._loop = asyncio.get_running_loop()
         self._enter()
+        await asyncio.wrap_future(in_thread(self._begin))  # in a thread, as in __aexit__
         session: AsyncSession = self._own_session(AsyncSession)
         return session
 
@@ -121,6 +123,14 @@ class Isolated:
                     self._connection_of(installation.name, sync_engine(engine))
             self._restore.enter_context(marking_requests(self._app))
             self._restore.enter_context(observing(self._app, self._isolate))
+            undo.pop_all()
+
+    def _begin(self) -> None:
+        with ExitStack() as undo:
+            undo.callback(self._leave)
+            for each in self.connections:
+                if self in each.blocks:
+                    each.enter(self)
             undo.pop_all()
 
     def _leave(self) -> None:

@@ -271,6 +271,28 @@ def test_a_synchronous_session_hands_out_no_asynchronous_connection(app: FastAPI
         assert session.scalar(text("SELECT 1")) == 1
 
 
+@on_a_loop
+def test_the_synchronous_session_is_refused_on_the_applications_loop(app: FastAPI) -> None:
+    """In an override of get_db(), or in portal.call(), it would wait for itself."""
+    with TestClient(app) as client, isolated(app) as session:
+
+        async def on_the_loop() -> list[str]:
+            return names(session)
+
+        app.get("/overridden")(using_session)
+        app.dependency_overrides[get_db()] = lambda: session
+        with pytest.raises(IsolationError, match="would wait for itself"):
+            client.get("/overridden")
+        assert client.portal is not None
+        with pytest.raises(IsolationError, match="would wait for itself"):
+            client.portal.call(on_the_loop)
+        assert names(session) == []
+
+
+async def using_session(session: Annotated[Any, Depends(get_db())]) -> list[str]:
+    return names(session)
+
+
 @pytest.mark.anyio
 async def test_the_session_works_without_a_running_application(
     kind: Kind, make_engine: MakeEngine, rows: Rows

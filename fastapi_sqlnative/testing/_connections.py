@@ -237,6 +237,12 @@ class IsolatedConnection:
                 "its event loop is not running. Use the session inside `with TestClient(app)`, and "
                 "leave isolated(app) on the event loop that entered it."
             )
+        if loop is running_loop():
+            raise self.refused(
+                "on the application's event loop, the test's synchronous session would wait for "
+                "itself. Leave get_db() as it is: the application's sessions are isolated. Use "
+                "this one in the test's thread, or use `async with isolated(app)`."
+            )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
 
     def in_production(self, sql: str, context: ExecutionContext) -> str | None:

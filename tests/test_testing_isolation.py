@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +13,7 @@ import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from starlette.testclient import TestClient
 
@@ -629,6 +629,42 @@ def test_a_factorys_session_joins(make_engine: MakeEngine, rows: Rows) -> None:
     assert names(factory()) == rows.names == []
     factory.remove()
     engine.dispose()
+
+
+def read_and_write(session: Session) -> list[str]:
+    found = names(session)
+    session.execute(items.insert().values(name="core"))
+    assert session.get(Item, 99) is None
+    session.commit()
+    return found
+
+
+@pytest.mark.anyio
+async def test_a_session_from_the_engine_joins_whatever_it_does_first(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """A read, too: it sees what is in the block, and a write after it is undone with the block."""
+    async with async_client(app) as client, in_block(app, kind):
+        engine: Any = installed_databases(app)["default"].engine
+        assert (await client.post("/add")).status_code == 201
+        if kind.asynchronous:
+            async with AsyncSession(engine) as session:
+                assert await session.run_sync(read_and_write) == ["added"]
+        else:
+            with Session(engine) as session:
+                assert read_and_write(session) == ["added"]
+        assert (await client.post("/names")).json() == ["added", "core"]
+    assert rows.names == []
+
+
+@contextlib.asynccontextmanager
+async def in_block(app: FastAPI, kind: Kind) -> AsyncIterator[Any]:
+    if kind.asynchronous:
+        async with isolated(app) as session:
+            yield session
+    else:
+        with isolated(app) as session:
+            yield session
 
 
 def make_engine_url(rows: Rows) -> Any:

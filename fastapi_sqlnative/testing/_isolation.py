@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.util.concurrency import in_greenlet
 from starlette.applications import Starlette
 
@@ -114,9 +114,13 @@ class Isolated:
             self.turn, self.connections = outer.turn, outer.connections
         with ExitStack() as undo:
             undo.callback(self._leave)
-            for hook in "after_transaction_create", "before_flush":
-                event.listen(Session, hook, self._track_session)
-                self._restore.callback(event.remove, Session, hook, self._track_session)
+            for hook, track in (
+                ("after_transaction_create", self._track_session),
+                ("before_flush", self._track_session),
+                ("do_orm_execute", self._track_execution),  # the only one before a first query
+            ):
+                event.listen(Session, hook, track)
+                self._restore.callback(event.remove, Session, hook, track)
             for _, installation in self._chosen:
                 self._close_before_shutdown(installation)
                 if (engine := ready_engine(installation)) is not None:
@@ -222,6 +226,9 @@ class Isolated:
                 "the session while it runs."
             )
         return self._connection_of(self._own.name, sync_engine(engine))
+
+    def _track_execution(self, state: ORMExecuteState) -> None:
+        self._track_session(state.session)
 
     def _track_session(self, guest: Session, *_: object) -> None:
         """Track a session of the test when it begins, and bind it to the connection if needed.

@@ -341,6 +341,34 @@ def test_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
     assert rows.names == []
 
 
+@pytest.mark.anyio
+async def test_the_tests_own_commit_checks_deferred_constraints(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """As the application's does; a savepoint's does not, and what was stored before stays."""
+
+    def twice(session: Session) -> None:
+        with session.begin_nested():
+            add("second", position=1)(session)
+        assert names(session) == ["first", "second"]
+        with pytest.raises(IntegrityError, match="position"):
+            session.commit()
+        session.rollback()
+        add("third", position=2)(session)
+        session.commit()
+
+    async with async_client(app) as client, in_block(app, kind) as session:
+        session.add(Item(name="first", position=1))
+        if kind.asynchronous:
+            await session.commit()
+            await session.run_sync(twice)
+        else:
+            session.commit()
+            twice(session)
+        assert (await client.post("/names")).json() == ["first", "third"]
+    assert rows.names == []
+
+
 @pytest.mark.parametrize("used_before", [False, True], ids=["first-use", "used-before"])
 @pytest.mark.parametrize("how", ["commit", "flush", "add", "outer"])
 def test_a_block_within_a_block_that_has_sent_nothing(

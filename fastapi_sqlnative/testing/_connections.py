@@ -140,22 +140,27 @@ class IsolatedConnection:
         if autocommits(connection):
             connection.close()
             raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
-        event.listen(connection, "release_savepoint", self._check_deferred)
+        event.listen(connection, "release_savepoint", self._check_released)
         return connection
 
-    def _check_deferred(self, connection: Connection, savepoint: str, _context: None) -> None:
-        """Check deferred constraints at the application's COMMIT, as PostgreSQL would."""
-        if savepoint != self._root or connection.dialect.name != "postgresql":
-            return
-        deferred = _send(connection, _DEFERRED).scalar()
-        try:
+    def check_deferred(self) -> None:
+        """Check deferred constraints, as PostgreSQL does at COMMIT."""
+        if self.engine.dialect.name == "postgresql":
+            connection = self.opened()
+            deferred = _send(connection, _DEFERRED).scalar()
             _send(connection, "SET CONSTRAINTS ALL IMMEDIATE")
             if deferred:
                 _send(connection, f"SET CONSTRAINTS {deferred} DEFERRED")
-        except BaseException:
-            if (transaction := connection.get_nested_transaction()) is not None:
-                transaction.rollback()  # SQLAlchemy considers it ended by the failed release
-            raise
+
+    def _check_released(self, connection: Connection, savepoint: str, _context: None) -> None:
+        """Check deferred constraints when the savepoint stands for the application's COMMIT."""
+        if savepoint == self._root:
+            try:
+                self.check_deferred()
+            except BaseException:
+                if (transaction := connection.get_nested_transaction()) is not None:
+                    transaction.rollback()  # SQLAlchemy considers it ended by the failed release
+                raise
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
         """Refuse statements that would end the block, and writes over other connections."""

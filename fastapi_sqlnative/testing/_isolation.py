@@ -118,6 +118,7 @@ class Isolated:
                 ("after_transaction_create", self._track_session),
                 ("before_flush", self._track_session),
                 ("do_orm_execute", self._track_execution),  # the only one before a first query
+                ("before_commit", self._check_deferred),
             ):
                 event.listen(Session, hook, track)
                 self._restore.callback(event.remove, Session, hook, track)
@@ -226,6 +227,13 @@ class Isolated:
                 "the session while it runs."
             )
         return self._connection_of(self._own.name, sync_engine(engine))
+
+    def _check_deferred(self, own: Session) -> None:
+        """Check deferred constraints at the COMMIT of one of the block's own sessions."""
+        for each in self.connections:
+            if each.own_sessions.get(own) is self and not own.in_nested_transaction():
+                own.flush()
+                each.check_deferred()
 
     def _track_execution(self, state: ORMExecuteState) -> None:
         self._track_session(state.session)

@@ -731,6 +731,36 @@ def test_core_on_the_engine_is_refused(
     assert rows.names == ["core"]
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_the_end_of_the_connection_itself_is_refused(
+    app: FastAPI, kind: Kind, rows: Rows, end: str
+) -> None:
+    """session.connection().commit() would store for good: it is refused, like all after it."""
+
+    def connection_end(session: Session) -> None:
+        connection = session.connection()
+        connection.execute(items.insert().values(name="core"))
+        getattr(connection, end)()
+
+    route(app, kind, "/end", get_db(), connection_end)
+    with TestClient(app) as client:
+        with isolated(app):
+            with isolated(app):
+                client.post("/add")
+                with pytest.raises(IsolationError, match="of the connection itself"):
+                    client.post("/end")
+                with pytest.raises(IsolationError, match="lost or ended"):
+                    client.post("/names")
+            with pytest.raises(IsolationError, match="lost or ended"):
+                client.post("/names")
+        assert rows.names == []
+        with isolated(app):
+            assert client.post("/names").json() == []
+            assert client.post("/add").status_code == 201
+    assert rows.names == []
+    assert rows.backends("idle in transaction%") == 0
+
+
 def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
     """They share the connection; on two event loops the second is refused at once."""
     apps = [make_app(kind, make_engine()) for _ in range(2)]

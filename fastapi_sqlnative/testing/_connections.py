@@ -119,10 +119,11 @@ class IsolatedConnection:
         """Return the connection, in its transaction and a savepoint for each inner block."""
         if self._connection is None:
             self._connection = self._open()
-        if self._connection.closed or self._connection.invalidated:
+        ended = any(not begun.is_active for begun in self.blocks.values() if begun)
+        if ended or self._connection.closed or self._connection.invalidated:
             raise self.refused(
-                "its connection was lost or a statement was cancelled, which undid everything that "
-                "the test had stored. Test that with cloned(app)."
+                "its connection was lost or ended, or a statement was cancelled, which undid "
+                "everything that the test had stored. Test that with cloned(app)."
             )
         for block in [each for each, begun in self.blocks.items() if begun is None]:
             inner = any(self.blocks.values())
@@ -141,7 +142,16 @@ class IsolatedConnection:
             connection.close()
             raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
         event.listen(connection, "release_savepoint", self._check_released)
+        event.listen(connection, "commit", self._refuse_end)
+        event.listen(connection, "rollback", self._refuse_end)
         return connection
+
+    def _refuse_end(self, _: Connection) -> None:
+        if self._connection is not None:  # it is not the end of the block
+            raise self.refused(
+                "commit() or rollback() of the connection itself would end the block. Use those "
+                "of the session, or test with cloned(app)."
+            )
 
     def check_deferred(self) -> None:
         """Check deferred constraints, as PostgreSQL does at COMMIT."""

@@ -870,5 +870,24 @@ def test_sqlite(asynchronous: bool, where: str, recipe: bool, tmp_path: Any) -> 
         assert client.post("/names").json() == ["added"]
 
 
+def test_a_refused_end_in_memory_leaves_nothing() -> None:
+    """The database stays, because it lives in its only connection, and the row does not."""
+    shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+    engine = create_engine("sqlite://", **shared)
+    Base.metadata.create_all(engine)
+    kind = Kind("", "", False)
+    app = make_app(kind, engine)
+
+    def end(session: Session) -> None:
+        session.connection().execute(items.insert().values(name="core"))
+        session.connection().commit()
+
+    route(app, kind, "/end", get_db(), end)
+    with TestClient(app) as client:
+        with isolated(app), pytest.raises(IsolationError, match="of the connection itself"):
+            client.post("/end")
+        assert client.post("/names").json() == []
+
+
 def _by_hand(connection: Any) -> None:
     connection.isolation_level = None

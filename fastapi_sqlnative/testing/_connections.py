@@ -236,7 +236,9 @@ class IsolatedConnection:
         if connection is not None and not connection.closed:
             # Close it for real: the pool may have been replaced, or the application may never run.
             # But an in-memory database would disappear with its connection.
-            if not isinstance(self.engine.pool, _IN_MEMORY):
+            if isinstance(self.engine.pool, _IN_MEMORY):
+                connection.connection.rollback()  # if SQLAlchemy considers a refused end as done
+            else:
                 if (transaction := connection.get_transaction()) is not None:
                     transaction.rollback()
                 connection.invalidate()

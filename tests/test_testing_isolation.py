@@ -731,6 +731,69 @@ def test_core_on_the_engine_is_refused(
     assert rows.names == ["core"]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "BEGIN; INSERT INTO item (name) VALUES ('seed'); COMMIT;",
+        "INSERT INTO item (name) VALUES ('a;b') ; end",
+        "/* seed */ COMMIT",
+        "-- seed\nROLLBACK WORK",
+        "SELECT 'to'; ROLLBACK",
+        "commit\nand chain",
+    ],
+)
+def test_an_end_as_text_is_refused_wherever_it_stands(
+    app: FastAPI, kind: Kind, rows: Rows, sql: str
+) -> None:
+    """After a comment or within a script it would store for good as well."""
+    route(app, kind, "/text", get_db(), lambda session: session.execute(text(sql)))
+    with TestClient(app) as client, isolated(app) as session:
+        session.add(Item(name="mine"))
+        with pytest.raises(IsolationError, match="as text"):
+            client.post("/text")
+        assert client.post("/names").json() == ["mine"]
+    assert rows.names == []
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT 'x; COMMIT', \"name; commit\" FROM (SELECT 1 AS \"name; commit\") AS found",
+        "SELECT 1 /* ; COMMIT */ -- ; ROLLBACK",
+        "DO $$ BEGIN PERFORM 1; END $$",
+        "DO $body$ BEGIN PERFORM 1; IF false THEN COMMIT; END IF; END; $body$;",
+        "CREATE FUNCTION pg_temp.one() RETURNS int BEGIN ATOMIC SELECT 1; END",
+        "SELECT CASE WHEN true THEN 1 END",
+        "/* again */ ROLLBACK TO SAVEPOINT mine",
+        "ROLLBACK WORK TO mine",
+    ],
+)
+def test_text_that_only_looks_like_an_end_is_not_refused(
+    app: FastAPI, kind: Kind, rows: Rows, sql: str
+) -> None:
+    """Comments, literals and the bodies of functions end nothing."""
+
+    def send(session: Session) -> None:
+        session.execute(text("SAVEPOINT mine"))
+        session.execute(text(sql))
+
+    route(app, kind, "/text", get_db(), send)
+    with TestClient(app) as client, isolated(app):
+        client.post("/text")
+        assert client.post("/names").json() == []
+
+
+def test_a_commented_read_on_the_engine_is_not_refused(make_engine: MakeEngine, rows: Rows) -> None:
+    """What a statement is does not depend on the comment before it."""
+    engine = create_engine(make_engine_url(rows))
+    app = make_app(Kind("psycopg-sync", "psycopg", False), engine)
+    with TestClient(app), isolated(app), engine.connect() as connection:
+        assert connection.scalar(text("/* report */ SELECT 1")) == 1
+        with pytest.raises(IsolationError, match="on the engine itself"):
+            connection.execute(text("/* report */ INSERT INTO item (name) VALUES ('core')"))
+    engine.dispose()
+
+
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_the_end_of_the_connection_itself_is_refused(
     app: FastAPI, kind: Kind, rows: Rows, end: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,12 @@ T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
 _ISOLATED: Final = "fastapi_sqlnative_isolated"
 _OURS: Final = "fastapi_sqlnative_testing"
-_ENDS: Final = ("commit", "end", "abort", "rollback")
+_UNREAD: Final = re.compile(  # comments, literals and dollar-quoted bodies
+    r"""--[^\n]*|/\*.*?\*/|'[^']*'|"[^"]*"|(\$\w*\$).*?\1""", re.DOTALL
+)
+_ENDS: Final = re.compile(
+    r"\s*(?:commit|end|abort|rollback)\b(?!(?:\s+(?:work|transaction))?\s+to\b)"
+)
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
 _IN_MEMORY: Final = (StaticPool, SingletonThreadPool)
@@ -174,12 +180,13 @@ class IsolatedConnection:
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
         """Refuse statements that would end the block, and writes over other connections."""
-        sql = statement.strip(" \t\r\n;").lower()
+        sql = _UNREAD.sub(" ", statement).strip(" \t\r\n;").lower()
         if isolated_on(connection) is self:
             command, following = sql.partition(" ")[::2]
             if self._begins and command == "savepoint":
                 self._root, self._begins = following, False
-            if command in _ENDS and not (command == "rollback" and "to " in following):
+            # A trigger or function may contain `; END`.
+            if any(map(_ENDS.match, [sql] if command == "create" else sql.split(";"))):
                 raise self.refused("COMMIT and ROLLBACK as text would end the block.")
         # DDL is allowed before the first use; later it could wait for the test's locks.
         elif not (

@@ -73,6 +73,29 @@ def test_each_block_has_a_database_of_its_own(
     assert rows.names == []
 
 
+async def prepare_later(connection: Connection) -> None:
+    raise AssertionError(connection)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        ({"analytics": prepare}, ValueError, r"'default', only for \['analytics'\]"),
+        ({"default": prepare_later}, TypeError, "'default' is an `async def`"),
+        (prepare_later, TypeError, "'default' is an `async def`"),
+    ],
+    ids=["missing", "async-of-a-name", "async"],
+)
+def test_what_cannot_prepare_a_template_is_refused(
+    kind: Kind, make_engine: MakeEngine, prepare: Any, error: type[Exception], message: str
+) -> None:
+    """By the name of the database, and before one is made."""
+    app = make_app(kind, make_engine())
+    refused = pytest.raises(error, match=message)
+    with Templates(prepare) as templates, refused, cloned(app, templates=templates):
+        pass
+
+
 @pytest.mark.anyio
 async def test_on_an_event_loop(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows

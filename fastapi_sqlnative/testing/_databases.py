@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -136,11 +137,25 @@ class Templates:
         """Return the template for a database."""
         key = name, sync_engine(engine).url.render_as_string()
         if key not in self._made:
-            prepare = self._prepare if callable(self._prepare) else self._prepare[name]
+            prepare = self._prepare_for(name)
             template = _create(name, engine, None, self._undo)
             _wait_for(_use, engine, template, prepare)
             self._made[key] = template
         return self._made[key]
+
+    def _prepare_for(self, name: str) -> Prepare:
+        known = {name: self._prepare} if callable(self._prepare) else self._prepare
+        if (prepare := known.get(name)) is None:
+            raise ValueError(
+                f"Templates() has no function for database {name!r}, only for "
+                f"{sorted(known)}: add one, or name the databases in cloned()."
+            )
+        if iscoroutinefunction(prepare):
+            raise TypeError(
+                f"The function that prepares database {name!r} is an `async def`: write a plain "
+                "one. Its connection is synchronous, even for an AsyncEngine."
+            )
+        return prepare
 
 
 @contextmanager

@@ -758,7 +758,7 @@ def test_an_end_as_text_is_refused_wherever_it_stands(
 @pytest.mark.parametrize(
     "sql",
     [
-        "SELECT 'x; COMMIT', \"name; commit\" FROM (SELECT 1 AS \"name; commit\") AS found",
+        'SELECT \'x; COMMIT\', "name; commit" FROM (SELECT 1 AS "name; commit") AS found',
         "SELECT 1 /* ; COMMIT */ -- ; ROLLBACK",
         "DO $$ BEGIN PERFORM 1; END $$",
         "DO $body$ BEGIN PERFORM 1; IF false THEN COMMIT; END IF; END; $body$;",

@@ -114,14 +114,14 @@ class Isolated:
             self.turn, self.connections = outer.turn, outer.connections
         with ExitStack() as undo:
             undo.callback(self._leave)
-            for hook, track in (
-                ("after_transaction_create", self._track_session),
-                ("before_flush", self._track_session),
-                ("do_orm_execute", self._track_execution),  # the only one before a first query
-                ("before_commit", self._check_deferred),
-            ):
-                event.listen(Session, hook, track)
-                self._restore.callback(event.remove, Session, hook, track)
+            for hook, listener in {
+                "after_transaction_create": self._track_session,
+                "before_flush": self._track_session,
+                "do_orm_execute": self._track_session,  # before a first query has its connection
+                "before_commit": self._check_deferred,
+            }.items():
+                event.listen(Session, hook, listener)
+                self._restore.callback(event.remove, Session, hook, listener)
             for _, installation in self._chosen:
                 self._close_before_shutdown(installation)
                 if (engine := ready_engine(installation)) is not None:
@@ -235,14 +235,12 @@ class Isolated:
                 own.flush()
                 each.check_deferred()
 
-    def _track_execution(self, state: ORMExecuteState) -> None:
-        self._track_session(state.session)
-
-    def _track_session(self, guest: Session, *_: object) -> None:
+    def _track_session(self, using: Session | ORMExecuteState, *_: object) -> None:
         """Track a session of the test when it begins, and bind it to the connection if needed.
 
         Sessions made without a handle need that, for example those of a factory.
         """
+        guest = using if isinstance(using, Session) else using.session
         if isinstance(guest, OwnSession):
             if guest.own_connection == self._own_connection and ready_engine(self._own) is not None:
                 joins_flow(guest)

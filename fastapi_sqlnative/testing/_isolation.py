@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, Final
@@ -114,12 +115,13 @@ class Isolated:
             self.turn, self.connections = outer.turn, outer.connections
         with ExitStack() as undo:
             undo.callback(self._leave)
-            for hook, listener in {
+            hooks: dict[str, Callable[..., None]] = {
                 "after_transaction_create": self._track_session,
                 "before_flush": self._track_session,
                 "do_orm_execute": self._track_session,  # before a first query has its connection
                 "before_commit": self._check_deferred,
-            }.items():
+            }
+            for hook, listener in hooks.items():
                 event.listen(Session, hook, listener)
                 self._restore.callback(event.remove, Session, hook, listener)
             for _, installation in self._chosen:

@@ -23,7 +23,7 @@ from ._sessions.finishing import Call
 from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.session import AnySession
-from .databases import AnyDatabase, AsyncDatabase, sessions_of
+from .databases import AsyncDatabase, sessions_of
 
 # Grace period, in seconds, for a request past its deadline to roll back.
 _GRACE: Final = 1.0
@@ -82,9 +82,7 @@ class UnitOfWork:
         loop_thread = None if factory.asynchronous else threading.get_ident()
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
-        # A `def` endpoint keeps its thread, which is what the place is for.
-        if has_place and self._is_awaitable:
-            member.record.on_wanted = functools.partial(self._wanted, database)
+        if has_place:
             on_idle = functools.partial(self._released, asyncio.get_running_loop())
             member.record.on_idle = on_idle
         self._members.append(member)
@@ -170,11 +168,16 @@ class UnitOfWork:
             loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
-        if not any(each.record.asked for each in self._members):
+        # A `def` endpoint keeps its thread, which is what the place is for.
+        if self._is_awaitable and not any(each.record.asked for each in self._members):
             self._running.gate.leave(self)
+            for each in self._members:
+                each.record.on_wanted = functools.partial(self._return, each)
 
-    def _wanted(self, database: AnyDatabase) -> None:
-        """Wait for another place, in the greenlet or thread that wants a connection."""
+    def _return(self, member: Member) -> None:
+        """Wait for a place again, in the greenlet or thread that wants a connection."""
+        member.record.on_wanted = None
+        database = self._running.database(member.state.name)
         admit = functools.partial(self._running.admit, self, self.scope.get("route"), database)
         if isinstance(database, AsyncDatabase):
             await_only(admit())

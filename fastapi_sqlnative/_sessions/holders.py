@@ -50,7 +50,7 @@ class Holder:
         self.executing = False  # a statement is running
         self.ends_at = math.inf  # when the server ends its statements, on the monotonic() clock
         self.on_idle: Any = None  # called when the connections are released
-        self.on_wanted: Any = None  # called before a connection is checked out
+        self.on_wanted: Any = None  # then called before the next checkout
         # Results that may not be exhausted: streams, whose cursor on the server has to be closed,
         # and others by their context. Weak, because SQLite cannot commit while one is unread.
         self._streams: list[Any] = []

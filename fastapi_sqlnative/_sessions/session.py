@@ -273,8 +273,11 @@ def _check_before_commit(session: NativeSession) -> None:
 
 def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) -> None:
     record = session.sqlnative
-    stores = record.may_have_written or has_pending_changes(session)
-    if record.state.root.dialect.is_async and stores and not record.shielded:
+    if (
+        not record.shielded
+        and record.state.root.dialect.is_async
+        and (record.may_have_written or has_pending_changes(session))
+    ):
         record.state.run_uninterrupted(commit)
     else:
         commit()

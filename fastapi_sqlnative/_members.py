@@ -9,7 +9,7 @@ from ._sessions import finishing
 from ._sessions.finishing import Call, commit_is_observed
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.pending import has_pending_changes
-from ._sessions.session import AnySession, sync_session
+from ._sessions.session import AnySession, may_store, sync_session
 
 
 class Member:
@@ -32,11 +32,6 @@ class Member:
             or self.state.overridden
             or (self.record.commits and commit_is_observed(self.inner))
         )
-
-    @property
-    def stores(self) -> bool:
-        """Return whether its commit may store something."""
-        return self.record.may_have_written or has_pending_changes(self.inner)
 
     def set_options(self, options: TransactionOptions) -> None:
         """Set the transaction's options, unless it is too late for them."""
@@ -92,7 +87,7 @@ class Member:
         """
         # Not idle if there are listeners, which may still write.
         marked = [each for each in others if each.record.commits]
-        idle = bool(marked) and not (self.stores or commit_is_observed(self.inner))
+        idle = bool(marked) and not (may_store(self.inner) or commit_is_observed(self.inner))
         try:
             call(self.session, finishing.commit)
         except Exception as error:

@@ -104,8 +104,7 @@ class UnitOfWork:
     @property
     def may_be_cancelled(self) -> bool:
         """Return whether a cancellation loses no stored work and leaves no thread behind."""
-        endpoint = getattr(self.scope.get("route"), "endpoint", None)
-        too_late = self.cancelled or self.has_stored or not is_awaitable(endpoint)
+        too_late = self.cancelled or self.has_stored or not self._is_awaitable
         return not too_late and all(isinstance(each, AsyncSession) for each in self._all_sessions())
 
     @property

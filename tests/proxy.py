@@ -38,6 +38,7 @@ class Proxy:
     fault: Fault = Fault.NONE
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)  # a client has hung up
     own_port: int = 0
     _pairs: list["_Pair"] = field(default_factory=list)
 
@@ -102,6 +103,7 @@ class _Pair:
                     self.fail()
                 if self.passes():
                     self.server.sendall(data)
+        self.proxy.left.set()
         _hang_up(self.server)
 
     def answer(self) -> None:

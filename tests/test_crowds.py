@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,11 +19,19 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import Database, get_database_handle, get_db, install_database, reader
+from fastapi_sqlnative import (
+    Database,
+    _unit_of_work,
+    get_database_handle,
+    get_db,
+    install_database,
+    reader,
+)
 from fastapi_sqlnative._lifespan.gate import Gate
+from fastapi_sqlnative._lifespan.running import running_of
 from tests.conftest import MakeEngine
 from tests.in_process import running, sqlite
-from tests.serving import Kind, Rows, route, using
+from tests.serving import KINDS, Kind, Rows, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -160,6 +169,31 @@ async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI) -> None:
     add_with_a_reader(app, kind)
     async with running(app) as client, idling(app, client, 60):
         assert (await client.post("/")).status_code == 201
+
+
+@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+async def test_a_thread_that_waits_keeps_its_place(
+    kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `def` endpoint that waits after its commit holds a thread: nobody else may have it."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+    committed, leave = threading.Event(), threading.Event()
+
+    def body(session: Session) -> None:
+        ask(session)
+        session.commit()
+        committed.set()
+        leave.wait(30)
+
+    route(app, kind, "/", get_db(), body)
+    async with running(app) as client:
+        request = asyncio.create_task(client.post("/"))
+        assert await run_sync(committed.wait, 30)
+        for _ in range(5):
+            await asyncio.sleep(0)  # what the commit has scheduled on the event loop
+        assert running_of(app).gate._threads.borrowed_tokens == 1
+        leave.set()
+        assert (await request).status_code == 201
 
 
 async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:

@@ -374,6 +374,29 @@ def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
     assert rows.names == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("statement", "status"),
+    [("INSERT INTO item (name) VALUES ('a') /* COMMIT */", 500), ("SELECT 1 /* COMMIT */", 503)],
+    ids=["write", "read"],
+)
+# asyncpg sends the text, by which the proxy knows its moment, before it executes.
+@pytest.mark.parametrize("kind", KINDS[::2], indirect=True, ids=lambda kind: kind.id)
+def test_a_lost_answer_in_autocommit_tells_nobody_to_repeat_a_write(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, statement: str, status: int
+) -> None:
+    """In AUTOCOMMIT a write is stored before its answer is lost: that is no 503, as of a read."""
+    autocommit = behind_proxy.execution_options(isolation_level="AUTOCOMMIT")
+
+    def body(session: Session) -> None:
+        session.execute(text("SELECT 1")).close()
+        proxy.fault = Fault.ANSWER_LOST
+        session.execute(text(statement)).close()
+
+    response = call(make_app(autocommit), kind, body, get_db())
+    assert (response.status_code, "retry-after" in response.headers) == (status, status == 503)
+    assert rows.names == ["a"] * (status == 500)
+
+
 def test_a_partial_commit_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:

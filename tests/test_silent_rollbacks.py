@@ -31,6 +31,17 @@ def engine_at(kind: Kind, url: Any) -> Engine | AsyncEngine:
     return create_engine(url, **options)
 
 
+async def stored(engine: Engine | AsyncEngine, kind: Kind) -> list[str]:
+    """Return what a later request finds, and close the engine."""
+    found: list[str] = []
+
+    def look(session: Session) -> None:
+        found.extend(session.scalars(text("SELECT name FROM item")))
+
+    assert await ask(engine, kind, transactional(), look) == 201
+    return found
+
+
 # -- SQLite's ON CONFLICT ROLLBACK -------------------------------------------------------------
 
 ROLLING_BACK = {
@@ -47,7 +58,6 @@ async def test_a_conflict_that_rolls_back_is_no_success(
 ) -> None:
     """After SQLite's ON CONFLICT ROLLBACK nothing of the request is stored, and it is refused."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
-    stored: list[object] = []
 
     def body(session: Session) -> None:
         session.execute(text(f"CREATE TABLE item (name text {unique})"))
@@ -59,20 +69,15 @@ async def test_a_conflict_that_rolls_back_is_no_success(
         if again:
             session.execute(text("INSERT INTO item VALUES ('lost too')"))
 
-    def look(session: Session) -> None:
-        stored.extend(session.scalars(text("SELECT name FROM item")))
-
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body, shutdown=None)
-    assert await ask(engine, kind, transactional(), look) == 201
-    assert stored == ["taken"]
+    assert await stored(engine, kind) == ["taken"]
 
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_conflict_that_keeps_the_transaction_is_a_success(kind: Kind) -> None:
     """An ordinary refusal that was handled stops no commit on SQLite: the transaction goes on."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
-    stored: list[object] = []
 
     def body(session: Session) -> None:
         session.execute(text("CREATE TABLE item (name text UNIQUE)"))
@@ -80,12 +85,8 @@ async def test_a_conflict_that_keeps_the_transaction_is_a_success(kind: Kind) ->
         with pytest.raises(DBAPIError, match="UNIQUE"):
             session.execute(text("INSERT INTO item VALUES ('kept')"))
 
-    def look(session: Session) -> None:
-        stored.extend(session.scalars(text("SELECT name FROM item")))
-
     assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
-    assert await ask(engine, kind, transactional(), look) == 201
-    assert stored == ["kept"]
+    assert await stored(engine, kind) == ["kept"]
 
 
 BEFORE_ANY_WRITE = "PRAGMA cache_size", "SELECT unknown_to_us(1)", "SELECT 1"
@@ -96,7 +97,6 @@ BEFORE_ANY_WRITE = "PRAGMA cache_size", "SELECT unknown_to_us(1)", "SELECT 1"
 async def test_an_error_before_any_write_is_no_rollback(kind: Kind, first: str) -> None:
     """Python's driver begins no transaction before a write: a failure until then loses nothing."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
-    stored: list[object] = []
 
     def body(session: Session) -> None:
         session.execute(text("CREATE TABLE item (name text)"))
@@ -107,30 +107,21 @@ async def test_an_error_before_any_write_is_no_rollback(kind: Kind, first: str) 
             session.execute(text("SELECT * FROM nowhere"))
         session.execute(text("INSERT INTO item VALUES ('kept')"))
 
-    def look(session: Session) -> None:
-        stored.extend(session.scalars(text("SELECT name FROM item")))
-
     assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
-    assert await ask(engine, kind, transactional(), look) == 201
-    assert stored == ["kept"]
+    assert await stored(engine, kind) == ["kept"]
 
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_rows_that_nobody_reads_stop_no_commit(kind: Kind) -> None:
     """A write whose RETURNING was left unread is stored: SQLite waits for no reader."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
-    stored: list[object] = []
 
     def body(session: Session) -> None:
         session.execute(text("CREATE TABLE item (name text)"))
         session.execute(text("INSERT INTO item VALUES ('kept') RETURNING name"))
 
-    def look(session: Session) -> None:
-        stored.extend(session.scalars(text("SELECT name FROM item")))
-
     assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
-    assert await ask(engine, kind, transactional(), look) == 201
-    assert stored == ["kept"]
+    assert await stored(engine, kind) == ["kept"]
 
 
 # -- MariaDB's deadlock ------------------------------------------------------------------------

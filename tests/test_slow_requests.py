@@ -1,6 +1,7 @@
 """`deadline`: a request that is too slow is answered with 504, and nothing of it is stored."""
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -212,6 +213,24 @@ async def test_a_network_that_swallows_is_given_up(
         proxy.fault = Fault.NONE
         proxy.go_on.set()
         await assert_clean(app, rows)
+
+
+@asynchronous
+async def test_a_connection_that_is_being_made_is_closed(
+    kind: Kind, behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows
+) -> None:
+    """A request that ends while it connects leaves nothing for the garbage collector to close."""
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
+    proxy.fault = Fault.SWALLOWED
+    route(app, kind, "/", transactional(), slow, dependencies=[Depends(deadline(SOON))])
+    gc.disable()
+    try:
+        async with running(app) as client:
+            assert (await client.post("/")).status_code == 504
+            assert await anyio.to_thread.run_sync(proxy.left.wait, 5)
+    finally:
+        gc.enable()
 
 
 @asynchronous

@@ -24,7 +24,7 @@ async def to_completion(
     databases: Sequence[str] = (),
     timeout: float = math.inf,
     cancelled: bool = False,
-    abandon: Callable[[asyncio.Task[None]], object] | None = lambda task: task.cancel(),
+    abandon: Callable[[asyncio.Task[None]], object] = lambda task: task.cancel(),
 ) -> None:
     """Await work in a task of its own, shielded from cancellation until `timeout` has passed.
 
@@ -34,10 +34,10 @@ async def to_completion(
     Args:
         running: the work.
         databases: their names, for the log.
-        timeout: seconds from the cancellation.
+        timeout: seconds from the cancellation; `math.inf` waits for ever.
         cancelled: the caller is already being cancelled.
-        abandon: called with the task when the timeout has passed; `None` waits for ever.
-            SQLAlchemy invalidates a connection whose operation is cancelled.
+        abandon: called with the task when the timeout has passed. SQLAlchemy invalidates a
+            connection whose operation is cancelled.
     """
 
     def give_up(task: asyncio.Task[None]) -> None:
@@ -48,8 +48,7 @@ async def to_completion(
             timeout,
             "" if cancelled else ", and whether a COMMIT took effect is unknown",
         )
-        if abandon is not None:
-            abandon(task)
+        abandon(task)
 
     task = asyncio.create_task(running)
     cancellation: asyncio.CancelledError | None = None
@@ -59,7 +58,7 @@ async def to_completion(
             return
     except asyncio.CancelledError as error:
         cancellation = error
-    await _outlast_cancellation(task, math.inf if abandon is None else timeout, give_up)
+    await _outlast_cancellation(task, timeout, give_up)
     if cancellation is None:
         if not task.cancelled():
             task.result()

@@ -17,10 +17,13 @@ from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
 from .pending import would_be_flushed
 from .record import Record
-from .session import TAKES_OPTIONS, AnySession, NativeSession, sync_session
+from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
 from .transaction import depth_of
 
+# SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
+# with options, which costs time for each connection and statement.
+_TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
 _AUTOCOMMIT: Final = {"isolation_level": "AUTOCOMMIT"}
 
 
@@ -44,7 +47,7 @@ class Outermost(Session):
             record.on_wanted()
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
-        if record.options is AUTOCOMMIT and TAKES_OPTIONS:
+        if record.options is AUTOCOMMIT and _TAKES_OPTIONS:
             return bind
         return record.engine_for(bind)
 
@@ -128,7 +131,7 @@ class SessionFactory:
             base = self._options.pop("sync_session_class", None) or base.sync_session_class
         self.native: Any = native_class(base)
         self._reader_options = self._options
-        if TAKES_OPTIONS:
+        if _TAKES_OPTIONS:
             reading = dict(self._options.get("execution_options", {})) | _AUTOCOMMIT
             self._reader_options = self._options | {"execution_options": reading}
         self._look_for_overrides()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, TypeAlias
@@ -193,9 +194,9 @@ async def run_together(
     await to_completion(
         running,
         databases=[record_of(session).state.name for session in sessions],
-        timeout=timeout,
+        timeout=timeout if asynchronous else math.inf,
         cancelled=cancelled,
-        abandon=abandon if asynchronous else None,
+        abandon=abandon,
     )
 
 

@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import exceptions
@@ -193,15 +194,15 @@ class Record(Holder):
                 SQLAlchemy did not wrap.
         """
         self.note_failure(error)
-        statement = getattr(error, "statement", None)
-        if self.autocommits and getattr(error, "connection_invalidated", False):
-            # The statement may be stored, and only its answer lost.
-            self.work.wrote = self.work.wrote or (statement is not None and writes(statement))
-        self.state.tag(error, stored=self.request_has_stored)
+        if self.autocommits and isinstance(error, DBAPIError) and error.connection_invalidated:
+            # What it has sent may be stored, and only the answer lost.
+            self.work.wrote = self.work.wrote or writes(error.statement or "")
+        self._tag(error)
         if isinstance(error, PoolTimeoutError) and not hasattr(error, "__notes__"):
             report_holders(self.state, error)
         if (recognized := failures.recognize(error)) is not None:
-            raise self.state.tag(recognized, stored=self.request_has_stored) from error
+            self._tag(recognized)
+            raise recognized from error
 
     @property
     def may_have_written(self) -> bool:
@@ -218,11 +219,10 @@ class Record(Holder):
         """Return whether something is or may be stored, counting a COMMIT in progress."""
         return self.stored or (self.may_have_written and (self.committing or self.autocommits))
 
-    @property
-    def request_has_stored(self) -> bool:
-        """Return `has_stored` for all sessions of the request."""
-        unit = self.request.get(UNIT)
-        return self.has_stored if unit is None else unit.has_stored
+    def _tag(self, error: Any) -> None:
+        """Set on a foreign error the database's name, and whether its request has stored work."""
+        error.database_name = self.state.name
+        error.database_stored = self.request.get(UNIT, self).has_stored
 
     def count_unstored(self, *, if_lost: bool | None = None) -> int:
         """Count the connections on which a COMMIT would store something now."""
@@ -277,7 +277,7 @@ class Record(Holder):
         """
         if self.committed:
             raise self.state.error(exceptions.AfterCommitError) from error
-        self.state.tag(error, stored=self.request_has_stored)
+        self._tag(error)
         if not self.committing:
             return
         if self.rolled_back is not None:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Connection, Sequence, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
 
 from .._drivers.statements import writes
 from .._drivers.transactions import begin, begin_before_savepoint
 from ..exceptions import ReadOnlySessionError
+from .completion import to_completion
+from .engines import run_in_greenlet
 from .options import AUTOCOMMIT
 from .pending import has_pending_changes
 from .record import Record
 from .transaction import BegunTransaction, depth_of
 
 AnySession: TypeAlias = Session | AsyncSession
-
-
-# SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
-# with options, which costs time for each connection and statement.
-TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
 
 
 class NativeSession(Session):
@@ -212,6 +209,11 @@ def record_of(session: AnySession) -> Record:
     return sync_session(session).sqlnative
 
 
+def may_store(session: NativeSession) -> bool:
+    """Return whether a commit may store something, judged without asking the server."""
+    return session.sqlnative.may_have_written or has_pending_changes(session)
+
+
 # Functions, because a method could have the name of one of the application's class.
 
 
@@ -272,15 +274,14 @@ def _check_before_commit(session: NativeSession) -> None:
 
 
 def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) -> None:
-    record = session.sqlnative
-    if (
-        not record.shielded
-        and record.state.root.dialect.is_async
-        and (record.may_have_written or has_pending_changes(session))
-    ):
-        record.state.run_uninterrupted(commit)
-    else:
-        commit()
+    """Let a COMMIT of the application's own end, even if its caller is cancelled (rule 13)."""
+    record, state = session.sqlnative, session.sqlnative.state
+    if record.shielded or not state.root.dialect.is_async or not may_store(session):
+        return commit()
+    running = run_in_greenlet(commit)
+    return await_only(
+        to_completion(running, databases=[state.name], timeout=state.shutdown_timeout)
+    )
 
 
 def _note_discarded(session: NativeSession, *, ask: bool) -> None:

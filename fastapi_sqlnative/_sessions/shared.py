@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.util import await_only
 
 from .. import exceptions
 from .._drivers.errors import server_of
 from .._drivers.failures import reported_by_server
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import may_be_interrupted, returns_by_rollback_only
-from .completion import to_completion
-from .engines import run_in_greenlet
 from .options import TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
@@ -101,17 +98,6 @@ class SharedState:
     def error(self, kind: type[ErrorT]) -> ErrorT:
         """Build an error of this class, with its message for this database."""
         return kind(_MESSAGES[kind].format(self.name))
-
-    def tag(self, error: ErrorT, *, stored: bool) -> ErrorT:
-        """Set on a foreign error the database's name, and whether its request has stored work."""
-        tagged: Any = error
-        tagged.database_name, tagged.database_stored = self.name, stored
-        return error
-
-    def run_uninterrupted(self, commit: Callable[[], None]) -> None:
-        """Run an asynchronous COMMIT to its end, even if its caller is cancelled (rule 13)."""
-        running = run_in_greenlet(commit)
-        await_only(to_completion(running, databases=[self.name], timeout=self.shutdown_timeout))
 
     def statement_of(self, context: ExecutionContext) -> Statement:
         """Return a statement's effect, which is read once for each compiled form."""

@@ -1,15 +1,17 @@
 """Compare the cost of a request with hand-written dependencies, side by side in one run.
 
-Everything runs in one process, without HTTP parsing, and is measured in CPU time: rounds of the
-variants alternate, and the median of the per-round ratios counts. Each row is compared with the
+The variants run in one process, without HTTP parsing, and are measured in CPU time: their rounds
+alternate, and the median of the per-round ratios counts. Each row is compared with the
 cheapest hand-written spelling. Only ratios are promised.
 """
 
 import asyncio
 import contextlib
+import multiprocessing
 import statistics
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from fastapi import Depends, FastAPI, Response
@@ -37,7 +39,10 @@ PROMISED = {
     "sync": {"untouched": 0.25, "read": 0.96, "write": 1.08, "reader": 0.98},
 }
 # And what a read may cost with the pools' metrics, to the same without.
-METRICS = 1.13
+METRICS = {"metrics": 1.13}
+# The most processes that are tried until one keeps what is promised.
+PROCESSES = 5
+COLOURS = {"psycopg async": "async", "asyncpg": "async", "psycopg sync": "sync"}
 
 
 class Base(DeclarativeBase):
@@ -201,57 +206,80 @@ def ratios(found: dict[str, list[float]]) -> dict[str, float]:
     return result
 
 
-def measure(build: Callable[[], Applications], name: str, promised: dict[str, float]) -> bool:
-    """Print the best ratios of three measurements; return whether the promised ones are kept."""
-    # Whatever else the machine does only ever adds to a ratio: the best of three counts.
-    best: dict[str, float] = {}
-    for _ in range(3):
-        for row, ratio in ratios(asyncio.run(compare(build()))).items():
-            best[row] = min(ratio, best.get(row, ratio))
-        if all(best[row] <= limit for row, limit in promised.items()):
-            break
-    print(f"{name:16}", *(f"{best[row]:10.2f}" for row in promised), flush=True)
-    return all(best[row] <= limit for row, limit in promised.items())
+def of_spellings(name: str, url: str) -> dict[str, float]:
+    """Return every row's ratio."""
+    return ratios(asyncio.run(compare(build(name, url))))
 
 
-async def compare_metrics(plain: FastAPI, metered: FastAPI) -> float:
-    """Return the cost of a read with metrics, to the same read without."""
-    found = await compare({"plain": plain, "metered": metered})
-    return statistics.median(
-        there / before for before, there in zip(found["plain"], found["metered"], strict=True)
-    )
-
-
-def measure_metrics(build: Callable[[], Applications], name: str) -> bool:
-    """Print the cost of the pools' metrics; return whether it is what was promised."""
-    plain, metered = build()["read/ours"], build()["read/ours"]
+def of_metrics(name: str, url: str) -> dict[str, float]:
+    """Return the cost of a read with the pools' metrics, to the same without."""
+    plain, metered = build(name, url)["read/ours"], build(name, url)["read/ours"]
     instrument_pools(metered, meter_provider=MeterProvider([InMemoryMetricReader()]))
-    ratio = asyncio.run(compare_metrics(plain, metered))
-    print(f"{name:16} metrics {ratio:.2f} (promised {METRICS:.2f}; without = 1.00)", flush=True)
-    return ratio <= METRICS
+    found = asyncio.run(compare({"plain": plain, "metered": metered}))
+    pairs = zip(found["plain"], found["metered"], strict=True)
+    return {"metrics": statistics.median(there / before for before, there in pairs)}
+
+
+def best(
+    measured: Callable[[str, str], dict[str, float]],
+    name: str,
+    url: str,
+    promised: dict[str, float],
+) -> dict[str, float]:
+    """Return the best ratios of a few processes, as few as the promised ones need.
+
+    Whatever else the machine does adds to a ratio, and so does an unlucky layout of a process's
+    memory, which stays as it is until the process ends.
+    """
+    found: dict[str, float] = {}
+    for _ in range(PROCESSES):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            for row, ratio in process.submit(measured, name, url).result().items():
+                found[row] = min(ratio, found.get(row, ratio))
+        if kept(found, promised):
+            break
+    return found
+
+
+def kept(found: dict[str, float], promised: dict[str, float]) -> bool:
+    """Return whether no ratio is higher than promised."""
+    return all(found[row] <= limit for row, limit in promised.items())
+
+
+def build(name: str, url: str) -> Applications:
+    """Build the applications of a driver."""
+    if COLOURS[name] == "sync":
+        return synchronous(create_engine(url))
+    return asynchronous(create_async_engine(url))
 
 
 def main() -> int:
     """Print a table; return 1 when a promised ratio is missed."""
-    kept = True
+    good = True
     with contextlib.ExitStack() as closing:
         url = start_postgres(None, closing).url.removeprefix("postgresql://")
-        psycopg, asyncpg = f"postgresql+psycopg://{url}", f"postgresql+asyncpg://{url}"
-        with create_engine(psycopg).begin() as connection:
-            Base.metadata.create_all(connection)
-        builds: dict[str, tuple[str, Callable[[], Applications]]] = {
-            "psycopg async": ("async", lambda: asynchronous(create_async_engine(psycopg))),
-            "asyncpg": ("async", lambda: asynchronous(create_async_engine(asyncpg))),
-            "psycopg sync": ("sync", lambda: synchronous(create_engine(psycopg))),
+        urls = {
+            name: f"postgresql+{'asyncpg' if name == 'asyncpg' else 'psycopg'}://{url}"
+            for name in COLOURS
         }
+        with create_engine(urls["psycopg sync"]).begin() as connection:
+            Base.metadata.create_all(connection)
         print(f"{'':16}", *(f"{row:>10}" for row in ROWS), "  (hand-written = 1.00)")
-        for name, (colour, build) in builds.items():
-            kept &= measure(build, name, PROMISED[colour])
+        for name, colour in COLOURS.items():
+            found = best(of_spellings, name, urls[name], PROMISED[colour])
+            print(f"{name:16}", *(f"{found[row]:10.2f}" for row in ROWS), flush=True)
+            good &= kept(found, PROMISED[colour])
         for colour, promised in PROMISED.items():
             print(f"{f'promised {colour}':16}", *(f"{limit:10.2f}" for limit in promised.values()))
-        for name, (_, build) in builds.items():
-            kept &= any(measure_metrics(build, name) for _ in range(3))
-    return int(not kept)
+        for name in COLOURS:
+            found = best(of_metrics, name, urls[name], METRICS)
+            limit = METRICS["metrics"]
+            print(
+                f"{name:16} metrics {found['metrics']:.2f} (promised {limit:.2f}; without = 1.00)",
+                flush=True,
+            )
+            good &= kept(found, METRICS)
+    return int(not good)
 
 
 if __name__ == "__main__":

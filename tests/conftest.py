@@ -116,7 +116,8 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
 
     yield make
     for pool in pools:
-        assert not isinstance(pool, QueuePool) or pool.checkedout() == 0
+        # Below zero if a connection was closed after its pool was disposed of, as by `isolated`.
+        assert not isinstance(pool, QueuePool) or pool.checkedout() <= 0
 
 
 @pytest.fixture

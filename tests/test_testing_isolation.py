@@ -33,6 +33,7 @@ from fastapi_sqlnative.testing import (
     isolated,
 )
 from tests.conftest import MakeEngine
+from tests.in_process import session_class
 from tests.serving import (
     KINDS,
     Base,
@@ -224,6 +225,52 @@ def test_the_block_may_outlive_the_application(
             ]
             assert names(session) == ["mine"]
     assert rows.names == []
+
+
+@pytest.mark.anyio
+async def test_the_block_outlives_other_applications(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """What it has stored stays when a client in it ends, of this application or of another."""
+    app = make_app(kind, make_engine())
+    async with in_block(app, kind) as session:
+        session.add(Item(name="mine"))
+        for each in app, app, make_app(kind, make_engine()):
+            async with in_block(each, kind), async_client(each) as client:
+                assert (await client.post("/add")).status_code == 201
+                assert (await client.post("/names")).json() == ["added", "mine"]
+    assert rows.names == []
+
+
+class Executing(Session):
+    """Be a class with a method of its own, as SQLModel's `exec`."""
+
+    def exec(self, statement: Any) -> Any:
+        return super().execute(statement).scalars()
+
+
+def test_the_tests_own_session_of_the_applications_class(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """A method of the class that goes past execute() is isolated as well."""
+    app = FastAPI()
+    options = session_class(kind, Executing)
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+    with TestClient(app), isolated(app) as session:
+        assert isinstance(session, Executing)
+        session.exec(items.insert().values(name="mine").returning(items.c.id)).one()
+        session.commit()
+        assert session.exec(select(Item)).one().name == "mine"
+    assert rows.names == []
+
+
+def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> None:
+    """With yield_per or stream_results, on the event loop of an AsyncEngine as well."""
+    with TestClient(app), isolated(app) as session:
+        session.add_all([Item(name=f"{number}") for number in range(5)])
+        assert len(list(session.query(Item).yield_per(2))) == 5
+        for option in {"yield_per": 2}, {"stream_results": True}:
+            assert len(list(session.execute(select(items).execution_options(**option)))) == 5
 
 
 @on_a_loop

@@ -56,9 +56,7 @@ class IsolatedConnection:
     turn: Turn
     home: Callable[[], asyncio.AbstractEventLoop | None]  # returns the application's event loop
     # The open blocks, each with its transaction once there is a connection.
-    blocks: dict[object, Transaction | None] = field(
-        default_factory=dict[object, Transaction | None]
-    )
+    blocks: dict[Any, Transaction | None] = field(default_factory=dict[Any, Transaction | None])
     # The test's sessions, with their blocks.
     own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])
     loop: asyncio.AbstractEventLoop | None = None  # the event loop of the connection
@@ -232,6 +230,15 @@ class IsolatedConnection:
             self.close()
         elif transaction is not None and transaction.is_active:
             transaction.rollback()
+
+    def ends_with(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Return whether the shutdown of an application on an event loop ends the connection.
+
+        It does if the database ends with its pool, or if the event loop is the application's own.
+        """
+        if isinstance(self.engine.pool, _IN_MEMORY):
+            return self.loop in (None, loop)
+        return self.loop is loop and all(block.loop is not loop for block in self.blocks)
 
     def close(self) -> None:
         """Roll back everything, because the last block or the application ends."""

@@ -73,7 +73,7 @@ class Isolated:
         self._app = app
         self._chosen = places(app, names)
         self._own = self._chosen[0][1]  # the database of the test's own session
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # of the block, if entered on one
         self._restore = ExitStack()
         self.ended = False
         # Shared with outer and inner blocks.
@@ -95,7 +95,7 @@ class Isolated:
         if not self._asynchronous():
             raise TypeError("Use `with isolated(app)`: the database is installed with an Engine.")
         self._own, *_ = self._asynchronous()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._enter()
         await asyncio.wrap_future(in_thread(self._begin))  # in a thread, as in __aexit__
         session: AsyncSession = self._own_session(AsyncSession)
@@ -189,15 +189,15 @@ class Isolated:
 
     def _home(self) -> asyncio.AbstractEventLoop | None:
         """Return the application's event loop."""
-        return next((each.loop for each, _ in self._chosen if each.runs), self._loop)
+        return next((each.loop for each, _ in self._chosen if each.runs), self.loop)
 
     def _close_before_shutdown(self, installation: Installation) -> None:
-        """Close the connection at shutdown, before its event loop ends and the engine is closed."""
+        """Close a connection that cannot outlive the application, before its event loop ends."""
         shutdown = installation.shutdown
 
         async def close_and_shut_down() -> None:
             for each in self.connections:
-                if self in each.blocks and each.loop in (None, asyncio.get_running_loop()):
+                if self in each.blocks and each.ends_with(asyncio.get_running_loop()):
                     await run_in_greenlet(each.close)
             if shutdown is not None:
                 await call_off_loop(shutdown)
@@ -218,7 +218,9 @@ class Isolated:
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
         found = staticmethod(self._own_connection)
         attributes = {"turn": self.turn, "own_connection": found, "crosses": kind is Session}
-        own = type(base.__name__, (OwnSession, base), attributes)
+        attributes["get_bind"] = OwnSession.get_bind  # first, even if the application overrides it
+        bases = (OwnSession,) if base is Session else (base, OwnSession)
+        own = type(base.__name__, bases, attributes)
         return own(**options) if kind is Session else class_(sync_session_class=own, **options)
 
     def _own_connection(self) -> IsolatedConnection:

@@ -77,7 +77,8 @@ class OwnSession(Session):
     """The test's own session, which doesn't block the application's.
 
     It takes its turn only for each call. Its pending changes are committed when the application
-    begins a transaction, and its queries always load fresh values.
+    begins a transaction, and its queries always load fresh values. In the MRO it comes after the
+    application's own session class, whose `super()` calls arrive here.
     """
 
     turn: ClassVar[Turn]
@@ -156,5 +157,7 @@ class _Begun:
 
 @event.listens_for(OwnSession, "do_orm_execute")
 def _load_fresh_values(state: ORMExecuteState) -> None:
+    if cast("OwnSession", state.session).crosses:  # rows can only be fetched during the call
+        state.update_execution_options(yield_per=None, stream_results=False)
     if state.is_select and not (state.is_column_load or state.is_relationship_load):
         state.update_execution_options(populate_existing=True)

@@ -310,15 +310,6 @@ async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
 
 
 @on_a_loop
-def test_a_synchronous_session_hands_out_no_asynchronous_connection(app: FastAPI) -> None:
-    """What would fail where it is used is refused at once, and says what to do."""
-    with TestClient(app), isolated(app) as session:
-        with pytest.raises(IsolationError, match="async with isolated"):
-            session.connection()
-        assert session.scalar(text("SELECT 1")) == 1
-
-
-@on_a_loop
 def test_the_synchronous_session_is_refused_on_the_applications_loop(app: FastAPI) -> None:
     """In an override of get_db(), or in portal.call(), it would wait for itself."""
     with TestClient(app) as client, isolated(app) as session:

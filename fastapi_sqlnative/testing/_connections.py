@@ -14,7 +14,7 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session
 
 from .._drivers.statements import writes
-from .._drivers.transactions import autocommits, is_aborted
+from .._drivers.transactions import autocommits, begin_before_savepoint, is_aborted
 from .._sessions.engines import run_in_greenlet
 from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
@@ -139,9 +139,7 @@ class IsolatedConnection:
         self.loop = running_loop() if self.asynchronous else None
         connection = self.engine.connect().execution_options(**{_ISOLATED: self})
         connection.begin()
-        driver: Any = connection.connection.driver_connection
-        if self.engine.dialect.name == "sqlite" and not driver.in_transaction:
-            _send(connection, "BEGIN")  # else releasing the first savepoint would commit
+        begin_before_savepoint(connection)
         if autocommits(connection):
             connection.close()
             raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")

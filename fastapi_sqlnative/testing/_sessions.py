@@ -90,16 +90,6 @@ class OwnSession(Session):
         isolated = self.own_connection()
         return isolated.opened() if self.turn.holds(self) else isolated.engine
 
-    def connection(self, *args: Any, **options: Any) -> Connection:
-        """Return the connection, unless only another thread's event loop can use it."""
-        if self.crosses:
-            raise self.own_connection().refused(
-                "a synchronous session cannot hand out the connection of an AsyncEngine. Use "
-                "session.execute(), or `async with isolated(app)`."
-            )
-        connection: Connection = self.in_turn(super().connection, *args, **options)
-        return connection
-
     def get(self, *args: Any, **options: Any) -> Any:
         """Load by primary key, with fresh values."""
         return super().get(*args, **options | {"populate_existing": True})
@@ -132,7 +122,7 @@ def _has_turn(name: str) -> Callable[..., Any]:
 
 _LOADS = ("execute", "scalars", "scalar")  # all others call `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
-for _name in (*_LOADS, *_BULK, "flush", "commit", "rollback", "close", "reset"):
+for _name in (*_LOADS, *_BULK, "connection", "flush", "commit", "rollback", "close", "reset"):
     setattr(OwnSession, _name, _has_turn(_name))
 
 

@@ -249,17 +249,30 @@ class Executing(Session):
         return super().execute(statement).scalars()
 
 
-def test_the_tests_own_session_of_the_applications_class(
+def test_sessions_of_the_applications_class(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """A method of the class that goes past execute() is isolated as well."""
+    """A method of the class that goes past execute() is isolated, `reader`'s and the test's too."""
     app = FastAPI()
     options = session_class(kind, Executing)
     install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
-    with TestClient(app), isolated(app) as session:
+    read, write = Depends(reader()), Depends(transactional())
+
+    def count(session: Any) -> int:
+        return len(list(session.exec(select(Item))))
+
+    async def read_async(before: Any = read, session: Any = write) -> list[int]:
+        return [await each.run_sync(count) for each in (before, session, before)]
+
+    def read_sync(before: Any = read, session: Any = write) -> list[int]:
+        return [count(each) for each in (before, session, before)]
+
+    app.get("/counts")(read_async if kind.asynchronous else read_sync)
+    with TestClient(app) as client, isolated(app) as session:
         assert isinstance(session, Executing)
         session.exec(items.insert().values(name="mine").returning(items.c.id)).one()
         session.commit()
+        assert client.get("/counts").json() == [1, 1, 1]
         assert session.exec(select(Item)).one().name == "mine"
     assert rows.names == []
 

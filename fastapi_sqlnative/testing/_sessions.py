@@ -43,6 +43,10 @@ class IsolatedSession(NativeSession):
         self.isolated.add(isolated)
         return connection
 
+
+class IsolatedReader(NativeSession):
+    """The part of an `IsolatedSession` that comes after the application's class in the MRO."""
+
     def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Execute a statement; for a `reader`, in a savepoint of its own, as in AUTOCOMMIT."""
         record = self.sqlnative

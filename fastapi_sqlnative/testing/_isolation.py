@@ -217,9 +217,12 @@ class Isolated:
         options["expire_on_commit"] = kind is Session  # an async refresh would need an await
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
-        found = staticmethod(self._own_connection)
-        attributes = {"turn": self.turn, "own_connection": found, "crosses": kind is Session}
-        attributes["get_bind"] = OwnSession.get_bind  # first, even if the application overrides it
+        attributes: dict[str, Any] = {
+            "turn": self.turn,
+            "own_connection": staticmethod(self._own_connection),
+            "crosses": kind is Session,
+            "get_bind": OwnSession.get_bind,  # first, even if the application's class has its own
+        }
         bases = (OwnSession,) if base is Session else (base, OwnSession)
         own = type(base.__name__, bases, attributes)
         return own(**options) if kind is Session else class_(sync_session_class=own, **options)

@@ -98,20 +98,27 @@ async def _ask(options: argparse.Namespace) -> list[Finding]:
     )
     if not findings:
         raise LookupError("no database is installed on it. Call install_database(app, ...).")
-    known = {each.database for each in findings}
+    # A row about pools that share a server names several databases: any of them will do.
+    known = {name for each in findings for name in _names(each)}
     if unknown := {each.rpartition(":")[0] for each in options.accept} - known:
         raise LookupError(f"--accept names {sorted(unknown)}, and installed are: {sorted(known)}.")
     return [
         dataclasses.replace(each, status=FindingStatus.ACCEPTED)
-        if f"{each.database}:{each.subject}" in options.accept
+        if any(f"{name}:{each.subject}" in options.accept for name in _names(each))
         else each
         for each in findings
     ]
 
 
+def _names(row: Finding) -> list[str]:
+    return [row.database, *row.database.split(", ")]
+
+
 def _application(place: str, factory: bool) -> Starlette:
     """Import the application, as uvicorn does."""
     found: Any = pkgutil.resolve_name(place if ":" in place else f"{place}:app")
+    if factory and isinstance(found, Starlette):
+        raise TypeError("this is an application, not a function. Leave out --factory.")
     app = found() if factory else found
     if not isinstance(app, Starlette):
         kind = type(app).__name__

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -585,8 +586,8 @@ def test_mounted_applications_are_asked_too(server: Badly) -> None:
     assert {"default", "default (2)"} < {each.database for each in findings}
     assert lines[:2] == ["Asking database 'default' ...", "Asking database 'default (2)' ..."]
     assert sorted(lines[2:]) == [
-        "Database 'default (2)': 9 ok, 2 warning.",
-        "Database 'default': 9 ok, 2 warning.",
+        "Database 'default (2)': done.",
+        "Database 'default': done.",
     ]
 
 
@@ -670,7 +671,7 @@ def test_the_command_prints_a_table(application: Path) -> None:
     assert lines[-1] == "10 ok, 2 warning"
     assert done.stderr.splitlines() == [
         "Asking database 'default' ...",
-        "Database 'default': 9 ok, 2 warning.",
+        "Database 'default': done.",
     ]
 
 
@@ -685,6 +686,21 @@ def test_the_command_fails_a_pipeline_on_request(
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "10 ok, 2 accepted"
     assert "pool_pre_ping" not in printed
+
+
+@pytest.mark.parametrize("accepted", ["default", "other", "default, other"])
+def test_a_row_about_several_databases_is_accepted_by_any_of_their_names(
+    application: Path, accepted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pools that share a server have one row, which each of the databases' names accepts."""
+    one = (application / "main.py").read_text()
+    installing = re.search(r"(install_database\(app, )(.+)", one)
+    assert installing is not None
+    (application / "main.py").write_text(f"{one}\n{installing[1]}name='other', {installing[2]}\n")
+    assert run("main:app", "--processes", "50", "--accept", f"{accepted}:connections") == 0
+    rows = capsys.readouterr().out.splitlines()
+    place = rows.index("default, other")
+    assert rows[place + 1].split()[:2] == ["accepted", "connections"]
 
 
 def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -703,6 +719,7 @@ def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixtur
         ("nowhere:app", "ModuleNotFoundError: No module named 'nowhere'"),
         ("main:nothing", "AttributeError: module 'main' has no attribute 'nothing'"),
         ("main:create_app", "TypeError: this is a function, not an application. Pass --factory"),
+        ("main:app --factory", "TypeError: this is an application, not a function. Leave out"),
         ("main:fail --factory", "ValueError: 1 error: url is missing"),
         ("failing:app", "KeyError: 'SHOP_DATABASE_URL'"),
         ("leaving:app", "SystemExit"),

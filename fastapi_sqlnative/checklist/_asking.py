@@ -23,7 +23,7 @@ from .._routes import applications_in
 from .._seconds import check_seconds
 from .._sessions.completion import ended_within
 from .._sessions.engines import dispose, run_on_engine
-from ._findings import Finding, FindingStatus, finding, summary
+from ._findings import Finding, FindingStatus, finding
 from ._questions import (
     OF_ANY_SERVER,
     QUESTIONS,
@@ -66,7 +66,7 @@ async def check_databases(
         processes: the number of processes that serve it, across all replicas; each has its pools.
         timeout: seconds for all answers of each database.
         alembic: Alembic configurations whose heads a database should be at, by database name.
-        progress: called with a line when a database is asked and when it has answered.
+        progress: called with a line when a database is asked and when that is done.
 
     Raises:
         ValueError: a number is not above zero, or `alembic` has an unknown name.
@@ -147,7 +147,7 @@ class _Asking:
             found = [self._no_answer(_in_a_line(error))]
         else:
             found, self.room = task.result()
-        report(f"Database {self.label!r}: {summary(found)}.")
+        report(f"Database {self.label!r}: done.")
         return found
 
     def _no_answer(self, why: str) -> Finding:

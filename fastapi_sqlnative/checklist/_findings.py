@@ -49,7 +49,10 @@ class Finding:
 # By subject, the fix for a warning and the page of the guide that explains it.
 _TIMEOUTS: Final = "performance.md#timeouts"
 FIXES: Final[Mapping[str, tuple[str, str]]] = {
-    "answer": ("Fix the address, the network or the password.", "checklist.md#when-it-fails"),
+    "answer": (
+        "Fix what the message names: the address, the network, the credentials or connect_args.",
+        "checklist.md#when-it-fails",
+    ),
     "server version": ("Upgrade to a version that still gets fixes.", "checklist.md#rows"),
     "connect timeout": (
         "Set connect_timeout=5 in connect_args; for asyncpg, timeout=5.",
@@ -96,8 +99,8 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
         "pgbouncer.md",
     ),
     "connections": (
-        "Use limited, smaller pools or fewer processes, or raise max_connections (or a "
-        "CONNECTION LIMIT).",
+        "Use smaller pools, all with a limit, or fewer processes; or raise max_connections or the "
+        "CONNECTION LIMIT.",
         "performance.md#connections",
     ),
     "migrations": ("Run alembic upgrade head before this release starts.", "migrations.md"),

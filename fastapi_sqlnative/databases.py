@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
 from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar, cast
@@ -284,6 +284,10 @@ def hint_for_engine(given: object) -> str:
     """Return a hint for the error message if it is known what was given instead of an engine."""
     if isinstance(given, str | URL):
         return " Create an engine from the URL: create_async_engine(url), or create_engine(url)."
+    if isinstance(given, Coroutine):
+        return " It is a coroutine: pass the function itself, without calling it."
+    if isinstance(given, Generator | AsyncGenerator):
+        return " Return the engine instead of yielding it: the package disposes of it at the end."
     kind = given if isinstance(given, type) else type(given)
     if issubclass(kind, _FROM_ENGINES):
         return " Pass the engine itself, and a sessionmaker's other options as session_options."

@@ -17,9 +17,13 @@ import anyio.to_thread
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import create_engine
 
 from conftest import WorkerPostgres
+from fastapi_sqlnative import install_database
+from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
 from fastapi_sqlnative.health import drain_on_sigterm
+from fastapi_sqlnative.testing import async_client
 from tests.balancer import Balancer, exchange
 from tests.serving import ASYNCPG, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, wait_until
 
@@ -130,6 +134,15 @@ def test_a_negative_time_is_refused() -> None:
     """A negative time is refused at once."""
     with pytest.raises(ValueError, match="seconds must be at least 0 seconds, and finite"):
         drain_on_sigterm(FastAPI(), seconds=-1)
+
+
+async def test_it_comes_too_late_once_the_application_runs() -> None:
+    """A call that could have no effect is refused."""
+    app = FastAPI()
+    install_database(app, engine=create_engine("sqlite://"))
+    async with async_client(app):
+        with pytest.raises(ApplicationAlreadyStartedError, match="Call drain_on_sigterm where"):
+            drain_on_sigterm(app)
 
 
 @dataclass

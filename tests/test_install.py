@@ -640,7 +640,7 @@ async def test_a_hook_that_has_been_called_is_refused() -> None:
 async def test_a_factory_that_has_been_called_is_refused() -> None:
     """`engine=make_engine()` of an async factory is a coroutine; the error says what to give."""
     called = make_engine_later()
-    with pytest.raises(TypeError, match=r"parameters that makes one, not coroutine"):
+    with pytest.raises(TypeError, match="It is a coroutine: pass the function itself"):
         install_database(FastAPI(), engine=called)  # type: ignore[arg-type] # the mistake
     await called
 
@@ -763,11 +763,16 @@ async def fail() -> AsyncEngine:
     raise Wrong("no engine today")
 
 
+async def yield_engine() -> AsyncGenerator[AsyncEngine]:
+    yield async_sqlite()
+
+
 BAD_FACTORIES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "raises": (fail, Wrong, "no engine today"),
     "nothing": (lambda: None, TypeError, "'bad' must return an Engine.*returned NoneType"),
     "url": (lambda: "sqlite://", TypeError, "it returned str"),
     "session": (lambda: Session(), TypeError, "it returned Session"),
+    "generator": (yield_engine, TypeError, "async_generator. Return the engine instead of yield"),
     "factory": (lambda: async_sqlite, TypeError, "it returned function"),
 }
 

@@ -182,7 +182,7 @@ def test_the_same_database_is_refused(
 
 
 def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
-    """An unknown name, and an engine of the other kind, are refused."""
+    """An unknown name, a URL, and an engine of the other kind are refused."""
     other: Any = (
         create_engine("sqlite://")
         if kind.asynchronous
@@ -190,6 +190,9 @@ def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
     )
     with pytest.raises(DatabaseNotInstalledError, match="'nowhere'"):
         override_database(app, "nowhere", other).__enter__()
+    url: Any = "sqlite://"
+    with pytest.raises(TypeError, match=r"not str\. Create an engine from the URL"):
+        override_database(app, "default", url).__enter__()
     with pytest.raises(TypeError, match="cannot stand in"):
         override_database(app, "default", other).__enter__()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ssl
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, event
+
+# asyncpg and asyncmy bind a connection to the event loop that made it; these do not.
+LOOP_FREE: Final = frozenset({"psycopg", "psycopg_async", "aiosqlite"})
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Router
 
 from .._sessions.engines import AnyEngine
-from ..databases import AnyDatabase, database_class
+from ..databases import AnyDatabase, database_class, hint_for_engine
 from ..exceptions import DatabaseNotInstalledError, DatabaseNotStartedError
 from .gate import Gate, key_of
 
@@ -45,7 +45,7 @@ class Installation:
         if kind is None:
             raise TypeError(
                 f"The engine factory of database {self.name!r} must return an Engine or an "
-                f"AsyncEngine; it returned {type(engine).__name__}."
+                f"AsyncEngine; it returned {type(engine).__name__}.{hint_for_engine(engine)}"
             )
         return kind(
             engine,

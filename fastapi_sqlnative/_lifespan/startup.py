@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.types import Lifespan
 
+from .._drivers.connections import LOOP_FREE
 from .._routes import mounted_applications
 from .._sessions.completion import ended_within, to_completion
 from .._sessions.engines import ask_for_one_row, dispose, run_on_engine
@@ -31,8 +32,6 @@ logger = logging.getLogger("fastapi_sqlnative")
 _ATTEMPT: Final = 5.0
 # Grace period, in seconds, for a cancelled attempt to close its connection.
 _GRACE: Final = 1.0
-# asyncpg and asyncmy bind a connection to the event loop that made it; these do not.
-_LOOP_FREE: Final = frozenset({"psycopg", "psycopg_async", "aiosqlite"})
 # The execution option that holds the event loop on which a ready engine was last started.
 _LOOP: Final = "fastapi_sqlnative_loop"
 
@@ -115,7 +114,7 @@ async def call_factory(factory: Any) -> Any:
 
 def _check_loop(name: str, engine: Any) -> None:
     """Refuse an engine whose idle connections belong to another event loop."""
-    if not isinstance(engine, AsyncEngine) or engine.driver in _LOOP_FREE:
+    if not isinstance(engine, AsyncEngine) or engine.driver in LOOP_FREE:
         return
     # Kept on the engine, which may have been installed on another application before.
     loop = asyncio.get_running_loop()

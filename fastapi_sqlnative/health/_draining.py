@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from .._lifespan.running import installations_of
 from .._seconds import check_seconds
+from ..exceptions import ApplicationAlreadyStartedError
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -41,8 +42,17 @@ def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
     Args:
         app: the application that is served.
         seconds: how long to drain; longer than a load balancer needs to notice.
+
+    Raises:
+        ValueError: the time is below zero.
+        ApplicationAlreadyStartedError: the application has started.
     """
     check_seconds("seconds", seconds, zero=True)
+    if app.middleware_stack is not None or installations_of(app).runs:
+        raise ApplicationAlreadyStartedError(
+            "SIGTERM cannot be handled: the application has started. Call drain_on_sigterm where "
+            "the application is created, before it is served."
+        )
     inner = app.router.lifespan_context
 
     @asynccontextmanager

@@ -53,8 +53,7 @@ def build_analytics_engine() -> AsyncEngine:
 
 async def is_open(app: FastAPI) -> bool:
     """Look for the marker row; this also fails while every connection is in use."""
-    database = installed_databases(app)["default"]
-    assert isinstance(database, AsyncDatabase)  # for the type checker: it may be a Database
+    database = installed_databases(app, AsyncDatabase)["default"]
     async with database.session() as session:
         return await session.get(Marker, 1) is not None
 

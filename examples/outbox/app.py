@@ -52,10 +52,8 @@ async def list_parcels(session: WarehouseReader) -> list[str]:
 @asynccontextmanager
 async def working(app: FastAPI) -> AsyncGenerator[None]:
     """Run a worker in the lifespan: the databases are up before it starts and until it ends."""
-    source, target = (installed_databases(app)[name] for name in ("default", "warehouse"))
-    assert isinstance(source, AsyncDatabase)
-    assert isinstance(target, AsyncDatabase)
-    task = asyncio.create_task(worker.run(source, target))
+    databases = installed_databases(app, AsyncDatabase)
+    task = asyncio.create_task(worker.run(databases["default"], databases["warehouse"]))
     try:
         yield
     finally:

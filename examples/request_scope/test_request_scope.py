@@ -50,8 +50,7 @@ def served() -> Iterator[Client]:
 
     @app.get("/left-behind")
     async def look() -> list[str | None]:
-        database = installed_databases(app)["default"]
-        assert isinstance(database, AsyncDatabase)
+        database = installed_databases(app, AsyncDatabase)["default"]
         async with database.session() as session:
             connection = await session.connection()
             name = await connection.exec_driver_sql("SELECT current_setting('application_name')")

@@ -185,8 +185,7 @@ def probe(app: FastAPI, work: Callable[[Session], Any]) -> None:
 
     @app.post("/as-task")
     async def do_from_the_handle() -> Any:
-        database = installed_databases(app)["default"]
-        assert isinstance(database, AsyncDatabase)
+        database = installed_databases(app, AsyncDatabase)["default"]
         async with database.transaction() as session:
             return await session.run_sync(work)
 

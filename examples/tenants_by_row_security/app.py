@@ -130,8 +130,7 @@ def create_app(*, pool_size: int = 5) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        database = installed_databases(app)["default"]
-        assert isinstance(database, AsyncDatabase)
+        database = installed_databases(app, AsyncDatabase)["default"]
         async with database.session() as session:
             await check_row_security(session)
         yield

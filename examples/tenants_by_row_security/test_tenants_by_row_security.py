@@ -75,8 +75,7 @@ def add_attacks(app: FastAPI) -> None:
 
     @app.post("/as-task")
     async def attack_from_the_handle(statements: list[str]) -> Any:
-        database = installed_databases(app)["default"]
-        assert isinstance(database, AsyncDatabase)
+        database = installed_databases(app, AsyncDatabase)["default"]
         async with database.transaction() as session:
             return await run(session, statements)
 

@@ -48,7 +48,7 @@ def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
         ApplicationAlreadyStartedError: the application has started.
     """
     check_seconds("seconds", seconds, zero=True)
-    if app.middleware_stack is not None or installations_of(app).runs:
+    if installations_of(app).runs:
         raise ApplicationAlreadyStartedError(
             "SIGTERM cannot be handled: the application has started. Call drain_on_sigterm where "
             "the application is created, before it is served."

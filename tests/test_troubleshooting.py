@@ -24,7 +24,7 @@ from sqlalchemy.pool import StaticPool
 
 import fastapi_sqlnative
 from conftest import WorkerPostgres
-from fastapi_sqlnative import exceptions
+from fastapi_sqlnative import AsyncDatabase, exceptions, get_db
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 PACKAGE = Path(fastapi_sqlnative.__file__).parent
@@ -163,6 +163,12 @@ def _(postgres: str, sqlite: str) -> None:
     async def endpoint(session: AsyncSession) -> None: ...
 
 
+@raising("A dependency used as a session")
+def _(postgres: str, sqlite: str) -> None:
+    session: Any = get_db()
+    session.scalar(select(Shelf))
+
+
 @raising("ResponseValidationError with MissingGreenlet")
 def _(postgres: str, sqlite: str) -> None:
     async def work(session: AsyncSession, shelf: Shelf) -> None:
@@ -264,6 +270,16 @@ def _(postgres: str, sqlite: str) -> None:
             sending.close()
 
     on_shelf(sqlite, work)
+
+
+@raising("`with` and `async with`")
+def _(postgres: str, sqlite: str) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        opening: Any = AsyncDatabase(engine).session()
+        with opening:
+            pass
+
+    on_async(sqlite, work)
 
 
 @raising("Textual SQL")

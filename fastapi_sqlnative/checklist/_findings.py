@@ -101,7 +101,7 @@ FIXES: Final[Mapping[str, tuple[str, str]]] = {
     "connections": (
         "Use smaller pools, all with a limit, or fewer processes; or raise max_connections or the "
         "CONNECTION LIMIT.",
-        "performance.md#connections",
+        "pools.md#the-sum",
     ),
     "migrations": ("Run alembic upgrade head before this release starts.", "migrations.md"),
     "journal mode": (

@@ -45,7 +45,11 @@ def map_database_error(error: ErrorT, **options: Unpack[MappingOptions]) -> Erro
     Args:
         error: any exception.
         **options: kinds, and `constraints` by name, each with a message or an `ErrorRule`; and the
-            `metadata` for `describe_database_error`. An unknown option is a `TypeError`.
+            `metadata` for `describe_database_error`.
+
+    Raises:
+        TypeError: at once, for an unknown option or a rule of the wrong type.
+        ValueError: at once, for a rule that invites clients to repeat work that may be stored.
 
     Example:
         except IntegrityError as error:
@@ -67,11 +71,15 @@ def http_errors(
     the block is a savepoint that is flushed at its end: an `add()` fails there and not at COMMIT,
     and the transaction can continue without the work of the block. A deferred constraint still
     fails at COMMIT. Use `with` for a `Session` and `async with` for an `AsyncSession`; without a
-    session, always use `with`, even in `async` code. A wrong argument is a `TypeError` at once.
+    session, always use `with`, even in `async` code.
 
     Args:
         session: the session used in the block; without it there is no savepoint.
         **options: as for `map_database_error`.
+
+    Raises:
+        TypeError: at once, for a session of another kind, and as `map_database_error`.
+        ValueError: as `map_database_error`.
 
     Example:
         async with http_errors(session, unique="E-mail already registered."):

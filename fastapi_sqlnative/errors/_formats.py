@@ -80,6 +80,9 @@ def error_responses(
         problem_details: as for `install_error_handlers`.
         **rules: further kinds, with rules as for `map_database_error`.
 
+    Raises:
+        TypeError: for an unknown kind.
+
     Example:
         @app.post("/users", responses=error_responses("check", "stale"))
     """

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
 from alembic import command
@@ -82,7 +83,12 @@ class Badly(PostgresServer):
 @pytest.fixture(scope="module")
 def server() -> Iterator[Badly]:
     """Start a server whose limits are for nobody else, with a role for each mistake."""
-    with Badly(settings={"max_connections": "30", "superuser_reserved_connections": "3"}) as server:
+    settings = {
+        "max_connections": "30",
+        "superuser_reserved_connections": "3",
+        "listen_addresses": "127.0.0.1,127.0.0.2",  # the second is as good as another machine's
+    }
+    with Badly(settings=settings) as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute(ROLES)
             connection.execute("CREATE DATABASE second")
@@ -205,6 +211,23 @@ def test_a_connection_without_tls_is_found(driver: str, server: Badly) -> None:
     url = make_url(url_of(server, driver)).set(host="0.0.0.0")
     assert row(check(create_async_engine(url)), "TLS") == ("warning", "off")
     assert row(check(create_async_engine(url_of(server, driver))), "TLS")[0] == "ok"
+
+
+def test_a_host_that_no_url_names_is_found(server: Badly, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host from the environment, a creator or an address alone is not taken for this machine."""
+    url = URL.create("postgresql+psycopg", "shop", port=server.port, database="postgres")
+    addressed = create_engine(url.update_query_dict({"hostaddr": "0.0.0.0"}))
+    assert row(check(addressed), "TLS") == ("warning", "off")
+
+    def create() -> Any:
+        return asyncpg.connect(host="127.0.0.2", port=url.port, user="shop", database="postgres")
+
+    created = create_async_engine("postgresql+asyncpg://", async_creator=create)
+    assert row(check(created), "TLS") == ("warning", "off")
+    url = url.set(drivername="postgresql+asyncpg")
+    for host, expected in ("127.0.0.2", "warning"), ("127.0.0.1", "ok"):
+        monkeypatch.setenv("PGHOST", host)
+        assert row(check(create_async_engine(url)), "TLS")[0] == expected
 
 
 # --- connections --------------------------------------------------------------------------------

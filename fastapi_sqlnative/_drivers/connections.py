@@ -43,6 +43,16 @@ def parameters_of(connection: Connection, noted: list[Mapping[str, Any]]) -> dic
     return given | of_psycopg2 | of_psycopg
 
 
+def hosts_of(connection: Connection, parameters: Mapping[str, Any]) -> list[str] | None:
+    """Return the hosts that the driver was given, none for its default; `None` if unknown."""
+    # asyncpg also reads PGHOST without reporting it; a `creator` keeps its arguments to itself.
+    given = [parameters[each] for each in ("host", "hostaddr") if parameters.get(each)]
+    if not given and (not parameters or connection.dialect.driver == "asyncpg"):
+        return None
+    lists = (each.split(",") if isinstance(each, str) else each for each in given)
+    return [host for hosts in lists for host in hosts]
+
+
 def connect_timeout(connection: Connection, parameters: Mapping[str, Any]) -> float | None:
     """Return the connect timeout in seconds; `None` for a minute or more, or no timeout."""
     # asyncpg calls it `timeout`. By default PyMySQL and asyncmy give up after ten seconds, libpq

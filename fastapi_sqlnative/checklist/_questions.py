@@ -85,8 +85,7 @@ def _transactions(asked: Asked) -> Answer:
 
 
 def _tls(asked: Asked) -> Answer:
-    hosts = str(asked.parameters.get("host") or "/").split(",")
-    if all(host.startswith(_LOCAL) for host in hosts):
+    if _is_local(asked):
         return "not needed, the server is on this machine", True
     if connections.verifies_server(asked.parameters):
         return "on", True
@@ -94,6 +93,15 @@ def _tls(asked: Asked) -> Answer:
     if encrypted is False:
         return "off", False
     return "on, but server not verified" if encrypted else "server not verified", False
+
+
+def _is_local(asked: Asked) -> bool:
+    hosts = connections.hosts_of(asked.connection, asked.parameters)
+    if hosts is not None:
+        return all(host.startswith(_LOCAL) for host in hosts)
+    if asked.connection.dialect.name != "postgresql" or _is_pooled(asked):
+        return False
+    return bool(asked.value("SELECT inet_client_addr() IS NOT DISTINCT FROM inet_server_addr()"))
 
 
 def _is_encrypted(asked: Asked) -> bool | None:

@@ -135,6 +135,6 @@ def test_the_page_says_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page = Path("docs/performance-compared.md").read_text("utf-8")
     assert f"| {OURS} | 0.50 |" in page
     assert "its load was 9 on 2 cores" in page
-    assert f"one read (we: 0.50): {CONTESTANTS[-1].name} 0.25." in page
+    assert f"one read (here: 0.50): {CONTESTANTS[-1].name} 0.25." in page
     chart = ElementTree.parse(Path("docs", "charts", "cpu-psycopg.svg"))
     assert "0.25" in [each.text for each in chart.iter("{http://www.w3.org/2000/svg}text")]

@@ -79,7 +79,8 @@ INTRODUCTION = (
     "documentation. The contestants take turns within each round. Each figure is the ratio to "
     "the best hand-written dependency in the same round: the median of all rounds, with the "
     "quartiles in brackets. Below 1 is better, except for requests per second, where above 1 is "
-    "better. Ratios hold only for one run on one machine.",
+    "better. Ratios hold only for one run on one machine. [The last section]"
+    "(#where-somebody-is-ahead) lists every row in which somebody else is ahead.",
     "",
     "- **By hand** is the tutorial's generator, in each of FastAPI's two scopes, with a commit in "
     "the endpoint; and a generator that wraps `begin()`.",
@@ -167,7 +168,7 @@ def _ahead(results: Results) -> Iterator[str]:
             ]
             if named:
                 ours = cell(results, row, OURS)
-                yield f"- {title_of(key)}, {row.name} (we: {ours}): {'; '.join(named)}."
+                yield f"- {title_of(key)}, {row.name} (here: {ours}): {'; '.join(named)}."
 
 
 def _chart(results: Results, key: TableKey, rows: list[Row]) -> Iterator[str]:
@@ -208,9 +209,9 @@ def write_page() -> None:
     lines += [f"Versions: {versions}; {about.get('cores')} cores.", ""]
     lines += ["| left out | why |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why in LEFT_OUT.items()]
-    lines += ["", "## Where somebody is ahead", "", AHEAD, ""]
-    lines += [line for results in found for line in _ahead(results)]
     lines.append("")
     for results in found:
         lines += _part(results)
+    lines += ["## Where somebody is ahead", "", AHEAD, ""]
+    lines += [line for results in found for line in _ahead(results)]
     PAGE.write_text("\n".join(lines).rstrip() + "\n", "utf-8")

@@ -34,10 +34,13 @@ def unit_of(connection: HTTPConnection) -> UnitOfWork:
     unit: UnitOfWork | None = connection.scope.get(UNIT)
     # A copied scope belongs to another request: an endpoint may call the application itself.
     if unit is None or unit.scope is not connection.scope:
-        unit = connection.scope[UNIT] = UnitOfWork(connection)
+        unit = UnitOfWork(connection)
         if HAS_FUNCTION_STACK:
-            stack: AsyncExitStack = connection.scope[_FUNCTION_STACK]
+            stack: AsyncExitStack | None = connection.scope.get(_FUNCTION_STACK)
+            if stack is None:
+                raise _called_directly()  # in a middleware, which has a request
             stack.push_async_exit(unit)
+        connection.scope[UNIT] = unit
     return unit
 
 
@@ -71,16 +74,21 @@ def _has_function_stack() -> bool:
 HAS_FUNCTION_STACK: Final = _has_function_stack()
 
 
+def _called_directly() -> DatabaseDependencyError:
+    return DatabaseDependencyError(
+        "A dependency of fastapi_sqlnative was called directly, and not by FastAPI for a route. If "
+        "a test calls your function, pass it a session from `with isolated(app) as session` or a "
+        "handle's `session()`. To test the dependency itself, send a request. In a middleware, "
+        "open a session with `installed_databases(request.app)[name].session()`."
+    )
+
+
 class _NoRequest:
     """The default for `connection`, if a dependency is called directly, as in a unit test."""
 
     @property
     def scope(self) -> dict[str, Any]:
-        raise DatabaseDependencyError(
-            "A dependency of fastapi_sqlnative was called without a request. If a test calls "
-            "your function directly, pass it a session from `with isolated(app) as session` or a "
-            "handle's `session()`. To test the dependency itself, send a request."
-        )
+        raise _called_directly()
 
 
 _NO_REQUEST: Final[Any] = _NoRequest()

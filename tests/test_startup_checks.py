@@ -192,6 +192,22 @@ async def test_an_override_of_the_maker_can_never_match(
         await start_and_stop(app)
 
 
+async def test_an_override_that_can_never_match_is_refused_by_the_next_request() -> None:
+    """Tests set overrides after start-up, too, and must not go on with the installed database."""
+    app = with_database()
+
+    @app.get("/items")
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None: ...
+
+    async with running(app) as client:
+        assert (await client.get("/items")).status_code == 200
+        app.dependency_overrides[get_db] = of_the_application
+        with pytest.raises(
+            DatabaseDependencyError, match=r"dependency_overrides\[get_db\(name\)\]"
+        ):
+            await client.get("/items")
+
+
 class Unhashable:
     """Be an endpoint that cannot be the key of anything."""
 
@@ -259,8 +275,27 @@ async def test_an_annotation_may_be_wider_than_the_session() -> None:
 @pytest.mark.parametrize("dependency", [get_db(), transactional(), reader(), get_database_handle()])
 async def test_a_dependency_without_a_request_says_what_to_do(dependency: Any) -> None:
     """A dependency that a unit test calls by hand raises an error that names the way out."""
-    with pytest.raises(DatabaseDependencyError, match=r"without a request.* isolated\(app\)"):
+    with pytest.raises(DatabaseDependencyError, match=r"called directly.* isolated\(app\)"):
         await dependency()
+
+
+@pytest.mark.parametrize("dependency", [get_db(), reader()])
+async def test_a_dependency_called_in_a_middleware_says_what_to_do(dependency: Any) -> None:
+    """A middleware has a request, but nothing would end a session that it opened there."""
+    app = with_database()
+
+    @app.middleware("http")
+    async def look(request: Request, call_next: Callable[[Request], Any]) -> Any:
+        with pytest.raises(DatabaseDependencyError, match=r"installed_databases\(request\.app\)"):
+            await dependency(request)
+        return await call_next(request)
+
+    @app.get("/items")
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> int:
+        return await session.scalar(text("SELECT 7")) or 0
+
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
 
 
 # -- routes that the application's own lifespan adds -------------------------------------------

@@ -54,12 +54,7 @@ def check_application(running: Running, *, late: bool = False) -> None:
     `late`: the application's own lifespan has started. A name that is not installed is then only
     logged, and refused at the route's first request, because the rest is already running.
     """
-    for maker, called in _MAKERS.items():
-        if maker in getattr(running.app, "dependency_overrides", {}):
-            raise DatabaseDependencyError(
-                f"app.dependency_overrides[{name_of(maker)}] can never match: the dependency is "
-                f"what the call returns. Use app.dependency_overrides[{called}]."
-            )
+    _check_overrides(running)
     known = set(running.gate.opened)
     for context in routes_of(running.app.routes):
         route = _original(context)
@@ -73,12 +68,24 @@ def check_application(running: Running, *, late: bool = False) -> None:
 
 
 def examine_late(running: Running, route: object) -> None:
-    """Check a route that was added after start-up, at its first request."""
+    """Check what was added after start-up: overrides, and a route at its first request."""
+    _check_overrides(running)
+    if key_of(route) in running.gate.opened:
+        return
     opened: Opened = Counter()
     for context in routes_of(running.app.routes):
         if _original(context) is route:
             opened |= _examine(running, context)
     running.gate.register(route, opened)
+
+
+def _check_overrides(running: Running) -> None:
+    for maker, called in _MAKERS.items():
+        if maker in running.overrides:
+            raise DatabaseDependencyError(
+                f"app.dependency_overrides[{name_of(maker)}] can never match: the dependency is "
+                f"what the call returns. Use app.dependency_overrides[{called}]."
+            )
 
 
 def _original(context: object) -> object:
@@ -92,8 +99,7 @@ def _examine(running: Running, context: Any) -> Opened:
         return Counter()
     opened: set[tuple[AnyDatabase, object]] = set()
     try:
-        overrides = getattr(running.app, "dependency_overrides", {})
-        for parent, child, outlives in _walk(endpoint, overrides):
+        for parent, child, outlives in _walk(endpoint, running.overrides):
             ours: Any = child.call
             if isinstance(ours, InstalledDependency):
                 # Readiness also covers the databases of mounted applications.

@@ -553,6 +553,22 @@ async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows:
 
 
 @synchronous
+async def test_the_servers_timeout_ends_with_the_first_commit(
+    kind: Kind, app: FastAPI, rows: Rows
+) -> None:
+    """What follows the endpoint's own COMMIT has no limit: a 504 would be false."""
+
+    def body(session: Session) -> None:
+        session.add(Item(name="stored"))
+        session.commit()
+        session.execute(text("SELECT pg_sleep(0.6)"))
+
+    route(app, kind, "/", get_db(), body, dependencies=[Depends(deadline(0.5))])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+
+
+@synchronous
 @pytest.mark.parametrize(
     ("set_by_the_application", "expected"), [("0", range(50_000, 60_001)), ("250ms", [250])]
 )

@@ -6,9 +6,10 @@ import asyncio
 import functools
 import math
 import threading
+from collections.abc import Coroutine
 from typing import Any, Final, cast
 
-import anyio.from_thread
+import anyio.to_thread
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
@@ -82,10 +83,10 @@ class UnitOfWork:
         loop_thread = None if factory.asynchronous else threading.get_ident()
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
-        if has_place:
-            on_idle = functools.partial(self._released, asyncio.get_running_loop())
-            member.record.on_idle = on_idle
         self._members.append(member)
+        if has_place:
+            member.record.on_idle = functools.partial(self._released, asyncio.get_running_loop())
+            member.record.on_idle()  # it may wait for something else before its first statement
         self.limit(self.ends_at)
         return member.session
 
@@ -162,26 +163,26 @@ class UnitOfWork:
 
     def _released(self, loop: asyncio.AbstractEventLoop) -> None:
         """Leave the gate soon if the request holds no connection. Called from any thread."""
-        if not any(each.record.finished for each in self._members):
-            # Not at once: a request that runs its next statement right away keeps its place.
-            loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle)
-
-    def _leave_if_idle(self) -> None:
         # A `def` endpoint keeps its thread, which is what the place is for.
-        if self._is_awaitable and not any(each.record.asked for each in self._members):
+        if self._is_awaitable and not any(each.record.finished for each in self._members):
+            # Not at once: a request that runs its next statement right away keeps its place.
+            loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle, loop)
+
+    def _leave_if_idle(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not any(each.record.asked for each in self._members):
             self._running.gate.leave(self)
             for each in self._members:
-                each.record.on_wanted = functools.partial(self._return, each)
+                each.record.on_wanted = functools.partial(self._return, each, loop)
 
-    def _return(self, member: Member) -> None:
+    def _return(self, member: Member, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for a place again, in the greenlet or thread that wants a connection."""
         member.record.on_wanted = None
         database = self._running.database(member.state.name)
-        admit = functools.partial(self._running.admit, self, self.scope.get("route"), database)
+        entered = self._running.admit(self, self.scope.get("route"), database)
         if isinstance(database, AsyncDatabase):
-            await_only(admit())
-        else:
-            anyio.from_thread.run(admit)
+            await_only(entered)
+        else:  # in any thread, for example asyncio.to_thread()'s
+            asyncio.run_coroutine_threadsafe(_without_thread(entered), loop).result()
 
     # From here on: plain code that runs in a greenlet or a thread.
 
@@ -213,3 +214,13 @@ class UnitOfWork:
 
     def _others(self, member: Member) -> list[Member]:
         return [each for each in self._members if each is not member]
+
+
+async def _without_thread(entered: Coroutine[Any, Any, bool]) -> None:
+    """Let others use one more thread while one waits: those in the gate need threads to leave."""
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    limiter.total_tokens += 1
+    try:
+        await entered
+    finally:
+        limiter.total_tokens -= 1

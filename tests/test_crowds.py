@@ -122,26 +122,25 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
 
 
 @asynccontextmanager
-async def idling(app: FastAPI, client: httpx.AsyncClient, times: int) -> AsyncGenerator[None]:
+async def idling(
+    app: FastAPI, client: httpx.AsyncClient, times: int, *, used: bool
+) -> AsyncGenerator[None]:
     """Send requests that wait for something else until the block ends, and then go on."""
     arrived, leave = asyncio.Semaphore(0), asyncio.Event()
 
-    def read_and_commit(*sessions: Session) -> None:
-        for session in sessions:
-            ask(session)
-        for session in sessions:
-            session.commit()
-
-    async def work(first: Any, second: Any) -> None:
-        if isinstance(first, AsyncSession):
-            await first.run_sync(lambda one: read_and_commit(one, second.sync_session))
-        else:
-            await run_sync(read_and_commit, first, second)
+    async def work(*sessions: Any) -> None:
+        for step in ask, Session.commit:
+            for session in sessions:
+                if isinstance(session, AsyncSession):
+                    await session.run_sync(step)
+                else:
+                    await run_sync(step, session)  # gives its thread back, not its connection
 
     async def endpoint(
         first: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
     ) -> None:
-        await work(first, second)
+        if used:
+            await work(first, second)
         arrived.release()
         await leave.wait()
         await work(first, second)
@@ -164,10 +163,30 @@ async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None
     assert task in done
 
 
-async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI) -> None:
-    """Sixty requests that have given their connections back leave room for one, and come back."""
+@pytest.mark.parametrize("used", [True, False], ids=["after a commit", "before a statement"])
+async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI, used: bool) -> None:
+    """Sixty requests without a connection leave room for one, and come back together."""
     add_with_a_reader(app, kind)
-    async with running(app) as client, idling(app, client, 60):
+    async with running(app) as client, idling(app, client, 60, used=used):
+        assert (await client.post("/")).status_code == 201
+
+
+@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+async def test_an_idle_request_comes_back_in_any_thread(
+    kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that has been idle works in threads that are not AnyIO's."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+
+    async def endpoint(session: Annotated[Any, Depends(get_db())]) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)  # what opening the session has scheduled on the event loop
+        assert running_of(app).gate._threads.borrowed_tokens == 0
+        await asyncio.to_thread(ask, session)
+        assert running_of(app).gate._threads.borrowed_tokens == 1
+
+    app.post("/", status_code=201)(endpoint)
+    async with running(app) as client:
         assert (await client.post("/")).status_code == 201
 
 

@@ -84,9 +84,11 @@ lint: .venv/ready-lint ## check style
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 
-types: .venv/ready-lint ## check types: mypy --strict and pyright
+types: .venv/ready-lint ## check types: mypy --strict, pyright, and the types of what is public
 	@$(RUN) -m mypy
 	@$(RUN) -m pyright --pythonpath $(RUN)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) -m pyright --verifytypes fastapi_sqlnative \
+		--ignoreexternal >.venv/public || { cat .venv/public; exit 1; }
 
 benchmark: .venv/ready ## compare with a hand-written dependency
 	@$(RUN) -m tests.benchmark

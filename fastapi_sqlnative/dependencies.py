@@ -7,7 +7,7 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, nullcontext, suppress
 from inspect import Parameter, Signature
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
@@ -94,6 +94,10 @@ class _NoRequest:
 _NO_REQUEST: Final[Any] = _NoRequest()
 
 
+# What a request opens through a dependency, or may open.
+_Opens: TypeAlias = Literal["session", "reader", "handle"] | None
+
+
 class DatabaseDependency:
     """A callable for `Depends`, for one database, as returned by `get_db` and the others.
 
@@ -101,8 +105,7 @@ class DatabaseDependency:
     FastAPI's cache and `dependency_overrides` recognise it.
     """
 
-    # What a request opens through it, or may open.
-    opens: Literal["session", "reader", "handle"] | None = None
+    opens: _Opens = None
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -120,7 +123,7 @@ class SessionDependency(DatabaseDependency):
 
     def __init__(self, name: str, options: TransactionOptions | None = None) -> None:
         super().__init__(name)
-        self.opens = "reader" if options is AUTOCOMMIT else "session"
+        self.opens: _Opens = "reader" if options is AUTOCOMMIT else "session"
         self.options = options
         keyword = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
         given = [keyword("connection", annotation=HTTPConnection)]
@@ -130,7 +133,7 @@ class SessionDependency(DatabaseDependency):
         if not HAS_FUNCTION_STACK:
             given.append(keyword("unit", default=IN_UNIT_OF_WORK))
         # FastAPI reads the signature of a callable object like that of a function.
-        self.__signature__ = Signature(given)
+        self.__signature__: Signature = Signature(given)
 
     async def __call__(
         self,
@@ -151,7 +154,7 @@ class SessionDependency(DatabaseDependency):
 class HandleDependency(DatabaseDependency):
     """The dependency on a database's handle."""
 
-    opens = "handle"
+    opens: _Opens = "handle"
 
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Return the handle."""

@@ -121,6 +121,13 @@ class Rows:
         assert found is not None
         return int(found[0])
 
+    def sleeps(self) -> bool:
+        """Tell whether one other connection is in `pg_sleep`, where a cancel request reaches it.
+
+        The server ignores one that arrives before it has read an active connection's statement.
+        """
+        return [wait for _, wait, _ in self.at_work] == ["PgSleep"]
+
     @property
     def at_work(self) -> list[tuple[str, str, str]]:
         """Tell what this database's other connections are in: the state, the wait, the query."""

@@ -86,7 +86,7 @@ async def test_an_abandoned_query_ends(
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     with serve(app) as served:
         served.client.get("/next")  # what first connects asks something of the server, too
-        await leave(served, lambda: rows.backends("active") == 1)
+        await leave(served, rows.sleeps)
         await quiet(rows)
         assert served.client.get("/next").status_code == 200
     assert rows.names == []
@@ -100,7 +100,7 @@ async def test_the_log_says_nothing(
     options: Any = {"dependencies": [Depends(cancel_on_disconnect())]}
     app.get("/things/{id}", **options)(using(kind, Depends(get_db()), slow))
     with caplog.at_level(logging.DEBUG), serve(app, access_log=True) as served:
-        await leave(served, lambda: rows.backends("active") == 1, "GET /things/5")
+        await leave(served, rows.sleeps, "GET /things/5")
         await quiet(rows)
     (line,) = [each for each in caplog.records if each.name == "fastapi_sqlnative"]
     assert line.levelno == logging.DEBUG
@@ -133,7 +133,7 @@ async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, 
         await leave(served, reached.is_set, "POST /default")
         going_on.set()
         await quiet(rows)
-        await leave(served, lambda: rows.backends("active") == 1, "POST /named")
+        await leave(served, rows.sleeps, "POST /named")
         await quiet(rows)
     assert rows.names == ["default"]
 
@@ -187,7 +187,7 @@ async def test_a_read_body_is_no_hindrance(kind: Kind, app: FastAPI, rows: Rows)
         await session.execute(SLOW)
 
     with serve(app) as served:
-        await leave(served, lambda: rows.backends("active") == 1, "POST /", b'{"name": "a"}')
+        await leave(served, rows.sleeps, "POST /", b'{"name": "a"}')
         await quiet(rows)
 
 
@@ -260,7 +260,7 @@ async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -
     options: Any = {"dependencies": [Depends(outer), Depends(cancel_on_disconnect())]}
     app.get("/", **options)(using(kind, Depends(get_db()), slow))
     with serve(app) as served:
-        await leave(served, lambda: rows.backends("active") == 1)
+        await leave(served, rows.sleeps)
         await anyio.to_thread.run_sync(lambda: wait_until(lambda: seen == [499]))
         await quiet(rows)
 

@@ -6,13 +6,10 @@ from typing import Any
 
 import psycopg
 import pytest
-import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import response_schema_conformance
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError
 
@@ -58,6 +55,10 @@ def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterat
 
 def test_the_showcase_has_an_answer_to_any_request(showcase: FastAPI) -> None:
     """Whatever fits its OpenAPI document, or just not, is answered as that says, never by a 500."""
+    import schemathesis  # a third of a second, which the other workers need not spend
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import response_schema_conformance
+
     schema = schemathesis.openapi.from_dict(showcase.openapi())
     with serve(showcase) as served:
         operations: Any = schema.get_all_operations()

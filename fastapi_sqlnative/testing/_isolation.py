@@ -75,9 +75,9 @@ class Isolated:
         self._own = self._chosen[0][1]  # the database of the test's own session
         self.loop: asyncio.AbstractEventLoop | None = None  # of the block, if entered on one
         self._restore = ExitStack()
-        self.ended = False
+        self.ended: bool = False
         # Shared with outer and inner blocks.
-        self.turn = Turn()
+        self.turn: Turn = Turn()
         self.connections: list[IsolatedConnection] = []
 
     def __enter__(self) -> Session:

@@ -84,9 +84,12 @@ class UnitOfWork:
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
         self._members.append(member)
-        if has_place:
-            member.record.on_idle = functools.partial(self._released, asyncio.get_running_loop())
-            member.record.on_idle()  # it may wait for something else before its first statement
+        # A `def` endpoint keeps its thread, which is what the place is for.
+        if has_place and self._is_awaitable:
+            loop = asyncio.get_running_loop()
+            member.record.on_idle = functools.partial(self._released, loop)
+            # It may wait for something else before its first statement.
+            loop.call_later(_IDLE, self._leave_if_idle, loop)
         self.limit(self.ends_at)
         return member.session
 
@@ -163,8 +166,7 @@ class UnitOfWork:
 
     def _released(self, loop: asyncio.AbstractEventLoop) -> None:
         """Leave the gate soon if the request holds no connection. Called from any thread."""
-        # A `def` endpoint keeps its thread, which is what the place is for.
-        if self._is_awaitable and not any(each.record.finished for each in self._members):
+        if not any(each.record.finished for each in self._members):
             # Not at once: a request that runs its next statement right away keeps its place.
             loop.call_soon_threadsafe(loop.call_later, _IDLE, self._leave_if_idle, loop)
 

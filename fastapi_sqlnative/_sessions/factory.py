@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
-from .holders import UNIT
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
 from .pending import would_be_flushed
 from .record import Record
@@ -78,7 +77,7 @@ def _after_begin(
         begin_with(connection, record.options)
     if session.in_nested_transaction():
         begin_before_savepoint(connection)
-    if record.ends_at != math.inf and not record.request.get(UNIT, record).has_stored:
+    if record.ends_at != math.inf and not record.request_has_stored:
         limit_statements(connection, record.ends_at - time.monotonic())
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, StaticPool, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import transactional
 from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask
-from tests.serving import Kind
+from tests.serving import Item, Kind
 
 pytestmark = pytest.mark.anyio
 
@@ -121,6 +121,26 @@ async def test_rows_that_nobody_reads_stop_no_commit(kind: Kind) -> None:
         session.execute(text("INSERT INTO item VALUES ('kept') RETURNING name"))
 
     assert await ask(engine, kind, transactional(), body, shutdown=None) == 201
+    assert await stored(engine, kind) == ["kept"]
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_commit_that_is_never_sent_costs_no_connection(kind: Kind) -> None:
+    """After a failed flush SQLAlchemy refuses to commit, and a database in memory lives on."""
+    engine = engine_at(kind, f"sqlite+{kind.driver}://")
+
+    def create(session: Session) -> None:
+        Item.metadata.create_all(session.connection())
+        session.add(Item(id=1, name="kept"))
+
+    def swallow(session: Session) -> None:
+        session.add(Item(id=1, name="refused"))
+        with pytest.raises(IntegrityError):
+            session.flush()
+
+    assert await ask(engine, kind, transactional(), create, shutdown=None) == 201
+    with pytest.raises(PendingRollbackError):
+        await ask(engine, kind, transactional(), swallow, shutdown=None)
     assert await stored(engine, kind) == ["kept"]
 
 

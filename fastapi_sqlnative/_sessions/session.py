@@ -270,7 +270,7 @@ def _check_before_commit(session: NativeSession) -> None:
     session.flush()
     record.check_committable()
     record.end_results(streams_only=True)
-    record.committing = True
+    record.committing = session.is_active  # after a failed flush, SQLAlchemy refuses to commit
 
 
 def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) -> None:

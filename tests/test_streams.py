@@ -22,6 +22,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import DatabaseDependencyError
 from tests.conftest import MakeEngine
+from tests.in_process import ask, async_sqlite, sqlite
 from tests.serving import Item, Kind, Rows, items, make_app, route, serve, using, wait_until
 
 EventSourceResponse: Any = None
@@ -273,6 +274,30 @@ def test_a_stream_inside_the_request_commits(kind: Kind, engine: Engine, rows: R
         assert served.post("/").json() == 12
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
     assert rows.names == ["12", "4", "8"]
+
+
+SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+async def test_a_stream_on_sqlite_goes_on_after_each_batch(kind: Kind, end: str) -> None:
+    """SQLite's rows can be read beyond a COMMIT or ROLLBACK, so they can be here too."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+    read: list[str] = []
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.execute(text("INSERT INTO item VALUES ('a'), ('b'), ('c')"))
+        session.commit()
+        names = session.scalars(select(items.c.name), execution_options={"yield_per": 1})
+        for name in names:
+            read.append(name)
+            getattr(session, end)()
+
+    assert await ask(engine, kind, transactional(), body) == 201
+    assert read == ["a", "b", "c"]
 
 
 # -- with the handle -------------------------------------------------------------------------

@@ -76,6 +76,15 @@ def reads_later(context: ExecutionContext) -> bool:
     return context.dialect.driver not in _BUFFERING
 
 
+def ends_with_transaction(context: ExecutionContext) -> bool:
+    """Return whether a result is read from a cursor that the server closes at COMMIT or ROLLBACK.
+
+    SQLite goes on reading after both.
+    """
+    streams: bool = context.execution_options.get("stream_results", False)
+    return streams and context.dialect.name != "sqlite"
+
+
 def changes(connection: Connection) -> int:
     """Return SQLite's count of changed rows on a connection; 0 for other databases."""
     return _sqlite(connection).total_changes if connection.dialect.name == "sqlite" else 0

@@ -82,7 +82,7 @@ class Holder:
 
     def note_open_result(self, result: CursorResult[Any]) -> None:
         """Record a result that may be read later, over its connection."""
-        if result.context.execution_options.get("stream_results"):
+        if transactions.ends_with_transaction(result.context):
             still_open = [each for each in self._streams if each.cursor is not None]
             self._streams = [*still_open, result]
         else:

@@ -277,3 +277,34 @@ async def test_the_end_of_a_savepoint_stores_nothing_on_sqlite(kind: Kind, neste
 
     assert await ask(engine, kind, transactional(), body) == 201
     assert found == []
+
+
+def undo_one_in_another(session: Session) -> None:
+    outer = session.begin_nested()
+    inner = session.begin_nested()
+    session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
+    inner.rollback()
+    outer.rollback()
+
+
+def undo_one_twice(session: Session) -> None:
+    session.execute(text("SAVEPOINT first"))
+    for _ in range(2):
+        session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
+        session.execute(text("ROLLBACK TO SAVEPOINT first"))
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("undo", [undo_one_in_another, undo_one_twice])
+async def test_undone_savepoints_hide_no_forgotten_work_on_sqlite(kind: Kind, undo: Body) -> None:
+    """What several savepoints took back is not mistaken for what was written before them."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.commit()
+        session.execute(text("INSERT INTO item (name) VALUES ('lost')"))
+        undo(session)
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)

@@ -71,26 +71,25 @@ class Work:
 
     def savepoint_begins(self, savepoint: str | int, connections: Mapping[Connection, int]) -> None:
         """Save the current state, in case the savepoint is rolled back."""
-        changes = {each: transactions.changes(each) for each in connections}
+        kept = {each: transactions.changes(each) - before for each, before in connections.items()}
         self._savepoints = self._savepoints or {}
-        self._savepoints[savepoint] = self.wrote, self.unknown, self.defined, changes
+        self._savepoints[savepoint] = self.wrote, self.unknown, self.defined, kept
 
     def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, int]) -> None:
         """Restore the state that was saved when the savepoint began.
 
         Args:
             savepoint: its name or depth.
-            connections: SQLite's counts of changes to ignore. The undone changes are added.
+            connections: SQLite's counts of changes to ignore, which the undone ones are now too.
         """
         self.undone = True
         known = (self._savepoints or {}).get(savepoint)
         if known is None:
             return
-        self.wrote, self.unknown, self.defined, changes = known
-        for connection, before in connections.items():
+        self.wrote, self.unknown, self.defined, kept = known
+        for connection in connections:
             if not connection.closed and not connection.invalidated:
-                undone = transactions.changes(connection) - changes.get(connection, before)
-                connections[connection] = before + undone
+                connections[connection] = transactions.changes(connection) - kept.get(connection, 0)
 
     def is_unstored(
         self,

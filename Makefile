@@ -137,7 +137,7 @@ check: lint types audit test test-lowest test-site benchmark test-faults build d
 
 # Needs several servers, from Debian's packages; a missing one makes it fail.
 test-ha: .venv/ready-lint ## run the tests with PgBouncer, standbys, Patroni (Debian, root)
-	@tests/ha/install postgresql pgbouncer patroni etcd-server
+	@tests/ha/install postgresql pgbouncer patroni python3-etcd etcd-server
 	@$(RUN) -m pytest tests/ha $(ARGS)
 	@$(MAKE) test-docker
 

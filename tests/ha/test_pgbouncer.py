@@ -178,7 +178,7 @@ def test_parameters_at_the_start_are_refused(
         async with engine.connect():
             pass
 
-    with pytest.raises(Exception, match=f"unsupported startup parameter: {name}"):
+    with pytest.raises(Exception, match=f"unsupported startup parameter(: | in ){name}"):
         asyncio.run(connect())
 
 

@@ -164,8 +164,11 @@ async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None
 
 
 @pytest.mark.parametrize("used", [True, False], ids=["after a commit", "before a statement"])
-async def test_idle_requests_keep_nobody_out(kind: Kind, app: FastAPI, used: bool) -> None:
+async def test_idle_requests_keep_nobody_out(
+    kind: Kind, app: FastAPI, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sixty requests without a connection leave room for one, and come back together."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0.005)
     add_with_a_reader(app, kind)
     async with running(app) as client, idling(app, client, 60, used=used):
         assert (await client.post("/")).status_code == 201

@@ -142,10 +142,13 @@ def report_holders(state: SharedState, error: PoolTimeoutError) -> None:
 
     At most once a second: if hundreds of requests time out, the others get the first one's text.
     """
-    report = state.holders_reported
-    if report is None or monotonic() - report[0] > 1:
-        report = state.holders_reported = monotonic(), "; ".join(_described(state))
-        logger.warning("No connection of database %r came back in time: %s.", state.name, report[1])
+    with state.reporting:  # sessions of several threads may time out at the same moment
+        report = state.holders_reported
+        if report is None or monotonic() - report[0] > 1:
+            report = state.holders_reported = monotonic(), "; ".join(_described(state))
+            logger.warning(
+                "No connection of database %r came back in time: %s.", state.name, report[1]
+            )
     error.add_note(f"The connections of database {state.name!r} are held by {report[1]}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar
@@ -70,6 +71,7 @@ class SharedState:
         self.shutdown_timeout = shutdown_timeout
         self.warn_held_after = warn_held_after
         self.holders_reported: tuple[float, str] | None = None  # when, and the text
+        self.reporting = threading.Lock()
         # Once stopped, every session refuses its next statement: a disposed engine would silently
         # reconnect.
         self.stopping: Literal["shutting down", "stopped"] | None = None

@@ -71,7 +71,7 @@ class SharedState:
         self.shutdown_timeout = shutdown_timeout
         self.warn_held_after = warn_held_after
         self.holders_reported: tuple[float, str] | None = None  # when, and the text
-        self.reporting = threading.Lock()
+        self.reporting: threading.Lock = threading.Lock()
         # Once stopped, every session refuses its next statement: a disposed engine would silently
         # reconnect.
         self.stopping: Literal["shutting down", "stopped"] | None = None

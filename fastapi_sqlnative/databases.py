@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-)
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
 
 from ._drivers.pools import PoolStatus, pool_status
 from ._retries import Retries
 from ._sessions.completion import in_thread
-from ._sessions.engines import AnyEngine, ask_for_one_row, run_on_engine, sync_engine
+from ._sessions.engines import (
+    AnyEngine,
+    ask_for_one_row,
+    hint_for_engine,
+    run_on_engine,
+    sync_engine,
+)
 from ._sessions.factory import SessionFactory
 from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
 from ._sessions.holders import holders_of
@@ -271,27 +271,6 @@ def sessions_of(database: AnyDatabase) -> SessionFactory:
     """Return the session factory of a database. For this package only."""
     # A private attribute, because users of a handle should not see it.
     return database._sessions  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-
-
-# What is easily mistaken for an engine, or for a function that makes one.
-_FROM_ENGINES: Final = (
-    *(Connection, Session, sessionmaker, scoped_session),
-    *(AsyncConnection, AsyncSession, async_sessionmaker, async_scoped_session),
-)
-
-
-def hint_for_engine(given: object) -> str:
-    """Return a hint for the error message if it is known what was given instead of an engine."""
-    if isinstance(given, str | URL):
-        return " Create an engine from the URL: create_async_engine(url), or create_engine(url)."
-    if isinstance(given, Coroutine):
-        return " It is a coroutine: pass the function itself, without calling it."
-    if isinstance(given, Generator | AsyncGenerator):
-        return " Return the engine instead of yielding it: the package disposes of it at the end."
-    kind = given if isinstance(given, type) else type(given)
-    if issubclass(kind, _FROM_ENGINES):
-        return " Pass the engine itself, and a sessionmaker's other options as session_options."
-    return ""
 
 
 def database_class(engine: object) -> type[AnyDatabase] | None:

@@ -9,8 +9,8 @@ from typing import Any, cast
 from starlette.applications import Starlette
 
 from .._seconds import check_seconds
-from .._sessions.engines import AnyEngine
-from ..databases import database_class, hint_for_engine
+from .._sessions.engines import AnyEngine, hint_for_engine
+from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
 from .functions import described, name_of
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
@@ -103,11 +103,17 @@ def _check(given: Installation) -> None:
     if given.warn_held_after is not None:
         what = f"warn_held_after of database {given.name!r}"
         check_seconds(what, given.warn_held_after, zero=True)
+    check_engine(given.name, engine)
     if database_class(engine) is not None:
         given.make_handle(engine)  # so that wrong options fail now, not at start-up
-    elif (hint := hint_for_engine(engine)) or not _takes_no_arguments(engine):
+
+
+def check_engine(name: str, engine: object) -> None:
+    """Refuse what is neither an engine nor a function that makes one."""
+    hint = hint_for_engine(engine)
+    if database_class(engine) is None and (hint or not _takes_no_arguments(engine)):
         raise TypeError(
-            f"engine of database {given.name!r} must be an Engine, an AsyncEngine or a function "
+            f"engine of database {name!r} must be an Engine, an AsyncEngine or a function "
             "without parameters that makes one, not "
             f"{name_of(engine) if hint else described(engine)}.{hint}"
         )

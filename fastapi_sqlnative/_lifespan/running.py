@@ -11,8 +11,8 @@ from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
 from starlette.routing import Router
 
-from .._sessions.engines import AnyEngine
-from ..databases import AnyDatabase, database_class, hint_for_engine
+from .._sessions.engines import AnyEngine, hint_for_engine
+from ..databases import AnyDatabase, database_class
 from ..exceptions import DatabaseNotInstalledError, DatabaseNotStartedError
 from .gate import Gate, key_of
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from typing import Final, TypeAlias, TypeVar
 
-from sqlalchemy import Engine, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy import URL, Connection, Engine, select
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from .._drivers.failures import recognize
 from .completion import in_thread
@@ -19,6 +26,27 @@ T = TypeVar("T")
 def sync_engine(engine: AnyEngine) -> Engine:
     """Return the synchronous engine behind an `AsyncEngine`, or the engine itself."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+# What is easily mistaken for an engine, or for a function that makes one.
+_FROM_ENGINES: Final = (
+    *(Connection, Session, sessionmaker, scoped_session),
+    *(AsyncConnection, AsyncSession, async_sessionmaker, async_scoped_session),
+)
+
+
+def hint_for_engine(given: object) -> str:
+    """Return a hint for the error message if it is known what was given instead of an engine."""
+    if isinstance(given, str | URL):
+        return " Create an engine from the URL: create_async_engine(url), or create_engine(url)."
+    if isinstance(given, Coroutine):
+        return " It is a coroutine: pass the function itself, without calling it."
+    if isinstance(given, Generator | AsyncGenerator):
+        return " Return the engine instead of yielding it: the package disposes of it at the end."
+    kind = given if isinstance(given, type) else type(given)
+    if issubclass(kind, _FROM_ENGINES):
+        return " Pass the engine itself, and a sessionmaker's other options as session_options."
+    return ""
 
 
 async def run_in_greenlet(work: Callable[[], T]) -> T:

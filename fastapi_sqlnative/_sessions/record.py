@@ -9,9 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy import Connection, Engine, exc
 
 from .. import exceptions
 from .._drivers import failures, transactions
@@ -194,11 +192,11 @@ class Record(Holder):
                 SQLAlchemy did not wrap.
         """
         self.note_failure(error)
-        if self.autocommits and isinstance(error, DBAPIError) and error.connection_invalidated:
+        if self.autocommits and isinstance(error, exc.DBAPIError) and error.connection_invalidated:
             # What it has sent may be stored, and only the answer lost.
             self.work.wrote = self.work.wrote or writes(error.statement or "")
         self._tag(error)
-        if isinstance(error, PoolTimeoutError) and not hasattr(error, "__notes__"):
+        if isinstance(error, exc.TimeoutError) and not hasattr(error, "__notes__"):
             report_holders(self.state, error)
         if (recognized := failures.recognize(error)) is not None:
             self._tag(recognized)

@@ -17,11 +17,12 @@ from typing import Any, Self, TypeAlias, TypeVar
 from sqlalchemy import Connection, Engine, event
 from starlette.applications import Starlette
 
+from .._lifespan.install import check_engine
 from .._lifespan.running import EngineFactory, Installation
 from .._lifespan.startup import call_factory
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
-from ..databases import database_class, hint_for_engine
+from ..databases import database_class
 from ._targets import IsolationError, is_one_database, places, ready_engine
 
 T = TypeVar("T")
@@ -72,11 +73,7 @@ def override_database(
     given, own = installation.engine, installation.database
     check = partial(_checked, name, ready_engine(installation))
     builds = database_class(engine) is None
-    if builds and not callable(engine):
-        raise TypeError(
-            "override_database() takes an engine, or a function without parameters that makes one, "
-            f"not {type(engine).__name__}.{hint_for_engine(engine)}"
-        )
+    check_engine(name, engine)
     if builds and installed.runs:
         raise _running(installation, "pass override_database() an engine, or enter it first")
 

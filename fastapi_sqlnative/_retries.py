@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator
 from contextlib import contextmanager
 from typing import Final, TypeVar, cast
 
@@ -79,3 +79,13 @@ class Retries:
             "Write a function without `yield` that returns when the work is done: a `def` for a "
             "Database, an `async def` for an AsyncDatabase."
         )
+
+    def awaitable(self, result: Awaitable[T]) -> Awaitable[T]:
+        """Refuse what a `def` or an asynchronous generator has returned to an AsyncDatabase."""
+        if not isinstance(cast("object", result), Awaitable):
+            raise TypeError(
+                f"The work on database {self._name!r} returned a {type(result).__name__} that "
+                "cannot be awaited, so it was rolled back. An AsyncDatabase needs an `async def` "
+                "without `yield`."
+            )
+        return result

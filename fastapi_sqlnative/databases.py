@@ -248,7 +248,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
             with retries.attempt():
                 async with self.transaction(**options) as session:
                     retries.session = session
-                    return retries.checked(await work(session))
+                    return retries.checked(await retries.awaitable(work(session)))
 
     async def ping(self, timeout: float = 5.0) -> None:
         """Query one row from the database, waiting at most `timeout` seconds.

@@ -5,7 +5,7 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +283,23 @@ def test_a_synchronous_handle_refuses_a_coroutine(postgres: WorkerPostgres) -> N
     with pytest.raises(TypeError, match="AsyncDatabase"):
         Database(engine).run_in_transaction(work)  # type: ignore[unused-coroutine] # what is tested
     engine.dispose()
+
+
+@pytest.mark.anyio
+async def test_an_asynchronous_handle_refuses_a_def(postgres: WorkerPostgres) -> None:
+    """A `def` cannot wait for an AsyncSession: the error says what to write."""
+    engine = create_async_engine(postgres.url("psycopg"))
+
+    def work(session: AsyncSession) -> None:
+        session.add(Item(name="lost"))
+
+    async def works(session: AsyncSession) -> AsyncGenerator[None]:
+        yield
+
+    for each in work, works:
+        with pytest.raises(TypeError, match="needs an `async def`"):
+            await AsyncDatabase(engine).run_in_transaction(each)  # type: ignore[arg-type] # likewise
+    await engine.dispose()
 
 
 # --- real contention ----------------------------------------------------------------------------

@@ -409,6 +409,17 @@ def test_a_server_that_nobody_verifies_is_found(
     assert found == ("ok" if expected == "on" else "warning", expected)
 
 
+@pytest.mark.pgbouncer
+def test_verification_may_come_from_the_environment(
+    server: Badly, pgbouncer: PgBouncer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode that asyncpg finds in the environment counts."""
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
+    monkeypatch.setenv("PGSSLROOTCERT", str(pgbouncer.certificate))
+    url = make_url(url_of(server, "asyncpg")).set(host="0.0.0.0", port=pgbouncer.port)
+    assert row(check(create_async_engine(url)), "TLS") == ("ok", "on")
+
+
 def test_a_standby_is_found() -> None:
     """A server that follows another one, and takes no writes, is named."""
     with Badly() as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -34,12 +35,14 @@ def recording_arguments(engine: Engine) -> Generator[list[Mapping[str, Any]]]:
 
 
 def parameters_of(connection: Connection, noted: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the parameters of a connection, including those that libpq has found itself."""
+    """Return the parameters of a connection, including those that its driver has found itself."""
     info: Any = getattr(connection.connection.driver_connection, "info", None)
     # psycopg and psycopg2 also report environment variables and service files.
     of_psycopg: dict[str, Any] = getattr(info, "get_parameters", dict[str, Any])()
     of_psycopg2: dict[str, Any] = getattr(info, "dsn_parameters", {})
     given = dict[str, Any](*noted[-1:])
+    if noted and connection.dialect.driver == "asyncpg":  # reads this itself, without reporting it
+        given.setdefault("ssl", os.environ.get("PGSSLMODE"))
     return given | of_psycopg2 | of_psycopg
 
 

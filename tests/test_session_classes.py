@@ -1,6 +1,7 @@
 """Rule 9: a session class of the application's is used as the application wrote it."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from sqlalchemy import Engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.horizontal_shard import ShardedSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
@@ -195,6 +196,48 @@ async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows
     options = session_class(kind, Outbox)
     assert await ask(engine, kind, transactional(), nothing, session_options=options) == 201
     assert (rows.names, log) == (["by the listener"], ["after_commit"])
+
+
+# -- listeners and context variables -----------------------------------------------------------
+
+transaction: ContextVar[str] = ContextVar("transaction", default="none")
+
+
+class Scoped(Session):
+    """Be a class whose listeners set a context variable for as long as a transaction lasts."""
+
+
+@event.listens_for(Scoped, "after_begin")
+def enter(session: Session, *_: object) -> None:
+    session.info["token"] = transaction.set("open")
+
+
+@event.listens_for(Scoped, "after_transaction_end")
+def leave(session: Session, ended: SessionTransaction) -> None:
+    if ended.parent is None:  # otherwise a flush has ended
+        transaction.reset(session.info.pop("token"))
+
+
+def commit_b(session: Session) -> None:
+    session.add(Item(name="b"))
+    session.commit()
+
+
+async def test_listeners_share_the_context_of_a_transaction(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The listener of a transaction's end may reset what that of its begin has set."""
+    options = {"session_options": session_class(kind, Scoped)}
+    with pytest.raises(ZeroDivisionError):
+        await run_in_transaction(engine, fail, **options)
+    await run_in_transaction(engine, add_a, **options)
+    if kind.asynchronous:  # a `def` endpoint has a copy of the context, with FastAPI alone as well
+        assert await ask(engine, kind, get_db(), commit_b, **options) == 201
+        assert await ask(engine, kind, transactional(), add("c"), **options) == 201
+        with pytest.raises(IntegrityError):
+            await ask(engine, kind, get_db(), fail, **options)
+    assert rows.names == (["a", "b", "c"] if kind.asynchronous else ["a"])
+    assert (transaction.get(), caplog.records) == ("none", [])
 
 
 # -- classes that are made in other ways -------------------------------------------------------

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import anyio
+import greenlet  # type: ignore[import-untyped] # it comes with sqlalchemy[asyncio]
 
 logger = logging.getLogger("fastapi_sqlnative")
 T = TypeVar("T")
@@ -50,7 +51,11 @@ async def to_completion(
         )
         abandon(task)
 
-    task = asyncio.create_task(running)
+    # In the caller's own context, not a copy: a session listener may reset a context variable with
+    # the token of one that ran before. An eager task could not enter it, so not with a factory.
+    factory = asyncio.get_running_loop().get_task_factory()
+    context = greenlet.getcurrent().gr_context if factory is None else None
+    task = asyncio.create_task(running, context=context)
     cancellation: asyncio.CancelledError | None = None
     try:
         if not cancelled:

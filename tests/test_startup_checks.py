@@ -9,6 +9,7 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -170,6 +171,49 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
     with pytest.raises(DatabaseDependencyError, match="a function that returns"):
         await start_and_stop(app)
     app.dependency_overrides[library] = of_the_application
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+class Visitor(BaseModel):
+    """Be what a request is about, which holds no session."""
+
+    name: str = "Ada"
+
+
+async def visitor(session: Db):  # type: ignore[no-untyped-def] # as in FastAPI's tutorial
+    await session.execute(text("SELECT 1"))
+    return Visitor()
+
+
+def repository(session: Db):  # type: ignore[no-untyped-def] # the same
+    return Repository(session)
+
+
+async def logs(visitor: Annotated[Visitor | None, Depends(visitor)]) -> AsyncGenerator[None]:
+    yield
+    logging.getLogger(__name__).info("%s has left", visitor)
+
+
+async def saves(repository: Annotated[Repository, Depends(repository)]) -> AsyncGenerator[None]:
+    yield
+    await repository.session.commit()  # that is the mistake
+
+
+async def saves_any(repository: Annotated[Any, Depends(repository)]) -> AsyncGenerator[None]:
+    yield
+    await repository.session.commit()  # that is the mistake
+
+
+@pytest.mark.parametrize(("generator", "works"), [(logs, True), (saves, False), (saves_any, False)])
+async def test_a_generator_may_outlive_the_session_with_data(generator: Any, works: bool) -> None:
+    """A generator that gets only data starts, where its dependency has no return annotation."""
+    app = with_database()
+    app.add_api_route("/items", lambda: 7, dependencies=[Depends(generator)])
+    if not works:
+        with pytest.raises(DatabaseDependencyError, match=f"generator {generator.__name__}"):
+            await start_and_stop(app)
+        return
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
 

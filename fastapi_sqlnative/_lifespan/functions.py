@@ -11,6 +11,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
+from pydantic import BaseModel
+from sqlalchemy import inspect as is_mapped
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -68,15 +70,27 @@ def annotation_of(call: Any, parameter: Any) -> object:
         return None
 
 
-def may_return_session(call: Any) -> bool:
-    """Return whether a dependency may return the session it gets, or an object that holds it."""
+def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
+    """Return whether a dependency may return the session it gets, or an object that holds it.
+
+    If it has no return annotation, as in FastAPI's tutorial, the parameter that receives its
+    result may show that it returns plain data.
+    """
     try:
         given = inspect.signature(call, eval_str=True).return_annotation
     except Exception:  # noqa: BLE001 - as above
         return True
-    if inspect.isclass(call) or given is inspect.Signature.empty:
+    if inspect.isclass(call):
         return True
+    if given is inspect.Signature.empty:
+        received = classes_in(annotation_of(receiver, parameter))
+        return not received or not all(map(_is_data, received))
     return any(issubclass(each, Session | AsyncSession) for each in classes_in(given))
+
+
+def _is_data(kind: type) -> bool:
+    builtin = kind.__module__ == "builtins" and kind is not object
+    return builtin or issubclass(kind, BaseModel) or is_mapped(kind, raiseerr=False) is not None
 
 
 def classes_in(annotation: object) -> list[type]:

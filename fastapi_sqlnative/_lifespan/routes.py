@@ -140,7 +140,8 @@ def _walk(
                 )
         if not isinstance(call, DatabaseDependency):
             # A function may return something that doesn't hold the session.
-            above = outlives if functions.may_return_session(call) else None
+            may_return = functions.may_return_session(call, parent.call, child.name)
+            above = outlives if may_return else None
             runs_on = child.scope != "function" and functions.is_generator(call)
             yield from _walk(child, overrides, call if runs_on else above)
         # An override of get_db(name) also applies to transactional(name) and reader(name).

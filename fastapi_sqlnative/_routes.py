@@ -46,6 +46,11 @@ def _uses(dependant: Dependant | None) -> bool:
     return any(getattr(each.call, "opens", None) or _uses(each) for each in below)
 
 
+def is_frontend(scope: Mapping[str, Any]) -> bool:
+    """Return whether a request is for a file of `app.frontend()`, which is no route."""
+    return "frontend_path" in scope.get("fastapi", {})
+
+
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
     """Return a request's method and full route, `GET /api/orders/{id}`; `None` without a route."""
     route = scope.get("route")
@@ -65,6 +70,8 @@ def _mounted(route: Any) -> Starlette | Router | None:
     if not isinstance(getattr(route, "original_route", route), Mount | Host):
         return None
     app = route.app
-    while app is not None and not isinstance(app, Starlette | Router):
+    for _ in range(100):  # a mock has an attribute of every name, without end
+        if isinstance(app, Starlette | Router):
+            return app
         app = getattr(app, "app", None)  # where middleware keeps the app it wraps
-    return app
+    return None

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import MagicMock
 
 import anyio
 import anyio.to_thread
@@ -191,6 +192,15 @@ async def test_a_mount_is_found_wherever_it_is(how: str) -> None:
     install(sub, "sub", "own")
     async with running(app):
         assert await ask(app, "/sub/root", "/sub/own") == ["root", "sub"]
+
+
+async def test_a_mock_may_be_mounted() -> None:
+    """A mock in place of static files, which has an attribute of every name, doesn't stop it."""
+    app = showing("own")
+    install(app, "root", "own")
+    app.mount("/static", MagicMock())
+    async with running(app):
+        assert await ask(app, "/own") == ["root"]
 
 
 async def test_middleware_at_the_root_changes_nothing() -> None:

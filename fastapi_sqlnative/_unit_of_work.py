@@ -19,6 +19,7 @@ from . import exceptions
 from ._lifespan.functions import is_awaitable
 from ._lifespan.running import running_for
 from ._members import Member, check_partial, flush_and_prepare
+from ._routes import is_frontend
 from ._sessions import finishing
 from ._sessions.finishing import Call
 from ._sessions.holders import UNIT
@@ -62,6 +63,13 @@ class UnitOfWork:
         """Mark a session for the commit at the end, unless it comes from an override."""
         member = self._member_of(session)
         if member is not None:
+            if is_frontend(self.scope):
+                raise exceptions.DatabaseDependencyError(
+                    f"transactional({member.state.name!r}) cannot commit before the response of "
+                    "app.frontend(): FastAPI sends the file before it ends the dependencies. Call "
+                    f"commit() on get_db({member.state.name!r}), or declare transactional on the "
+                    "router or route that needs it, not on the application."
+                )
             if options != NO_OPTIONS:
                 member.set_options(options)
             member.record.will_commit()

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from anyio.to_thread import run_sync
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.requests import HTTPConnection
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
@@ -16,9 +17,13 @@ from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import dependencies, get_db, install_database, transactional
-from fastapi_sqlnative.exceptions import SessionFinishedError, UncommittedChangesError
+from fastapi_sqlnative.exceptions import (
+    DatabaseDependencyError,
+    SessionFinishedError,
+    UncommittedChangesError,
+)
 from tests.in_process import running
-from tests.serving import Item, Kind, Rows, add, route
+from tests.serving import Item, Kind, Rows, add, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -96,6 +101,39 @@ async def test_the_commit_comes_before_the_response(
         with pytest.raises(UncommittedChangesError):
             await client.post("/forgotten")
     assert rows.names == ["a", "there"]
+
+
+# -- a frontend, whose dependencies end after its response -------------------------------------
+
+
+def keep(session: Session) -> None:
+    session.add(Item(name="kept"))
+    session.commit()
+
+
+@pytest.mark.skipif(not hasattr(FastAPI, "frontend"), reason="this FastAPI has no frontends")
+async def test_no_commit_comes_after_a_frontend(
+    kind: Kind, engine: Engine, rows: Rows, tmp_path: Path
+) -> None:
+    """A frontend refuses a commit at the end; what a dependency commits itself is stored."""
+    (tmp_path / "index.html").write_text("home")
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    bodies = {"/late": (transactional(), add("late")), "/kept": (get_db(), keep)}
+    for prefix, (dependency, body) in bodies.items():
+        visit = Depends(using(kind, Depends(dependency), body))
+        router = APIRouter(prefix=prefix, dependencies=[visit])
+        router.frontend("/", directory=tmp_path)
+        app.include_router(router)
+    looking = Looking(app, rows)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(looking), base_url="http://app") as client,
+    ):
+        with pytest.raises(DatabaseDependencyError, match=r"commit\(\) on get_db\('default'\)"):
+            await client.get("/late/")
+        assert (await client.get("/kept/")).text == "home"
+    assert looking.stored[-1] == rows.names == ["kept"]
 
 
 # -- a framework that brings its own scope -----------------------------------------------------

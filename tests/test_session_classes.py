@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, event, insert, select
+from sqlalchemy import Engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.horizontal_shard import ShardedSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from fastapi_sqlnative import AsyncDatabase, Database, get_db, install_database, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
@@ -334,6 +334,43 @@ async def test_a_method_that_goes_past_execute_is_seen(
         await ask(engine, kind, transactional(), swallow, session_options=options)
     assert await ask(engine, kind, transactional(), forget, session_options=options) == 201
     assert rows.names == ["a"]
+
+
+# -- a result of a listener's own --------------------------------------------------------------
+
+
+class Freezing(Session):
+    """Be a class whose listener keeps each result, as for a cache."""
+
+
+@event.listens_for(Freezing, "do_orm_execute")
+def freeze(state: ORMExecuteState) -> Any:
+    return state.invoke_statement().freeze()()
+
+
+@pytest.mark.parametrize(
+    ("statement", "writes"),
+    [
+        (text("INSERT INTO item (name) VALUES ('a') RETURNING id"), True),
+        (insert(items).values(name="a").returning(items.c.id), True),
+        (select(items), False),
+    ],
+    ids=["text", "insert", "select"],
+)
+async def test_a_listener_with_a_result_of_its_own_hides_no_write(
+    kind: Kind, engine: Engine, rows: Rows, statement: Any, writes: bool
+) -> None:
+    """A forgotten write is found, and a read is none, whatever result a listener returns."""
+    options = session_class(kind, Freezing)
+
+    def body(session: Session) -> None:
+        session.execute(statement).all()
+
+    if writes:
+        with pytest.raises(UncommittedChangesError):
+            await ask(engine, kind, get_db(), body, session_options=options)
+    else:
+        assert await ask(engine, kind, get_db(), body, session_options=options) == 201
 
 
 # -- after an exception ------------------------------------------------------------------------

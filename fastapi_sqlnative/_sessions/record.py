@@ -161,7 +161,7 @@ class Record(Holder):
         context = getattr(cursor_result, "context", None)
         if context is None:
             # The ORM's bulk statements, and results that a listener has substituted.
-            self.work.wrote = self.work.wrote or getattr(statement, "is_dml", True)
+            self.work.wrote = self.work.wrote or not getattr(statement, "is_select", False)
             return
         self.work.note(self.state.statement_of(context), cursor_result, context, self.connections)
         if cursor_result.cursor is not None and transactions.reads_later(context):

@@ -1,11 +1,24 @@
 """Rule 6: what a request leaves unstored is no success, whatever wrote it and however it ends."""
 
 import contextlib
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, column, func, insert, literal_column, select, text, update
+from sqlalchemy import (
+    Engine,
+    StaticPool,
+    column,
+    create_engine,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Mapped, Session, registry
 
 from fastapi_sqlnative import get_db, transactional
@@ -250,6 +263,37 @@ async def test_a_forgotten_update_that_returns_its_rows_is_no_success(
 
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), body)
+
+
+class Uncounted(sqlite3.Connection):
+    """Be the connection of a driver for SQLite's dialect that doesn't count changes, as libsql."""
+
+    @property
+    def total_changes(self) -> int:
+        raise AttributeError
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_driver_for_sqlite_need_not_count(kind: Kind) -> None:
+    """A session works where nobody counts the changed rows, and forgotten writes are found."""
+    options: dict[str, Any] = {"connect_args": {"factory": Uncounted, "check_same_thread": False}}
+    made = create_async_engine if kind.asynchronous else create_engine
+    engine: Any = made(f"sqlite+{kind.driver}://", poolclass=StaticPool, **options)
+
+    def create(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        nested_first(session)
+
+    def read(session: Session) -> None:
+        assert session.scalars(text("SELECT name FROM item")).all() == ["undone"]
+
+    def forget(session: Session) -> None:
+        session.execute(text("INSERT INTO item (name) VALUES ('lost')"))
+
+    assert await ask(engine, kind, transactional(), create, shutdown=None) == 201
+    assert await ask(engine, kind, get_db(), read, shutdown=None) == 201
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), forget)
 
 
 def nested_first(session: Session) -> None:

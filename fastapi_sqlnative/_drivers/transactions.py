@@ -85,9 +85,10 @@ def ends_with_transaction(context: ExecutionContext) -> bool:
     return streams and context.dialect.name != "sqlite"
 
 
-def changes(connection: Connection) -> int:
-    """Return SQLite's count of changed rows on a connection; 0 for other databases."""
-    return _sqlite(connection).total_changes if connection.dialect.name == "sqlite" else 0
+def changes(connection: Connection) -> float:
+    """Return SQLite's count of changed rows, NaN if its driver has none; 0 for other databases."""
+    counted = connection.dialect.name == "sqlite"
+    return getattr(_sqlite(connection), "total_changes", math.nan) if counted else 0
 
 
 def is_open_on_sqlite(connection: Connection) -> bool:
@@ -103,18 +104,18 @@ def _sqlite(connection: Connection) -> Any:
 
 
 def has_rolled_back(
-    connection: Connection, error: BaseException, *, changes_before: int | None, before_commit: bool
+    connection: Connection, error: BaseException, *, count_before: float | None, before_commit: bool
 ) -> bool:
     """Return whether this failure has made the database silently roll back the transaction.
 
     On PostgreSQL any failure aborts it, and we ask the server about that before COMMIT. With
     `before_commit` that check is already past, so ask now. On SQLite a transaction that has
-    changed nothing since `changes_before` may not have begun; `None` says that it has.
+    changed nothing since `count_before` may not have begun; `None` says that it has.
     """
     if connection.closed or connection.invalidated:
         return True
     if connection.dialect.name == "sqlite":
-        return changes(connection) != changes_before and not is_open_on_sqlite(connection)
+        return changes(connection) != count_before and not is_open_on_sqlite(connection)
     if connection.dialect.name in {"mysql", "mariadb"}:
         return driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
     in_savepoint = connection.in_nested_transaction()

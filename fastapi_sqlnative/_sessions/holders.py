@@ -45,7 +45,7 @@ class Holder:
 
     def __init__(self, state: SharedState) -> None:
         self.state = state
-        self.connections: dict[Connection, int] = {}  # with SQLite's count of changes at checkout
+        self.connections: dict[Connection, float] = {}  # with SQLite's count of changes at checkout
         self.request: Mapping[str, Any] = _NO_REQUEST  # the scope of the session's request
         self.executing = False  # a statement is running
         self.ends_at = math.inf  # when the server ends its statements, on the monotonic() clock

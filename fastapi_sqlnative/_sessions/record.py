@@ -177,7 +177,7 @@ class Record(Holder):
             transactions.has_rolled_back(
                 connection,
                 error,
-                changes_before=None if self.work.defined else before,
+                count_before=None if self.work.defined else before,
                 before_commit=self.committing,
             )
             for connection, before in self.connections.items()

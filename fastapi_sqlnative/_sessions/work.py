@@ -11,7 +11,7 @@ from sqlalchemy.engine import CursorResult, ExecutionContext
 from .._drivers import transactions
 from .._drivers.statements import Effect, Statement, matched_no_row
 
-_Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, int]]
+_Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, float]]
 
 
 class Work:
@@ -50,7 +50,7 @@ class Work:
         statement: Statement,
         result: CursorResult[Any],
         context: ExecutionContext,
-        connections: dict[Connection, int],
+        connections: dict[Connection, float],
     ) -> None:
         """Record what a statement has done or may have done."""
         effect, savepoint, counted = statement
@@ -69,13 +69,15 @@ class Work:
         elif effect is Effect.UNDO:
             self.savepoint_undone(savepoint, connections)
 
-    def savepoint_begins(self, savepoint: str | int, connections: Mapping[Connection, int]) -> None:
+    def savepoint_begins(
+        self, savepoint: str | int, connections: Mapping[Connection, float]
+    ) -> None:
         """Save the current state, in case the savepoint is rolled back."""
         kept = {each: transactions.changes(each) - before for each, before in connections.items()}
         self._savepoints = self._savepoints or {}
         self._savepoints[savepoint] = self.wrote, self.unknown, self.defined, kept
 
-    def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, int]) -> None:
+    def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, float]) -> None:
         """Restore the state that was saved when the savepoint began.
 
         Args:
@@ -94,7 +96,7 @@ class Work:
     def is_unstored(
         self,
         connection: Connection,
-        changes_before: int,
+        changes_before: float,
         *,
         wrote: bool,
         if_lost: bool,

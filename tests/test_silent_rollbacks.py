@@ -12,9 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask
-from tests.serving import Item, Kind
+from tests.serving import Item, Kind, Rows
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +143,27 @@ async def test_a_commit_that_is_never_sent_costs_no_connection(kind: Kind) -> No
     with pytest.raises(PendingRollbackError):
         await ask(engine, kind, transactional(), swallow, shutdown=None)
     assert await stored(engine, kind) == ["kept"]
+
+
+# -- another database with PostgreSQL's protocol -----------------------------------------------
+
+
+@pytest.mark.driver_decides
+async def test_a_database_with_a_dialect_of_its_own_aborts_too(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """CockroachDB's COMMIT after a swallowed error is no success either, with any driver."""
+    sync_engine(engine).dialect.name = "cockroachdb"
+
+    def body(session: Session) -> None:
+        session.add(Item(name="lost"))
+        session.flush()
+        with suppress(DBAPIError):
+            session.execute(text("SELECT 1 / 0"))
+
+    with pytest.raises(TransactionAbortedError):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []
 
 
 # -- MariaDB's deadlock ------------------------------------------------------------------------

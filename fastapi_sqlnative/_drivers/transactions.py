@@ -123,7 +123,7 @@ def has_rolled_back(
 
 
 def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
-    """Return whether PostgreSQL would answer COMMIT with a silent ROLLBACK.
+    """Return whether PostgreSQL (or CockroachDB) would answer COMMIT with a silent ROLLBACK.
 
     Args:
         connection: a connection with an open transaction.
@@ -132,11 +132,11 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
-    if connection.dialect.name != "postgresql":
-        return False
     status = _status(connection)
     if status is not None:
         return status == _IN_ERROR
+    if connection.dialect.name != "postgresql" and connection.dialect.driver != "asyncpg":
+        return False
     doubtful = doubtful or _is_intercepted(connection)
     if not doubtful or is_lost(connection) or autocommits(connection):
         return False  # on a lost connection COMMIT fails anyway

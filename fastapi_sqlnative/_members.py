@@ -8,8 +8,8 @@ from . import exceptions
 from ._sessions import finishing
 from ._sessions.finishing import Call, commit_is_observed
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
-from ._sessions.pending import has_pending_changes
 from ._sessions.session import AnySession, may_store, sync_session
+from ._sessions.work import has_pending_changes
 
 
 class Member:

@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
-from .pending import would_be_flushed
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
 from .transaction import depth_of
+from .work import would_be_flushed
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
@@ -208,5 +208,7 @@ class SessionFactory:
             session = self.class_(bind=self._engine, sync_session_class=self.native, **given)
         else:
             session = self.native(bind=self._engine, **given)
-        sync_session(session).sqlnative = Record(self.state, options, loop_thread)
+        sync_session(session).sqlnative = Record(
+            self.state, options=options, loop_thread=loop_thread
+        )
         return session

@@ -18,8 +18,8 @@ from sqlalchemy.util import await_only
 from ..exceptions import AfterCommitError
 from .completion import to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
-from .pending import has_pending_changes
 from .session import AnySession, NativeSession, record_of, sync_session
+from .work import has_pending_changes
 
 logger = logging.getLogger("fastapi_sqlnative")
 

@@ -7,8 +7,8 @@ import logging
 import math
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
-from types import MappingProxyType
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -22,40 +22,33 @@ from .shared import SharedState
 
 # The key in a request's scope under which it keeps its unit of work.
 UNIT: Final = "fastapi_sqlnative_unit_of_work"
-_NO_REQUEST: Final[Mapping[str, Any]] = MappingProxyType({})
 
 logger = logging.getLogger("fastapi_sqlnative")
 
 
+def empty() -> dict[Any, Any]:
+    """Make a dictionary, in a fifth of the time that a generic alias takes."""
+    return {}
+
+
+@dataclass(eq=False, slots=True)
 class Holder:
     """The connections that one session holds. Lives as long as the session."""
 
-    __slots__ = (
-        "_since",
-        "_streams",
-        "_unread",
-        "connections",
-        "ends_at",
-        "executing",
-        "on_idle",
-        "on_wanted",
-        "request",
-        "state",
-    )
-
-    def __init__(self, state: SharedState) -> None:
-        self.state = state
-        self.connections: dict[Connection, float] = {}  # with SQLite's count of changes at checkout
-        self.request: Mapping[str, Any] = _NO_REQUEST  # the scope of the session's request
-        self.executing = False  # a statement is running
-        self.ends_at = math.inf  # when the server ends its statements, on the monotonic() clock
-        self.on_idle: Any = None  # called when the connections are released
-        self.on_wanted: Any = None  # then called before the next checkout
-        # Results that may not be exhausted: streams, whose cursor on the server has to be closed,
-        # and others by their context. Weak, because SQLite cannot commit while one is unread.
-        self._streams: list[Any] = []
-        self._unread: weakref.WeakSet[ExecutionContext] | None = None
-        self._since = 0.0
+    state: SharedState
+    # With SQLite's count of changes at checkout.
+    connections: dict[Connection, float] = field(default_factory=empty)
+    # The scope of the session's request.
+    request: Mapping[str, Any] = field(default_factory=empty)
+    executing: bool = False  # a statement is running
+    ends_at: float = math.inf  # when the server ends its statements, on the monotonic() clock
+    on_idle: Any = None  # called when the connections are released
+    on_wanted: Any = None  # then called before the next checkout
+    # Results that may not be exhausted: streams, whose cursor on the server has to be closed,
+    # and others by their context. Weak, because SQLite cannot commit while one is unread.
+    _streams: tuple[Any, ...] = ()
+    _unread: weakref.WeakSet[ExecutionContext] | None = None
+    _since: float = 0.0
 
     def take(self, connection: Connection) -> None:
         """Record a connection that the session has checked out."""
@@ -83,8 +76,8 @@ class Holder:
     def note_open_result(self, result: CursorResult[Any]) -> None:
         """Record a result that may be read later, over its connection."""
         if transactions.ends_with_transaction(result.context):
-            still_open = [each for each in self._streams if each.cursor is not None]
-            self._streams = [*still_open, result]
+            still_open = (each for each in self._streams if each.cursor is not None)
+            self._streams = (*still_open, result)
         else:
             self._unread = self._unread or weakref.WeakSet()
             self._unread.add(result.context)
@@ -94,7 +87,7 @@ class Holder:
 
         The connection then goes back to the pool, and a stream may have unread rows on the server.
         """
-        streams, self._streams = [each.context for each in self._streams], []
+        streams, self._streams = [each.context for each in self._streams], ()
         others = () if streams_only else self._unread or ()
         for context in [*streams, *others]:
             self.state.readers[context.root_connection] = self

@@ -7,6 +7,7 @@ depend on. `session` keeps it up to date.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Engine, exc
@@ -14,87 +15,47 @@ from sqlalchemy import Connection, Engine, exc
 from .. import exceptions
 from .._drivers import failures, transactions
 from .._drivers.statements import writes
-from .holders import UNIT, Holder, report_holders
-from .options import AUTOCOMMIT, TransactionOptions, engine_with
-from .shared import SharedState
+from .holders import UNIT, Holder, empty, report_holders
+from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, engine_with
+from .shared import Engines
 from .transaction import BegunTransaction
 from .work import Work
 
 
+@dataclass(eq=False, slots=True)
 class Record(Holder):
     """What one session has done since its last commit or rollback.
 
     It belongs to the session and lives as long. Exceptions are kept only until the transaction
     ends, because their tracebacks reference the connection.
-
-    Args:
-        state: the state shared by the database's sessions.
-        options: the options of the session's transactions.
-        loop_thread: the thread that the session must not block; `None` if it may run anywhere.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "asked",
-        "autocommits",
-        "begun",
-        "closed",
-        "commits",
-        "committed",
-        "committing",
-        "discarded",
-        "ending",
-        "engines",
-        "failed",
-        "finished",
-        "joined",
-        "loop_thread",
-        "options",
-        "rolled_back",
-        "shielded",
-        "stored",
-        "stores_on",
-        "streamed",
-        "work",
-    )
-
-    def __init__(
-        self, state: SharedState, options: TransactionOptions, loop_thread: int | None
-    ) -> None:
-        super().__init__(state)
-        self.options = options
-        self.loop_thread = loop_thread
-        self.commits = False  # our code commits the session at the end
-        self.finished = False  # the request or block has ended
-        self.shielded = False  # from cancellation, while it is finished
-        self.ending = False  # an override of close() and the like may still use it
-        self.begun: BegunTransaction | None = None  # the one handed out by begin()
-        self.closed = False  # by the application
-        self.discarded = False  # closed with unstored changes
-        self.committed = False  # the last COMMIT succeeded
-        self.stored = False  # a COMMIT has stored something, or may have
-        # Like `state.engines`, for engines that may exist only for this session.
-        self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
-        self._begin()
-
-    def _begin(self) -> None:
-        self.asked = False  # for an engine: it has a connection or waits for one
-        self.work = Work()
-        self.autocommits = False  # each statement commits at once
-        self.joined = False  # the transaction is not the session's own
-        self.stores_on = 1  # the number of connections with changes, counted before COMMIT
-        self.committing = False  # the next thing to run is COMMIT
-        self.failed: BaseException | None = None
-        self.rolled_back: BaseException | None = None  # the failure that made the database do so
-        self.streamed = False  # a result may fail while it is read
+    options: TransactionOptions = NO_OPTIONS  # of the session's transactions
+    loop_thread: int | None = None  # that the session must not block; None: it may run anywhere
+    commits: bool = False  # our code commits the session at the end
+    finished: bool = False  # the request or block has ended
+    shielded: bool = False  # from cancellation, while it is finished
+    ending: bool = False  # an override of close() and the like may still use it
+    begun: BegunTransaction | None = None  # the one handed out by begin()
+    closed: bool = False  # by the application
+    discarded: bool = False  # closed with unstored changes
+    committed: bool = False  # the last COMMIT succeeded
+    stored: bool = False  # a COMMIT has stored something, or may have
+    # Like `state.engines`, for engines that may exist only for this session.
+    engines: Engines = field(default_factory=empty)
+    # From here on, about one transaction.
+    asked: bool = False  # for an engine: it has a connection or waits for one
+    work: Work = field(default_factory=Work)
+    autocommits: bool = False  # each statement commits at once
+    joined: bool = False  # the transaction is not the session's own
+    stores_on: int = 1  # the number of connections with changes, counted before COMMIT
+    committing: bool = False  # the next thing to run is COMMIT
+    failed: BaseException | None = None
+    rolled_back: BaseException | None = None  # the failure that made the database do so
+    streamed: bool = False  # a result may fail while it is read
 
     def begun_on(self, connection: Connection) -> None:
-        """Record a connection that has joined the transaction.
-
-        Raises:
-            TransactionOptionsError: the engine is in AUTOCOMMIT, so there is no transaction to
-                commit or roll back.
-        """
+        """Record a connection that has joined the transaction, unless there is none to commit."""
         self.take(connection)
         # If it starts inside a savepoint, someone else owns the transaction around it.
         self.joined = self.joined or connection.in_nested_transaction()
@@ -124,11 +85,11 @@ class Record(Holder):
     def forget(self) -> None:
         """Reset the record after a transaction, when the session holds no connection."""
         self.release()
-        self.begun = None
-        if self.finished:
-            self.failed = self.rolled_back = None
-        else:
-            self._begin()
+        self.begun = self.failed = self.rolled_back = None
+        if not self.finished:
+            self.work, self.stores_on = Work(), 1
+            self.asked = self.autocommits = self.joined = False
+            self.committing = self.streamed = False
 
     # -- may the session be used here and now? ---------------------------------------------
 
@@ -185,12 +146,7 @@ class Record(Holder):
             self.rolled_back = error
 
     def handle_error(self, error: Exception) -> None:
-        """Record an error raised by a session method, and translate it if need be.
-
-        Raises:
-            sqlalchemy.exc.OperationalError: in place of a driver's connect error or timeout that
-                SQLAlchemy did not wrap.
-        """
+        """Record an error raised by a session method; wrap a driver's if SQLAlchemy did not."""
         self.note_failure(error)
         if self.autocommits and isinstance(error, exc.DBAPIError) and error.connection_invalidated:
             # What it has sent may be stored, and only the answer lost.
@@ -251,11 +207,7 @@ class Record(Holder):
     # -- may it be committed, and what did the COMMIT do? ----------------------------------
 
     def check_committable(self) -> None:
-        """Refuse to commit an aborted transaction, whose COMMIT would be a silent ROLLBACK.
-
-        Raises:
-            TransactionAbortedError: an error inside the transaction was swallowed.
-        """
+        """Refuse to commit an aborted transaction, whose COMMIT would be a silent ROLLBACK."""
         if not self.may_have_written:
             return
         if len(self.connections) > 1:
@@ -272,12 +224,7 @@ class Record(Holder):
         raise self.state.error(exceptions.TransactionAbortedError) from cause
 
     def commit_failed(self, error: Exception) -> None:
-        """Raise the error that says what a failed `commit()` means, if `error` itself doesn't.
-
-        Raises:
-            AfterCommitError: the COMMIT succeeded.
-            CommitOutcomeUnknownError: the COMMIT may have succeeded.
-        """
+        """Raise the error that says what a failed `commit()` means, if `error` itself doesn't."""
         if self.committed:
             raise self.state.error(exceptions.AfterCommitError) from error
         self._tag(error)

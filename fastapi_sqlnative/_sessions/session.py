@@ -18,9 +18,9 @@ from ..exceptions import ReadOnlySessionError
 from .completion import to_completion
 from .engines import run_in_greenlet
 from .options import AUTOCOMMIT
-from .pending import has_pending_changes
 from .record import Record
 from .transaction import BegunTransaction, depth_of
+from .work import has_pending_changes
 
 AnySession: TypeAlias = Session | AsyncSession
 

@@ -19,6 +19,8 @@ from .._drivers.transactions import may_be_interrupted, returns_by_rollback_only
 from .options import TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
+# Engines with options set that share the pool of the engine in the key.
+Engines = dict[tuple[Engine, TransactionOptions], Engine]
 
 # The messages of errors; {0!r} is the database's name.
 _MESSAGES: Final[Mapping[type[Exception], str]] = {
@@ -81,8 +83,7 @@ class SharedState:
         self.returns_by_rollback_only: bool = returns_by_rollback_only(root)
         # The session records, by the connections that they hold.
         self.holders: dict[Connection, Any] = {}
-        # Engines with options set that share the pool of the engine in the key.
-        self.engines: dict[tuple[Engine, TransactionOptions], Engine] = {}
+        self.engines: Engines = {}
         # The records of ended sessions, by the connection that their results may still be read on.
         self.readers: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
         self._statements: weakref.WeakKeyDictionary[Any, Statement] = weakref.WeakKeyDictionary()

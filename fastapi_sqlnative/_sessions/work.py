@@ -1,12 +1,15 @@
-"""The work of one transaction, and whether a COMMIT would store anything."""
+"""The work of one transaction, done and pending, and whether a COMMIT would store anything."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import CursorResult, ExecutionContext
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.attributes import History
 
 from .._drivers import transactions
 from .._drivers.statements import Effect, Statement, matched_no_row
@@ -14,31 +17,17 @@ from .._drivers.statements import Effect, Statement, matched_no_row
 _Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, float]]
 
 
+@dataclass(eq=False, slots=True)
 class Work:
-    """The work of one transaction.
+    """The work of one transaction."""
 
-    Attributes:
-        wrote: a statement or flush has written.
-        unknown: a statement may have written.
-        handed_out: a connection was handed out, so anything may have been sent.
-        defined: DDL has run.
-        undone: a savepoint was rolled back.
-    """
-
-    __slots__ = (
-        "_savepoints",
-        "defined",
-        "handed_out",
-        "undone",
-        "unknown",
-        "wrote",
-    )
-
-    def __init__(self) -> None:
-        self.wrote = self.unknown = False
-        self.handed_out = self.defined = self.undone = False
-        # What had been written when a savepoint began, by its name or its depth.
-        self._savepoints: dict[str | int, _Written] | None = None
+    wrote: bool = False  # by a statement or flush
+    unknown: bool = False  # a statement may have written
+    handed_out: bool = False  # a connection, so anything may have been sent
+    defined: bool = False  # DDL has run
+    undone: bool = False  # a savepoint was rolled back
+    # What had been written when a savepoint began, by its name or its depth.
+    _savepoints: dict[str | int, _Written] | None = None
 
     @property
     def may_have_written(self) -> bool:
@@ -80,9 +69,7 @@ class Work:
     def savepoint_undone(self, savepoint: str | int, connections: dict[Connection, float]) -> None:
         """Restore the state that was saved when the savepoint began.
 
-        Args:
-            savepoint: its name or depth.
-            connections: SQLite's counts of changes to ignore, which the undone ones are now too.
+        In `connections` are SQLite's counts of changes to ignore; those undone are added to them.
         """
         self.undone = True
         known = (self._savepoints or {}).get(savepoint)
@@ -104,12 +91,8 @@ class Work:
     ) -> bool:
         """Return whether a COMMIT on a connection would store something; ask the server if unsure.
 
-        Args:
-            connection: a connection of the transaction.
-            changes_before: SQLite's count of changes when the transaction began.
-            wrote: the answer if the database can't tell.
-            if_lost: the answer if the connection is lost.
-            joined: someone else owns the transaction, so the server's answer would include theirs.
+        `wrote` is the answer if the database can't tell, `if_lost` if the connection is lost. If
+        the transaction is `joined`, the server's answer would include its owner's work.
         """
         if not connection.in_transaction() or transactions.autocommits(connection):
             return False
@@ -124,3 +107,46 @@ class Work:
             return wrote
         found = transactions.would_store(connection, id_explained=self.undone)
         return if_lost if found is None else found
+
+
+# -- pending changes ---------------------------------------------------------------------------
+
+
+def has_pending_changes(session: Session) -> bool:
+    """Return whether a flush would send something."""
+    # Every addition or change begins a transaction, and checking for one first is cheap.
+    return session.in_transaction() and would_be_flushed(session)
+
+
+def would_be_flushed(session: Session) -> bool:
+    """Return whether a session has changes that a flush would send."""
+    return bool(
+        session.new
+        or session.deleted
+        or (
+            session.identity_map.check_modified()
+            and any(_would_be_sent(session, each) for each in session.dirty)
+        )
+    )
+
+
+def _would_be_sent(session: Session, row: object) -> bool:
+    """Return whether a flush would send an object, ignoring attributes without a column."""
+    state = inspect(row)
+    columns = {
+        attribute.key
+        for attribute in state.mapper.column_attrs
+        if any(map(state.mapper.persist_selectable.c.contains_column, attribute.columns))
+    } - state.unmodified
+    related = {each.key for each in state.mapper.relationships if not each.viewonly}
+    # History also covers deleted attributes, which have no value anymore.
+    return any(state.attrs[key].history.has_changes() for key in columns) or any(
+        _relates(session, state.attrs[key].history) for key in related - state.unmodified
+    )
+
+
+def _relates(session: Session, history: History) -> bool:
+    # A flush skips related objects that are not in the session.
+    return bool(history.deleted) or any(
+        each is None or each in session for each in history.added or ()
+    )

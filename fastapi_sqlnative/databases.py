@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from ._drivers.pools import PoolStatus, pool_status
 from ._retries import Retries
-from ._sessions.completion import in_thread
+from ._sessions.completion import in_thread, within
 from ._sessions.engines import (
     AnyEngine,
     ask_for_one_row,
@@ -72,8 +72,8 @@ class _Database(Generic[EngineT]):
         record_of(session).commits = True
         return session
 
-    def _no_answer(self, timeout: float) -> TimeoutError:
-        return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
+    def _no_answer(self, timeout: float) -> str:
+        return f"Database {self.name!r} did not answer within {timeout} s."
 
 
 class Database(_Database[Engine]):
@@ -188,7 +188,7 @@ class Database(_Database[Engine]):
         asking = in_thread(lambda: ask_for_one_row(self.engine))
         wait({asking}, timeout)
         if not asking.done():
-            raise self._no_answer(timeout)
+            raise TimeoutError(self._no_answer(timeout))
         asking.result()
 
 
@@ -257,11 +257,8 @@ class AsyncDatabase(_Database[AsyncEngine]):
             TimeoutError: the database did not answer in time.
         """
         self._sessions.state.check_running()
-        try:
-            async with asyncio.timeout(timeout):
-                await run_on_engine(self.engine, ask_for_one_row)
-        except TimeoutError as error:
-            raise self._no_answer(timeout) from error
+        asking = run_on_engine(self.engine, ask_for_one_row)
+        await within(timeout, asking, late=self._no_answer(timeout))
 
 
 AnyDatabase: TypeAlias = Database | AsyncDatabase

@@ -9,13 +9,14 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
 from ._drivers.pools import OUTSIDE, ask_pool, pool_capacity, pool_timeout
 from ._lifespan.running import installations_of, running_of
 from ._sessions.engines import sync_engine
+from ._sessions.session import NativeSession
 from .databases import AnyDatabase, sessions_of
 from .exceptions import ApplicationAlreadyStartedError
 
@@ -190,7 +191,6 @@ class _Pool:
     def __init__(self, name: str, engine: Engine, instruments: _Instruments) -> None:
         self.name = name
         self.waiting: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
-        self._connected: WeakSet[Session] = WeakSet()
         self._timeout = pool_timeout(engine.pool)
         self._instruments = instruments
         # On the engine, because these listeners carry over to pools that replace this one.
@@ -224,15 +224,14 @@ class _Pool:
         if began is not None:
             self._record(self._instruments.use_time, began)
 
-    def _execute(self, state: ORMExecuteState) -> None:
+    def _execute(self, state: Any) -> None:
         self._wait(state.session)
 
-    def _wait(self, session: Session, *_flush: object) -> None:
-        if session not in self._connected:
+    def _wait(self, session: NativeSession, *_flush: object) -> None:
+        if not session.sqlnative.connections:
             self.waiting.setdefault(session, perf_counter())
 
     def _connect(self, session: Session, *_transaction: object) -> None:
-        self._connected.add(session)
         began = self.waiting.pop(session, None)
         if began is not None:
             self._record(self._instruments.wait_time, began)
@@ -240,7 +239,6 @@ class _Pool:
     def _end(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is not None:
             return
-        self._connected.discard(session)
         began = self.waiting.pop(session, None)
         # There is no event for a pool timeout, so infer it from the elapsed time.
         if began is not None and perf_counter() - began >= self._timeout:

@@ -29,7 +29,7 @@ from fastapi_sqlnative import (
     install_database,
     installed_databases,
 )
-from fastapi_sqlnative._lifespan import shutdown
+from fastapi_sqlnative._lifespan import lifespan
 from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
@@ -259,7 +259,7 @@ async def test_a_hook_within_its_deadline_is_awaited() -> None:
 
 async def test_the_time_for_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hanging hooks share one time, the longest of all; those beyond it get a little each."""
-    monkeypatch.setattr(shutdown, "_LEAST", 0.1)
+    monkeypatch.setattr(lifespan, "_LEAST", 0.1)
     hook = Hanging()
     app = FastAPI()
     for name, seconds in ("a", 0.5), ("b", 0.6), ("c", 0.5):

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
-from fastapi_sqlnative._lifespan import startup
+from fastapi_sqlnative._lifespan import lifespan
 from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, start_and_stop
@@ -149,7 +149,7 @@ async def test_a_start_waits_for_a_database_that_comes_up_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A start with `startup_wait` tries again until the database answers, one log line a time."""
-    monkeypatch.setattr(startup, "_ATTEMPT", 0.3)
+    monkeypatch.setattr(lifespan, "_ATTEMPT", 0.3)
     async with late_port(before, postgres) as port:
         engine = engine_at(port, kind, postgres)
         app = FastAPI()

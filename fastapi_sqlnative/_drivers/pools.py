@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import Engine, Pool, event
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -52,7 +52,7 @@ class PoolStatus:
     holders: tuple[ConnectionHolder, ...] = field(default=(), compare=False)
 
 
-def pool_status(pool: Pool, holders: tuple[ConnectionHolder, ...] = ()) -> PoolStatus:
+def pool_status(pool: Pool, holders: tuple[ConnectionHolder, ...]) -> PoolStatus:
     """Return the status of a pool."""
     size = ask_pool(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
     overflow = None if size is None else ask_pool(pool, "overflow")
@@ -99,18 +99,15 @@ def pool_timeout(pool: Pool) -> float:
 
 
 @contextmanager
-def beside_pool(engine: Engine, options: Mapping[str, Any] | None = None) -> Generator[Engine]:
+def beside_pool(engine: Engine) -> Generator[Engine]:
     """Yield an engine with the same settings and a pool of its own, which is disposed of at exit.
 
     Its connections are marked, because the events of the original pool fire for them as well.
-
-    Args:
-        engine: the application's engine.
-        options: execution options; those of `engine` do not carry over.
     """
     pool = engine.pool.recreate()
     event.listen(pool, "connect", _mark, insert=True)
     try:
+        options = engine.get_execution_options()
         yield Engine(pool, engine.dialect, engine.url, execution_options=options)
     finally:
         pool.dispose()

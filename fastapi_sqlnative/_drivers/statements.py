@@ -24,17 +24,12 @@ class Effect(Enum):
 
 
 class Statement(NamedTuple):
-    """The known facts about a statement.
-
-    Attributes:
-        effect: what it may do.
-        savepoint: the name of the savepoint that it sets or rolls back to.
-        counted: a row count of 0 means that it wrote nothing. Not so with CTEs, nor for an INSERT
-            without ON CONFLICT, whose row a trigger may have put into another table.
-    """
+    """The known facts about a statement."""
 
     effect: Effect
-    savepoint: str = ""
+    savepoint: str = ""  # the name of the one that it sets or rolls back to
+    # A row count of 0 means that it wrote nothing. Not so with CTEs, nor for an INSERT without ON
+    # CONFLICT, whose row a trigger may have put into another table.
     counted: bool = False
 
 
@@ -61,7 +56,8 @@ def matched_no_row(result: CursorResult[Any], context: ExecutionContext) -> bool
 
 def writes(statement: Any) -> bool:
     """Return whether a statement writes, before it is sent; functions that write go unnoticed."""
-    if isinstance(statement, str) or _is_text(statement):
+    # `is_text` is True for text().columns(), but False for text().
+    if isinstance(statement, str | TextClause) or getattr(statement, "is_text", False):
         sql = _without_literals(str(statement))
         return any(
             pattern.match(sql) for pattern in (_FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP)
@@ -69,11 +65,6 @@ def writes(statement: Any) -> bool:
     if isinstance(statement, ExecutableDDLElement):
         return True
     return any(getattr(part, "is_dml", False) for part in visitors.iterate(statement))
-
-
-def _is_text(statement: Any) -> bool:
-    # `is_text` is True for text().columns(), but False for text().
-    return isinstance(statement, TextClause) or bool(getattr(statement, "is_text", False))
 
 
 # -- text ----------------------------------------------------------------------------------------

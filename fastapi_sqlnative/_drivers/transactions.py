@@ -125,10 +125,7 @@ def has_rolled_back(
 def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     """Return whether PostgreSQL (or CockroachDB) would answer COMMIT with a silent ROLLBACK.
 
-    Args:
-        connection: a connection with an open transaction.
-        doubtful: the transaction may have been aborted, so ask the server if the driver doesn't
-            expose the transaction's status.
+    If that is `doubtful` and the driver doesn't expose the transaction's status, ask the server.
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
@@ -284,9 +281,7 @@ FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
 def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
     """Ask PostgreSQL whether a COMMIT would change the database; `None` if it can't be asked.
 
-    Args:
-        connection: a connection with an open transaction.
-        id_explained: a savepoint was rolled back, which accounts for a transaction id.
+    `id_explained`: a savepoint was rolled back, which accounts for a transaction id.
     """
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False

@@ -35,6 +35,17 @@ def described(value: object) -> str:
     return f"{name_of(value)}{signature.replace(parameters=bare)}"
 
 
+def accepts(function: Any, *arguments: object) -> bool:
+    """Return whether this can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # written in C, without a signature
+    return True
+
+
 def is_generator(call: object) -> bool:
     """Return whether a dependency is a generator, which FastAPI exits later."""
     return _is_any(call, inspect.isgeneratorfunction, inspect.isasyncgenfunction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,9 +11,9 @@ from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine, hint_for_engine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
-from .functions import described, name_of
+from .functions import accepts, described, name_of
+from .lifespan import with_databases
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
-from .startup import with_databases
 
 
 def install_database(
@@ -92,7 +91,7 @@ def install_database(
 
 def _check(given: Installation) -> None:
     shutdown, engine = given.shutdown, given.engine
-    if shutdown is not None and not _takes_no_arguments(shutdown):
+    if shutdown is not None and not accepts(shutdown):
         raise TypeError(
             f"shutdown of database {given.name!r} must be a function without parameters, such as "
             f"engine.dispose (no parentheses), not {described(shutdown)}."
@@ -111,20 +110,9 @@ def _check(given: Installation) -> None:
 def check_engine(name: str, engine: object) -> None:
     """Refuse what is neither an engine nor a function that makes one."""
     hint = hint_for_engine(engine)
-    if database_class(engine) is None and (hint or not _takes_no_arguments(engine)):
+    if database_class(engine) is None and (hint or not accepts(engine)):
         raise TypeError(
             f"engine of database {name!r} must be an Engine, an AsyncEngine or a function "
             "without parameters that makes one, not "
             f"{name_of(engine) if hint else described(engine)}.{hint}"
         )
-
-
-def _takes_no_arguments(function: object) -> bool:
-    """Return whether this can be called without arguments."""
-    try:
-        inspect.signature(function).bind()  # type: ignore[arg-type] # TypeError if not callable
-    except TypeError:
-        return False
-    except ValueError:
-        return True  # written in C, without a signature
-    return True

@@ -118,11 +118,7 @@ class Running:
         return installation.database
 
     def databases(self) -> list[AnyDatabase]:
-        """List the running databases in commit order: the parents' come first."""
-        return databases_of([*reversed(self.above), self])
-
-    def all_databases(self) -> list[AnyDatabase]:
-        """List the running databases of this application, its parents and its mounts."""
+        """List the running databases in commit order: the parents' come first, the mounts' last."""
         return databases_of([*reversed(self.above), self, *self.below])
 
     def databases_from_here(self) -> list[AnyDatabase]:

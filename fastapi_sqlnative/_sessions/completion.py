@@ -10,13 +10,15 @@ import math
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 import greenlet  # type: ignore[import-untyped] # it comes with sqlalchemy[asyncio]
 
 logger = logging.getLogger("fastapi_sqlnative")
 T = TypeVar("T")
+# Seconds that a cancelled task may take: a driver may be slow to give up on a server that hangs.
+_GRACE: Final = 1.0
 
 
 async def to_completion(
@@ -32,13 +34,9 @@ async def to_completion(
     Two shields are needed: the task protects from asyncio's one-time cancellation, the shielded
     scope from anyio's, which is raised again at every await and would make the loop spin.
 
-    Args:
-        running: the work.
-        databases: their names, for the log.
-        timeout: seconds from the cancellation; `math.inf` waits for ever.
-        cancelled: the caller is already being cancelled.
-        abandon: called with the task when the timeout has passed. SQLAlchemy invalidates a
-            connection whose operation is cancelled.
+    The timeout counts from the cancellation, which has begun if the caller is `cancelled`. Then
+    `abandon` gets the task: SQLAlchemy invalidates a connection whose operation is cancelled. The
+    names of the `databases` are for the log.
     """
 
     def give_up(task: asyncio.Task[None]) -> None:
@@ -106,11 +104,21 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-async def ended_within(seconds: float, task: asyncio.Task[Any], *, grace: float = 0) -> bool:
+async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: str) -> T:
+    """Await work in a task of its own, abandon it after `seconds` and raise a TimeoutError."""
+    task = asyncio.create_task(work)
+    if not await ended_within(seconds, task):
+        raise TimeoutError(late)
+    if task.cancelled():
+        # An ordinary error, because a CancelledError would pass for the caller's cancellation.
+        raise RuntimeError("It raised CancelledError, although nobody had cancelled it.")
+    return task.result()
+
+
+async def ended_within(seconds: float, task: asyncio.Task[Any]) -> bool:
     """Wait for a task for `seconds` and return whether it ended; if not, cancel and abandon it.
 
-    A cancellation of the caller cancels the task too. It then has `grace` seconds to end, because
-    a driver may be slow to give up on a server that hangs.
+    A cancellation of the caller cancels the task too.
     """
     try:
         await asyncio.wait({task}, timeout=seconds)
@@ -119,9 +127,8 @@ async def ended_within(seconds: float, task: asyncio.Task[Any], *, grace: float 
         if not task.done():
             task.add_done_callback(_mark_retrieved)
             task.cancel()
-            if grace:
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait({task}, timeout=grace)
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task}, timeout=_GRACE)
 
 
 def _mark_retrieved(late: asyncio.Future[Any]) -> None:

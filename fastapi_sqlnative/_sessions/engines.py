@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from typing import Final, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, select
-from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-)
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import URL, Engine, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from .._drivers.failures import recognize
 from .completion import in_thread
@@ -28,13 +21,6 @@ def sync_engine(engine: AnyEngine) -> Engine:
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
-# What is easily mistaken for an engine, or for a function that makes one.
-_FROM_ENGINES: Final = (
-    *(Connection, Session, sessionmaker, scoped_session),
-    *(AsyncConnection, AsyncSession, async_sessionmaker, async_scoped_session),
-)
-
-
 def hint_for_engine(given: object) -> str:
     """Return a hint for the error message if it is known what was given instead of an engine."""
     if isinstance(given, str | URL):
@@ -44,7 +30,9 @@ def hint_for_engine(given: object) -> str:
     if isinstance(given, Generator | AsyncGenerator):
         return " Return the engine instead of yielding it: the package disposes of it at the end."
     kind = given if isinstance(given, type) else type(given)
-    if issubclass(kind, _FROM_ENGINES):
+    # Connections, sessions, their makers and their subclasses.
+    is_made = any(each.__module__.startswith("sqlalchemy.") for each in kind.__mro__)
+    if is_made and not issubclass(kind, Engine | AsyncEngine):
         return " Pass the engine itself, and a sessionmaker's other options as session_options."
     return ""
 

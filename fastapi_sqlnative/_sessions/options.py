@@ -33,11 +33,7 @@ class TransactionOptions:
 
     @classmethod
     def checked(cls, isolation_level: IsolationLevel | None, read_only: bool) -> TransactionOptions:
-        """Validate a user's arguments.
-
-        Raises:
-            ValueError: the isolation level is not one of the four in the SQL standard.
-        """
+        """Validate a user's arguments."""
         known = get_args(IsolationLevel)
         if isolation_level is not None and isolation_level not in known:
             raise ValueError(

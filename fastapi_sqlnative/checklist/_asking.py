@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -17,32 +17,20 @@ from .._drivers.connections import parameters_of, recording_arguments
 from .._drivers.errors import driver_error
 from .._drivers.pools import beside_pool
 from .._drivers.transactions import autocommits
+from .._lifespan.lifespan import call_factory
 from .._lifespan.running import Installation, installations_of
-from .._lifespan.startup import call_factory
 from .._routes import applications_in
 from .._seconds import check_seconds
 from .._sessions.completion import ended_within
 from .._sessions.engines import dispose, run_on_engine
+from . import _questions as questions
 from ._findings import Finding, FindingStatus, finding
-from ._questions import (
-    OF_ANY_SERVER,
-    QUESTIONS,
-    Answer,
-    Ask,
-    Asked,
-    Questions,
-    Room,
-    compare,
-    read_room,
-)
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 AlembicConfig: TypeAlias = "Config | str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[str], object]
-# Grace period, in seconds, to close the connection of a database that has run out of time.
-_GRACE: Final = 1.0
 
 
 async def check_databases(
@@ -85,12 +73,12 @@ async def check_databases(
     asking = [_Asking(*each, migrations.get(each[0], {})) for each in installed.items()]
     report: Progress = progress or (lambda _line: None)
     answered = await asyncio.gather(*(each.within(timeout, report) for each in asking))
-    servers: dict[str, dict[str, Room]] = {}
+    servers: dict[str, dict[str, questions.Room]] = {}
     for each in asking:
         if each.room is not None:
             servers.setdefault(each.room.server, {})[each.label] = each.room
     together = (
-        _judged(", ".join(rooms), "connections", compare(rooms.values(), processes))
+        _judged(", ".join(rooms), "connections", questions.compare(rooms.values(), processes))
         for rooms in servers.values()
     )
     return [*chain.from_iterable(answered), *together]
@@ -108,13 +96,13 @@ def _installed(app: Starlette) -> dict[str, Installation]:
     return found
 
 
-def _migrations(config: AlembicConfig) -> Questions:
+def _migrations(config: AlembicConfig) -> questions.Questions:
     """Make the question about Alembic's heads, reading the script directory now."""
     from ..migrations import Revisions, current_revisions  # Alembic is an extra
 
     wanted = Revisions.read(config)
 
-    def ask(asked: Asked) -> Answer:
+    def ask(asked: questions.Asked) -> questions.Answer:
         found = current_revisions(asked.connection)
         result = wanted.compare(found)
         return f"{result.state} ({', '.join(sorted(found)) or 'none'})", result.ready
@@ -122,7 +110,7 @@ def _migrations(config: AlembicConfig) -> Questions:
     return {"migrations": ask}
 
 
-def _judged(database: str, subject: str, answer: Answer) -> Finding:
+def _judged(database: str, subject: str, answer: questions.Answer) -> Finding:
     detail, fine = answer
     return finding(database, subject, detail, FindingStatus.OK if fine else FindingStatus.WARNING)
 
@@ -133,27 +121,27 @@ class _Asking:
 
     label: str
     installation: Installation
-    extra: Questions
-    room: Room | None = None
+    extra: questions.Questions
+    room: questions.Room | None = None
     doing: str = "connecting"
 
     async def within(self, timeout: float, report: Progress) -> list[Finding]:
         """Return the findings, or a single one that says why there are none."""
         report(f"Asking database {self.label!r} ...")
         task = asyncio.create_task(self._ask())
-        if not await ended_within(timeout, task, grace=_GRACE):
+        if not await ended_within(timeout, task):
             found = [self._no_answer(f"no answer within {timeout:g} s ({self.doing})")]
         elif (error := task.exception()) is not None:
             found = [self._no_answer(_in_a_line(error))]
         else:
-            found, self.room = task.result()
+            found = task.result()
         report(f"Database {self.label!r}: done.")
         return found
 
     def _no_answer(self, why: str) -> Finding:
         return finding(self.label, "answer", why, FindingStatus.NO_ANSWER)
 
-    async def _ask(self) -> tuple[list[Finding], Room | None]:
+    async def _ask(self) -> list[Finding]:
         running = self.installation.database
         engine: Any = self.installation.engine if running is None else running.engine
         if not callable(engine):
@@ -165,24 +153,27 @@ class _Asking:
         finally:
             await dispose(engine)
 
-    def _examine(self, engine: Engine) -> tuple[list[Finding], Room | None]:
+    def _examine(self, engine: Engine) -> list[Finding]:
         """Ask all questions over one connection. Plain code."""
-        rooms: list[Room | None] = []
         with (
-            beside_pool(engine, engine.get_execution_options()) as beside,
+            beside_pool(engine) as beside,
             recording_arguments(beside) as noted,
             beside.connect() as connection,
         ):
             autocommit = autocommits(connection)
             connection.execution_options(isolation_level="AUTOCOMMIT")
             parameters = parameters_of(connection, noted)
-            asked = Asked(connection, engine.pool, parameters, autocommit)
-            questions = QUESTIONS.get(connection.dialect.name, OF_ANY_SERVER) | self.extra
-            questions["connections"] = lambda asked: rooms.append(read_room(asked))
-            answers = (self._answer(*each, asked) for each in questions.items())
-            return list(filter(None, answers)), next(iter(rooms), None)
+            asked = questions.Asked(connection, engine.pool, parameters, autocommit)
+            of_server = questions.QUESTIONS.get(connection.dialect.name, questions.OF_ANY_SERVER)
+            wanted = of_server | self.extra | {"connections": self._read_room}
+            answers = (self._answer(*each, asked) for each in wanted.items())
+            return list(filter(None, answers))
 
-    def _answer(self, subject: str, ask: Ask, asked: Asked) -> Finding | None:
+    def _read_room(self, asked: questions.Asked) -> None:
+        """Keep the answer, which `compare` needs from all pools of a server."""
+        self.room = questions.read_room(asked)
+
+    def _answer(self, subject: str, ask: questions.Ask, asked: questions.Asked) -> Finding | None:
         self.doing = f"asking for {subject}"
         try:
             answer = ask(asked)

@@ -131,14 +131,14 @@ class _Health:
     async def live(self, request: Request) -> JSONResponse:
         """Report whether the process should keep running."""
         limit = self.times.get("restart_after", math.inf)
-        databases = running_for(request).all_databases()
+        databases = running_for(request).databases()
         wedged = any(is_wedged(sync_engine(each.engine), limit) for each in databases)
         return _answer(Liveness(status="wedged" if wedged else "alive"), 503 if wedged else 200)
 
     async def ready(self, request: Request) -> JSONResponse:
         """Report whether the application is ready, with the state of each database and check."""
         running = running_for(request)
-        databases = running.all_databases()
+        databases = running.databases()
         asks = bool(databases) and not running.is_draining()
         watches = self._watches(request.app, databases) if asks else ()
         times = self.times["timeout"], self.times["max_age"]

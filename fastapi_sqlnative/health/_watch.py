@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from starlette.applications import Starlette
 
-from .._lifespan.functions import described
-from .._sessions.completion import in_thread
+from .._lifespan.functions import accepts, described, is_awaitable
+from .._lifespan.lifespan import call_off_loop
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -54,8 +53,7 @@ class ReadinessCheck:
 def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
     """Return the arguments that a check takes: none, or the application."""
     for arguments in ((), (app,)):
-        with contextlib.suppress(TypeError):
-            inspect.signature(check).bind(*arguments)
+        if accepts(check, *arguments):
             return arguments
     raise TypeError(
         f"Check {name!r} must be a function that takes the application or nothing, not "
@@ -97,26 +95,21 @@ class Watch:
             await asyncio.wait_for(self._answered.wait(), limit)
 
     async def _run(self, timeout: float, max_age: float) -> None:
-        check = self.check.check
-        call = getattr(type(check), "__call__", None)  # noqa: B004 - an object's may be async
-        is_async = inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(call)
-        calling = asyncio.create_task(self._call(is_async))
+        calling = asyncio.create_task(self._call())
         in_time, _ = await asyncio.wait({calling}, timeout=timeout)
         if not in_time:
             self._settle(DOWN, TimeoutError(f"No answer within {timeout:g} s."))
-            if is_async:  # a thread can't be cancelled
+            if is_awaitable(self.check.check):  # a thread can't be cancelled
                 calling.cancel()
         (found,) = await asyncio.gather(calling, return_exceptions=True)
         if in_time:
             self._until = asyncio.get_running_loop().time() + max_age
             self._settle(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
 
-    async def _call(self, is_async: bool) -> CheckResult:
+    async def _call(self) -> CheckResult:
         """Call the check, a sync one in a thread; raise a TypeError for an invalid result."""
         arguments = arguments_for(self.name, self.check.check, self.app)
-        call = functools.partial(self.check.check, *arguments)
-        found: Any = call() if is_async else await asyncio.wrap_future(in_thread(call))
-        match await found if inspect.isawaitable(found) else found:
+        match await call_off_loop(functools.partial(self.check.check, *arguments)):
             case bool(ready):
                 return CheckResult(ready, "up" if ready else "down")
             case CheckResult(ready=bool(), state=str()) as result:

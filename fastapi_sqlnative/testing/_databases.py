@@ -18,8 +18,8 @@ from sqlalchemy import Connection, Engine, event
 from starlette.applications import Starlette
 
 from .._lifespan.install import check_engine
+from .._lifespan.lifespan import call_factory
 from .._lifespan.running import EngineFactory, Installation
-from .._lifespan.startup import call_factory
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class

@@ -14,8 +14,8 @@ from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.util.concurrency import in_greenlet
 from starlette.applications import Starlette
 
+from .._lifespan.lifespan import call_off_loop
 from .._lifespan.running import Installation
-from .._lifespan.shutdown import call_off_loop
 from .._sessions.completion import in_thread
 from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession

@@ -1,12 +1,13 @@
-"""Starting the databases of an application."""
+"""The lifespan of an application's databases: all are started, and all are closed."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -17,21 +18,22 @@ from starlette.types import Lifespan
 
 from .._drivers.connections import LOOP_FREE
 from .._routes import mounted_applications
-from .._sessions.completion import ended_within, to_completion
+from .._sessions.completion import in_thread, to_completion, within
 from .._sessions.engines import ask_for_one_row, dispose, run_on_engine
-from ..databases import AnyDatabase, database_class
+from .._sessions.shared import SharedState
+from ..databases import AnyDatabase, database_class, sessions_of
 from ..errors import DatabaseErrorKind, describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
+from .functions import is_awaitable
 from .routes import check_application, examine_late
 from .running import Installation, Running, databases_of
-from .shutdown import stop
 
 logger = logging.getLogger("fastapi_sqlnative")
 
 # Seconds for one attempt of `startup_wait`: a port may accept connections before it answers.
 _ATTEMPT: Final = 5.0
-# Grace period, in seconds, for a cancelled attempt to close its connection.
-_GRACE: Final = 1.0
+# Seconds that a hook gets even if others have used up the time for all.
+_LEAST: Final = 1.0
 # The execution option that holds the event loop on which a ready engine was last started.
 _LOOP: Final = "fastapi_sqlnative_loop"
 
@@ -135,7 +137,9 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
     pause = 0.1
     while True:
         try:
-            return await _ask(database, max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1))
+            limit = max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1)
+            late = f"Database {database.name!r} did not answer within {limit:.1f} s."
+            return await within(limit, run_on_engine(database.engine, ask_for_one_row), late=late)
         except Exception as error:
             left = deadline - anyio.current_time()
             if left <= 0 or not _may_pass(error):
@@ -154,13 +158,6 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
             pause = min(pause * 2, 2.0)
 
 
-async def _ask(database: AnyDatabase, timeout: float) -> None:
-    asking = asyncio.create_task(run_on_engine(database.engine, ask_for_one_row))
-    if not await ended_within(timeout, asking, grace=_GRACE):
-        raise TimeoutError(f"Database {database.name!r} did not answer within {timeout:.1f} s.")
-    asking.result()
-
-
 def _may_pass(error: Exception) -> bool:
     """Return whether an error may be temporary: the database is unavailable or full."""
     if isinstance(error, OSError):
@@ -168,3 +165,71 @@ def _may_pass(error: Exception) -> bool:
     failure = describe_database_error(error)
     passing = (DatabaseErrorKind.UNAVAILABLE, DatabaseErrorKind.TOO_MANY_CONNECTIONS)
     return failure is not None and failure.kind in passing
+
+
+# -- shutdown: in reverse order, each within its deadline, all even if some fail ----------------
+
+
+async def stop(runs: Sequence[Running]) -> None:
+    """End one lifespan's runs, and close the databases that no other lifespan uses."""
+    ending: list[tuple[Installation, AnyDatabase]] = []
+    for installed in (each.installed for each in reversed(runs)):
+        if all(each in runs for each in installed.runs):  # else another lifespan still uses it
+            installed.draining = True
+            last_first = reversed(installed.by_name.values())
+            ending += [(each, each.database) for each in last_first if each.database is not None]
+    for _, database in ending:
+        sessions_of(database).state.stopping = "shutting down"
+    longest = max((each.shutdown_timeout for each, _ in ending), default=0)
+    deadline = anyio.current_time() + longest
+    errors: list[Exception] = []
+    for installation, database in ending:
+        await _close(installation, database, deadline, errors)
+    for each in runs:
+        each.installed.runs.remove(each)  # only now: until here requests get the right error
+    if errors:
+        raise ExceptionGroup("Databases failed to shut down", errors)
+
+
+async def _close(
+    installation: Installation, database: AnyDatabase, total: float, errors: list[Exception]
+) -> None:
+    deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
+    state = sessions_of(database).state
+    await _drain(state, deadline)
+    state.stopping = "stopped"
+    installation.database = None
+    steps: dict[str, Callable[[], Any]] = {}
+    if installation.shutdown is not None:
+        steps["shutdown hook"] = installation.shutdown
+    if database_class(installation.engine) is None:
+        steps["dispose"] = functools.partial(dispose, database.engine)
+    least = min(_LEAST, installation.shutdown_timeout)
+    for step, function in steps.items():
+        try:
+            left = max(deadline - anyio.current_time(), least)
+            await within(left, call_off_loop(function), late=f"It did not end within {left:.1f} s.")
+        except Exception as error:  # noqa: BLE001 - raised with the others at the end
+            error.add_note(f"In the {step} of database {database.name!r}.")
+            errors.append(error)
+
+
+async def _drain(state: SharedState, deadline: float) -> None:
+    """Wait until our sessions have released their connections, but not for other code's."""
+    # Sessions may end in threads, so there is no event to await.
+    while state.holders and anyio.current_time() < deadline:  # noqa: ASYNC110
+        await anyio.sleep(0.01)
+    if left := len(state.holders):
+        logger.warning(
+            "Database %r is closed with %d connection(s) still in use; the sessions that hold "
+            "them can run no more statements.",
+            state.name,
+            left,
+        )
+
+
+async def call_off_loop(function: Callable[[], Any]) -> Any:
+    """Call a function, in a thread if it is synchronous, and return its result."""
+    is_async = is_awaitable(function)
+    result = function() if is_async else await asyncio.wrap_future(in_thread(function))
+    return await result if inspect.isawaitable(result) else result

@@ -1,7 +1,5 @@
 """`python -m fastapi_sqlnative check main:app`: the checklist on the command line."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import dataclasses

@@ -1,7 +1,5 @@
 """Probes: does the database answer, and do the pool's connections come back?"""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import suppress
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """The retries of a transaction, with backoff."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time

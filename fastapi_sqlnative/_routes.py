@@ -1,7 +1,5 @@
 """Lookups in the routes of an application."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

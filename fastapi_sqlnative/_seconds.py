@@ -1,7 +1,5 @@
 """Validation of times in seconds."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -1,7 +1,5 @@
 """The database handles, sync and async."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping

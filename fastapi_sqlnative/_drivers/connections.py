@@ -1,7 +1,5 @@
 """A connection's arguments, and what its driver knows about the server."""
 
-from __future__ import annotations
-
 import os
 import ssl
 from collections.abc import Generator, Mapping

@@ -4,8 +4,6 @@ Message text is used only where there is no code, and then only text that the dr
 or the number of quoted names in a server's message: some servers translate the words.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """What a failure means for its transaction: outcome unknown, refused, or never begun."""
 
-from __future__ import annotations
-
 from traceback import walk_tb
 from typing import Any, Final
 

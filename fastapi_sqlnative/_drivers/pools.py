@@ -1,7 +1,5 @@
 """The state of a connection pool, as far as its class exposes it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The effect of a statement, read from its compiled form."""
 
-from __future__ import annotations
-
 import re
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple

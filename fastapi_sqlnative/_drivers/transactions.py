@@ -4,8 +4,6 @@ Queries go through a raw cursor of the driver, so that no listener of the applic
 changes them.
 """
 
-from __future__ import annotations
-
 import math
 import select
 from typing import Any, Final

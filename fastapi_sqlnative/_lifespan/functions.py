@@ -1,7 +1,5 @@
 """Introspection of functions, without calling them."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools

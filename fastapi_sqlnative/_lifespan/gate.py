@@ -1,7 +1,5 @@
 """A limit on the requests that may hold connections at a time, which prevents deadlocks."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

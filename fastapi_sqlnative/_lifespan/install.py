@@ -1,7 +1,5 @@
 """Installing a database on an application."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

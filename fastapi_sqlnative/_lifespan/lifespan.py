@@ -1,7 +1,5 @@
 """The lifespan of an application's databases: all are started, and all are closed."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """The checks of an application's routes at start-up, for mistakes that FastAPI doesn't see."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Running work that a cancellation must not interrupt (rule 13), and work that may hang."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

@@ -1,7 +1,5 @@
 """Operations on an engine, sync or async, that don't block the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import TypeAlias, TypeVar

@@ -1,7 +1,5 @@
 """The session factory: the application's session class, with ours before and after it."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import time

@@ -1,7 +1,5 @@
 """Who holds the connections of a database: which route, since when and until when."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

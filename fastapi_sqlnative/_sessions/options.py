@@ -1,10 +1,8 @@
 """Transaction options, and how each database sets them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect
@@ -32,7 +30,7 @@ class TransactionOptions:
     read_only: bool = False
 
     @classmethod
-    def checked(cls, isolation_level: IsolationLevel | None, read_only: bool) -> TransactionOptions:
+    def checked(cls, isolation_level: IsolationLevel | None, read_only: bool) -> Self:
         """Validate a user's arguments."""
         known = get_args(IsolationLevel)
         if isolation_level is not None and isolation_level not in known:

@@ -4,8 +4,6 @@ It holds all that the rules on lying and forgotten commits (5, 6, 7) and on fini
 depend on. `session` keeps it up to date.
 """
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass, field
 from typing import Any

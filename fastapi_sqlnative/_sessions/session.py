@@ -1,7 +1,5 @@
 """The session class: every use of the database goes through one of its methods."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager

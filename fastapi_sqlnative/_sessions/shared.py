@@ -1,7 +1,5 @@
 """The state that the sessions of one database share, and their error messages."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Mapping

@@ -1,10 +1,8 @@
 """The transaction that a session's `begin()` returns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -34,7 +32,7 @@ class BegunTransaction:
         self._end_streams()
         self.transaction.rollback()
 
-    def __enter__(self) -> BegunTransaction:
+    def __enter__(self) -> Self:
         self.transaction.__enter__()
         return self
 

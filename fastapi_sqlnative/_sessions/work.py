@@ -1,7 +1,5 @@
 """The work of one transaction, done and pending, and whether a COMMIT would store anything."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias

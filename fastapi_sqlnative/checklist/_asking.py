@@ -1,7 +1,5 @@
 """Checking all databases of an application concurrently."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The findings of the checklist, with their fixes."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping

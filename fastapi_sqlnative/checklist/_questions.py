@@ -1,7 +1,5 @@
 """The questions of the checklist, and when they warn."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass

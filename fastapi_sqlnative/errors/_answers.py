@@ -1,7 +1,5 @@
 """Answering a failure: in a block of a route, and app-wide."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

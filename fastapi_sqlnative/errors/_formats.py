@@ -1,7 +1,5 @@
 """The format of answers: RFC 9457 problem details, and the OpenAPI document."""
 
-from __future__ import annotations
-
 import http.client
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Unpack, cast

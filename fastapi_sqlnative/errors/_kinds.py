@@ -1,7 +1,5 @@
 """Classifying database failures, by the driver's error and the application's metadata."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

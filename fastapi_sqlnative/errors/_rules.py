@@ -1,7 +1,5 @@
 """The answers to each kind of database failure, and how an application changes them."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter

@@ -1,7 +1,5 @@
 """Taking an application out of service before its server stops."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import signal

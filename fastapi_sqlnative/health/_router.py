@@ -1,7 +1,5 @@
 """The liveness and readiness routes."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import math

@@ -1,7 +1,5 @@
 """Readiness checks, and the results of each database and check."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -88,9 +88,7 @@ def is_wedged(engine: Engine, seconds: float) -> bool:
 
     The pool's own timeout applies if it is longer. The first call starts listening to the pool.
     """
-    last_checkout: list[float] | None = engine.get_execution_options().get(_LAST_CHECKOUT)
-    if last_checkout is None:
-        last_checkout = _listen(engine)
+    last_checkout = engine.get_execution_options().get(_LAST_CHECKOUT) or _listen(engine)
     # If a connection had come back, the pool would not be full or would have had a checkout.
     limit = max(seconds, pool_timeout(engine.pool))
     return is_full(engine) and monotonic() - last_checkout[0] > limit

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Final
 
 from fastapi.dependencies.models import Dependant
@@ -10,19 +10,11 @@ from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from .. import dependencies
 from .._routes import routes_of
 from .._sessions.options import AUTOCOMMIT
 from ..cancellation import cancel_on_disconnect, deadline
 from ..databases import AnyDatabase, AsyncDatabase, Database, sessions_of
-from ..dependencies import (
-    DatabaseDependency,
-    InstalledDependency,
-    SessionDependency,
-    get_database_handle,
-    get_db,
-    reader,
-    transactional,
-)
 from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError, TransactionOptionsError
 from . import functions
 from .functions import name_of
@@ -37,10 +29,10 @@ _HANDLES: Final = (Database, AsyncDatabase)
 _GIVEN: tuple[type, ...] = (Session, AsyncSession, *_HANDLES, *_FACTORIES)
 # Functions that make dependencies and are easily mistaken for dependencies, and how to call them.
 _MAKERS: Final[Mapping[Callable[..., Any], str]] = {
-    get_db: "get_db(name)",
-    transactional: "transactional(name)",
-    reader: "reader(name)",
-    get_database_handle: "get_database_handle(name)",
+    dependencies.get_db: "get_db(name)",
+    dependencies.transactional: "transactional(name)",
+    dependencies.reader: "reader(name)",
+    dependencies.get_database_handle: "get_database_handle(name)",
     deadline: "deadline(seconds)",
     cancel_on_disconnect: "cancel_on_disconnect()",
 }
@@ -99,14 +91,14 @@ def _examine(running: Running, context: Any) -> Opened:
     try:
         for parent, child, outlives in _walk(endpoint, running.overrides):
             ours: Any = child.call
-            if isinstance(ours, InstalledDependency):
+            if isinstance(ours, dependencies.InstalledDependency):
                 # Readiness also covers the databases of mounted applications.
                 if all(each.name != ours.name for each in running.databases_from_here()):
                     running.database(ours.name)
                 continue
             database = running.database(ours.name)
             _check_annotation(parent.call, child, database)
-            if isinstance(ours, SessionDependency):
+            if isinstance(ours, dependencies.SessionDependency):
                 _check_scope(child, ours.name, outlives)
                 _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
                 _check_autocommit(ours, database)
@@ -128,23 +120,25 @@ def _walk(
     """
     for child in parent.dependencies:
         call: Any = child.call
-        if getattr(call, "__hash__", None) is not None and call in overrides:
+        known: Any = call if isinstance(call, Hashable) else None
+        is_session = isinstance(call, dependencies.SessionDependency)
+        # An override of get_db(name) also applies to transactional(name) and reader(name).
+        plain = dependencies.get_db(call.name) if is_session else known
+        if known in overrides or plain in overrides:
             continue
-        for maker, called in _MAKERS.items():
-            if call is maker:
-                raise DatabaseDependencyError(
-                    f"Depends({name_of(maker)}) lacks a call. Use Depends({called}): the "
-                    "dependency is what the call returns."
-                )
-        if not isinstance(call, DatabaseDependency):
+        if known in _MAKERS:
+            raise DatabaseDependencyError(
+                f"Depends({name_of(call)}) lacks a call. Use Depends({_MAKERS[known]}): the "
+                "dependency is what the call returns."
+            )
+        if isinstance(call, dependencies.DatabaseDependency):
+            yield parent, child, outlives
+        else:
             # A function may return something that doesn't hold the session.
             may_return = functions.may_return_session(call, parent.call, child.name)
             above = outlives if may_return else None
             runs_on = child.scope != "function" and functions.is_generator(call)
             yield from _walk(child, overrides, call if runs_on else above)
-        # An override of get_db(name) also applies to transactional(name) and reader(name).
-        elif not isinstance(call, SessionDependency) or get_db(call.name) not in overrides:
-            yield parent, child, outlives
 
 
 def _check_scope(child: Dependant, name: str, outlives: object) -> None:
@@ -165,7 +159,7 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
 
 
 def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) -> None:
-    is_session = isinstance(child.call, SessionDependency)
+    is_session = isinstance(child.call, dependencies.SessionDependency)
     given: type = sessions_of(database).class_ if is_session else type(database)
     annotation = functions.annotation_of(function, child.name)
     named = [each for each in functions.classes_in(annotation) if issubclass(each, _GIVEN)]
@@ -218,7 +212,7 @@ def _check_function(
         )
 
 
-def _check_autocommit(ours: SessionDependency, database: AnyDatabase) -> None:
+def _check_autocommit(ours: dependencies.SessionDependency, database: AnyDatabase) -> None:
     options = database.engine.get_execution_options()
     commits = ours.options is not None and ours.options is not AUTOCOMMIT
     if commits and options.get("isolation_level") == "AUTOCOMMIT":

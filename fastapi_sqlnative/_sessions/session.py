@@ -1,6 +1,5 @@
 """The session class: every use of the database goes through one of its methods."""
 
-import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
@@ -240,8 +239,7 @@ def _writing(record: Record) -> Generator[None]:
 def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTransaction:
     record = session.sqlnative
     if record.begun is None or record.begun.transaction is not transaction:
-        end_streams = functools.partial(record.end_results, streams_only=True)
-        record.begun = BegunTransaction(session, transaction, end_streams)
+        record.begun = BegunTransaction(session, transaction)
     return cast("SessionTransaction", record.begun)
 
 

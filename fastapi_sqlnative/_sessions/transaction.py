@@ -1,21 +1,16 @@
 """The transaction that a session's `begin()` returns."""
 
-from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import SessionTransaction
 
 
 class BegunTransaction:
     """The transaction that `begin()` returns. Its commit is the session's commit."""
 
-    def __init__(
-        self, session: Session, transaction: SessionTransaction, end_streams: Callable[[], None]
-    ) -> None:
+    def __init__(self, session: Any, transaction: SessionTransaction) -> None:
         self._session = session
         self.transaction = transaction
-        self._end_streams = end_streams
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transaction, name)
@@ -29,28 +24,23 @@ class BegunTransaction:
 
     def rollback(self) -> None:
         """Roll the transaction back."""
-        self._end_streams()
+        self._session.sqlnative.end_results(streams_only=True)
         self.transaction.rollback()
 
     def __enter__(self) -> Self:
         self.transaction.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None and self.transaction.is_active:
-            try:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            if error is None and self.transaction.is_active:
                 self._session.commit()
-            except BaseException as failure:
-                self._end_streams()
-                self.transaction.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        self._end_streams()
-        self.transaction.__exit__(kind, error, traceback)
+        except BaseException as failure:
+            kind, error, traceback = type(failure), failure, failure.__traceback__
+            raise
+        finally:
+            self._session.sqlnative.end_results(streams_only=True)
+            self.transaction.__exit__(kind, error, traceback)
 
 
 def depth_of(transaction: SessionTransaction) -> int:

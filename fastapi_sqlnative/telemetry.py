@@ -43,9 +43,6 @@ _STATE: Final = f"{_PREFIX}.state"
 _BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 # The attribute of an instrument that holds the `_Instruments` shared by applications.
 _SHARED: Final = "fastapi_sqlnative_shared"
-# Keys in a connection's `info`: when connecting began, and when it was checked out.
-_MAKING: Final = "fastapi_sqlnative_making"
-_IN_USE: Final = "fastapi_sqlnative_in_use"
 
 
 def instrument_pools(
@@ -193,11 +190,8 @@ class _Pool:
         self.waiting: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._timeout = pool_timeout(engine.pool)
         self._instruments = instruments
-        # On the engine, because these listeners carry over to pools that replace this one.
-        event.listen(engine, "do_connect", self._make)
-        event.listen(engine, "connect", self._made)
-        event.listen(engine, "checkout", self._use)
-        event.listen(engine, "checkin", self._used)
+        self._measure(engine, "do_connect", "connect", instruments.create_time)
+        self._measure(engine, "checkout", "checkin", instruments.use_time)
 
     def listen_to_sessions(self, sessions: Any) -> None:
         """Listen to a handle's sessions, because the pool has no event for the start of a wait."""
@@ -206,23 +200,21 @@ class _Pool:
         event.listen(sessions, "after_begin", self._connect)
         event.listen(sessions, "after_transaction_end", self._end)
 
-    def _make(self, _dialect: object, record: ConnectionPoolEntry, *_arguments: object) -> None:
-        record.info[_MAKING] = perf_counter()
+    def _measure(self, engine: Engine, start: str, end: str, histogram: metrics.Histogram) -> None:
+        """Measure the time between two events of each connection."""
+        key = f"fastapi_sqlnative_{start}"
 
-    def _made(self, _connection: object, record: ConnectionPoolEntry) -> None:
-        began = record.info.pop(_MAKING, None)
-        # None if the engine has a `creator`.
-        if began is not None and OUTSIDE not in record.info:
-            self._record(self._instruments.create_time, began)
+        def started(_: object, record: ConnectionPoolEntry, *_more: object) -> None:
+            record.info[key] = perf_counter()
 
-    def _use(self, _connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
-        if OUTSIDE not in record.info:
-            record.info[_IN_USE] = perf_counter()
+        def ended(_: object, record: ConnectionPoolEntry) -> None:
+            began = record.info.pop(key, None)  # None if the engine has a `creator`
+            if began is not None and OUTSIDE not in record.info:
+                self._record(histogram, began)
 
-    def _used(self, _connection: object, record: ConnectionPoolEntry) -> None:
-        began = record.info.pop(_IN_USE, None)
-        if began is not None:
-            self._record(self._instruments.use_time, began)
+        # On the engine, because these listeners carry over to pools that replace this one.
+        event.listen(engine, start, started)
+        event.listen(engine, end, ended)
 
     def _execute(self, state: Any) -> None:
         self._wait(state.session)

@@ -187,10 +187,23 @@ class Record(Holder):
             return 0
         wrote = self.work.wrote and self.rolled_back is None
         if_lost = wrote if if_lost is None else if_lost
-        return sum(
-            self.work.is_unstored(each, before, wrote=wrote, if_lost=if_lost, joined=self.joined)
-            for each, before in self.connections.items()
-        )
+        return sum(self._is_unstored(each, wrote, if_lost) for each in self.connections)
+
+    def _is_unstored(self, connection: Connection, wrote: bool, if_lost: bool) -> bool:
+        """Ask the server if unsure: `wrote` is the answer of a database that can't tell."""
+        if not connection.in_transaction() or transactions.autocommits(connection):
+            return False
+        if self.joined:
+            return wrote  # the server's answer would include the owner's work
+        if transactions.is_lost(connection):
+            return if_lost
+        if connection.dialect.name == "sqlite":
+            changed = transactions.changes(connection) != self.connections[connection]
+            return (self.work.defined or changed) and transactions.is_open_on_sqlite(connection)
+        if connection.dialect.name != "postgresql":
+            return wrote
+        found = transactions.would_store(connection, id_explained=self.work.undone)
+        return if_lost if found is None else found
 
     def prepare(self) -> None:
         """Refuse an aborted transaction, and find out whether a possible write really was one.

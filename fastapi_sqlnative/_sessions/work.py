@@ -1,4 +1,4 @@
-"""The work of one transaction, done and pending, and whether a COMMIT would store anything."""
+"""The work of one transaction, done and pending."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,34 +77,6 @@ class Work:
         for connection in connections:
             if not connection.closed and not connection.invalidated:
                 connections[connection] = transactions.changes(connection) - kept.get(connection, 0)
-
-    def is_unstored(
-        self,
-        connection: Connection,
-        changes_before: float,
-        *,
-        wrote: bool,
-        if_lost: bool,
-        joined: bool,
-    ) -> bool:
-        """Return whether a COMMIT on a connection would store something; ask the server if unsure.
-
-        `wrote` is the answer if the database can't tell, `if_lost` if the connection is lost. If
-        the transaction is `joined`, the server's answer would include its owner's work.
-        """
-        if not connection.in_transaction() or transactions.autocommits(connection):
-            return False
-        if joined:
-            return wrote
-        if transactions.is_lost(connection):
-            return if_lost
-        if connection.dialect.name == "sqlite":
-            changed = self.defined or transactions.changes(connection) != changes_before
-            return changed and transactions.is_open_on_sqlite(connection)
-        if connection.dialect.name != "postgresql":
-            return wrote
-        found = transactions.would_store(connection, id_explained=self.undone)
-        return if_lost if found is None else found
 
 
 # -- pending changes ---------------------------------------------------------------------------

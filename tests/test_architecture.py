@@ -50,7 +50,7 @@ ORDER = (
     {"_lifespan.routes"},
     {"_lifespan.lifespan"},
     {"_lifespan.install"},
-    {"health._draining", "health._watch"},
+    {"health._watch"},
     {"health._router"},
     {"health.__init__", "telemetry"},
     {"migrations"},

@@ -140,9 +140,7 @@ async def _until(seconds: float, request: Request, unit: UnitOfWork) -> AsyncGen
     def is_over() -> bool:
         return time.monotonic() >= ends_at and not unit.has_stored
 
-    def error() -> DeadlineExceededError:
-        return DeadlineExceededError(name_of_route(request.scope), seconds)
-
+    error = functools.partial(DeadlineExceededError, name_of_route(request.scope), seconds)
     async with _cancellable(unit, error) as cancel:
         timer = asyncio.get_running_loop().call_later(seconds, cancel)
         try:

@@ -39,14 +39,7 @@ class NativeSession(Session):
         record.check_usable()
         if record.options is AUTOCOMMIT and writes(statement):
             raise record.state.error(ReadOnlySessionError)  # before it is sent and committed
-        record.executing = True
-        try:
-            result = super().execute(statement, *args, **options)
-        except Exception as error:
-            record.handle_error(error)
-            raise
-        finally:
-            record.executing = False
+        result = _recorded(record, super().execute, statement, *args, **options)
         record.note_result(result, statement)
         return result
 
@@ -57,15 +50,16 @@ class NativeSession(Session):
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Execute a statement and return a scalar."""
         if isinstance(statement, Sequence):  # executing one returns no result object
-            with _recording(self.sqlnative):
-                return super().scalar(statement, *args, **options)
+            self.sqlnative.check_usable()
+            return _recorded(self.sqlnative, super().scalar, statement, *args, **options)
         return self.execute(statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
         """Hand out the connection; from then on anything may have been sent over it."""
-        with _recording(self.sqlnative) as record:
-            connection = super().connection(*args, **options)
-            begin(connection)
+        record = self.sqlnative
+        record.check_usable()
+        connection: Connection = _recorded(record, super().connection, *args, **options)
+        _recorded(record, begin, connection)
         record.work.handed_out = True
         if record.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
@@ -79,32 +73,22 @@ class NativeSession(Session):
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
         checked, record.committing = record.committing, False
-        executing, record.executing = record.executing, True
-        try:
-            super().flush(*args, **options)
-        except Exception as error:
-            record.handle_error(error)
-            raise
-        finally:
-            record.executing = executing
+        _recorded(record, super().flush, *args, **options)
         if checked:  # a before_commit listener has flushed after the last check
             record.check_committable()
             record.committing = True
 
     def bulk_save_objects(self, *args: Any, **options: Any) -> None:
         """Insert or update objects in bulk."""
-        with _writing(self.sqlnative):
-            super().bulk_save_objects(*args, **options)
+        _write(self.sqlnative, super().bulk_save_objects, *args, **options)
 
     def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
         """Insert rows in bulk."""
-        with _writing(self.sqlnative):
-            super().bulk_insert_mappings(*args, **options)
+        _write(self.sqlnative, super().bulk_insert_mappings, *args, **options)
 
     def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
         """Update rows in bulk."""
-        with _writing(self.sqlnative):
-            super().bulk_update_mappings(*args, **options)
+        _write(self.sqlnative, super().bulk_update_mappings, *args, **options)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would refuse
     # a closed session too, but its message doesn't name the fix.
@@ -214,12 +198,11 @@ def may_store(session: NativeSession) -> bool:
 # Functions, because a method could have the name of one of the application's class.
 
 
-@contextmanager
-def _recording(record: Record) -> Generator[Record]:
-    record.check_usable()
+def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a method of SQLAlchemy's, and record that it runs and how it fails."""
     executing, record.executing = record.executing, True
     try:
-        yield record
+        return method(*args, **options)
     except Exception as error:
         record.handle_error(error)
         raise
@@ -227,13 +210,12 @@ def _recording(record: Record) -> Generator[Record]:
         record.executing = executing
 
 
-@contextmanager
-def _writing(record: Record) -> Generator[None]:
-    with _recording(record):
-        if record.options is AUTOCOMMIT:
-            raise record.state.error(ReadOnlySessionError)
-        record.work.wrote = True
-        yield
+def _write(record: Record, method: Callable[..., None], *args: Any, **options: Any) -> None:
+    record.check_usable()
+    if record.options is AUTOCOMMIT:
+        raise record.state.error(ReadOnlySessionError)
+    record.work.wrote = True
+    _recorded(record, method, *args, **options)
 
 
 def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTransaction:

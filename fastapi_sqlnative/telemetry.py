@@ -148,7 +148,7 @@ class _Instruments:
         engines = dict.fromkeys(
             sync_engine(database.engine)
             for app in tuple(self.applications)
-            for database in running_of(app).databases_from_here()
+            for database in running_of(app).databases()
         )
         return [(each, self._pools[each]) for each in engines if each in self._pools]
 

@@ -164,9 +164,7 @@ def begin_before_savepoint(connection: Connection) -> None:
     if connection.dialect.name != "sqlite" or autocommits(connection):
         return
     if not is_open_on_sqlite(connection):
-        cursor = connection.connection.cursor()
-        cursor.execute("BEGIN")
-        cursor.close()
+        fetch_row(connection, "BEGIN")
 
 
 # The shorter of the remaining time and the current setting. The server reports the setting in a
@@ -234,15 +232,15 @@ def _accepts_queries(connection: Connection) -> bool:
     """Return whether the transaction is not aborted, beginning it if necessary."""
     try:
         # SHOW, because SET TRANSACTION is refused after a query.
-        return _fetch_row(connection, "SHOW transaction_isolation") is not None
+        return fetch_row(connection, "SHOW transaction_isolation") is not None
     except connection.dialect.loaded_dbapi.Error:
         if is_lost(connection):
             connection.exec_driver_sql("SELECT 1")  # makes SQLAlchemy notice the loss
         raise
 
 
-def _fetch_row(connection: Connection, query: str) -> Any:
-    """Run a query and return its row; `None` if the transaction is aborted."""
+def fetch_row(connection: Connection, query: str) -> Any:
+    """Run SQL over a raw cursor and return a row; `None` without one or if it is aborted."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute(query)
@@ -284,7 +282,7 @@ def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
     try:
-        row = _fetch_row(connection, _UNSTORED)
+        row = fetch_row(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):
         return None
     if row is None:

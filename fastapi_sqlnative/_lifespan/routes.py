@@ -93,7 +93,7 @@ def _examine(running: Running, context: Any) -> Opened:
             ours: Any = child.call
             if isinstance(ours, dependencies.InstalledDependency):
                 # Readiness also covers the databases of mounted applications.
-                if all(each.name != ours.name for each in running.databases_from_here()):
+                if all(each.name != ours.name for each in running.databases()):
                     running.database(ours.name)
                 continue
             database = running.database(ours.name)

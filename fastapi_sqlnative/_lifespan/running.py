@@ -121,10 +121,6 @@ class Running:
         """List the running databases in commit order: the parents' come first, the mounts' last."""
         return databases_of([*reversed(self.above), self, *self.below])
 
-    def databases_from_here(self) -> list[AnyDatabase]:
-        """List the running databases of this application and its mounts."""
-        return databases_of([self, *self.below])
-
     def is_draining(self) -> bool:
         """Return whether this application, or one that it is mounted in, is draining."""
         return any(each.installed.draining for each in (self, *self.above))

@@ -8,6 +8,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
+from .._drivers.transactions import fetch_row
 from ..exceptions import TransactionOptionsError
 
 IsolationLevel: TypeAlias = Literal[
@@ -87,6 +88,4 @@ def begin_with(connection: Connection, options: TransactionOptions) -> None:
 
 def _unset_read_only(connection: Connection) -> None:
     # SQLite's pragma is set for the connection, not for the transaction.
-    cursor = connection.connection.cursor()
-    cursor.execute("PRAGMA query_only = OFF")
-    cursor.close()
+    fetch_row(connection, "PRAGMA query_only = OFF")

@@ -17,7 +17,7 @@ from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
 from .transaction import depth_of
-from .work import would_be_flushed
+from .work import has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
@@ -84,7 +84,7 @@ def _after_begin(
 @event.listens_for(Outermost, "after_flush")
 def _around_flush(session: Outermost, *_: object) -> None:
     record = session.sqlnative
-    record.work.wrote = record.work.wrote or would_be_flushed(session)
+    record.work.wrote = record.work.wrote or has_pending_changes(session)
 
 
 @event.listens_for(Outermost, "after_commit")

@@ -29,7 +29,7 @@ def empty() -> dict[Any, Any]:
     return {}
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Holder:
     """The connections that one session holds. Lives as long as the session."""
 

@@ -20,7 +20,7 @@ from .transaction import BegunTransaction
 from .work import Work
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Record(Holder):
     """What one session has done since its last commit or rollback.
 

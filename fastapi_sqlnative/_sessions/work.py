@@ -15,7 +15,7 @@ from .._drivers.statements import Effect, Statement, matched_no_row
 _Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, float]]
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Work:
     """The work of one transaction."""
 
@@ -85,12 +85,7 @@ class Work:
 def has_pending_changes(session: Session) -> bool:
     """Return whether a flush would send something."""
     # Every addition or change begins a transaction, and checking for one first is cheap.
-    return session.in_transaction() and would_be_flushed(session)
-
-
-def would_be_flushed(session: Session) -> bool:
-    """Return whether a session has changes that a flush would send."""
-    return bool(
+    return session.in_transaction() and bool(
         session.new
         or session.deleted
         or (

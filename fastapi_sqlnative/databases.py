@@ -70,8 +70,8 @@ class _Database(Generic[EngineT]):
         record_of(session).commits = True
         return session
 
-    def _no_answer(self, timeout: float) -> str:
-        return f"Database {self.name!r} did not answer within {timeout} s."
+    def _no_answer(self, timeout: float) -> TimeoutError:
+        return TimeoutError(f"Database {self.name!r} did not answer within {timeout} s.")
 
 
 class Database(_Database[Engine]):
@@ -186,7 +186,7 @@ class Database(_Database[Engine]):
         asking = in_thread(lambda: ask_for_one_row(self.engine))
         wait({asking}, timeout)
         if not asking.done():
-            raise TimeoutError(self._no_answer(timeout))
+            raise self._no_answer(timeout)
         asking.result()
 
 

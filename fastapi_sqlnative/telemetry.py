@@ -76,18 +76,14 @@ def instrument_pools(
 
     def observe(database: AnyDatabase) -> None:
         if not instruments:  # only at the first start is the provider sure to be set up
-            provider = meter_provider or _provider_of(app) or metrics.get_meter_provider()
+            # A private attribute: there is no public one. If it is gone, the global one is used.
+            own: metrics.MeterProvider | None = getattr(app, "_telemetry", {}).get("meter_provider")
+            provider = meter_provider or own or metrics.get_meter_provider()
             instruments.append(_instruments_of(provider))
             instruments[0].applications.add(app)
         instruments[0].listen(database)
 
     installed.observers.append(observe)
-
-
-def _provider_of(app: Starlette) -> metrics.MeterProvider | None:
-    # A private attribute: there is no public one. If it is gone, the global provider is used.
-    config: Mapping[str, Any] = getattr(app, "_telemetry", {})
-    return config.get("meter_provider")
 
 
 def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:

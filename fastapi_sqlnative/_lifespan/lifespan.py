@@ -140,7 +140,7 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
     while True:
         try:
             limit = max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1)
-            late = f"Database {database.name!r} did not answer within {limit:.1f} s."
+            late = TimeoutError(f"Database {database.name!r} did not answer within {limit:.1f} s.")
             return await within(limit, run_on_engine(database.engine, ask_for_one_row), late=late)
         except Exception as error:
             left = deadline - anyio.current_time()
@@ -210,7 +210,8 @@ async def _close(
     for step, function in steps.items():
         try:
             left = max(deadline - anyio.current_time(), least)
-            await within(left, call_off_loop(function), late=f"It did not end within {left:.1f} s.")
+            late = TimeoutError(f"It did not end within {left:.1f} s.")
+            await within(left, call_off_loop(function), late=late)
         except Exception as error:  # noqa: BLE001 - raised with the others at the end
             error.add_note(f"In the {step} of database {database.name!r}.")
             errors.append(error)

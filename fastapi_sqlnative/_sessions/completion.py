@@ -102,31 +102,26 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: str) -> T:
-    """Await work in a task of its own, abandon it after `seconds` and raise a TimeoutError."""
-    task = asyncio.create_task(work)
-    if not await ended_within(seconds, task):
-        raise TimeoutError(late)
-    if task.cancelled():
-        # An ordinary error, because a CancelledError would pass for the caller's cancellation.
-        raise RuntimeError("It raised CancelledError, although nobody had cancelled it.")
-    return task.result()
-
-
-async def ended_within(seconds: float, task: asyncio.Task[Any]) -> bool:
-    """Wait for a task for `seconds` and return whether it ended; if not, cancel and abandon it.
+async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: TimeoutError) -> T:
+    """Await work in a task of its own; after `seconds`, cancel and abandon it, and raise `late`.
 
     A cancellation of the caller cancels the task too.
     """
+    task = asyncio.create_task(work)
     try:
-        await asyncio.wait({task}, timeout=seconds)
-        return task.done()
+        in_time, _ = await asyncio.wait({task}, timeout=seconds)
+        if not in_time:
+            raise late
     finally:
         if not task.done():
             task.add_done_callback(_mark_retrieved)
             task.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait({task}, timeout=_GRACE)
+    if task.cancelled():
+        # An ordinary error, because a CancelledError would pass for the caller's cancellation.
+        raise RuntimeError("It raised CancelledError, although nobody had cancelled it.")
+    return task.result()
 
 
 def _mark_retrieved(late: asyncio.Future[Any]) -> None:

@@ -19,7 +19,7 @@ from .._lifespan.lifespan import call_factory
 from .._lifespan.running import Installation, installations_of
 from .._routes import applications_in
 from .._seconds import check_seconds
-from .._sessions.completion import ended_within
+from .._sessions.completion import within
 from .._sessions.engines import dispose, run_on_engine
 from . import _questions as questions
 from ._findings import Finding, FindingStatus, finding
@@ -126,18 +126,15 @@ class _Asking:
     async def within(self, timeout: float, report: Progress) -> list[Finding]:
         """Return the findings, or a single one that says why there are none."""
         report(f"Asking database {self.label!r} ...")
-        task = asyncio.create_task(self._ask())
-        if not await ended_within(timeout, task):
-            found = [self._no_answer(f"no answer within {timeout:g} s ({self.doing})")]
-        elif (error := task.exception()) is not None:
-            found = [self._no_answer(_in_a_line(error))]
-        else:
-            found = task.result()
+        late = TimeoutError()
+        try:
+            found = await within(timeout, self._ask(), late=late)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a row
+            hangs = f"no answer within {timeout:g} s ({self.doing})"
+            why = hangs if error is late else _in_a_line(error)
+            found = [finding(self.label, "answer", why, FindingStatus.NO_ANSWER)]
         report(f"Database {self.label!r}: done.")
         return found
-
-    def _no_answer(self, why: str) -> Finding:
-        return finding(self.label, "answer", why, FindingStatus.NO_ANSWER)
 
     async def _ask(self) -> list[Finding]:
         running = self.installation.database

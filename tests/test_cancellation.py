@@ -12,7 +12,7 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -82,12 +82,23 @@ def add_and_commit(session: Session) -> None:
     session.commit()
 
 
+def add_in_a_listener(session: Session) -> None:
+    event.listen(session, "before_commit", add_a)
+
+
+def add_in_a_listener_and_commit(session: Session) -> None:
+    add_in_a_listener(session)
+    session.commit()
+
+
 # A thread is left behind with its own COMMIT when asyncio cancels who waits for it.
 OURS_AND_OWN = pytest.mark.parametrize(
     ("kind", "body"),
     [
         *(pytest.param(each, add_a, id=each.id) for each in KINDS),
         *(pytest.param(each, add_and_commit, id=f"{each.id}-own") for each in KINDS[:2]),
+        pytest.param(KINDS[0], add_in_a_listener, id=f"{KINDS[0].id}-listener"),
+        pytest.param(KINDS[0], add_in_a_listener_and_commit, id=f"{KINDS[0].id}-own-listener"),
     ],
     indirect=["kind"],
 )

@@ -155,6 +155,7 @@ def has_only_read(session: AnySession) -> bool:
             or (record.options is NO_OPTIONS and state.returns_by_rollback_only)
         )
         and not has_pending_changes(inner)
+        and not (record.commits and inner.dispatch.before_commit)  # a listener may write
     )
 
 

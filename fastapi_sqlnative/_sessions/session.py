@@ -192,7 +192,8 @@ def record_of(session: AnySession) -> Record:
 
 def may_store(session: NativeSession) -> bool:
     """Return whether a commit may store something, judged without asking the server."""
-    return session.sqlnative.may_have_written or has_pending_changes(session)
+    listened = bool(session.dispatch.before_commit)  # a listener may write
+    return listened or session.sqlnative.may_have_written or has_pending_changes(session)
 
 
 # Functions, because a method could have the name of one of the application's class.

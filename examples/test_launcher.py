@@ -181,6 +181,7 @@ def test_an_example_runs_on_a_given_postgres(databases: WorkerPostgres, tmp_path
     assert is_free(port_of(printed))
 
 
+@pytest.mark.slow("two more processes, 3 s: the launcher treats each address as it is tested above")
 def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
     """An existing file is reused; SIGTERM ends the process with exit code 0."""
     for ada in 1_000_00, 995_00:
@@ -190,6 +191,7 @@ def test_an_example_runs_twice_on_sqlite(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"demo.db", "demo-analytics.db"}
 
 
+@pytest.mark.slow("two processes and two clusters, 4 s")
 @pytest.mark.timeout(180)  # starts two clusters, possibly on a busy machine
 def test_two_examples_have_a_postgres_each_and_leave_nothing(tmp_path: Path) -> None:
     """Without an address, it starts an empty PostgreSQL, which is removed when it ends."""

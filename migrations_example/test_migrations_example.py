@@ -73,16 +73,15 @@ class Place:
         with self.outside.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
-    def others(self) -> int:
-        """Count other connections to the database."""
+    def others(self, connection: Connection) -> int:
+        """Count the connections to the database besides this one."""
         others = {
             "postgresql": "SELECT count(*) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()",
             "mysql": "SELECT count(*) FROM information_schema.processlist"
             " WHERE db = database() AND id <> connection_id()",
         }
-        with self.connection() as connection:
-            return int(connection.scalar(text(others[self.name])) or 0)
+        return int(connection.scalar(text(others[self.name])) or 0)
 
     def tables(self) -> set[str]:
         with self.connection() as connection:
@@ -281,10 +280,10 @@ print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(4)])
 @pytest.mark.parametrize("place", with_marks("postgresql+psycopg", "mysql+asyncmy"), indirect=True)
 def test_four_runners(place: Place) -> None:
     """Four simultaneous commands apply each revision once, succeed, and disable no logger."""
-    with hold_the_lock(place) as held:
+    with hold_the_lock(place) as held, place.connection() as watching:
         words, pipe = [sys.executable, "-c", FOUR], subprocess.PIPE
         with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as runners:  # noqa: S603 # our own command
-            wait_until(lambda: place.others() == 5, seconds=120)
+            wait_until(lambda: place.others(watching) == 5, seconds=120)
             assert place.tables() == set()
             held.close()
             codes, said = runners.communicate(timeout=60)
@@ -489,7 +488,8 @@ def test_a_backfill_that_is_killed(served_place: Place) -> None:
             stopped = text(STOPPED[served_place.name])
             wait_until(lambda: bool(holder.scalar(stopped)), seconds=60)
             process.kill()
-    wait_until(lambda: served_place.others() == 0)
+    with served_place.connection() as watching:
+        wait_until(lambda: served_place.others(watching) == 0)
     assert copied(served_place) == 10
     assert backfill_all(served_place) == 15
     command.upgrade(config(), "head")
@@ -571,7 +571,8 @@ def expect_checks(served: Served, status: int, default: str, analytics: str) -> 
 # --- the README ---
 
 
-@pytest.mark.timeout(120)  # Alembic starts three times
+@pytest.mark.slow("Alembic starts three times, 3 s")
+@pytest.mark.timeout(120)
 def test_the_steps_to_copy_it(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -599,6 +600,7 @@ def test_the_steps_to_copy_it(
     assert sorted(left) == ["__init__.py", "locking.py", "models.py", "settings.py"]
 
 
+@pytest.mark.slow("a cluster and three processes, 4 s: what they do is tested above")
 @pytest.mark.timeout(180)  # five processes, possibly on a busy machine
 def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands that the README's program prints get the responses that the README shows."""

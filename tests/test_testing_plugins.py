@@ -218,16 +218,22 @@ ANYIO = (
 
 # Settings and test modules. Strict pytest-asyncio and anyio can be used in one suite.
 SUITES = {
-    "pytest-asyncio-auto": ("asyncio_mode = auto", {"auto": ASYNCHRONOUS + OWN_FIXTURES}),
+    "pytest-asyncio-auto": (
+        "asyncio_mode = auto",
+        {"auto": ASYNCHRONOUS + OWN_FIXTURES, "synchronous": SYNCHRONOUS},
+    ),
     "others-on-two-workers": (
         "asyncio_mode = strict\naddopts = -n 2",
-        {"strict": STRICT, "anyio": ANYIO, "synchronous": SYNCHRONOUS},
+        {"strict": STRICT, "anyio": ANYIO},
     ),
 }
+others = pytest.mark.slow("three interpreters, 8 s; the fixtures are those of the other suite")
 
 
 @pytest.mark.timeout(240)  # a whole run of pytest, with clones
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize(
+    "suite", ["pytest-asyncio-auto", pytest.param("others-on-two-workers", marks=others)]
+)
 def test_suites_of_applications(
     suite: str,
     tmp_path: Path,

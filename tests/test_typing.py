@@ -119,14 +119,18 @@ def snippets(folder: Path) -> list[Path]:
     return found
 
 
-@pytest.mark.timeout(300)  # without a cache mypy reads all of FastAPI and SQLAlchemy first
+# Without a cache a type checker reads all of FastAPI and SQLAlchemy first.
+pytestmark = [
+    pytest.mark.slow("each takes 15 s, and `make types` finds most of it"),
+    pytest.mark.timeout(300),
+]
+
+
 def test_mypy_finds_what_is_wrong_and_nothing_else(tmp_path: Path) -> None:
     """An application and the documentation's are clean; a wrong colour, level or name is found."""
     check_users(MYPY, tmp_path, *snippets(tmp_path))
 
 
-@pytest.mark.other_driver  # mypy has shown as much
-@pytest.mark.timeout(300)
 def test_pyright_finds_what_is_wrong_and_nothing_else(tmp_path: Path) -> None:
     """An application is clean with pyright, too; a wrong colour, level or name is found."""
     check_users(PYRIGHT, tmp_path)

@@ -137,6 +137,7 @@ def test_a_database_that_takes_no_writes_is_no_place_to_sell(
 
 
 @pytest.mark.usefixtures("databases")
+@pytest.mark.slow("a process, 1 s: what it does is tested in test_draining")
 def test_sigterm_drains_before_it_stops() -> None:
     """The process reports that it is draining, and serves until a second signal."""
     command = ["-m", "uvicorn", "--factory", "examples.health.app:create_app", "--port", "0"]

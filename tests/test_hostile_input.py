@@ -53,18 +53,22 @@ def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterat
         engine.dispose()
 
 
-def test_the_showcase_has_an_answer_to_any_request(showcase: FastAPI) -> None:
+def test_the_showcase_has_an_answer_to_any_request(
+    showcase: FastAPI, pytestconfig: pytest.Config
+) -> None:
     """Whatever fits its OpenAPI document, or just not, is answered as that says, never by a 500."""
     import schemathesis  # a third of a second, which the other workers need not spend
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import response_schema_conformance
 
+    # Each is a request of several milliseconds.
+    examples = 50 if pytestconfig.option.drivers == "all" else 15
     schema = schemathesis.openapi.from_dict(showcase.openapi())
     with serve(showcase) as served:
         operations: Any = schema.get_all_operations()
         for operation in (found.ok() for found in operations):
 
-            @shortly
+            @settings(shortly, max_examples=examples)
             @given(case=operation.as_strategy(), known=st.booleans())
             def send(case: Any, known: bool) -> None:
                 headers = {"X-User": "ada"} if known else {}

@@ -28,17 +28,16 @@ from tests.serving import serve, wait_until
 
 START = {"ada-1": 1_000_00, "grace-1": 1_000_00}
 
+other = pytest.mark.other_driver
 on_postgres = pytest.mark.parametrize(
-    "settings", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)], indirect=True
+    "settings", ["psycopg", pytest.param("asyncpg", marks=other)], indirect=True
 )
 
 
 @pytest.fixture(
     params=[
         "psycopg",
-        pytest.param("asyncpg", marks=pytest.mark.other_driver),
-        "postgresql-alone",
-        "sqlite",
+        *(pytest.param(each, marks=other) for each in ("asyncpg", "postgresql-alone", "sqlite")),
     ]
 )
 def settings(
@@ -106,6 +105,7 @@ class Bank:
         return self.client.get("/statistics").json()
 
 
+@pytest.mark.driver_decides
 def test_a_transfer_commits_everywhere(settings: Settings) -> None:
     """A 201 means that both balances, both ledger entries and the event are stored."""
     with served(settings) as bank:
@@ -249,6 +249,7 @@ def test_a_second_start_seeds_nothing(settings: Settings) -> None:
             assert bank.balances["ada-1"] == START["ada-1"] - 100 * transfers
 
 
+@on_postgres
 def test_openapi_names_the_endpoints(settings: Settings) -> None:
     """The interactive documentation loads, and does not show the session."""
     with served(settings) as bank:

@@ -2,8 +2,10 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Annotated
 
+import uvicorn
 from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -11,43 +13,43 @@ from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import health_router, install_database, transactional
 from fastapi_sqlnative.health import drain_on_sigterm
-from tests.serving import KINDS, Item, named, using
+from tests.serving import Item, Kind, named, using
 
-logging.basicConfig(level=logging.INFO)
-SECONDS = float(os.environ["DRAIN_SECONDS"])
-kind = next(each for each in KINDS if each.id == os.environ["KIND"])
-
-
-app = FastAPI()
-engine = (create_async_engine if kind.asynchronous else create_engine)(
-    os.environ["DATABASE_URL"], connect_args=named(kind.driver, "draining")
-)
-install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=30)
-app.include_router(health_router(timeout=20))
-drain_on_sigterm(app, seconds=SECONDS)
+# For as long as the test holds the lock.
+SLOW = text("SELECT 'done' FROM (SELECT pg_advisory_xact_lock(9)) AS waited")
 
 
 def add(session: Session, name: str) -> None:
     session.execute(insert(Item).values(name=name))
 
 
-if kind.asynchronous:
-
-    @app.post("/items/{name}", status_code=201)
-    async def add_async(
-        name: str, session: Annotated[AsyncSession, Depends(transactional())]
-    ) -> int:
-        await session.run_sync(add, name)
-        return os.getpid()
-
-else:
-
-    @app.post("/items/{name}", status_code=201)
-    def add_sync(name: str, session: Annotated[Session, Depends(transactional())]) -> int:
-        add(session, name)
-        return os.getpid()
+async def add_async(name: str, session: Annotated[AsyncSession, Depends(transactional())]) -> int:
+    await session.run_sync(add, name)
+    return os.getpid()
 
 
-# For as long as the test holds the lock.
-SLOW = text("SELECT 'done' FROM (SELECT pg_advisory_xact_lock(9)) AS waited")
-app.post("/slow")(using(kind, Depends(transactional()), lambda session: session.scalar(SLOW)))
+def add_sync(name: str, session: Annotated[Session, Depends(transactional())]) -> int:
+    add(session, name)
+    return os.getpid()
+
+
+def make_app(kind: Kind, url: str, drain_seconds: float) -> FastAPI:
+    app = FastAPI()
+    engine = (create_async_engine if kind.asynchronous else create_engine)(
+        url, connect_args=named(kind.driver, "draining")
+    )
+    install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=30)
+    app.include_router(health_router(timeout=20))
+    drain_on_sigterm(app, seconds=drain_seconds)
+    app.post("/items/{name}", status_code=201)(add_async if kind.asynchronous else add_sync)
+    app.post("/slow")(using(kind, Depends(transactional()), lambda session: session.scalar(SLOW)))
+    return app
+
+
+def run(kind: Kind, url: str, drain_seconds: float, log: Path) -> None:
+    """Be a process that serves it, and writes into the log."""
+    with log.open("wb") as output:
+        for stream in 1, 2:
+            os.dup2(output.fileno(), stream)
+    logging.basicConfig(level=logging.INFO)
+    uvicorn.run(make_app(kind, url, drain_seconds), port=0, access_log=False)

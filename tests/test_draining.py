@@ -1,16 +1,15 @@
 """Draining with real processes: SIGTERM, and a rolling restart under load."""
 
 import asyncio
+import multiprocessing
 import operator
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import anyio.to_thread
@@ -25,21 +24,30 @@ from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
 from fastapi_sqlnative.health import drain_on_sigterm
 from fastapi_sqlnative.testing import async_client
 from tests.balancer import Balancer, exchange
-from tests.serving import ASYNCPG, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, wait_until
+from tests.draining_app import run
+from tests.serving import ASYNCPG, NO_TLS, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, wait_until
 
 pytestmark = pytest.mark.anyio
 
 WORKERS = 18  # more than a pool has connections: probes find it full
-ROOT = Path(__file__).parents[1]
+
+
+# Forked from a process that has imported what they need: that takes longer than the rest.
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["tests.draining_app", "psycopg", "asyncpg"])
 
 
 @dataclass
 class Process:
     """Hold a uvicorn process, and where it listens."""
 
-    popen: "subprocess.Popen[bytes]"
+    forked: ForkServerProcess
     log: Path
     port: int = 0
+
+    def signal(self) -> None:
+        """Tell it to end."""
+        self.forked.terminate()
 
     @property
     def said(self) -> str:
@@ -47,13 +55,14 @@ class Process:
 
     def listens(self) -> bool:
         """Tell whether it has found its port, and which."""
-        assert self.popen.poll() is None, self.said
+        assert self.forked.is_alive(), self.said
         found = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.said)
         self.port = int(found[1]) if found else 0
         return found is not None
 
-    async def ended(self) -> int:
-        return await anyio.to_thread.run_sync(self.popen.wait, 60)
+    async def ended(self) -> int | None:
+        await anyio.to_thread.run_sync(self.forked.join, 60)
+        return self.forked.exitcode
 
 
 class Processes:
@@ -67,24 +76,14 @@ class Processes:
 
     async def start(self, drain_seconds: float) -> Process:
         """Start one more, which drains for so long, and wait until it has its port."""
-        process = self._launch({"DRAIN_SECONDS": str(drain_seconds)})
+        log = self.folder / f"{len(self.started)}.log"
+        log.touch()
+        forked = FORKING.Process(target=run, args=(self.kind, self.url, drain_seconds, log))
+        forked.start()
+        process = Process(forked, log)
         self.started.append(process)
         await anyio.to_thread.run_sync(wait_until, process.listens, 90)
         return process
-
-    def _launch(self, environment: dict[str, str]) -> Process:
-        log = self.folder / f"{len(self.started)}.log"
-        command = [sys.executable, "-m", "uvicorn", "tests.draining_app:app", "--port", "0"]
-        environment |= {"DATABASE_URL": self.url, "KIND": self.kind.id}
-        with log.open("wb") as output:
-            popen = subprocess.Popen(
-                [*command, "--no-access-log"],
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdout=output,
-                stderr=output,
-            )
-        return Process(popen, log)
 
 
 @pytest.fixture
@@ -94,8 +93,8 @@ async def processes(
     processes = Processes(kind, postgres, tmp_path)
     yield processes
     for process in processes.started:
-        with process.popen:
-            process.popen.kill()
+        process.forked.kill()
+        process.forked.join()
 
 
 @pytest.mark.timeout(120)
@@ -108,18 +107,18 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     process = await processes.start(600)
     url = f"http://127.0.0.1:{process.port}"
     rows.connection.execute("SELECT pg_advisory_lock(9)")
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60, verify=NO_TLS) as client:
         assert (await client.get("/health/ready")).status_code == 200
         slow = asyncio.create_task(client.post("/slow"))
         await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("active") == 1)
-        process.popen.send_signal(signal.SIGTERM)
+        process.signal()
         while (await client.get("/health/ready")).status_code == 200:
             pass  # the signal is on its way
         draining = await client.get("/health/ready")
         assert (draining.status_code, draining.json()["status"]) == (503, "draining")
         assert (await client.get("/health/live")).status_code == 200
         assert (await client.post("/items/late")).status_code == 201
-        process.popen.send_signal(signal.SIGTERM)
+        process.signal()
         await anyio.to_thread.run_sync(wait_until, lambda: "Shutting down" in process.said)
         rows.connection.execute("SELECT pg_advisory_unlock(9)")
         assert (await slow).json() == "done"
@@ -216,18 +215,18 @@ async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Ro
             await balancer.add(new.port)
             for old in first, second:
                 await sending.goes_on(20)
-                old.popen.send_signal(signal.SIGTERM)
+                old.signal()
                 await balancer.finds(old.port, ready=False)
                 await sending.has_been_answered()  # it drains for long enough
-                old.popen.send_signal(signal.SIGTERM)
+                old.signal()
                 assert await old.ended() == -signal.SIGTERM
                 await sending.goes_on(20)
-        new.popen.send_signal(signal.SIGTERM)
+        new.signal()
         assert await new.ended() == -signal.SIGTERM
         assert "The application is draining" in new.said
     answers = sending.answers
     assert [each for each in answers if not each.startswith(b"HTTP/1.1 201 ")] == []
-    assert set(sending.served_by) == {each.popen.pid for each in processes.started}
+    assert set(sending.served_by) == {each.forked.pid for each in processes.started}
     assert len(rows.names) == len(answers)
     for each in processes.started:
         assert "Traceback" not in each.said

@@ -1,19 +1,14 @@
 """Section 5: how the house is laid out, as far as a machine can see it."""
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import fastapi_sqlnative
 
 PACKAGE = Path(fastapi_sqlnative.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
-    for path in sorted(PACKAGE.glob("**/*.py"))
-}
 
 # A module may import those of the rows above its own. Whatever a later issue adds finds its row.
 ORDER = (
@@ -70,6 +65,15 @@ RANK = {module: rank for rank, row in enumerate(ORDER) for module in row}
 FRAMEWORKS = ("fastapi", "starlette", "sqlalchemy", "anyio", "asyncio")
 
 
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Read the package's modules."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.glob("**/*.py"))
+    }
+
+
 def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """Yield (module, name) for whatever a module imports, at any depth; ours begin with a dot."""
     for node in ast.walk(tree):
@@ -83,7 +87,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
 def own(module: str) -> Iterator[str]:
     """Yield the modules of this package that a module imports."""
     here = module.split(".")
-    for origin, name in imports(MODULES[module]):
+    for origin, name in imports(modules()[module]):
         path = origin.lstrip(".")
         if origin.startswith("."):
             above = here[: len(here) - (len(origin) - len(path))]
@@ -93,65 +97,58 @@ def own(module: str) -> Iterator[str]:
         else:
             continue
         found = [f"{path}.{name}".lstrip("."), path, f"{path}.__init__".lstrip(".")]
-        yield next(each for each in found if each in MODULES)
+        yield next(each for each in found if each in modules())
 
 
 def is_private(dotted: str) -> bool:
     return any(part.startswith("_") and part != "__future__" for part in dotted.split("."))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downward_only(module: str) -> None:
+def test_imports_point_downward_only() -> None:
     """A module imports only what stands below it in the house."""
-    assert module in RANK, f"{module} has no place in ORDER yet"
-    upward = {each for each in own(module) if RANK[each] >= RANK[module]}
-    assert not upward
+    assert RANK.keys() >= modules().keys(), "a module has no place in ORDER yet"
+    assert not {
+        f"{module} imports {each}"
+        for module in modules()
+        for each in own(module)
+        if RANK[each] >= RANK[module]
+    }
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nobody_imports_what_is_for_tests(module: str) -> None:
+def test_nobody_imports_what_is_for_tests() -> None:
     """The testing toolkit is imported by nobody here."""
-    if module.partition(".")[0] != "testing":
-        assert not [each for each in own(module) if each.partition(".")[0] == "testing"]
+    assert not {
+        module
+        for module in modules()
+        if module.partition(".")[0] != "testing"
+        and "testing" in {each.partition(".")[0] for each in own(module)}
+    }
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_private_name_of_a_framework_is_imported(module: str) -> None:
+def test_no_private_name_of_a_framework_is_imported() -> None:
     """What the frameworks keep private is not imported."""
-    private = {
-        f"{origin}.{name}".strip(".")
-        for origin, name in imports(MODULES[module])
+    assert not {
+        f"{module}: {origin}.{name}"
+        for module, tree in modules().items()
+        for origin, name in imports(tree)
         if origin.partition(".")[0] in FRAMEWORKS and is_private(f"{origin}.{name}".strip("."))
     }
-    assert not private
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_private_attribute_of_another_object_is_used(module: str) -> None:
+def test_no_private_attribute_of_another_object_is_used() -> None:
     """Private attributes are read where they are written: on `self`, or in the class's module."""
-    own = {
-        node.attr
-        for node in ast.walk(MODULES[module])
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
+    assert not {
+        f"{module}: {ast.unparse(node)}"
+        for module, tree in modules().items()
+        for node in foreign_private_attributes(tree)
     }
-    foreign = {
-        ast.unparse(node)
-        for node in ast.walk(MODULES[module])
-        if isinstance(node, ast.Attribute)
-        and node.attr.startswith("_")
-        and not node.attr.startswith("__")
-        and node.attr not in own
-        and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
-    }
-    assert not foreign
     by_name = {
         ast.unparse(node)
-        for node in ast.walk(MODULES[module])
+        for tree in modules().values()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in {"getattr", "setattr", "hasattr"}
+        and isinstance(node.func, ast.Name)
+        and node.func.id in {"getattr", "setattr", "hasattr"}
         and isinstance(node.args[1], ast.Constant)
         and is_private(str(node.args[1].value))
         and not str(node.args[1].value).startswith("__")
@@ -164,11 +161,39 @@ def test_no_private_attribute_of_another_object_is_used(module: str) -> None:
     }
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_at_module_level_is_written_to(module: str) -> None:
+def foreign_private_attributes(tree: ast.Module) -> list[ast.Attribute]:
+    """List the uses of private attributes that the module does not write on `self`."""
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    own = {
+        node.attr
+        for node in attributes
+        if isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+    return [
+        node
+        for node in attributes
+        if node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in own
+        and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
+    ]
+
+
+def test_nothing_at_module_level_is_written_to() -> None:
     """No function of the package rebinds a global or fills a container at module level."""
-    tree = MODULES[module]
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    trees = modules()
+    assert not {
+        name
+        for name, tree in trees.items()
+        if any(isinstance(node, ast.Global) for node in ast.walk(tree))
+    }
+    assert not {name: found for name, tree in trees.items() if (found := written_to(tree))}
+
+
+def written_to(tree: ast.Module) -> set[str]:
+    """Name the containers at module level that the module writes to."""
     mutable = {
         target.id
         for node in tree.body
@@ -193,21 +218,21 @@ def test_nothing_at_module_level_is_written_to(module: str) -> None:
         and isinstance(node.func.value, ast.Name)
         and node.func.attr in {"append", "add", "update", "setdefault", "extend", "pop", "clear"}
     }
-    assert not mutable & (written | called)
+    return mutable & (written | called)
 
 
 def test_the_face_is_sorted_and_complete() -> None:
     """`__all__` is sorted, and is what the package imports for its users."""
     exported = fastapi_sqlnative.__all__
     assert exported == sorted(exported)
-    assert set(exported) == {name for _, name in imports(MODULES["__init__"])}
+    assert set(exported) == {name for _, name in imports(modules()["__init__"])}
 
 
 def test_exceptions_are_all_exported() -> None:
     """Every error stands in the sorted `__all__` of `exceptions`."""
     from fastapi_sqlnative import exceptions
 
-    classes = [node.name for node in MODULES["exceptions"].body if isinstance(node, ast.ClassDef)]
+    classes = [node.name for node in modules()["exceptions"].body if isinstance(node, ast.ClassDef)]
     assert exceptions.__all__ == sorted(classes)
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 # --- the run's server: started by the controller, handed to xdist's workers ---
 
-# Each worker imports and collects everything, which takes four CPU seconds. Five keep two
-# processors busy, because tests also wait for databases and for servers to stop: a run took 139 s
-# with three, 112 s with five and 117 s with seven.
+# Each worker imports and collects everything, which takes three CPU seconds. Five keep two
+# processors busy, because tests also wait for databases and for servers to stop: a run of 112 s
+# took 139 s with three, and 117 s with seven.
 WORKERS = 5
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()

@@ -22,7 +22,6 @@ from fastapi import (
 )
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from openapi_spec_validator import validate
 from pydantic import BaseModel
 from sqlalchemy import Engine, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
@@ -51,7 +50,7 @@ from fastapi_sqlnative.errors._rules import ErrorMapping, ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, add, items, route, using
+from tests.serving import KINDS, Item, Kind, Rows, add, items, route, using, validate_openapi
 
 UNIQUE_NAME = "item_name_key"
 PROBLEM = "application/problem+json"
@@ -744,7 +743,7 @@ def test_every_error_can_be_a_problem() -> None:
     """The application's other errors have the same format, with what they have said, on request."""
     app = problems(FastAPI())
     install_error_handlers(app, problem_details=True, every_error=True)
-    validate(app.openapi())
+    validate_openapi(app.openapi())
     documented = app.openapi()["paths"]["/invalid"]["post"]["responses"]["422"]["content"]
     with TestClient(app) as client:
         missing = client.get("/missing")
@@ -831,7 +830,7 @@ def test_the_document_with_error_responses_is_valid(problem_details: bool) -> No
     def endpoint(number: int) -> None: ...
 
     document = app.openapi()
-    validate(document)
+    validate_openapi(document)
     responses = document["paths"]["/"]["post"]["responses"]
     assert set(responses) == {"200", "403", "409", "422", "500", "503", "504"}
     media = "application/problem+json" if problem_details else "application/json"
@@ -862,7 +861,7 @@ def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_detail
 
     app.include_router(router)
     document = app.openapi()
-    validate(document)
+    validate_openapi(document)
     paths = document["paths"]
     assert set(paths["/without"]["get"]["responses"]) == {"200"}
     assert set(paths["/deep"]["post"]["responses"]) == {"200", "409", "503"}

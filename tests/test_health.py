@@ -17,7 +17,6 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, PlainTextResponse
-from openapi_spec_validator import validate
 from sqlalchemy import (
     AssertionPool,
     Engine,
@@ -50,7 +49,7 @@ from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, is_kept, running, sqlite, start_and_stop
-from tests.serving import Kind, Rows, named, probing_threads, wait_until
+from tests.serving import Kind, Rows, named, probing_threads, validate_openapi, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -970,7 +969,7 @@ async def test_the_openapi_document_has_typed_answers() -> None:
         warnings.simplefilter("always")
         document = app.openapi()
     assert noticed == []
-    validate(document)
+    validate_openapi(document)
     paths = document["paths"]
     prefixed = [
         f"{prefix}/{each}" for prefix in ("/health", "/internal") for each in ("live", "ready")

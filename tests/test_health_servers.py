@@ -25,7 +25,7 @@ from fastapi_sqlnative import health_router, install_database
 from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.in_process import running
 from tests.postgres_server import PostgresServer
-from tests.serving import KINDS, Kind, holding, probing_threads, serve, wait_until
+from tests.serving import KINDS, NO_TLS, Kind, holding, probing_threads, serve, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -512,7 +512,7 @@ async def test_live_answers_while_every_request_hangs(server: PostgresServer, ki
     with serve(app) as served:
         assert served.client.get("/work").status_code == 200
         with stopped(server):
-            async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+            async with httpx.AsyncClient(base_url=served.url, timeout=30, verify=NO_TLS) as client:
                 hanging = [asyncio.create_task(client.get("/work")) for _ in range(60)]
                 await eventually(lambda: pool_of(engine).checkedout() == 1)
                 assert (await client.get("/health/live")).status_code == 200

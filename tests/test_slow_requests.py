@@ -37,7 +37,7 @@ from fastapi_sqlnative.exceptions import DeadlineExceededError
 from tests.conftest import MakeEngine
 from tests.in_process import quiet, running
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, route, serve
+from tests.serving import KINDS, NO_TLS, Item, Kind, Rows, route, serve
 
 pytestmark = pytest.mark.anyio
 asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
@@ -756,7 +756,9 @@ async def test_a_storm_leaves_the_pool_whole(
     )
     with serve(app) as served:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=served.url, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=served.url, timeout=60, limits=limits, verify=NO_TLS
+        ) as client:
             paths = ["/slow" if place % 3 else "/quick" for place in range(40)]
             answers = await asyncio.gather(*(client.post(path) for path in paths))
         found = {(path, each.status_code) for path, each in zip(paths, answers, strict=True)}

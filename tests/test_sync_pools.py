@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, Item, Rows, Served, serve
+from tests.serving import KINDS, NO_TLS, Item, Rows, Served, serve
 
 pytestmark = [
     pytest.mark.anyio,
@@ -43,7 +43,9 @@ def current_user(session: Db) -> User:
 async def flood(served: Served, path: str, times: int = REQUESTS) -> list[int]:
     """Send many requests at once; return the status of each."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=50) as client:
+    async with httpx.AsyncClient(
+        base_url=served.url, limits=limits, timeout=50, verify=NO_TLS
+    ) as client:
         responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
     return [response.status_code for response in responses]
 

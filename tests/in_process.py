@@ -60,8 +60,26 @@ async def ask(
     **options: Any,
 ) -> int:
     """Send that application one request; what it leaves unanswered is raised here."""
-    async with running(application(engine, kind, dependency, body, **options)) as client:
+    async with asking(engine, kind, dependency, **options) as request:
+        return await request(body)
+
+
+@asynccontextmanager
+async def asking(
+    engine: Engine | AsyncEngine, kind: Kind, dependency: Callable[..., Any], **options: Any
+) -> AsyncGenerator[Callable[[Callable[[Session], Any]], Awaitable[int]]]:
+    """Run that application for any number of requests, each with a body of its own."""
+    bodies: list[Callable[[Session], Any]] = []
+
+    def last(session: Session) -> Any:
+        return bodies[-1](session)
+
+    async def request(body: Callable[[Session], Any]) -> int:
+        bodies.append(body)
         return (await client.post("/")).status_code
+
+    async with running(application(engine, kind, dependency, last, **options)) as client:
+        yield request
 
 
 async def run_work(engine: Engine | AsyncEngine, work: Any, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """AUTOCOMMIT engines: get_db is right at once, and a transaction is refused with the fix."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sqlalchemy.orm import Session
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
 from tests.conftest import MakeEngine
-from tests.in_process import application, ask, run_in_transaction, running
+from tests.in_process import application, ask, asking, run_in_transaction, running
 from tests.serving import Item, Kind, Rows, items, route, using
 
 pytestmark = pytest.mark.anyio
@@ -47,21 +48,26 @@ def autocommit(make_engine: MakeEngine, how: str) -> Any:
 HOW = ["create_engine", "engine's options", "execution_options()"]
 
 
-@pytest.mark.parametrize("end", [None, "close", "commit"])
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 @pytest.mark.parametrize("how", HOW)
 async def test_what_is_stored_at_once_is_not_forgotten(
-    kind: Kind, make_engine: MakeEngine, rows: Rows, how: str, body: Body, end: str | None
+    kind: Kind, make_engine: MakeEngine, rows: Rows, how: str, subtests: pytest.Subtests
 ) -> None:
     """Through get_db each statement is stored by itself, and nothing waits for a commit."""
 
-    def ended(session: Session) -> None:
-        body(session)
-        if end is not None:
-            getattr(session, end)()
+    def ended(statement: str, end: str | None) -> Body:
+        def body(session: Session) -> None:
+            BODIES[statement](session)
+            if end is not None:
+                getattr(session, end)()
 
-    assert await ask(autocommit(make_engine, how), kind, get_db(), ended) == 201
-    assert rows.names == ["stored"]
+        return body
+
+    async with asking(autocommit(make_engine, how), kind, get_db()) as request:
+        for statement, end in itertools.product(BODIES, [None, "close", "commit"]):
+            rows.clear()
+            with subtests.test(f"{statement}, {end}"):
+                assert await request(ended(statement, end)) == 201
+                assert rows.names == ["stored"]
 
 
 SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import (
 )
 
 from fastapi_sqlnative import get_db
-from tests.in_process import ask
+from tests.in_process import ask, asking
 from tests.serving import Item, Kind, Rows, items, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -217,14 +217,17 @@ STORES_NOTHING: dict[str, Body] = {
 }
 
 
-@pytest.mark.parametrize("body", STORES_NOTHING.values(), ids=STORES_NOTHING)
 async def test_what_stores_nothing_is_not_forgotten(
-    kind: Kind, engine: Engine, rows: Rows, body: Body
+    kind: Kind, engine: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
     """Through get_db, what a COMMIT would not store needs none."""
-    rows.add("there", position=1)
-    assert await ask(engine, kind, get_db(), body) == 201
-    assert rows.names == ["there"]
+    async with asking(engine, kind, get_db()) as request:
+        for name, body in STORES_NOTHING.items():
+            rows.clear()
+            rows.add("there", position=1)
+            with subtests.test(name):
+                assert await request(body) == 201
+                assert rows.names == ["there"]
 
 
 BLOCKED = "SELECT count(*) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"

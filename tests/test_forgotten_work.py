@@ -1,6 +1,7 @@
 """Rule 6: what a request leaves unstored is no success, whatever wrote it and however it ends."""
 
 import contextlib
+import itertools
 import sqlite3
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from sqlalchemy.orm import Mapped, Session, registry
 
 from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
-from tests.in_process import ask, async_sqlite, sqlite
+from tests.in_process import ask, asking, async_sqlite, sqlite
 from tests.serving import Item, Kind, Rows, copy, items
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +54,15 @@ def run(statement: Any) -> Body:
         session.execute(text(statement) if isinstance(statement, str) else statement).close()
 
     return body
+
+
+def silent(body: Body) -> Body:
+    """Keep a body's result from becoming the response."""
+
+    def run(session: Session) -> None:
+        body(session)
+
+    return run
 
 
 def in_a_savepoint(session: Session) -> None:
@@ -146,25 +156,32 @@ WRITES: dict[str, Body] = {
 
 
 # What goes past the session's methods, over the driver's own cursor or connection.
-PAST_THE_SESSION = "copy", "raw cursor"
-write_bodies = [
-    pytest.param(body, id=name, marks=[pytest.mark.driver_decides] * (name in PAST_THE_SESSION))
-    for name, body in WRITES.items()
-]
+PAST_THE_SESSION = ["copy", "raw cursor"]
+OTHERS = [each for each in WRITES if each not in PAST_THE_SESSION]
 
 
-@pytest.mark.parametrize("body", write_bodies)
+@pytest.mark.parametrize(
+    "writes",
+    [
+        pytest.param(PAST_THE_SESSION, id="past the session", marks=pytest.mark.driver_decides),
+        pytest.param(OTHERS, id="others"),
+    ],
+)
 async def test_no_forgotten_work_is_a_success(
-    kind: Kind, engine: Engine, there: Rows, body: Body
+    kind: Kind, engine: Engine, there: Rows, writes: list[str], subtests: pytest.Subtests
 ) -> None:
     """Through get_db, whatever a COMMIT would have stored fails the request without one."""
-    with pytest.raises(UncommittedChangesError):
-        await ask(engine, kind, get_db(), lambda session: body(session) and None)
-    found = there.connection.execute(
-        "SELECT to_regclass('made'), to_regproc('made'),"
-        " (SELECT count(*) FROM pg_attribute WHERE attname = 'made')"
-    ).fetchone()
-    assert (there.names, found) == (["there"], (None, None, 0))
+    async with asking(engine, kind, get_db()) as request:
+        for write in writes:
+            there.clear("there")
+            with subtests.test(write):
+                with pytest.raises(UncommittedChangesError):
+                    await request(silent(WRITES[write]))
+                found = there.connection.execute(
+                    "SELECT to_regclass('made'), to_regproc('made'),"
+                    " (SELECT count(*) FROM pg_attribute WHERE attname = 'made')"
+                ).fetchone()
+                assert (there.names, found) == (["there"], (None, None, 0))
 
 
 # -- closing over it ---------------------------------------------------------------------------
@@ -185,20 +202,25 @@ CLOSED_OVER = ["text", "function in text", "copy", "create table"]
 
 
 @pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
-@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("write", CLOSED_OVER)
 async def test_closing_over_work_is_no_success(
-    kind: Kind, engine: Engine, there: Rows, dependency: Any, end: Body, write: str
+    kind: Kind, engine: Engine, there: Rows, dependency: Any, subtests: pytest.Subtests
 ) -> None:
     """close(), reset(), invalidate() and `with session` over unstored work fail the request."""
 
-    def body(session: Session) -> None:
-        WRITES[write](session)
-        end(session)
+    def closing(write: str, end: str) -> Body:
+        def body(session: Session) -> None:
+            WRITES[write](session)
+            ENDS[end](session)
 
-    with pytest.raises(UncommittedChangesError):
-        await ask(engine, kind, dependency, body)
-    assert there.names == ["there"]
+        return body
+
+    async with asking(engine, kind, dependency) as request:
+        for write, end in itertools.product(CLOSED_OVER, ENDS):
+            there.clear("there")
+            with subtests.test(f"{end} over {write}"):
+                with pytest.raises(UncommittedChangesError):
+                    await request(closing(write, end))
+                assert there.names == ["there"]
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -196,13 +197,23 @@ def without_deadlock(driver: Driver, failure: str) -> bool:
     return driver.dialect == "sqlite" and failure == "deadlock"
 
 
+FAILS: list[Fail] = [fail_next_statement, fail_next_commit]
+
+
 @pytest.mark.driver_decides
-@pytest.mark.parametrize("failure", ["serialization", "deadlock"])
-@pytest.mark.parametrize("fail", [fail_next_statement, fail_next_commit])
 def test_a_failure_that_passes(
-    app: FastAPI, client: TestClient, driver: Driver, fail: Fail, failure: str
+    app: FastAPI, client: TestClient, driver: Driver, subtests: pytest.Subtests
 ) -> None:
     """It is what the driver reports, nothing is stored, and running it again succeeds."""
+    for fail, failure in itertools.product(FAILS, ["serialization", "deadlock"]):
+        with subtests.test(f"{fail.__name__}, {failure}"):
+            check_a_failure_that_passes(app, client, driver, fail, failure)
+        client.post("/clear")
+
+
+def check_a_failure_that_passes(
+    app: FastAPI, client: TestClient, driver: Driver, fail: Fail, failure: str
+) -> None:
     if without_deadlock(driver, failure):
         with pytest.raises(ValueError, match="has no 'deadlock'"), fail(app, failure):
             pass
@@ -219,9 +230,17 @@ def test_a_failure_that_passes(
 
 
 @pytest.mark.driver_decides
-@pytest.mark.parametrize("path", ["/add", "/flush"])
-def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path: str) -> None:
+def test_a_connection_lost_in_a_statement(
+    app: FastAPI, client: TestClient, subtests: pytest.Subtests
+) -> None:
     """The transaction is gone, and the next request has another connection."""
+    for path in "/add", "/flush":
+        with subtests.test(path):
+            check_a_connection_lost_in_a_statement(app, client, path)
+        client.post("/clear")
+
+
+def check_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path: str) -> None:
     with pytest.raises(exc.DBAPIError) as raised, fail_next_statement(app, "connection_lost"):
         client.post(path)
     assert raised.value.connection_invalidated
@@ -234,13 +253,16 @@ def test_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path
 
 
 @pytest.mark.driver_decides
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_connection_lost_in_commit(app: FastAPI, client: TestClient, when: Any) -> None:
+def test_a_connection_lost_in_commit(
+    app: FastAPI, client: TestClient, subtests: pytest.Subtests
+) -> None:
     """Before COMMIT nothing is stored, after it all is, and the application cannot know."""
-    failure: Any = f"connection_lost_{when}"
-    with pytest.raises(CommitOutcomeUnknownError), fail_next_commit(app, failure):
-        client.post("/add")
-    assert client.post("/names").json() == ([] if when == "before" else ["note"])
+    failures: Any = {"connection_lost_before": [], "connection_lost_after": ["note"]}
+    for failure, stored in failures.items():
+        with subtests.test(failure):
+            with pytest.raises(CommitOutcomeUnknownError), fail_next_commit(app, failure):
+                client.post("/add")
+            assert client.post("/names").json() == stored
 
 
 def test_a_failure_that_is_swallowed(app: FastAPI, client: TestClient, driver: Driver) -> None:

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from typing import Annotated, Any
 
 import pytest
@@ -15,6 +15,7 @@ from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import (
@@ -98,9 +99,10 @@ def swallow(session: Session) -> None:
         session.info["swallowed"] = True
 
 
-def make_app(kind: Kind, engine: Any) -> FastAPI:
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=getattr(engine, "dispose", None))
+@functools.cache
+def routes(kind: Kind) -> list[BaseRoute]:
+    """Make the routes once, which takes longer than most of the tests."""
+    app = FastAPI(openapi_url=None)
     bodies: list[tuple[str, Any, Callable[[Session], Any]]] = [
         ("/add", transactional(), add("added")),
         ("/late", transactional(), add("late", position=1)),
@@ -117,6 +119,12 @@ def make_app(kind: Kind, engine: Any) -> FastAPI:
     ]
     for path, dependency, body in bodies:
         route(app, kind, path, dependency, body)
+    return app.routes
+
+
+def make_app(kind: Kind, engine: Any) -> FastAPI:
+    app = FastAPI(routes=routes(kind))
+    install_database(app, engine=engine, shutdown=getattr(engine, "dispose", None))
     return app
 
 
@@ -421,23 +429,29 @@ async def test_the_tests_own_commit_checks_deferred_constraints(
 
 
 @pytest.mark.parametrize("used_before", [False, True], ids=["first-use", "used-before"])
-@pytest.mark.parametrize("how", ["commit", "flush", "add", "outer"])
 def test_a_block_within_a_block_that_has_sent_nothing(
-    app: FastAPI, rows: Rows, how: str, used_before: bool
+    app: FastAPI, rows: Rows, used_before: bool, subtests: pytest.Subtests
 ) -> None:
     """Whichever session writes first, and however, its row belongs to the innermost block."""
-    with TestClient(app) as client, isolated(app) as outer:
-        if used_before:
-            outer.add(Item(name="module"))
-            outer.commit()
-        with isolated(app), isolated(app) as inner:
-            writing = outer if how == "outer" else inner
-            writing.add(Item(name="test"))
-            if how in ("commit", "flush"):
-                getattr(writing, how)()
-            assert client.post("/names").json() == ["module"] * used_before + ["test"]
-        assert client.post("/names").json() == ["module"] * used_before
-    assert rows.names == []
+
+    def check(client: TestClient, how: str) -> None:
+        with isolated(app) as outer:
+            if used_before:
+                outer.add(Item(name="module"))
+                outer.commit()
+            with isolated(app), isolated(app) as inner:
+                writing = outer if how == "outer" else inner
+                writing.add(Item(name="test"))
+                if how in ("commit", "flush"):
+                    getattr(writing, how)()
+                assert client.post("/names").json() == ["module"] * used_before + ["test"]
+            assert client.post("/names").json() == ["module"] * used_before
+        assert rows.names == []
+
+    with TestClient(app) as client:
+        for how in "commit", "flush", "add", "outer":
+            with subtests.test(how):
+                check(client, how)
 
 
 @on_a_loop
@@ -464,7 +478,7 @@ def test_an_error_of_the_tests_own(app: FastAPI, kind: Kind, failing: str, rows:
         session.commit()
         fail: Callable[[], Any] = session.flush
         if failing == "execute":
-            fail = partial(session.execute, items.insert().values(name="mine"))
+            fail = functools.partial(session.execute, items.insert().values(name="mine"))
         else:
             session.add(Item(name="mine"))
         with pytest.raises(IntegrityError):
@@ -782,56 +796,63 @@ def test_core_on_the_engine_is_refused(
     assert rows.names == ["core"]
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "BEGIN; INSERT INTO item (name) VALUES ('seed'); COMMIT;",
-        "INSERT INTO item (name) VALUES ('a;b') ; end",
-        "/* seed */ COMMIT",
-        "-- seed\nROLLBACK WORK",
-        "SELECT 'to'; ROLLBACK",
-        "commit\nand chain",
-    ],
-)
+ENDS = [
+    "BEGIN; INSERT INTO item (name) VALUES ('seed'); COMMIT;",
+    "INSERT INTO item (name) VALUES ('a;b') ; end",
+    "/* seed */ COMMIT",
+    "-- seed\nROLLBACK WORK",
+    "SELECT 'to'; ROLLBACK",
+    "commit\nand chain",
+]
+
+
 def test_an_end_as_text_is_refused_wherever_it_stands(
-    app: FastAPI, kind: Kind, rows: Rows, sql: str
+    app: FastAPI, kind: Kind, rows: Rows, subtests: pytest.Subtests
 ) -> None:
     """After a comment or within a script it would store for good as well."""
-    route(app, kind, "/text", get_db(), lambda session: session.execute(text(sql)))
-    with TestClient(app) as client, isolated(app) as session:
-        session.add(Item(name="mine"))
-        with pytest.raises(IsolationError, match="as text"):
-            client.post("/text")
-        assert client.post("/names").json() == ["mine"]
-    assert rows.names == []
+    sent: list[str] = []
+    route(app, kind, "/text", get_db(), lambda session: session.execute(text(sent[-1])))
+    with TestClient(app) as client:
+        for sql in ENDS:
+            sent.append(sql)
+            with subtests.test(sql):
+                with isolated(app) as session:
+                    session.add(Item(name="mine"))
+                    with pytest.raises(IsolationError, match="as text"):
+                        client.post("/text")
+                    assert client.post("/names").json() == ["mine"]
+                assert rows.names == []
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        'SELECT \'x; COMMIT\', "name; commit" FROM (SELECT 1 AS "name; commit") AS found',
-        "SELECT 1 /* ; COMMIT */ -- ; ROLLBACK",
-        "DO $$ BEGIN PERFORM 1; END $$",
-        "DO $body$ BEGIN PERFORM 1; IF false THEN COMMIT; END IF; END; $body$;",
-        "CREATE FUNCTION pg_temp.one() RETURNS int BEGIN ATOMIC SELECT 1; END",
-        "SELECT CASE WHEN true THEN 1 END",
-        "/* again */ ROLLBACK TO SAVEPOINT mine",
-        "ROLLBACK WORK TO mine",
-    ],
-)
+NO_ENDS = [
+    'SELECT \'x; COMMIT\', "name; commit" FROM (SELECT 1 AS "name; commit") AS found',
+    "SELECT 1 /* ; COMMIT */ -- ; ROLLBACK",
+    "DO $$ BEGIN PERFORM 1; END $$",
+    "DO $body$ BEGIN PERFORM 1; IF false THEN COMMIT; END IF; END; $body$;",
+    "CREATE FUNCTION pg_temp.one() RETURNS int BEGIN ATOMIC SELECT 1; END",
+    "SELECT CASE WHEN true THEN 1 END",
+    "/* again */ ROLLBACK TO SAVEPOINT mine",
+    "ROLLBACK WORK TO mine",
+]
+
+
 def test_text_that_only_looks_like_an_end_is_not_refused(
-    app: FastAPI, kind: Kind, rows: Rows, sql: str
+    app: FastAPI, kind: Kind, rows: Rows, subtests: pytest.Subtests
 ) -> None:
     """Comments, literals and the bodies of functions end nothing."""
+    sent: list[str] = []
 
     def send(session: Session) -> None:
         session.execute(text("SAVEPOINT mine"))
-        session.execute(text(sql))
+        session.execute(text(sent[-1]))
 
     route(app, kind, "/text", get_db(), send)
-    with TestClient(app) as client, isolated(app):
-        client.post("/text")
-        assert client.post("/names").json() == []
+    with TestClient(app) as client:
+        for sql in NO_ENDS:
+            sent.append(sql)
+            with subtests.test(sql), isolated(app):
+                client.post("/text")
+                assert client.post("/names").json() == []
 
 
 def test_a_commented_read_on_the_engine_is_not_refused(make_engine: MakeEngine, rows: Rows) -> None:

@@ -273,40 +273,45 @@ FORGOTTEN: dict[str, Callable[[Session], Any]] = {
 }
 
 
-@pytest.mark.parametrize("body", FORGOTTEN.values(), ids=FORGOTTEN)
 def test_a_forgotten_commit_is_no_success(
-    kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], Any]
+    kind: Kind, engine: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
     """What was written through get_db and not committed fails the request."""
-    rows.add("there")
     app = make_app(engine)
-    route(app, kind, "/", get_db(), body)
+    for name, body in FORGOTTEN.items():
+        route(app, kind, f"/{name}", get_db(), body)
     with serve(app) as served:
-        response = served.post("/")
-        assert (response.status_code, response.json()) == (
-            409,
-            {"error": "UncommittedChangesError"},
-        )
-    assert rows.names == ["there"]
+        for name in FORGOTTEN:
+            rows.clear("there")
+            with subtests.test(name):
+                response = served.post(f"/{name}")
+                refused = 409, {"error": "UncommittedChangesError"}
+                assert (response.status_code, response.json()) == refused
+                assert rows.names == ["there"]
 
 
-@pytest.mark.parametrize("body", FORGOTTEN.values(), ids=FORGOTTEN)
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_get_db_with_an_explicit_end_is_a_success(
-    kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], Any], end: str
+    kind: Kind, engine: Engine, rows: Rows, end: str, subtests: pytest.Subtests
 ) -> None:
     """With commit() or rollback() the application has decided, and the answer is its own."""
-    rows.add("there")
     app = make_app(engine)
 
-    def decided(session: Session) -> None:
-        body(session)
-        getattr(session, end)()
+    def decided(body: Callable[[Session], Any]) -> Callable[[Session], None]:
+        def both(session: Session) -> None:
+            body(session)
+            getattr(session, end)()
 
-    route(app, kind, "/", get_db(), decided)
+        return both
+
+    for name, body in FORGOTTEN.items():
+        route(app, kind, f"/{name}", get_db(), decided(body))
     with serve(app) as served:
-        assert served.post("/").status_code == 201
-    assert (rows.names == ["there"]) is (end == "rollback")
+        for name in FORGOTTEN:
+            rows.clear("there")
+            with subtests.test(name):
+                assert served.post(f"/{name}").status_code == 201
+                assert (rows.names == ["there"]) is (end == "rollback")
 
 
 def test_a_write_undone_by_a_savepoint_is_not_forgotten(

@@ -48,27 +48,26 @@ def test_each_tenant_has_its_place(databases: WorkerPostgres) -> None:
             assert call(served, "GET", tenant).json() == [tenant] * added
 
 
-@pytest.mark.parametrize(
-    ("tenant", "token", "status"),
-    [
-        pytest.param("globex", "ada", 404, id="foreign"),
-        pytest.param("nobody", "ada", 404, id="unknown"),
-        pytest.param("umbrella", "heidi", 403, id="own-without-a-database"),
-        pytest.param("umbrella", "ada", 404, id="foreign-without-one"),
-        pytest.param("ACME", "ada", 404, id="other-spelling"),
-        pytest.param("acme%20", "ada", 404, id="trailing-space"),
-        pytest.param("acme", "unknown", 401, id="unknown-token"),
-    ],
-)
-def test_no_other_tenant_is_reached(
-    databases: WorkerPostgres, tenant: str, token: str, status: int
-) -> None:
+REFUSED = {
+    "foreign": ("globex", "ada", 404),
+    "unknown": ("nobody", "ada", 404),
+    "own without a database": ("umbrella", "heidi", 403),
+    "foreign without one": ("umbrella", "ada", 404),
+    "other spelling": ("ACME", "ada", 404),
+    "trailing space": ("acme%20", "ada", 404),
+    "unknown token": ("acme", "unknown", 401),
+}
+
+
+def test_no_other_tenant_is_reached(databases: WorkerPostgres, subtests: pytest.Subtests) -> None:
     """A request for another user's tenant is refused, and opens no database."""
     app = create_app()
     with serve(app) as served:
-        for method in "GET", "POST":
-            assert call(served, method, tenant, token, text="x").status_code == status
-        assert app.state.tenants.open == []
+        for name, (tenant, token, status) in REFUSED.items():
+            with subtests.test(name):
+                for method in "GET", "POST":
+                    assert call(served, method, tenant, token, text="x").status_code == status
+                assert app.state.tenants.open == []
 
 
 def test_a_failed_commit_is_no_success(databases: WorkerPostgres) -> None:

@@ -20,8 +20,8 @@ export WORKERS
 SITE := .venv-site/bin/python
 # Extra arguments for pytest, as in: make test ARGS="-k transfer"
 ARGS ?=
-# few: one asynchronous and one synchronous driver, and all drivers where they differ.
-# `make check` runs all.
+# few: one asynchronous and one synchronous driver, and all drivers where they differ, without the
+# tests marked as slow. `make check` runs all.
 DRIVERS ?= few
 DATABASE_URL ?=
 export DATABASE_URL

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from anyio.to_thread import run_sync as run_in_thread
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -71,7 +72,10 @@ def client_beside(served: TestClient) -> httpx.AsyncClient:
         async def handle_async_request(self, request: Any) -> Any:
             await request.aread()
             answering = portal.start_task_soon(transport.handle_async_request, request)
-            return await asyncio.wrap_future(answering)
+            try:
+                return await run_in_thread(answering.result, abandon_on_cancel=True)
+            finally:
+                answering.cancel()  # if the test has given up
 
     client: httpx.AsyncClient = _httpx().AsyncClient(transport=Transport(), base_url=_BASE_URL)
     return client

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.engine import ExecutionContext
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, begin_before_savepoint, is_aborted
@@ -87,14 +87,16 @@ class IsolatedConnection:
         if self.asynchronous and here is not (self.loop or self.home() or here):
             raise self.refused(
                 "its connection belongs to the application's event loop, not to this one. Use the "
-                "client that runs the application, or client.portal.call(); run several "
-                "applications on one event loop, with async_client."
+                "client that runs the application, or client.portal.call(). With async_client, use "
+                "one event loop for everything; with pytest-asyncio, one loop_scope."
             )
         self.turn.take(session, self, transaction=transaction)
         try:
             connection = self.opened()
             # The sender of a request waits for it, so its sessions are not in use.
-            self._settle(filter(in_flow, self.own_sessions))
+            requested = (SERVED.get() or {}).get("type") in ("http", "websocket")
+            own = [each for each in self.own_sessions if requested or in_flow(each)]
+            self._settle(own, explicit=False)
         except BaseException:
             self.turn.release(session)
             raise
@@ -108,14 +110,23 @@ class IsolatedConnection:
             _send(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
 
-    def _settle(self, sessions: Iterable[Session]) -> None:
-        """Commit the pending changes of the test's sessions, so that no rollback undoes them."""
-        for own in [each for each in sessions if each.in_transaction()]:
+    def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
+        """Commit the pending changes of the test's sessions, so that no rollback undoes them.
+
+        Without `explicit`, a transaction that the test has begun itself is only flushed.
+        """
+        for own in [*sessions]:
+            begun = own.get_nested_transaction() or own.get_transaction()
+            if begun is None:
+                continue
             with self.turn.allowing(own):
                 if not own.is_active or is_aborted(self.opened(), doubtful=True):
                     own.rollback()  # the test has already seen the error
-                else:
+                elif explicit or begun.origin is SessionTransactionOrigin.AUTOBEGIN:
                     own.commit()
+                else:
+                    own.connection()  # begins its savepoint, in which the request's work is
+                    own.flush()
 
     # -- the connection --------------------------------------------------------------------
 
@@ -199,10 +210,10 @@ class IsolatedConnection:
     def enter(self, block: object) -> None:
         """Begin an inner block; what its outer blocks' sessions have pending is stored before."""
         if self._connection is not None or any(own.in_transaction() for own in self.own_sessions):
+            del self.blocks[block]  # until it has begun, which may be refused
             self.run(partial(self.turn.during, block, self, partial(self._enter, block)))
 
     def _enter(self, block: object) -> None:
-        del self.blocks[block]
         self._settle(self.own_sessions)
         self.blocks[block] = None
         self.opened()

@@ -127,16 +127,22 @@ class Templates:
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
         self._prepare = prepare
         self._made: dict[tuple[str, str], str] = {}
-        self._undo = ExitStack()
+        self._undo: ExitStack | None = None
 
     def __enter__(self) -> Self:
+        self._undo = ExitStack()
+        self._undo.callback(self._made.clear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._undo.close()
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
 
     def of(self, name: str, engine: AnyEngine) -> str:
         """Return the template for a database."""
+        if self._undo is None:
+            raise RuntimeError("Clone inside `with Templates(...) as templates`, which drops them.")
         key = name, sync_engine(engine).url.render_as_string()
         if key not in self._made:
             prepare = self._prepare_for(name)

@@ -108,7 +108,9 @@ class Isolated:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
 
     def _enter(self) -> None:
-        outer = _OUTER.get()
+        observing_it = (each for installed, _ in self._chosen for each in installed.observers)
+        known = (each for each in observing_it if isinstance(each, Isolated))
+        outer = next(known, _OUTER.get())  # a fixture may have been entered in another context
         if outer is None or outer.ended:
             _OUTER.set(self)
         else:
@@ -129,7 +131,7 @@ class Isolated:
                 if (engine := ready_engine(installation)) is not None:
                     self._connection_of(installation.name, sync_engine(engine))
             self._restore.enter_context(marking_requests(self._app))
-            self._restore.enter_context(observing(self._app, self._isolate))
+            self._restore.enter_context(observing(self._app, self))
             undo.pop_all()
 
     def _begin(self) -> None:
@@ -149,7 +151,7 @@ class Isolated:
 
     # -- the databases ---------------------------------------------------------------------
 
-    def _isolate(self, database: AnyDatabase) -> None:
+    def __call__(self, database: AnyDatabase) -> None:
         """Make a handle's sessions use the isolated connection."""
         if all(installation.database is not database for _, installation in self._chosen):
             return

@@ -49,6 +49,17 @@ def make_app(kind: Kind, engine: Any) -> FastAPI:
     return app
 
 
+def test_templates_that_nobody_would_drop_are_refused(kind: Kind, make_engine: MakeEngine) -> None:
+    """They are made within their block only, not without it and not after it."""
+    app = make_app(kind, make_engine())
+    templates = Templates(prepare)
+    with templates, cloned(app, templates=templates):
+        pass
+    for each in (templates, Templates(prepare)):
+        with pytest.raises(RuntimeError, match="with Templates"), cloned(app, templates=each):
+            pass
+
+
 @pytest.mark.parametrize("given", ["engine", "factory"])
 def test_each_block_has_a_database_of_its_own(
     kind: Kind, make_engine: MakeEngine, rows: Rows, templates: Templates, given: str

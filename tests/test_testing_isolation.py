@@ -7,6 +7,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
+from functools import partial
 from typing import Annotated, Any
 
 import pytest
@@ -489,6 +491,44 @@ def test_an_error_of_the_tests_own(app: FastAPI, kind: Kind, failing: str, rows:
         assert names(session) == ["added", "mine"]
 
 
+def test_the_session_and_a_request_in_another_thread(app: FastAPI, rows: Rows) -> None:
+    """A request sees what the session has added, wherever the two are used."""
+    with TestClient(app) as client, isolated(app) as session, ThreadPoolExecutor() as threads:
+        session.add(Item(name="mine"))
+        assert threads.submit(client.post, "/names").result().json() == ["mine"]
+
+
+def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> None:
+    """As the fixtures of anyio do: a block within it shares the connection."""
+    with TestClient(app) as client:
+        block = isolated(app)
+        copy_context().run(block.__enter__)
+        with isolated(app) as session:
+            session.add(Item(name="mine"))
+            session.commit()
+            assert client.post("/names").json() == ["mine"]
+        assert client.post("/names").json() == []
+        block.__exit__()
+
+
+@on_a_loop
+def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) -> None:
+    """A synchronous test between asynchronous ones: the block around them ends as it should."""
+    block = isolated(app)
+
+    async def enter() -> None:
+        session = await block.__aenter__()
+        session.add(Item(name="mine"))
+        await session.commit()
+
+    with asyncio.Runner() as runner:
+        runner.run(enter())
+        with pytest.raises(IsolationError, match="not running"), isolated(app):
+            pass
+        runner.run(block.__aexit__())
+    assert rows.names == []
+
+
 def test_what_the_test_holds_follows(app: FastAPI, rows: Rows) -> None:
     """What is committed is expired, as in every Session, and read again when it is looked at."""
     with TestClient(app) as client, isolated(app) as session:
@@ -501,7 +541,7 @@ def test_what_the_test_holds_follows(app: FastAPI, rows: Rows) -> None:
 def test_a_request_inside_of_a_transaction_of_the_tests(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """What the test's session has added is committed first; a handle's transaction is refused."""
+    """It sees what the test's session has added; a handle's transaction is refused."""
     with TestClient(app) as client, isolated(app) as session:
 
         def around_with_handle() -> None:
@@ -513,6 +553,10 @@ def test_a_request_inside_of_a_transaction_of_the_tests(
         with session.begin():
             session.add(Item(name="mine"))
             assert client.post("/rename").status_code == 201
+            assert names(session) == ["mine-renamed"]
+        with session.begin_nested() as undone:
+            assert client.post("/add").status_code == 201
+            undone.rollback()
         assert names(session) == ["mine-renamed"]
         if not kind.asynchronous:
             with pytest.raises(IsolationError, match="beside an open one"):

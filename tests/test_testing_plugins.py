@@ -211,6 +211,33 @@ async def test_own_fixtures(client, db_session):
 """
 
 STRICT = "import pytest\npytestmark = pytest.mark.asyncio\n" + ASYNCHRONOUS + OWN_FIXTURES
+ANYIO_FIXTURES = """
+import pytest
+from sqlalchemy import select
+from tests.serving import Item
+
+@pytest.fixture(scope="module", autouse=True)
+async def around_the_module():
+    yield  # the tests run in the context of this fixture
+
+@pytest.fixture
+def item(isolated_session):
+    isolated_session.add(item := Item(name="mine"))
+    return item
+
+@pytest.mark.anyio
+async def test_what_a_synchronous_fixture_has_added(isolated_async_client, item, isolated_session):
+    assert (await isolated_async_client.get("/names")).json() == ["mine"]
+    assert (await isolated_async_client.post("/add?name=added")).status_code == 200
+    isolated_session.rollback()
+    found = isolated_session.scalars(select(Item.name).order_by(Item.name))
+    assert found.all() == ["added", "mine"]
+
+@pytest.mark.anyio
+async def test_nothing_is_left(isolated_async_client):
+    assert (await isolated_async_client.get("/names")).json() == []
+"""
+
 ANYIO = (
     "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
     + ASYNCHRONOUS.replace("async def", "@pytest.mark.anyio\nasync def")
@@ -224,7 +251,7 @@ SUITES = {
     ),
     "others-on-two-workers": (
         "asyncio_mode = strict\naddopts = -n 2",
-        {"strict": STRICT, "anyio": ANYIO},
+        {"strict": STRICT, "anyio": ANYIO, "every_backend_of_anyio": ANYIO_FIXTURES},
     ),
 }
 others = pytest.mark.slow("three interpreters, 8 s; the fixtures are those of the other suite")

@@ -564,6 +564,31 @@ def test_a_request_inside_of_a_transaction_of_the_tests(
         assert client.post("/names").json() == ["mine-renamed"]
 
 
+@pytest.mark.anyio
+async def test_the_tests_session_inside_of_a_request(app: FastAPI, kind: Kind, rows: Rows) -> None:
+    """An override may query with it: what it begins there ends with the request's transaction."""
+    async with in_block(app, kind) as session, async_client(app) as client:
+        own: Session = getattr(session, "sync_session", session)
+
+        def inside(requests: Session) -> list[str]:
+            add("added")(requests)
+            requests.flush()
+            own.add(Item(name="mine"))
+            return names(own)
+
+        def fail_inside(requests: Session) -> None:
+            assert names(requests) == names(own) == ["added", "mine"]
+            raise HTTPException(409)
+
+        route(app, kind, "/inside", transactional(), inside)
+        route(app, kind, "/fail-inside", transactional(), fail_inside)
+        assert (await client.post("/inside")).json() == ["added", "mine"]
+        for _ in range(2):
+            assert (await client.post("/fail-inside")).status_code == 409
+            await session.run_sync(Session.commit) if kind.asynchronous else session.commit()
+            assert (await client.post("/names")).json() == ["added", "mine"]
+
+
 def test_a_refusal_that_is_swallowed_fails_the_block(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.engine import ExecutionContext
-from sqlalchemy.orm import Session, SessionTransactionOrigin
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from .._drivers.statements import writes
 from .._drivers.transactions import autocommits, begin_before_savepoint, is_aborted
@@ -64,6 +64,8 @@ class IsolatedConnection:
     # The savepoint that stands for the application's transaction, and whether it is about to begin.
     _root: str = ""
     _begins: bool = False
+    # The transactions of the test's sessions in which it has begun.
+    _around: set[SessionTransaction | None] = field(default_factory=set[SessionTransaction | None])
 
     @property
     def asynchronous(self) -> bool:
@@ -97,6 +99,8 @@ class IsolatedConnection:
             requested = (SERVED.get() or {}).get("type") in ("http", "websocket")
             own = [each for each in self.own_sessions if requested or in_flow(each)]
             self._settle(own, explicit=False)
+            if transaction:
+                self._around = {own.get_transaction() for own in self.own_sessions}
         except BaseException:
             self.turn.release(session)
             raise
@@ -109,6 +113,12 @@ class IsolatedConnection:
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             _send(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
+
+    def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
+        """Commit what the test's sessions have begun inside the application's transaction."""
+        if savepoint == self._root:
+            own = [each for each in self.own_sessions if each.get_transaction() not in self._around]
+            self._settle(own)
 
     def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
         """Commit the pending changes of the test's sessions, so that no rollback undoes them.
@@ -154,6 +164,8 @@ class IsolatedConnection:
         if autocommits(connection):
             connection.close()
             raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
+        event.listen(connection, "rollback_savepoint", self._settle_inside)
+        event.listen(connection, "release_savepoint", self._settle_inside)
         event.listen(connection, "release_savepoint", self._check_released)
         event.listen(connection, "commit", self._refuse_end)
         event.listen(connection, "rollback", self._refuse_end)

@@ -14,11 +14,13 @@ from starlette.applications import Starlette
 
 from .._drivers.transactions import autocommits
 from .._sessions.engines import AnyEngine, sync_engine
-from ._connections import isolated_on
+from ._connections import OURS, isolated_on
 from ._targets import Target, observing, places, ready_engine
 
 _ENDS = ("BEGIN", "COMMIT", "ROLLBACK")
 _SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
+# The statements in production that correspond to those of an isolated block.
+_IN_PRODUCTION = dict(zip(_SAVEPOINTS, _ENDS, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +105,13 @@ def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..
     def statement(connection: Connection, *call: Any) -> None:
         _, sql, parameters, context, _ = call
         if (isolated := isolated_on(connection)) is not None:
-            sql = isolated.in_production(sql, context)
-        if sql is not None:
-            captured.append(CapturedStatement(name, sql, parameters))
+            if OURS in context.execution_options:
+                return
+            command, _, savepoint = sql.rpartition(" ")
+            begins = isolated.begins and command == "SAVEPOINT"  # its name is not known yet
+            if begins or savepoint == isolated.root:
+                sql = _IN_PRODUCTION.get(f"{command} ", sql)
+        captured.append(CapturedStatement(name, sql, parameters))
 
     def end(sql: str, connection: Connection) -> None:
         if not (connection.closed or autocommits(connection) or isolated_on(connection)):

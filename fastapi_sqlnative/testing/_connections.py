@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
-from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from .._drivers.statements import writes
@@ -23,7 +22,7 @@ from ._turns import REFUSED, SERVED, Turn, in_flow
 T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
 _ISOLATED: Final = "fastapi_sqlnative_isolated"
-_OURS: Final = "fastapi_sqlnative_testing"
+OURS: Final = "fastapi_sqlnative_testing"
 _UNREAD: Final = re.compile(  # comments, literals and dollar-quoted bodies
     r"""--[^\n]*|/\*.*?\*/|'[^']*'|"[^"]*"|(\$\w*\$).*?\1""", re.DOTALL
 )
@@ -39,12 +38,6 @@ SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace n ON n.oid = connamespace
 WHERE condeferred AND has_schema_privilege(n.oid, 'USAGE')
 """
-# The statements in production that correspond to those of a block.
-_IN_PRODUCTION: Final = {
-    "SAVEPOINT": "BEGIN",
-    "RELEASE SAVEPOINT": "COMMIT",
-    "ROLLBACK TO SAVEPOINT": "ROLLBACK",
-}
 
 
 @dataclass(eq=False)
@@ -62,15 +55,10 @@ class IsolatedConnection:
     loop: asyncio.AbstractEventLoop | None = None  # the event loop of the connection
     _connection: Connection | None = None
     # The savepoint that stands for the application's transaction, and whether it is about to begin.
-    _root: str = ""
-    _begins: bool = False
+    root: str = ""
+    begins: bool = False
     # The transactions of the test's sessions in which it has begun.
     _around: set[SessionTransaction | None] = field(default_factory=set[SessionTransaction | None])
-
-    @property
-    def asynchronous(self) -> bool:
-        """Return whether the connection belongs to an AsyncEngine."""
-        return self.engine.dialect.is_async
 
     def refused(self, why: str) -> IsolationError:
         """Build the error, and record it on the request, which fails even if it swallows it."""
@@ -86,7 +74,7 @@ class IsolatedConnection:
         if self.turn.holds(session):
             return self.opened()
         here = running_loop()
-        if self.asynchronous and here is not (self.loop or self.home() or here):
+        if self.engine.dialect.is_async and here is not (self.loop or self.home() or here):
             raise self.refused(
                 "its connection belongs to the application's event loop, not to this one. Use the "
                 "client that runs the application, or client.portal.call(). With async_client, use "
@@ -95,30 +83,31 @@ class IsolatedConnection:
         self.turn.take(session, self, transaction=transaction)
         try:
             connection = self.opened()
-            # The sender of a request waits for it, so its sessions are not in use.
-            requested = (SERVED.get() or {}).get("type") in ("http", "websocket")
-            own = [each for each in self.own_sessions if requested or in_flow(each)]
-            self._settle(own, explicit=False)
+            self._settle(self._unused(), explicit=False)
             if transaction:
                 self._around = {own.get_transaction() for own in self.own_sessions}
         except BaseException:
             self.turn.release(session)
             raise
-        self._begins = transaction
+        self.begins = transaction
         return connection
 
     def end(self, session: NativeSession) -> None:
         """End the turn of a session after its transaction."""
-        self._begins = False  # the session may have sent no statement
+        self.begins = False  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             _send(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
 
     def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
         """Commit what the test's sessions have begun inside the application's transaction."""
-        if savepoint == self._root:
-            own = [each for each in self.own_sessions if each.get_transaction() not in self._around]
-            self._settle(own)
+        if savepoint == self.root:
+            self._settle(own for own in self._unused() if own.get_transaction() not in self._around)
+
+    def _unused(self) -> list[Session]:
+        """Return the test's sessions that are not in use, because the test waits for this work."""
+        requested = (SERVED.get() or {}).get("type") in ("http", "websocket")
+        return [own for own in self.own_sessions if requested or in_flow(own)]
 
     def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
         """Commit the pending changes of the test's sessions, so that no rollback undoes them.
@@ -157,7 +146,7 @@ class IsolatedConnection:
         return self._connection
 
     def _open(self) -> Connection:
-        self.loop = running_loop() if self.asynchronous else None
+        self.loop = running_loop() if self.engine.dialect.is_async else None
         connection = self.engine.connect().execution_options(**{_ISOLATED: self})
         connection.begin()
         begin_before_savepoint(connection)
@@ -189,7 +178,7 @@ class IsolatedConnection:
 
     def _check_released(self, connection: Connection, savepoint: str, _context: None) -> None:
         """Check deferred constraints when the savepoint stands for the application's COMMIT."""
-        if savepoint == self._root:
+        if savepoint == self.root:
             try:
                 self.check_deferred()
             except BaseException:
@@ -202,8 +191,8 @@ class IsolatedConnection:
         sql = _UNREAD.sub(" ", statement).strip(" \t\r\n;").lower()
         if isolated_on(connection) is self:
             command, following = sql.partition(" ")[::2]
-            if self._begins and command == "savepoint":
-                self._root, self._begins = following, False
+            if self.begins and command == "savepoint":
+                self.root, self.begins = following, False
             # A trigger or function may contain `; END`.
             if any(map(_ENDS.match, [sql] if command == "create" else sql.split(";"))):
                 raise self.refused("COMMIT and ROLLBACK as text would end the block.")
@@ -281,7 +270,7 @@ class IsolatedConnection:
 
     def run(self, work: Callable[[], T]) -> T:
         """Run plain code where the connection may be used: here, or on its event loop."""
-        if not self.asynchronous:
+        if not self.engine.dialect.is_async:
             return work()
         loop = self.loop or self.home()
         if loop is None or not loop.is_running():
@@ -297,16 +286,8 @@ class IsolatedConnection:
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
 
-    def in_production(self, sql: str, context: ExecutionContext) -> str | None:
-        """Return the SQL that production would send; `None` for the block's own statements."""
-        if _OURS in context.execution_options:
-            return None
-        command, _, savepoint = sql.rpartition(" ")
-        begins = self._begins and command == "SAVEPOINT"  # its name is not known yet
-        return _IN_PRODUCTION.get(command, sql) if begins or savepoint == self._root else sql
 
-
-_send = partial(Connection.exec_driver_sql, execution_options={_OURS: True})
+_send = partial(Connection.exec_driver_sql, execution_options={OURS: True})
 
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:

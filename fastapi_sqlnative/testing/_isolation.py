@@ -178,7 +178,7 @@ class Isolated:
         if found is None:
             found = IsolatedConnection(name, engine, self.turn, self._home)
             self.connections.append(found)
-        if found.asynchronous is not engine.dialect.is_async:
+        if found.engine.dialect.is_async is not engine.dialect.is_async:
             raise IsolationError(
                 f"{found.name!r} and {name!r} are the same database, but an Engine and an "
                 "AsyncEngine cannot share a connection: test with cloned(app)."
@@ -258,7 +258,7 @@ class Isolated:
         elif isinstance(engine := guest.bind, Engine) and not isinstance(guest, NativeSession):
             joined = (each for each in self.connections if each.engine.dialect is engine.dialect)
             found = next((each for each in joined if each.blocks), None)
-            if found is not None and (not found.asynchronous or in_greenlet()):
+            if found is not None and (not found.engine.dialect.is_async or in_greenlet()):
                 guest.bind, guest.join_transaction_mode = found.opened(), "create_savepoint"
                 joins_flow(guest)
                 found.own_sessions[guest] = self

@@ -99,7 +99,7 @@ class Turn:
                 return
             self._waiting.append((session, use, ticket))
         try:
-            if connection.asynchronous:
+            if connection.engine.dialect.is_async:
                 await_only(asyncio.wait_for(asyncio.wrap_future(ticket), _PATIENCE))
             else:
                 ticket.result(_PATIENCE if running_loop() is None else 0)

@@ -752,6 +752,39 @@ def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, 
     assert rows.names == []
 
 
+@on_a_loop
+@pytest.mark.anyio
+async def test_a_worker_that_the_test_has_started(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A task of the lifespan, which runs in the test's context, commits nothing of the test's."""
+    asked, done = asyncio.Event(), asyncio.Event()
+
+    async def work(database: Any) -> None:
+        await asked.wait()
+        await in_handle(kind, names)(database)
+        done.set()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(work(installed_databases(app)["default"]))
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+    install_database(app, engine=make_engine())
+    async with isolated(app) as session:
+        await session.run_sync(names)
+        async with async_client(app):
+            session.add(Item(name="mine"))
+            await session.flush()
+            asked.set()
+            await done.wait()
+            await session.rollback()
+            assert await session.run_sync(names) == []
+    assert rows.names == []
+
+
 def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, rows: Rows) -> None:
     """A session that has asked for its engine gives its turn back when it is closed."""
     route(app, kind, "/dialect", get_db(), lambda session: session.get_bind().dialect.name)

@@ -18,9 +18,9 @@ from ._connections import OURS, isolated_on
 from ._targets import Target, observing, places, ready_engine
 
 _ENDS = ("BEGIN", "COMMIT", "ROLLBACK")
+# The statements of an isolated block that stand for these.
 _SAVEPOINTS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
-# The statements in production that correspond to those of an isolated block.
-_IN_PRODUCTION = dict(zip(_SAVEPOINTS, _ENDS, strict=True))
+_IN_PRODUCTION: dict[str, str] = dict(zip(_SAVEPOINTS, _ENDS, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..
             command, _, savepoint = sql.rpartition(" ")
             begins = isolated.begins and command == "SAVEPOINT"  # its name is not known yet
             if begins or savepoint == isolated.root:
-                sql = _IN_PRODUCTION.get(f"{command} ", sql)
+                sql = _IN_PRODUCTION.get(f"{command} ") or sql
         captured.append(CapturedStatement(name, sql, parameters))
 
     def end(sql: str, connection: Connection) -> None:

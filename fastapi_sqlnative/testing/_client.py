@@ -12,6 +12,8 @@ from anyio.to_thread import run_sync as run_in_thread
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ._turns import FLOW
+
 if TYPE_CHECKING:
     import httpx
     from starlette.testclient import TestClient
@@ -42,6 +44,7 @@ async def async_client(
     end = asyncio.Event()
 
     async def run() -> None:
+        FLOW.set(())  # tasks that the application starts are not part of the test
         async with app.router.lifespan_context(app) as yielded:
             state.update(yielded or {})
             started.set_result(None)

@@ -25,18 +25,18 @@ REFUSED: Final = "fastapi_sqlnative_refused"
 # Seconds that a session waits for another session's transaction to end.
 _PATIENCE: Final = 10.0
 # The sessions used in this request, task or test, or in the one that started it.
-_FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
+FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
 
 
 def joins_flow(session: object) -> None:
     """Record that a session is used in this context and in the tasks started from it."""
-    others = tuple(each for each in _FLOW.get() if each() not in (None, session))
-    _FLOW.set((*others, weakref.ref(session)))
+    others = tuple(each for each in FLOW.get() if each() not in (None, session))
+    FLOW.set((*others, weakref.ref(session)))
 
 
 def in_flow(session: object) -> bool:
     """Return whether a session is used in this context or in the one that started it."""
-    return any(each() is session for each in _FLOW.get())
+    return any(each() is session for each in FLOW.get())
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def marking_requests(app: Starlette) -> Generator[None]:
         before = SERVED.get()
         SERVED.set(scope)
         if scope["type"] == "lifespan":
-            _FLOW.set(())  # tasks that the application starts are not part of the test
+            FLOW.set(())  # tasks that the application starts are not part of the test
         try:
             await inner(scope, receive, send)
         finally:

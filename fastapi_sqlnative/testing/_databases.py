@@ -130,14 +130,13 @@ class Templates:
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Self:
-        self._undo = ExitStack()
-        self._undo.callback(self._made.clear)
+        self._undo, self._made = ExitStack(), {}
         return self
 
     def __exit__(self, *_: object) -> None:
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo.close()
+        if self._undo is not None:
+            self._undo.close()
+        self._undo = None
 
     def of(self, name: str, engine: AnyEngine) -> str:
         """Return the template for a database."""

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import await_only
 from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 
@@ -31,6 +32,7 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
 from fastapi_sqlnative.testing import (
     IsolationError,
+    _turns,
     async_client,
     capture_statements,
     isolated,
@@ -220,8 +222,9 @@ def test_the_block_may_outlive_the_application(
     """Also with a session in a transaction, and an engine that only the running one has."""
     app = make_app(kind, make_engine)
     with isolated(app) as session:
-        with pytest.raises(IsolationError, match="no engine before"):
-            names(session)
+        for use in names, add("early"):
+            with pytest.raises(IsolationError, match="no engine before"):
+                use(session)
         with capture_statements(app) as captured, TestClient(app) as client:
             session.add(item := Item(name="mine"))
             session.commit()
@@ -782,6 +785,36 @@ async def test_a_worker_that_the_test_has_started(
             await done.wait()
             await session.rollback()
             assert await session.run_sync(names) == []
+    assert rows.names == []
+
+
+def test_what_a_worker_still_holds_is_undone_with_the_block(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot go on, and its lock is not left for the next test."""
+    monkeypatch.setattr(_turns, "_PATIENCE", 0.1)
+    app = make_app(kind, make_engine(pool_size=5))
+    holding, ended = threading.Event(), threading.Event()
+
+    def hold(session: Session) -> None:
+        add("added")(session)
+        session.flush()
+        holding.set()
+        await_only(asyncio.to_thread(ended.wait)) if kind.asynchronous else ended.wait()
+
+    def work(client: TestClient, *arguments: Any) -> None:
+        portal: Any = client.portal
+        held = in_handle(kind, hold)
+        portal.call(held, *arguments) if kind.asynchronous else held(*arguments)
+
+    with TestClient(app) as client, ThreadPoolExecutor(1) as threads:
+        with isolated(app):
+            worker = threads.submit(work, client, installed_databases(app)["default"])
+            holding.wait()
+        with isolated(app):
+            assert client.post("/add").status_code == 201
+        ended.set()
+        assert isinstance(worker.exception(), SQLAlchemyError)
     assert rows.names == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -67,8 +68,6 @@ class IsolatedConnection:
             request[REFUSED] = str(error)
         return error
 
-    # -- the application's transactions ----------------------------------------------------
-
     def begin(self, session: object, *, transaction: bool) -> Connection:
         """Wait for the turn of a session of the application, and return the connection."""
         if self.turn.holds(session):
@@ -110,7 +109,7 @@ class IsolatedConnection:
         return [own for own in self.own_sessions if requested or in_flow(own)]
 
     def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
-        """Commit the pending changes of the test's sessions, so that no rollback undoes them.
+        """Commit the test's pending changes, so that no rollback undoes them.
 
         Without `explicit`, a transaction that the test has begun itself is only flushed.
         """
@@ -126,8 +125,6 @@ class IsolatedConnection:
                 else:
                     own.connection()  # begins its savepoint, in which the request's work is
                     own.flush()
-
-    # -- the connection --------------------------------------------------------------------
 
     def opened(self) -> Connection:
         """Return the connection, in its transaction and a savepoint for each inner block."""
@@ -206,8 +203,6 @@ class IsolatedConnection:
                 "with cloned(app)."
             )
 
-    # -- blocks ----------------------------------------------------------------------------
-
     def enter(self, block: object) -> None:
         """Begin an inner block; what its outer blocks' sessions have pending is stored before."""
         if self._connection is not None or any(own.in_transaction() for own in self.own_sessions):
@@ -221,11 +216,18 @@ class IsolatedConnection:
 
     def leave(self, block: object) -> None:
         """Roll back the work of a block, and close the connection after the last one."""
-        undo = partial(self._undo, block)
         if self._connection is None:
-            undo()
+            self._undo(block)
         else:
-            self.run(partial(self.turn.during, block, self, undo))
+            self.run(partial(self._leave, block))
+
+    def _leave(self, block: object) -> None:
+        with suppress(IsolationError):  # what a worker has open for so long is undone as well
+            self.turn.take(block, self, transaction=False)
+        try:
+            self._undo(block)
+        finally:
+            self.turn.release(block)
 
     def _undo(self, block: object) -> None:
         for session, its in [*self.own_sessions.items()]:
@@ -263,9 +265,11 @@ class IsolatedConnection:
             if isinstance(self.engine.pool, _IN_MEMORY):
                 connection.connection.rollback()  # if SQLAlchemy considers a refused end as done
             else:
-                if (transaction := connection.get_transaction()) is not None:
-                    transaction.rollback()
-                connection.invalidate()
+                try:
+                    if (transaction := connection.get_transaction()) is not None:
+                        transaction.rollback()
+                finally:  # a statement may be running
+                    connection.invalidate()
             connection.close()
 
     def run(self, work: Callable[[], T]) -> T:

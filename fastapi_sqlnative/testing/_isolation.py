@@ -252,7 +252,7 @@ class Isolated:
         """
         guest = using if isinstance(using, Session) else using.session
         if isinstance(guest, OwnSession):
-            if guest.own_connection == self._own_connection and ready_engine(self._own) is not None:
+            if guest.own_connection == self._own_connection:
                 joins_flow(guest)
                 self._own_connection().own_sessions[guest] = self
         elif isinstance(engine := guest.bind, Engine) and not isinstance(guest, NativeSession):

@@ -807,7 +807,8 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
         held = in_handle(kind, hold)
         portal.call(held, *arguments) if kind.asynchronous else held(*arguments)
 
-    with TestClient(app) as client, ThreadPoolExecutor(1) as threads:
+    with TestClient(app) as client, ThreadPoolExecutor(1) as threads, ExitStack() as last:
+        last.callback(ended.set)
         with isolated(app):
             worker = threads.submit(work, client, installed_databases(app)["default"])
             holding.wait()

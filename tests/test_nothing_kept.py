@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
-from sqlalchemy import Engine, StaticPool, create_engine, select, text
+from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import get_db, health_router, install_database, transactional
+from fastapi_sqlnative import Database, get_db, health_router, install_database, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import SessionFinishedError
 from tests.in_process import application, ask, async_sqlite, is_kept, running, session_class
@@ -72,6 +73,24 @@ async def test_an_engine_that_is_gone_leaves_no_dialect(kind: Kind) -> None:
             tenants.clear()
             del engine, inner
         await all_gone(dialects)
+
+
+def test_a_handle_that_is_gone_leaves_another_ones_error_alone() -> None:
+    """Handles on one engine share what listens on it: they may go at any moment, even in an error.
+
+    A listener that was removed while SQLAlchemy calls them all would be a RuntimeError.
+    """
+    engine = create_engine("sqlite://")
+    others: list[Database] = []
+    event.listen(engine.dialect, "handle_error", lambda _: others.clear())
+    kept = Database(engine)
+    listeners = len([*engine.dialect.dispatch.handle_error])
+    others.extend(Database(engine) for _ in range(3))
+    with pytest.raises(OperationalError, match="no_such_column"), kept.session() as session:
+        session.execute(text("SELECT no_such_column"))
+    assert others == []
+    assert len([*engine.dialect.dispatch.handle_error]) == listeners
+    engine.dispose()
 
 
 # -- within one session ------------------------------------------------------------------------

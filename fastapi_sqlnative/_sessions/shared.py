@@ -85,7 +85,6 @@ class SharedState:
         # The records of ended sessions, by the connection that their results may still be read on.
         self.readers: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
         self._statements: weakref.WeakKeyDictionary[Any, Statement] = weakref.WeakKeyDictionary()
-        self._on_error = _listener(weakref.ref(self))
         self.listen(root.dialect)
 
     def check_running(self, *, new_session: bool = False) -> None:
@@ -120,39 +119,54 @@ class SharedState:
     def listen(self, dialect: Dialect) -> None:
         """Listen for failures on a dialect's connections for as long as the handle lives."""
         # Listeners on a dialect cover all engines that use it.
-        if not event.contains(dialect, "handle_error", self._on_error):
-            event.listen(dialect, "handle_error", self._on_error)
-            weakref.finalize(self, _unlisten, weakref.ref(dialect), self._on_error)
+        known = (each for each in dialect.dispatch.handle_error if isinstance(each, _Listener))
+        listener = next(known, None)
+        if listener is None:
+            listener = _Listener()
+            event.listen(dialect, "handle_error", listener)
+        if weakref.ref(self) not in listener.states:
+            listener.states.append(weakref.ref(self, listener.states.remove))
 
     def record_on(self, connection: Connection) -> Any:
         """Return the record of the session that uses a connection or last used it."""
         return self.holders.get(connection) or self.readers.get(connection)
 
 
-def _listener(state: weakref.ref[SharedState]) -> Any:
-    """Make a listener for failures outside session methods: mapper events, streams, Core."""
+class _Listener:
+    """The listener for failures outside session methods: mapper events, streams, Core.
 
-    def on_error(context: ExceptionContext) -> BaseException | None:
-        found, connection = state(), context.connection
-        record = None if found is None or connection is None else found.record_on(connection)
-        if found is None or connection is None or record is None:
-            return None
-        if context.execution_context is None and context.statement is None:
-            # COMMIT or ROLLBACK failed or was never sent. SQLAlchemy would keep the connection,
-            # which may still be in its transaction.
-            if not reported_by_server(context.original_exception, connection):
-                context.is_disconnect = True
-        elif not record.finished:
-            record.note_failure(context.original_exception)
-            if record.committing and record.rolled_back is not None:
-                # A listener that runs after our check may swallow this, so make COMMIT fail.
-                context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
-            return _translated(context)
-        elif context.statement is None:  # a fetch by a stream that has outlived its session
-            return found.error(exceptions.SessionFinishedError)
+    There is one on each dialect, for all handles. It is never removed, because SQLAlchemy may be
+    calling a dialect's listeners in another thread.
+    """
+
+    def __init__(self) -> None:
+        self.states: list[weakref.ref[SharedState]] = []
+
+    def __call__(self, context: ExceptionContext) -> BaseException | None:
+        """Tell the session on whose connection something has failed."""
+        for each in self.states[:]:
+            state, connection = each(), context.connection
+            if state and connection is not None and (record := state.record_on(connection)):
+                return _heard(record, context, connection)
         return None
 
-    return on_error
+
+def _heard(record: Any, context: ExceptionContext, connection: Connection) -> BaseException | None:
+    if context.execution_context is None and context.statement is None:
+        # COMMIT or ROLLBACK failed or was never sent. SQLAlchemy would keep the connection,
+        # which may still be in its transaction.
+        if not reported_by_server(context.original_exception, connection):
+            context.is_disconnect = True
+    elif not record.finished:
+        record.note_failure(context.original_exception)
+        if record.committing and record.rolled_back is not None:
+            # A listener that runs after our check may swallow this, so make COMMIT fail.
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+        return _translated(context)
+    elif context.statement is None:  # a fetch by a stream that has outlived its session
+        error: Exception = record.state.error(exceptions.SessionFinishedError)
+        return error
+    return None
 
 
 def _translated(context: ExceptionContext) -> DBAPIError | None:
@@ -165,9 +179,3 @@ def _translated(context: ExceptionContext) -> DBAPIError | None:
     if not (isinstance(error, ValueError | OverflowError) or server_of(error)):
         return None
     return DBAPIError(context.statement, context.parameters, error)
-
-
-def _unlisten(dialect: weakref.ref[Dialect], listener: Any) -> None:
-    found = dialect()
-    if found is not None and event.contains(found, "handle_error", listener):
-        event.remove(found, "handle_error", listener)

@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import Any, Final, cast
 
 import anyio.to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
@@ -147,6 +148,12 @@ class UnitOfWork:
             end = self._commit_all if commits else self._close
             await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(finishing.directly))
         else:
+            try:
+                # A `def` endpoint's thread cannot be cancelled: this is the first chance.
+                await checkpoint_if_cancelled()
+            except asyncio.CancelledError as error:
+                await self._abandon(error)
+                raise
             await self._run_together(self._commit_all)
 
     async def _abandon(self, error: BaseException) -> None:

@@ -45,9 +45,7 @@ async def running(
     """Start an application in this event loop, with one transactional endpoint."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, **options)
-    # FastAPI validates with a response model in a thread, where an anyio scope's cancellation of a
-    # `def` endpoint takes effect. Without one it is too late: the exit is shielded.
-    route(app, kind, "/", transactional(), body, response_model=Any)
+    route(app, kind, "/", transactional(), body)
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

@@ -12,7 +12,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.declarative import DeferredReflection
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from fastapi_sqlnative import (
     get_database_handle,
@@ -181,6 +182,16 @@ class Visitor(BaseModel):
     name: str = "Ada"
 
 
+class Base(DeclarativeBase):
+    """The base of this module's tables."""
+
+
+class Member(DeferredReflection, Base):
+    """Be a row whose table is not reflected yet."""
+
+    __tablename__ = "member"
+
+
 async def visitor(session: Db):  # type: ignore[no-untyped-def] # as in FastAPI's tutorial
     await session.execute(text("SELECT 1"))
     return Visitor()
@@ -195,6 +206,11 @@ async def logs(visitor: Annotated[Visitor | None, Depends(visitor)]) -> AsyncGen
     logging.getLogger(__name__).info("%s has left", visitor)
 
 
+async def logs_row(member: Annotated[Member | None, Depends(visitor)]) -> AsyncGenerator[None]:
+    yield
+    logging.getLogger(__name__).info("%s has left", member)
+
+
 async def saves(repository: Annotated[Repository, Depends(repository)]) -> AsyncGenerator[None]:
     yield
     await repository.session.commit()  # that is the mistake
@@ -205,7 +221,9 @@ async def saves_any(repository: Annotated[Any, Depends(repository)]) -> AsyncGen
     await repository.session.commit()  # that is the mistake
 
 
-@pytest.mark.parametrize(("generator", "works"), [(logs, True), (saves, False), (saves_any, False)])
+@pytest.mark.parametrize(
+    ("generator", "works"), [(logs, True), (logs_row, True), (saves, False), (saves_any, False)]
+)
 async def test_a_generator_may_outlive_the_session_with_data(generator: Any, works: bool) -> None:
     """A generator that gets only data starts, where its dependency has no return annotation."""
     app = with_database()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from sqlalchemy import inspect as is_mapped
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -99,7 +98,9 @@ def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
 
 def _is_data(kind: type) -> bool:
     builtin = kind.__module__ == "builtins" and kind is not object
-    return builtin or issubclass(kind, BaseModel) or is_mapped(kind, raiseerr=False) is not None
+    # A class with deferred reflection gets its mapper later, and inspect() would raise until then.
+    mapped = hasattr(kind, "__mapper__") or hasattr(kind, "__tablename__")
+    return builtin or mapped or issubclass(kind, BaseModel)
 
 
 def classes_in(annotation: object) -> list[type]:

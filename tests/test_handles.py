@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from sqlalchemy import (
     SingletonThreadPool,
     StaticPool,
     create_engine,
+    event,
     insert,
     make_url,
     text,
@@ -441,6 +443,28 @@ def test_a_ping_raises_what_the_application_raises() -> None:
 
     with pytest.raises(LookupError, match="no token"):
         Database(create_engine("postgresql+psycopg://", creator=connect)).ping(5)
+
+
+async def test_a_ping_that_is_cancelled_as_it_fails_loses_no_error() -> None:
+    """A ping whose caller is cancelled as it fails is only cancelled: asyncio logs nothing."""
+    lost: list[Any] = []
+    tasks: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: lost.append(context))
+    engine = create_async_engine("sqlite+aiosqlite://")
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def fail(*_: object) -> None:
+        tasks.pop().cancel()
+        raise LookupError("no token")
+
+    tasks.append(loop.create_task(AsyncDatabase(engine).ping(5)))
+    (done,) = await asyncio.gather(tasks[0], return_exceptions=True)
+    assert isinstance(done, asyncio.CancelledError)
+    del done
+    await asyncio.sleep(0)  # the loop's own references go
+    gc.collect()
+    assert not lost
 
 
 # -- pools -----------------------------------------------------------------------------------

@@ -108,13 +108,13 @@ async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: TimeoutE
     A cancellation of the caller cancels the task too.
     """
     task = asyncio.create_task(work)
+    task.add_done_callback(_mark_retrieved)  # the caller may be cancelled as it fails
     try:
         in_time, _ = await asyncio.wait({task}, timeout=seconds)
         if not in_time:
             raise late
     finally:
         if not task.done():
-            task.add_done_callback(_mark_retrieved)
             task.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait({task}, timeout=_GRACE)

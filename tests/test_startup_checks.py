@@ -221,8 +221,35 @@ async def saves_any(repository: Annotated[Any, Depends(repository)]) -> AsyncGen
     await repository.session.commit()  # that is the mistake
 
 
+def by_name(session: Db):  # type: ignore[no-untyped-def] # the same
+    return {"default": session}
+
+
+def pair(session: Db) -> tuple[Visitor, AsyncSession]:
+    return Visitor(), session
+
+
+async def saves_one(
+    sessions: Annotated[dict[str, AsyncSession], Depends(by_name)],
+) -> AsyncGenerator[None]:
+    yield
+    await sessions["default"].commit()  # that is the mistake
+
+
+async def saves_second(
+    given: Annotated[tuple[Visitor, AsyncSession], Depends(pair)],
+) -> AsyncGenerator[None]:
+    yield
+    await given[1].commit()  # that is the mistake
+
+
+WITH_DATA = [logs, logs_row]
+WITH_SESSION = [saves, saves_any, saves_one, saves_second]
+
+
 @pytest.mark.parametrize(
-    ("generator", "works"), [(logs, True), (logs_row, True), (saves, False), (saves_any, False)]
+    ("generator", "works"),
+    [(each, True) for each in WITH_DATA] + [(each, False) for each in WITH_SESSION],
 )
 async def test_a_generator_may_outlive_the_session_with_data(generator: Any, works: bool) -> None:
     """A generator that gets only data starts, where its dependency has no return annotation."""

@@ -91,9 +91,10 @@ def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
     if inspect.isclass(call):
         return True
     if given is inspect.Signature.empty:
-        received = classes_in(annotation_of(receiver, parameter))
+        received = classes_in(annotation_of(receiver, parameter), inside=True)
         return not received or not all(map(_is_data, received))
-    return any(issubclass(each, Session | AsyncSession) for each in classes_in(given))
+    returned = classes_in(given, inside=True)
+    return any(issubclass(each, Session | AsyncSession) for each in returned)
 
 
 def _is_data(kind: type) -> bool:
@@ -103,19 +104,23 @@ def _is_data(kind: type) -> bool:
     return builtin or mapped or issubclass(kind, BaseModel)
 
 
-def classes_in(annotation: object) -> list[type]:
-    """List the classes that an annotation names, through aliases, `Annotated` and unions."""
+def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
+    """List the classes that an annotation names, through aliases, `Annotated` and unions.
+
+    With `inside`, also those of a generic class's arguments: both of `dict[str, Session]`.
+    """
     # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
     value = getattr(annotation, "__value__", None)
     if value is not None:
-        return classes_in(value)
+        return classes_in(value, inside=inside)
     origin = get_origin(annotation)
     if origin is Annotated:
-        return classes_in(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [each for part in get_args(annotation) for each in classes_in(part)]
-    found = origin or annotation
-    return [found] if isinstance(found, type) else []
+        return classes_in(get_args(annotation)[0], inside=inside)
+    union = origin in (Union, types.UnionType)
+    found = None if union else origin or annotation
+    parts = get_args(annotation) if union or inside else ()
+    named = [each for part in parts for each in classes_in(part, inside=inside)]
+    return [found, *named] if isinstance(found, type) else named
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:

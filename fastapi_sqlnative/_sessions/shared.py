@@ -143,12 +143,13 @@ class _Listener:
         self.states: list[weakref.ref[SharedState]] = []
 
     def __call__(self, context: ExceptionContext) -> BaseException | None:
-        """Tell the session on whose connection something has failed."""
+        """Tell the sessions on whose connection something has failed."""
+        heard = None
         for each in self.states[:]:
             state, connection = each(), context.connection
             if state and connection is not None and (record := state.record_on(connection)):
-                return _heard(record, context, connection)
-        return None
+                heard = _heard(record, context, connection) or heard
+        return heard
 
 
 def _heard(record: Any, context: ExceptionContext, connection: Connection) -> BaseException | None:

@@ -107,7 +107,10 @@ class IsolatedConnection:
         return [own for own in self.own_sessions if requested or in_flow(own)]
 
     def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
-        """Commit the test's changes; if not `explicit`, only flush a transaction it has begun."""
+        """Commit the test's pending changes, so that no rollback undoes them.
+
+        Without `explicit`, a transaction that the test has begun itself is only flushed.
+        """
         for own in [*sessions]:
             begun = own.get_nested_transaction() or own.get_transaction()
             if begun is None:
@@ -241,8 +244,11 @@ class IsolatedConnection:
             transaction.rollback()
 
     def ends_with(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Return whether the shutdown of an application on an event loop ends the connection."""
-        if isinstance(self.engine.pool, _IN_MEMORY):  # the database ends with its pool
+        """Return whether the shutdown of an application on an event loop ends the connection.
+
+        It does if the database ends with its pool, or if the event loop is the application's own.
+        """
+        if isinstance(self.engine.pool, _IN_MEMORY):
             return self.loop in (None, loop)
         return self.loop is loop and all(block.loop is not loop for block in self.blocks)
 

@@ -527,30 +527,6 @@ def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> N
         block.__exit__()
 
 
-def test_a_session_that_cannot_be_made_leaves_no_block_behind(
-    kind: Kind, make_engine: MakeEngine, rows: Rows
-) -> None:
-    """The error is the class's own, and what comes next is stored."""
-
-    class Failing(Session):
-        fails = True
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            if Failing.fails:
-                raise ValueError("not now")
-            super().__init__(*arguments, **options)
-
-    app = FastAPI(routes=routes(kind))
-    option = "sync_session_class" if kind.asynchronous else "class_"
-    install_database(app, engine=make_engine(), session_options={option: Failing})
-    with TestClient(app) as client:
-        with pytest.raises(ValueError, match="not now"), isolated(app):
-            pass
-        Failing.fails = False
-        assert client.post("/add").status_code == 201
-        assert rows.names == ["added"]
-
-
 @on_a_loop
 def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) -> None:
     """A synchronous test between asynchronous ones: the block around them ends as it should."""

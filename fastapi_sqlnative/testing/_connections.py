@@ -1,5 +1,7 @@
 """The single connection of an isolated database, in a transaction that is rolled back."""
 
+from __future__ import annotations
+
 import asyncio
 import re
 from collections.abc import Callable, Iterable
@@ -141,8 +143,6 @@ class IsolatedConnection:
         return self._connection
 
     def _open(self) -> Connection:
-        if not self.blocks:
-            raise self.refused("the block has ended. Finish work with the database inside it.")
         self.loop = running_loop() if self.engine.dialect.is_async else None
         connection = self.engine.connect().execution_options(**{_ISOLATED: self})
         connection.begin()
@@ -257,7 +257,7 @@ class IsolatedConnection:
         for session in self.own_sessions:
             with self.turn.allowing(session):
                 session.close()
-        connection, self._connection, self.loop, self.root = self._connection, None, None, ""
+        connection, self._connection, self.loop = self._connection, None, None
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
             # Close it for real: the pool may have been replaced, or the application may never run.

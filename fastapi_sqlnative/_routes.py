@@ -46,6 +46,7 @@ def _uses(dependant: Dependant | None) -> bool:
 
 def is_frontend(scope: Mapping[str, Any]) -> bool:
     """Return whether a request is for a file of `app.frontend()`, which is no route."""
+    # FastAPI's private key: nothing public tells. Without it, `transactional` is not refused there.
     return "frontend_path" in scope.get("fastapi", {})
 
 

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Annotated, Any
@@ -236,6 +236,20 @@ def test_the_block_may_outlive_the_application(
                 "ROLLBACK",
             ]
             assert names(session) == ["mine"]
+    assert rows.names == []
+
+
+def test_a_second_run_of_the_application(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """The test's savepoints are not taken for those of a run whose connection has ended."""
+    app = make_app(kind, make_engine)
+    with isolated(app) as session:
+        with TestClient(app) as client:
+            assert client.post("/add").status_code == 201
+        with TestClient(app) as client:
+            for name in "first", "second":
+                session.add(Item(name=name))
+                session.commit()
+            assert {"first", "second"} <= {*client.post("/names").json()}
     assert rows.names == []
 
 
@@ -511,6 +525,30 @@ def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> N
             assert client.post("/names").json() == ["mine"]
         assert client.post("/names").json() == []
         block.__exit__()
+
+
+def test_a_session_that_cannot_be_made_leaves_no_block_behind(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """The error is the class's own, and what comes next is stored."""
+
+    class Failing(Session):
+        fails = True
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            if Failing.fails:
+                raise ValueError("not now")
+            super().__init__(*arguments, **options)
+
+    app, engine = FastAPI(routes=routes(kind)), make_engine()
+    options = {"sync_session_class" if kind.asynchronous else "class_": Failing}
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+    with TestClient(app) as client:
+        with pytest.raises(ValueError, match="not now"), isolated(app):
+            pass
+        Failing.fails = False
+        assert client.post("/add").status_code == 201
+        assert rows.names == ["added"]
 
 
 @on_a_loop
@@ -816,6 +854,44 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
         ended.set()
         assert isinstance(worker.exception(), SQLAlchemyError)
     assert rows.names == []
+
+
+def test_a_turn_that_comes_after_the_block_is_refused(
+    app: FastAPI, kind: Kind, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that has waited while the block ended opens no connection, which would stay."""
+    take, block = _turns.Turn.take, isolated(app)
+
+    def take_late(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        await_only(asyncio.to_thread(block.__exit__)) if kind.asynchronous else block.__exit__()
+        take(*arguments, **options)
+
+    with TestClient(app) as client:
+        block.__enter__()
+        monkeypatch.setattr(_turns.Turn, "take", take_late)
+        with pytest.raises(IsolationError, match="has ended"):
+            client.post("/add")
+        assert client.post("/add").status_code == 201
+    assert rows.names == ["added"]
+
+
+def test_a_turn_is_taken_while_sessions_of_the_test_end() -> None:
+    """A thread that looks at the holders does not find them changed by another one."""
+    turn, threads = _turns.Turn(), ThreadPoolExecutor(1)
+    allowing = turn.allowing("the test's")
+
+    class Holder:
+        def __bool__(self) -> bool:
+            wait([threads.submit(allowing.__enter__)], timeout=0.1)
+            return True
+
+    first = Holder()
+    _turns.joins_flow(first)
+    turn.take(first, first, transaction=True)
+    turn.take("second", None, transaction=False)
+    threads.shutdown()
+    assert turn.holds("second")
 
 
 def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, rows: Rows) -> None:

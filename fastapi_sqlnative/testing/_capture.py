@@ -1,7 +1,5 @@
 """Capturing the statements sent in a block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The single connection of an isolated database, in a transaction that is rolled back."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Callable, Iterable
@@ -109,10 +107,7 @@ class IsolatedConnection:
         return [own for own in self.own_sessions if requested or in_flow(own)]
 
     def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
-        """Commit the test's pending changes, so that no rollback undoes them.
-
-        Without `explicit`, a transaction that the test has begun itself is only flushed.
-        """
+        """Commit the test's changes; if not `explicit`, only flush a transaction it has begun."""
         for own in [*sessions]:
             begun = own.get_nested_transaction() or own.get_transaction()
             if begun is None:
@@ -143,6 +138,8 @@ class IsolatedConnection:
         return self._connection
 
     def _open(self) -> Connection:
+        if not self.blocks:
+            raise self.refused("the block has ended. Finish work with the database inside it.")
         self.loop = running_loop() if self.engine.dialect.is_async else None
         connection = self.engine.connect().execution_options(**{_ISOLATED: self})
         connection.begin()
@@ -244,11 +241,8 @@ class IsolatedConnection:
             transaction.rollback()
 
     def ends_with(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Return whether the shutdown of an application on an event loop ends the connection.
-
-        It does if the database ends with its pool, or if the event loop is the application's own.
-        """
-        if isinstance(self.engine.pool, _IN_MEMORY):
+        """Return whether the shutdown of an application on an event loop ends the connection."""
+        if isinstance(self.engine.pool, _IN_MEMORY):  # the database ends with its pool
             return self.loop in (None, loop)
         return self.loop is loop and all(block.loop is not loop for block in self.blocks)
 
@@ -257,7 +251,7 @@ class IsolatedConnection:
         for session in self.own_sessions:
             with self.turn.allowing(session):
                 session.close()
-        connection, self._connection, self.loop = self._connection, None, None
+        connection, self._connection, self.loop, self.root = self._connection, None, None, ""
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
             # Close it for real: the pool may have been replaced, or the application may never run.

@@ -1,7 +1,5 @@
 """Replacing an application's databases: with another engine, or with a copy for one test."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets

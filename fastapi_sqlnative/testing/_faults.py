@@ -1,7 +1,5 @@
 """Injected database failures: each hits an application's sessions once."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -32,6 +32,7 @@ from ._targets import (
 )
 from ._turns import Turn, joins_flow, marking_requests
 
+T = TypeVar("T")
 # The outer block, with which other blocks of the same test share connections, for any application.
 _OUTER: Final = ContextVar["Isolated | None"]("fastapi_sqlnative_isolated", default=None)
 
@@ -84,9 +85,7 @@ class Isolated:
         if self._asynchronous() and running_loop() is not None:
             raise RuntimeError("Use `async with isolated(app)` on an event loop.")
         self._enter()
-        self._begin()
-        session: Session = self._own_session(Session)
-        return session
+        return self._begin(Session)
 
     def __exit__(self, *_: object) -> None:
         self._leave()
@@ -97,9 +96,8 @@ class Isolated:
         self._own, *_ = self._asynchronous()
         self.loop = asyncio.get_running_loop()
         self._enter()
-        await asyncio.wrap_future(in_thread(self._begin))  # in a thread, as in __aexit__
-        session: AsyncSession = self._own_session(AsyncSession)
-        return session
+        beginning = in_thread(lambda: self._begin(AsyncSession))  # in a thread, as in __aexit__
+        return await asyncio.wrap_future(beginning)
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.wrap_future(in_thread(self._leave))  # in a thread: it waits for this loop
@@ -134,13 +132,15 @@ class Isolated:
             self._restore.enter_context(observing(self._app, self))
             undo.pop_all()
 
-    def _begin(self) -> None:
+    def _begin(self, kind: type[T]) -> T:
         with ExitStack() as undo:
             undo.callback(self._leave)
             for each in self.connections:
                 if self in each.blocks:
                     each.enter(self)
+            session: T = self._own_session(kind)
             undo.pop_all()
+        return session
 
     def _leave(self) -> None:
         self.ended = True

@@ -31,10 +31,7 @@ class IsolatedSession(NativeSession):
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
-        """Return the isolated connection, after waiting for its turn.
-
-        Only for statements: code that only inspects the bind gets the engine.
-        """
+        """Wait for the turn and return the isolated connection; for inspection, the engine."""
         bind = super().get_bind(*args, **arguments)
         if not (isinstance(bind, Engine) and self.sqlnative.executing):
             return bind

@@ -1,7 +1,5 @@
 """Finding the databases that a test refers to."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Taking turns on isolated connections, across requests, threads and event loops."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import weakref
@@ -136,8 +134,9 @@ class Turn:
     @contextmanager
     def allowing(self, session: object) -> Generator[None]:
         """Let a session of the test end during another session's turn."""
-        self._holders[session] = None
+        with self._lock:
+            self._holders[session] = None
         try:
             yield
         finally:
-            del self._holders[session]
+            self.release(session)

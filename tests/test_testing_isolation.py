@@ -1104,7 +1104,7 @@ def test_the_end_of_the_connection_itself_is_refused(
             assert client.post("/names").json() == []
             assert client.post("/add").status_code == 201
     assert rows.names == []
-    assert rows.backends("idle in transaction%") == 0
+    wait_until(lambda: rows.backends("idle in transaction%") == 0)
 
 
 def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:

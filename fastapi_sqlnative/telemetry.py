@@ -41,7 +41,7 @@ _POOL: Final = f"{_PREFIX}.pool.name"
 _STATE: Final = f"{_PREFIX}.state"
 # In seconds. OpenTelemetry's default buckets start at 5.
 _BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-# The attribute of an instrument that holds the `_Instruments` shared by applications.
+# The attribute of an instrument that holds the `_Instruments`.
 _SHARED: Final = "fastapi_sqlnative_shared"
 
 
@@ -89,30 +89,21 @@ def instrument_pools(
 def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
     """Return the instruments that all applications with this provider share."""
     meter = provider.get_meter("fastapi_sqlnative")
-    made = _Instruments(meter)
-    for name, callback, unit, description in (
-        ("count", made.count, "{connection}", "Connections in the given state."),
-        ("max", made.limit, "{connection}", "Open connections that the pool allows."),
-        ("pending_requests", made.pending, "{request}", "Sessions waiting for a connection."),
-    ):
-        # For a known name the SDK returns the existing instrument with its first callbacks. So the
-        # object that these read is kept on the instrument, and lives as long.
-        instrument = meter.create_observable_up_down_counter(
-            f"{_PREFIX}.{name}", [callback], unit, description
-        )
-        made = getattr(instrument, _SHARED, made)
-        setattr(instrument, _SHARED, made)
-    return made
+    timeouts = meter.create_counter(
+        f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that timed out."
+    )
+    # For a known name the SDK returns the existing instrument. So the others are kept on this one.
+    shared: _Instruments = getattr(timeouts, _SHARED, None) or _Instruments(meter, timeouts)
+    setattr(timeouts, _SHARED, shared)
+    return shared
 
 
 class _Instruments:
     """The instruments shared by all applications with one meter provider."""
 
-    def __init__(self, meter: metrics.Meter) -> None:
+    def __init__(self, meter: metrics.Meter, timeouts: metrics.Counter) -> None:
         self.applications: WeakSet[Starlette] = WeakSet()
-        self.timeouts = meter.create_counter(
-            f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that timed out."
-        )
+        self.timeouts = timeouts
         self.create_time, self.wait_time, self.use_time = (
             meter.create_histogram(
                 f"{_PREFIX}.{name}", "s", description, explicit_bucket_boundaries_advisory=_BUCKETS
@@ -123,6 +114,14 @@ class _Instruments:
                 ("use_time", "The time until a connection came back."),
             )
         )
+        for name, callback, unit, description in (
+            ("count", self._count, "{connection}", "Connections in the given state."),
+            ("max", self._limit, "{connection}", "Open connections that the pool allows."),
+            ("pending_requests", self._pending, "{request}", "Sessions waiting for a connection."),
+        ):
+            meter.create_observable_up_down_counter(
+                f"{_PREFIX}.{name}", [callback], unit, description
+            )
         self._pools: WeakKeyDictionary[Engine, _Pool] = WeakKeyDictionary()
         self._listened: WeakSet[AnyDatabase] = WeakSet()
 
@@ -148,23 +147,20 @@ class _Instruments:
         )
         return [(each, self._pools[each]) for each in engines if each in self._pools]
 
-    def count(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe the connections in use and the idle ones."""
+    def _count(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         for engine, pool in self._running():
             for state, method in ("used", "checkedout"), ("idle", "checkedin"):
                 connections = ask_pool(engine.pool, method)
                 if connections is not None:
                     yield metrics.Observation(connections, {_POOL: pool.name, _STATE: state})
 
-    def limit(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe the maximum number of connections."""
+    def _limit(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         for engine, pool in self._running():
             capacity = pool_capacity(engine.pool)
             if capacity is not None:
                 yield metrics.Observation(capacity, {_POOL: pool.name})
 
-    def pending(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        """Observe the number of sessions waiting for a connection."""
+    def _pending(self, _options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         for _, pool in self._running():
             yield metrics.Observation(len(pool.waiting), {_POOL: pool.name})
 

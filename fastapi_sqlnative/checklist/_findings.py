@@ -33,7 +33,7 @@ class Finding:
         status: the outcome.
         detail: what was found.
         fix: what to do about it; empty if nothing needs to be done.
-        link: the page of the guide that explains it; empty if there is no `fix`.
+        link: where the guide explains it; empty if there is no `fix`.
     """
 
     database: str
@@ -44,73 +44,34 @@ class Finding:
     link: str = ""
 
 
-# By subject, the fix for a warning and the page of the guide that explains it.
-_TIMEOUTS: Final = "performance.md#timeouts"
-FIXES: Final[Mapping[str, tuple[str, str]]] = {
-    "answer": (
-        "Fix what the message names: the address, the network, the credentials or connect_args.",
-        "checklist.md#when-it-fails",
-    ),
-    "server version": ("Upgrade to a version that still gets fixes.", "checklist.md#rows"),
-    "connect timeout": (
-        "Set connect_timeout=5 in connect_args; for asyncpg, timeout=5.",
-        _TIMEOUTS,
-    ),
-    "pre-ping": (
-        "Set pool_pre_ping=True, or accept failed requests after each restart of the server.",
-        "performance.md#connections-that-have-died",
-    ),
-    "transactions": (
-        "Create the engine without AUTOCOMMIT, in which nothing can be rolled back.",
-        "isolation.md#when-it-fails",
-    ),
-    "statement timeout": (
-        "Set it in connect_args (MySQL: init_command), or ALTER ROLE ... SET "
-        "statement_timeout = '5s'.",
-        _TIMEOUTS,
-    ),
-    "lock timeout": (
-        "Set it in connect_args, or ALTER ROLE ... SET lock_timeout = '2s'.",
-        _TIMEOUTS,
-    ),
-    "idle in transaction": (
-        "Set it in connect_args (MariaDB: init_command), or ALTER ROLE ... SET "
-        "idle_in_transaction_session_timeout = '30s'.",
-        _TIMEOUTS,
-    ),
-    "TLS": (
-        "Set sslmode=verify-full in connect_args; for asyncpg or MySQL, pass an SSLContext as ssl.",
-        "security.md#tls",
-    ),
-    "role": (
-        "Connect as a role that is not a superuser, bypasses nothing and owns no tables.",
-        "security.md#roles",
-    ),
-    "writes": (
-        "Connect to the primary, without default_transaction_read_only, unless this database is "
-        "only meant for reads.",
-        "health.md#which-databases-count",
-    ),
-    "pooler": (
-        "Set prepare_threshold=None in connect_args; for asyncpg, statement_cache_size=0 and "
-        "prepared_statement_cache_size=0.",
-        "pgbouncer.md",
-    ),
-    "connections": (
-        "Use smaller pools, all with a limit, or fewer processes; or raise max_connections or the "
-        "CONNECTION LIMIT.",
-        "pools.md#the-sum",
-    ),
-    "migrations": ("Run alembic upgrade head before this release starts.", "migrations.md"),
-    "journal mode": (
-        "Run PRAGMA journal_mode = WAL, once for the file, so that writers don't block readers.",
-        "checklist.md#sqlite",
-    ),
-    "foreign keys": (
-        "Run PRAGMA foreign_keys = ON for each connection, in a listener.",
-        "checklist.md#sqlite",
-    ),
-    "busy timeout": ("Set timeout=5 in connect_args.", "checklist.md#sqlite"),
+# The fix for a warning, by subject. The guide explains each under an anchor of the same name.
+FIXES: Final[Mapping[str, str]] = {
+    "answer": "Fix what the message names: the address, the network, the credentials or "
+    "connect_args.",
+    "server version": "Upgrade to a version that still gets fixes.",
+    "connect timeout": "Set connect_timeout=5 in connect_args; for asyncpg, timeout=5.",
+    "pre-ping": "Set pool_pre_ping=True, or accept failed requests after each restart of the "
+    "server.",
+    "transactions": "Create the engine without AUTOCOMMIT, in which nothing can be rolled back.",
+    "statement timeout": "Set it in connect_args (MySQL: init_command), or ALTER ROLE ... SET "
+    "statement_timeout = '5s'.",
+    "lock timeout": "Set it in connect_args, or ALTER ROLE ... SET lock_timeout = '2s'.",
+    "idle in transaction": "Set it in connect_args (MariaDB: init_command), or ALTER ROLE ... SET "
+    "idle_in_transaction_session_timeout = '30s'.",
+    "TLS": "Set sslmode=verify-full in connect_args; for asyncpg or MySQL, pass an SSLContext as "
+    "ssl.",
+    "role": "Connect as a role that is not a superuser, bypasses nothing and owns no tables.",
+    "writes": "Connect to the primary, without default_transaction_read_only, unless this database "
+    "is only meant for reads.",
+    "pooler": "Set prepare_threshold=None in connect_args; for asyncpg, statement_cache_size=0 and "
+    "prepared_statement_cache_size=0.",
+    "connections": "Use smaller pools, all with a limit, or fewer processes; or raise "
+    "max_connections or the CONNECTION LIMIT.",
+    "migrations": "Run alembic upgrade head before this release starts.",
+    "journal mode": "Run PRAGMA journal_mode = WAL, once for the file, so that writers don't block "
+    "readers.",
+    "foreign keys": "Run PRAGMA foreign_keys = ON for each connection, in a listener.",
+    "busy timeout": "Set timeout=5 in connect_args.",
 }
 
 
@@ -118,8 +79,8 @@ def finding(database: str, subject: str, detail: str, status: FindingStatus) -> 
     """Make a row, with a fix if it is a warning or the database does not answer."""
     if status in (FindingStatus.OK, FindingStatus.UNKNOWN):
         return Finding(database, subject, status, detail)
-    fix, page = FIXES[subject]
-    return Finding(database, subject, status, detail, fix, GUIDE + page)
+    link = f"{GUIDE}checklist.md#{subject.lower().replace(' ', '-')}"
+    return Finding(database, subject, status, detail, FIXES[subject], link)
 
 
 def summary(findings: Iterable[Finding]) -> str:

@@ -48,7 +48,7 @@ class Gate:
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, up to the pool's timeout; return whether `leave` must be called."""
-        several = self.opened[key_of(route)].total() > 1
+        several = self.opened.setdefault(key_of(route), Counter()).total() > 1
         # Always in this order: acquiring two limiters in opposite orders could deadlock.
         limiters = [self._connections] if several else []
         if not isinstance(database.engine, AsyncEngine):

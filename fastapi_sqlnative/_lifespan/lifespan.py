@@ -27,7 +27,7 @@ from ..databases import AnyDatabase, database_class, sessions_of
 from ..errors import DatabaseErrorKind, describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 from .functions import is_awaitable
-from .routes import check_application, examine_late
+from .routes import check_application
 from .running import Installation, Running, databases_of, installations_of
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -47,7 +47,7 @@ def with_databases(app: Starlette, inner: Lifespan[Any]) -> Lifespan[Any]:
     async def lifespan(served: Any) -> AsyncGenerator[Any]:
         runs: list[Running] = []  # of this application, and of those mounted in it
         try:
-            await _start(Running(app, examine=examine_late), runs)
+            await _start(Running(app, examine=check_application), runs)
             await _start_mounted(runs)
             async with inner(served) as state:
                 await _start_mounted(runs, late=True)  # what the application's lifespan added

@@ -38,44 +38,31 @@ _MAKERS: Final[Mapping[Callable[..., Any], str]] = {
 }
 
 
-def check_application(running: Running, *, late: bool = False) -> None:
+def check_application(running: Running, *, late: bool = False, only: object = None) -> None:
     """Check all routes that have not been checked, and tell the gate what they open.
 
     `late`: the application's own lifespan has started. A name that is not installed is then only
-    logged, and refused at the route's first request, because the rest is already running.
+    logged, and refused at the route's first request, because the rest is already running. That
+    request checks `only` its route, which may have been added after start-up.
     """
-    _check_overrides(running)
-    known = set(running.gate.opened)
-    for context in routes_of(running.app.routes):
-        route = _original(context)
-        if key_of(route) not in known:
-            try:
-                running.gate.register(route, _examine(running, context))
-            except DatabaseNotInstalledError as error:
-                if not late:
-                    raise
-                logger.error("%s", error)
-
-
-def examine_late(running: Running, route: object) -> None:
-    """Check what was added after start-up: overrides, and a route at its first request."""
-    _check_overrides(running)
-    if key_of(route) in running.gate.opened:
-        return
-    opened: Opened = Counter()
-    for context in routes_of(running.app.routes):
-        if _original(context) is route:
-            opened |= _examine(running, context)
-    running.gate.register(route, opened)
-
-
-def _check_overrides(running: Running) -> None:
     for maker, called in _MAKERS.items():
         if maker in running.overrides:
             raise DatabaseDependencyError(
                 f"app.dependency_overrides[{name_of(maker)}] can never match: the dependency is "
                 f"what the call returns. Use app.dependency_overrides[{called}]."
             )
+    known = set(running.gate.opened)
+    if only is not None and key_of(only) in known:
+        return
+    for context in routes_of(running.app.routes):
+        route = _original(context)
+        if key_of(route) not in known and only in (None, route):
+            try:
+                running.gate.register(route, _examine(running, context))
+            except DatabaseNotInstalledError as error:
+                if not late:
+                    raise
+                logger.error("%s", error)
 
 
 def _original(context: object) -> object:
@@ -106,8 +93,15 @@ def _examine(running: Running, context: Any) -> Opened:
             opened.add((database, ours.opens))
     except (DatabaseDependencyError, DatabaseNotInstalledError) as error:
         raise type(error)(f"Route {context.path!r}: {error}") from None
-    if opened and isinstance(route, APIRoute):
-        _report_class(type(route), context.path)
+    handler = getattr(type(route), "get_route_handler", APIRoute.get_route_handler)
+    if opened and handler is not APIRoute.get_route_handler:
+        logger.warning(
+            "Route %r uses the custom class %s, whose get_route_handler() runs around the commit: "
+            "if it turns an exception into a response, the request is rolled back, but the client "
+            "gets that response.",
+            context.path,
+            type(route).__qualname__,
+        )
     return Counter(database for database, _ in opened)
 
 
@@ -169,7 +163,8 @@ def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) ->
     fix = "Install the other kind of engine, or fix the annotation."
     if is_session and issubclass(named[0], given):
         fix = f'Install it with session_options={{"class_": {said}}}, or fix the annotation.'
-        said, gives = _path(named[0]), _path(given)  # SQLModel's class has the same name
+        # SQLModel's class has the same name.
+        said, gives = (f"{each.__module__}.{each.__qualname__}" for each in (named[0], given))
     elif issubclass(named[0], _FACTORIES):
         handle = f"{type(database).__name__}, Depends(get_database_handle({name!r}))"
         fix = f"Use Annotated[{handle}], and call its session()."
@@ -181,10 +176,6 @@ def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) ->
         f"{name!r} is installed with an {type(database.engine).__name__} and gives "
         f"{gives}. {fix}"
     )
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _check_function(
@@ -218,14 +209,3 @@ def _check_autocommit(ours: dependencies.SessionDependency, database: AnyDatabas
     if commits and options.get("isolation_level") == "AUTOCOMMIT":
         error = sessions_of(database).state.error(TransactionOptionsError)
         raise DatabaseDependencyError(str(error))
-
-
-def _report_class(kind: type[APIRoute], path: str) -> None:
-    if kind.get_route_handler is not APIRoute.get_route_handler:
-        logger.warning(
-            "Route %r uses the custom class %s, whose get_route_handler() runs around the commit: "
-            "if it turns an exception into a response, the request is rolled back, but the client "
-            "gets that response.",
-            path,
-            kind.__qualname__,
-        )

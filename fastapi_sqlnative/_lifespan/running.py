@@ -19,20 +19,19 @@ from .gate import Gate, key_of
 EngineFactory: TypeAlias = Callable[[], AnyEngine | Awaitable[AnyEngine]]
 Shutdown: TypeAlias = Callable[[], object]
 Observer: TypeAlias = Callable[[AnyDatabase], None]
-Examine: TypeAlias = "Callable[[Running, object], None]"
+Examine: TypeAlias = Callable[..., None]
 DatabaseT = TypeVar("DatabaseT", bound=AnyDatabase)
 
 _STATE: Final = "fastapi_sqlnative"
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Installation:
     """The arguments of `install_database`, and the handle while the application runs."""
 
     name: str
-    # The repr of an engine or its bound method includes the URL, which may contain a password.
-    engine: AnyEngine | EngineFactory = field(repr=False)
-    shutdown: Shutdown | None = field(repr=False)
+    engine: AnyEngine | EngineFactory
+    shutdown: Shutdown | None
     session_options: Mapping[str, Any]
     startup_wait: float | None
     shutdown_timeout: float
@@ -128,7 +127,7 @@ class Running:
     async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place in the gate if needed; return whether the request must leave it."""
         if self.examine and (self.overrides or key_of(route) not in self.gate.opened):
-            self.examine(self, route)
+            self.examine(self, only=route)
         return await self.gate.enter(request, route, database)
 
 

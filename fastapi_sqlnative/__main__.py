@@ -44,26 +44,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m fastapi_sqlnative")
-    check = parser.add_subparsers(required=True, metavar="command").add_parser(
-        "check",
-        help="ask the databases of an application how they are set up",
-        epilog=_EPILOG,
+    parser = argparse.ArgumentParser("python -m fastapi_sqlnative", epilog=_EPILOG)
+    parser.add_argument(
+        "command", choices=["check"], help="ask an application's databases how they are set up"
     )
-    check.add_argument("app", help="import string of the application, such as main:app")
-    check.add_argument("--factory", action="store_true", help="app is a function that makes it")
-    check.add_argument(
+    parser.add_argument("app", help="import string of the application, such as main:app")
+    parser.add_argument("--factory", action="store_true", help="app is a function that makes it")
+    parser.add_argument(
         "--processes", type=int, default=1, help="serving processes, across all replicas (1)"
     )
-    check.add_argument("--timeout", type=float, default=10.0, help="seconds for each database (10)")
-    check.add_argument(
+    parser.add_argument(
+        "--timeout", type=float, default=10.0, help="seconds for each database (10)"
+    )
+    parser.add_argument(
         "--alembic",
         action="append",
         default=[],
         metavar="[NAME=]INI",
         help="an Alembic configuration, and the database that should be at its heads",
     )
-    check.add_argument(
+    parser.add_argument(
         "--accept",
         action="append",
         default=[],
@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATABASE:SUBJECT",
         help="a row to report as accepted",
     )
-    check.add_argument("--strict", action="store_true", help="fail on warnings")
-    check.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--strict", action="store_true", help="fail on warnings")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

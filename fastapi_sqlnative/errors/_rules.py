@@ -201,14 +201,9 @@ class ErrorMapping:
         constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""
         kind = failure.kind.value
         what = f"A failure{where} ({kind}{code}{constraint}) is answered with {status}"
-        place = f" on {route}" if route else ""
-        if status == 500 or failure.kind in _FAULTS:  # even if its status was changed
-            logger.error("%s%s.", what, place, exc_info=error)
-        elif status < 500:
-            logger.info("%s%s.", what, place)
-        elif self._window is None:
-            logger.warning("%s%s.", what, place)
-        else:
+        fault = status == 500 or failure.kind in _FAULTS  # even if its status was changed
+        level = logging.ERROR if fault else logging.WARNING if status > 500 else logging.INFO
+        if level == logging.WARNING and self._window is not None:
             loop = asyncio.get_running_loop()
             repeats = self._repeats.setdefault(loop, Counter())
             if what in repeats:
@@ -216,7 +211,8 @@ class ErrorMapping:
                 return
             repeats[what] = 0
             loop.call_later(self._window, self._log_repeats, repeats, what)
-            logger.warning("%s%s.", what, place)
+        place = f" on {route}" if route else ""
+        logger.log(level, "%s%s.", what, place, exc_info=error if fault else None)
 
     def _log_repeats(self, repeats: Counter[str], what: str) -> None:
         if times := repeats.pop(what):

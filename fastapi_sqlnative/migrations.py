@@ -140,7 +140,6 @@ class Revisions(NamedTuple):
         return cls(known, frozenset(effective))
 
     def compare(self, found: frozenset[str]) -> CheckResult:
-        """Compare the revisions of a database with these."""
         if found == self.heads:
             return _CURRENT
         unknown = found - self.known

@@ -20,7 +20,6 @@ Opened: TypeAlias = Counter[AnyDatabase]
 
 
 def key_of(route: object) -> object:
-    """Return a dictionary key for a route."""
     # Routes are not hashable. Their bound methods are, by the identity of the route.
     return getattr(route, "matches", None)
 
@@ -61,7 +60,6 @@ class Gate:
         return request in self._places
 
     def leave(self, request: object) -> None:
-        """Release the places of a request."""
         for limiter in self._places.pop(request, ()):
             limiter.release_on_behalf_of(request)
 

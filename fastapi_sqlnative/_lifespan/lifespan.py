@@ -111,7 +111,6 @@ async def start_installation(installation: Installation) -> None:
 
 
 async def call_factory(factory: Any) -> Any:
-    """Call an engine factory, sync or async."""
     engine = factory()
     return await engine if inspect.isawaitable(engine) else engine
 

@@ -39,7 +39,6 @@ class Installation:
     database: AnyDatabase | None = None
 
     def make_handle(self, engine: Any) -> AnyDatabase:
-        """Make the handle for an engine."""
         kind = database_class(engine)
         if kind is None:
             raise TypeError(
@@ -138,7 +137,6 @@ def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:
 
 
 def installations_of(app: Starlette) -> Installations:
-    """Return the installations of an application."""
     found = getattr(app.state, _STATE, None)
     if not isinstance(found, Installations):
         found = Installations()

@@ -84,7 +84,6 @@ def finding(database: str, subject: str, detail: str, status: FindingStatus) -> 
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """Count the findings by status."""
     counts = Counter(each.status for each in findings)
     return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no database"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from . import exceptions
 from ._sessions import finishing
-from ._sessions.finishing import Call, commit_is_observed
+from ._sessions.finishing import commit_is_observed
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.session import AnySession, may_store, sync_session
 from ._sessions.work import has_pending_changes
@@ -22,16 +22,6 @@ class Member:
         self.inner = sync_session(session)
         self.record = self.inner.sqlnative
         self.state = self.record.state
-
-    @property
-    def waits(self) -> bool:
-        """Return whether finishing it may block, on the database or in application code."""
-        return bool(
-            self.record.asked
-            or has_pending_changes(self.inner)
-            or self.state.overridden
-            or (self.record.commits and commit_is_observed(self.inner))
-        )
 
     def set_options(self, options: TransactionOptions) -> None:
         """Set the transaction's options, unless it is too late for them."""
@@ -51,7 +41,7 @@ class Member:
         options.check_known_to(self.state.root.dialect, name)
         record.options = options
 
-    def check_nothing_forgotten(self, call: Call) -> None:
+    def check_nothing_forgotten(self) -> None:
         """Refuse to report success if the session leaves changes uncommitted."""
         record, name = self.record, self.state.name
         record.check_discarded()
@@ -61,14 +51,14 @@ class Member:
         if record.options is AUTOCOMMIT:
             if pending:
                 raise self.state.error(exceptions.ReadOnlySessionError)
-        elif pending or self._leaves_unstored(call):
+        elif pending or self._leaves_unstored():
             raise exceptions.UncommittedChangesError(
                 f"The request wrote to database {name!r} through get_db({name!r}) and returned "
                 f"without a commit. Depend on transactional({name!r}), which commits before "
                 "the response, or call commit() or rollback() yourself."
             )
 
-    def _leaves_unstored(self, call: Call) -> bool:
+    def _leaves_unstored(self) -> bool:
         answer = [0]
 
         def count(_: AnySession) -> None:
@@ -76,10 +66,10 @@ class Member:
             answer.append(self.record.count_unstored())
 
         if self.record.may_have_written:
-            call(self.session, count)
+            finishing.perform(self.session, count)
         return answer[-1] > 0
 
-    def commit(self, call: Call, others: Sequence[Member]) -> None:
+    def commit(self, others: Sequence[Member]) -> None:
         """Commit, as one of the request's databases.
 
         A session with nothing to store is committed as well, in case we have missed a write, but
@@ -89,7 +79,7 @@ class Member:
         marked = [each for each in others if each.record.commits]
         idle = bool(marked) and not (may_store(self.inner) or commit_is_observed(self.inner))
         try:
-            call(self.session, finishing.commit)
+            finishing.perform(self.session, finishing.commit)
         except Exception as error:
             if idle and (
                 getattr(error, "connection_invalidated", False) or isinstance(error, OSError)

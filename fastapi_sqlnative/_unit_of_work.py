@@ -7,10 +7,9 @@ import functools
 import math
 import threading
 from collections.abc import Coroutine
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import anyio.to_thread
-from anyio.lowlevel import checkpoint_if_cancelled
 from fastapi.requests import HTTPConnection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
@@ -22,14 +21,11 @@ from ._lifespan.running import running_for
 from ._members import Member, check_partial, flush_and_prepare
 from ._routes import is_frontend
 from ._sessions import finishing
-from ._sessions.finishing import Call
 from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.session import AnySession
 from .databases import AsyncDatabase, sessions_of
 
-# Grace period, in seconds, for a request past its deadline to roll back.
-_GRACE: Final = 1.0
 # Seconds after which a request without a connection gives up its place in the gate.
 _IDLE: Final = 0.1
 
@@ -118,7 +114,9 @@ class UnitOfWork:
     def may_be_cancelled(self) -> bool:
         """Return whether a cancellation loses no stored work and leaves no thread behind."""
         too_late = self.cancelled or self.has_stored or not self._is_awaitable
-        return not too_late and all(isinstance(each, AsyncSession) for each in self._all_sessions())
+        return not too_late and all(
+            isinstance(each.session, AsyncSession) for each in self._members
+        )
 
     @property
     def _is_awaitable(self) -> bool:
@@ -130,54 +128,11 @@ class UnitOfWork:
     async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Commit the marked sessions and roll back the rest, or all after an error; close all."""
         try:
-            if error is None:
-                await self._complete()
-            else:
-                await self._abandon(error)
+            sessions = [each.session for each in self._members]
+            await finishing.finish(sessions, self._commit_all, error)
         finally:
             self.scope.pop(UNIT, None)
             self._running.gate.leave(self)
-
-    async def _complete(self) -> None:
-        waiting = [each.session for each in self._members if each.waits]
-        if not waiting:
-            self._commit_all(finishing.directly)
-        elif all(map(finishing.has_only_read, waiting)):
-            # All have only read, so commit the marked ones for their listeners; else just close.
-            commits = any(each.record.commits for each in self._members)
-            end = self._commit_all if commits else self._close
-            await cast("AsyncSession", waiting[0]).run_sync(lambda _: end(finishing.directly))
-        else:
-            try:
-                # A `def` endpoint's thread cannot be cancelled: this is the first chance.
-                await checkpoint_if_cancelled()
-            except asyncio.CancelledError as error:
-                await self._abandon(error)
-                raise
-            await self._run_together(self._commit_all)
-
-    async def _abandon(self, error: BaseException) -> None:
-        def end(call: Call) -> None:
-            finishing.close_all(call, self._all_sessions(), finishing.roll_back_and_close)
-
-        if any(each.record.asked or each.state.overridden for each in self._members):
-            cancelled = isinstance(error, asyncio.CancelledError | exceptions.RequestCancelledError)
-            # The client is waiting for the response, and there is no COMMIT to wait for.
-            limit = _GRACE if isinstance(error, exceptions.RequestCancelledError) else math.inf
-            await self._run_together(end, cancelled=cancelled, limit=limit)
-        else:
-            end(finishing.directly)
-
-    async def _run_together(
-        self, work: Any, *, cancelled: bool = False, limit: float = math.inf
-    ) -> None:
-        timeout = min(limit, max(each.state.shutdown_timeout for each in self._members))
-        await finishing.run_together(
-            self._all_sessions(), work, timeout=timeout, cancelled=cancelled
-        )
-
-    def _all_sessions(self) -> list[AnySession]:
-        return [each.session for each in self._members]
 
     def _released(self, loop: asyncio.AbstractEventLoop) -> None:
         """Leave the gate soon if the request holds no connection. Called from any thread."""
@@ -203,28 +158,25 @@ class UnitOfWork:
 
     # From here on: plain code that runs in a greenlet or a thread.
 
-    def _commit_all(self, call: Call) -> None:
+    def _commit_all(self) -> None:
         try:
             for member in self._members:
-                member.check_nothing_forgotten(call)
+                member.check_nothing_forgotten()
             marked = [each for each in self._members if each.record.commits]
             if len(marked) > 1:
-                self._prepare(call, marked)
+                self._prepare(marked)
             for member in marked:
-                member.commit(call, self._others(member))
+                member.commit(self._others(member))
         finally:
-            self._close(call)
+            finishing.close_all([each.session for each in self._members])
 
-    def _close(self, call: Call) -> None:
-        finishing.close_all(call, self._all_sessions())
-
-    def _prepare(self, call: Call, marked: list[Member]) -> None:
+    def _prepare(self, marked: list[Member]) -> None:
         """Flush all before the first COMMIT, so that after it only a COMMIT can fail."""
         order = [sessions_of(each).state for each in self._running.databases()]
         marked.sort(key=lambda each: order.index(each.state) if each.state in order else -1)
         for member in marked:
             try:
-                call(member.session, flush_and_prepare)
+                finishing.perform(member.session, flush_and_prepare)
             except Exception as error:
                 check_partial(error, self._others(member), [member])
                 raise

@@ -206,7 +206,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
     async def session(self) -> AsyncGenerator[AsyncSession]:
         """Open a session for a block, and roll back and close it at the end. Never commits."""
         session = cast("AsyncSession", self._sessions.open())
-        async with finishing(session, close, timeout=self._sessions.state.shutdown_timeout):
+        async with finishing(session, close):
             yield session
 
     @asynccontextmanager
@@ -219,8 +219,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         the COMMIT, which is awaited for at most `shutdown_timeout` seconds.
         """
         session = self._open_transaction(isolation_level, read_only)
-        timeout = self._sessions.state.shutdown_timeout
-        async with finishing(session, commit_and_close, timeout=timeout):
+        async with finishing(session, commit_and_close):
             yield session
 
     async def run_in_transaction(

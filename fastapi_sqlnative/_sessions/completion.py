@@ -25,28 +25,15 @@ async def to_completion(
     databases: Sequence[str] = (),
     timeout: float = math.inf,
     cancelled: bool = False,
-    abandon: Callable[[asyncio.Task[None]], object] = lambda task: task.cancel(),
 ) -> None:
     """Await work in a task of its own, shielded from cancellation until `timeout` has passed.
 
     Two shields are needed: the task protects from asyncio's one-time cancellation, the shielded
     scope from anyio's, which is raised again at every await and would make the loop spin.
 
-    The timeout counts from the cancellation, which has begun if the caller is `cancelled`. Then
-    `abandon` gets the task: SQLAlchemy invalidates a connection whose operation is cancelled. The
+    The timeout counts from the cancellation, which has begun if the caller is `cancelled`. The
     names of the `databases` are for the log.
     """
-
-    def give_up(task: asyncio.Task[None]) -> None:
-        logger.error(
-            "Database %s did not finish within %s s of a cancellation: the connection is "
-            "discarded%s.",
-            ", ".join(map(repr, databases)),
-            timeout,
-            "" if cancelled else ", and whether a COMMIT took effect is unknown",
-        )
-        abandon(task)
-
     # In the caller's own context, not a copy: a session listener may reset a context variable with
     # the token of one that ran before. An eager task could not enter it, so not with a factory.
     factory = asyncio.get_running_loop().get_task_factory()
@@ -59,7 +46,8 @@ async def to_completion(
             return
     except asyncio.CancelledError as error:
         cancellation = error
-    await _outlast_cancellation(task, timeout, give_up)
+    unknown = "" if cancelled else ", and whether a COMMIT took effect is unknown"
+    await _outlast_cancellation(task, timeout, ", ".join(map(repr, databases)), unknown)
     if cancellation is None:
         if not task.cancelled():
             task.result()
@@ -70,7 +58,7 @@ async def to_completion(
 
 
 async def _outlast_cancellation(
-    task: asyncio.Task[None], timeout: float, abandon: Callable[[asyncio.Task[None]], None]
+    task: asyncio.Task[None], timeout: float, names: str, unknown: str
 ) -> None:
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout
@@ -80,7 +68,14 @@ async def _outlast_cancellation(
             with contextlib.suppress(asyncio.CancelledError):  # raised again by the caller
                 await asyncio.wait({task}, timeout=remaining)
             if not task.done() and clock() >= deadline:
-                abandon(task)
+                logger.error(
+                    "Database %s did not finish within %s s of a cancellation: the connection is "
+                    "discarded%s.",
+                    names,
+                    timeout,
+                    unknown,
+                )
+                task.cancel()  # SQLAlchemy invalidates a connection whose operation is cancelled
                 deadline = clock() + timeout  # its cleanup may hang as well
 
 

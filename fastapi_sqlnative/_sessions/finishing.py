@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 import anyio
-import anyio.from_thread
 import anyio.to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
-from ..exceptions import AfterCommitError
+from ..exceptions import AfterCommitError, RequestCancelledError
 from .completion import to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, record_of, sync_session
@@ -24,8 +26,8 @@ from .work import has_pending_changes
 logger = logging.getLogger("fastapi_sqlnative")
 
 Operation: TypeAlias = Callable[[AnySession], None]
-# Runs an operation in the session's greenlet or thread.
-Call: TypeAlias = Callable[[AnySession, Operation], None]
+# Seconds for a request past its deadline to roll back: its client is waiting for the response.
+_GRACE: Final = 1.0
 
 
 # -- operations on one session; plain code in a greenlet or a thread ------------------------------
@@ -121,17 +123,37 @@ def _run(session: AnySession, method: str) -> None:
         getattr(sync_session(session), method)()
 
 
-def close_all(call: Call, sessions: Sequence[AnySession], end: Operation = close) -> None:
+def close_all(sessions: Sequence[AnySession], end: Operation = close) -> None:
     """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
-        call(sessions[0], end)
+        perform(sessions[0], end)
         return
     with ExitStack() as closing:
         for session in sessions:
-            closing.callback(call, session, end)
+            closing.callback(perform, session, end)
 
 
-# -- running them in tasks and threads ------------------------------------------------------------
+def commit_and_close(session: AnySession) -> None:
+    """Commit, then close even if that failed."""
+    try:
+        commit(session)
+    finally:
+        close(session)
+
+
+# -- where they run -------------------------------------------------------------------------------
+
+
+def waits(session: AnySession) -> bool:
+    """Return whether finishing it may block, on the database or in application code."""
+    inner = sync_session(session)
+    record = inner.sqlnative
+    return bool(
+        record.asked
+        or has_pending_changes(inner)
+        or record.state.overridden
+        or (record.commits and commit_is_observed(inner))
+    )
 
 
 def has_only_read(session: AnySession) -> bool:
@@ -159,106 +181,65 @@ def has_only_read(session: AnySession) -> bool:
     )
 
 
-async def run_together(
-    sessions: Sequence[AnySession],
-    work: Callable[[Call], None],
-    *,
-    timeout: float,
-    cancelled: bool = False,
-) -> None:
-    """Run the code that finishes these sessions to its end, even if the caller is cancelled.
-
-    `work` is plain code that touches sessions only through `call`. It runs in a greenlet if all
-    sessions are asynchronous, else in one worker thread, which hands the operations of async
-    sessions back to the event loop.
-
-    Args:
-        sessions: all sessions that `work` touches.
-        work: commits, rolls back and closes them.
-        timeout: seconds from the cancellation after which async connections are discarded.
-            Synchronous ones are waited for: their driver's timeouts bound that.
-        cancelled: the caller is already being cancelled.
-    """
-    asynchronous = [session for session in sessions if isinstance(session, AsyncSession)]
-    bridge = _Bridge()
-    if len(asynchronous) == len(sessions):
-        running = asynchronous[0].run_sync(lambda _: work(directly))
+def perform(session: AnySession, operation: Operation) -> None:
+    """Run an operation here, or in a thread if it could block the event loop."""
+    on_loop = record_of(session).loop_thread == threading.get_ident()
+    if on_loop and waits(session):
+        await_only(to_completion(_in_worker(operation, session)))
     else:
-        call = bridge.call if asynchronous else directly
-        # A limiter of its own: threads that wait for a connection may have used up the default
-        # one, and this work is about to release connections.
-        running = anyio.to_thread.run_sync(work, call, limiter=anyio.CapacityLimiter(1))
-
-    def abandon(task: asyncio.Task[None]) -> None:
-        bridge.cancel() if len(asynchronous) < len(sessions) else task.cancel()
-
-    await to_completion(
-        running,
-        databases=[record_of(session).state.name for session in sessions],
-        timeout=timeout if asynchronous else math.inf,
-        cancelled=cancelled,
-        abandon=abandon,
-    )
+        operation(session)
 
 
-def directly(session: AnySession, operation: Operation) -> None:
-    """Run an operation right here."""
-    operation(session)
+def _in_worker(function: Callable[..., None], *args: Any) -> Coroutine[Any, Any, None]:
+    # A limiter of its own: threads that wait for a connection may have used up the default one,
+    # and this work is about to release connections.
+    return anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))
 
 
-class _Bridge:
-    """A bridge from a worker thread to the sessions of both kinds."""
+async def finish(
+    sessions: Sequence[AnySession], success: Callable[[], None], error: BaseException | None = None
+) -> None:
+    """Finish sessions by `success`, or after an error by rolling back, even if cancelled meanwhile.
 
-    def __init__(self) -> None:
-        self._crossing: asyncio.Task[Any] | None = None
+    `success` is plain code that also closes them, and uses them only by way of `perform`. It runs
+    right here if nothing can wait, else in a greenlet, or in a thread if all are synchronous.
 
-    def call(self, session: AnySession, operation: Operation) -> None:
-        if isinstance(session, AsyncSession):
-            anyio.from_thread.run(self._cross, session, operation)
-        else:
-            operation(session)
-
-    def cancel(self) -> None:
-        """Cancel the current operation on the event loop; the thread goes on with the rest."""
-        if self._crossing is not None:
-            self._crossing.cancel()
-
-    async def _cross(self, session: AsyncSession, operation: Operation) -> None:
-        self._crossing = asyncio.current_task()
-        try:
-            await session.run_sync(lambda _: operation(session))
-        finally:
-            self._crossing = None
+    From a cancellation on, this may take `shutdown_timeout`; then async connections are discarded.
+    Synchronous ones are waited for: their driver's timeouts bound that.
+    """
+    work = partial(close_all, sessions, roll_back_and_close) if error else success
+    cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
+    waiting = [each for each in sessions if waits(each)]
+    asynchronous = [each for each in sessions if isinstance(each, AsyncSession)]
+    if not waiting:
+        work()
+    elif not cancelled and all(map(has_only_read, waiting)):
+        await asynchronous[0].run_sync(lambda _: work())
+    else:
+        if error is None:
+            try:
+                # A `def` endpoint's thread cannot be cancelled: this is the first chance.
+                await checkpoint_if_cancelled()
+            except asyncio.CancelledError as cancellation:
+                await finish(sessions, success, cancellation)
+                raise
+        timeout = max(record_of(each).state.shutdown_timeout for each in sessions)
+        if isinstance(error, RequestCancelledError):
+            timeout = min(timeout, _GRACE)
+        await to_completion(
+            asynchronous[0].run_sync(lambda _: work()) if asynchronous else _in_worker(work),
+            databases=[record_of(session).state.name for session in sessions],
+            timeout=timeout if asynchronous else math.inf,
+            cancelled=cancelled,
+        )
 
 
 @asynccontextmanager
-async def finishing(
-    session: AsyncSession, success: Operation, *, timeout: float
-) -> AsyncGenerator[AsyncSession]:
+async def finishing(session: AsyncSession, success: Operation) -> AsyncGenerator[AsyncSession]:
     """Finish an async session at the end of a block: by `success`, or by rolling back."""
-
-    async def finish(operation: Operation, *, cancelled: bool = False) -> None:
-        if record_of(session).asked or operation is not close:
-            await run_together(
-                [session],
-                lambda call: call(session, operation),
-                timeout=timeout,
-                cancelled=cancelled,
-            )
-        else:
-            await session.run_sync(lambda _: operation(session))
-
     try:
         yield session
     except BaseException as error:
-        await finish(roll_back_and_close, cancelled=isinstance(error, asyncio.CancelledError))
+        await finish([session], lambda: success(session), error)
         raise
-    await finish(success)
-
-
-def commit_and_close(session: AnySession) -> None:
-    """Commit, then close even if that failed."""
-    try:
-        commit(session)
-    finally:
-        close(session)
+    await finish([session], lambda: success(session))

@@ -59,14 +59,15 @@ class Member:
             )
 
     def _leaves_unstored(self) -> bool:
+        if not self.record.may_have_written:
+            return False
         answer = [0]
 
         def count(_: AnySession) -> None:
             self.record.end_results()  # SQLite counts the changes of a statement at its end
             answer.append(self.record.count_unstored())
 
-        if self.record.may_have_written:
-            finishing.perform(self.session, count)
+        finishing.perform(self.session, count)
         return answer[-1] > 0
 
     def commit(self, others: Sequence[Member]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import (
     Engine,
     StaticPool,
@@ -22,10 +23,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Mapped, Session, registry
 
-from fastapi_sqlnative import get_db, transactional
+from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
-from tests.in_process import ask, asking, async_sqlite, sqlite
-from tests.serving import Item, Kind, Rows, copy, items
+from tests.in_process import ask, asking, async_sqlite, running, sqlite
+from tests.serving import Item, Kind, Rows, copy, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -221,6 +222,28 @@ async def test_closing_over_work_is_no_success(
                 with pytest.raises(UncommittedChangesError):
                     await request(closing(write, end))
                 assert there.names == ["there"]
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_a_read_of_another_session_hides_no_closed_one(
+    kind: Kind, engine: Engine, there: Rows, end: Body
+) -> None:
+    """A request that closes one session over unstored work and reads through another fails."""
+
+    def closing(session: Session) -> None:
+        WRITES["text"](session)
+        end(session)
+
+    def read(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    closed = Depends(using(kind, Depends(get_db()), closing))
+    route(app, kind, "/", reader(), read, dependencies=[closed])
+    async with running(app) as client:
+        with pytest.raises(UncommittedChangesError):
+            await client.post("/")
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)

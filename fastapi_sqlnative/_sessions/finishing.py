@@ -185,15 +185,19 @@ def perform(session: AnySession, operation: Operation) -> None:
     """Run an operation here, or in a thread if it could block the event loop."""
     on_loop = record_of(session).loop_thread == threading.get_ident()
     if on_loop and waits(session):
-        await_only(to_completion(_in_worker(operation, session)))
+        await_only(to_completion(_run_for([session], partial(operation, session))))
     else:
         operation(session)
 
 
-def _in_worker(function: Callable[..., None], *args: Any) -> Coroutine[Any, Any, None]:
+def _run_for(sessions: Sequence[AnySession], work: Callable[[], None]) -> Coroutine[Any, Any, None]:
+    """Run plain code in a greenlet, or in a thread if all sessions are synchronous."""
+    for session in sessions:
+        if isinstance(session, AsyncSession):
+            return session.run_sync(lambda _: work())
     # A limiter of its own: threads that wait for a connection may have used up the default one,
     # and this work is about to release connections.
-    return anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))
+    return anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
 
 
 async def finish(
@@ -201,20 +205,16 @@ async def finish(
 ) -> None:
     """Finish sessions by `success`, or after an error by rolling back, even if cancelled meanwhile.
 
-    `success` is plain code that also closes them, and uses them only by way of `perform`. It runs
-    right here if nothing can wait, else in a greenlet, or in a thread if all are synchronous.
-
-    From a cancellation on, this may take `shutdown_timeout`; then async connections are discarded.
-    Synchronous ones are waited for: their driver's timeouts bound that.
+    `success` is plain code that also closes them, and uses them only by way of `perform`. If
+    nothing can wait, it runs without a task, a greenlet or a thread.
     """
-    work = partial(close_all, sessions, roll_back_and_close) if error else success
+    work = success if error is None else partial(close_all, sessions, roll_back_and_close)
     cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
     waiting = [each for each in sessions if waits(each)]
-    asynchronous = [each for each in sessions if isinstance(each, AsyncSession)]
     if not waiting:
         work()
     elif not cancelled and all(map(has_only_read, waiting)):
-        await asynchronous[0].run_sync(lambda _: work())
+        await _run_for(waiting, work)
     else:
         if error is None:
             try:
@@ -223,13 +223,15 @@ async def finish(
             except asyncio.CancelledError as cancellation:
                 await finish(sessions, success, cancellation)
                 raise
-        timeout = max(record_of(each).state.shutdown_timeout for each in sessions)
-        if isinstance(error, RequestCancelledError):
+        # Synchronous sessions are waited for: their driver's timeouts bound that.
+        states = [record_of(each).state for each in sessions if isinstance(each, AsyncSession)]
+        timeout = max((each.shutdown_timeout for each in states), default=math.inf)
+        if states and isinstance(error, RequestCancelledError):
             timeout = min(timeout, _GRACE)
         await to_completion(
-            asynchronous[0].run_sync(lambda _: work()) if asynchronous else _in_worker(work),
-            databases=[record_of(session).state.name for session in sessions],
-            timeout=timeout if asynchronous else math.inf,
+            _run_for(sessions, work),
+            databases=[each.name for each in states],
+            timeout=timeout,
             cancelled=cancelled,
         )
 

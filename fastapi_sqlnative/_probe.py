@@ -1,17 +1,16 @@
 """Probes: does the database answer, and do the pool's connections come back?"""
 
-import asyncio
 from contextlib import suppress
 from enum import StrEnum
 from time import monotonic
-from traceback import clear_frames
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_timeout
+from ._sessions.engines import ask
 from .errors import DatabaseErrorKind, describe_database_error
 
 # The engine's execution option that holds the time of the pool's last checkout.
@@ -73,13 +72,7 @@ def _ask(engine: Engine, writable: bool) -> DatabaseState:
     name = engine.dialect.name
     if writable and name not in WRITES:
         raise NotImplementedError(f"{name} has no check for writes: use the policy 'required'.")
-    query: Any = sa.text(WRITES[name]) if writable else sa.select(1)
-    try:
-        with engine.connect() as connection:
-            answer = connection.scalar(query)
-    except asyncio.CancelledError as error:
-        clear_frames(error.__traceback__)  # else a half-open connection lives until the next GC
-        raise
+    answer = ask(engine, sa.text(WRITES[name])) if writable else ask(engine)
     return DatabaseState.UP if answer in (1, "writable") else DatabaseState.READ_ONLY
 
 

@@ -67,23 +67,21 @@ class Retries:
 
     def checked(self, result: T) -> T:
         """Refuse a coroutine or generator: nothing has run, so there is nothing to commit."""
-        if not isinstance(result, Coroutine | Generator | AsyncGenerator):
-            return result
-        kind = type(cast("object", result)).__name__
-        if isinstance(result, Coroutine | Generator):
-            result.close()
-        raise TypeError(
-            f"The work on database {self._name!r} returned a {kind}, so none of it has run. "
-            "Write a function without `yield` that returns when the work is done: a `def` for a "
-            "Database, an `async def` for an AsyncDatabase."
-        )
+        if isinstance(result, Coroutine | Generator | AsyncGenerator):
+            raise self._mistake(result)
+        return result
 
     def awaitable(self, result: Awaitable[T]) -> Awaitable[T]:
         """Refuse what a `def` or an asynchronous generator has returned to an AsyncDatabase."""
         if not isinstance(cast("object", result), Awaitable):
-            raise TypeError(
-                f"The work on database {self._name!r} returned a {type(result).__name__} that "
-                "cannot be awaited, so it was rolled back. An AsyncDatabase needs an `async def` "
-                "without `yield`."
-            )
+            raise self._mistake(result)
         return result
+
+    def _mistake(self, result: object) -> TypeError:
+        if isinstance(result, Coroutine | Generator):
+            result.close()
+        return TypeError(
+            f"The work on database {self._name!r} returned a {type(result).__name__}, so it was "
+            "rolled back. Write a function without `yield` that returns when the work is done: a "
+            "`def` for a Database, an `async def` for an AsyncDatabase."
+        )

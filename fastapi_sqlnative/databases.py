@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import wait
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -14,15 +14,9 @@ from sqlalchemy.orm import Session
 from ._drivers.pools import PoolStatus, pool_status
 from ._retries import Retries
 from ._sessions.completion import in_thread, within
-from ._sessions.engines import (
-    AnyEngine,
-    ask_for_one_row,
-    hint_for_engine,
-    run_on_engine,
-    sync_engine,
-)
+from ._sessions.engines import AnyEngine, ask, hint_for_engine, run_on_engine, sync_engine
 from ._sessions.factory import SessionFactory
-from ._sessions.finishing import close, commit, commit_and_close, finishing, roll_back_and_close
+from ._sessions.finishing import close, commit_and_close, finishing, finishing_async
 from ._sessions.holders import holders_of
 from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import record_of
@@ -95,16 +89,13 @@ class Database(_Database[Engine]):
 
     _engine_type = Engine
 
-    @contextmanager
-    def session(self) -> Generator[Session]:
+    def session(self) -> AbstractContextManager[Session]:
         """Open a session for a block, and roll back and close it at the end. Never commits."""
-        with self._finished(self._sessions.open()) as session:
-            yield session
+        return finishing(self._sessions.open(), close)
 
-    @contextmanager
     def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
-    ) -> Generator[Session]:
+    ) -> AbstractContextManager[Session]:
         """Open a session for a block, and commit it at the end, or roll back on any exception.
 
         Args:
@@ -116,19 +107,7 @@ class Database(_Database[Engine]):
             CommitOutcomeUnknownError: the connection was lost during COMMIT.
             AfterCommitError: code that ran after the COMMIT failed.
         """
-        with self._finished(self._open_transaction(isolation_level, read_only)) as session:
-            yield session
-            commit(session)
-
-    @staticmethod
-    @contextmanager
-    def _finished(session: Any) -> Generator[Session]:
-        try:
-            yield session
-        except BaseException:
-            roll_back_and_close(session)
-            raise
-        close(session)
+        return finishing(self._open_transaction(isolation_level, read_only), commit_and_close)
 
     def run_in_transaction(
         self,
@@ -168,8 +147,7 @@ class Database(_Database[Engine]):
         retries = Retries(self.name, attempts, timeout, backoff)
         options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            if retries.pause:
-                time.sleep(retries.pause)
+            time.sleep(retries.pause)
             with retries.attempt(), self.transaction(**options) as session:
                 retries.session = session
                 return retries.checked(work(session))
@@ -183,7 +161,7 @@ class Database(_Database[Engine]):
             TimeoutError: the database did not answer in time.
         """
         self._sessions.state.check_running()
-        asking = in_thread(lambda: ask_for_one_row(self.engine))
+        asking = in_thread(lambda: ask(self.engine))
         wait({asking}, timeout)
         if not asking.done():
             raise self._no_answer(timeout)
@@ -202,25 +180,19 @@ class AsyncDatabase(_Database[AsyncEngine]):
 
     _engine_type = AsyncEngine
 
-    @asynccontextmanager
-    async def session(self) -> AsyncGenerator[AsyncSession]:
+    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
         """Open a session for a block, and roll back and close it at the end. Never commits."""
-        session = cast("AsyncSession", self._sessions.open())
-        async with finishing(session, close):
-            yield session
+        return finishing_async(self._sessions.open(), close)
 
-    @asynccontextmanager
-    async def transaction(
+    def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
-    ) -> AsyncGenerator[AsyncSession]:
+    ) -> AbstractAsyncContextManager[AsyncSession]:
         """Open a session for a block, and commit it at the end, or roll back on any exception.
 
         Arguments and errors are those of `Database.transaction`. A cancellation does not interrupt
         the COMMIT, which is awaited for at most `shutdown_timeout` seconds.
         """
-        session = self._open_transaction(isolation_level, read_only)
-        async with finishing(session, commit_and_close):
-            yield session
+        return finishing_async(self._open_transaction(isolation_level, read_only), commit_and_close)
 
     async def run_in_transaction(
         self,
@@ -240,8 +212,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         retries = Retries(self.name, attempts, timeout, backoff)
         options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            if retries.pause:
-                await asyncio.sleep(retries.pause)
+            await asyncio.sleep(retries.pause)
             with retries.attempt():
                 async with self.transaction(**options) as session:
                     retries.session = session
@@ -254,7 +225,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
             TimeoutError: the database did not answer in time.
         """
         self._sessions.state.check_running()
-        asking = run_on_engine(self.engine, ask_for_one_row)
+        asking = run_on_engine(self.engine, ask)
         await within(timeout, asking, late=self._no_answer(timeout))
 
 

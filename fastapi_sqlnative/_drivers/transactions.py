@@ -38,23 +38,17 @@ def autocommits(connection: Connection) -> bool:
     return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
 
 
-def may_be_interrupted(engine: Engine) -> bool:
-    """Return whether cancelling a ROLLBACK costs no more than the connection.
+def ends_in_one_step(engine: Engine) -> bool:
+    """Return whether cancelling the end of a transaction costs no more than the connection.
 
-    aiosqlite's would leave a thread behind, which the process waits for when it exits.
-    """
-    return engine.dialect.driver in {"asyncpg", "psycopg", "psycopg_async"}
-
-
-def returns_by_rollback_only(engine: Engine) -> bool:
-    """Return whether returning a connection to the pool does nothing but a ROLLBACK.
-
-    SQLAlchemy also resets an engine's options then. If that goes through the driver (psycopg's
+    aiosqlite would leave a thread behind, which the process waits for when it exits. SQLAlchemy
+    also resets an engine's options at the end. If that goes through the driver (psycopg's
     `set_autocommit`), then after a cancelled ROLLBACK the pool could lose the connection's slot.
     """
     reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
-    return engine.dialect.driver == "asyncpg" or not reset.intersection(
-        engine.get_execution_options()
+    return engine.dialect.driver == "asyncpg" or (
+        engine.dialect.driver in {"psycopg", "psycopg_async"}
+        and reset.isdisjoint(engine.get_execution_options())
     )
 
 
@@ -187,8 +181,8 @@ def limit_statements(connection: Connection, seconds: float) -> None:
         connection.execute(_LIMIT, {"left": left})
 
 
-def is_idle_in_transaction(connection: Connection) -> bool | None:
-    """Return whether a transaction is open and no statement runs; `None` if the driver can't say.
+def is_idle_in_transaction(connection: Connection, *, executing: bool) -> bool:
+    """Return whether a transaction is open and no statement runs; not all drivers know the latter.
 
     Another thread may be using the connection, and may close it meanwhile.
     """
@@ -198,7 +192,7 @@ def is_idle_in_transaction(connection: Connection) -> bool | None:
         status = _status(connection)
     except InvalidRequestError:
         return False
-    return None if status is None else status in (_IN_TRANSACTION, _IN_ERROR)
+    return not executing if status is None else status in (_IN_TRANSACTION, _IN_ERROR)
 
 
 def surface_loss(connection: Connection) -> None:

@@ -21,7 +21,7 @@ from .._drivers.connections import LOOP_FREE
 from .._routes import mounted_applications
 from .._seconds import check_seconds
 from .._sessions.completion import in_thread, to_completion, within
-from .._sessions.engines import ask_for_one_row, dispose, run_on_engine
+from .._sessions.engines import ask, dispose, run_on_engine
 from .._sessions.shared import SharedState
 from ..databases import AnyDatabase, database_class, sessions_of
 from ..errors import DatabaseErrorKind, describe_database_error
@@ -140,7 +140,7 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
         try:
             limit = max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1)
             late = TimeoutError(f"Database {database.name!r} did not answer within {limit:.1f} s.")
-            return await within(limit, run_on_engine(database.engine, ask_for_one_row), late=late)
+            return await within(limit, run_on_engine(database.engine, ask), late=late)
         except Exception as error:
             left = deadline - anyio.current_time()
             if left <= 0 or not _may_pass(error):

@@ -103,7 +103,8 @@ async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: TimeoutE
     A cancellation of the caller cancels the task too.
     """
     task = asyncio.create_task(work)
-    task.add_done_callback(_mark_retrieved)  # the caller may be cancelled as it fails
+    # The caller may be cancelled as it fails: asyncio would log its error as never retrieved.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         in_time, _ = await asyncio.wait({task}, timeout=seconds)
         if not in_time:
@@ -117,9 +118,3 @@ async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: TimeoutE
         # An ordinary error, because a CancelledError would pass for the caller's cancellation.
         raise RuntimeError("It raised CancelledError, although nobody had cancelled it.")
     return task.result()
-
-
-def _mark_retrieved(late: asyncio.Future[Any]) -> None:
-    # Otherwise asyncio would log the late exception as never retrieved.
-    if not late.cancelled():
-        late.exception()

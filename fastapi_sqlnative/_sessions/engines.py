@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from typing import TypeAlias, TypeVar
+from traceback import clear_frames
+from typing import Any, Final, TypeAlias, TypeVar
 
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -12,6 +13,7 @@ from .completion import in_thread
 
 AnyEngine: TypeAlias = Engine | AsyncEngine
 T = TypeVar("T")
+_ONE: Final = select(1)
 
 
 def sync_engine(engine: AnyEngine) -> Engine:
@@ -57,11 +59,14 @@ async def dispose(engine: AnyEngine) -> None:
     await run_on_engine(engine, lambda each: each.dispose())
 
 
-def ask_for_one_row(engine: Engine) -> None:
-    """Query one row, translating a driver's connect error into SQLAlchemy's."""
+def ask(engine: Engine, query: Any = _ONE) -> Any:
+    """Query one value, translating a driver's connect error into SQLAlchemy's."""
     try:
         with engine.connect() as connection:
-            connection.scalar(select(1))
+            return connection.scalar(query)
+    except asyncio.CancelledError as error:
+        clear_frames(error.__traceback__)  # else a half-open connection lives until the next GC
+        raise
     except Exception as error:
         if (recognized := recognize(error)) is not None:
             raise recognized from error

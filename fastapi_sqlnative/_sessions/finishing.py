@@ -6,8 +6,8 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from ..exceptions import AfterCommitError, RequestCancelledError
@@ -159,23 +160,19 @@ def waits(session: AnySession) -> bool:
 def has_only_read(session: AnySession) -> bool:
     """Return whether cancelling the end of the session can cost no more than its connection.
 
-    Then it needs no task of its own: nothing was written, and returning the connection is a single
-    step. In AUTOCOMMIT there is no ROLLBACK to wait for, so nothing can be cancelled.
+    Then it needs no task of its own.
     """
     inner = sync_session(session)
     record = inner.sqlnative
     state = record.state
     return (
         isinstance(session, AsyncSession)
-        and state.may_be_interrupted
+        and state.ends_in_one_step
         and not record.work.may_have_written
         and not record.discarded
         and not record.streamed
         and not state.overridden
-        and (
-            record.options is AUTOCOMMIT
-            or (record.options is NO_OPTIONS and state.returns_by_rollback_only)
-        )
+        and record.options in (NO_OPTIONS, AUTOCOMMIT)
         and not has_pending_changes(inner)
         and not (record.commits and inner.dispatch.before_commit)  # a listener may write
     )
@@ -209,7 +206,7 @@ async def finish(
     nothing can wait, it runs without a task, a greenlet or a thread.
     """
     work = success if error is None else partial(close_all, sessions, roll_back_and_close)
-    cancelled = isinstance(error, asyncio.CancelledError | RequestCancelledError)
+    cancelled = isinstance(error, (asyncio.CancelledError, RequestCancelledError))
     waiting = [each for each in sessions if waits(each)]
     if not waiting:
         work()
@@ -236,12 +233,23 @@ async def finish(
         )
 
 
+@contextmanager
+def finishing(session: Any, success: Operation) -> Generator[Session]:
+    """Finish a session at the end of a block: by `success`, or by rolling back."""
+    try:
+        yield session
+    except BaseException:
+        roll_back_and_close(session)
+        raise
+    success(session)
+
+
 @asynccontextmanager
-async def finishing(session: AsyncSession, success: Operation) -> AsyncGenerator[AsyncSession]:
-    """Finish an async session at the end of a block: by `success`, or by rolling back."""
+async def finishing_async(session: Any, success: Operation) -> AsyncGenerator[AsyncSession]:
+    """Finish an async session at the end of a block, even if the caller is cancelled meanwhile."""
     try:
         yield session
     except BaseException as error:
-        await finish([session], lambda: success(session), error)
+        await finish([session], partial(success, session), error)
         raise
-    await finish([session], lambda: success(session))
+    await finish([session], partial(success, session))

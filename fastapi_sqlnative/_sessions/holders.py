@@ -105,11 +105,6 @@ class Holder:
         """The seconds for which the session has held its connections."""
         return monotonic() - self._since
 
-    def is_idle_on(self, connection: Connection) -> bool:
-        """Return whether a transaction is open and no statement runs."""
-        idle = transactions.is_idle_in_transaction(connection)
-        return not self.executing if idle is None else idle
-
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
     """List the holders of the database's connections, the longest first."""
@@ -121,7 +116,10 @@ def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
             route=route,
             connections=len(uses),
             seconds=max(holder.seconds for holder, _ in uses),
-            idle_in_transaction=sum(holder.is_idle_on(each) for holder, each in uses),
+            idle_in_transaction=sum(
+                transactions.is_idle_in_transaction(each, executing=holder.executing)
+                for holder, each in uses
+            ),
         )
         for route, uses in held.items()
     )

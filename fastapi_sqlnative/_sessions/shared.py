@@ -13,7 +13,7 @@ from .. import exceptions
 from .._drivers.errors import server_of
 from .._drivers.failures import reported_by_server
 from .._drivers.statements import Effect, Statement, statement_of, writes
-from .._drivers.transactions import may_be_interrupted, returns_by_rollback_only
+from .._drivers.transactions import ends_in_one_step
 from .options import TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
@@ -77,8 +77,7 @@ class SharedState:
         self.stopping: Literal["shutting down", "stopped"] | None = None
         # The application's overrides among commit, rollback and close.
         self.overridden: frozenset[str] = frozenset()
-        self.may_be_interrupted: bool = may_be_interrupted(root)
-        self.returns_by_rollback_only: bool = returns_by_rollback_only(root)
+        self.ends_in_one_step: bool = ends_in_one_step(root)
         # The session records, by the connections that they hold.
         self.holders: dict[Connection, Any] = {}
         self.engines: Engines = {}

@@ -83,5 +83,5 @@ class Retries:
         return TypeError(
             f"The work on database {self._name!r} returned a {type(result).__name__}, so it was "
             "rolled back. Write a function without `yield` that returns when the work is done: a "
-            "`def` for a Database, an `async def` for an AsyncDatabase."
+            "Database needs a `def`, an AsyncDatabase needs an `async def`."
         )

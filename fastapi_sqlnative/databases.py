@@ -147,7 +147,8 @@ class Database(_Database[Engine]):
         retries = Retries(self.name, attempts, timeout, backoff)
         options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            time.sleep(retries.pause)
+            if retries.pause:
+                time.sleep(retries.pause)
             with retries.attempt(), self.transaction(**options) as session:
                 retries.session = session
                 return retries.checked(work(session))
@@ -212,7 +213,8 @@ class AsyncDatabase(_Database[AsyncEngine]):
         retries = Retries(self.name, attempts, timeout, backoff)
         options: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         while True:
-            await asyncio.sleep(retries.pause)
+            if retries.pause:
+                await asyncio.sleep(retries.pause)
             with retries.attempt():
                 async with self.transaction(**options) as session:
                     retries.session = session

@@ -7,7 +7,7 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, nullcontext, suppress
 from inspect import Parameter, Signature
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
@@ -94,10 +94,6 @@ class _NoRequest:
 _NO_REQUEST: Final[Any] = _NoRequest()
 
 
-# What a request opens through a dependency, or may open.
-_Opens: TypeAlias = Literal["session", "reader", "handle"] | None
-
-
 class DatabaseDependency:
     """A callable for `Depends`, for one database, as returned by `get_db` and the others.
 
@@ -105,7 +101,7 @@ class DatabaseDependency:
     FastAPI's cache and `dependency_overrides` recognise it.
     """
 
-    opens: _Opens = None
+    opens: str | None = None  # what a request may open through it: a session, reader or handle
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -123,7 +119,7 @@ class SessionDependency(DatabaseDependency):
 
     def __init__(self, name: str, options: TransactionOptions | None = None) -> None:
         super().__init__(name)
-        self.opens: _Opens = "reader" if options is AUTOCOMMIT else "session"
+        self.opens = "reader" if options is AUTOCOMMIT else "session"
         self.options = options
         keyword = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
         given = [keyword("connection", annotation=HTTPConnection)]
@@ -154,7 +150,7 @@ class SessionDependency(DatabaseDependency):
 class HandleDependency(DatabaseDependency):
     """The dependency on a database's handle."""
 
-    opens: _Opens = "handle"
+    opens = "handle"
 
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Return the handle."""

@@ -69,7 +69,6 @@ def _after_begin(
     if record.finished and not record.ending:
         # A task or thread that outlived the request was still waiting for the pool.
         record.discard_connections()
-        record.forget()
         record.check_unfinished()
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)

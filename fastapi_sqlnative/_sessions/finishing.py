@@ -39,8 +39,9 @@ def commit(session: AnySession) -> None:
     inner = sync_session(session)
     record = inner.sqlnative
     record.check_discarded()
+    lost = any(each.invalidated for each in record.connections)
     # Not after a failed flush: SQLAlchemy rightly refuses to commit then.
-    if record.lost_without_writes and inner.is_active and not has_pending_changes(inner):
+    if lost and inner.is_active and not (record.may_have_written or has_pending_changes(inner)):
         inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
     if not (inner.in_transaction() or commit_is_observed(inner)):
         return  # SQLAlchemy's own commit would do nothing
@@ -48,11 +49,9 @@ def commit(session: AnySession) -> None:
     record.shielded = True  # by whoever finishes it
     try:
         _run(session, "commit")
-    except AfterCommitError:
-        raise
     except Exception as error:
-        if record.committed:  # an override of commit() failed after its super().commit()
-            raise record.state.error(AfterCommitError) from error
+        if record.committed and not isinstance(error, AfterCommitError):
+            raise record.state.error(AfterCommitError) from error  # by an override of commit()
         raise
 
 
@@ -102,7 +101,6 @@ def _end(session: AnySession, *methods: str) -> None:
             _run(session, method)
     except BaseException as error:
         record.discard_connections()
-        record.forget()
         if not isinstance(error, Exception):
             raise  # a cancellation's deadline has passed
         logger.warning(
@@ -169,7 +167,6 @@ def has_only_read(session: AnySession) -> bool:
         isinstance(session, AsyncSession)
         and state.ends_in_one_step
         and not record.work.may_have_written
-        and not record.discarded
         and not record.streamed
         and not state.overridden
         and record.options in (NO_OPTIONS, AUTOCOMMIT)

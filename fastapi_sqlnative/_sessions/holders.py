@@ -93,13 +93,6 @@ class Holder:
             with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
                 context.cursor.close()
 
-    def discard_connections(self) -> None:
-        """Close connections that the session failed to close: SQLAlchemy no longer tracks them."""
-        for connection in tuple(self.connections):
-            if not connection.closed:
-                connection.invalidate()
-                connection.close()
-
     @property
     def seconds(self) -> float:
         """The seconds for which the session has held its connections."""

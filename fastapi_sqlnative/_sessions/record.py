@@ -1,8 +1,4 @@
-"""The record of one session: what it has done, and whether it may be used and committed.
-
-It holds all that the rules on lying and forgotten commits (5, 6, 7) and on finished sessions (11)
-depend on. `session` keeps it up to date.
-"""
+"""The record of one session, for rules 5, 6, 7 and 11; `session` keeps it up to date."""
 
 import threading
 from dataclasses import dataclass, field
@@ -79,6 +75,14 @@ class Record(Holder):
         self.commits = True
         if any(map(transactions.autocommits, self.connections)):
             raise self.state.error(exceptions.TransactionOptionsError)
+
+    def discard_connections(self) -> None:
+        """Close connections that the session failed to close: SQLAlchemy no longer tracks them."""
+        for connection in tuple(self.connections):
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+        self.forget()
 
     def forget(self) -> None:
         """Reset the record after a transaction, when the session holds no connection."""
@@ -160,11 +164,6 @@ class Record(Holder):
     def may_have_written(self) -> bool:
         """Return whether a commit may store something, judged without asking the server."""
         return self.work.may_have_written and not self.options.read_only
-
-    @property
-    def lost_without_writes(self) -> bool:
-        """Return whether a connection was lost in a transaction that wrote nothing."""
-        return not self.may_have_written and any(each.invalidated for each in self.connections)
 
     @property
     def has_stored(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import CursorResult, ExecutionContext
@@ -11,8 +11,6 @@ from sqlalchemy.orm.attributes import History
 
 from .._drivers import transactions
 from .._drivers.statements import Effect, Statement, matched_no_row
-
-_Written: TypeAlias = tuple[bool, bool, bool, Mapping[Connection, float]]
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -25,7 +23,7 @@ class Work:
     defined: bool = False  # DDL has run
     undone: bool = False  # a savepoint was rolled back
     # What had been written when a savepoint began, by its name or its depth.
-    _savepoints: dict[str | int, _Written] | None = None
+    _savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, float]]] | None = None
 
     @property
     def may_have_written(self) -> bool:

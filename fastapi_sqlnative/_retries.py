@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator
 from contextlib import contextmanager
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from ._sessions.session import AnySession, record_of
 from .errors import describe_database_error
@@ -77,11 +77,12 @@ class Retries:
             raise self._mistake(result)
         return result
 
-    def _mistake(self, result: object) -> TypeError:
+    def _mistake(self, result: Any) -> TypeError:
+        kind = type(result).__name__
         if isinstance(result, Coroutine | Generator):
             result.close()
         return TypeError(
-            f"The work on database {self._name!r} returned a {type(result).__name__}, so it was "
+            f"The work on database {self._name!r} returned a {kind}, so it was "
             "rolled back. Write a function without `yield` that returns when the work is done: a "
             "Database needs a `def`, an AsyncDatabase needs an `async def`."
         )

@@ -31,9 +31,7 @@ def autocommits(connection: Connection) -> bool:
     dbapi = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
         # Also None if the application's listeners send BEGIN, but then one has been sent by now.
-        return (
-            getattr(dbapi, "isolation_level", "") is None and not _sqlite(connection).in_transaction
-        )
+        return getattr(dbapi, "isolation_level", "") is None and not is_open_on_sqlite(connection)
     ask = getattr(dbapi, "get_autocommit", None)  # PyMySQL's `autocommit` is a setter
     return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
 
@@ -79,17 +77,15 @@ def ends_with_transaction(context: ExecutionContext) -> bool:
 
 def changes(connection: Connection) -> float:
     """Return SQLite's count of changed rows, NaN if its driver has none; 0 for other databases."""
-    counted = connection.dialect.name == "sqlite"
-    return getattr(_sqlite(connection), "total_changes", math.nan) if counted else 0
+    if connection.dialect.name != "sqlite":
+        return 0
+    return getattr(connection.connection.driver_connection, "total_changes", math.nan)
 
 
 def is_open_on_sqlite(connection: Connection) -> bool:
     """Return whether SQLite still has a transaction open: some errors end it."""
-    return bool(_sqlite(connection).in_transaction)
-
-
-def _sqlite(connection: Connection) -> Any:
-    return connection.connection.driver_connection
+    driver: Any = connection.connection.driver_connection
+    return bool(driver.in_transaction)
 
 
 # -- would a COMMIT be a lie? ------------------------------------------------------------------
@@ -228,8 +224,7 @@ def _accepts_queries(connection: Connection) -> bool:
         # SHOW, because SET TRANSACTION is refused after a query.
         return fetch_row(connection, "SHOW transaction_isolation") is not None
     except connection.dialect.loaded_dbapi.Error:
-        if is_lost(connection):
-            connection.exec_driver_sql("SELECT 1")  # makes SQLAlchemy notice the loss
+        surface_loss(connection)
         raise
 
 

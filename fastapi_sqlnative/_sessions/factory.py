@@ -119,6 +119,7 @@ class SessionFactory:
         self.state = state
         self.asynchronous: bool = isinstance(engine, AsyncEngine)
         self._engine = engine
+        self._plain: type[Any] = AsyncSession if self.asynchronous else Session
         given: dict[str, Any] = {"expire_on_commit": False, "close_resets_only": False}
         self._options = given | dict(options)
         self.class_: Any = self._options.pop("class_", self._plain)
@@ -132,10 +133,6 @@ class SessionFactory:
             reading = dict(self._options.get("execution_options", {})) | _AUTOCOMMIT
             self._reader_options = self._options | {"execution_options": reading}
         self._look_for_overrides()
-
-    @property
-    def _plain(self) -> type[Any]:
-        return AsyncSession if self.asynchronous else Session
 
     def _check_options(self) -> None:
         for keyword in ("bind",) if self.asynchronous else ("bind", "sync_session_class"):

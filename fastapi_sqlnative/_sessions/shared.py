@@ -3,7 +3,9 @@
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
@@ -60,31 +62,30 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
 }
 
 
+@dataclass(eq=False, repr=False)
 class SharedState:
     """The state that the sessions of one database share. Lives as long as the handle."""
 
-    def __init__(
-        self, name: str, root: Engine, shutdown_timeout: float, warn_held_after: float | None
-    ) -> None:
-        self.name = name
-        self.root = root  # the application's session class may choose other engines
-        self.shutdown_timeout = shutdown_timeout
-        self.warn_held_after = warn_held_after
-        self.holders_reported: tuple[float, str] | None = None  # when, and the text
-        self.reporting: threading.Lock = threading.Lock()
-        # Once stopped, every session refuses its next statement: a disposed engine would silently
-        # reconnect.
-        self.stopping: Literal["shutting down", "stopped"] | None = None
-        # The application's overrides among commit, rollback and close.
-        self.overridden: frozenset[str] = frozenset()
-        self.ends_in_one_step: bool = ends_in_one_step(root)
-        # The session records, by the connections that they hold.
-        self.holders: dict[Connection, Any] = {}
-        self.engines: Engines = {}
-        # The records of ended sessions, by the connection that their results may still be read on.
-        self.readers: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
-        self._statements: weakref.WeakKeyDictionary[Any, Statement] = weakref.WeakKeyDictionary()
-        self.listen(root.dialect)
+    name: str
+    root: Engine  # the application's session class may choose other engines
+    shutdown_timeout: float
+    warn_held_after: float | None
+    holders_reported: tuple[float, str] | None = None  # when, and the text
+    reporting: threading.Lock = field(default_factory=threading.Lock)
+    # Once stopped, every session refuses its next statement: a disposed engine would silently
+    # reconnect.
+    stopping: Literal["shutting down", "stopped"] | None = None
+    overridden: frozenset[str] = frozenset()  # the application's commit, rollback and close
+    # The session records, by the connections that they hold.
+    holders: dict[Connection, Any] = field(default_factory=dict[Connection, Any])
+    engines: Engines = field(default_factory=Engines)
+    # The records of ended sessions, by the connection that their results may still be read on.
+    readers: WeakKeyDictionary[Connection, Any] = field(default_factory=WeakKeyDictionary[Any, Any])
+    _statements: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary[Any, Any])
+
+    def __post_init__(self) -> None:
+        self.ends_in_one_step: bool = ends_in_one_step(self.root)
+        self.listen(self.root.dialect)
 
     def check_running(self, *, new_session: bool = False) -> None:
         """Refuse all use once the database is stopped, and new sessions during shutdown."""
@@ -103,7 +104,7 @@ class SharedState:
         compiled = context.compiled
         if compiled is None:
             return Statement(Effect.UNKNOWN)
-        found = self._statements.get(compiled)
+        found: Statement | None = self._statements.get(compiled)
         if found is None:
             found = self._statements[compiled] = statement_of(compiled)
         return found

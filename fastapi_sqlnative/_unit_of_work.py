@@ -122,10 +122,7 @@ class UnitOfWork:
     def _is_awaitable(self) -> bool:
         return is_awaitable(getattr(self.scope.get("route"), "endpoint", None))
 
-    async def __aenter__(self) -> UnitOfWork:
-        return self
-
-    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+    async def finish(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Commit the marked sessions and roll back the rest, or all after an error; close all."""
         try:
             sessions = [each.session for each in self._members]

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, nullcontext, suppress
+from contextlib import AsyncExitStack, suppress
 from inspect import Parameter, Signature
 from typing import Any, Final
 
@@ -29,26 +29,25 @@ from .exceptions import DatabaseDependencyError
 _FUNCTION_STACK: Final = "fastapi_function_astack"
 
 
-def unit_of(connection: HTTPConnection) -> UnitOfWork:
-    """Return the request's unit of work, which ends before the response starts."""
+def unit_of(connection: HTTPConnection, stack: AsyncExitStack | None = None) -> UnitOfWork:
+    """Return the request's unit of work, which ends with FastAPI's stack, or else with this one."""
     unit: UnitOfWork | None = connection.scope.get(UNIT)
     # A copied scope belongs to another request: an endpoint may call the application itself.
     if unit is None or unit.scope is not connection.scope:
         unit = UnitOfWork(connection)
         if HAS_FUNCTION_STACK:
-            stack: AsyncExitStack | None = connection.scope.get(_FUNCTION_STACK)
-            if stack is None:
-                raise _called_directly()  # in a middleware, which has a request
-            stack.push_async_exit(unit)
+            stack = connection.scope.get(_FUNCTION_STACK)
+        if stack is None:
+            raise _called_directly()  # in a middleware, which has a request
+        stack.push_async_exit(unit.finish)
         connection.scope[UNIT] = unit
     return unit
 
 
 async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWork]:
     """End the unit of work through FastAPI's public API, a generator with function scope."""
-    unit = unit_of(connection)
-    async with nullcontext() if HAS_FUNCTION_STACK else unit:
-        yield unit
+    async with AsyncExitStack() as stack:
+        yield unit_of(connection, stack)
 
 
 # A function-scoped generator that depends on this exits before the unit, and so before the COMMIT.

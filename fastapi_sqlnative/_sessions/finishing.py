@@ -170,8 +170,8 @@ def has_only_read(session: AnySession) -> bool:
         and not record.streamed
         and not state.overridden
         and record.options in (NO_OPTIONS, AUTOCOMMIT)
-        and not has_pending_changes(inner)
-        and not (record.commits and inner.dispatch.before_commit)  # a listener may write
+        # A listener may write.
+        and not (record.commits and (inner.dispatch.before_commit or has_pending_changes(inner)))
     )
 
 

@@ -156,16 +156,13 @@ class UnitOfWork:
     # From here on: plain code that runs in a greenlet or a thread.
 
     def _commit_all(self) -> None:
-        try:
-            for member in self._members:
-                member.check_nothing_forgotten()
-            marked = [each for each in self._members if each.record.commits]
-            if len(marked) > 1:
-                self._prepare(marked)
-            for member in marked:
-                member.commit(self._others(member))
-        finally:
-            finishing.close_all([each.session for each in self._members])
+        for member in self._members:
+            member.check_nothing_forgotten()
+        marked = [each for each in self._members if each.record.commits]
+        if len(marked) > 1:
+            self._prepare(marked)
+        for member in marked:
+            member.commit(self._others(member))
 
     def _prepare(self, marked: list[Member]) -> None:
         """Flush all before the first COMMIT, so that after it only a COMMIT can fail."""

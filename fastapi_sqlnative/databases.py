@@ -16,7 +16,7 @@ from ._retries import Retries
 from ._sessions.completion import in_thread, within
 from ._sessions.engines import AnyEngine, ask, hint_for_engine, run_on_engine, sync_engine
 from ._sessions.factory import SessionFactory
-from ._sessions.finishing import close, commit_and_close, finishing, finishing_async
+from ._sessions.finishing import finishing, finishing_async
 from ._sessions.holders import holders_of
 from ._sessions.options import IsolationLevel, TransactionOptions
 from ._sessions.session import record_of
@@ -91,7 +91,7 @@ class Database(_Database[Engine]):
 
     def session(self) -> AbstractContextManager[Session]:
         """Open a session for a block, and roll back and close it at the end. Never commits."""
-        return finishing(self._sessions.open(), close)
+        return finishing(self._sessions.open())
 
     def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
@@ -107,7 +107,7 @@ class Database(_Database[Engine]):
             CommitOutcomeUnknownError: the connection was lost during COMMIT.
             AfterCommitError: code that ran after the COMMIT failed.
         """
-        return finishing(self._open_transaction(isolation_level, read_only), commit_and_close)
+        return finishing(self._open_transaction(isolation_level, read_only))
 
     def run_in_transaction(
         self,
@@ -183,7 +183,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
 
     def session(self) -> AbstractAsyncContextManager[AsyncSession]:
         """Open a session for a block, and roll back and close it at the end. Never commits."""
-        return finishing_async(self._sessions.open(), close)
+        return finishing_async(self._sessions.open())
 
     def transaction(
         self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
@@ -193,7 +193,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
         Arguments and errors are those of `Database.transaction`. A cancellation does not interrupt
         the COMMIT, which is awaited for at most `shutdown_timeout` seconds.
         """
-        return finishing_async(self._open_transaction(isolation_level, read_only), commit_and_close)
+        return finishing_async(self._open_transaction(isolation_level, read_only))
 
     async def run_in_transaction(
         self,

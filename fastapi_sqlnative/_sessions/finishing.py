@@ -35,9 +35,11 @@ _GRACE: Final = 1.0
 
 
 def commit(session: AnySession) -> None:
-    """Commit, if there is something to commit or to refuse, or a listener to call."""
+    """Commit a marked session with something to commit or to refuse, or a listener to call."""
     inner = sync_session(session)
     record = inner.sqlnative
+    if not record.commits:
+        return
     record.check_discarded()
     lost = any(each.invalidated for each in record.connections)
     # Not after a failed flush: SQLAlchemy rightly refuses to commit then.
@@ -122,7 +124,7 @@ def _run(session: AnySession, method: str) -> None:
         getattr(sync_session(session), method)()
 
 
-def close_all(sessions: Sequence[AnySession], end: Operation = close) -> None:
+def close_all(sessions: Sequence[AnySession], end: Operation) -> None:
     """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
         perform(sessions[0], end)
@@ -130,14 +132,6 @@ def close_all(sessions: Sequence[AnySession], end: Operation = close) -> None:
     with ExitStack() as closing:
         for session in sessions:
             closing.callback(perform, session, end)
-
-
-def commit_and_close(session: AnySession) -> None:
-    """Commit, then close even if that failed."""
-    try:
-        commit(session)
-    finally:
-        close(session)
 
 
 # -- where they run -------------------------------------------------------------------------------
@@ -156,10 +150,7 @@ def waits(session: AnySession) -> bool:
 
 
 def has_only_read(session: AnySession) -> bool:
-    """Return whether cancelling the end of the session can cost no more than its connection.
-
-    Then it needs no task of its own.
-    """
+    """Return whether cancelling the end of the session costs no more than its connection."""
     inner = sync_session(session)
     record = inner.sqlnative
     state = record.state
@@ -199,54 +190,59 @@ async def finish(
 ) -> None:
     """Finish sessions by `success`, or after an error by rolling back, even if cancelled meanwhile.
 
-    `success` is plain code that also closes them, and uses them only by way of `perform`. If
-    nothing can wait, it runs without a task, a greenlet or a thread.
+    `success` is plain code that commits, and uses the sessions only by way of `perform`. If
+    nothing can wait, all runs without a task, a greenlet or a thread.
     """
-    work = success if error is None else partial(close_all, sessions, roll_back_and_close)
+
+    def work() -> None:
+        try:
+            if error is None:
+                success()
+        finally:
+            close_all(sessions, close if error is None else roll_back_and_close)
+
     cancelled = isinstance(error, (asyncio.CancelledError, RequestCancelledError))
     waiting = [each for each in sessions if waits(each)]
     if not waiting:
-        work()
-    elif not cancelled and all(map(has_only_read, waiting)):
-        await _run_for(waiting, work)
-    else:
-        if error is None:
-            try:
-                # A `def` endpoint's thread cannot be cancelled: this is the first chance.
-                await checkpoint_if_cancelled()
-            except asyncio.CancelledError as cancellation:
-                await finish(sessions, success, cancellation)
-                raise
-        # Synchronous sessions are waited for: their driver's timeouts bound that.
-        states = [record_of(each).state for each in sessions if isinstance(each, AsyncSession)]
-        timeout = max((each.shutdown_timeout for each in states), default=math.inf)
-        if states and isinstance(error, RequestCancelledError):
-            timeout = min(timeout, _GRACE)
-        await to_completion(
-            _run_for(sessions, work),
-            databases=[each.name for each in states],
-            timeout=timeout,
-            cancelled=cancelled,
-        )
+        return work()
+    if not cancelled and all(map(has_only_read, waiting)):
+        return await _run_for(waiting, work)
+    if error is None:
+        try:
+            # A `def` endpoint's thread cannot be cancelled: this is the first chance.
+            await checkpoint_if_cancelled()
+        except asyncio.CancelledError as cancellation:
+            await finish(sessions, success, cancellation)
+            raise
+    # Synchronous sessions are waited for: their driver's timeouts bound that.
+    states = [record_of(each).state for each in sessions if isinstance(each, AsyncSession)]
+    limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
+    return await to_completion(
+        _run_for(sessions, work),
+        databases=[each.name for each in states],
+        timeout=min(limit, max(each.shutdown_timeout for each in states)) if states else math.inf,
+        cancelled=cancelled,
+    )
 
 
 @contextmanager
-def finishing(session: Any, success: Operation) -> Generator[Session]:
-    """Finish a session at the end of a block: by `success`, or by rolling back."""
+def finishing(session: Any) -> Generator[Session]:
+    """Commit a marked session at the end of a block, or roll back, and close it."""
     try:
         yield session
+        commit(session)
     except BaseException:
         roll_back_and_close(session)
         raise
-    success(session)
+    close(session)
 
 
 @asynccontextmanager
-async def finishing_async(session: Any, success: Operation) -> AsyncGenerator[AsyncSession]:
-    """Finish an async session at the end of a block, even if the caller is cancelled meanwhile."""
+async def finishing_async(session: Any) -> AsyncGenerator[AsyncSession]:
+    """Do the same, even if the caller is cancelled meanwhile."""
     try:
         yield session
     except BaseException as error:
-        await finish([session], partial(success, session), error)
+        await finish([session], partial(commit, session), error)
         raise
-    await finish([session], partial(success, session))
+    await finish([session], partial(commit, session))

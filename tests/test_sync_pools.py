@@ -12,11 +12,12 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, event, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
+from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
 from tests.conftest import MakeEngine
@@ -234,6 +235,36 @@ async def test_an_untouched_sync_session_costs_no_thread(
         assert served.post("/").status_code == 200
         monkeypatch.undo()
     assert len(hops) == 1
+
+
+@pytest.mark.parametrize("first", ["synchronous", "asynchronous"])
+async def test_beside_an_asynchronous_session_the_commit_runs_in_a_thread(
+    make_engine: MakeEngine, postgres: WorkerPostgres, rows: Rows, second_rows: Rows, first: str
+) -> None:
+    """A request with sessions of both kinds commits both, the synchronous one off the loop."""
+    engine = make_engine()
+    other = create_async_engine(postgres.second.url("psycopg"))
+    app = FastAPI()
+    given = [("synchronous", engine), ("asynchronous", other)]
+    for name, each in given if first == "synchronous" else reversed(given):
+        install_database(app, name=name, engine=each, shutdown=each.dispose)
+    threads: list[int] = []
+    event.listen(engine, "commit", lambda _: threads.append(threading.get_ident()))
+
+    @app.post("/")
+    async def endpoint(
+        session: Annotated[Session, Depends(transactional("synchronous"))],
+        beside: Annotated[AsyncSession, Depends(transactional("asynchronous"))],
+    ) -> int:
+        session.add(Item(name="a"))
+        beside.add(Item(name="b"))
+        return threading.get_ident()
+
+    with serve(app) as served:
+        loop = served.post("/").json()
+    assert (rows.names, second_rows.names) == (["a"], ["b"])
+    assert len(threads) == 1
+    assert loop not in threads
 
 
 async def test_a_pool_that_lets_nobody_wait_admits_who_need_not(

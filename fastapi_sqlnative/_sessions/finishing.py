@@ -168,11 +168,12 @@ def has_only_read(session: AnySession) -> bool:
 
 def perform(session: AnySession, operation: Operation) -> None:
     """Run an operation here, or in a thread if it could block the event loop."""
+    if isinstance(session, AsyncSession):
+        return operation(session)
     on_loop = record_of(session).loop_thread == threading.get_ident()
     if on_loop and waits(session):
-        await_only(to_completion(_run_for([session], partial(operation, session))))
-    else:
-        operation(session)
+        return await_only(to_completion(_run_for([session], partial(operation, session))))
+    return operation(session)
 
 
 def _run_for(sessions: Sequence[AnySession], work: Callable[[], None]) -> Coroutine[Any, Any, None]:

@@ -22,8 +22,9 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     """Return whether a COMMIT that failed with this error may have taken effect."""
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
         return False  # raised by SQLAlchemy itself: COMMIT was never sent
-    states = sqlstates(driver_error(error))
-    if not states.isdisjoint(_ENDED_BEFORE) or _was_never_sent(error):
+    found = driver_error(error)
+    states = sqlstates(found)
+    if not states.isdisjoint(_ENDED_BEFORE) or _was_never_sent(found):
         return False
     if not states.isdisjoint(_OUTCOME_UNKNOWN):
         return True
@@ -33,10 +34,9 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     return _passed(error, connection.dialect.do_commit)
 
 
-def _was_never_sent(error: BaseException) -> bool:
+def _was_never_sent(found: BaseException) -> bool:
     # asyncpg sends nothing over a closed connection, nor over one that the server has just ended
     # while asyncpg is still reading the server's last messages.
-    found = driver_error(error)
     if not type(found).__module__.startswith("asyncpg."):
         return False
     return type(found).__name__ == "InterfaceError" or "cannot switch to state" in str(found)

@@ -122,16 +122,12 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
         return status == _IN_ERROR
     if connection.dialect.name != "postgresql" and connection.dialect.driver != "asyncpg":
         return False
-    doubtful = doubtful or _is_intercepted(connection)
-    if not doubtful or is_lost(connection) or autocommits(connection):
+    # Such listeners may execute statements in the driver's place and hide failures.
+    events: Any = connection.dialect.dispatch
+    heard = events.do_execute or events.do_execute_no_params or events.do_executemany
+    if not (doubtful or heard) or is_lost(connection) or autocommits(connection):
         return False  # on a lost connection COMMIT fails anyway
     return not _accepts_queries(connection)
-
-
-def _is_intercepted(connection: Connection) -> bool:
-    """Return whether listeners may execute statements in the driver's place and hide failures."""
-    events: Any = connection.dialect.dispatch
-    return bool(events.do_execute or events.do_execute_no_params or events.do_executemany)
 
 
 def begin(connection: Connection) -> None:

@@ -133,13 +133,7 @@ class NativeSession(Session):
         return None if transaction is None else _begun(self, transaction)
 
     def commit(self) -> None:
-        """Commit as SQLAlchemy does: check, flush, check again, COMMIT, interpret the outcome.
-
-        Raises:
-            TransactionAbortedError: an error inside the transaction was swallowed.
-            CommitOutcomeUnknownError: the connection was lost during COMMIT.
-            AfterCommitError: code that ran after the COMMIT failed.
-        """
+        """Commit as SQLAlchemy does: check, flush, check again, COMMIT, interpret the outcome."""
         record = self.sqlnative
         record.check_unfinished()
         if record.connections:

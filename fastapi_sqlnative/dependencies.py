@@ -118,7 +118,7 @@ class SessionDependency(DatabaseDependency):
 
     def __init__(self, name: str, options: TransactionOptions | None = None) -> None:
         super().__init__(name)
-        self.opens = "reader" if options is AUTOCOMMIT else "session"
+        self.opens: str | None = "reader" if options is AUTOCOMMIT else "session"
         self.options = options
         keyword = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
         given = [keyword("connection", annotation=HTTPConnection)]
@@ -149,7 +149,7 @@ class SessionDependency(DatabaseDependency):
 class HandleDependency(DatabaseDependency):
     """The dependency on a database's handle."""
 
-    opens = "handle"
+    opens: str | None = "handle"
 
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Return the handle."""

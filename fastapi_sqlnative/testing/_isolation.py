@@ -21,7 +21,7 @@ from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
-from ._sessions import IsolatedReader, IsolatedSession, OwnSession
+from ._sessions import IsolatedSession, OwnSession
 from ._targets import (
     IsolationError,
     is_one_database,
@@ -160,8 +160,7 @@ class Isolated:
         native = factory.native
         if not issubclass(native, IsolatedSession):  # an outer block may have done it
             found = {"connection_of": staticmethod(self._connection_of)}
-            bases = IsolatedSession, native, IsolatedReader
-            factory.native = type(native.__name__, bases, found)
+            factory.native = type(native.__name__, (IsolatedSession, native), found)
             self._restore.callback(setattr, factory, "native", native)
 
     def _connection_of(self, name: str, engine: Engine) -> IsolatedConnection:

@@ -41,23 +41,22 @@ class IsolatedSession(NativeSession):
         return connection
 
 
-class IsolatedReader(NativeSession):
-    """The part of an `IsolatedSession` that comes after the application's class in the MRO."""
-
-    def execute(self, statement: Any, *args: Any, **options: Any) -> Any:
-        """Execute a statement; for a `reader`, in a savepoint of its own, as in AUTOCOMMIT."""
-        record = self.sqlnative
-        if record.options is not AUTOCOMMIT or record.connections:
-            return super().execute(statement, *args, **options)
-        try:
-            result = super().execute(statement, *args, **options)
-            for connection in record.connections:
-                if (savepoint := connection.get_nested_transaction()) is not None:
-                    savepoint.commit()
-            return result
-        finally:
-            if (transaction := self.get_transaction()) is not None:
-                transaction.close()
+@event.listens_for(IsolatedSession, "do_orm_execute")
+def _read_in_savepoint(state: ORMExecuteState) -> Any:
+    """Execute a statement of a `reader` in a savepoint of its own, as in AUTOCOMMIT."""
+    session = cast("IsolatedSession", state.session)
+    record = session.sqlnative
+    if record.options is not AUTOCOMMIT or record.connections:
+        return None
+    try:
+        result = state.invoke_statement()
+        for connection in record.connections:
+            if (savepoint := connection.get_nested_transaction()) is not None:
+                savepoint.commit()
+        return result
+    finally:
+        if (transaction := session.get_transaction()) is not None:
+            transaction.close()
 
 
 @event.listens_for(IsolatedSession, "after_begin")

@@ -84,8 +84,8 @@ class Isolated:
     def __enter__(self) -> Session:
         if self._asynchronous() and running_loop() is not None:
             raise RuntimeError("Use `async with isolated(app)` on an event loop.")
-        self._enter()
-        return self._begin(Session)
+        self._share_connections()
+        return self._enter(Session)
 
     def __exit__(self, *_: object) -> None:
         self._leave()
@@ -95,9 +95,9 @@ class Isolated:
             raise TypeError("Use `with isolated(app)`: the database is installed with an Engine.")
         self._own, *_ = self._asynchronous()
         self.loop = asyncio.get_running_loop()
-        self._enter()
-        beginning = in_thread(lambda: self._begin(AsyncSession))  # in a thread, as in __aexit__
-        return await asyncio.wrap_future(beginning)
+        self._share_connections()
+        entering = in_thread(lambda: self._enter(AsyncSession))  # in a thread, as in __aexit__
+        return await asyncio.wrap_future(entering)
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.wrap_future(in_thread(self._leave))  # in a thread: it waits for this loop
@@ -105,7 +105,8 @@ class Isolated:
     def _asynchronous(self) -> list[Installation]:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
 
-    def _enter(self) -> None:
+    def _share_connections(self) -> None:
+        """Share the connections of the outer block, if there is one in this test."""
         observing_it = (each for installed, _ in self._chosen for each in installed.observers)
         known = (each for each in observing_it if isinstance(each, Isolated))
         outer = next(known, _OUTER.get())  # a fixture may have been entered in another context
@@ -113,6 +114,8 @@ class Isolated:
             _OUTER.set(self)
         else:
             self.turn, self.connections = outer.turn, outer.connections
+
+    def _enter(self, kind: type[T]) -> T:
         with ExitStack() as undo:
             undo.callback(self._leave)
             hooks: dict[str, Callable[..., None]] = {
@@ -130,11 +133,6 @@ class Isolated:
                     self._connection_of(installation.name, sync_engine(engine))
             self._restore.enter_context(marking_requests(self._app))
             self._restore.enter_context(observing(self._app, self))
-            undo.pop_all()
-
-    def _begin(self, kind: type[T]) -> T:
-        with ExitStack() as undo:
-            undo.callback(self._leave)
             for each in self.connections:
                 if self in each.blocks:
                     each.enter(self)

@@ -43,14 +43,13 @@ def marking_requests(app: Starlette) -> Generator[None]:
     inner = app.router.middleware_stack
 
     async def mark(scope: Scope, receive: Receive, send: Send) -> None:
-        before = SERVED.get()
-        SERVED.set(scope)
+        before = SERVED.set(scope)
         if scope["type"] == "lifespan":
             FLOW.set(())  # tasks that the application starts are not part of the test
         try:
             await inner(scope, receive, send)
         finally:
-            SERVED.set(before)  # the request may run in the test's own task
+            SERVED.reset(before)  # the request may run in the test's own task
         if REFUSED in scope:
             raise IsolationError(scope[REFUSED])
 

@@ -629,6 +629,33 @@ async def test_the_tests_session_inside_of_a_request(app: FastAPI, kind: Kind, r
             assert (await client.post("/names")).json() == ["added", "mine"]
 
 
+@pytest.mark.anyio
+async def test_the_tests_own_changes_that_cannot_be_stored(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """The request that would store them fails; what it stores itself and the next one do not."""
+    async with in_block(app, kind) as session, async_client(app) as client:
+        own: Session = getattr(session, "sync_session", session)
+
+        def add_inside(requests: Session) -> None:
+            add("added")(requests)
+            requests.flush()
+            own.add(Item())  # without the name that it needs
+
+        def fail_inside(requests: Session) -> None:
+            add_inside(requests)
+            raise HTTPException(409)
+
+        route(app, kind, "/inside", transactional(), add_inside)
+        route(app, kind, "/fail-inside", transactional(), fail_inside)
+        for path in "/fail-inside", "/inside", "/names":
+            own.add(Item() if path == "/names" else Item(name=path))
+            with pytest.raises(IsolationError, match="cannot be stored.*name"):
+                await client.post(path)
+        assert (await client.post("/names")).json() == ["/fail-inside", "/inside", "added"]
+    assert rows.names == []
+
+
 def test_a_refusal_that_is_swallowed_fails_the_block(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

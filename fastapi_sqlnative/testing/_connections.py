@@ -99,7 +99,9 @@ class IsolatedConnection:
     def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
         """Commit what the test's sessions have begun inside the application's transaction."""
         if savepoint == self.root:
-            self._settle(own for own in self._unused() if own.get_transaction() not in self._around)
+            inside = [own for own in self._unused() if own.get_transaction() not in self._around]
+            with suppress(IsolationError):  # it is not the application's; the request raises it
+                self._settle(inside)
 
     def _unused(self) -> list[Session]:
         """Return the test's sessions that are not in use, because the test waits for this work."""
@@ -115,11 +117,18 @@ class IsolatedConnection:
             with self.turn.allowing(own):
                 if not own.is_active or is_aborted(self.opened(), doubtful=True):
                     own.rollback()  # the test has already seen the error
-                elif explicit or begun.origin is SessionTransactionOrigin.AUTOBEGIN:
-                    own.commit()
-                else:
-                    own.connection()  # begins its savepoint, in which the request's work is
-                    own.flush()
+                    continue
+                try:
+                    if explicit or begun.origin is SessionTransactionOrigin.AUTOBEGIN:
+                        own.commit()
+                    else:
+                        own.connection()  # begins its savepoint, in which the request's work is
+                        own.flush()
+                except Exception as error:
+                    own.rollback()
+                    raise self.refused(
+                        f"the changes of the test's session cannot be stored: {error}"
+                    ) from error
 
     def opened(self) -> Connection:
         """Return the connection, in its transaction and a savepoint for each inner block."""

@@ -364,6 +364,21 @@ def test_the_synchronous_session_is_refused_on_the_applications_loop(app: FastAP
         with pytest.raises(IsolationError, match="would wait for itself"):
             client.portal.call(on_the_loop)
         assert names(session) == []
+        session.add(item := Item(name="mine"))
+        session.commit()
+        app.get("/item")(show_item)
+        app.dependency_overrides[current_item] = lambda: item
+        with pytest.raises(IsolationError, match="objects from the request's session"):
+            client.get("/item")
+
+
+def current_item() -> Item:
+    raise NotImplementedError
+
+
+async def show_item(item: Annotated[Any, Depends(current_item)]) -> str:
+    name: str = item.name
+    return name
 
 
 async def using_session(session: Annotated[Any, Depends(get_db())]) -> list[str]:

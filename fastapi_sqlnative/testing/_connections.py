@@ -205,8 +205,8 @@ class IsolatedConnection:
             or (sql.startswith(_DEFINES) and self._connection is None)
         ):
             raise self.refused(
-                "a write on the engine itself would be stored permanently. Use a session, or test "
-                "with cloned(app)."
+                "a write on the engine itself, or in a transaction begun before the block, would "
+                "be stored permanently. Use a session within the block, or test with cloned(app)."
             )
 
     def enter(self, block: object) -> None:
@@ -288,8 +288,8 @@ class IsolatedConnection:
         if loop is running_loop():
             raise self.refused(
                 "on the application's event loop, the test's synchronous session would wait for "
-                "itself. Leave get_db() as it is: the application's sessions are isolated. Use "
-                "this one in the test's thread, or use `async with isolated(app)`."
+                "itself, also to load an object's values. Use it in the test's thread. An override "
+                "should leave get_db() as it is and load its objects from the request's session."
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
 

@@ -921,7 +921,7 @@ def test_a_turn_that_comes_after_the_block_is_refused(
 def test_a_turn_is_taken_while_sessions_of_the_test_end() -> None:
     """A thread that looks at the holders does not find them changed by another one."""
     turn, threads = _turns.Turn(), ThreadPoolExecutor(1)
-    allowing = turn.allowing("the test's")
+    allowing = turn.during("the test's")
 
     class Holder:
         def __bool__(self) -> bool:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Tran
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from .._drivers.statements import writes
-from .._drivers.transactions import autocommits, begin_before_savepoint, is_aborted
+from .._drivers.transactions import autocommits, begin_before_savepoint, fetch_row, is_aborted
 from .._sessions.engines import run_in_greenlet
 from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
@@ -93,7 +93,7 @@ class IsolatedConnection:
         """End the turn of a session after its transaction."""
         self.begins = False  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
-            _send(self.opened(), "PRAGMA query_only = OFF")
+            fetch_row(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
 
     def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
@@ -114,7 +114,7 @@ class IsolatedConnection:
             begun = own.get_nested_transaction() or own.get_transaction()
             if begun is None:
                 continue
-            with self.turn.allowing(own):
+            with self.turn.during(own):
                 if not own.is_active or is_aborted(self.opened(), doubtful=True):
                     own.rollback()  # the test has already seen the error
                     continue
@@ -141,9 +141,7 @@ class IsolatedConnection:
                 "everything that the test had stored. Test that with cloned(app)."
             )
         for block in [each for each, begun in self.blocks.items() if begun is None]:
-            inner = any(self.blocks.values())
-            begin = self._connection.begin_nested if inner else self._connection.get_transaction
-            self.blocks[block] = begin()
+            self.blocks[block] = self._connection.begin_nested()
         return self._connection
 
     def _open(self) -> Connection:
@@ -151,11 +149,12 @@ class IsolatedConnection:
             raise self.refused("the block has ended. Finish work with the database inside it.")
         self.loop = running_loop() if self.engine.dialect.is_async else None
         connection = self.engine.connect().execution_options(**{_ISOLATED: self})
-        connection.begin()
+        transaction = connection.begin()
         begin_before_savepoint(connection)
         if autocommits(connection):
             connection.close()
             raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
+        self.blocks[next(iter(self.blocks))] = transaction
         event.listen(connection, "rollback_savepoint", self._settle_inside)
         event.listen(connection, "release_savepoint", self._settle_inside)
         event.listen(connection, "release_savepoint", self._check_released)
@@ -174,10 +173,11 @@ class IsolatedConnection:
         """Check deferred constraints, as PostgreSQL does at COMMIT."""
         if self.engine.dialect.name == "postgresql":
             connection = self.opened()
-            deferred = _send(connection, _DEFERRED).scalar()
-            _send(connection, "SET CONSTRAINTS ALL IMMEDIATE")
+            send = partial(connection.exec_driver_sql, execution_options={OURS: True})
+            deferred = send(_DEFERRED).scalar()
+            send("SET CONSTRAINTS ALL IMMEDIATE")
             if deferred:
-                _send(connection, f"SET CONSTRAINTS {deferred} DEFERRED")
+                send(f"SET CONSTRAINTS {deferred} DEFERRED")
 
     def _check_released(self, connection: Connection, savepoint: str, _context: None) -> None:
         """Check deferred constraints when the savepoint stands for the application's COMMIT."""
@@ -213,12 +213,13 @@ class IsolatedConnection:
         """Begin an inner block; what its outer blocks' sessions have pending is stored before."""
         if self._connection is not None or any(own.in_transaction() for own in self.own_sessions):
             del self.blocks[block]  # until it has begun, which may be refused
-            self.run(partial(self.turn.during, block, self, partial(self._enter, block)))
+            self.run(partial(self._enter, block))
 
     def _enter(self, block: object) -> None:
-        self._settle(self.own_sessions)
-        self.blocks[block] = None
-        self.opened()
+        with self.turn.during(block, self):
+            self._settle(self.own_sessions)
+            self.blocks[block] = None
+            self.opened()
 
     def leave(self, block: object) -> None:
         """Roll back the work of a block, and close the connection after the last one."""
@@ -237,7 +238,7 @@ class IsolatedConnection:
 
     def _undo(self, block: object) -> None:
         for session, its in [*self.own_sessions.items()]:
-            with self.turn.allowing(session):
+            with self.turn.during(session):
                 if its is block:
                     session.close()
                     del self.own_sessions[session]
@@ -258,7 +259,7 @@ class IsolatedConnection:
     def close(self) -> None:
         """Roll back everything, because the last block or the application ends."""
         for session in self.own_sessions:
-            with self.turn.allowing(session):
+            with self.turn.during(session):
                 session.close()
         connection, self._connection, self.loop, self.root = self._connection, None, None, ""
         self.blocks = dict.fromkeys(self.blocks)
@@ -292,9 +293,6 @@ class IsolatedConnection:
                 "should leave get_db() as it is and load its objects from the request's session."
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
-
-
-_send = partial(Connection.exec_driver_sql, execution_options={OURS: True})
 
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:

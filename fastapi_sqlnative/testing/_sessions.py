@@ -106,7 +106,11 @@ class OwnSession(Session):
             return call()  # without the connection: a factory's engine may be gone at the end
         joins_flow(self)  # here, not in the other thread
         isolated = self.own_connection()
-        work = partial(self.turn.during, self, isolated, call)
+
+        def work() -> Any:
+            with self.turn.during(self, isolated):
+                return call()
+
         return isolated.run(work) if self.crosses else work()
 
 

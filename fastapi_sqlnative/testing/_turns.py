@@ -4,11 +4,11 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy.util import await_only
 from starlette.applications import Starlette
@@ -16,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 
 from ._targets import IsolationError, running_loop
 
-T = TypeVar("T")
 # The scope of the current request, and the scope's key for an error that it has been given.
 SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
 REFUSED: Final = "fastapi_sqlnative_refused"
@@ -120,21 +119,17 @@ class Turn:
                     self._holders[following] = use
                     ticket.set_result(None)
 
-    def during(self, who: object, connection: Any, work: Callable[[], T]) -> T:
-        """Wait for the turn and call `work`."""
-        if self.holds(who):
-            return work()
-        self.take(who, connection, transaction=False)
-        try:
-            return work()
-        finally:
-            self.release(who)
-
     @contextmanager
-    def allowing(self, session: object) -> Generator[None]:
-        """Let a session of the test end during another session's turn."""
-        with self._lock:
-            self._holders[session] = None
+    def during(self, session: object, connection: Any = None) -> Generator[None]:
+        """Hold the turn for a call; without a connection, don't wait for another session's end."""
+        if self.holds(session):
+            yield
+            return
+        if connection is None:
+            with self._lock:
+                self._holders[session] = None
+        else:
+            self.take(session, connection, transaction=False)
         try:
             yield
         finally:

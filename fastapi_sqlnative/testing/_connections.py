@@ -242,7 +242,7 @@ class IsolatedConnection:
                 if its is block:
                     session.close()
                     del self.own_sessions[session]
-                elif session.in_transaction():
+                else:
                     session.rollback()  # its savepoint ends with the block
         transaction = self.blocks.pop(block)
         if not self.blocks:

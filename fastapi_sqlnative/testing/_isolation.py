@@ -208,12 +208,13 @@ class Isolated:
     # -- the test's sessions ---------------------------------------------------------------
 
     def _own_session(self, kind: type[Any]) -> Any:
-        options: dict[str, Any] = dict(self._own.session_options)
         engine = ready_engine(self._own)
-        if engine is not None:  # for inspection only: statements use the isolated connection
-            options["bind"] = sync_engine(engine) if kind is Session else engine
-        options["join_transaction_mode"] = "create_savepoint"
-        options["expire_on_commit"] = kind is Session  # an async refresh would need an await
+        options: dict[str, Any] = dict(self._own.session_options) | {
+            # For inspection only: statements use the isolated connection.
+            "bind": sync_engine(engine) if engine and kind is Session else engine,
+            "join_transaction_mode": "create_savepoint",
+            "expire_on_commit": kind is Session,  # an async refresh would need an await
+        }
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
         attributes: dict[str, Any] = {

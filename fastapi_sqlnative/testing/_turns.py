@@ -42,13 +42,14 @@ def marking_requests(app: Starlette) -> Generator[None]:
     inner = app.router.middleware_stack
 
     async def mark(scope: Scope, receive: Receive, send: Send) -> None:
-        before = SERVED.set(scope)
+        before = SERVED.get()
+        SERVED.set(scope)
         if scope["type"] == "lifespan":
             FLOW.set(())  # tasks that the application starts are not part of the test
         try:
             await inner(scope, receive, send)
         finally:
-            SERVED.reset(before)  # the request may run in the test's own task
+            SERVED.set(before)  # the request may run in the test's own task
         if REFUSED in scope:
             raise IsolationError(scope[REFUSED])
 

@@ -566,6 +566,20 @@ def test_a_session_that_cannot_be_made_leaves_no_block_behind(
         assert rows.names == ["added"]
 
 
+def test_the_tests_own_session_after_its_block(app: FastAPI, rows: Rows) -> None:
+    """It is refused, within an outer block as well, whose next test it would disturb."""
+    with TestClient(app) as client:
+        with isolated(app) as outer:
+            with isolated(app) as inner:
+                assert names(inner) == []
+            with pytest.raises(IsolationError, match="has ended"):
+                names(inner)
+            assert names(outer) == []
+        with pytest.raises(IsolationError, match="has ended"):
+            names(outer)
+        assert client.post("/names").json() == rows.names == []
+
+
 @on_a_loop
 def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) -> None:
     """A synchronous test between asynchronous ones: the block around them ends as it should."""

@@ -123,9 +123,6 @@ class Turn:
     @contextmanager
     def during(self, session: object, connection: Any = None) -> Generator[None]:
         """Hold the turn for a call; without a connection, don't wait for another session's end."""
-        if self.holds(session):
-            yield
-            return
         if connection is None:
             with self._lock:
                 self._holders[session] = None

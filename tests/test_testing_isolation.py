@@ -679,7 +679,7 @@ async def test_the_tests_own_changes_that_cannot_be_stored(
         route(app, kind, "/fail-inside", transactional(), fail_inside)
         for path in "/fail-inside", "/inside", "/names":
             own.add(Item() if path == "/names" else Item(name=path))
-            with pytest.raises(IsolationError, match="cannot be stored.*name"):
+            with pytest.raises(IsolationError, match=r"cannot be stored.*name"):
                 await client.post(path)
         assert (await client.post("/names")).json() == ["/fail-inside", "/inside", "added"]
     assert rows.names == []

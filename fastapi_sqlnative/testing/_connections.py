@@ -115,11 +115,10 @@ class IsolatedConnection:
             if begun is None:
                 continue
             with self.turn.during(own):
-                if not own.is_active or is_aborted(self.opened(), doubtful=True):
-                    own.rollback()  # the test has already seen the error
-                    continue
                 try:
-                    if explicit or begun.origin is SessionTransactionOrigin.AUTOBEGIN:
+                    if not own.is_active or is_aborted(self.opened(), doubtful=True):
+                        own.rollback()  # the test has already seen the error
+                    elif explicit or begun.origin is SessionTransactionOrigin.AUTOBEGIN:
                         own.commit()
                     else:
                         own.connection()  # begins its savepoint, in which the request's work is
@@ -270,8 +269,7 @@ class IsolatedConnection:
                 connection.connection.rollback()  # if SQLAlchemy considers a refused end as done
             else:
                 try:
-                    if (transaction := connection.get_transaction()) is not None:
-                        transaction.rollback()
+                    connection.rollback()
                 finally:  # a statement may be running
                     connection.invalidate()
             connection.close()

@@ -156,6 +156,40 @@ async def test_an_async_override_that_fails_after_the_commit(
     assert rows.names == ["a"]
 
 
+class Flushing(Session):
+    """Be a class whose commit() only flushes."""
+
+    def commit(self) -> None:
+        self.flush()
+
+
+class Swallowing(Session):
+    """Be a class whose commit() swallows its failure."""
+
+    def commit(self) -> None:
+        try:
+            super().commit()
+        except IntegrityError:
+            self.rollback()
+
+
+def add_conflict(session: Session) -> None:
+    session.add_all([Item(name="a", position=1), Item(name="b", position=1)])
+
+
+@pytest.mark.parametrize("class_", [Flushing, Swallowing])
+async def test_an_override_that_commits_nothing_fails_the_request(
+    kind: Kind, engine: Engine, rows: Rows, class_: type[Session]
+) -> None:
+    """A commit() that leaves what was written unstored is no success; where nothing is, it is."""
+    options = {"session_options": session_class(kind, class_)}
+    with pytest.raises(UncommittedChangesError, match="super"):
+        await ask(engine, kind, transactional(), add_conflict, **options)
+    read: Body = lambda session: session.execute(select(items)).close()  # noqa: E731
+    assert await ask(engine, kind, transactional(), read, **options) == 201
+    assert rows.names == []
+
+
 def with_argument(method: str, base: type[Any]) -> type[Any]:
     return type("Wanting", (base,), {method: lambda self, reason: None})
 

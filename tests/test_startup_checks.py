@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -468,3 +468,21 @@ async def test_a_route_class_of_its_own_is_warned_of(
     with caplog.at_level(logging.WARNING, "fastapi_sqlnative"):
         await start_and_stop(app)
     assert caplog.text.count("Answering") == uses_a_database
+
+
+async def test_what_a_route_class_answers_is_a_success() -> None:
+    """As the warning says, a class that answers an exception commits what was written before."""
+    app, router = with_database(), APIRouter(route_class=Answering)
+
+    @router.post("/items")
+    async def fail(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        committed = event.listens_for(session.sync_session, "after_commit")
+        committed(lambda _session: stored.append(True))
+        await session.execute(text("CREATE TABLE item (id int)"))
+        raise ZeroDivisionError
+
+    stored: list[bool] = []
+    app.include_router(router)
+    async with running(app) as client:
+        assert (await client.post("/items")).status_code == 200
+    assert stored == [True]

@@ -96,9 +96,9 @@ def _examine(running: Running, context: Any) -> Opened:
     handler = getattr(type(route), "get_route_handler", APIRoute.get_route_handler)
     if opened and handler is not APIRoute.get_route_handler:
         logger.warning(
-            "Route %r uses the custom class %s, whose get_route_handler() runs around the commit: "
-            "if it turns an exception into a response, the request is rolled back, but the client "
-            "gets that response.",
+            "Route %r uses the custom class %s, whose get_route_handler() runs before the commit: "
+            "if it turns an exception into a response, what the request has written until then is "
+            "committed. Use an exception handler instead, which runs after the rollback.",
             context.path,
             type(route).__qualname__,
         )

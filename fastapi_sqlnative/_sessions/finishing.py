@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from ..exceptions import AfterCommitError, RequestCancelledError
+from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedChangesError
 from .completion import to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, record_of, sync_session
@@ -47,6 +47,8 @@ def commit(session: AnySession) -> None:
         inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
     if not (inner.in_transaction() or commit_is_observed(inner)):
         return  # SQLAlchemy's own commit would do nothing
+    overridden = "commit" in record.state.overridden
+    wrote = overridden and (record.work.wrote or has_pending_changes(inner))
     record.committed = False
     record.shielded = True  # by whoever finishes it
     try:
@@ -55,6 +57,12 @@ def commit(session: AnySession) -> None:
         if record.committed and not isinstance(error, AfterCommitError):
             raise record.state.error(AfterCommitError) from error  # by an override of commit()
         raise
+    if overridden and not record.committed and (wrote or record.count_unstored() > 0):
+        raise UncommittedChangesError(
+            f"The session class's commit() has not committed the changes on database "
+            f"{record.state.name!r}, which are lost. It must call super().commit(), and must not "
+            "swallow its errors."
+        )
 
 
 def commit_is_observed(session: NativeSession) -> bool:

@@ -121,6 +121,12 @@ def undone_after_a_failure(session: Session) -> None:
         pytest.fail("the constraint did not hold")
 
 
+def undone_over_the_connection(session: Session) -> None:
+    savepoint = session.connection().begin_nested()
+    session.execute(delete(items))
+    savepoint.rollback()
+
+
 def on_conflict_do_nothing(session: Session) -> None:
     session.execute(
         upsert(items).values(name="there").on_conflict_do_nothing(index_elements=["name"])
@@ -167,6 +173,11 @@ def commit_with_connection(session: Session) -> None:
 
 
 STORES_NOTHING: dict[str, Body] = {
+    # First, because the temporary tables below would pass for DDL here until they are reported.
+    "undone in a function": run(
+        "DO $$ BEGIN DELETE FROM item; RAISE 'undone'; EXCEPTION WHEN raise_exception THEN END $$"
+    ),
+    "undone over the connection": undone_over_the_connection,
     "refused insert": refused(again),
     "refused text": refused(text("INSERT INTO item (name) VALUES ('there')")),
     "refused flush": refused_flush,

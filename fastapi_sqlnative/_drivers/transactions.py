@@ -243,12 +243,19 @@ def fetch_row(connection: Connection, query: str) -> Any:
 # A transaction gets an id when it writes, but also when it locks rows, fills a temporary table,
 # advances a sequence or rolls back to a savepoint. A write to a permanent table also holds a lock
 # on it; a write to a foreign table holds only the lock. An id without any lock is DDL that
-# involves no table, such as CREATE FUNCTION.
+# involves no table, such as CREATE FUNCTION, if the catalogs were written to; else a function, or
+# someone with the connection, has rolled back to a savepoint of its own. The counts of writes go
+# back to the last report to the statistics, at most a second before.
 _UNSTORED: Final = """
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
        coalesce(bool_or(explains), false),
-       coalesce(bool_or(relkind = 'f' AND mode = 'RowExclusiveLock'), false)
+       coalesce(bool_or(relkind = 'f' AND mode = 'RowExclusiveLock'), false),
+       CASE WHEN txid_current_if_assigned() IS NOT NULL THEN
+           NOT current_setting('track_counts')::bool OR EXISTS (
+               SELECT FROM pg_catalog.pg_stat_xact_sys_tables
+               WHERE schemaname = 'pg_catalog' AND n_tup_ins + n_tup_upd + n_tup_del > 0)
+       END
 FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
              OR (relkind = 'S' AND mode = 'RowExclusiveLock') AS explains
       FROM pg_catalog.pg_locks
@@ -272,5 +279,6 @@ def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
         return None
     if row is None:
         return False  # aborted
-    assigned, written, explained, foreign = row
-    return bool(foreign or (assigned and (written or not (explained or id_explained))))
+    assigned, written, explained, foreign, defined = row
+    unexplained = defined and not (explained or id_explained)
+    return bool(foreign or (assigned and (written or unexplained)))

@@ -6,12 +6,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, StaticPool, create_engine, make_url, text
+from sqlalchemy import Engine, StaticPool, column, create_engine, insert, make_url, table, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import transactional
+from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask
@@ -226,3 +226,26 @@ async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) ->
             await ask(engine, kind, transactional(), body)
     with server.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM item WHERE name = 'lost'")) == 0
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        text("INSERT IGNORE INTO item VALUES ('first', 0)"),
+        insert(table("item", column("name"))).prefix_with("IGNORE").values(name="first"),
+        text("INSERT INTO item SELECT name, n FROM item WHERE n > 7"),
+    ],
+    ids=["ignored, text", "ignored", "from no row"],
+)
+async def test_an_insert_of_no_row_is_not_forgotten(
+    kind: Kind, server: Engine, statement: Any
+) -> None:
+    """MariaDB can't be asked what a COMMIT would store, but an INSERT of no row needs none."""
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    def body(session: Session) -> None:
+        session.execute(statement)
+
+    assert await ask(engine, kind, get_db(), body) == 201

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import CursorResult, ExecutionContext
@@ -11,6 +11,8 @@ from sqlalchemy.orm.attributes import History
 
 from .._drivers import transactions
 from .._drivers.statements import Effect, Statement, matched_no_row
+
+_MYSQL: Final = {"mysql", "mariadb"}
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -42,12 +44,15 @@ class Work:
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:
+            # Without a row, no trigger of MySQL's has run.
+            inserts = context.statement[:6].upper() == "INSERT"
+            counted = counted or (inserts and context.dialect.name in _MYSQL)
             self.wrote = self.wrote or not (counted and matched_no_row(result, context))
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:
             # MySQL commits at DDL, together with everything before it.
-            self.wrote = self.defined = context.dialect.name not in {"mysql", "mariadb"}
+            self.wrote = self.defined = context.dialect.name not in _MYSQL
             self.unknown = self.unknown and self.wrote
         elif effect is Effect.SAVEPOINT:
             self.savepoint_begins(savepoint, connections)

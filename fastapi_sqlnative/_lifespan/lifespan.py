@@ -53,7 +53,7 @@ def with_databases(app: Starlette, inner: Lifespan[Any]) -> Lifespan[Any]:
                 await _start_mounted(runs, late=True)  # what the application's lifespan added
                 yield state
         finally:
-            await to_completion(stop(runs))
+            await to_completion(lambda: stop(runs))
 
     return lifespan
 

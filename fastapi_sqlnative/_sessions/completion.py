@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import functools
 import logging
 import math
 import threading
@@ -20,16 +21,19 @@ _GRACE: Final = 1.0
 
 
 async def to_completion(
-    running: Coroutine[Any, Any, None],
+    start: Callable[[], Coroutine[Any, Any, None]],
     *,
+    joins: bool = False,
     databases: Sequence[str] = (),
     timeout: float = math.inf,
     cancelled: bool = False,
 ) -> None:
-    """Await work in a task of its own, shielded from cancellation until `timeout` has passed.
+    """Await the work that `start` begins, shielded from cancellation until `timeout` has passed.
 
-    Two shields are needed: the task protects from asyncio's one-time cancellation, the shielded
-    scope from anyio's, which is raised again at every await and would make the loop spin.
+    It runs in a task of its own, which begins only after a cancellation if `start` then `joins` the
+    work that it has begun, as in a thread with `once`. Two shields are needed: the task protects
+    from asyncio's one-time cancellation, the shielded scope from anyio's, which is raised again at
+    every await and would make the loop spin.
 
     The timeout counts from the cancellation, which has begun if the caller is `cancelled`. The
     names of the `databases` are for the log.
@@ -38,20 +42,20 @@ async def to_completion(
     # the token of one that ran before. An eager task could not enter it, so not with a factory.
     factory = asyncio.get_running_loop().get_task_factory()
     context = greenlet.getcurrent().gr_context if factory is None else None
-    task = asyncio.create_task(running, context=context)
+    task = None if joins else asyncio.create_task(start(), context=context)
     cancellation: asyncio.CancelledError | None = None
     try:
         if not cancelled:
-            await asyncio.shield(task)
-            return
+            return await (asyncio.shield(task) if task else start())
     except asyncio.CancelledError as error:
         cancellation = error
+    task = task or asyncio.create_task(start(), context=context)
     unknown = "" if cancelled else ", and whether a COMMIT took effect is unknown"
     await _outlast_cancellation(task, timeout, ", ".join(map(repr, databases)), unknown)
     if cancellation is None:
         if not task.cancelled():
             task.result()
-        return
+        return None
     if not task.cancelled() and (failure := task.exception()) is not None:
         logger.error("The work of a cancelled caller failed.", exc_info=failure)
     raise cancellation
@@ -79,22 +83,36 @@ async def _outlast_cancellation(
                 deadline = clock() + timeout  # its cleanup may hang as well
 
 
+def once(work: Callable[[], T]) -> Callable[[], T]:
+    """Make a function that works at its first call; others wait for that and have its outcome."""
+    lock, outcome = threading.Lock(), Future[T]()
+
+    def call() -> T:
+        with lock:
+            if not outcome.done():
+                _settle(outcome, work)
+        return outcome.result()
+
+    return call
+
+
 def in_thread(function: Callable[[], T]) -> Future[T]:
     """Call a function that may hang in a daemon thread, which doesn't keep the process alive."""
     future = Future[T]()
     future.set_running_or_notify_cancel()
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            result = context.run(function)
-        except BaseException as error:  # noqa: BLE001 - raised where the future is waited for
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, name="fastapi_sqlnative", daemon=True).start()
+    work = functools.partial(contextvars.copy_context().run, function)
+    arguments = future, work
+    threading.Thread(target=_settle, args=arguments, name="fastapi_sqlnative", daemon=True).start()
     return future
+
+
+def _settle(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        result = work()
+    except BaseException as error:  # noqa: BLE001 - raised where the future is waited for
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: TimeoutError) -> T:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedChangesError
-from .completion import to_completion
+from .completion import once, to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, record_of, sync_session
 from .work import has_pending_changes
@@ -135,11 +135,11 @@ def _run(session: AnySession, method: str) -> None:
 def close_all(sessions: Sequence[AnySession], end: Operation) -> None:
     """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
-        perform(sessions[0], end)
-        return
+        return end(sessions[0])
     with ExitStack() as closing:
         for session in sessions:
             closing.callback(perform, session, end)
+    return None
 
 
 # -- where they run -------------------------------------------------------------------------------
@@ -180,7 +180,8 @@ def perform(session: AnySession, operation: Operation) -> None:
         return operation(session)
     on_loop = record_of(session).loop_thread == threading.get_ident()
     if on_loop and waits(session):
-        return await_only(to_completion(_run_for([session], partial(operation, session))))
+        work = partial(operation, session)
+        return await_only(to_completion(partial(_run_for, [session], work)))
     return operation(session)
 
 
@@ -227,7 +228,8 @@ async def finish(
     states = [record_of(each).state for each in sessions if isinstance(each, AsyncSession)]
     limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
     return await to_completion(
-        _run_for(sessions, work),
+        partial(_run_for, sessions, work if states else once(work)),
+        joins=not states,
         databases=[each.name for each in states],
         timeout=min(limit, max(each.shutdown_timeout for each in states)) if states else math.inf,
         cancelled=cancelled,

@@ -97,9 +97,10 @@ class Record(Holder):
 
     def check_usable(self) -> None:
         """Refuse a session that is finished, whose database is stopped, or that would block."""
-        self.check_unfinished()
-        self.state.check_running()
-        self.check_thread()
+        if self.finished or self.state.stopping or self.loop_thread is not None:
+            self.check_unfinished()
+            self.state.check_running()
+            self.check_thread()
 
     def check_unfinished(self) -> None:
         """Refuse a finished session."""

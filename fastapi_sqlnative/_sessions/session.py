@@ -1,7 +1,7 @@
 """The session class: every use of the database goes through one of its methods."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Connection, Sequence, event
@@ -142,8 +142,7 @@ class NativeSession(Session):
         try:
             while self.in_nested_transaction():
                 cast("SessionTransaction", self.get_nested_transaction()).commit()
-            with _checked_last(self):
-                _commit_uninterrupted(self, super().commit)
+            _commit_checked(self, super().commit)
         except Exception as error:
             record.commit_failed(error)
             raise
@@ -220,18 +219,16 @@ def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTr
     return cast("SessionTransaction", record.begun)
 
 
-@contextmanager
-def _checked_last(session: NativeSession) -> Generator[None]:
-    """Check the transaction as the last thing before the COMMIT in this block."""
+def _commit_checked(session: NativeSession, commit: Callable[[], None]) -> None:
+    """Check the transaction as the last thing before its COMMIT."""
     if not session.dispatch.before_commit:
         if session.in_transaction():
             _check_before_commit(session)
-        yield
-        return
+        return _commit_uninterrupted(session, commit)
     # Listeners on the session run after those on its classes, and the newest runs last.
     event.listen(session, "before_commit", _check_before_commit)
     try:
-        yield
+        return _commit_uninterrupted(session, commit)
     finally:
         event.remove(session, "before_commit", _check_before_commit)
 
@@ -251,10 +248,9 @@ def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) ->
     record, state = session.sqlnative, session.sqlnative.state
     if record.shielded or not state.root.dialect.is_async or not may_store(session):
         return commit()
-    running = run_in_greenlet(commit)
-    return await_only(
-        to_completion(running, databases=[state.name], timeout=state.shutdown_timeout)
-    )
+    timeout = state.shutdown_timeout
+    running = functools.partial(run_in_greenlet, commit)
+    return await_only(to_completion(running, databases=[state.name], timeout=timeout))
 
 
 def _note_discarded(session: NativeSession, *, ask: bool) -> None:

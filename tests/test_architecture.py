@@ -158,6 +158,7 @@ def test_no_private_attribute_of_another_object_is_used() -> None:
         "getattr(pool, '_max_overflow', None)",
         "getattr(pool, '_pre_ping', None)",
         "getattr(app, '_telemetry', {})",
+        "getattr(statement, '_generate_cache_key', bool)",
     }
 
 

@@ -9,7 +9,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
-from .._drivers.statements import writes
 from .._drivers.transactions import begin, begin_before_savepoint
 from ..exceptions import ReadOnlySessionError
 from .completion import to_completion
@@ -37,7 +36,7 @@ class NativeSession(Session):
         """Execute a statement and record it. Loads, including lazy ones, call this too."""
         record = self.sqlnative
         record.check_usable()
-        if record.options is AUTOCOMMIT and writes(statement):
+        if record.options is AUTOCOMMIT and record.state.writes(statement):
             raise record.state.error(ReadOnlySessionError)  # before it is sent and committed
         result = _recorded(record, super().execute, statement, *args, **options)
         record.note_result(result, statement)

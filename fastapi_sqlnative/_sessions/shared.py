@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util import LRUCache
 
 from .. import exceptions
 from .._drivers.errors import server_of
@@ -85,6 +86,7 @@ class SharedState:
 
     def __post_init__(self) -> None:
         self.ends_in_one_step: bool = ends_in_one_step(self.root)
+        self._writing = LRUCache[Any, bool](500)  # like SQLAlchemy's cache
         self.listen(self.root.dialect)
 
     def check_running(self, *, new_session: bool = False) -> None:
@@ -107,6 +109,18 @@ class SharedState:
         found: Statement | None = self._statements.get(compiled)
         if found is None:
             found = self._statements[compiled] = statement_of(compiled)
+        return found
+
+    def writes(self, statement: Any) -> bool:
+        """Return whether a statement writes, which is read once for each structure."""
+        # The private key of SQLAlchemy's own statement cache. To read every statement anew would
+        # cost a reader a twentieth of a request, more for a longer statement.
+        key: Any = getattr(statement, "_generate_cache_key", bool)()
+        if not key:
+            return writes(statement)
+        found: bool | None = self._writing.get(key.key)
+        if found is None:
+            found = self._writing[key.key] = writes(statement)
         return found
 
     def refuse_writes(

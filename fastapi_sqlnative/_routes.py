@@ -36,12 +36,24 @@ def applications_in(app: Starlette) -> list[Starlette]:
 
 def routes_with_a_database(app: Starlette) -> list[Any]:
     """List the routes that depend on one of our sessions or handles."""
-    return [route for route in routes_of(app.routes) if _uses(getattr(route, "dependant", None))]
+    return [route for route in routes_of(app.routes) if any(_opened_by(route))]
 
 
-def _uses(dependant: Dependant | None) -> bool:
-    below = [] if dependant is None else dependant.dependencies
-    return any(getattr(each.call, "opens", None) or _uses(each) for each in below)
+def only_reads(scope: Mapping[str, Any], name: str) -> bool:
+    """Return whether a request's route asks for no session of a database but the reader's."""
+    opened = {*_opened_by(_context_of(scope))}
+    return (name, "reader") in opened and (name, "session") not in opened
+
+
+def _opened_by(route: Any) -> Iterator[tuple[str, str]]:
+    """Yield the name of each database that a route depends on, and what it opens of it."""
+    below: list[Dependant] = getattr(getattr(route, "dependant", route), "dependencies", [])
+    for each in below:
+        opens = getattr(each.call, "opens", None)
+        if opens is None:
+            yield from _opened_by(each)
+        else:
+            yield getattr(each.call, "name", ""), opens
 
 
 def is_frontend(scope: Mapping[str, Any]) -> bool:
@@ -52,17 +64,20 @@ def is_frontend(scope: Mapping[str, Any]) -> bool:
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
     """Return a request's method and full route, `GET /api/orders/{id}`; `None` without a route."""
-    route = scope.get("route")
-    # The route of an included router lacks the prefix; only this context has it.
-    context = scope.get("fastapi", {}).get("effective_route_context")
-    found = context if getattr(context, "original_route", None) is route else route
-    pattern = getattr(found, "path", None)
+    pattern = getattr(_context_of(scope), "path", None)
     if pattern is None:
         return None
     # The part of root_path before the mount belongs to the server or a proxy.
     mount = scope.get("root_path", "")
     mount = mount.removeprefix(scope.get("app_root_path", mount)).rstrip("/")
     return f"{scope.get('method', 'WS')} {mount}{pattern}"
+
+
+def _context_of(scope: Mapping[str, Any]) -> Any:
+    route = scope.get("route")
+    # The route of an included router lacks what the inclusion adds; only this context has it.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    return context if getattr(context, "original_route", None) is route else route
 
 
 def _mounted(route: Any) -> Starlette | Router | None:

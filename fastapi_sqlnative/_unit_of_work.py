@@ -19,7 +19,7 @@ from . import exceptions
 from ._lifespan.functions import is_awaitable
 from ._lifespan.running import running_for
 from ._members import Member, check_partial, flush_and_prepare
-from ._routes import is_frontend
+from ._routes import is_frontend, only_reads
 from ._sessions import finishing
 from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
@@ -45,16 +45,12 @@ class UnitOfWork:
         self.cancelled: bool = False
         self.ends_at: float = math.inf  # the request's deadline, on the time.monotonic() clock
 
-    async def session(self, name: str) -> AnySession:
-        """Return the request's one session for a database."""
-        return await self._session(name, NO_OPTIONS)
-
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session of the same database, or an override's session itself."""
         beside = self._member_of(session)
-        if beside is None:
-            return session  # an override's session: the application's own
-        return await self._session(beside.state.name, AUTOCOMMIT)
+        if beside is None or beside.record.options is AUTOCOMMIT:
+            return session  # an override's session, the application's own, or already the reader
+        return await self.session(beside.state.name, AUTOCOMMIT)
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end, unless it comes from an override."""
@@ -74,23 +70,25 @@ class UnitOfWork:
     def _member_of(self, session: AnySession) -> Member | None:
         return next((each for each in self._members if each.session is session), None)
 
-    async def _session(self, name: str, options: TransactionOptions) -> AnySession:
+    async def session(self, name: str, options: TransactionOptions = NO_OPTIONS) -> AnySession:
+        """Return the request's one session for a database, or its one reader."""
         reads = options is AUTOCOMMIT
         for each in self._members:
             if each.state.name == name and (each.record.options is AUTOCOMMIT) is reads:
                 return each.session
         database = self._running.database(name)
-        has_place = False
+        may_leave = False
         # Not for a websocket, which would keep its place for as long as the client stays.
         if self.scope.get("type") == "http":  # scopes of FastStream and the like have no type
-            has_place = await self._running.admit(self, self.scope.get("route"), database)
+            may_leave = await self._running.admit(self, self.scope.get("route"), database)
+        if only_reads(self.scope, name) and not self._running.overrides:
+            options = AUTOCOMMIT  # get_db is asked for by the reader alone
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
         self._members.append(member)
-        # A `def` endpoint keeps its thread, which is what the place is for.
-        if has_place and self._is_awaitable:
+        if may_leave:
             loop = asyncio.get_running_loop()
             member.record.on_idle = functools.partial(self._released, loop)
             # It may wait for something else before its first statement.
@@ -113,14 +111,11 @@ class UnitOfWork:
     @property
     def may_be_cancelled(self) -> bool:
         """Return whether a cancellation loses no stored work and leaves no thread behind."""
-        too_late = self.cancelled or self.has_stored or not self._is_awaitable
+        awaits = is_awaitable(getattr(self.scope.get("route"), "endpoint", None))
+        too_late = self.cancelled or self.has_stored or not awaits
         return not too_late and all(
             isinstance(each.session, AsyncSession) for each in self._members
         )
-
-    @property
-    def _is_awaitable(self) -> bool:
-        return is_awaitable(getattr(self.scope.get("route"), "endpoint", None))
 
     async def finish(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Commit the marked sessions and roll back the rest, or all after an error; close all."""

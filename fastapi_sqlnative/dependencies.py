@@ -219,8 +219,8 @@ def transactional(
 def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
     """Depend on a session for reads that need no transaction.
 
-    It is a second session, in AUTOCOMMIT. Each query is one round trip and sees the data that is
-    committed at that moment, but not the uncommitted changes of the request's own transaction.
+    It is a session of its own, in AUTOCOMMIT. Each query is one round trip and sees the data that
+    is committed at that moment, but not the uncommitted changes of the request's own transaction.
 
     Args:
         name: the name given to `install_database`.

@@ -221,7 +221,10 @@ async def test_a_thread_that_waits_keeps_its_place(
 async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:
     """A request that lets go of one place while it waits for the next loses neither."""
     gate, database = Gate(), Database(sqlite())
-    uses_two = APIRoute("/", lambda: None)
+
+    async def endpoint() -> None: ...
+
+    uses_two = APIRoute("/", endpoint)
     gate.register(uses_two, Counter({database: 2}))
     places = [gate._connections, gate._threads]
     places[1].total_tokens = 1

@@ -157,6 +157,37 @@ def test_transactional_and_reader_can_be_overridden_alone(
     assert isinstance(given[1], AsyncSession if kind.asynchronous else Session)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_route_that_only_reads_may_be_made_to_write(
+    kind: Kind, app: FastAPI, rows: Rows, late: bool
+) -> None:
+    """An override with get_db, and what an override had replaced, get a session that commits."""
+
+    def write(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.commit()
+
+    def replaced() -> None: ...
+
+    writing = using(kind, Depends(get_db()), write)
+    route(
+        app,
+        kind,
+        "/",
+        reader(),
+        lambda _: None,
+        dependencies=[Depends(replaced if late else writing)],
+    )
+    if not late:
+        app.dependency_overrides[writing] = replaced
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        assert rows.names == []
+        app.dependency_overrides = {replaced: writing} if late else {}
+        assert served.post("/").status_code == 201
+    assert rows.names == ["a"]
+
+
 def test_an_override_ends_with_its_removal(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """Without the override the next request has a session of ours again, and commits it."""
     app.dependency_overrides[get_db()] = lambda: None

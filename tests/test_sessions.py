@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any
 
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, Request, Security
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, Security
 from fastapi.responses import Response, StreamingResponse
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine, insert, select, text
@@ -246,6 +246,43 @@ def test_a_connection_is_taken_at_the_first_statement(
     with serve(app) as served:
         assert served.post("/").status_code == 201
     assert held == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("beside", "opened"), [([], 1), ([Depends(get_db())], 2)])
+def test_a_route_that_only_reads_opens_one_session(
+    kind: Kind, make_engine: MakeEngine, beside: list[Any], opened: int
+) -> None:
+    """The session of get_db is not opened for the reader's sake; beside get_db it is another."""
+    sessions: list[object] = []
+    base: Any = AsyncSession if kind.asynchronous else Session
+
+    class Counted(base):  # type: ignore[misc] # the base depends on the kind
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            sessions.append(self)
+
+    app = make_app(make_engine(), session_options={"class_": Counted})
+    route(app, kind, "/", reader(), select_one, dependencies=beside)
+    with serve(app) as served:
+        sessions.clear()
+        assert served.post("/").status_code == 201
+    assert len(sessions) == opened
+
+
+def test_an_inclusion_may_add_a_transaction(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A route that only reads commits what the dependency of a later inclusion writes."""
+    app, router = make_app(make_engine()), APIRouter()
+    endpoint = using(kind, Depends(reader()), select_one)
+    router.post("/read", response_model=None)(endpoint)
+    app.include_router(router)
+    writing = [Depends(using(kind, Depends(transactional()), add("a")))]
+    with serve(app) as served:
+        assert served.post("/read").status_code == 200
+        app.include_router(router, prefix="/again", dependencies=writing)
+        assert served.post("/again/read").status_code == 200
+    assert rows.names == ["a"]
 
 
 @pytest.mark.driver_decides

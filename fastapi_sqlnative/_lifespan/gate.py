@@ -14,6 +14,7 @@ from .._drivers.pools import pool_capacity, pool_timeout
 from .._sessions.engines import sync_engine
 from .._sessions.holders import report_holders
 from ..databases import AnyDatabase, sessions_of
+from .functions import is_awaitable
 
 # The sessions that a request of a route opens, by database.
 Opened: TypeAlias = Counter[AnyDatabase]
@@ -37,6 +38,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.opened: dict[object, Opened] = {}  # by the route's `key_of`
+        self._awaits: dict[object, bool] = {}  # whether its endpoint does
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def register(self, route: object, opened: Opened) -> None:
@@ -46,8 +48,9 @@ class Gate:
             self._connections.total_tokens = self._max_with_several()
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
-        """Wait for a place, up to the pool's timeout; return whether `leave` must be called."""
-        several = self.opened.setdefault(key_of(route), Counter()).total() > 1
+        """Wait for a place, up to the pool's timeout; return whether it can be left early."""
+        key = key_of(route)
+        several = self.opened.setdefault(key, Counter()).total() > 1
         # Always in this order: acquiring two limiters in opposite orders could deadlock.
         limiters = [self._connections] if several else []
         if not isinstance(database.engine, AsyncEngine):
@@ -57,7 +60,11 @@ class Gate:
                 await _take(limiter, request, database)
                 # Look up again: the request may have released a place while it waited.
                 self._places[request] = [*self._places.get(request, ()), limiter]
-        return request in self._places
+        if request not in self._places:
+            return False
+        if key not in self._awaits:
+            self._awaits[key] = is_awaitable(getattr(route, "endpoint", None))
+        return self._awaits[key]  # a `def` endpoint keeps its thread, which the place is for
 
     def leave(self, request: object) -> None:
         for limiter in self._places.pop(request, ()):
@@ -94,10 +101,10 @@ class Gate:
 
 
 async def _take(limiter: anyio.CapacityLimiter, request: object, database: AnyDatabase) -> None:
-    timeout = pool_timeout(sync_engine(database.engine).pool)
     try:
         limiter.acquire_on_behalf_of_nowait(request)
     except anyio.WouldBlock:
+        timeout = pool_timeout(sync_engine(database.engine).pool)
         with anyio.move_on_after(timeout) as waiting:
             await limiter.acquire_on_behalf_of(request)
         if waiting.cancelled_caught:

@@ -39,14 +39,10 @@ def routes_with_a_database(app: Starlette) -> list[Any]:
     return [route for route in routes_of(app.routes) if any(_opened_by(route))]
 
 
-def only_reads(scope: Mapping[str, Any], name: str) -> bool:
-    """Return whether a request's route asks for no session of a database but the reader's."""
-    reads = False
-    for opened in _opened_by(_context_of(scope)):
-        if opened == (name, "session"):
-            return False  # at once, because most requests pass here
-        reads = reads or opened == (name, "reader")
-    return reads
+def only_reads(route: Any, name: str) -> bool:
+    """Return whether a route asks for no session of a database but the reader's."""
+    opened = {*_opened_by(route)}
+    return (name, "reader") in opened and (name, "session") not in opened
 
 
 def _opened_by(route: Any) -> Iterator[tuple[str, str]]:
@@ -68,7 +64,7 @@ def is_frontend(scope: Mapping[str, Any]) -> bool:
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
     """Return a request's method and full route, `GET /api/orders/{id}`; `None` without a route."""
-    pattern = getattr(_context_of(scope), "path", None)
+    pattern = getattr(route_of(scope), "path", None)
     if pattern is None:
         return None
     # The part of root_path before the mount belongs to the server or a proxy.
@@ -77,7 +73,8 @@ def name_of_route(scope: Mapping[str, Any]) -> str | None:
     return f"{scope.get('method', 'WS')} {mount}{pattern}"
 
 
-def _context_of(scope: Mapping[str, Any]) -> Any:
+def route_of(scope: Mapping[str, Any]) -> Any:
+    """Return a request's route, as it is included."""
     route = scope.get("route")
     # The route of an included router lacks what the inclusion adds; only this context has it.
     context = scope.get("fastapi", {}).get("effective_route_context")

@@ -19,7 +19,7 @@ from . import exceptions
 from ._lifespan.functions import is_awaitable
 from ._lifespan.running import running_for
 from ._members import Member, check_partial, flush_and_prepare
-from ._routes import is_frontend, only_reads
+from ._routes import is_frontend
 from ._sessions import finishing
 from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
@@ -81,7 +81,7 @@ class UnitOfWork:
         # Not for a websocket, which would keep its place for as long as the client stays.
         if self.scope.get("type") == "http":  # scopes of FastStream and the like have no type
             may_leave = await self._running.admit(self, self.scope.get("route"), database)
-        if only_reads(self.scope, name) and not self._running.overrides:
+        if not self._members and self._running.only_reads(self.scope, name):
             options = AUTOCOMMIT  # get_db is asked for by the reader alone
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()

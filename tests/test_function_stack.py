@@ -136,6 +136,23 @@ async def test_no_commit_comes_after_a_frontend(
     assert looking.stored[-1] == rows.names == ["kept"]
 
 
+@pytest.mark.skipif(not hasattr(FastAPI, "frontend"), reason="this FastAPI has no frontends")
+async def test_a_frontend_does_not_fail_for_a_late_route(
+    kind: Kind, engine: Engine, tmp_path: Path
+) -> None:
+    """Its request, which has no route, does not check a route that was added after start-up."""
+    (tmp_path / "index.html").write_text("home")
+    app = FastAPI(dependencies=[Depends(get_db())])
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    app.frontend("/", directory=tmp_path)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client,
+    ):
+        app.get("/late", dependencies=[Depends(get_db("elsewhere"))])(lambda: None)
+        assert (await client.get("/")).text == "home"
+
+
 # -- a framework that brings its own scope -----------------------------------------------------
 
 

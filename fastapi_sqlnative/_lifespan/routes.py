@@ -27,6 +27,7 @@ logger = logging.getLogger("fastapi_sqlnative")
 _FACTORIES: Final = (sessionmaker, async_sessionmaker)
 _HANDLES: Final = (Database, AsyncDatabase)
 _GIVEN: tuple[type, ...] = (Session, AsyncSession, *_HANDLES, *_FACTORIES)
+_ALL: Final = object()  # not None: a request for a file of app.frontend() has no route
 # Functions that make dependencies and are easily mistaken for dependencies, and how to call them.
 _MAKERS: Final[Mapping[Callable[..., Any], str]] = {
     dependencies.get_db: "get_db(name)",
@@ -38,7 +39,7 @@ _MAKERS: Final[Mapping[Callable[..., Any], str]] = {
 }
 
 
-def check_application(running: Running, *, late: bool = False, only: object = None) -> None:
+def check_application(running: Running, *, late: bool = False, only: object = _ALL) -> None:
     """Check all routes that have not been checked, and tell the gate what they open.
 
     `late`: the application's own lifespan has started. A name that is not installed is then only
@@ -52,11 +53,11 @@ def check_application(running: Running, *, late: bool = False, only: object = No
                 f"what the call returns. Use app.dependency_overrides[{called}]."
             )
     known = set(running.gate.opened)
-    if only is not None and key_of(only) in known:
+    if only is not _ALL and key_of(only) in known:
         return
     for context in routes_of(running.app.routes):
         route = _original(context)
-        if key_of(route) not in known and only in (None, route):
+        if key_of(route) not in known and only in (_ALL, route):
             try:
                 running.gate.register(route, _examine(running, context))
             except DatabaseNotInstalledError as error:

@@ -127,7 +127,7 @@ class Running:
         return any(each.installed.draining for each in (self, *self.above))
 
     async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
-        """Wait for a place in the gate if needed; return whether the request must leave it."""
+        """Wait for a place in the gate if needed; return whether it can be left early."""
         if self.examine and (self.overrides or key_of(route) not in self.gate.opened):
             self.examine(self, only=route)
         return await self.gate.enter(request, route, database)

@@ -248,7 +248,17 @@ def test_a_connection_is_taken_at_the_first_statement(
     assert held == [0, 1, 0]
 
 
-@pytest.mark.parametrize(("beside", "opened"), [([], 1), ([Depends(get_db())], 2)])
+class Shop:
+    """Be a dependency with an attribute that ours have too."""
+
+    opens = "09:00"
+
+    def __init__(self, session: Annotated[Any, Depends(get_db())]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("beside", "opened"), [([], 1), ([Depends(get_db())], 2), ([Depends(Shop)], 2)]
+)
 def test_a_route_that_only_reads_opens_one_session(
     kind: Kind, make_engine: MakeEngine, beside: list[Any], opened: int
 ) -> None:

@@ -685,6 +685,24 @@ async def test_the_tests_own_changes_that_cannot_be_stored(
     assert rows.names == []
 
 
+@pytest.mark.anyio
+async def test_changes_that_a_handles_block_cannot_store(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """Outside of a request, the block that would store the test's own changes fails."""
+    async with async_client(app), in_block(app, kind) as session:
+        own: Session = getattr(session, "sync_session", session)
+
+        def add_inside(handles: Session) -> None:
+            add("added")(handles)
+            handles.flush()
+            own.add(Item())  # without the name that it needs
+
+        with pytest.raises(IsolationError, match="cannot be stored"):
+            await in_handle(kind, add_inside)(installed_databases(app)["default"])
+    assert rows.names == []
+
+
 def test_a_refusal_that_is_swallowed_fails_the_block(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

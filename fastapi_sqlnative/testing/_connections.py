@@ -100,8 +100,11 @@ class IsolatedConnection:
         """Commit what the test's sessions have begun inside the application's transaction."""
         if savepoint == self.root:
             inside = [own for own in self._unused() if own.get_transaction() not in self._around]
-            with suppress(IsolationError):  # it is not the application's; the request raises it
+            try:
                 self._settle(inside)
+            except IsolationError:
+                if SERVED.get() is None:
+                    raise  # else the request raises it: the application must not see it
 
     def _unused(self) -> list[Session]:
         """Return the test's sessions that are not in use, because the test waits for this work."""

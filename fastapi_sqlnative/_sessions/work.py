@@ -44,7 +44,7 @@ class Work:
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:
-            # Without a row, no trigger of MySQL's has run.
+            # MySQL can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
             inserts = context.statement[:6].upper() == "INSERT"
             counted = counted or (inserts and context.dialect.name in _MYSQL)
             self.wrote = self.wrote or not (counted and matched_no_row(result, context))

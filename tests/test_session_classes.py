@@ -190,6 +190,31 @@ async def test_an_override_that_commits_nothing_fails_the_request(
     assert rows.names == []
 
 
+class Twice(Session):
+    """Be a class whose commit() commits again, in case something was written after the first."""
+
+    def commit(self) -> None:
+        super().commit()
+        super().commit()
+
+
+class Leaving(Session):
+    """Be a class whose commit() writes after its COMMIT."""
+
+    def commit(self) -> None:
+        super().commit()
+        add("left", flush=True)(self)
+
+
+async def test_an_override_may_commit_again(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A second COMMIT with nothing to store is no failure; what is left without one is."""
+    twice, leaving = ({"session_options": session_class(kind, each)} for each in (Twice, Leaving))
+    assert await ask(engine, kind, transactional(), add_a, **twice) == 201
+    with pytest.raises(UncommittedChangesError, match="super"):
+        await ask(engine, kind, transactional(), add("b"), **leaving)
+    assert rows.names == ["a", "b"]
+
+
 def with_argument(method: str, base: type[Any]) -> type[Any]:
     return type("Wanting", (base,), {method: lambda self, reason: None})
 

@@ -90,7 +90,7 @@ def _around_flush(session: Outermost, *_: object) -> None:
 def _after_commit(session: Outermost) -> None:
     record = session.sqlnative
     if record.committing:  # otherwise a savepoint was released
-        record.committed = True
+        record.committed = record.work.committed = True
         record.stored = record.stored or record.may_have_written
 
 

@@ -48,7 +48,8 @@ def commit(session: AnySession) -> None:
     if not (inner.in_transaction() or commit_is_observed(inner)):
         return  # SQLAlchemy's own commit would do nothing
     overridden = "commit" in record.state.overridden
-    wrote = overridden and (record.work.wrote or has_pending_changes(inner))
+    work = record.work
+    wrote = overridden and (work.wrote or has_pending_changes(inner))
     record.committed = False
     record.shielded = True  # by whoever finishes it
     try:
@@ -57,7 +58,7 @@ def commit(session: AnySession) -> None:
         if record.committed and not isinstance(error, AfterCommitError):
             raise record.state.error(AfterCommitError) from error  # by an override of commit()
         raise
-    if overridden and not record.committed and (wrote or record.count_unstored() > 0):
+    if overridden and ((wrote and not work.committed) or record.count_unstored() > 0):
         raise UncommittedChangesError(
             f"The session class's commit() has not committed the changes on database "
             f"{record.state.name!r}, which are lost. It must call super().commit(), and must not "

@@ -30,10 +30,10 @@ async def to_completion(
 ) -> None:
     """Await the work that `start` begins, shielded from cancellation until `timeout` has passed.
 
-    It runs in a task of its own, which begins only after a cancellation if `start` then `joins` the
-    work that it has begun, as in a thread with `once`. Two shields are needed: the task protects
-    from asyncio's one-time cancellation, the shielded scope from anyio's, which is raised again at
-    every await and would make the loop spin.
+    It runs in a task of its own. If `start` can be called again and then `joins` the work that has
+    begun (see `once`), there is a task only after a cancellation. Two shields are needed: the task
+    protects from asyncio's one-time cancellation, the shielded scope from anyio's, which is raised
+    again at every await and would make the loop spin.
 
     The timeout counts from the cancellation, which has begun if the caller is `cancelled`. The
     names of the `databases` are for the log.

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar, Token
 from typing import Annotated, Any
 
 import httpx
@@ -241,7 +242,7 @@ async def test_an_untouched_sync_session_costs_no_thread(
 async def test_beside_an_asynchronous_session_the_commit_runs_in_a_thread(
     make_engine: MakeEngine, postgres: WorkerPostgres, rows: Rows, second_rows: Rows, first: str
 ) -> None:
-    """A request with sessions of both kinds commits both, the synchronous one off the loop."""
+    """Both are committed, the synchronous one off the loop, with its listeners in one context."""
     engine = make_engine()
     other = create_async_engine(postgres.second.url("psycopg"))
     app = FastAPI()
@@ -250,12 +251,15 @@ async def test_beside_an_asynchronous_session_the_commit_runs_in_a_thread(
         install_database(app, name=name, engine=each, shutdown=each.dispose)
     threads: list[int] = []
     event.listen(engine, "commit", lambda _: threads.append(threading.get_ident()))
+    variable, tokens = ContextVar[bool]("flushed"), list[Token[bool]]()
 
     @app.post("/")
     async def endpoint(
         session: Annotated[Session, Depends(transactional("synchronous"))],
         beside: Annotated[AsyncSession, Depends(transactional("asynchronous"))],
     ) -> int:
+        event.listen(session, "before_flush", lambda *_: tokens.append(variable.set(True)))
+        event.listen(session, "after_commit", lambda _: variable.reset(tokens.pop()))
         session.add(Item(name="a"))
         beside.add(Item(name="b"))
         return threading.get_ident()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import threading
@@ -179,9 +180,11 @@ def perform(session: AnySession, operation: Operation) -> None:
     """Run an operation here, or in a thread if it could block the event loop."""
     if isinstance(session, AsyncSession):
         return operation(session)
-    on_loop = record_of(session).loop_thread == threading.get_ident()
-    if on_loop and waits(session):
-        work = partial(operation, session)
+    record = record_of(session)
+    if record.loop_thread == threading.get_ident() and waits(session):
+        # One context for all its threads: a listener may reset another's context variable.
+        record.context = record.context or contextvars.copy_context()
+        work = partial(record.context.run, operation, session)
         return await_only(to_completion(partial(_run_for, [session], work)))
     return operation(session)
 

@@ -29,6 +29,7 @@ class Record(Holder):
     commits: bool = False  # our code commits the session at the end
     finished: bool = False  # the request or block has ended
     shielded: bool = False  # from cancellation, while it is finished
+    context: Any = None  # of the threads that finish it beside an asynchronous one
     ending: bool = False  # an override of close() and the like may still use it
     begun: BegunTransaction | None = None  # the one handed out by begin()
     closed: bool = False  # by the application

@@ -8,16 +8,21 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import (
+    ClauseElement,
     Column,
     Engine,
+    Executable,
     Integer,
     MetaData,
+    Sequence,
     Table,
     create_engine,
     delete,
     event,
     exists,
+    func,
     insert,
+    lambda_stmt,
     literal,
     select,
     text,
@@ -25,8 +30,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateTable
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from fastapi_sqlnative import (
     AsyncDatabase,
@@ -413,6 +420,29 @@ STATEMENTS: dict[str, Any] = {
 }
 
 
+TEXT = text("INSERT INTO item (name) VALUES ('never') RETURNING id, name")
+
+
+class InsertFromSelect(Executable, ClauseElement):
+    """The construct of SQLAlchemy's documentation."""
+
+    inherit_cache = False
+
+
+@compiles(InsertFromSelect, "postgresql")
+def _compile(_element: InsertFromSelect, _compiler: SQLCompiler, **_: Any) -> str:
+    return "INSERT INTO item (name) SELECT 'never'"
+
+
+STATEMENTS |= {
+    "text-from-statement": select(Item).from_statement(TEXT),
+    "text-columns": select(Item).from_statement(TEXT.columns(items.c.id, items.c.name)),
+    "text-cte": select(TEXT.columns(items.c.id, items.c.name).cte("new")),
+    "text-lambda": lambda_stmt(lambda: TEXT),
+    "construct": InsertFromSelect(),
+}
+
+
 def executing(statement: Any) -> Callable[[Session], None]:
     def body(session: Session) -> None:
         session.execute(statement)
@@ -463,6 +493,22 @@ def test_a_reader_reads_what_looks_like_a_write(
     route(app, kind, "/", reader(), lambda session: len(session.execute(text(sql)).all()))
     with serve(app) as served:
         assert served.post("/").status_code == 201
+
+
+def test_a_reader_executes_what_is_no_statement(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A function whose name is a keyword, and a sequence, are executed by the reader too."""
+    app = make_app(engine)
+
+    def body(session: Session) -> Any:
+        next_id: Any = Sequence("item_id_seq")
+        with pytest.deprecated_call():
+            assert session.execute(next_id) is not None
+        return session.scalar(func.replace("a", "a", "b"))
+
+    route(app, kind, "/", reader(), body)
+    with serve(app) as served:
+        answer = served.post("/")
+        assert (answer.status_code, answer.json()) == (201, "b")
 
 
 def test_an_error_in_a_reader_ends_nothing(kind: Kind, engine: Engine, rows: Rows) -> None:

@@ -4,10 +4,11 @@ import re
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import TextClause
-from sqlalchemy.engine import CursorResult, ExecutionContext
+from sqlalchemy import ClauseElement
+from sqlalchemy.engine import CursorResult, Dialect, ExecutionContext
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.functions import FunctionElement
 
 
 class Effect(Enum):
@@ -52,17 +53,30 @@ def matched_no_row(result: CursorResult[Any], context: ExecutionContext) -> bool
     return result.rowcount == 0 or result.returned_defaults_rows == []
 
 
-def writes(statement: Any) -> bool:
+def writes(statement: Any, dialect: Dialect | None = None) -> bool:
     """Return whether a statement writes, before it is sent; functions that write go unnoticed."""
-    # `is_text` is True for text().columns(), but False for text().
-    if isinstance(statement, str | TextClause) or getattr(statement, "is_text", False):
-        sql = _without_literals(str(statement))
-        return any(
-            pattern.match(sql) for pattern in (_FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP)
-        ) or bool(_WRITING.search(sql))
+    if isinstance(statement, str):
+        return _text_writes(statement)
     if isinstance(statement, ExecutableDDLElement):
         return True
-    return any(getattr(part, "is_dml", False) for part in visitors.iterate(statement))
+    if not isinstance(statement, ClauseElement):
+        return False  # a sequence, or what SQLAlchemy is about to refuse
+    for part in visitors.iterate(statement):
+        # `is_text` is True for text().columns(), but False for text().
+        if getattr(part, "is_dml", False) or (
+            getattr(part, "is_text", False) and _text_writes(str(part))
+        ):
+            return True
+    # Text, also in from_statement() or a lambda, and the application's own constructs.
+    opaque = not (getattr(statement, "is_select", False) or isinstance(statement, FunctionElement))
+    return opaque and _text_writes(str(statement.compile(dialect=dialect)))
+
+
+def _text_writes(text: str) -> bool:
+    sql = _without_literals(text)
+    return any(
+        pattern.match(sql) for pattern in (_FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP)
+    ) or bool(_WRITING.search(sql))
 
 
 # -- text ----------------------------------------------------------------------------------------

@@ -117,10 +117,10 @@ class SharedState:
         # cost a reader a twentieth of a request, more for a longer statement.
         key: Any = getattr(statement, "_generate_cache_key", bool)()
         if not key:
-            return writes(statement)
+            return writes(statement, self.root.dialect)
         found: bool | None = self._writing.get(key.key)
         if found is None:
-            found = self._writing[key.key] = writes(statement)
+            found = self._writing[key.key] = writes(statement, self.root.dialect)
         return found
 
     def refuse_writes(

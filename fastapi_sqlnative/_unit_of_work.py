@@ -24,7 +24,7 @@ from ._sessions import finishing
 from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.session import AnySession
-from .databases import AsyncDatabase, sessions_of
+from .databases import AnyDatabase, AsyncDatabase, sessions_of
 
 # Seconds after which a request without a connection gives up its place in the gate.
 _IDLE: Final = 0.1
@@ -142,11 +142,16 @@ class UnitOfWork:
         """Wait for a place again, in the greenlet or thread that wants a connection."""
         member.record.on_wanted = None
         database = self._running.database(member.state.name)
-        entered = self._running.admit(self, self.scope.get("route"), database)
+        entering = self._enter_again(database)
         if isinstance(database, AsyncDatabase):
-            await_only(entered)
+            await_only(entering)
         else:  # in any thread, for example asyncio.to_thread()'s
-            asyncio.run_coroutine_threadsafe(_without_thread(entered), loop).result()
+            asyncio.run_coroutine_threadsafe(_without_thread(entering), loop).result()
+
+    async def _enter_again(self, database: AnyDatabase) -> None:
+        await self._running.admit(self, self.scope.get("route"), database)
+        if any(each.record.finished for each in self._members):
+            self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 
     # From here on: plain code that runs in a greenlet or a thread.
 
@@ -174,11 +179,11 @@ class UnitOfWork:
         return [each for each in self._members if each is not member]
 
 
-async def _without_thread(entered: Coroutine[Any, Any, bool]) -> None:
+async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
     """Let others use one more thread while one waits: those in the gate need threads to leave."""
     limiter = anyio.to_thread.current_default_thread_limiter()
     limiter.total_tokens += 1
     try:
-        await entered
+        await entering
     finally:
         limiter.total_tokens -= 1

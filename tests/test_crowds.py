@@ -28,7 +28,7 @@ from fastapi_sqlnative import (
     reader,
 )
 from fastapi_sqlnative._lifespan.gate import Gate
-from fastapi_sqlnative._lifespan.running import running_of
+from fastapi_sqlnative._lifespan.running import Running, running_of
 from tests.conftest import MakeEngine
 from tests.in_process import running, sqlite
 from tests.serving import KINDS, Kind, Rows, route, using
@@ -216,6 +216,49 @@ async def test_a_thread_that_waits_keeps_its_place(
         assert running_of(app).gate._threads.borrowed_tokens == 1
         leave.set()
         assert (await request).status_code == 201
+
+
+@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
+    kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is cancelled while its thread waits to come back holds no place for ever."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+    idle, leave, waits, done = asyncio.Event(), asyncio.Event(), asyncio.Event(), threading.Event()
+    enter = Running.admit
+
+    async def admit(*args: Any) -> bool:
+        waits.set()  # seen when this waits for a place
+        return await enter(*args)
+
+    def come_back(session: Session) -> None:
+        try:
+            ask(session)
+        finally:
+            done.set()
+
+    async def endpoint(session: Annotated[Any, Depends(get_db())]) -> None:
+        idle.set()
+        await leave.wait()
+        await asyncio.to_thread(come_back, session)
+
+    app.post("/")(endpoint)
+    async with running(app) as client:
+        request = asyncio.create_task(client.post("/"))
+        await first_of(idle.wait(), request)
+        places = running_of(app).gate._threads
+        for _ in range(5):
+            await asyncio.sleep(0)  # what opening the session has scheduled on the event loop
+        places.total_tokens = 1
+        await places.acquire_on_behalf_of(app)
+        monkeypatch.setattr(Running, "admit", admit)
+        leave.set()
+        await first_of(waits.wait(), request)
+        request.cancel()
+        await asyncio.wait({request})
+        places.release_on_behalf_of(app)
+        assert await run_sync(done.wait, 30)
+        assert places.borrowed_tokens == 0
 
 
 async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:

@@ -24,7 +24,7 @@ class Work:
     handed_out: bool = False  # a connection, so anything may have been sent
     defined: bool = False  # DDL has run
     undone: bool = False  # a savepoint was rolled back
-    committed: bool = False
+    committed: bool = False  # even if a later, empty COMMIT has reset the record's
     # What had been written when a savepoint began, by its name or its depth.
     _savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, float]]] | None = None
 

@@ -15,13 +15,14 @@ from ._sessions.work import has_pending_changes
 class Member:
     """A session of the request, with its synchronous session, its record and its database."""
 
-    __slots__ = ("inner", "record", "session", "state")
+    __slots__ = ("asked_again", "inner", "record", "session", "state")
 
     def __init__(self, session: AnySession) -> None:
         self.session = session
         self.inner = sync_session(session)
         self.record = self.inner.sqlnative
         self.state = self.record.state
+        self.asked_again = False  # so that others than the first have it
 
     def set_options(self, options: TransactionOptions) -> None:
         """Set the transaction's options, unless it is too late for them."""

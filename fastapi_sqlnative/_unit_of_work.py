@@ -50,7 +50,11 @@ class UnitOfWork:
         beside = self._member_of(session)
         if beside is None or beside.record.options is AUTOCOMMIT:
             return session  # an override's session, the application's own, or already the reader
-        return await self.session(beside.state.name, AUTOCOMMIT)
+        name = beside.state.name
+        if beside.asked_again or not self._running.only_reads(self.scope, name):
+            return await self.session(name, reads=True)
+        beside.record.options = AUTOCOMMIT  # nobody else has it: FastAPI got it for the reader
+        return session
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end, unless it comes from an override."""
@@ -70,21 +74,20 @@ class UnitOfWork:
     def _member_of(self, session: AnySession) -> Member | None:
         return next((each for each in self._members if each.session is session), None)
 
-    async def session(self, name: str, options: TransactionOptions = NO_OPTIONS) -> AnySession:
+    async def session(self, name: str, *, reads: bool = False) -> AnySession:
         """Return the request's one session for a database, or its one reader."""
-        reads = options is AUTOCOMMIT
         for each in self._members:
             if each.state.name == name and (each.record.options is AUTOCOMMIT) is reads:
+                each.asked_again = True
                 return each.session
         database = self._running.database(name)
         may_leave = False
         # Not for a websocket, which would keep its place for as long as the client stays.
         if self.scope.get("type") == "http":  # scopes of FastStream and the like have no type
             may_leave = await self._running.admit(self, self.scope.get("route"), database)
-        if not self._members and self._running.only_reads(self.scope, name):
-            options = AUTOCOMMIT  # get_db is asked for by the reader alone
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
+        options = AUTOCOMMIT if reads else NO_OPTIONS
         member = Member(factory.open(options, loop_thread=loop_thread))
         member.record.request = self.scope
         self._members.append(member)

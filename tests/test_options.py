@@ -1,5 +1,6 @@
 """Rules 3 and 10: isolation level, read-only and reader, as the server itself sees them."""
 
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,33 @@ def test_a_reader_is_beside_the_transaction(
         for other, pid, names in others
     )
     assert rows.names == ["pending"]
+
+
+async def by_hand(request: Request) -> Any:
+    return await get_db()(request)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("unseen", [by_hand, functools.partial(get_db())], ids=["hand", "partial"])
+def test_a_reader_leaves_get_db_to_what_start_up_cannot_see(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, unseen: Any, first: bool
+) -> None:
+    """A get_db that is called by hand or through a partial can be written to beside a reader."""
+    app = make_app(make_engine(pool_size=2, max_overflow=0))
+
+    def write(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.commit()
+
+    def read(session: Session) -> list[str]:
+        return list(session.scalars(select(Item.name)))
+
+    writing, reading = Depends(using(kind, Depends(unseen), write)), Depends(reader())
+    first_one = writing if first else reading
+    route(app, kind, "/", reader(), read, dependencies=[first_one, writing])
+    with serve(app) as served:
+        answer = served.post("/")
+    assert (answer.status_code, answer.json(), rows.names) == (201, ["a"], ["a"])
 
 
 def flush(session: Session) -> None:

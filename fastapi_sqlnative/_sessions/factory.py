@@ -46,6 +46,7 @@ class Outermost(Session):
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
         if record.options is AUTOCOMMIT and _TAKES_OPTIONS:
+            self.execution_options = self.execution_options.union(_AUTOCOMMIT)
             return bind
         return record.engine_for(bind)
 
@@ -128,10 +129,6 @@ class SessionFactory:
         if self.asynchronous:
             base = self._options.pop("sync_session_class", None) or base.sync_session_class
         self.native: Any = native_class(base)
-        self._reader_options = self._options
-        if _TAKES_OPTIONS:
-            reading = dict(self._options.get("execution_options", {})) | _AUTOCOMMIT
-            self._reader_options = self._options | {"execution_options": reading}
         self._look_for_overrides()
 
     def _check_options(self) -> None:
@@ -192,12 +189,10 @@ class SessionFactory:
     ) -> AnySession:
         """Open a session, which has no connection yet. The caller finishes it."""
         self.state.check_running(new_session=True)
-        given = self._options
-        if options is AUTOCOMMIT:
-            given = self._reader_options
-        elif options is not NO_OPTIONS:
+        if options not in (NO_OPTIONS, AUTOCOMMIT):
             options.check_known_to(self.state.root.dialect, self.state.name)
         session: AnySession
+        given = self._options
         if self.asynchronous:
             session = self.class_(bind=self._engine, sync_session_class=self.native, **given)
         else:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, cast
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.util import immutabledict
 
 from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
@@ -23,9 +24,6 @@ class IsolatedSession(NativeSession):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
-        if "execution_options" in options:  # the open connection can't change its isolation level
-            options["execution_options"] = dict(options["execution_options"])
-            options["execution_options"].pop("isolation_level", None)
         super().__init__(*args, **options)
         self.isolated: set[IsolatedConnection] = set()
         joins_flow(self)
@@ -35,6 +33,10 @@ class IsolatedSession(NativeSession):
         bind = super().get_bind(*args, **arguments)
         if not (isinstance(bind, Engine) and self.sqlnative.executing):
             return bind
+        # The open connection can't change its isolation level. SQLAlchemy 2.0 sets none here.
+        given = getattr(self, "execution_options", {})
+        kept = {key: given[key] for key in given if key != "isolation_level"}
+        self.execution_options = immutabledict(kept)
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
         self.isolated.add(isolated)

@@ -138,8 +138,10 @@ class SessionDependency(DatabaseDependency):
     ) -> AnySession:
         """Return the request's session, opening it at the first call."""
         work = unit_of(connection)
+        if self.options is None or session is _NO_REQUEST:  # called by hand, with a request
+            session = await work.session(self.name)
         if self.options is None:
-            return await work.session(self.name)
+            return session
         if self.options is AUTOCOMMIT:
             return await work.reader(session)
         work.enlist(session, self.options)

@@ -374,6 +374,31 @@ async def by_hand(request: Request) -> Any:
     return await get_db()(request)
 
 
+def test_dependencies_that_are_called_by_hand(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """Given the request alone, transactional() commits its session and reader() reads."""
+    app = make_app(engine)
+    called: Any = transactional(), reader()
+
+    async def writing(request: Request) -> Any:
+        return await called[0](request)
+
+    async def reading(request: Request) -> Any:
+        return await called[1](request)
+
+    def write(session: Session) -> None:
+        session.add(Item(name="a"))
+
+    def read(session: Session) -> list[str]:
+        return list(session.scalars(select(Item.name)))
+
+    route(app, kind, "/", writing, write)
+    route(app, kind, "/read", reading, read)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+        assert served.post("/read").json() == ["a"]
+    assert rows.names == ["a"]
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 @pytest.mark.parametrize("unseen", [by_hand, functools.partial(get_db())], ids=["hand", "partial"])
 def test_a_reader_leaves_get_db_to_what_start_up_cannot_see(

@@ -3,7 +3,11 @@
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from datetime import datetime
+from decimal import Decimal
+from enum import Enum
+from typing import Annotated, Any, Literal, TypedDict
+from uuid import UUID
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -115,9 +119,21 @@ def of_both_colours(session: Annotated[Any, Depends(get_db())]) -> Any:
     return session
 
 
+class Facade(Repository):
+    """Be a class with a method like a session's."""
+
+    def execute(self, statement: object) -> "Facade":
+        return self
+
+
+def wraps(session: Annotated[Any, Depends(get_db())]) -> Any:
+    session = Facade(session)
+    return session.execute(text("SELECT 1")).session
+
+
 @pytest.mark.parametrize(
     "dependency",
-    [passes_on, returns, Repository, gives_a_report, gives_a_lambda, of_both_colours],
+    [passes_on, returns, Repository, gives_a_report, gives_a_lambda, of_both_colours, wraps],
 )
 async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None:
     """One that only hands the session on starts, and whoever gets it can use it."""
@@ -176,6 +192,23 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
         assert (await client.get("/items")).json() == 7
 
 
+async def test_the_advice_for_data_works_as_written() -> None:
+    """Where only the returned value shows that it is data, a return annotation lets it start."""
+    app = with_database()
+
+    async def read(session: Db):  # type: ignore[no-untyped-def] # as in FastAPI's tutorial
+        return await session.scalar(text("SELECT 7"))
+
+    async def logs(value: Annotated[Any, Depends(read)]) -> AsyncGenerator[None]:
+        yield
+
+    app.add_api_route("/items", lambda: 7, dependencies=[Depends(logs)])
+    with pytest.raises(DatabaseDependencyError, match="annotate the return type"):
+        await start_and_stop(app)
+    read.__annotations__["return"] = int
+    await start_and_stop(app)
+
+
 class Visitor(BaseModel):
     """Be what a request is about, which holds no session."""
 
@@ -211,6 +244,27 @@ async def logs_row(member: Annotated[Member | None, Depends(visitor)]) -> AsyncG
     logging.getLogger(__name__).info("%s has left", member)
 
 
+class Role(Enum):
+    """Be what a visitor may be."""
+
+    READER = 1
+
+
+class Found(TypedDict):
+    """Be what was read of a visitor."""
+
+    id: int
+
+
+def given(value: Any) -> Callable[..., AsyncGenerator[None]]:
+    async def logs_value(value: Annotated[Any, Depends(visitor)]) -> AsyncGenerator[None]:
+        yield
+        logging.getLogger(__name__).info("%s has left", value)
+
+    logs_value.__annotations__["value"] = Annotated[value, Depends(visitor)]
+    return logs_value
+
+
 async def saves(repository: Annotated[Repository, Depends(repository)]) -> AsyncGenerator[None]:
     yield
     await repository.session.commit()  # that is the mistake
@@ -243,7 +297,8 @@ async def saves_second(
     await given[1].commit()  # that is the mistake
 
 
-WITH_DATA = [logs, logs_row]
+VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal]
+WITH_DATA: list[Any] = [logs, logs_row, *map(given, VALUES)]
 WITH_SESSION = [saves, saves_any, saves_one, saves_second]
 
 

@@ -7,12 +7,18 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Final, Union, get_args, get_origin
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, is_typeddict
+from uuid import UUID
 
 from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+# Classes of values, which hold no session.
+_VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID)
 _AWAITED: Final = frozenset(
     name for name, each in vars(AsyncSession).items() if inspect.iscoroutinefunction(each)
 )
@@ -101,7 +107,7 @@ def _is_data(kind: type) -> bool:
     builtin = kind.__module__ == "builtins" and kind is not object
     # A class with deferred reflection gets its mapper later, and inspect() would raise until then.
     mapped = hasattr(kind, "__mapper__") or hasattr(kind, "__tablename__")
-    return builtin or mapped or issubclass(kind, BaseModel)
+    return builtin or mapped or is_typeddict(kind) or issubclass(kind, _VALUES)
 
 
 def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
@@ -114,6 +120,8 @@ def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
     if value is not None:
         return classes_in(value, inside=inside)
     origin = get_origin(annotation)
+    if origin is Literal:
+        return [type(each) for each in get_args(annotation)]
     if origin is Annotated:
         return classes_in(get_args(annotation)[0], inside=inside)
     union = origin in (Union, types.UnionType)
@@ -134,9 +142,16 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
         # Some functions have no source, or source that can't be parsed on its own.
         with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-            if any(_drops(node, parameter) for node in _within(tree, parameter)):
+            rebound = any(_rebinds(node, parameter) for node in ast.walk(tree))
+            if not rebound and any(_drops(node, parameter) for node in _within(tree, parameter)):
                 return True
     return False
+
+
+def _rebinds(node: ast.AST, parameter: str) -> bool:
+    """Return whether a node gives the name another value, by an assignment, `with` or `for`."""
+    is_store = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    return is_store and ast.unparse(node) == parameter
 
 
 def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:

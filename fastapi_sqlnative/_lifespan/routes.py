@@ -149,7 +149,8 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
             f"the generator {above} depends on the session of database {name!r}, but exits after "
             "the response is sent, when the session is finished. Return the session instead of "
             f'yielding it, or declare it with Depends({above}, scope="function"). Override a '
-            f"library's generator with a function that returns the session of get_db({name!r})."
+            f"library's generator with a function that returns the session of get_db({name!r}). "
+            "If it gets only data, annotate the return type of the function that reads it."
         )
 
 

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from contextvars import copy_context
 from typing import Annotated, Any
 
@@ -485,6 +485,27 @@ def test_a_block_within_a_block_that_has_sent_nothing(
         for how in "commit", "flush", "add", "outer":
             with subtests.test(how):
                 check(client, how)
+
+
+@pytest.mark.parametrize("ends", ["request", "commit", "rollback", "close", "block", "begun"])
+def test_an_outer_session_that_ends_around_an_inner_one(
+    app: FastAPI, ends: str, rows: Rows
+) -> None:
+    """Sessions of nested blocks end in any order, whichever began inside the other."""
+    with TestClient(app) as client:
+        with isolated(app) as outer, isolated(app) as inner:
+            with outer.begin() if ends == "begun" else nullcontext():
+                add("outer")(outer)
+                outer.flush()
+                add("inner")(inner)
+                inner.flush()
+            if ends in ("commit", "rollback", "close"):
+                getattr(outer, ends)()
+            if ends != "block":
+                kept = [] if ends in ("rollback", "close") else ["inner", "outer"]
+                assert client.post("/names").json() == names(outer) == names(inner) == kept
+        assert client.post("/names").json() == []
+    assert rows.names == []
 
 
 @on_a_loop

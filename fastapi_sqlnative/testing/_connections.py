@@ -31,7 +31,6 @@ _ENDS: Final = re.compile(
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
 _IN_MEMORY: Final = (StaticPool, SingletonThreadPool)
-# Constraints that are initially deferred.
 _DEFERRED: Final = """
 SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace n ON n.oid = connamespace
@@ -49,7 +48,8 @@ class IsolatedConnection:
     home: Callable[[], asyncio.AbstractEventLoop | None]  # returns the application's event loop
     # The open blocks, each with its transaction once there is a connection.
     blocks: dict[Any, Transaction | None] = field(default_factory=dict[Any, Transaction | None])
-    own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])  # to blocks
+    # The test's sessions, each with its block, in the order in which their savepoints began.
+    own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])
     loop: asyncio.AbstractEventLoop | None = None  # the event loop of the connection
     _connection: Connection | None = None
     # The savepoint that stands for the application's transaction, and whether it is about to begin.
@@ -79,7 +79,7 @@ class IsolatedConnection:
         self.turn.take(session, self, transaction=transaction)
         try:
             connection = self.opened()
-            self._settle(self._unused(), explicit=False)
+            self.settle(self._unused(), explicit=False)
             if transaction:
                 self._around = {own.get_transaction() for own in self.own_sessions}
         except BaseException:
@@ -101,16 +101,16 @@ class IsolatedConnection:
             inside = [own for own in self._unused() if own.get_transaction() not in self._around]
             # A request raises the error at its end: the application must not see it.
             with suppress(IsolationError) if SERVED.get() else nullcontext():
-                self._settle(inside)
+                self.settle(inside)
 
     def _unused(self) -> list[Session]:
         """Return the test's sessions that are not in use, because the test waits for this work."""
         requested = (SERVED.get() or {}).get("type") in ("http", "websocket")
         return [own for own in self.own_sessions if requested or in_flow(own)]
 
-    def _settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
+    def settle(self, sessions: Iterable[Session], *, explicit: bool = True) -> None:
         """Commit the test's changes; if not `explicit`, only flush a transaction it has begun."""
-        for own in [*sessions]:
+        for own in reversed([*sessions]):  # a savepoint ends with those around it
             begun = own.get_nested_transaction() or own.get_transaction()
             if begun is None:
                 continue
@@ -216,7 +216,7 @@ class IsolatedConnection:
 
     def _enter(self, block: object) -> None:
         with self.turn.during(block, self):
-            self._settle(self.own_sessions)
+            self.settle(self.own_sessions)
             self.blocks[block] = None
             self.opened()
 
@@ -236,7 +236,7 @@ class IsolatedConnection:
             self.turn.release(block)
 
     def _undo(self, block: object) -> None:
-        for session, its in [*self.own_sessions.items()]:
+        for session, its in reversed([*self.own_sessions.items()]):
             with self.turn.during(session):
                 if its is block:
                     session.close()
@@ -257,7 +257,7 @@ class IsolatedConnection:
 
     def close(self) -> None:
         """Roll back everything, because the last block or the application ends."""
-        for session in self.own_sessions:
+        for session in reversed(self.own_sessions):
             with self.turn.during(session):
                 session.close()
         connection, self._connection, self.loop, self.root = self._connection, None, None, ""

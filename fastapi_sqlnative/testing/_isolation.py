@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import ORMExecuteState, Session
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.util.concurrency import in_greenlet
 from starlette.applications import Starlette
 
@@ -22,14 +22,7 @@ from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
 from ._sessions import IsolatedSession, OwnSession
-from ._targets import (
-    IsolationError,
-    is_one_database,
-    observing,
-    places,
-    ready_engine,
-    running_loop,
-)
+from ._targets import IsolationError, is_one_database, observing, places, ready_engine, running_loop
 from ._turns import Turn, joins_flow, marking_requests
 
 T = TypeVar("T")
@@ -122,6 +115,7 @@ class Isolated:
                 "after_transaction_create": self._track_session,
                 "before_flush": self._track_session,
                 "do_orm_execute": self._track_session,  # before a first query has its connection
+                "after_begin": self._order_session,
                 "before_commit": self._check_deferred,
             }
             for hook, listener in hooks.items():
@@ -242,6 +236,12 @@ class Isolated:
             if each.own_sessions.get(own) is self and not own.in_nested_transaction():
                 own.flush()
                 each.check_deferred()
+
+    def _order_session(self, own: Session, transaction: SessionTransaction, _: Connection) -> None:
+        """Note that a session's savepoint is the innermost."""
+        for each in self.connections:
+            if each.own_sessions.get(own) is self and not transaction.nested:
+                each.own_sessions[own] = each.own_sessions.pop(own)
 
     def _track_session(self, using: Session | ORMExecuteState, *_: object) -> None:
         """Track a session of the test when it begins, and bind it to the connection if needed.

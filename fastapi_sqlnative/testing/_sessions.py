@@ -111,15 +111,22 @@ class OwnSession(Session):
 
         def work() -> Any:
             with self.turn.during(self, isolated):
+                if method.__name__ in _ENDS:  # store what other sessions have begun inside
+                    others = [*isolated.own_sessions, self]
+                    isolated.settle(others[others.index(self) + 1 : -1])
                 return call()
 
         return isolated.run(work) if self.crosses else work()
 
 
+_UNDO = ("close", "rollback", "reset")
+_ENDS = (*_UNDO, "commit", "__exit__")
+
+
 def _has_turn(name: str) -> Callable[..., Any]:
     def method(self: OwnSession, *args: Any, **options: Any) -> Any:
         call = getattr(super(OwnSession, self), name)
-        if name in ("close", "rollback", "reset") and not self.in_transaction():
+        if name in _UNDO and not self.in_transaction():
             return call(*args, **options)  # the event loop may already be closed
         return self.in_turn(call, *args, **options)
 
@@ -128,7 +135,7 @@ def _has_turn(name: str) -> Callable[..., Any]:
 
 _LOADS = ("execute", "scalars", "scalar")  # all others call `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
-for _name in (*_LOADS, *_BULK, "connection", "flush", "commit", "rollback", "close", "reset"):
+for _name in (*_LOADS, *_BULK, *_UNDO, "connection", "flush", "commit"):
     setattr(OwnSession, _name, _has_turn(_name))
 
 

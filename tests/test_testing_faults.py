@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from sqlalchemy import (
     Column,
     Engine,
@@ -308,3 +308,13 @@ def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient) -> None
         client.post("/names")
         with pytest.raises(exc.TimeoutError):
             client.post("/add")
+
+
+def test_the_route_is_the_one_that_was_included(app: FastAPI, client: TestClient) -> None:
+    """A failure for the declared path of an included router hits no other inclusion of it."""
+    router = APIRouter(routes=app.routes)
+    app.include_router(router, prefix="/{tenant}")
+    with fail_next_checkout(app, route="/{tenant}/names"):
+        client.post("/names")
+        with pytest.raises(exc.TimeoutError):
+            client.post("/one/names")

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, event, exc
 from starlette.applications import Starlette
 
 from .._lifespan.running import running_of
+from .._routes import name_of_route
 from .._sessions.record import Record
 from .._sessions.session import NativeSession
 from .._sessions.shared import SharedState
@@ -165,8 +166,8 @@ def _fault(
 
     def happens() -> bool:
         scope = SERVED.get() or {}
-        paths = scope.get("path"), getattr(scope.get("route"), "path", None)
-        if met or route not in (None, *paths):
+        declared = (name_of_route(scope) or "").partition(" ")[2]
+        if met or route not in (None, scope.get("path"), declared):
             return False
         met.append(failure)
         return True

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
-from sqlalchemy import Engine, StaticPool, create_engine, event, select, text
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -585,6 +585,28 @@ def test_a_session_that_cannot_be_made_leaves_no_block_behind(
         Failing.fails = False
         assert client.post("/add").status_code == 201
         assert rows.names == ["added"]
+
+
+def test_a_transaction_that_cannot_begin_leaves_no_connection(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """The error is the listener's own, nothing is left checked out, and what comes next works."""
+    app, engine = FastAPI(routes=routes(kind)), make_engine()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+    def fail(_: Connection) -> None:
+        event.remove(inner, "begin", fail)
+        raise ValueError("not now")
+
+    with TestClient(app) as client:
+        with isolated(app):
+            event.listen(inner, "begin", fail)
+            with pytest.raises(ValueError, match="not now"):
+                client.post("/add")
+            assert inner.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool
+            assert client.post("/add").status_code == 201
+        assert rows.names == []
 
 
 def test_the_tests_own_session_after_its_block(app: FastAPI, rows: Rows) -> None:

@@ -3,10 +3,10 @@
 import asyncio
 import re
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
@@ -133,8 +133,8 @@ class IsolatedConnection:
         """Return the connection, in its transaction and a savepoint for each inner block."""
         if self._connection is None:
             self._connection = self._open()
-        ended = any(not begun.is_active for begun in self.blocks.values() if begun)
-        if ended or self._connection.closed or self._connection.invalidated:
+        lost = self._connection.closed or self._connection.invalidated
+        if lost or any(not begun.is_active for begun in self.blocks.values() if begun):
             raise self.refused(
                 "its connection was lost or ended, or a statement was cancelled, which undid "
                 "everything that the test had stored. Test that with cloned(app)."
@@ -147,12 +147,14 @@ class IsolatedConnection:
         if not self.blocks:
             raise self.refused("the block has ended. Finish work with the database inside it.")
         self.loop = running_loop() if self.engine.dialect.is_async else None
-        connection = self.engine.connect().execution_options(**{_ISOLATED: self})
-        transaction = connection.begin()
-        begin_before_savepoint(connection)
-        if autocommits(connection):
-            connection.close()
-            raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
+        with ExitStack() as undo:  # a failure or cancellation leaves no connection
+            connection = undo.enter_context(self.engine.connect())
+            connection.execution_options(**{_ISOLATED: self})
+            transaction = connection.begin()
+            begin_before_savepoint(connection)
+            if autocommits(connection):
+                raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
+            undo.pop_all()
         self.blocks[next(iter(self.blocks))] = transaction
         event.listen(connection, "rollback_savepoint", self._settle_inside)
         event.listen(connection, "release_savepoint", self._settle_inside)
@@ -295,5 +297,4 @@ class IsolatedConnection:
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:
     """Return the isolated connection that a connection is, if any."""
-    found: IsolatedConnection | None = connection.get_execution_options().get(_ISOLATED)
-    return found
+    return cast("IsolatedConnection | None", connection.get_execution_options().get(_ISOLATED))

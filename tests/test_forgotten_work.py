@@ -78,6 +78,21 @@ def beside_an_undone_savepoint(session: Session) -> None:
     savepoint.rollback()
 
 
+CREATE_FUNCTION = text("CREATE FUNCTION made() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$")
+
+
+def beside_a_row_lock(session: Session) -> None:
+    session.execute(text("SELECT * FROM item FOR UPDATE"))
+    session.execute(CREATE_FUNCTION)
+
+
+def defined_beside_an_undone_savepoint(session: Session) -> None:
+    savepoint = session.begin_nested()
+    session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
+    savepoint.rollback()
+    session.execute(CREATE_FUNCTION)
+
+
 def delete_an_attribute(session: Session) -> None:
     row = session.scalars(select(Item)).one()
     assert row.position is None
@@ -153,6 +168,8 @@ WRITES: dict[str, Body] = {
     "attribute of a subquery": part,
     "in a savepoint": in_a_savepoint,
     "beside an undone savepoint": beside_an_undone_savepoint,
+    "create function beside a row lock": beside_a_row_lock,
+    "create function beside an undone savepoint": defined_beside_an_undone_savepoint,
 }
 
 
@@ -286,6 +303,24 @@ async def test_forgotten_text_on_sqlite_is_no_success(kind: Kind, end: Body) -> 
 
     assert await ask(engine, kind, get_db(), unchanged) == 201
     engine = async_sqlite() if kind.asynchronous else sqlite()
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_forgotten_trigger_on_sqlite_is_no_success(kind: Kind) -> None:
+    """DDL changes no row, and is a write, also where its text contains a semicolon."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text)"))
+        session.commit()
+        begin = "BEGIN"  # which Python's driver doesn't send before DDL
+        session.execute(text(begin))
+        session.execute(
+            text("CREATE TRIGGER made AFTER INSERT ON item BEGIN DELETE FROM item; END")
+        )
+
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), body)
 

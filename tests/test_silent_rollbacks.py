@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
-from fastapi_sqlnative.exceptions import TransactionAbortedError
+from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
 from tests.in_process import ask
 from tests.serving import Item, Kind, Rows
 
@@ -181,6 +181,8 @@ def server(mariadb: str) -> Iterator[Engine]:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE item (name varchar(20) PRIMARY KEY, n int)"))
         connection.execute(text("INSERT INTO item VALUES ('first', 0), ('second', 0)"))
+        connection.execute(text("CREATE PROCEDURE look() SELECT * FROM item"))
+        connection.execute(text("CREATE PROCEDURE store() INSERT INTO item VALUES ('lost', 0)"))
     yield engine
     engine.dispose()
 
@@ -236,16 +238,53 @@ async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) ->
         text("INSERT IGNORE INTO item VALUES ('first', 0)"),
         insert(table("item", column("name"))).prefix_with("IGNORE").values(name="first"),
         text("INSERT INTO item SELECT name, n FROM item WHERE n > 7"),
+        text("UPDATE `item` SET n = 1 WHERE n > 7"),
+        text("CALL look()"),
+        text("TRUNCATE item"),
+        text("CREATE TABLE `made` (n int)"),
     ],
-    ids=["ignored, text", "ignored", "from no row"],
+    ids=[
+        "ignored, text",
+        "ignored",
+        "from no row",
+        "update of no row",
+        "procedure that reads",
+        "truncate, which commits",
+        "DDL, which commits",
+    ],
 )
-async def test_an_insert_of_no_row_is_not_forgotten(
+async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
     kind: Kind, server: Engine, statement: Any
 ) -> None:
-    """MariaDB can't be asked what a COMMIT would store, but an INSERT of no row needs none."""
+    """MariaDB can't be asked what a COMMIT would store, but much needs none by its own word."""
     engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
 
     def body(session: Session) -> None:
         session.execute(statement)
 
     assert await ask(engine, kind, get_db(), body) == 201
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO `item` VALUES ('lost', 0)",
+        "UPDATE `item` SET name = concat(name, '#')",
+        "DELETE FROM `item`",
+        "INSERT INTO item VALUES ('it\\'s', 0)",
+        "CALL `store`()",
+    ],
+)
+async def test_forgotten_text_on_mariadb_is_no_success(
+    kind: Kind, server: Engine, statement: str
+) -> None:
+    """The first word of a text says that it writes, whatever quotes and comments follow it."""
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    def body(session: Session) -> None:
+        session.execute(text(statement))
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)

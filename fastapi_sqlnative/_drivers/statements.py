@@ -10,6 +10,8 @@ from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
 
+MYSQL: Final = {"mysql", "mariadb"}
+
 
 class Effect(Enum):
     """The effect that a statement may have on its transaction."""
@@ -42,12 +44,23 @@ def statement_of(compiled: Any) -> Statement:
     return Statement(Effect.WRITE, counted=skips and not getattr(compiled, "ctes", None))
 
 
-def matched_no_row(result: CursorResult[Any], context: ExecutionContext) -> bool:
+def changed_nothing(
+    statement: Statement, result: CursorResult[Any], context: ExecutionContext
+) -> bool:
     """Return whether a writing statement changed nothing, by its row count.
 
     SQLite's `total_changes` is better: it also counts triggers' changes and rows not yet fetched.
     """
     if context.executemany or context.dialect.name == "sqlite":
+        return False
+    counted = statement.counted
+    if context.dialect.name in MYSQL:
+        # It can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
+        first = context.statement[:6].upper()
+        if first.startswith("CALL"):
+            return result.returns_rows  # the row count is that of the rows it has selected
+        counted = counted or first in {"INSERT", "UPDATE", "DELETE"}
+    if not counted:
         return False
     # With RETURNING added by SQLAlchemy, the rows are read and the cursor is closed by now.
     return result.rowcount == 0 or result.returned_defaults_rows == []
@@ -90,10 +103,10 @@ _LITERAL: Final = re.compile(
 # comments, and MySQL's comments and quotes.
 _AMBIGUOUS: Final = re.compile(r"\\|\$\w*\$|/\*!|/\*[^*]*+/\*|[#`]")
 _FIRST: Final = {
-    Effect.WRITE: re.compile(
-        r"(?:insert|update|delete|merge|replace|call|truncate)\b", re.IGNORECASE
+    Effect.WRITE: re.compile(r"(?:insert|update|delete|merge|replace|call)\b", re.IGNORECASE),
+    Effect.DEFINE: re.compile(
+        r"(?:alter|grant|revoke|comment|truncate|create(?!\s+temp))\b", re.IGNORECASE
     ),
-    Effect.DEFINE: re.compile(r"(?:alter|grant|revoke|comment|create(?!\s+temp))\b", re.IGNORECASE),
     Effect.SAVEPOINT: re.compile(r"savepoint\s++(\S++)\Z", re.IGNORECASE),
     Effect.UNDO: re.compile(
         r"rollback\s++(?:(?:work|transaction)\s++)?to\s++(?:savepoint\s++)?(\S++)\Z", re.IGNORECASE
@@ -163,11 +176,13 @@ _HARMLESS: Final = frozenset(
 
 def _read_text(sql: str) -> Statement:
     cleaned = _without_literals(sql)
-    if ";" in cleaned or _AMBIGUOUS.search(sql):
-        # Several statements, or one that these patterns may misread.
-        return Statement(Effect.UNKNOWN)
+    # Several statements, or one that these patterns may misread; not so its first word.
+    ambiguous = ";" in cleaned or _AMBIGUOUS.search(sql)
     for effect, pattern in _FIRST.items():
         found = pattern.match(cleaned)
+        if found is not None and ambiguous:
+            known = effect in {Effect.WRITE, Effect.DEFINE}
+            return Statement(effect if known else Effect.UNKNOWN)
         if found is not None:
             doubtful = effect is Effect.NONE and _may_write(cleaned)
             savepoint = found[1].lower() if pattern.groups else ""

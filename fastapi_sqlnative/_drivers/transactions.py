@@ -250,13 +250,15 @@ _UNSTORED: Final = """
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
        coalesce(bool_or(explains), false),
+       coalesce(bool_or(temporary), false),
        coalesce(bool_or(relkind = 'f' AND mode = 'RowExclusiveLock'), false),
        CASE WHEN txid_current_if_assigned() IS NOT NULL THEN
            NOT current_setting('track_counts')::bool OR EXISTS (
                SELECT FROM pg_catalog.pg_stat_xact_sys_tables
                WHERE schemaname = 'pg_catalog' AND n_tup_ins + n_tup_upd + n_tup_del > 0)
        END
-FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
+FROM (SELECT mode, relkind, relpersistence = 't' AS temporary,
+             mode = 'RowShareLock' OR relpersistence = 't'
              OR (relkind = 'S' AND mode = 'RowExclusiveLock') AS explains
       FROM pg_catalog.pg_locks
       JOIN pg_catalog.pg_class ON pg_class.oid = relation
@@ -266,10 +268,11 @@ FROM (SELECT mode, relkind, mode = 'RowShareLock' OR relpersistence = 't'
 """
 
 
-def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
+def would_store(connection: Connection, *, id_explained: bool, defined: bool) -> bool | None:
     """Ask PostgreSQL whether a COMMIT would change the database; `None` if it can't be asked.
 
-    `id_explained`: a savepoint was rolled back, which accounts for a transaction id.
+    `id_explained`: a savepoint was rolled back, which accounts for a transaction id. `defined`:
+    DDL was sent, so only a temporary table explains what was written to the catalogs.
     """
     if _status(connection) not in (None, _IN_TRANSACTION):
         return False
@@ -279,6 +282,7 @@ def would_store(connection: Connection, *, id_explained: bool) -> bool | None:
         return None
     if row is None:
         return False  # aborted
-    assigned, written, explained, foreign, defined = row
-    unexplained = defined and not (explained or id_explained)
+    assigned, written, explained, temporary, foreign, cataloged = row
+    explained = temporary if defined else explained or id_explained
+    unexplained = cataloged and not explained
     return bool(foreign or (assigned and (written or unexplained)))

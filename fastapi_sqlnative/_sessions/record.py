@@ -203,7 +203,8 @@ class Record(Holder):
             return (self.work.defined or changed) and transactions.is_open_on_sqlite(connection)
         if connection.dialect.name != "postgresql":
             return wrote
-        found = transactions.would_store(connection, id_explained=self.work.undone)
+        work = self.work
+        found = transactions.would_store(connection, id_explained=work.undone, defined=work.defined)
         return if_lost if found is None else found
 
     def prepare(self) -> None:

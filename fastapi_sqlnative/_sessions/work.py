@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import CursorResult, ExecutionContext
@@ -10,9 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import History
 
 from .._drivers import transactions
-from .._drivers.statements import Effect, Statement, matched_no_row
-
-_MYSQL: Final = {"mysql", "mariadb"}
+from .._drivers.statements import MYSQL, Effect, Statement, changed_nothing
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -41,19 +39,16 @@ class Work:
         connections: dict[Connection, float],
     ) -> None:
         """Record what a statement has done or may have done."""
-        effect, savepoint, counted = statement
+        effect, savepoint, _ = statement
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:
-            # MySQL can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
-            inserts = context.statement[:6].upper() == "INSERT"
-            counted = counted or (inserts and context.dialect.name in _MYSQL)
-            self.wrote = self.wrote or not (counted and matched_no_row(result, context))
+            self.wrote = self.wrote or not changed_nothing(statement, result, context)
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:
             # MySQL commits at DDL, together with everything before it.
-            self.wrote = self.defined = context.dialect.name not in _MYSQL
+            self.wrote = self.defined = context.dialect.name not in MYSQL
             self.unknown = self.unknown and self.wrote
         elif effect is Effect.SAVEPOINT:
             self.savepoint_begins(savepoint, connections)

@@ -78,6 +78,13 @@ def beside_an_undone_savepoint(session: Session) -> None:
     savepoint.rollback()
 
 
+def over_the_transaction(session: Session) -> None:
+    session.execute(select(Item)).close()
+    current = session.get_transaction()
+    assert current is not None
+    current.connection(None).execute(insert(items).values(name="lost"))
+
+
 CREATE_FUNCTION = text("CREATE FUNCTION made() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$")
 
 
@@ -163,6 +170,7 @@ WRITES: dict[str, Body] = {
     "raw cursor": lambda session: (
         session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('lost')")
     ),
+    "connection of the transaction": over_the_transaction,
     "attribute that is deleted": delete_an_attribute,
     "attribute set to an expression": expression,
     "attribute of a subquery": part,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -291,4 +291,23 @@ async def test_an_error_that_the_executing_listener_hides_counts(
     event.listen(target, "do_execute", execute)
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+
+
+class Committing(Session):
+    """Be a class whose listener commits, which SQLAlchemy refuses."""
+
+
+@event.listens_for(Committing, "before_commit")
+def _commit(session: Session) -> None:
+    session.commit()
+
+
+async def test_a_commit_inside_a_commit_is_refused_by_sqlalchemy(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """SQLAlchemy's own error says that a before_commit listener cannot commit."""
+    options = session_class(kind, Committing)
+    with pytest.raises(IllegalStateChangeError, match="already in progress"):
+        await ask(engine, kind, transactional(), write, session_options=options)
     assert rows.names == []

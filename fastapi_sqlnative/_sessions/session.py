@@ -224,6 +224,8 @@ def _commit_checked(session: NativeSession, commit: Callable[[], None]) -> None:
         if session.in_transaction():
             _check_before_commit(session)
         return _commit_uninterrupted(session, commit)
+    if event.contains(session, "before_commit", _check_before_commit):
+        return commit()  # from such a listener, which SQLAlchemy refuses
     # Listeners on the session run after those on its classes, and the newest runs last.
     event.listen(session, "before_commit", _check_before_commit)
     try:

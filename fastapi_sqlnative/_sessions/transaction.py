@@ -2,6 +2,7 @@
 
 from typing import Any, Self
 
+from sqlalchemy import Connection
 from sqlalchemy.orm import SessionTransaction
 
 
@@ -14,6 +15,11 @@ class BegunTransaction:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transaction, name)
+
+    def connection(self, *args: Any, **options: Any) -> Connection:
+        """Hand out a connection, recorded as by the session's own `connection()`."""
+        self._session.sqlnative.work.handed_out = True
+        return self.transaction.connection(*args, **options)
 
     def commit(self) -> None:
         """Commit the session, if this is still its transaction."""

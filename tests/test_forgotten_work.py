@@ -20,6 +20,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Mapped, Session, registry
 
@@ -349,6 +350,28 @@ async def test_a_forgotten_update_that_returns_its_rows_is_no_success(
         session.info["result"] = result = session.scalars(changed)
         assert read == "no row" or result.all() == [7]
 
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("names", [["lost", "there"], ["there", "lost"]], ids=["kept", "none"])
+async def test_rows_before_one_that_failed_are_forgotten(kind: Kind, names: list[str]) -> None:
+    """SQLite keeps the rows before one that is refused: whoever handles the error must commit."""
+    engine = async_sqlite() if kind.asynchronous else sqlite()
+
+    def body(session: Session) -> None:
+        session.execute(text("CREATE TABLE item (name text UNIQUE)"))
+        session.execute(text("INSERT INTO item VALUES ('there')"))
+        session.commit()
+        with pytest.raises(IntegrityError):
+            session.execute(
+                text("INSERT INTO item VALUES (:name)"), [{"name": name} for name in names]
+            )
+
+    if names[0] == "there":
+        assert await ask(engine, kind, get_db(), body) == 201
+        return
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), body)
 

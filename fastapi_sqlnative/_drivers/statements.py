@@ -105,7 +105,7 @@ _AMBIGUOUS: Final = re.compile(r"\\|\$\w*\$|/\*!|/\*[^*]*+/\*|[#`]")
 _FIRST: Final = {
     Effect.WRITE: re.compile(r"(?:insert|update|delete|merge|replace|call)\b", re.IGNORECASE),
     Effect.DEFINE: re.compile(
-        r"(?:alter|grant|revoke|comment|truncate|create(?!\s+temp))\b", re.IGNORECASE
+        r"(?:alter|grant|revoke|comment|truncate|create(?!\s+temp|.*\bpg_temp\.))\b", re.IGNORECASE
     ),
     Effect.SAVEPOINT: re.compile(r"savepoint\s++(\S++)\Z", re.IGNORECASE),
     Effect.UNDO: re.compile(

@@ -51,7 +51,10 @@ class UnitOfWork:
         if beside is None or beside.record.options is AUTOCOMMIT:
             return session  # an override's session, the application's own, or already the reader
         name = beside.state.name
-        if beside.asked_again or not self._running.only_reads(self.scope, name):
+        has_reader = any(
+            each.state.name == name and each.record.options is AUTOCOMMIT for each in self._members
+        )
+        if has_reader or beside.asked_again or not self._running.only_reads(self.scope, name):
             return await self.session(name, reads=True)
         beside.record.options = AUTOCOMMIT  # nobody else has it: FastAPI got it for the reader
         return session

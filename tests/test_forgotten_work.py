@@ -392,17 +392,22 @@ async def test_a_driver_for_sqlite_need_not_count(kind: Kind) -> None:
     engine: Any = made(f"sqlite+{kind.driver}://", poolclass=StaticPool, **options)
 
     def create(session: Session) -> None:
-        session.execute(text("CREATE TABLE item (name text)"))
+        session.execute(text("CREATE TABLE item (name text NOT NULL)"))
         nested_first(session)
 
     def read(session: Session) -> None:
         assert session.scalars(text("SELECT name FROM item")).all() == ["undone"]
+
+    def fail(session: Session) -> None:
+        with pytest.raises(IntegrityError):
+            session.execute(text("INSERT INTO item (name) VALUES (NULL)"))
 
     def forget(session: Session) -> None:
         session.execute(text("INSERT INTO item (name) VALUES ('lost')"))
 
     assert await ask(engine, kind, transactional(), create, shutdown=None) == 201
     assert await ask(engine, kind, get_db(), read, shutdown=None) == 201
+    assert await ask(engine, kind, get_db(), fail, shutdown=None) == 201
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), forget)
 

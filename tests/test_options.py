@@ -388,15 +388,32 @@ def test_dependencies_that_are_called_by_hand(kind: Kind, engine: Engine, rows: 
     def write(session: Session) -> None:
         session.add(Item(name="a"))
 
-    def read(session: Session) -> list[str]:
-        return list(session.scalars(select(Item.name)))
-
     route(app, kind, "/", writing, write)
     route(app, kind, "/read", reading, read)
     with serve(app) as served:
         assert served.post("/").status_code == 201
         assert served.post("/read").json() == ["a"]
     assert rows.names == ["a"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_a_request_has_one_reader(kind: Kind, make_engine: MakeEngine, first: bool) -> None:
+    """A reader that is called by hand is the one that the route declares, in either order."""
+    app = make_app(make_engine(pool_size=1, max_overflow=0, pool_timeout=0.5))
+
+    async def reading(request: Request) -> Any:
+        called: Any = reader()
+        return await called(request)
+
+    by_hand, declared = (Depends(using(kind, Depends(each), read)) for each in (reading, reader()))
+    dependencies = [by_hand, declared] if first else [declared, by_hand]
+    route(app, kind, "/", reader(), read, dependencies=dependencies)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+
+
+def read(session: Session) -> list[str]:
+    return list(session.scalars(select(Item.name)))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
@@ -410,9 +427,6 @@ def test_a_reader_leaves_get_db_to_what_start_up_cannot_see(
     def write(session: Session) -> None:
         session.add(Item(name="a"))
         session.commit()
-
-    def read(session: Session) -> list[str]:
-        return list(session.scalars(select(Item.name)))
 
     writing, reading = Depends(using(kind, Depends(unseen), write)), Depends(reader())
     first_one = writing if first else reading
@@ -503,9 +517,18 @@ def executing(statement: Any) -> Callable[[Session], None]:
     return body
 
 
+def over_the_transaction(session: Session) -> None:
+    session.execute(select(1)).close()
+    current = session.get_transaction()
+    assert current is not None
+    current.connection(None).execute(insert(Item).values(name="never"))
+
+
 WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
 WRITES |= {
     "drop": executing(text("DROP TABLE item")),
+    "connection of the transaction": over_the_transaction,
+    "create from a temporary table": executing(text("CREATE TABLE x AS SELECT * FROM pg_temp.y")),
     "alter": executing(text("ALTER TABLE item ADD x int")),
     "create": executing(CreateTable(Table("made", MetaData(), Column("id", Integer)))),
 }

@@ -69,6 +69,12 @@ def commits(session: Db) -> Any:
     session.commit()  # type: ignore[unused-coroutine] # that is the mistake
 
 
+def commits_and_rebinds(session: Db) -> Any:
+    session.commit()  # type: ignore[unused-coroutine] # that is the mistake
+    session = Facade(session)  # type: ignore[assignment] # too late
+    return session.execute(text("SELECT 1"))
+
+
 def passes_on(session: Db) -> Any:
     return Repository(session)
 
@@ -87,7 +93,7 @@ class Repository:
         return self
 
 
-@pytest.mark.parametrize("dependency", [executes, commits])
+@pytest.mark.parametrize("dependency", [executes, commits, commits_and_rebinds])
 async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) -> None:
     """A `def` dependency that calls what must be awaited fails start-up."""
     app = with_database()

@@ -563,6 +563,20 @@ def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> N
         block.__exit__()
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_savepoint_of_an_outer_session_after_an_inner_one_began(app: FastAPI, end: str) -> None:
+    """The outer session's own savepoint ends as usual, and the inner one's work stays."""
+    with TestClient(app), isolated(app) as outer, isolated(app) as inner:
+        for session, name in ((outer, "outer"), (inner, "inner")):
+            add(name)(session)
+            session.flush()
+        savepoint = outer.begin_nested()
+        add("nested")(outer)
+        outer.flush()
+        getattr(savepoint, end)()
+        assert names(outer) == ["inner", *(["nested"] if end == "commit" else []), "outer"]
+
+
 def test_a_session_that_cannot_be_made_leaves_no_block_behind(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

@@ -56,7 +56,7 @@ def changed_nothing(
     counted = statement.counted
     if context.dialect.name in MYSQL:
         # It can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
-        first = context.statement[:6].upper()
+        first = _without_literals(context.statement)[:6].upper()
         if first.startswith("CALL"):
             return result.returns_rows  # the row count is that of the rows it has selected
         counted = counted or first in {"INSERT", "UPDATE", "DELETE"}
@@ -105,7 +105,9 @@ _AMBIGUOUS: Final = re.compile(r"\\|\$\w*\$|/\*!|/\*[^*]*+/\*|[#`]")
 _FIRST: Final = {
     Effect.WRITE: re.compile(r"(?:insert|update|delete|merge|replace|call)\b", re.IGNORECASE),
     Effect.DEFINE: re.compile(
-        r"(?:alter|grant|revoke|comment|truncate|create(?!\s+temp|.*\bpg_temp\.))\b", re.IGNORECASE
+        r"(?:alter|grant|revoke|comment|truncate|create(?: or replace)?+"
+        r"(?! (?:global |local )?temp| \w+ pg_temp\.))\b",
+        re.IGNORECASE,
     ),
     Effect.SAVEPOINT: re.compile(r"savepoint\s++(\S++)\Z", re.IGNORECASE),
     Effect.UNDO: re.compile(
@@ -180,14 +182,15 @@ def _read_text(sql: str) -> Statement:
     ambiguous = ";" in cleaned or _AMBIGUOUS.search(sql)
     for effect, pattern in _FIRST.items():
         found = pattern.match(cleaned)
-        if found is not None and ambiguous:
+        if found is None:
+            continue
+        if ambiguous:
             known = effect in {Effect.WRITE, Effect.DEFINE}
             return Statement(effect if known else Effect.UNKNOWN)
-        if found is not None:
-            doubtful = effect is Effect.NONE and _may_write(cleaned)
-            savepoint = found[1].lower() if pattern.groups else ""
-            counted = cleaned[:6].lower() in {"update", "delete"}
-            return Statement(Effect.UNKNOWN if doubtful else effect, savepoint, counted)
+        doubtful = effect is Effect.NONE and _may_write(cleaned)
+        savepoint = found[1].lower() if pattern.groups else ""
+        counted = cleaned[:6].lower() in {"update", "delete"}
+        return Statement(Effect.UNKNOWN if doubtful else effect, savepoint, counted)
     return Statement(Effect.UNKNOWN)
 
 

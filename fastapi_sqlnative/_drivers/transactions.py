@@ -77,7 +77,7 @@ def ends_with_transaction(context: ExecutionContext) -> bool:
 
 def changes(connection: Connection) -> float:
     """Return SQLite's count of changed rows, NaN if its driver has none; 0 for other databases."""
-    if connection.dialect.name != "sqlite":
+    if connection.dialect.name != "sqlite" or connection.closed or connection.invalidated:
         return 0
     return getattr(connection.connection.driver_connection, "total_changes", math.nan)
 

@@ -4,13 +4,14 @@ import ast
 import contextlib
 import functools
 import inspect
+import math
 import textwrap
 import types
 from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, is_typeddict
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 # Classes of values, which hold no session.
-_VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID)
+_VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID, dict)  # dict: TypedDict
 _AWAITED: Final = frozenset(
     name for name, each in vars(AsyncSession).items() if inspect.iscoroutinefunction(each)
 )
@@ -107,7 +108,7 @@ def _is_data(kind: type) -> bool:
     builtin = kind.__module__ == "builtins" and kind is not object
     # A class with deferred reflection gets its mapper later, and inspect() would raise until then.
     mapped = hasattr(kind, "__mapper__") or hasattr(kind, "__tablename__")
-    return builtin or mapped or is_typeddict(kind) or issubclass(kind, _VALUES)
+    return builtin or mapped or issubclass(kind, _VALUES)
 
 
 def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
@@ -142,16 +143,20 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
         # Some functions have no source, or source that can't be parsed on its own.
         with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-            rebound = any(_rebinds(node, parameter) for node in ast.walk(tree))
-            if not rebound and any(_drops(node, parameter) for node in _within(tree, parameter)):
+            rebound = [_line(node) for node in ast.walk(tree) if _rebinds(node, parameter)]
+            drops = [node for node in _within(tree, parameter) if _drops(node, parameter)]
+            if any(_line(node) < min(rebound, default=math.inf) for node in drops):
                 return True
     return False
 
 
+def _line(node: ast.AST) -> float:
+    return getattr(node, "lineno", math.inf)
+
+
 def _rebinds(node: ast.AST, parameter: str) -> bool:
     """Return whether a node gives the name another value, by an assignment, `with` or `for`."""
-    is_store = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    return is_store and ast.unparse(node) == parameter
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == parameter
 
 
 def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:

@@ -148,8 +148,8 @@ class Record(Holder):
             for connection, before in self.connections.items()
         ):
             self.rolled_back = error
-        if any(each.dialect.name == "sqlite" for each in self.connections):
-            self.work.unknown = True  # it keeps, and counts, the rows before the one that failed
+        if any(transactions.changes(each) > before for each, before in self.connections.items()):
+            self.work.unknown = True  # SQLite keeps the rows before the one that failed
 
     def handle_error(self, error: Exception) -> None:
         """Record an error raised by a session method; wrap a driver's if SQLAlchemy did not."""

@@ -16,10 +16,13 @@ class BegunTransaction:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transaction, name)
 
-    def connection(self, *args: Any, **options: Any) -> Connection:
-        """Hand out a connection, recorded as by the session's own `connection()`."""
-        self._session.sqlnative.work.handed_out = True
-        return self.transaction.connection(*args, **options)
+    def connection(
+        self, bindkey: Any, execution_options: Any = None, **arguments: Any
+    ) -> Connection:
+        """Hand out a connection, as the session's own `connection()` does."""
+        arguments["mapper"] = bindkey
+        connection: Connection = self._session.connection(arguments, execution_options)
+        return connection
 
     def commit(self) -> None:
         """Commit the session, if this is still its transaction."""

@@ -74,8 +74,7 @@ class Work:
             return
         self.wrote, self.unknown, self.defined, kept = known
         for connection in connections:
-            if not connection.closed and not connection.invalidated:
-                connections[connection] = transactions.changes(connection) - kept.get(connection, 0)
+            connections[connection] = transactions.changes(connection) - kept.get(connection, 0)
 
 
 # -- pending changes ---------------------------------------------------------------------------

@@ -58,7 +58,8 @@ def fail_next_statement(
         failure: SQLite has no deadlock; its serialization failure is SQLITE_BUSY_SNAPSHOT.
         name: the name of the application's database.
         containing: a part of the statement's SQL; by default the next statement fails.
-        route: the path, as declared or as requested; only requests to it fail.
+        route: the path as requested, or the route's whole pattern with every prefix; only
+            requests to it fail.
 
     Raises:
         ValueError: the database does not have this failure.

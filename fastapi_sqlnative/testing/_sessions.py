@@ -111,7 +111,8 @@ class OwnSession(Session):
 
         def work() -> Any:
             with self.turn.during(self, isolated):
-                if method.__name__ in _ENDS:  # store what other sessions have begun inside
+                if method.__name__ in _ENDS and not self.in_nested_transaction():
+                    # Store what other sessions have begun inside.
                     others = [*isolated.own_sessions, self]
                     isolated.settle(others[others.index(self) + 1 : -1])
                 return call()

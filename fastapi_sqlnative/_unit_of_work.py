@@ -51,10 +51,8 @@ class UnitOfWork:
         if beside is None or beside.record.options is AUTOCOMMIT:
             return session  # an override's session, the application's own, or already the reader
         name = beside.state.name
-        has_reader = any(
-            each.state.name == name and each.record.options is AUTOCOMMIT for each in self._members
-        )
-        if has_reader or beside.asked_again or not self._running.only_reads(self.scope, name):
+        shared = beside.asked_again or self._found(name, reads=True)
+        if shared or not self._running.only_reads(self.scope, name):
             return await self.session(name, reads=True)
         beside.record.options = AUTOCOMMIT  # nobody else has it: FastAPI got it for the reader
         return session
@@ -77,12 +75,18 @@ class UnitOfWork:
     def _member_of(self, session: AnySession) -> Member | None:
         return next((each for each in self._members if each.session is session), None)
 
-    async def session(self, name: str, *, reads: bool = False) -> AnySession:
-        """Return the request's one session for a database, or its one reader."""
+    def _found(self, name: str, *, reads: bool) -> Member | None:
         for each in self._members:
             if each.state.name == name and (each.record.options is AUTOCOMMIT) is reads:
-                each.asked_again = True
-                return each.session
+                return each
+        return None
+
+    async def session(self, name: str, *, reads: bool = False) -> AnySession:
+        """Return the request's one session for a database, or its one reader."""
+        found = self._found(name, reads=reads)
+        if found is not None:
+            found.asked_again = True
+            return found.session
         database = self._running.database(name)
         may_leave = False
         # Not for a websocket, which would keep its place for as long as the client stays.

@@ -230,6 +230,16 @@ async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) ->
         assert connection.scalar(text("SELECT count(*) FROM item WHERE name = 'lost'")) == 0
 
 
+async def without_commit(kind: Kind, server: Engine, *statements: Any) -> int:
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    def body(session: Session) -> None:
+        for each in statements:
+            session.execute(each)
+
+    return await ask(engine, kind, get_db(), body)
+
+
 @pytest.mark.mariadb
 @pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
 @pytest.mark.parametrize(
@@ -257,12 +267,7 @@ async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
     kind: Kind, server: Engine, statement: Any
 ) -> None:
     """MariaDB can't be asked what a COMMIT would store, but these statements need none."""
-    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
-
-    def body(session: Session) -> None:
-        session.execute(statement)
-
-    assert await ask(engine, kind, get_db(), body) == 201
+    assert await without_commit(kind, server, statement) == 201
 
 
 @pytest.mark.mariadb
@@ -282,11 +287,5 @@ async def test_forgotten_text_on_mariadb_is_no_success(
     kind: Kind, server: Engine, statement: str
 ) -> None:
     """The first word of a text says that it writes, whatever quotes and comments follow it."""
-    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
-
-    def body(session: Session) -> None:
-        for each in statement.split("; "):
-            session.execute(text(each))
-
     with pytest.raises(UncommittedChangesError):
-        await ask(engine, kind, get_db(), body)
+        await without_commit(kind, server, *map(text, statement.split("; ")))

@@ -1,7 +1,7 @@
 """The four parts of the comparison, each a function that fills its results.
 
-The contestants take turns, within each round and with another one first in each, so that whatever
-else the machine does, and whatever drifts, hits all of them alike.
+The contestants take turns within each round, in an order of its own, so that whatever else the
+machine does, and whatever drifts, hits all of them alike.
 """
 
 import asyncio

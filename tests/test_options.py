@@ -425,15 +425,19 @@ def test_a_reader_leaves_get_db_to_what_start_up_cannot_see(
     app = make_app(make_engine(pool_size=2, max_overflow=0))
 
     def write(session: Session) -> None:
-        session.add(Item(name="a"))
+        session.add(Item(name=str(len(read(session)))))
         session.commit()
 
     writing, reading = Depends(using(kind, Depends(unseen), write)), Depends(reader())
     first_one = writing if first else reading
     route(app, kind, "/", reader(), read, dependencies=[first_one, writing])
+    opened = Depends(unseen)
+    route(app, kind, "/late", unseen, write, dependencies=[opened if first else reading, reading])
     with serve(app) as served:
         answer = served.post("/")
-    assert (answer.status_code, answer.json(), rows.names) == (201, ["a"], ["a"])
+        assert (answer.status_code, answer.json(), rows.names) == (201, ["0"], ["0"])
+        assert served.post("/late").status_code == 201
+    assert rows.names == ["0", "1"]
 
 
 def flush(session: Session) -> None:

@@ -396,6 +396,23 @@ def test_a_lost_answer_in_autocommit_tells_nobody_to_repeat_a_write(
     assert rows.names == ["a"] * (status == 500)
 
 
+def test_a_refused_write_in_autocommit_may_be_repeated(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A write that the server has refused is not stored: a failure that passes stays a 503."""
+
+    def body(session: Session) -> None:
+        session.execute(text("SET lock_timeout = 1"))
+        session.execute(insert(items).values(name="a"))
+
+    app = make_app(make_engine(isolation_level="AUTOCOMMIT"))
+    with rows.connection.transaction(force_rollback=True):
+        rows.add("a")
+        response = call(app, kind, body, get_db())
+    assert (response.status_code, "retry-after" in response.headers) == (503, True)
+    assert rows.names == []
+
+
 def test_a_partial_commit_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:

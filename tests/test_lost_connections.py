@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -63,7 +63,16 @@ def kill_and_swallow(session: Session) -> None:
         kill_own_backend(session)
 
 
-@pytest.mark.parametrize("body", [kill_own_backend, kill_and_swallow])
+def kill_and_swallow_the_flush(session: Session) -> None:
+    """Lose the connection before anything is written, and pretend that it was."""
+    with pytest.raises(DBAPIError):
+        session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+    session.add(Item(name="a"))
+    with pytest.raises(PendingRollbackError):
+        session.flush()
+
+
+@pytest.mark.parametrize("body", [kill_own_backend, kill_and_swallow, kill_and_swallow_the_flush])
 def test_a_connection_lost_before_commit_is_not_unknown(
     kind: Kind, behind_proxy: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:

@@ -16,7 +16,7 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
 )
 from tests.conftest import MakeEngine
-from tests.in_process import running, session_class
+from tests.in_process import Hearing, running, session_class
 from tests.proxy import Fault, Proxy
 from tests.serving import ASYNCPG, Item, Kind, Rows, copy, items, route, using
 
@@ -68,12 +68,20 @@ def taken(session: Session) -> None:
     session.add(Item(name="refused", position=7))
 
 
+def commit_and_read(session: Session) -> None:
+    """Store something, and leave the request's COMMIT nothing to store."""
+    session.add(Item(name="a"))
+    session.commit()
+    session.execute(select(items)).close()
+
+
 WRITES: dict[str, Body] = {
     "flush": lambda session: session.add(Item(name="a")),
     "text": lambda session: session.execute(text("INSERT INTO item (name) VALUES ('a')")).close(),
     "function": lambda session: session.execute(select(func.store("a"))).close(),
     "function in text": lambda session: session.execute(text("SELECT store('a')")).close(),
     "copy": lambda session: copy(session, "a"),
+    "commit of its own": commit_and_read,
 }
 
 
@@ -90,17 +98,11 @@ async def test_a_first_half_that_is_stored_is_named(
 
 
 READS: dict[str, Body] = {
+    "connection": lambda s: s.connection().exec_driver_sql("SELECT 1").close(),
     "read": lambda session: session.execute(select(items)).close(),
     "unknown function": lambda s: s.execute(text("SELECT quote_nullable('a')")).close(),
     "update of no row": lambda s: s.execute(text("UPDATE item SET id = 1 WHERE id = 0")).close(),
 }
-
-
-class Hearing(Session):
-    """Be a class that is told of each COMMIT, so that it is committed with nothing to store."""
-
-
-event.listen(Hearing, "before_commit", lambda _session: None)
 
 
 @pytest.mark.parametrize("first", READS.values(), ids=READS)

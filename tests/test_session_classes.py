@@ -215,6 +215,31 @@ async def test_an_override_may_commit_again(kind: Kind, engine: Engine, rows: Ro
     assert rows.names == ["a", "b"]
 
 
+class Refusing(Session):
+    """Be a class whose commit() may fail before its COMMIT."""
+
+    def commit(self) -> None:
+        if self.new:
+            raise ZeroDivisionError
+        super().commit()
+
+
+async def test_an_override_that_fails_after_an_earlier_commit(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """What the endpoint has committed itself says nothing of the COMMIT that never came."""
+
+    def commit_and_add(session: Session) -> None:
+        add_a(session)
+        session.commit()
+        session.add(Item(name="b"))
+
+    options = session_class(kind, Refusing)
+    with pytest.raises(ZeroDivisionError):
+        await ask(engine, kind, transactional(), commit_and_add, session_options=options)
+    assert rows.names == ["a"]
+
+
 def with_argument(method: str, base: type[Any]) -> type[Any]:
     return type("Wanting", (base,), {method: lambda self, reason: None})
 
@@ -240,21 +265,25 @@ def test_an_override_of_the_wrong_colour_is_refused(method: str) -> None:
 # -- listeners where no SQL was sent -----------------------------------------------------------
 
 
-async def test_commit_listeners_run_without_sql(kind: Kind, engine: Engine, rows: Rows) -> None:
+@pytest.mark.parametrize("hook", ["before_commit", "after_commit"])
+async def test_commit_listeners_run_without_sql(
+    kind: Kind, engine: Engine, rows: Rows, hook: str
+) -> None:
     """A handler that sends nothing commits for its listeners, and what they write is stored."""
 
     class Outbox(Session): ...
 
-    log: list[str] = []
+    heard: list[str] = []
 
-    @event.listens_for(Outbox, "before_commit")
-    def write(session: Session) -> None:
-        session.add(Item(name="by the listener"))
+    @event.listens_for(Outbox, hook)
+    def listen(session: Session) -> None:
+        heard.append(hook)
+        if hook == "before_commit":
+            session.add(Item(name="by the listener"))
 
-    event.listen(Outbox, "after_commit", lambda _session: log.append("after_commit"))
     options = session_class(kind, Outbox)
     assert await ask(engine, kind, transactional(), nothing, session_options=options) == 201
-    assert (rows.names, log) == (["by the listener"], ["after_commit"])
+    assert (rows.names, heard) == (["by the listener"] * (hook == "before_commit"), [hook])
 
 
 # -- listeners and context variables -----------------------------------------------------------
@@ -472,6 +501,28 @@ async def test_a_listener_of_the_rollback_may_use_the_session(
             engine, kind, transactional(), fail, session_options=session_class(kind, Listening)
         )
     assert (heard, rows.names) == ([1], [])
+
+
+async def test_a_failed_flush_is_rolled_back_once(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a listener hears rollbacks, what is added after a failed flush ends in peace."""
+    rows.add("a")
+    heard: list[Session] = []
+
+    class Listening(Session): ...
+
+    def fail_and_add(session: Session) -> None:
+        with pytest.raises(IntegrityError):
+            add_a(session)
+        session.add(Item(name="later"))
+        raise ZeroDivisionError
+
+    event.listen(Listening, "after_rollback", heard.append)
+    options = session_class(kind, Listening)
+    with pytest.raises(ZeroDivisionError):
+        await ask(engine, kind, transactional(), fail_and_add, session_options=options)
+    assert (len(heard), caplog.messages, rows.names) == (1, [], ["a"])
 
 
 # -- names -------------------------------------------------------------------------------------

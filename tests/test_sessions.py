@@ -27,7 +27,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import SessionFinishedError
 from tests.conftest import MakeEngine
-from tests.in_process import running
+from tests.in_process import Hearing, running, session_class
 from tests.serving import (
     KINDS,
     Item,
@@ -566,12 +566,14 @@ def test_a_block_of_the_applications_own_commits(
     assert rows.names == ["kept"]
 
 
+@pytest.mark.parametrize("class_", [Session, Hearing])
 @pytest.mark.parametrize("dependency", [get_db(), transactional()])
 def test_without_autobegin_the_application_begins(
-    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any], class_: type[Session]
 ) -> None:
     """With autobegin=False nothing begins by itself, and an untouched session ends in peace."""
-    app = make_app(engine, session_options={"autobegin": False})
+    options = session_class(kind, class_) | {"autobegin": False}
+    app = make_app(engine, session_options=options)
 
     def write(session: Session) -> None:
         with pytest.raises(InvalidRequestError, match=r"call session\.begin\(\)"):
@@ -593,12 +595,13 @@ def test_without_autobegin_the_application_begins(
     assert rows.names == (["begun", "block"] if dependency is transactional() else ["block"])
 
 
+@pytest.mark.parametrize("class_", [Session, Hearing])
 @pytest.mark.parametrize("dependency", [get_db(), transactional()])
 def test_a_session_closed_by_the_application_is_no_failure(
-    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any], class_: type[Session]
 ) -> None:
     """A handler that commits and closes its session, as `with session` does, has succeeded."""
-    app = make_app(engine)
+    app = make_app(engine, session_options=session_class(kind, class_))
 
     def body(session: Session) -> None:
         with session:
@@ -628,8 +631,16 @@ def reset_over_flushed(session: Session) -> None:
     session.reset()
 
 
+def reset_again(session: Session) -> None:
+    reset_over_flushed(session)
+    session.execute(text("SELECT 1"))
+    session.reset()
+
+
 @pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
-@pytest.mark.parametrize("body", [close_over_pending, close_over_flushed, reset_over_flushed])
+@pytest.mark.parametrize(
+    "body", [close_over_pending, close_over_flushed, reset_over_flushed, reset_again]
+)
 def test_a_session_closed_over_changes_is_no_success(
     kind: Kind,
     engine: Engine,

@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy import Engine, event, select, text
+from sqlalchemy import Engine, Sequence, event, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -126,7 +126,11 @@ def add_and_commit(session: Session) -> None:
     session.commit()
 
 
-@pytest.mark.parametrize("use", [query, add_and_flush, add_and_commit])
+def advance(session: Session) -> None:
+    session.scalar(Sequence("item_id_seq"))
+
+
+@pytest.mark.parametrize("use", [query, add_and_flush, add_and_commit, advance])
 async def test_the_event_loop_is_not_blocked(
     make_engine: MakeEngine, rows: Rows, use: Callable[[Session], None]
 ) -> None:

@@ -128,10 +128,9 @@ async def within(seconds: float, work: Coroutine[Any, Any, T], *, late: TimeoutE
         if not in_time:
             raise late
     finally:
-        if not task.done():
-            task.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait({task}, timeout=_GRACE)
+        task.cancel()  # does nothing if it has ended
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait({task}, timeout=_GRACE)
     if task.cancelled():
         # An ordinary error, because a CancelledError would pass for the caller's cancellation.
         raise RuntimeError("It raised CancelledError, although nobody had cancelled it.")

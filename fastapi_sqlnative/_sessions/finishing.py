@@ -43,8 +43,7 @@ def commit(session: AnySession) -> None:
         return
     record.check_discarded()
     lost = any(each.invalidated for each in record.connections)
-    # Not after a failed flush: SQLAlchemy rightly refuses to commit then.
-    if lost and inner.is_active and not (record.may_have_written or has_pending_changes(inner)):
+    if lost and not (record.may_have_written or has_pending_changes(inner)):
         inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
     if not (inner.in_transaction() or commit_is_observed(inner)):
         return  # SQLAlchemy's own commit would do nothing

@@ -8,6 +8,7 @@ import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import Engine, ForeignKey, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from starlette.background import BackgroundTask
@@ -274,6 +275,54 @@ def test_a_stream_inside_the_request_commits(kind: Kind, engine: Engine, rows: R
         assert served.post("/").json() == 12
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
     assert rows.names == ["12", "4", "8"]
+
+
+Stream = Callable[[], Any]
+# SQLAlchemy's adapters of asynchronous drivers have no error of their own for it.
+ENDED = SQLAlchemyError, AttributeError, AssertionError
+
+
+def roll_back(session: Session, stream: Stream) -> Any:
+    result = stream()
+    session.rollback()
+    return result
+
+
+def roll_transaction_back(session: Session, stream: Stream) -> Any:
+    transaction = session.begin()
+    result = stream()
+    transaction.rollback()
+    return result
+
+
+def fail_in_a_block(session: Session, stream: Stream) -> Any:
+    with contextlib.suppress(ZeroDivisionError), session.begin():
+        result = stream()
+        raise ZeroDivisionError
+    return result
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("end", [roll_back, roll_transaction_back, fail_in_a_block])
+async def test_a_stream_ends_with_its_transaction(
+    kind: Kind, engine: Engine, rows: Rows, end: Callable[[Session, Stream], Any]
+) -> None:
+    """However it is rolled back: reading on fails at once, without harm to the next transaction."""
+    rows.clear("a", "b", "c")
+
+    def body(session: Session) -> None:
+        def stream() -> Any:
+            result = session.execute(select(items), execution_options={"yield_per": 1})
+            result.fetchone()
+            return result
+
+        result = end(session, stream)
+        with pytest.raises(ENDED):
+            result.all()
+        session.add(Item(name="next"))
+
+    assert await ask(engine, kind, transactional(), body) == 201
+    assert rows.names == ["a", "b", "c", "next"]
 
 
 SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)

@@ -304,7 +304,7 @@ def fail_in_a_block(session: Session, stream: Stream) -> Any:
 async def test_a_stream_ends_with_its_transaction(
     kind: Kind, engine: Engine, rows: Rows, end: Callable[[Session, Stream], Any]
 ) -> None:
-    """However it is rolled back: to close what is left of it does not abort the next transaction."""
+    """However it is rolled back: closing what is left of it cannot abort the next transaction."""
     rows.clear("a", "b", "c")
 
     def body(session: Session) -> None:

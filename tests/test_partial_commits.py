@@ -184,11 +184,20 @@ class Archiving(Session):
 event.listen(Archiving, "before_commit", lambda session: session.add(Item(name="archived")))
 
 
-async def test_a_second_half_that_its_listener_writes_is_missed(
-    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+class Sealing(Session):
+    """Be a class whose commit() writes first."""
+
+    def commit(self) -> None:
+        self.add(Item(name="sealed"))
+        super().commit()
+
+
+@pytest.mark.parametrize("class_", [Archiving, Sealing])
+async def test_a_second_half_that_its_class_writes_is_missed(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], class_: type[Session]
 ) -> None:
-    """Where a listener was to write, a database that is lost by then did not only read."""
-    classes = Session, Archiving
+    """Where a listener or override was to write, a database lost by then did not only read."""
+    classes = Session, class_
     with pytest.raises(PartialCommitError) as caught:
         await ask(two(kind, make_engine, WRITES["flush"], stores[1].lose, classes))
     assert (caught.value.committed, caught.value.failed) == (("default",), "second")

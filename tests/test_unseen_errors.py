@@ -174,13 +174,26 @@ class Adding(Session):
 
 @event.listens_for(Adding, "before_commit")
 def _listen_last(session: Session) -> None:
-    event.listen(session, "before_commit", connect_and_hide)
+    event.listen(session, "before_commit", session.info["last"])
+
+
+def flush_and_hide(session: Session) -> None:
+    session.add(Item(name="lost"))
+    swallow(session.flush)
+
+
+def listening_last(listener: Body) -> Body:
+    return lambda session: session.info.update(last=listener)
 
 
 @pytest.mark.parametrize(
     ("prepare", "class_"),
-    [(listen_at_commit, Session), (lambda _session: None, Adding)],
-    ids=["engine", "added"],
+    [
+        (listen_at_commit, Session),
+        (listening_last(connect_and_hide), Adding),
+        (listening_last(flush_and_hide), Adding),
+    ],
+    ids=["engine", "added", "added and flushing"],
 )
 async def test_an_error_between_the_last_look_and_commit_counts(
     kind: Kind, engine: Engine, rows: Rows, prepare: Body, class_: type[Session]

@@ -73,8 +73,13 @@ async def test_what_is_stored_at_once_is_not_forgotten(
 SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 
 
+def in_a_savepoint(session: Session) -> None:
+    with session.begin_nested():
+        BODIES["core"](session)
+
+
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("body", [*BODIES.values(), in_a_savepoint], ids=[*BODIES, "savepoint"])
 async def test_so_it_is_on_sqlite(kind: Kind, body: Body, tmp_path: Path) -> None:
     """SQLite in AUTOCOMMIT forgets nothing either."""
     create = create_async_engine if kind.asynchronous else create_engine

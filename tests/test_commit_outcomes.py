@@ -222,6 +222,26 @@ def read(session: Session) -> None:
     session.execute(select(items)).all()
 
 
+UNKNOWN = """
+CREATE FUNCTION unknown() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE 'nobody knows' USING ERRCODE = 'statement_completion_unknown'; END $$;
+CREATE CONSTRAINT TRIGGER unknown AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION unknown()
+"""
+
+
+async def test_a_server_that_does_not_know_is_believed(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """If the server itself says at COMMIT that the outcome is unknown, it is."""
+    rows.connection.execute(UNKNOWN)
+    try:
+        with pytest.raises(CommitOutcomeUnknownError):
+            await ask(engine, kind, transactional(), add_once)
+    finally:
+        rows.connection.execute("DROP FUNCTION unknown CASCADE")
+
+
 def read_text(session: Session) -> None:
     session.execute(text("SELECT count(*) FROM item")).all()
 

@@ -141,6 +141,12 @@ WRITES: dict[str, Body] = {
     "CTE in text": run(
         "WITH new AS (INSERT INTO item (name) VALUES ('lost') RETURNING id) SELECT * FROM new"
     ),
+    "CTE of an update of no row": run(
+        update(items)
+        .where(items.c.id == 0)
+        .values(name="none")
+        .add_cte(insert(items).values(name="lost").cte("new"))
+    ),
     "DO block": run("DO $$ BEGIN INSERT INTO item (name) VALUES ('lost'); END $$"),
     "merge": run(
         "MERGE INTO item USING (VALUES ('lost')) AS new (name) ON item.name = new.name "

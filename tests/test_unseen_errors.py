@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -207,6 +207,23 @@ async def test_an_error_between_the_last_look_and_commit_counts(
     options = session_class(kind, class_)
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body, session_options=options)
+    assert rows.names == []
+
+
+async def test_a_connection_lost_between_the_last_look_and_commit_counts(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """A listener of the engine that hides the loss of the connection lets nothing be committed."""
+
+    def lose(connection: Connection) -> None:
+        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        with pytest.raises(DBAPIError):
+            connection.execute(text("SELECT 1"))
+
+    event.listen(sync_engine(engine), "commit", lose)
+    with pytest.raises(PendingRollbackError):
+        await ask(engine, kind, transactional(), write)
     assert rows.names == []
 
 

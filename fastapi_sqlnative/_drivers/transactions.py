@@ -125,7 +125,7 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     # Such listeners may execute statements in the driver's place and hide failures.
     events: Any = connection.dialect.dispatch
     heard = events.do_execute or events.do_execute_no_params or events.do_executemany
-    if not (doubtful or heard) or is_lost(connection) or autocommits(connection):
+    if not (doubtful or heard) or is_lost(connection):
         return False  # on a lost connection COMMIT fails anyway
     return not _accepts_queries(connection)
 
@@ -136,7 +136,7 @@ def begin(connection: Connection) -> None:
     With asyncpg, SQLAlchemy sends BEGIN with its first statement. A COPY before that would be
     stored at once, even if the transaction is rolled back.
     """
-    if connection.dialect.driver == "asyncpg" and not autocommits(connection):
+    if connection.dialect.driver == "asyncpg":
         driver: Any = connection.connection.driver_connection
         if not driver.is_in_transaction():
             _accepts_queries(connection)
@@ -165,10 +165,10 @@ SELECT set_config('statement_timeout', least(
 def limit_statements(connection: Connection, seconds: float) -> None:
     """Limit each statement of the transaction to `seconds` on the server.
 
-    The limit doesn't apply to COMMIT. Only PostgreSQL has a limit for a single transaction, and
-    in AUTOCOMMIT there is no transaction.
+    The limit doesn't apply to COMMIT. Only PostgreSQL has a limit for a single transaction. In
+    AUTOCOMMIT it has no effect.
     """
-    if connection.dialect.name == "postgresql" and not autocommits(connection):
+    if connection.dialect.name == "postgresql":
         left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
         connection.execute(_LIMIT, {"left": left})
 
@@ -274,8 +274,6 @@ def would_store(connection: Connection, *, id_explained: bool, defined: bool) ->
     `id_explained`: a savepoint was rolled back, which accounts for a transaction id. `defined`:
     DDL was sent, so only a temporary table explains what was written to the catalogs.
     """
-    if _status(connection) not in (None, _IN_TRANSACTION):
-        return False
     try:
         row = fetch_row(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):

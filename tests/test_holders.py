@@ -150,6 +150,12 @@ async def test_a_pool_that_times_out_says_who(
     assert line.endswith(f": {told.partition(' held by ')[2]}")
 
 
+def autoflush(session: Session) -> None:
+    """Have the flush within a query wait for the pool."""
+    session.add(Item(name="a"))
+    wait(session)
+
+
 async def test_connections_of_others_are_counted(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
@@ -157,8 +163,7 @@ async def test_connections_of_others_are_counted(
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
-    # The autoflush waits for the pool, within the query.
-    route(app, kind, "/", get_db(), lambda session: (session.add(Item(name="a")), wait(session)))
+    route(app, kind, "/", get_db(), autoflush)
     async with running(app) as client:
         connection: Any = engine.connect()
         if kind.asynchronous:

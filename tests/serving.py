@@ -113,28 +113,29 @@ class Rows:
         pid = session.scalars(text("SELECT pg_backend_pid()")).one()
         self.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
-    def backends(self, state: str = "%", application: str = "%") -> int:
-        """Count this database's other connections, in a state such as `idle in transaction`.
+    def backends(self, state: str = "%", application: str = "%", wait: str = "%") -> int:
+        """Count this database's other connections, as `backends` does."""
+        return backends(self.connection, state, application, wait)
 
-        Of those that were closed without a word the server hears late: wait for it.
-        """
-        # Within a transaction, the server would repeat its first answer.
-        self.connection.execute("SELECT pg_stat_clear_snapshot()")
-        found = self.connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
-            " AND state LIKE %s AND application_name LIKE %s",
-            (state, application),
-        ).fetchone()
-        assert found is not None
-        return int(found[0])
+    @contextlib.contextmanager
+    def locked(self, key: int) -> Iterator[None]:
+        """Let whoever asks the first database for this advisory lock wait until the block ends."""
+        self.connection.execute("SELECT pg_advisory_lock(%s)", (key,))
+        try:
+            yield
+        finally:
+            self.connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
+
+    def waits(self) -> bool:
+        """Tell whether one other connection waits for a lock."""
+        return self.backends(wait="Lock/%") == 1
 
     def sleeps(self) -> bool:
         """Tell whether one other connection is in `pg_sleep`, where a cancel request reaches it.
 
         The server ignores one that arrives before it has read an active connection's statement.
         """
-        return [wait for _, wait, _ in self.at_work] == ["PgSleep"]
+        return self.backends("active") == self.backends(wait="%/PgSleep") == 1
 
     @property
     def at_work(self) -> list[tuple[str, str, str]]:
@@ -144,6 +145,26 @@ class Rows:
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
             " AND backend_type = 'client backend' AND state <> 'idle'"
         ).fetchall()
+
+
+def backends(
+    connection: psycopg.Connection, state: str = "%", application: str = "%", wait: str = "%"
+) -> int:
+    """Count a database's other connections, in a state such as `idle in transaction`, or a wait.
+
+    Of those that were closed without a word the server hears late: wait for it.
+    """
+    # Within a transaction, the server would repeat its first answer.
+    connection.execute("SELECT pg_stat_clear_snapshot()")
+    found = connection.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        " AND state LIKE %s AND application_name LIKE %s"
+        " AND concat(wait_event_type, '/', wait_event) LIKE %s",
+        (state, application, wait),
+    ).fetchone()
+    assert found is not None
+    return int(found[0])
 
 
 def named(driver: str, application: str) -> dict[str, Any]:
@@ -161,6 +182,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for that on an event loop, which goes on meanwhile."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - as above, nothing tells
+            await asyncio.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -286,7 +314,7 @@ class Served:
 
     client: httpx.Client
     url: str
-    server: uvicorn.Server
+    server: "_Server"
     starts: list[int]
 
     def post(self, path: str, **options: Any) -> httpx.Response:

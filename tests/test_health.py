@@ -49,7 +49,7 @@ from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, client_of, is_kept, running, sqlite, start_and_stop
-from tests.serving import Kind, Rows, named, probing_threads, validate_openapi, wait_until
+from tests.serving import Kind, Rows, named, probing_threads, until, validate_openapi
 
 pytestmark = pytest.mark.anyio
 
@@ -252,7 +252,7 @@ async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
         async with held(engine):
             assert await ready(client) == (200, report())
     assert len(opened) == 3
-    await anyio.to_thread.run_sync(wait_until, lambda: not rows.backends(application="no pool"))
+    await until(lambda: not rows.backends(application="no pool"))
 
 
 async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
@@ -556,7 +556,7 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
             assert await ready(client) == (200, report())
         go_on.set()
         pool: Any = sync_engine(engine).pool
-        await anyio.to_thread.run_sync(wait_until, lambda: pool.checkedout() == 0)
+        await until(lambda: pool.checkedout() == 0)
     assert log.records == []
 
 
@@ -619,7 +619,7 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     assert made == ["seen"] * 4
     # The pool's own listeners did not learn the mark.
     assert outside == [False, True, True, True]
-    await anyio.to_thread.run_sync(wait_until, lambda: not rows.backends(application="seen"))
+    await until(lambda: not rows.backends(application="seen"))
 
 
 async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeEngine) -> None:
@@ -853,7 +853,7 @@ async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
         assert len(called) == 1
         assert len(probing_threads() - before) <= 1
         go_on.set()
-        await anyio.to_thread.run_sync(wait_until, lambda: probing_threads() <= before)
+        await until(lambda: probing_threads() <= before)
         async with asyncio.timeout(PATIENT):
             while (await ready(client))[0] != 200:
                 pass  # its thread may take longer to start than the check has

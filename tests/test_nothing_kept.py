@@ -1,6 +1,5 @@
 """Rule 10: nothing grows with requests, statements, engines, sessions or applications."""
 
-import asyncio
 import gc
 import weakref
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from fastapi_sqlnative import Database, get_db, health_router, install_database,
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import SessionFinishedError
 from tests.in_process import application, ask, async_sqlite, is_kept, running, session_class
-from tests.serving import Item, Kind, Rows, items, wait_until
+from tests.serving import Item, Kind, Rows, items, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("collecting")]
 
@@ -39,7 +38,7 @@ def left(references: list["weakref.ref[Any]"]) -> int:
 
 async def all_gone(references: list["weakref.ref[Any]"]) -> None:
     """Wait until the thread that served a request has let go of them, too."""
-    await asyncio.to_thread(wait_until, lambda: left(references) == 0)
+    await until(lambda: left(references) == 0)
 
 
 # -- engines -----------------------------------------------------------------------------------

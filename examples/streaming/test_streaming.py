@@ -17,7 +17,7 @@ from conftest import WorkerPostgres
 from examples.streaming.app import create_app
 from examples.streaming.models import Base, Measurement
 from fastapi_sqlnative import installed_databases
-from tests.serving import Served, serve, wait_until
+from tests.serving import Served, backends, serve, wait_until
 
 needs_events = pytest.mark.skipif(
     find_spec("fastapi.sse") is None, reason="this FastAPI has no server-sent events"
@@ -74,12 +74,7 @@ class Streaming:
 
     def in_transaction(self) -> int:
         """Count the example's connections that the server keeps open."""
-        row = self.owner.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
-        ).fetchone()
-        assert row is not None
-        return int(row[0])
+        return backends(self.owner, "idle in transaction%")
 
 
 @contextmanager

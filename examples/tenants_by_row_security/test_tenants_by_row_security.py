@@ -24,7 +24,7 @@ from examples.tenants_by_row_security.database import prepare, role_of
 from examples.tenants_by_row_security.models import Base
 from fastapi_sqlnative import AsyncDatabase, installed_databases, reader
 from tests.in_process import running
-from tests.serving import Served, serve, wait_until
+from tests.serving import Served, backends, serve, until
 
 DOCUMENT: Final = "tenants_by_row_security_document"
 EVERYTHING = f"SELECT title FROM {DOCUMENT}"
@@ -290,7 +290,7 @@ async def test_a_cancelled_request_leaves_nothing_behind(owner: psycopg.Connecti
     async with running(app) as client:
         sleep = client.post("/as-tenant", json=["SELECT pg_sleep(60)"], headers=bearer)
         request = asyncio.create_task(sleep)
-        await asyncio.to_thread(wait_until, lambda: is_sleeping(owner))
+        await until(lambda: backends(owner, wait="%/PgSleep") == 1)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
@@ -299,15 +299,6 @@ async def test_a_cancelled_request_leaves_nothing_behind(owner: psycopg.Connecti
         assert isinstance(engine, AsyncEngine)
         async with engine.connect() as connection:
             assert await connection.scalar(LEFT_BEHIND) == ""
-
-
-def is_sleeping(owner: psycopg.Connection) -> bool:
-    """Check whether the request's statement is running."""
-    found = owner.execute(
-        "SELECT FROM pg_stat_activity WHERE datname = current_database()"
-        " AND query = 'SELECT pg_sleep(60)' AND state = 'active'"
-    )
-    return found.fetchone() is not None
 
 
 def test_tenants_at_once_do_not_mix(owner: psycopg.Connection) -> None:

@@ -201,12 +201,14 @@ async def test_no_commit_is_interrupted(
     proxy.fault = Fault.STALLED
     with serve(app) as served:
         await leave(served, proxy.reached.is_set, "POST /")
-        await until(lambda: not served.server.server_state.connections)
+        state = served.server.server_state
+        await until(lambda: not state.connections)
         nothing = asyncio.run_coroutine_threadsafe(turns(), served.server.loop)  # is done about it
         await asyncio.wrap_future(nothing)
         proxy.go_on.set()
-        await until(lambda: rows.names == ["a"])
-        await quiet(rows)
+        await until(lambda: not state.tasks)
+        assert rows.names == ["a"]
+        assert rows.backends("idle") == 1  # the connection is as good as before
 
 
 def add(session: Session) -> None:

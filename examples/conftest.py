@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
@@ -23,6 +24,23 @@ def databases(
     monkeypatch.setenv("DATABASE_URL", empty_databases.url("psycopg"))
     monkeypatch.setenv("SECOND_DATABASE_URL", empty_databases.second.url("psycopg"))
     return empty_databases
+
+
+@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
+def driver(request: pytest.FixtureRequest) -> str:
+    """Give each asynchronous driver in turn."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def owner(
+    driver: str, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[psycopg.Connection]:
+    """Provide the database, its address with this driver, and a connection of its owner's."""
+    monkeypatch.setenv("DATABASE_URL", databases.url(driver))
+    with psycopg.connect(databases.dsn, autocommit=True) as connection:
+        yield connection
 
 
 @pytest.fixture

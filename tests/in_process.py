@@ -149,6 +149,17 @@ def counted_waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return waits
 
 
+def noting(log: list[str], note: str = "disposed") -> Callable[[], AsyncEngine]:
+    """Make a factory of asynchronous engines that write into the log when they are disposed of."""
+
+    def build() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log, note)
+        return engine
+
+    return build
+
+
 async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
     """Tell whether something keeps an application when it has been used."""
     app = FastAPI()

@@ -402,6 +402,16 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
     assert not thread.is_alive()
 
 
+async def flood(served: Served, path: str, times: int = 45) -> list[int]:
+    """Send more requests at once than there are threads; return the status of each."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=served.url, limits=limits, timeout=50, verify=NO_TLS
+    ) as client:
+        responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
+    return [response.status_code for response in responses]
+
+
 @contextlib.contextmanager
 def launch(
     command: Sequence[str], directory: Path, **environment: str

@@ -39,6 +39,7 @@ from tests.in_process import (
     async_sqlite,
     client_of,
     note_disposal,
+    noting,
     running,
     sqlite,
     start_and_stop,
@@ -160,21 +161,6 @@ async def test_a_ready_engine_is_not_closed(build: Callable[[], Engine | AsyncEn
     await (
         engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
     )
-
-
-async def test_a_factory_engine_is_disposed_of_after_its_hook() -> None:
-    """A hook beside a factory runs first, and the engine is disposed of after it."""
-    log: list[str] = []
-
-    def factory() -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log)
-        return engine
-
-    app = FastAPI()
-    install_database(app, engine=factory, shutdown=lambda: log.append("hook"))
-    await start_and_stop(app)
-    assert log == ["hook", "disposed"]
 
 
 class CallableHook:
@@ -803,14 +789,8 @@ async def test_a_factory_that_fails_unwinds_the_start(
 async def test_an_engine_that_its_options_do_not_fit_is_disposed_of() -> None:
     """A factory's engine of the wrong colour for `class_` fails start-up, and is not left open."""
     log: list[str] = []
-
-    def build() -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log)
-        return engine
-
     app = FastAPI()
-    install_database(app, engine=build, session_options={"class_": Session})
+    install_database(app, engine=noting(log), session_options={"class_": Session})
     with pytest.raises(TypeError, match="class_ must be a subclass of AsyncSession"):
         await start_and_stop(app)
     assert log == ["disposed"]

@@ -1,6 +1,7 @@
 """Section 4, the end: what a shutdown closes, in which order, and how long it may take."""
 
 import asyncio
+import functools
 import logging
 import re
 import subprocess
@@ -36,7 +37,7 @@ from tests.in_process import (
     async_sqlite,
     client_of,
     counted_waits,
-    note_disposal,
+    noting,
     running,
     sqlite,
     start_and_stop,
@@ -57,20 +58,10 @@ class HookError(Exception):
 async def test_databases_close_in_reverse_order() -> None:
     """The last installed is closed first, each with its hook and then its engine."""
     log: list[str] = []
-
-    def build(name: str) -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log, f"{name} engine")
-        return engine
-
     app = FastAPI()
     for name in "first", "second", "third":
-        install_database(
-            app,
-            name=name,
-            engine=lambda name=name: build(name),  # type: ignore[misc] # a default binds the name
-            shutdown=lambda name=name: log.append(f"{name} hook"),  # type: ignore[misc] # so does this
-        )
+        hook = functools.partial(log.append, f"{name} hook")
+        install_database(app, name=name, engine=noting(log, f"{name} engine"), shutdown=hook)
     await start_and_stop(app)
     assert log == [
         f"{name} {part}" for name in ("third", "second", "first") for part in ("hook", "engine")
@@ -113,15 +104,18 @@ FAILURES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 async def test_a_hook_that_fails_does_not_stop_the_others(
     hook: Callable[[], object], kind: type[Exception], message: str
 ) -> None:
-    """Every database is closed, whatever happens to the others, and the failure names its own."""
+    """Every database is closed, whatever happens to the others, and the failure names its own.
+
+    The engine that a factory built is disposed of, though the hook before it has failed.
+    """
     log: list[str] = []
     app = FastAPI()
     install_database(app, name="first", engine=sqlite(), shutdown=lambda: log.append("first"))
-    install_database(app, name="bad", engine=sqlite(), shutdown=hook)
+    install_database(app, name="bad", engine=noting(log), shutdown=hook)
     install_database(app, name="last", engine=sqlite(), shutdown=lambda: log.append("last"))
     with pytest.raises(ExceptionGroup, match="Databases failed to shut down") as raised:
         await start_and_stop(app)
-    assert log == ["last", "first"]
+    assert log == ["last", "disposed", "first"]
     [error] = raised.value.exceptions
     assert isinstance(error, kind)
     assert message in str(error)
@@ -138,22 +132,6 @@ async def test_all_failures_are_raised_together() -> None:
     with pytest.raises(ExceptionGroup) as raised:
         await start_and_stop(app)
     assert [str(error) for error in raised.value.exceptions] == ["sync", "async", "sync"]
-
-
-async def test_a_failed_hook_leaves_no_engine_open() -> None:
-    """The engine that a factory built is disposed of, though the hook before it has failed."""
-    log: list[str] = []
-
-    def build() -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log)
-        return engine
-
-    app = FastAPI()
-    install_database(app, engine=build, shutdown=fail)
-    with pytest.raises(ExceptionGroup):
-        await start_and_stop(app)
-    assert log == ["disposed"]
 
 
 async def test_an_application_starts_again_after_a_failed_shutdown() -> None:
@@ -519,11 +497,6 @@ async def test_a_cancelled_lifespan_closes_what_was_open(when: str) -> None:
             reached.set()
             await asyncio.Event().wait()
 
-    def build() -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log)
-        return engine
-
     async def build_later() -> AsyncEngine:
         await stay("factory")
         return async_sqlite()
@@ -538,7 +511,7 @@ async def test_a_cancelled_lifespan_closes_what_was_open(when: str) -> None:
             await stay("running")
 
     app = FastAPI(lifespan=lifespan)
-    install_database(app, engine=build)
+    install_database(app, engine=noting(log))
     install_database(app, name="second", engine=build_later)
     serving = asyncio.create_task(run())
     await reached.wait()

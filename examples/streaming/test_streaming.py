@@ -10,12 +10,11 @@ from typing import Any
 import psycopg
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import NullPool, create_engine, event
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from conftest import WorkerPostgres
 from examples.streaming.app import create_app
-from examples.streaming.models import Base, Measurement
+from examples.streaming.models import Measurement
 from fastapi_sqlnative import installed_databases
 from tests.serving import Served, backends, serve, wait_until
 
@@ -23,17 +22,6 @@ needs_events = pytest.mark.skipif(
     find_spec("fastapi.sse") is None, reason="this FastAPI has no server-sent events"
 )
 MANY = 20_000
-
-
-@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
-def owner(
-    request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[psycopg.Connection]:
-    """Provide the example's database and a connection to it, and clean up."""
-    monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
-    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
-        yield connection
-    Base.metadata.drop_all(create_engine(postgres.url("psycopg"), poolclass=NullPool))
 
 
 class Streaming:

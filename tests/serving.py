@@ -75,6 +75,16 @@ ANSWERED = (
 items: Table = Base.metadata.tables["item"]
 
 
+SLOW_COMMIT = """
+DROP TABLE IF EXISTS slow;
+CREATE TABLE slow (id serial);
+CREATE OR REPLACE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_sleep({}); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION take_time();
+"""
+
+
 class Rows:
     """See what is stored, from outside: through a connection that no test shares."""
 
@@ -116,6 +126,10 @@ class Rows:
     def backends(self, state: str = "%", application: str = "%", wait: str = "%") -> int:
         """Count this database's other connections, as `backends` does."""
         return backends(self.connection, state, application, wait)
+
+    def make_commits_slow(self, seconds: float) -> None:
+        """Make an empty table `slow`: the COMMIT of whoever writes to it takes so long."""
+        self.connection.execute(SLOW_COMMIT.format(seconds))
 
     @contextlib.contextmanager
     def locked(self, key: int) -> Iterator[None]:

@@ -297,7 +297,6 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) 
         session.rollback()
 
     def slow_commit(session: Session) -> None:
-        session.execute(text("SELECT set_config('test.slow', 'on', true)"))
         session.execute(text("INSERT INTO slow DEFAULT VALUES"))
 
     route(app, kind, "/query", transactional(), query)
@@ -332,16 +331,6 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) 
     return app
 
 
-SLOW_COMMIT = """
-CREATE TABLE IF NOT EXISTS slow (id serial);
-CREATE OR REPLACE FUNCTION wait_a_little() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_sleep(0.05); RETURN NULL; END';
-DROP TRIGGER IF EXISTS at_commit ON slow;
-CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW EXECUTE FUNCTION wait_a_little();
-"""
-
-
 async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Response:
     """Be a middleware that does nothing: BaseHTTPMiddleware cancels what is inside it."""
     response: Response = await call_next(request)
@@ -367,7 +356,7 @@ async def test_clients_that_disconnect_leave_nothing(
     kind: Kind, make_engine: MakeEngine, rows: Rows, path: str, middleware: bool
 ) -> None:
     """Many clients go away in the middle; then nothing is in use or in a transaction."""
-    rows.connection.execute(SLOW_COMMIT)
+    rows.make_commits_slow(0.05)
     engine = make_engine(pool_size=5, max_overflow=10)
     app = disconnecting_app(engine, kind, paged=middleware)
     if middleware:

@@ -382,8 +382,7 @@ class _Server(uvicorn.Server):
             server.close()
         for connection in [*self.server_state.connections]:
             connection.shutdown()
-        while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await until(lambda: not (self.server_state.connections or self.server_state.tasks))
         await self.lifespan.shutdown()
 
     @contextlib.contextmanager

@@ -48,7 +48,15 @@ from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
-from tests.in_process import async_sqlite, client_of, is_kept, running, sqlite, start_and_stop
+from tests.in_process import (
+    async_sqlite,
+    client_of,
+    is_kept,
+    running,
+    sqlite,
+    start_and_stop,
+    turns,
+)
 from tests.serving import Kind, Rows, named, probing_threads, until, validate_openapi
 
 pytestmark = pytest.mark.anyio
@@ -310,7 +318,7 @@ async def test_an_assertion_pool_in_use_is_up(make_engine: MakeEngine) -> None:
         async with held(engine):
             assert await ready(client) == (200, report())
         probe = asyncio.create_task(ready(client))
-        await asyncio.sleep(0)
+        await turns()
         async with held(engine):
             assert await probe == (200, report())
 
@@ -575,7 +583,7 @@ async def test_a_prober_that_goes_away_takes_nobodys_answer() -> None:
         first = asyncio.create_task(client.get("/health/ready"))
         await started.wait()
         second = asyncio.create_task(client.get("/health/ready"))
-        await asyncio.sleep(0)
+        await turns()
         first.cancel()
         await asyncio.wait([first])
         go_on.set()
@@ -875,7 +883,7 @@ async def test_an_async_check_that_hangs_is_cancelled() -> None:
         before = asyncio.all_tasks()
         for _ in range(3):
             assert await ready(client) == (503, report("not_ready", cache="down"))
-        await asyncio.sleep(0)
+        await turns()
         assert asyncio.all_tasks() == before
     assert len(cancelled) == 3
 

@@ -34,12 +34,18 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def owner(
+def database(
     driver: str, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[psycopg.Connection]:
-    """Provide the database, its address with this driver, and a connection of its owner's."""
+) -> WorkerPostgres:
+    """Provide an empty database, with its address for this driver in the environment."""
     monkeypatch.setenv("DATABASE_URL", databases.url(driver))
-    with psycopg.connect(databases.dsn, autocommit=True) as connection:
+    return databases
+
+
+@pytest.fixture
+def owner(database: WorkerPostgres) -> Iterator[psycopg.Connection]:
+    """Connect to that database as its owner."""
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
         yield connection
 
 

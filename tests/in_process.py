@@ -90,7 +90,15 @@ async def run_work(engine: Engine | AsyncEngine, work: Any, **options: Any) -> N
         else:
             Database(engine, **options).run_in_transaction(work, backoff=0)
     finally:
-        await engine.dispose() if isinstance(engine, AsyncEngine) else engine.dispose()
+        await dispose(engine)
+
+
+async def dispose(engine: Engine | AsyncEngine) -> None:
+    """Close what an engine of either colour has left open."""
+    if isinstance(engine, AsyncEngine):
+        await engine.dispose()
+    else:
+        engine.dispose()
 
 
 async def run_in_transaction(

@@ -40,7 +40,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import SessionFinishedError, TransactionAbortedError
 from tests.conftest import MakeEngine
-from tests.in_process import turns
+from tests.in_process import dispose, turns
 from tests.serving import Item, Kind, Rows, add, items, names, probing_threads, serve, until
 
 pytestmark = pytest.mark.anyio
@@ -52,13 +52,6 @@ def handle_of(engine: Any, **options: Any) -> Any:
     if isinstance(engine, AsyncEngine):
         return AsyncDatabase(engine, **options)
     return Database(engine, **options)
-
-
-async def dispose(engine: Any) -> None:
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        engine.dispose()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from conftest import PostgresDatabase
 from fastapi_sqlnative import health_router, install_database
 from fastapi_sqlnative._sessions.engines import sync_engine
-from tests.in_process import running
+from tests.in_process import dispose, running
 from tests.postgres_server import PostgresServer
 from tests.serving import KINDS, NO_TLS, Kind, backends, holding, probing_threads, serve, until
 
@@ -172,13 +172,6 @@ async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, ki
         assert await ready(client) == UP
         assert pool_of(engine).checkedout() == 0
     await nobody_is_connected(server)
-
-
-async def dispose(engine: AnyEngine) -> None:
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        engine.dispose()
 
 
 @contextlib.contextmanager

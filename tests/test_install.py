@@ -38,6 +38,7 @@ from fastapi_sqlnative.testing import async_client
 from tests.in_process import (
     async_sqlite,
     client_of,
+    dispose,
     note_disposal,
     noting,
     running,
@@ -158,9 +159,7 @@ async def test_a_ready_engine_is_not_closed(build: Callable[[], Engine | AsyncEn
     async with running(app):
         await ask(installed_databases(app)["default"])
     assert log == []
-    await (
-        engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
-    )
+    await dispose(engine)
 
 
 class CallableHook:
@@ -501,9 +500,7 @@ async def test_an_engine_may_start_again_on_the_same_event_loop(
     """On one event loop a ready engine needs no hook: an application may stop and start."""
     engine = engine_of(kind, postgres)
     await read_twice(reading_app(engine))
-    await (
-        engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
-    )
+    await dispose(engine)
 
 
 def test_an_application_runs_on_one_event_loop_at_a_time() -> None:

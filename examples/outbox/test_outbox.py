@@ -110,9 +110,6 @@ def test_a_worker_that_is_killed_between_its_commits_loses_nothing(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    "driver", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)]
-)
 async def test_workers_share_the_work(databases: WorkerPostgres, driver: str) -> None:
     """Concurrent workers deliver each message once, without waiting for each other."""
     engine = create_async_engine(databases.url(driver))

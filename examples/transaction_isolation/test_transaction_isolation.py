@@ -14,12 +14,9 @@ from tests.serving import Served, backends, serve, wait_until
 SAFE = ["/tickets/locked", "/tickets/at-once", "/tickets/serializable"]
 
 
-@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
-def served(
-    request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Served]:
+@pytest.fixture
+def served(database: WorkerPostgres) -> Iterator[Served]:
     """Serve the example on an empty database: every scenario starts with the same rows."""
-    monkeypatch.setenv("DATABASE_URL", databases.url(request.param))
     with serve(create_app()) as running:
         yield running
 

@@ -129,7 +129,7 @@ class Rows:
 
     def make_commits_slow(self, seconds: float) -> None:
         """Make an empty table `slow`: the COMMIT of whoever writes to it takes so long."""
-        self.connection.execute(SLOW_COMMIT.format(seconds))
+        self.connection.execute(SLOW_COMMIT.format(seconds).encode())
 
     @contextlib.contextmanager
     def locked(self, key: int) -> Iterator[None]:

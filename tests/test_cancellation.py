@@ -212,6 +212,7 @@ async def test_waiting_for_a_commit_does_not_spin(
     """Anyio cancels again at every await: the wait for the COMMIT is shielded from that."""
     database = AsyncDatabase(behind_proxy)
     proxy.fault = Fault.STALLED
+    waits = counted_waits(monkeypatch)
     async with anyio.create_task_group() as tasks:
 
         async def work() -> None:
@@ -220,7 +221,7 @@ async def test_waiting_for_a_commit_does_not_spin(
 
         tasks.start_soon(work)
         assert await anyio.to_thread.run_sync(proxy.reached.wait, 10)
-        waits = counted_waits(monkeypatch)
+        waits.clear()
         tasks.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
             await turns()

@@ -149,7 +149,7 @@ class Rows:
 
         The server ignores one that arrives before it has read an active connection's statement.
         """
-        return self.backends("active") == self.backends(wait="%/PgSleep") == 1
+        return self.backends(wait="%/PgSleep") == 1
 
     @property
     def at_work(self) -> list[tuple[str, str, str]]:

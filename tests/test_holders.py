@@ -150,8 +150,12 @@ async def test_connections_of_others_are_counted(
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
-    # The autoflush waits for the pool, within the query.
-    route(app, kind, "/", get_db(), lambda session: (session.add(Item(name="a")), wait(session)))
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        wait(session)  # the autoflush waits for the pool, within the query
+
+    route(app, kind, "/", get_db(), body)
     async with running(app) as client:
         connection: Any = engine.connect()
         if kind.asynchronous:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import make_url
+from sqlalchemy import event, make_url
+from sqlalchemy.dialects.mysql.pymysql import MySQLDialect_pymysql
 
 from tests.mariadb_server import REMEDIES, MariadbServer, MariadbServerError, find_server
 from tests.postgres_choice import CHOICES, RunningPostgres, start_postgres
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # processors busy, because tests also wait for databases and for servers to stop: a run of 112 s
 # took 139 s with three, and 117 s with seven.
 WORKERS = 5
+# Hypothesis would import trio in each, and then ask about every object who refers to it.
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()
 
@@ -79,11 +82,13 @@ def _selects(config: pytest.Config) -> bool:
     return bool(files or option.keyword or option.markexpr or getattr(option, "lf", False))
 
 
-# Files whose tests share a server of their own, and what those on MariaDB have in their names.
-SERVERS = {
+# Files whose tests share a server of their own, or a collection of all garbage; and what those on
+# MariaDB have in their names.
+SHARING = {
     "test_checklist.py",
     "test_draining.py",
     "test_health_servers.py",
+    "test_nothing_kept.py",
     "test_startup_wait.py",
 }
 ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
@@ -91,7 +96,7 @@ ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Give tests that share a server to one worker, which starts it once; the largest group first.
+    """Give tests that share something to one worker, which makes it once; the largest group first.
 
     By their names: `--dist loadgroup` of pytest-xdist 3.8 groups nothing on pytest 9.2, without a
     word (its issue 1386).
@@ -103,7 +108,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             if ON_MARIADB.search(nodeid):
                 return "mariadb"
             file = nodeid.partition("::")[0].rpartition("/")[2]
-            return file if file in SERVERS else nodeid
+            return file if file in SHARING else nodeid
 
     return Sharing(config, log)
 
@@ -321,8 +326,16 @@ def mariadb() -> Iterator[str]:
     if given:
         yield given
         return
+    event.listen(MySQLDialect_pymysql, "do_connect", _without_tls)
     with MariadbServer() as server:
         yield server.url
+    event.remove(MySQLDialect_pymysql, "do_connect", _without_tls)
+
+
+def _without_tls(dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
+    """Read none of the system's certificates, which takes longer than all else of connecting."""
+    if not dialect.is_async:  # that of asyncmy is a subclass
+        options["ssl_disabled"] = True
 
 
 # --- async tests ---

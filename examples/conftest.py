@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
@@ -23,6 +24,29 @@ def databases(
     monkeypatch.setenv("DATABASE_URL", empty_databases.url("psycopg"))
     monkeypatch.setenv("SECOND_DATABASE_URL", empty_databases.second.url("psycopg"))
     return empty_databases
+
+
+@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
+def driver(request: pytest.FixtureRequest) -> str:
+    """Give each asynchronous driver in turn."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def database(
+    driver: str, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> WorkerPostgres:
+    """Provide an empty database, with its address for this driver in the environment."""
+    monkeypatch.setenv("DATABASE_URL", databases.url(driver))
+    return databases
+
+
+@pytest.fixture
+def owner(database: WorkerPostgres) -> Iterator[psycopg.Connection]:
+    """Connect to that database as its owner."""
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
+        yield connection
 
 
 @pytest.fixture

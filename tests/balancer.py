@@ -22,6 +22,7 @@ class Balancer:
     port: int = 0
     backends: dict[int, bool] = field(default_factory=dict)
     _turns: "itertools.count[int]" = field(default_factory=itertools.count)
+    _asked: asyncio.Condition = field(default_factory=asyncio.Condition)
     _passing: set["asyncio.Task[None] | None"] = field(default_factory=set)
 
     @asynccontextmanager
@@ -44,14 +45,16 @@ class Balancer:
 
     async def finds(self, port: int, *, ready: bool) -> None:
         """Wait until a backend has been found to be ready, or not to be."""
-        while self.backends[port] is not ready:  # noqa: ASYNC110 - a test is no server
-            await asyncio.sleep(self.interval)
+        async with self._asked:
+            await self._asked.wait_for(lambda: self.backends[port] is ready)
 
     async def _ask_for_ever(self) -> None:
         while True:
             for port in tuple(self.backends):
                 answer = await exchange(port, PROBE)
                 self.backends[port] = answer.startswith(b"HTTP/1.1 200 ")
+            async with self._asked:
+                self._asked.notify_all()
             await asyncio.sleep(self.interval)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

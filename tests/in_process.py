@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from anyio.to_thread import run_sync
+import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine, StaticPool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 
 from fastapi_sqlnative import AsyncDatabase, Database, install_database
 from fastapi_sqlnative._sessions.engines import sync_engine
-from tests.serving import Kind, Rows, route, wait_until
+from tests.serving import Kind, Rows, route, until
 
 
 def client_of(app: Starlette) -> httpx.AsyncClient:
@@ -90,7 +90,15 @@ async def run_work(engine: Engine | AsyncEngine, work: Any, **options: Any) -> N
         else:
             Database(engine, **options).run_in_transaction(work, backoff=0)
     finally:
-        await engine.dispose() if isinstance(engine, AsyncEngine) else engine.dispose()
+        await dispose(engine)
+
+
+async def dispose(engine: Engine | AsyncEngine) -> None:
+    """Close what an engine of either colour has left open."""
+    if isinstance(engine, AsyncEngine):
+        await engine.dispose()
+    else:
+        engine.dispose()
 
 
 async def run_in_transaction(
@@ -130,13 +138,43 @@ def note_disposal(engine: Engine | AsyncEngine, log: list[str], note: str = "dis
     event.listen(inner, "engine_disposed", lambda _engine: log.append(note))
 
 
+async def turns() -> None:
+    """Let the event loop do all that it can do at once, and what that makes possible."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def counted_waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Collect the waits for tasks from now on: one that spins begins another at every turn."""
+    waits: list[object] = []
+    wait = asyncio.wait
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        waits.append(arguments)
+        return await wait(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "wait", counted)
+    return waits
+
+
+def noting(log: list[str], note: str = "disposed") -> Callable[[], AsyncEngine]:
+    """Make a factory of asynchronous engines that write into the log when they are disposed of."""
+
+    def build() -> AsyncEngine:
+        engine = async_sqlite()
+        note_disposal(engine, log, note)
+        return engine
+
+    return build
+
+
 async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
     """Tell whether something keeps an application when it has been used."""
     app = FastAPI()
     left = weakref.ref(app)
     await use(app)
     del app
-    await asyncio.sleep(0)  # for the callbacks of tasks that have ended
+    await turns()  # for the callbacks of tasks that have ended
     gc.collect()
     return left() is not None
 
@@ -147,4 +185,4 @@ async def quiet(rows: Rows) -> None:
     def is_quiet() -> bool:
         return rows.backends("active") == rows.backends("idle in transaction%") == 0
 
-    await run_sync(lambda: wait_until(is_quiet))
+    await until(is_quiet)

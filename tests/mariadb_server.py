@@ -137,7 +137,7 @@ class MariadbServer:
                 if "Address already in use" in said:
                     return False
                 raise MariadbServerError(f"{server} did not start:\n{said}")
-            time.sleep(0.02)
+            time.sleep(0.02)  # the server tells nobody
         return True
 
     @property

@@ -148,7 +148,7 @@ class PostgresServer:
                 raise PostgresServerError(problem, "Stop that one, or give another directory.")
             if not passing:
                 raise PostgresServerError(f"PostgreSQL from {self.binaries} ended with:\n{said}")
-            time.sleep(0.05)
+            time.sleep(0.05)  # for one that was killed to be gone
         return self
 
     def stop(self) -> None:
@@ -281,7 +281,7 @@ class PostgresServer:
                 raise PostgresServerError(
                     f"PostgreSQL was not ready after {START_TIMEOUT:.0f} s:\n{self._last_words()}"
                 )
-            time.sleep(0.01)
+            time.sleep(0.01)  # the server tells in a file
         self._fixed_port = self._port
         return True
 

@@ -75,6 +75,16 @@ ANSWERED = (
 items: Table = Base.metadata.tables["item"]
 
 
+SLOW_COMMIT = """
+DROP TABLE IF EXISTS slow;
+CREATE TABLE slow (id serial);
+CREATE OR REPLACE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_sleep({}); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION take_time();
+"""
+
+
 class Rows:
     """See what is stored, from outside: through a connection that no test shares."""
 
@@ -113,28 +123,33 @@ class Rows:
         pid = session.scalars(text("SELECT pg_backend_pid()")).one()
         self.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
-    def backends(self, state: str = "%", application: str = "%") -> int:
-        """Count this database's other connections, in a state such as `idle in transaction`.
+    def backends(self, state: str = "%", application: str = "%", wait: str = "%") -> int:
+        """Count this database's other connections, as `backends` does."""
+        return backends(self.connection, state, application, wait)
 
-        Of those that were closed without a word the server hears late: wait for it.
-        """
-        # Within a transaction, the server would repeat its first answer.
-        self.connection.execute("SELECT pg_stat_clear_snapshot()")
-        found = self.connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
-            " AND state LIKE %s AND application_name LIKE %s",
-            (state, application),
-        ).fetchone()
-        assert found is not None
-        return int(found[0])
+    def make_commits_slow(self, seconds: float) -> None:
+        """Make an empty table `slow`: the COMMIT of whoever writes to it takes so long."""
+        self.connection.execute(SLOW_COMMIT.format(seconds).encode())
+
+    @contextlib.contextmanager
+    def locked(self, key: int) -> Iterator[None]:
+        """Let whoever asks the first database for this advisory lock wait until the block ends."""
+        self.connection.execute("SELECT pg_advisory_lock(%s)", (key,))
+        try:
+            yield
+        finally:
+            self.connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
+
+    def waits(self) -> bool:
+        """Tell whether one other connection waits for a lock."""
+        return self.backends(wait="Lock/%") == 1
 
     def sleeps(self) -> bool:
         """Tell whether one other connection is in `pg_sleep`, where a cancel request reaches it.
 
         The server ignores one that arrives before it has read an active connection's statement.
         """
-        return [wait for _, wait, _ in self.at_work] == ["PgSleep"]
+        return self.backends(wait="%/PgSleep") == 1
 
     @property
     def at_work(self) -> list[tuple[str, str, str]]:
@@ -144,6 +159,26 @@ class Rows:
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
             " AND backend_type = 'client backend' AND state <> 'idle'"
         ).fetchall()
+
+
+def backends(
+    connection: psycopg.Connection, state: str = "%", application: str = "%", wait: str = "%"
+) -> int:
+    """Count a database's other connections, in a state such as `idle in transaction`, or a wait.
+
+    Of those that were closed without a word the server hears late: wait for it.
+    """
+    # Within a transaction, the server would repeat its first answer.
+    connection.execute("SELECT pg_stat_clear_snapshot()")
+    found = connection.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        " AND state LIKE %s AND application_name LIKE %s"
+        " AND concat(wait_event_type, '/', wait_event) LIKE %s",
+        (state, application, wait),
+    ).fetchone()
+    assert found is not None
+    return int(found[0])
 
 
 def named(driver: str, application: str) -> dict[str, Any]:
@@ -161,6 +196,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for that on an event loop, which goes on meanwhile."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - as above, nothing tells
+            await asyncio.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -286,7 +328,7 @@ class Served:
 
     client: httpx.Client
     url: str
-    server: uvicorn.Server
+    server: "_Server"
     starts: list[int]
 
     def post(self, path: str, **options: Any) -> httpx.Response:
@@ -340,8 +382,7 @@ class _Server(uvicorn.Server):
             server.close()
         for connection in [*self.server_state.connections]:
             connection.shutdown()
-        while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await until(lambda: not (self.server_state.connections or self.server_state.tasks))
         await self.lifespan.shutdown()
 
     @contextlib.contextmanager
@@ -372,6 +413,16 @@ def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
         server.end()
         thread.join(20)
     assert not thread.is_alive()
+
+
+async def flood(served: Served, path: str, times: int = 45) -> list[int]:
+    """Send more requests at once than there are threads; return the status of each."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=served.url, limits=limits, timeout=50, verify=NO_TLS
+    ) as client:
+        responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
+    return [response.status_code for response in responses]
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import ClientDisconnectedError
 from tests.conftest import MakeEngine
-from tests.in_process import quiet, running
+from tests.in_process import quiet, running, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, Served, serve, using, wait_until
+from tests.serving import KINDS, Item, Kind, Rows, Served, serve, until, using
 
 pytestmark = pytest.mark.anyio
 asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
@@ -65,7 +65,7 @@ async def leave(
         head += f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}\r\n".encode() + body)
     await writer.drain()
-    await anyio.to_thread.run_sync(lambda: wait_until(when))
+    await until(when)
     writer.transport.abort()
 
 
@@ -201,10 +201,14 @@ async def test_no_commit_is_interrupted(
     proxy.fault = Fault.STALLED
     with serve(app) as served:
         await leave(served, proxy.reached.is_set, "POST /")
-        await asyncio.sleep(0.1)  # for the server to see it, and to do nothing
+        state = served.server.server_state
+        await until(lambda: not state.connections)
+        nothing = asyncio.run_coroutine_threadsafe(turns(), served.server.loop)  # is done about it
+        await asyncio.wrap_future(nothing)
         proxy.go_on.set()
-        await anyio.to_thread.run_sync(lambda: wait_until(lambda: rows.names == ["a"]))
-        await quiet(rows)
+        await until(lambda: not state.tasks)
+        assert rows.names == ["a"]
+        assert rows.backends("idle") == 1  # the connection is as good as before
 
 
 def add(session: Session) -> None:
@@ -261,7 +265,7 @@ async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -
     app.get("/", **options)(using(kind, Depends(get_db()), slow))
     with serve(app) as served:
         await leave(served, rows.sleeps)
-        await anyio.to_thread.run_sync(lambda: wait_until(lambda: seen == [499]))
+        await until(lambda: seen == [499])
         await quiet(rows)
 
 
@@ -301,7 +305,7 @@ async def test_a_storm_leaves_the_pool_whole(
         async with asyncio.TaskGroup() as clients:
             for _ in range(40):
                 clients.create_task(leave(served, lambda: True))
-        await anyio.to_thread.run_sync(lambda: wait_until(lambda: pool.checkedout() == 0))
+        await until(lambda: pool.checkedout() == 0)
         await quiet(rows)
         assert served.client.get("/next").json() == 1
     assert rows.names == []

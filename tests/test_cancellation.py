@@ -25,8 +25,9 @@ from fastapi_sqlnative import (
     transactional,
 )
 from tests.conftest import MakeEngine
+from tests.in_process import counted_waits, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, add, route, serve
+from tests.serving import KINDS, Item, Kind, Rows, add, route, serve, until
 
 add_a = add("a")
 pytestmark = pytest.mark.anyio
@@ -55,7 +56,7 @@ async def running(
 
 
 async def cancelled_request(
-    client: httpx.AsyncClient, reached: threading.Event, cancel: Cancel
+    client: httpx.AsyncClient, reached: Callable[[], bool], cancel: Cancel
 ) -> "asyncio.Task[Any]":
     """Send a request, and cancel it when it has reached a point."""
     scope = anyio.CancelScope()
@@ -65,7 +66,7 @@ async def cancelled_request(
             await client.post("/")
 
     task = asyncio.create_task(request())
-    assert await anyio.to_thread.run_sync(reached.wait, 30)
+    await until(reached)
     cancel(task, scope)
     return task
 
@@ -118,8 +119,8 @@ async def test_a_commit_is_awaited(
     """A request cancelled while its COMMIT is on the way ends after it, and it is stored."""
     proxy.fault = Fault.STALLED
     async with running(behind_proxy, kind, body) as client:
-        task = await cancelled_request(client, proxy.reached, cancel)
-        await asyncio.wait({task}, timeout=0.05)
+        task = await cancelled_request(client, proxy.reached.is_set, cancel)
+        await turns()
         assert not task.done()
         proxy.go_on.set()
         await ended(task)
@@ -146,7 +147,7 @@ async def test_a_commit_that_hangs_is_given_up(
         proxy.go_on.set()  # a sync COMMIT is waited for: its driver's timeouts bound it
     proxy.fault = Fault.STALLED
     async with running(behind_proxy, kind, body, shutdown_timeout=0.2) as client:
-        task = await cancelled_request(client, proxy.reached, cancel)
+        task = await cancelled_request(client, proxy.reached.is_set, cancel)
         await ended(task)
     told = "whether a COMMIT took effect is unknown" in caplog.text
     assert told is kind.asynchronous
@@ -159,16 +160,17 @@ async def test_a_query_is_interrupted(
 ) -> None:
     """A request cancelled in the middle of a query rolls back and frees its connection."""
     engine = make_engine(pool_size=1, max_overflow=0)
-    reached = threading.Event()
 
     def body(session: Session) -> None:
         add_a(session)
         session.flush()
-        reached.set()
-        session.execute(text("SELECT pg_sleep(0.3)"))
+        session.execute(text("SELECT pg_advisory_xact_lock(3)"))
 
     async with running(engine, kind, body) as client:
-        task = await cancelled_request(client, reached, cancel)
+        with rows.locked(3):
+            task = await cancelled_request(client, rows.waits, cancel)
+            if kind.asynchronous:  # a thread goes on to the end of its query
+                await ended(task)
         await ended(task)
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
     assert rows.names == []
@@ -210,13 +212,7 @@ async def test_waiting_for_a_commit_does_not_spin(
     """Anyio cancels again at every await: the wait for the COMMIT is shielded from that."""
     database = AsyncDatabase(behind_proxy)
     proxy.fault = Fault.STALLED
-    waits: list[object] = []
-    wait = asyncio.wait
-
-    async def counted(*arguments: Any, **options: Any) -> Any:
-        waits.append(arguments)
-        return await wait(*arguments, **options)
-
+    waits = counted_waits(monkeypatch)
     async with anyio.create_task_group() as tasks:
 
         async def work() -> None:
@@ -225,11 +221,10 @@ async def test_waiting_for_a_commit_does_not_spin(
 
         tasks.start_soon(work)
         assert await anyio.to_thread.run_sync(proxy.reached.wait, 10)
-        monkeypatch.setattr(asyncio, "wait", counted)
+        waits.clear()
         tasks.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
-            for _ in range(50):  # turns of the event loop
-                await asyncio.sleep(0)
+            await turns()
         proxy.go_on.set()
     assert len(waits) == 1
     assert rows.names == ["a"]
@@ -273,7 +268,7 @@ async def test_a_database_that_hangs_holds_no_other(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        task = await cancelled_request(client, proxy.reached, CANCELS["asyncio"])
+        task = await cancelled_request(client, proxy.reached.is_set, CANCELS["asyncio"])
         await asyncio.wait({task}, timeout=30)
         assert task.done()
         assert other.pool.checkedout() == 0
@@ -303,7 +298,6 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) 
         session.rollback()
 
     def slow_commit(session: Session) -> None:
-        session.execute(text("SELECT set_config('test.slow', 'on', true)"))
         session.execute(text("INSERT INTO slow DEFAULT VALUES"))
 
     route(app, kind, "/query", transactional(), query)
@@ -338,16 +332,6 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) 
     return app
 
 
-SLOW_COMMIT = """
-CREATE TABLE IF NOT EXISTS slow (id serial);
-CREATE OR REPLACE FUNCTION wait_a_little() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_sleep(0.05); RETURN NULL; END';
-DROP TRIGGER IF EXISTS at_commit ON slow;
-CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW EXECUTE FUNCTION wait_a_little();
-"""
-
-
 async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Response:
     """Be a middleware that does nothing: BaseHTTPMiddleware cancels what is inside it."""
     response: Response = await call_next(request)
@@ -373,7 +357,7 @@ async def test_clients_that_disconnect_leave_nothing(
     kind: Kind, make_engine: MakeEngine, rows: Rows, path: str, middleware: bool
 ) -> None:
     """Many clients go away in the middle; then nothing is in use or in a transaction."""
-    rows.connection.execute(SLOW_COMMIT)
+    rows.make_commits_slow(0.05)
     engine = make_engine(pool_size=5, max_overflow=10)
     app = disconnecting_app(engine, kind, paged=middleware)
     if middleware:
@@ -388,9 +372,7 @@ async def test_clients_that_disconnect_leave_nothing(
             return pool.checkedout() == 0 and not rows.backends("%transaction%")
 
         try:
-            with anyio.fail_after(30):
-                while not await anyio.to_thread.run_sync(settled):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
+            await until(settled)
         except TimeoutError as error:
             error.add_note(f"{pool.status()}; in a transaction: {rows.at_work}")
             raise

@@ -30,7 +30,7 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative._lifespan.gate import Gate
 from fastapi_sqlnative._lifespan.running import Running, running_of
 from tests.conftest import MakeEngine
-from tests.in_process import running, sqlite
+from tests.in_process import running, sqlite, turns
 from tests.serving import KINDS, Kind, Rows, route, using
 
 pytestmark = pytest.mark.anyio
@@ -182,8 +182,7 @@ async def test_an_idle_request_comes_back_in_any_thread(
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
 
     async def endpoint(session: Annotated[Any, Depends(get_db())]) -> None:
-        for _ in range(5):
-            await asyncio.sleep(0)  # what opening the session has scheduled on the event loop
+        await turns()  # what opening the session has scheduled on the event loop
         assert running_of(app).gate._threads.borrowed_tokens == 0
         await asyncio.to_thread(ask, session)
         assert running_of(app).gate._threads.borrowed_tokens == 1
@@ -211,8 +210,7 @@ async def test_a_thread_that_waits_keeps_its_place(
     async with running(app) as client:
         request = asyncio.create_task(client.post("/"))
         assert await run_sync(committed.wait, 30)
-        for _ in range(5):
-            await asyncio.sleep(0)  # what the commit has scheduled on the event loop
+        await turns()  # what the commit has scheduled on the event loop
         assert running_of(app).gate._threads.borrowed_tokens == 1
         leave.set()
         assert (await request).status_code == 201
@@ -247,8 +245,7 @@ async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
         request = asyncio.create_task(client.post("/"))
         await first_of(idle.wait(), request)
         places = running_of(app).gate._threads
-        for _ in range(5):
-            await asyncio.sleep(0)  # what opening the session has scheduled on the event loop
+        await turns()  # what opening the session has scheduled on the event loop
         places.total_tokens = 1
         await places.acquire_on_behalf_of(app)
         monkeypatch.setattr(Running, "admit", admit)

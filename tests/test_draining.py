@@ -25,7 +25,7 @@ from fastapi_sqlnative.health import drain_on_sigterm
 from fastapi_sqlnative.testing import async_client
 from tests.balancer import Balancer, exchange
 from tests.draining_app import run
-from tests.serving import ASYNCPG, NO_TLS, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, wait_until
+from tests.serving import ASYNCPG, NO_TLS, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, until
 
 pytestmark = pytest.mark.anyio
 
@@ -82,7 +82,7 @@ class Processes:
         forked.start()
         process = Process(forked, log)
         self.started.append(process)
-        await anyio.to_thread.run_sync(wait_until, process.listens, 90)
+        await until(process.listens, 90)
         return process
 
 
@@ -106,27 +106,25 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     """
     process = await processes.start(600)
     url = f"http://127.0.0.1:{process.port}"
-    rows.connection.execute("SELECT pg_advisory_lock(9)")
     async with httpx.AsyncClient(base_url=url, timeout=60, verify=NO_TLS) as client:
-        assert (await client.get("/health/ready")).status_code == 200
-        slow = asyncio.create_task(client.post("/slow"))
-        await anyio.to_thread.run_sync(wait_until, lambda: rows.backends("active") == 1)
-        process.signal()
-        while (await client.get("/health/ready")).status_code == 200:
-            pass  # the signal is on its way
-        draining = await client.get("/health/ready")
-        assert (draining.status_code, draining.json()["status"]) == (503, "draining")
-        assert (await client.get("/health/live")).status_code == 200
-        assert (await client.post("/items/late")).status_code == 201
-        process.signal()
-        await anyio.to_thread.run_sync(wait_until, lambda: "Shutting down" in process.said)
-        rows.connection.execute("SELECT pg_advisory_unlock(9)")
+        with rows.locked(9):
+            assert (await client.get("/health/ready")).status_code == 200
+            slow = asyncio.create_task(client.post("/slow"))
+            await until(rows.waits)
+            process.signal()
+            await until(lambda: "The application is draining" in process.said)
+            draining = await client.get("/health/ready")
+            assert (draining.status_code, draining.json()["status"]) == (503, "draining")
+            assert (await client.get("/health/live")).status_code == 200
+            assert (await client.post("/items/late")).status_code == 201
+            process.signal()
+            await until(lambda: "Shutting down" in process.said)
         assert (await slow).json() == "done"
     assert await process.ended() == -signal.SIGTERM
     assert rows.names == ["late"]
     assert "Application shutdown complete" in process.said
     assert "Traceback" not in process.said
-    await anyio.to_thread.run_sync(wait_until, lambda: rows.backends(application="draining") == 0)
+    await until(lambda: rows.backends(application="draining") == 0)
 
 
 def test_a_negative_time_is_refused() -> None:
@@ -151,30 +149,33 @@ class Load:
     port: int
     answers: list[bytes]
     ending: bool = False
-    begun: list[int] = field(default_factory=lambda: [0] * WORKERS)
+    done: list[int] = field(default_factory=lambda: [0] * WORKERS)
+    answered: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def send(self, worker: int) -> None:
         while not self.ending:
-            self.begun[worker] += 1
-            name = f"{worker}-{self.begun[worker]}"
+            name = f"{worker}-{self.done[worker]}"
             request = (
                 f"POST /items/{name} HTTP/1.1\r\nHost: app\r\nContent-Length: 0\r\n"
                 "Connection: close\r\n\r\n"
             )
             self.answers.append(await exchange(self.port, request.encode()))
+            self.done[worker] += 1
+            async with self.answered:
+                self.answered.notify_all()
             await asyncio.sleep(0.02)  # whoever else is at work on this machine
 
     async def goes_on(self, count: int) -> None:
         """Wait for so many more answers."""
-        until = len(self.answers) + count
-        while len(self.answers) < until:  # noqa: ASYNC110 - a test is no server
-            await asyncio.sleep(0.01)
+        wanted = len(self.answers) + count
+        async with self.answered:
+            await self.answered.wait_for(lambda: len(self.answers) >= wanted)
 
     async def has_been_answered(self) -> None:
         """Wait until every request that is under way now has its answer."""
-        now = self.begun.copy()
-        while any(map(operator.eq, now, self.begun)):  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.01)
+        now = self.done.copy()
+        async with self.answered:
+            await self.answered.wait_for(lambda: not any(map(operator.eq, now, self.done)))
 
     @property
     def served_by(self) -> Counter[int]:

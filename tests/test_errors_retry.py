@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
 from conftest import WorkerPostgres
 from fastapi_sqlnative import (
@@ -363,20 +364,21 @@ def test_write_skew_ends_right(
 class Crossing:
     """Change two rows, each of two works in an order of its own, so that they meet in between."""
 
-    def __init__(self, pause: str) -> None:
-        self.pause = text(pause)
-        self.halfway: set[str] = set()
+    def __init__(self) -> None:
+        self.halfway = {"a": Future[None](), "b": Future[None]()}
         self.attempts = 0
 
     def work(self, first: str, second: str) -> Work:
         def work(session: Session) -> None:
             self.attempts += 1
             session.execute(text(f"UPDATE crossing SET n = n + 1 WHERE name = '{first}'"))
-            self.halfway.add(first)
-            give_up = time.monotonic() + 30
-            while len(self.halfway) < 2:  # by then each has its row, and waits for the other's
-                assert time.monotonic() < give_up
-                session.execute(self.pause)
+            if not self.halfway[first].done():
+                self.halfway[first].set_result(None)
+            # By then each has its row, and waits for the other's.
+            if session.get_bind().dialect.is_async:
+                await_only(asyncio.wrap_future(self.halfway[second]))
+            else:
+                self.halfway[second].result(30)
             session.execute(text(f"UPDATE crossing SET n = n + 1 WHERE name = '{second}'"))
 
         return work
@@ -409,7 +411,7 @@ def test_a_deadlock_ends_right(
 ) -> None:
     """Two that lock the same rows the other way round both succeed, one when it is repeated."""
     outside = create_engine(postgres.url("psycopg"))
-    check_crossing(make_engine(), Crossing("SELECT pg_sleep(0.01)"), outside)
+    check_crossing(make_engine(), Crossing(), outside)
 
 
 @pytest.mark.mariadb
@@ -422,7 +424,6 @@ def test_a_deadlock_on_mariadb_ends_right(mariadb: str, driver: str) -> None:
         connection.execute(text(f"CREATE OR REPLACE DATABASE sqlnative_crossing_{driver}"))
     server.dispose()
     url = admin.set(database=f"sqlnative_crossing_{driver}")
-    crossing = Crossing("DO SLEEP(0.01)")
     create = create_async_engine if driver == "asyncmy" else create_engine
     engine = create(url.set(drivername=f"mysql+{driver}"))
-    check_crossing(engine, crossing, create_engine(url))
+    check_crossing(engine, Crossing(), create_engine(url))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import anyio
 import pytest
 from sqlalchemy import Engine, delete, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -16,7 +15,7 @@ from sqlalchemy.orm import (
 
 from fastapi_sqlnative import get_db
 from tests.in_process import ask, asking
-from tests.serving import Item, Kind, Rows, items, wait_until
+from tests.serving import Item, Kind, Rows, items, until
 
 pytestmark = pytest.mark.anyio
 
@@ -241,9 +240,6 @@ async def test_what_stores_nothing_is_not_forgotten(
                 assert rows.names == ["there"]
 
 
-BLOCKED = "SELECT count(*) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
-
-
 @pytest.mark.parametrize(
     "lose",
     [
@@ -261,12 +257,8 @@ async def test_a_race_that_is_lost_needs_no_commit(
     def body(session: Session) -> None:
         assert session.execute(lose).rowcount == 0  # type: ignore[attr-defined] # a CursorResult
 
-    def blocks() -> bool:
-        found = rows.connection.execute(BLOCKED).fetchone()
-        return found is not None and found[0] > 0
-
     with rows.connection.transaction():
         rows.connection.execute("UPDATE item SET position = 3")
         request = asyncio.create_task(ask(engine, kind, get_db(), body))
-        await anyio.to_thread.run_sync(wait_until, blocks)
+        await until(rows.waits)
     assert await request == 201

@@ -40,7 +40,8 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import SessionFinishedError, TransactionAbortedError
 from tests.conftest import MakeEngine
-from tests.serving import Item, Kind, Rows, add, items, names, serve
+from tests.in_process import dispose, turns
+from tests.serving import Item, Kind, Rows, add, items, names, probing_threads, serve, until
 
 pytestmark = pytest.mark.anyio
 Body = Callable[[Session], Any]
@@ -51,13 +52,6 @@ def handle_of(engine: Any, **options: Any) -> Any:
     if isinstance(engine, AsyncEngine):
         return AsyncDatabase(engine, **options)
     return Database(engine, **options)
-
-
-async def dispose(engine: Any) -> None:
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        engine.dispose()
 
 
 @pytest.fixture
@@ -400,18 +394,12 @@ async def test_a_ping_of_a_silent_server_has_an_end(kind: Kind, postgres: Worker
     assert engine.pool.checkedout() == 0
 
 
-async def gone(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - a thread of the driver's has no event
-            await anyio.sleep(0.01)
-
-
 async def threads_gone() -> None:
     """Wait for the threads that were left behind: each ends with the wait of its driver or pool.
 
     One that still has a connection when the engine is disposed of would give it to nobody.
     """
-    await gone(lambda: all(each.name != "fastapi_sqlnative" for each in threading.enumerate()))
+    await until(lambda: not probing_threads())
 
 
 async def test_a_ping_waits_for_the_pool_no_longer(database: Any, rows: Rows) -> None:
@@ -462,7 +450,7 @@ async def test_a_ping_that_is_cancelled_as_it_fails_loses_no_error() -> None:
     (done,) = await asyncio.gather(tasks[0], return_exceptions=True)
     assert isinstance(done, asyncio.CancelledError)
     del done
-    await asyncio.sleep(0)  # the loop's own references go
+    await turns()  # the loop's own references go
     gc.collect()
     assert not lost
 

@@ -48,8 +48,16 @@ from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
 from tests.conftest import MakeEngine
-from tests.in_process import async_sqlite, client_of, is_kept, running, sqlite, start_and_stop
-from tests.serving import Kind, Rows, named, probing_threads, validate_openapi, wait_until
+from tests.in_process import (
+    async_sqlite,
+    client_of,
+    is_kept,
+    running,
+    sqlite,
+    start_and_stop,
+    turns,
+)
+from tests.serving import Kind, Rows, named, probing_threads, until, validate_openapi
 
 pytestmark = pytest.mark.anyio
 
@@ -252,7 +260,7 @@ async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
         async with held(engine):
             assert await ready(client) == (200, report())
     assert len(opened) == 3
-    await anyio.to_thread.run_sync(wait_until, lambda: not rows.backends(application="no pool"))
+    await until(lambda: not rows.backends(application="no pool"))
 
 
 async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
@@ -310,7 +318,7 @@ async def test_an_assertion_pool_in_use_is_up(make_engine: MakeEngine) -> None:
         async with held(engine):
             assert await ready(client) == (200, report())
         probe = asyncio.create_task(ready(client))
-        await asyncio.sleep(0)
+        await turns()
         async with held(engine):
             assert await probe == (200, report())
 
@@ -556,7 +564,7 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
             assert await ready(client) == (200, report())
         go_on.set()
         pool: Any = sync_engine(engine).pool
-        await anyio.to_thread.run_sync(wait_until, lambda: pool.checkedout() == 0)
+        await until(lambda: pool.checkedout() == 0)
     assert log.records == []
 
 
@@ -575,7 +583,7 @@ async def test_a_prober_that_goes_away_takes_nobodys_answer() -> None:
         first = asyncio.create_task(client.get("/health/ready"))
         await started.wait()
         second = asyncio.create_task(client.get("/health/ready"))
-        await asyncio.sleep(0)
+        await turns()
         first.cancel()
         await asyncio.wait([first])
         go_on.set()
@@ -619,7 +627,7 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     assert made == ["seen"] * 4
     # The pool's own listeners did not learn the mark.
     assert outside == [False, True, True, True]
-    await anyio.to_thread.run_sync(wait_until, lambda: not rows.backends(application="seen"))
+    await until(lambda: not rows.backends(application="seen"))
 
 
 async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeEngine) -> None:
@@ -853,7 +861,7 @@ async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
         assert len(called) == 1
         assert len(probing_threads() - before) <= 1
         go_on.set()
-        await anyio.to_thread.run_sync(wait_until, lambda: probing_threads() <= before)
+        await until(lambda: probing_threads() <= before)
         async with asyncio.timeout(PATIENT):
             while (await ready(client))[0] != 200:
                 pass  # its thread may take longer to start than the check has
@@ -875,7 +883,7 @@ async def test_an_async_check_that_hangs_is_cancelled() -> None:
         before = asyncio.all_tasks()
         for _ in range(3):
             assert await ready(client) == (503, report("not_ready", cache="down"))
-        await asyncio.sleep(0)
+        await turns()
         assert asyncio.all_tasks() == before
     assert len(cancelled) == 3
 

@@ -23,9 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from conftest import PostgresDatabase
 from fastapi_sqlnative import health_router, install_database
 from fastapi_sqlnative._sessions.engines import sync_engine
-from tests.in_process import running
+from tests.in_process import dispose, running
 from tests.postgres_server import PostgresServer
-from tests.serving import KINDS, NO_TLS, Kind, holding, probing_threads, serve, wait_until
+from tests.serving import KINDS, NO_TLS, Kind, backends, holding, probing_threads, serve, until
 
 pytestmark = pytest.mark.anyio
 
@@ -130,27 +130,13 @@ def pool_of(engine: AnyEngine) -> QueuePool:
 
 async def nobody_is_connected(server: PostgresServer) -> None:
     """Wait until the server has no connection but the one that asks."""
-    async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
-        async with asyncio.timeout(30):
-            while True:
-                cursor = await connection.execute(
-                    "SELECT FROM pg_stat_activity"
-                    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-                )
-                if not await cursor.fetchall():
-                    return
-                await asyncio.sleep(0.02)
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        await until(lambda: backends(connection) == 0)
 
 
 async def ended(before: set[asyncio.Task[Any]]) -> None:
     """Wait until nothing runs that did not run before: drivers take their time to give up."""
-    async with asyncio.timeout(30):
-        while asyncio.all_tasks() - before:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.02)
-
-
-async def eventually(condition: Any) -> None:
-    await anyio.to_thread.run_sync(wait_until, condition)
+    await until(lambda: not asyncio.all_tasks() - before)
 
 
 @pytest.fixture(params=[KINDS[0], KINDS[2]], ids=lambda kind: kind.id)
@@ -186,13 +172,6 @@ async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, ki
         assert await ready(client) == UP
         assert pool_of(engine).checkedout() == 0
     await nobody_is_connected(server)
-
-
-async def dispose(engine: AnyEngine) -> None:
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        engine.dispose()
 
 
 @contextlib.contextmanager
@@ -238,7 +217,7 @@ async def test_a_server_that_hangs_is_down_and_leaves_nothing(
                     stuck = probing_threads() - threads_before
                     assert len(stuck) <= (0 if kind.asynchronous else 1)
             await becomes(UP, client)
-            await eventually(lambda: probing_threads() <= threads_before)
+            await until(lambda: probing_threads() <= threads_before)
             await ended(tasks)
             assert pool_of(engine).checkedout() == 0
             await dispose(engine)
@@ -356,7 +335,7 @@ async def test_a_host_out_of_reach_is_down_in_time(
                 assert len(probing_threads() - threads_before) <= (0 if kind.asynchronous else 1)
             away.close()  # which a driver hears of; else it would wait for its own timeout
             await ended(tasks)
-    await eventually(lambda: probing_threads() <= threads_before)
+    await until(lambda: probing_threads() <= threads_before)
 
 
 @asynccontextmanager
@@ -417,7 +396,7 @@ async def test_a_slow_server_is_up_while_it_is_faster_than_the_deadline(
                 assert await ready(client) == DOWN
             delay[0] = 0
             await becomes(UP, client)
-            await eventually(lambda: probing_threads() <= threads_before)
+            await until(lambda: probing_threads() <= threads_before)
             assert pool_of(engine).checkedout() == 0
     await nobody_is_connected(server)
 
@@ -514,7 +493,7 @@ async def test_live_answers_while_every_request_hangs(server: PostgresServer, ki
         with stopped(server):
             async with httpx.AsyncClient(base_url=served.url, timeout=30, verify=NO_TLS) as client:
                 hanging = [asyncio.create_task(client.get("/work")) for _ in range(60)]
-                await eventually(lambda: pool_of(engine).checkedout() == 1)
+                await until(lambda: pool_of(engine).checkedout() == 1)
                 assert (await client.get("/health/live")).status_code == 200
                 assert await ready(client) == DOWN
                 assert (await client.get("/health/live")).status_code == 200

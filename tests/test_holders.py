@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import anyio.to_thread
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Response
@@ -24,10 +23,9 @@ from fastapi_sqlnative import (
 )
 from tests.conftest import MakeEngine
 from tests.in_process import running
-from tests.serving import Item, Kind, Rows, route, wait_until
+from tests.serving import Item, Kind, Rows, route, until
 
 pytestmark = pytest.mark.anyio
-LOCK, UNLOCK = "SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)"
 
 
 def status_of(app: FastAPI) -> PoolStatus:
@@ -43,16 +41,11 @@ async def held(
     app: FastAPI, rows: Rows, client: httpx.AsyncClient, *paths: str
 ) -> AsyncGenerator[None]:
     """Have requests wait for a lock, each with a connection, until the block ends."""
-    rows.connection.execute(LOCK)
-    requests = [asyncio.create_task(client.post(path)) for path in paths]
-    try:
-        await anyio.to_thread.run_sync(
-            lambda: wait_until(lambda: len(requests) == rows.backends("active"))
-        )
+    with rows.locked(7):
+        requests = [asyncio.create_task(client.post(path)) for path in paths]
+        await until(lambda: len(requests) == rows.backends("active"))
         yield
-    finally:
-        rows.connection.execute(UNLOCK)
-        answers = await asyncio.gather(*requests)
+    answers = await asyncio.gather(*requests)
     assert {each.status_code for each in answers} == {201}
 
 

@@ -38,7 +38,9 @@ from fastapi_sqlnative.testing import async_client
 from tests.in_process import (
     async_sqlite,
     client_of,
+    dispose,
     note_disposal,
+    noting,
     running,
     sqlite,
     start_and_stop,
@@ -157,24 +159,7 @@ async def test_a_ready_engine_is_not_closed(build: Callable[[], Engine | AsyncEn
     async with running(app):
         await ask(installed_databases(app)["default"])
     assert log == []
-    await (
-        engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
-    )
-
-
-async def test_a_factory_engine_is_disposed_of_after_its_hook() -> None:
-    """A hook beside a factory runs first, and the engine is disposed of after it."""
-    log: list[str] = []
-
-    def factory() -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log)
-        return engine
-
-    app = FastAPI()
-    install_database(app, engine=factory, shutdown=lambda: log.append("hook"))
-    await start_and_stop(app)
-    assert log == ["hook", "disposed"]
+    await dispose(engine)
 
 
 class CallableHook:
@@ -515,9 +500,7 @@ async def test_an_engine_may_start_again_on_the_same_event_loop(
     """On one event loop a ready engine needs no hook: an application may stop and start."""
     engine = engine_of(kind, postgres)
     await read_twice(reading_app(engine))
-    await (
-        engine.dispose() if isinstance(engine, AsyncEngine) else asyncio.to_thread(engine.dispose)
-    )
+    await dispose(engine)
 
 
 def test_an_application_runs_on_one_event_loop_at_a_time() -> None:
@@ -803,14 +786,8 @@ async def test_a_factory_that_fails_unwinds_the_start(
 async def test_an_engine_that_its_options_do_not_fit_is_disposed_of() -> None:
     """A factory's engine of the wrong colour for `class_` fails start-up, and is not left open."""
     log: list[str] = []
-
-    def build() -> AsyncEngine:
-        engine = async_sqlite()
-        note_disposal(engine, log)
-        return engine
-
     app = FastAPI()
-    install_database(app, engine=build, session_options={"class_": Session})
+    install_database(app, engine=noting(log), session_options={"class_": Session})
     with pytest.raises(TypeError, match="class_ must be a subclass of AsyncSession"):
         await start_and_stop(app)
     assert log == ["disposed"]

@@ -16,7 +16,7 @@ from fastapi_sqlnative import install_database, install_error_handlers, transact
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from tests.conftest import MakeEngine
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, add, make_app, route, serve, wait_until
+from tests.serving import KINDS, Item, Kind, Rows, add, make_app, route, serve, until, wait_until
 
 ANSWERING: dict[str, Any] = {
     "answered": (CommitOutcomeUnknownError, TransactionAbortedError, SQLAlchemyError),
@@ -201,8 +201,9 @@ def test_a_session_in_use_at_the_commit_poisons_nothing(
     async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
         session.add(Item(name="a"))
         await session.flush()
+        # It ends by itself: psycopg waits for it to roll back, and so does the request.
         left.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)"))))
-        await asyncio.to_thread(wait_until, lambda: rows.backends("active") == 1)
+        await until(lambda: rows.backends("active") == 1)
 
     route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
     with serve(app) as served:

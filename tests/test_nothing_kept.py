@@ -1,6 +1,5 @@
 """Rule 10: nothing grows with requests, statements, engines, sessions or applications."""
 
-import asyncio
 import gc
 import weakref
 from typing import Annotated, Any
@@ -15,8 +14,16 @@ from sqlalchemy.orm import Session
 from fastapi_sqlnative import Database, get_db, health_router, install_database, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import SessionFinishedError
-from tests.in_process import application, ask, async_sqlite, is_kept, running, session_class
-from tests.serving import Item, Kind, Rows, items, wait_until
+from tests.in_process import (
+    application,
+    ask,
+    async_sqlite,
+    dispose,
+    is_kept,
+    running,
+    session_class,
+)
+from tests.serving import Item, Kind, Rows, items, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("collecting")]
 
@@ -39,7 +46,7 @@ def left(references: list["weakref.ref[Any]"]) -> int:
 
 async def all_gone(references: list["weakref.ref[Any]"]) -> None:
     """Wait until the thread that served a request has let go of them, too."""
-    await asyncio.to_thread(wait_until, lambda: left(references) == 0)
+    await until(lambda: left(references) == 0)
 
 
 # -- engines -----------------------------------------------------------------------------------
@@ -69,7 +76,7 @@ async def test_an_engine_that_is_gone_leaves_no_dialect(kind: Kind) -> None:
             tenants.append(inner)
             dialects.append(weakref.ref(inner.dialect))
             assert (await client.post("/")).status_code == 201
-            await engine.dispose() if kind.asynchronous else engine.dispose()
+            await dispose(engine)
             tenants.clear()
             del engine, inner
         await all_gone(dialects)

@@ -21,7 +21,7 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
     UncommittedChangesError,
 )
-from tests.in_process import ask, async_sqlite, run_in_transaction, session_class, sqlite
+from tests.in_process import ask, async_sqlite, dispose, run_in_transaction, session_class, sqlite
 from tests.serving import KINDS, Item, Kind, Rows, add, items
 
 pytestmark = pytest.mark.anyio
@@ -132,7 +132,7 @@ async def test_an_override_is_called_at_the_end_of_a_block(
     except ZeroDivisionError:
         assert body is fail
     finally:
-        await engine.dispose() if isinstance(engine, AsyncEngine) else engine.dispose()
+        await dispose(engine)
     assert log == (["commit", "close"] if body is add_a else ["rollback", "close"])
     assert rows.names == (["a"] if body is add_a else [])
 

@@ -39,6 +39,7 @@ from tests.serving import (
     named,
     route,
     serve,
+    until,
     using,
     wait_until,
 )
@@ -153,12 +154,9 @@ def test_requests_at_the_same_time_have_sessions_of_their_own(
 
     route(app, kind, "/", transactional(), body)
     with serve(app) as served, ThreadPoolExecutor(5) as clients:
-        rows.connection.execute("SELECT pg_advisory_lock(1)")
-        try:
+        with rows.locked(1):
             answers = [clients.submit(served.client.post, "/") for _ in range(5)]
             wait_until(lambda: rows.backends("active") == 5)
-        finally:
-            rows.connection.execute("SELECT pg_advisory_unlock(1)")
         assert [answer.result().status_code for answer in answers] == [201] * 5
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
     assert len({id(session) for session, _ in seen}) == 5
@@ -390,8 +388,7 @@ def leave_behind(
 
     async def asynchronous(session: Annotated[AsyncSession, marker]) -> None:
         left.append(asyncio.create_task(session.execute(statement)))
-        while not sent(session):  # noqa: ASYNC110 - another task, or the server, has no event
-            await asyncio.sleep(0.01)
+        await until(lambda: sent(session))
         raise ZeroDivisionError
 
     def synchronous(session: Annotated[Session, marker]) -> None:
@@ -418,13 +415,10 @@ def test_a_statement_left_behind_in_the_queue_of_the_pool(
 
     route(app, kind, "/hold", get_db(), holder)
     with serve(app) as served, ThreadPoolExecutor(1) as client:
-        rows.connection.execute("SELECT pg_advisory_lock(2)")
-        try:
+        with rows.locked(2):
             holding = client.submit(served.client.post, "/hold")
-            wait_until(lambda: rows.backends("active") == 1)
+            wait_until(rows.waits)
             assert served.client.get("/").status_code == 500
-        finally:
-            rows.connection.execute("SELECT pg_advisory_unlock(2)")
         assert holding.result().status_code == 201
         wait_until(left[0].done)
         assert isinstance(left[0].exception(), SessionFinishedError)
@@ -441,6 +435,7 @@ def test_a_statement_left_behind_on_the_server(
     engine: Any = make_engine(pool_size=1, max_overflow=0)
     app = make_app(engine)
     left: list[Any] = []
+    # It ends by itself: psycopg waits for it to roll back, and so does the request.
     statement = text("WITH new AS (INSERT INTO item (name) VALUES ('never')) SELECT pg_sleep(0.5)")
     leave_behind(app, kind, statement, lambda _: rows.backends("active") == 1, left)
     route(app, kind, "/next", transactional(), add("next"))
@@ -468,7 +463,7 @@ def test_two_databases_at_once(
         second: Annotated[AsyncSession, Depends(transactional("second"))],
     ) -> None:
         await second.execute(insert(items).values(name="never"))
-        await asyncio.gather(
+        await asyncio.gather(  # the second ends by itself, as above
             first.execute(text("SELECT 1 / 0")), second.execute(text("SELECT pg_sleep(0.3)"))
         )
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import httpx
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import text
@@ -11,20 +10,10 @@ from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import get_db, install_database, reader
 from tests.conftest import MakeEngine
-from tests.serving import NO_TLS, Kind, Rows, Served, route, serve, using
+from tests.serving import Kind, Rows, flood, route, serve, using
 
 pytestmark = pytest.mark.anyio
 SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 30}
-
-
-async def flood(served: Served, path: str, times: int = 45) -> list[int]:
-    """Send more requests at once than there are threads; return the status of each."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(
-        base_url=served.url, limits=limits, timeout=50, verify=NO_TLS
-    ) as client:
-        responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
-    return [response.status_code for response in responses]
 
 
 async def every_answer(*floods: Awaitable[list[int]]) -> set[int]:

@@ -533,29 +533,18 @@ async def test_what_is_stored_at_once_is_left_alone(
     assert rows.names == ["a"]
 
 
-AT_COMMIT = """
-CREATE TABLE IF NOT EXISTS slow_commit (id serial);
-CREATE OR REPLACE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_sleep(2.2); RETURN NULL; END';
-DROP TRIGGER IF EXISTS at_commit ON slow_commit;
-CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow_commit DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW EXECUTE FUNCTION wait_at_commit();
-TRUNCATE slow_commit;
-"""
-
-
 @synchronous
 async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """PostgreSQL's statement timeout is no limit for what it does at COMMIT."""
-    rows.connection.execute(AT_COMMIT)
+    rows.make_commits_slow(2.2)
 
     def body(session: Session) -> None:
-        session.execute(text("INSERT INTO slow_commit DEFAULT VALUES"))
+        session.execute(text("INSERT INTO slow DEFAULT VALUES"))
 
     route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(2))])
     async with running(app) as client:
         assert (await client.post("/")).status_code == 201
-    assert rows.connection.execute("SELECT count(*) FROM slow_commit").fetchall() == [(1,)]
+    assert rows.connection.execute("SELECT count(*) FROM slow").fetchall() == [(1,)]
 
 
 # -- synchronous engines ---------------------------------------------------------------------

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import socket
 import struct
-import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,7 +24,7 @@ from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, start_and_stop
 from tests.postgres_server import PostgresServer
-from tests.serving import KINDS, Kind, Rows, holding, named, wait_until
+from tests.serving import KINDS, Kind, Rows, holding, named, until, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -182,10 +181,8 @@ async def test_a_start_does_not_wait_for_ever(
             startup_wait=0.5,
             shutdown_timeout=0.1,  # a thread that still connects is not waited for
         )
-        began = time.monotonic()
         with pytest.raises(Exception, match=r"Database 'late' did not answer in 0\.5 s"):
             await start_and_stop(app)
-        assert time.monotonic() - began >= 0.5
 
 
 async def test_without_startup_wait_nothing_connects(
@@ -244,16 +241,13 @@ async def test_a_wait_that_is_cancelled_leaves_no_connection(
     install_database(
         app, engine=engine, shutdown=engine.dispose, startup_wait=60, shutdown_timeout=0.1
     )
-    rows.connection.execute("SELECT pg_advisory_lock(3)")
-    starting = asyncio.create_task(start_and_stop(app))
-    try:
-        await asyncio.to_thread(wait_until, lambda: rows.backends("active", name) == 1)
+    with rows.locked(3):
+        starting = asyncio.create_task(start_and_stop(app))
+        await until(lambda: rows.backends("active", name) == 1)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        await asyncio.to_thread(wait_until, lambda: rows.backends(application=name) == 0)
-    finally:
-        rows.connection.execute("SELECT pg_advisory_unlock(3)")
+        await until(lambda: rows.backends(application=name) == 0)
 
 
 # --- a database that says no, or that is full ---

@@ -1,13 +1,11 @@
 """Rule 14: synchronous engines neither starve threads nor block the event loop."""
 
-import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar, Token
 from typing import Annotated, Any
 
-import httpx
 import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -22,7 +20,7 @@ from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, NO_TLS, Item, Rows, Served, serve
+from tests.serving import KINDS, Item, Rows, flood, serve
 
 pytestmark = [
     pytest.mark.anyio,
@@ -30,7 +28,6 @@ pytestmark = [
 ]
 Db = Annotated[Session, Depends(get_db())]
 Transaction = Annotated[Session, Depends(transactional())]
-REQUESTS = 60  # more than there are threads
 
 
 class User(BaseModel):
@@ -40,16 +37,6 @@ class User(BaseModel):
 def current_user(session: Db) -> User:
     """Read before the endpoint does, as a login would."""
     return User(name=session.scalars(text("SELECT 'ada' FROM pg_sleep(0.005)")).one())
-
-
-async def flood(served: Served, path: str, times: int = REQUESTS) -> list[int]:
-    """Send many requests at once; return the status of each."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(
-        base_url=served.url, limits=limits, timeout=50, verify=NO_TLS
-    ) as client:
-        responses = await asyncio.gather(*(client.post(path) for _ in range(times)))
-    return [response.status_code for response in responses]
 
 
 def installed(engine: Engine | AsyncEngine) -> FastAPI:

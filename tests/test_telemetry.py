@@ -29,7 +29,7 @@ from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
 from fastapi_sqlnative.telemetry import instrument_pools
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, is_kept, running, sqlite, start_and_stop
-from tests.serving import Item, Kind, using
+from tests.serving import Item, Kind, until, using
 
 needs_fastapis_telemetry = pytest.mark.skipif(
     importlib.util.find_spec("fastapi.telemetry") is None, reason="this FastAPI has no telemetry"
@@ -271,8 +271,7 @@ async def test_waits_are_measured_by_route(
         async with held(app):
             assert reader.values("pending_requests") == {("default",): 0}
             asking = asyncio.create_task(client.get("/shop/items/7"))
-            while reader.values("pending_requests") != {("default",): 1}:  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(0.005)
+            await until(lambda: reader.values("pending_requests") == {("default",): 1})
             if given_up:
                 assert (await asking).status_code == 503
         assert (await asking).status_code == (503 if given_up else 200)

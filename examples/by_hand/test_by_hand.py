@@ -8,7 +8,7 @@ import pytest
 
 from conftest import WorkerPostgres
 from examples.by_hand.app import create_app
-from tests.serving import serve, wait_until
+from tests.serving import backends, serve, wait_until
 
 
 @pytest.mark.usefixtures("databases")
@@ -37,11 +37,7 @@ def test_a_payment_waits_for_the_row(databases: WorkerPostgres) -> None:
         other.execute("UPDATE by_hand_card SET balance = 10")
         path = "/cards/xmas/payments"
         answer = thread.submit(served.client.post, path, params={"amount": 70})
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        )
-        wait_until(lambda: watching.execute(waiting).fetchone() == (1,))
+        wait_until(lambda: backends(watching, wait="Lock/%") == 1)
         other.commit()
         assert answer.result().json() == {"detail": "There are 10 left."}
 

@@ -16,7 +16,7 @@ from examples.outbox.app import Transaction, create_app
 from examples.outbox.models import Base, Message, WarehouseBase
 from examples.outbox.worker import carry_on
 from fastapi_sqlnative import AsyncDatabase
-from tests.serving import launch, serve, wait_until
+from tests.serving import backends, launch, serve, wait_until
 
 
 def items(database: PostgresDatabase, table: str) -> list[str]:
@@ -94,35 +94,22 @@ def test_a_worker_that_is_killed_between_its_commits_loses_nothing(
             owner.execute("SELECT pg_advisory_lock(4711)")
             assert client.post("/orders?item=lamp").status_code == 201
             # Its second transaction waits to delete; the first one is committed.
-            wait_until(lambda: waiting(owner) == 1)
+            wait_until(lambda: backends(owner, wait="Lock/%") == 1)
             assert items(databases.second, "outbox_parcel") == ["lamp"]
             killed.kill()
             killed.wait(60)
         owner.execute("SELECT pg_advisory_unlock(4711)")
-        wait_until(lambda: waiting(owner) == 0)
+        wait_until(lambda: backends(owner, wait="Lock/%") == 0)
         assert items(databases, "outbox_message") == ["lamp"]
         with serve(create_app()) as running:
             wait_until(lambda: items(databases, "outbox_message") == [])
             assert running.client.get("/parcels").json() == ["lamp"]
 
 
-def waiting(owner: psycopg.Connection) -> int:
-    """Count the transactions that wait for the test to release its lock."""
-    row = owner.execute(
-        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    ).fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 # -- several workers -----------------------------------------------------------------------------
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    "driver", ["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)]
-)
 async def test_workers_share_the_work(databases: WorkerPostgres, driver: str) -> None:
     """Concurrent workers deliver each message once, without waiting for each other."""
     engine = create_async_engine(databases.url(driver))

@@ -9,13 +9,12 @@ from conftest import WorkerPostgres
 from examples.postgresql.app import create_app
 from tests.serving import Served, serve
 
+pytestmark = pytest.mark.driver_decides
 
-@pytest.fixture(params=["psycopg", "asyncpg"])
-def served(
-    request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Served]:
+
+@pytest.fixture
+def served(database: WorkerPostgres) -> Iterator[Served]:
     """Serve the example with each driver in turn."""
-    monkeypatch.setenv("DATABASE_URL", databases.url(request.param))
     with serve(create_app()) as served:
         yield served
 

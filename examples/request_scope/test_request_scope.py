@@ -8,26 +8,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import NullPool, create_engine
 
-from conftest import WorkerPostgres
 from examples.request_scope.app import Transaction, create_app
-from examples.request_scope.database import Base, Change
+from examples.request_scope.database import Change
 from fastapi_sqlnative import AsyncDatabase, installed_databases
 from tests.serving import Served, serve, wait_until
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
-
-
-@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
-def owner(
-    request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[psycopg.Connection]:
-    """Provide the example's database and a connection to it, and clean up."""
-    monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
-    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
-        yield connection
-    Base.metadata.drop_all(create_engine(postgres.url("psycopg"), poolclass=NullPool))
 
 
 class Client:

@@ -9,41 +9,33 @@ import pytest
 
 from conftest import WorkerPostgres
 from examples.slow_requests.app import create_app
-from tests.serving import Served, serve, wait_until
+from tests.serving import Served, backends, serve, wait_until
+
+pytestmark = pytest.mark.driver_decides
 
 
-@pytest.fixture(params=["psycopg", "asyncpg"])
-def served(
-    request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Served]:
+@pytest.fixture
+def served(database: WorkerPostgres) -> Iterator[Served]:
     """Serve the example with each driver in turn."""
-    monkeypatch.setenv("DATABASE_URL", databases.url(request.param))
     with serve(create_app()) as served:
         yield served
 
 
-Running = Callable[[], list[tuple[str | None]]]
-
-
 @pytest.fixture
-def running(databases: WorkerPostgres) -> Iterator[Running]:
-    """Tell what the queries that the server runs wait for, from a separate connection."""
-    query = (
-        "SELECT wait_event FROM pg_stat_activity WHERE datname = current_database()"
-        " AND pid <> pg_backend_pid() AND state <> 'idle'"
-    )
+def sleeping(databases: WorkerPostgres) -> Iterator[Callable[[], int]]:
+    """Count the queries that sleep on the server, from a separate connection."""
     with psycopg.connect(databases.dsn, autocommit=True) as connection:
-        yield lambda: connection.execute(query).fetchall()
+        yield lambda: backends(connection, wait="%/PgSleep")
 
 
-def test_a_report_that_takes_too_long_ends(served: Served, running: Running) -> None:
+def test_a_report_that_takes_too_long_ends(served: Served, sleeping: Callable[[], int]) -> None:
     """The client gets a 504, and the server no longer runs the query."""
     assert served.client.get("/reports/60").status_code == 504
-    wait_until(lambda: running() == [])
+    wait_until(lambda: sleeping() == 0)
     wait_until(lambda: served.client.get("/reports/0").json() == "done")
 
 
-def test_a_search_that_nobody_waits_for_ends(served: Served, running: Running) -> None:
+def test_a_search_that_nobody_waits_for_ends(served: Served, sleeping: Callable[[], int]) -> None:
     """The pool names the route while it runs, and is free once the client has gone."""
     address = httpx.URL(served.url)
     with socket.create_connection((address.host, address.port)) as client:
@@ -51,6 +43,6 @@ def test_a_search_that_nobody_waits_for_ends(served: Served, running: Running) -
         holder = {"route": "GET /searches/{seconds}", "connections": 1, "idle_in_transaction": 0}
         wait_until(lambda: served.client.get("/pool").json() == [holder])
         # The server ignores a cancel request that overtakes the query.
-        wait_until(lambda: running() == [("PgSleep",)])
-    wait_until(lambda: running() == [])
+        wait_until(lambda: sleeping() == 1)
+    wait_until(lambda: sleeping() == 0)
     wait_until(lambda: served.client.get("/pool").json() == [])

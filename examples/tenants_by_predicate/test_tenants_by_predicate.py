@@ -13,8 +13,6 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import (
-    NullPool,
-    create_engine,
     delete,
     func,
     insert,
@@ -26,7 +24,6 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, aliased
 
-from conftest import WorkerPostgres
 from examples.tenants_by_predicate.app import create_app
 from examples.tenants_by_predicate.dependencies import Db, TenantDb, Transaction
 from examples.tenants_by_predicate.models import Base, Project, User
@@ -40,15 +37,9 @@ START = [("acme", "rocket", False), ("globex", "volcano", False)]
 
 
 @pytest.fixture
-def owner(
-    postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[psycopg.Connection]:
-    """Provide the example's database and a connection to it, and clean up."""
-    monkeypatch.setenv("DATABASE_URL", postgres.url("psycopg"))
-    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
-        yield connection
-    engine = create_engine(postgres.url("psycopg"), poolclass=NullPool)
-    Base.metadata.drop_all(engine)
+def driver() -> str:
+    """Give one driver: what tells tenants apart is SQLAlchemy's."""
+    return "psycopg"
 
 
 def stored(owner: psycopg.Connection) -> list[tuple[Any, ...]]:

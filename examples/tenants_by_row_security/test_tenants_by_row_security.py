@@ -13,36 +13,20 @@ import psycopg
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from psycopg import sql
-from sqlalchemy import URL, NullPool, create_engine, make_url, text
+from sqlalchemy import URL, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from starlette.testclient import TestClient
 
-from conftest import WorkerPostgres
 from examples.tenants_by_row_security.app import Db, TenantDb, Transaction, create_app
-from examples.tenants_by_row_security.database import prepare, role_of
-from examples.tenants_by_row_security.models import Base
+from examples.tenants_by_row_security.database import prepare
 from fastapi_sqlnative import AsyncDatabase, installed_databases, reader
 from tests.in_process import running
-from tests.serving import Served, serve, wait_until
+from tests.serving import Served, backends, serve, until
 
 DOCUMENT: Final = "tenants_by_row_security_document"
 EVERYTHING = f"SELECT title FROM {DOCUMENT}"
 Reader = Annotated[AsyncSession, Depends(reader())]
-
-
-@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
-def owner(
-    request: pytest.FixtureRequest, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[psycopg.Connection]:
-    """Provide the example's database and its owner's connection, and clean up."""
-    monkeypatch.setenv("DATABASE_URL", postgres.url(request.param))
-    with psycopg.connect(postgres.dsn, autocommit=True) as connection:
-        yield connection
-        engine = create_engine(postgres.url("psycopg"), poolclass=NullPool)
-        Base.metadata.drop_all(engine)
-        role = role_of(make_url(postgres.dsn))
-        connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 def add_attacks(app: FastAPI) -> None:
@@ -290,7 +274,7 @@ async def test_a_cancelled_request_leaves_nothing_behind(owner: psycopg.Connecti
     async with running(app) as client:
         sleep = client.post("/as-tenant", json=["SELECT pg_sleep(60)"], headers=bearer)
         request = asyncio.create_task(sleep)
-        await asyncio.to_thread(wait_until, lambda: is_sleeping(owner))
+        await until(lambda: backends(owner, wait="%/PgSleep") == 1)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
@@ -299,15 +283,6 @@ async def test_a_cancelled_request_leaves_nothing_behind(owner: psycopg.Connecti
         assert isinstance(engine, AsyncEngine)
         async with engine.connect() as connection:
             assert await connection.scalar(LEFT_BEHIND) == ""
-
-
-def is_sleeping(owner: psycopg.Connection) -> bool:
-    """Check whether the request's statement is running."""
-    found = owner.execute(
-        "SELECT FROM pg_stat_activity WHERE datname = current_database()"
-        " AND query = 'SELECT pg_sleep(60)' AND state = 'active'"
-    )
-    return found.fetchone() is not None
 
 
 def test_tenants_at_once_do_not_mix(owner: psycopg.Connection) -> None:

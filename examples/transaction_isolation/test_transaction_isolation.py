@@ -9,17 +9,14 @@ import pytest
 
 from conftest import WorkerPostgres
 from examples.transaction_isolation.app import create_app
-from tests.serving import Served, serve, wait_until
+from tests.serving import Served, backends, serve, wait_until
 
 SAFE = ["/tickets/locked", "/tickets/at-once", "/tickets/serializable"]
 
 
-@pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
-def served(
-    request: pytest.FixtureRequest, databases: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Served]:
+@pytest.fixture
+def served(database: WorkerPostgres) -> Iterator[Served]:
     """Serve the example on an empty database: every scenario starts with the same rows."""
-    monkeypatch.setenv("DATABASE_URL", databases.url(request.param))
     with serve(create_app()) as running:
         yield running
 
@@ -38,18 +35,8 @@ def held_up(databases: WorkerPostgres, *locks: str) -> Iterator[list[Future[int]
         for lock in locks:
             other.execute(lock.encode())
         yield sent
-        wait_until(lambda: waiting(watching) == len(sent))
+        wait_until(lambda: backends(watching, wait="Lock/%") == len(sent))
         other.rollback()
-
-
-def waiting(watching: psycopg.Connection) -> int:
-    """Count the sessions that are waiting for a lock."""
-    row = watching.execute(
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    ).fetchone()
-    assert row is not None
-    return int(row[0])
 
 
 def two(served: Served, databases: WorkerPostgres, lock: str, *paths: str) -> list[int]:

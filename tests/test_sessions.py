@@ -609,6 +609,32 @@ def test_a_session_closed_by_the_application_is_no_failure(
     assert rows.names == ["kept"]
 
 
+@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+def test_a_session_closed_by_the_application_can_be_used_again(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
+) -> None:
+    """Two functions that each close the session they share work, as with SQLAlchemy alone."""
+    app = make_app(engine)
+    used: list[Session] = []
+
+    def body(session: Session) -> None:
+        used.append(session)
+        for name in ("first", "second"):
+            with session:
+                session.add(Item(name=name))
+                session.commit()
+        session.add(Item(name="third"))
+
+    route(app, kind, "/", dependency, body)
+    with serve(app) as served:
+        assert served.post("/").status_code == (201 if dependency is transactional() else 409)
+    kept = ["first", "second", "third"] if dependency is transactional() else ["first", "second"]
+    assert rows.names == kept
+    with pytest.raises(SessionFinishedError):
+        used[0].execute(text("SELECT 1"))
+    assert rows.backends("idle in transaction%") == 0
+
+
 def close_over_pending(session: Session) -> None:
     with session:
         session.add(Item(name="lost"))

@@ -121,8 +121,7 @@ class SessionFactory:
         self.asynchronous: bool = isinstance(engine, AsyncEngine)
         self._engine = engine
         self._plain: type[Any] = AsyncSession if self.asynchronous else Session
-        given: dict[str, Any] = {"expire_on_commit": False, "close_resets_only": False}
-        self._options = given | dict(options)
+        self._options: dict[str, Any] = {"expire_on_commit": False} | dict(options)
         self.class_: Any = self._options.pop("class_", self._plain)
         self._check_options()
         base: Any = self.class_

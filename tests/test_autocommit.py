@@ -110,6 +110,20 @@ async def test_a_transaction_is_refused(
     assert rows.names == []
 
 
+async def test_a_connection_of_its_own_choice_is_named(kind: Kind, engine: Any, rows: Rows) -> None:
+    """A session that asks for an AUTOCOMMIT connection is told so, and get_db's may have one."""
+
+    def body(session: Session) -> None:
+        session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        BODIES["core"](session)
+
+    with pytest.raises(TransactionOptionsError, match="engine or connection is in AUTOCOMMIT"):
+        await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+    assert await ask(engine, kind, get_db(), body) == 201
+    assert rows.names == ["stored"]
+
+
 async def test_the_handle_s_transaction_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

@@ -386,6 +386,25 @@ async def test_a_root_without_installations_does_not_start_what_is_mounted() -> 
             await ask(app, "/sub/default")
 
 
+async def test_a_lifespan_that_another_package_replaced_is_named() -> None:
+    """The error says who has switched the databases off; installed after that, they start."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        yield
+
+    late, early = showing(), showing()
+    install(early, "early")
+    for app in (late, early):
+        app.router.lifespan_context = lifespan
+    install(late, "late")
+    async with running(early):
+        with pytest.raises(DatabaseNotStartedError, match=r"replaced app\.router\.lifespan"):
+            await ask(early, "/default")
+    async with running(late):
+        assert await ask(late, "/default") == ["late"]
+
+
 async def test_a_root_without_installations_may_run_the_mounted_lifespan() -> None:
     """A root that runs the mounted application's lifespan in its own starts its databases."""
     sub = showing()

@@ -114,7 +114,8 @@ class Running:
                 "TestClient(app) as client`, or, instead of an ASGITransport, `async with "
                 "async_client(app) as client` from fastapi_sqlnative.testing. A mounted "
                 "application starts with the application around it, if that has a database "
-                "installed."
+                "installed. If a server runs it, something has replaced "
+                "app.router.lifespan_context: call install_database after that."
             )
         return installation.database
 

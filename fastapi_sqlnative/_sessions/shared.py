@@ -57,8 +57,9 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
         "Depend on transactional({0!r}) to write."
     ),
     exceptions.TransactionOptionsError: (
-        "Database {0!r} has no transactions: its engine is in AUTOCOMMIT, where each statement is "
-        "stored at once. Create the engine without AUTOCOMMIT, or depend on get_db({0!r})."
+        "Database {0!r} has no transactions: its engine or connection is in AUTOCOMMIT, where each "
+        "statement is stored at once. Remove AUTOCOMMIT, or use a session that is not committed at "
+        "the end, of get_db({0!r}) or of the handle's session()."
     ),
 }
 

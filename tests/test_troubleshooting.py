@@ -231,6 +231,19 @@ def with_a_session(url: str, work: Callable[[Session], Any]) -> None:
         engine.dispose()
 
 
+@raising("A result read too late")
+def _(postgres: str, sqlite: str) -> None:
+    def work(session: Session) -> None:
+        session.add(Shelf())
+        session.commit()
+        session.expunge_all()
+        found = session.scalars(select(Shelf))
+        session.close()
+        found.all()
+
+    with_a_session("sqlite://", work)
+
+
 @raising("PendingRollbackError")
 def _(postgres: str, sqlite: str) -> None:
     def work(session: Session) -> None:

@@ -265,9 +265,14 @@ def test_an_override_of_the_wrong_colour_is_refused(method: str) -> None:
 # -- listeners where no SQL was sent -----------------------------------------------------------
 
 
+def close(session: Session) -> None:
+    session.close()
+
+
+@pytest.mark.parametrize("body", [nothing, close])
 @pytest.mark.parametrize("hook", ["before_commit", "after_commit"])
 async def test_commit_listeners_run_without_sql(
-    kind: Kind, engine: Engine, rows: Rows, hook: str
+    kind: Kind, engine: Engine, rows: Rows, hook: str, body: Callable[[Session], None]
 ) -> None:
     """A handler that sends nothing commits for its listeners, and what they write is stored."""
 
@@ -282,7 +287,7 @@ async def test_commit_listeners_run_without_sql(
             session.add(Item(name="by the listener"))
 
     options = session_class(kind, Outbox)
-    assert await ask(engine, kind, transactional(), nothing, session_options=options) == 201
+    assert await ask(engine, kind, transactional(), body, session_options=options) == 201
     assert (rows.names, heard) == (["by the listener"] * (hook == "before_commit"), [hook])
 
 

@@ -69,7 +69,7 @@ def commit(session: AnySession) -> None:
 def commit_is_observed(session: NativeSession) -> bool:
     """Return whether code of the application would notice a commit without SQL."""
     record = session.sqlnative
-    if record.closed or not (session.in_transaction() or session.autobegin):
+    if not (session.in_transaction() or session.autobegin):
         return False
     listened = session.dispatch.before_commit or len(session.dispatch.after_commit) > 1
     return bool(listened or "commit" in record.state.overridden)

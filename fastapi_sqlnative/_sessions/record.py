@@ -32,7 +32,6 @@ class Record(Holder):
     context: Any = None  # of the threads that finish it beside an asynchronous one
     ending: bool = False  # an override of close() and the like may still use it
     begun: BegunTransaction | None = None  # the one handed out by begin()
-    closed: bool = False  # by the application
     discarded: bool = False  # closed with unstored changes
     committed: bool = False  # the last COMMIT succeeded
     stored: bool = False  # a COMMIT has stored something, or may have

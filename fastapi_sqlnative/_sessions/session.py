@@ -255,7 +255,6 @@ def _note_discarded(session: NativeSession, *, ask: bool) -> None:
     if record.connections:
         record.check_thread()
     record.end_results()
-    record.closed = True
     if record.finished or record.discarded or not session.in_transaction():
         return
     unstored = record.count_unstored() > 0 if ask else record.may_have_written

@@ -1,23 +1,25 @@
 """Rules 7, 8 and 9: what an error at COMMIT says about what is stored."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
 from select import select as select_ready
-from typing import Any
+from typing import Annotated, Any
 
 import asyncpg
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import Engine, create_engine, event, select, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from conftest import WorkerPostgres
-from fastapi_sqlnative import get_db, transactional
+from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative._sessions.session import sync_session
 from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
-from tests.in_process import ask, run_in_transaction, run_work, session_class
+from tests.in_process import ask, run_in_transaction, run_work, running, session_class
 from tests.proxy import Fault, Proxy
 from tests.serving import ASYNCPG, Item, Kind, Rows, add, items, wait_until
 
@@ -350,4 +352,32 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
 
     with pytest.raises(DBAPIError):
         await ask(engine, kind, transactional(), body)
+    assert rows.names == []
+
+
+# -- beside another task -----------------------------------------------------------------------
+
+
+@only_asyncpg
+async def test_a_commit_beside_another_tasks_statement_says_so(
+    kind: Kind, engine: Any, rows: Rows
+) -> None:
+    """A task that still uses the session at COMMIT is not called an error that was ignored."""
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    left: list[asyncio.Task[Any]] = []
+
+    @app.post("/")
+    async def leave(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="lost"))
+        await session.flush()
+        left.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(5)"))))
+        while rows.backends("active") != 1:  # noqa: ASYNC110 - the server has no event
+            await asyncio.sleep(0.01)
+
+    async with running(app) as client:
+        with pytest.raises(InterfaceError, match="another operation is in progress"):
+            await client.post("/")
+        await asyncio.wait(left)
+        assert engine.pool.checkedout() == 0
     assert rows.names == []

@@ -242,7 +242,8 @@ class Record(Holder):
         self._tag(error)
         if not self.committing:
             return
-        if self.rolled_back is not None:
+        # A COMMIT that the driver refuses by itself has another cause, such as another task.
+        if self.rolled_back is not None and not isinstance(error, exc.DBAPIError):
             raise self.state.error(exceptions.TransactionAbortedError) from self.rolled_back
         # With several engines, the first may have committed before the second refused.
         ended = sum(not each.in_transaction() for each in self.connections)

@@ -84,6 +84,29 @@ def test_each_block_has_a_database_of_its_own(
     assert rows.names == []
 
 
+def test_a_clone_inside_another_hides_it(
+    kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
+) -> None:
+    """A clone for the whole run and one for a test: each has its own rows, of its own template."""
+    engine = make_engine()
+    app = make_app(kind, engine)
+
+    def asked(add: bool = False) -> object:
+        with TestClient(app) as client:
+            if add:
+                client.post("/add")
+            return client.post("/names").json()
+
+    with cloned(app, templates=templates):
+        assert asked(add=True) == ["added", "seeded"]
+        with Templates(Base.metadata.create_all) as empty, cloned(app, templates=empty):
+            assert asked() == []
+        with cloned(app, templates=templates):
+            assert asked() == ["seeded"]
+        assert asked() == ["added", "seeded"]
+    assert rows.names == []
+
+
 async def prepare_later(connection: Connection) -> None:
     raise AssertionError(connection)
 

@@ -273,9 +273,11 @@ def _redirect(engine: Engine, database: str, redirected: list[str]) -> Callable[
     )
     changed = {key: value for key, value in other[1].items() if own[1].get(key) != value}
 
-    def connect(dialect: Any, _record: object, _arguments: object, options: dict[str, Any]) -> Any:
+    # It connects nothing itself, so that a block inside another one has the last word.
+    def connect(_dialect: object, _record: object, arguments: Any, options: Any) -> None:
         redirected.append(database)
-        return dialect.connect(*other[0], **options | changed)
+        arguments[:] = other[0]
+        options.update(changed)
 
     event.listen(engine, "do_connect", connect)
     return partial(event.remove, engine, "do_connect", connect)

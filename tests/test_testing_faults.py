@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 from fastapi_sqlnative import (
     DatabaseErrorKind,
     describe_database_error,
+    get_db,
     install_database,
     installed_databases,
     transactional,
@@ -158,6 +159,14 @@ def app(driver: Driver, url: str) -> FastAPI:
         with contextlib.suppress(exc.DBAPIError):
             session.execute(text("INSERT INTO sqlnative_note (name) VALUES ('swallowed')"))
 
+    def roll_back(session: Session) -> None:
+        add(session)
+        try:
+            session.commit()
+        except Exception:
+            session.rollback()
+            raise
+
     async def retried_async() -> None:
         async def work(session: Any) -> None:
             await session.run_sync(add)
@@ -170,6 +179,7 @@ def app(driver: Driver, url: str) -> FastAPI:
 
     route(app, kind, "/add", transactional(), add)
     route(app, kind, "/flush", transactional(), flush)
+    route(app, kind, "/roll-back", get_db(), roll_back)
     route(app, kind, "/swallow", transactional(), swallow)
     route(app, kind, "/names", transactional(), names)
     route(
@@ -197,6 +207,7 @@ def without_deadlock(driver: Driver, failure: str) -> bool:
     return driver.dialect == "sqlite" and failure == "deadlock"
 
 
+LOST = ["connection_lost_before", "connection_lost_after"]
 FAILS: list[Fail] = [fail_next_statement, fail_next_commit]
 
 
@@ -263,6 +274,18 @@ def test_a_connection_lost_in_commit(
             with pytest.raises(CommitOutcomeUnknownError), fail_next_commit(app, failure):
                 client.post("/add")
             assert client.post("/names").json() == stored
+
+
+@pytest.mark.parametrize("failure", ["serialization", *LOST])
+def test_a_handler_that_rolls_back(app: FastAPI, client: TestClient, failure: Any) -> None:
+    """Its rollback() after a commit() that failed works, and the failure is what is raised."""
+    error = CommitOutcomeUnknownError if failure in LOST else exc.DBAPIError
+    with pytest.raises(error), fail_next_commit(app, failure):
+        client.post("/roll-back")
+    assert client.post("/names").json() == ["note"] * (failure == "connection_lost_after")
+    client.post("/clear")
+    client.post("/roll-back")
+    assert client.post("/names").json() == ["note"]
 
 
 def test_a_failure_that_is_swallowed(app: FastAPI, client: TestClient, driver: Driver) -> None:

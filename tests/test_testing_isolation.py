@@ -88,6 +88,16 @@ def explicit(session: Session) -> None:
     session.commit()
 
 
+def instead(session: Session) -> None:
+    add("again", position=1)(session)
+    try:
+        session.commit()
+    except IntegrityError:
+        session.rollback()
+        add("instead")(session)
+        session.commit()
+
+
 def rename(session: Session) -> None:
     for item in session.scalars(select(Item)):
         item.name += "-renamed"
@@ -113,6 +123,7 @@ def routes(kind: Kind) -> list[BaseRoute]:
         ("/fail", transactional(), fail),
         ("/rename", transactional(), rename),
         ("/explicit", get_db(), explicit),
+        ("/instead", get_db(), instead),
         ("/swallow", transactional(), swallow),
         ("/forgotten", get_db(), add("forgotten")),
         ("/read-only", transactional(read_only=True), add("refused")),
@@ -174,6 +185,17 @@ def test_requests_do_what_they_always_do(block: tuple[TestClient, Session], rows
     assert client.post("/level").json() == ["added", "kept", "late", "nested"]
     for path in "/names", "/db-names":
         assert client.post(path).json() == ["added", "kept", "late", "nested"]
+    assert rows.names == []
+
+
+def test_a_handler_that_rolls_back_after_a_refused_commit(
+    block: tuple[TestClient, Session], rows: Rows
+) -> None:
+    """It continues as in production, without a warning, and what was stored before stays."""
+    client, _ = block
+    assert client.post("/late").status_code == 201
+    assert client.post("/instead").status_code == 201
+    assert client.post("/names").json() == ["instead", "late"]
     assert rows.names == []
 
 

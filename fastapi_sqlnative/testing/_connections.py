@@ -25,9 +25,7 @@ OURS: Final = "fastapi_sqlnative_testing"
 _UNREAD: Final = re.compile(  # comments, literals and dollar-quoted bodies
     r"""--[^\n]*|/\*.*?\*/|'[^']*'|"[^"]*"|(\$\w*\$).*?\1""", re.DOTALL
 )
-_ENDS: Final = re.compile(
-    r"\s*(?:commit|end|abort|rollback)\b(?!(?:\s+(?:work|transaction))?\s+to\b)"
-)
+_ENDS: Final = re.compile(r"\s*(commit|end|abort|rollback)\b(?!(\s+(work|transaction))?\s+to\b)")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
 _IN_MEMORY: Final = (StaticPool, SingletonThreadPool)
@@ -93,6 +91,9 @@ class IsolatedConnection:
         self.begins = False  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             fetch_row(self.opened(), "PRAGMA query_only = OFF")
+        begun = self._connection and self._connection.get_nested_transaction()
+        if begun and not begun.is_active:  # its release failed, and nobody called rollback()
+            begun.close()
         self.turn.release(session)
 
     def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
@@ -186,8 +187,8 @@ class IsolatedConnection:
             try:
                 self.check_deferred()
             except BaseException:
-                if (transaction := connection.get_nested_transaction()) is not None:
-                    transaction.rollback()  # SQLAlchemy considers it ended by the failed release
+                # SQLAlchemy will not: it considers the savepoint ended by the failed release.
+                connection.dialect.do_rollback_to_savepoint(connection, savepoint)
                 raise
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
@@ -265,8 +266,7 @@ class IsolatedConnection:
         connection, self._connection, self.loop, self.root = self._connection, None, None, ""
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
-            # Close it for real: the pool may have been replaced, or the application may never run.
-            # But an in-memory database would disappear with its connection.
+            # Close it for real: the pool may be another one. An in-memory database ends with it.
             if isinstance(self.engine.pool, _IN_MEMORY):
                 connection.connection.rollback()  # if SQLAlchemy considers a refused end as done
             else:

@@ -106,13 +106,21 @@ def fail_next_commit(
         with fail_next_commit(app, "connection_lost_after"):
             assert client.post("/books", json={"title": "Emma"}).status_code == 500
     """
-    with _fault(target, name, failure, route) as (_, sessions, happens):
+    with _fault(target, name, failure, route) as (state, sessions, happens):
+        listened: list[Connection] = []
 
         def before(session: NativeSession) -> None:
-            if session.in_nested_transaction() or failure == "connection_lost_after":
+            if session.in_nested_transaction():
                 return
             session.flush()
             record = session.sqlnative
+            if failure == "connection_lost_after":
+                for connection in record.connections.keys() - listened:
+                    # After the listeners of an isolated connection, which check constraints.
+                    event.listen(connection, "commit", after)
+                    event.listen(connection, "release_savepoint", after)
+                    listened.append(connection)
+                return
             if not record.connections or not happens():
                 return
             record.check_committable()
@@ -121,20 +129,28 @@ def fail_next_commit(
             record.committing = True
             lose(record)
 
-        def after(session: NativeSession) -> None:
-            record = session.sqlnative
-            at_commit = record.committing and record.connections
-            if failure == "connection_lost_after" and at_commit and happens():
-                record.committed = False
-                lose(record)
+        # Not in `after_commit`: there a session cannot be rolled back, as after a real failure.
+        def after(connection: Connection, *savepoint: Any) -> None:
+            record = state.record_on(connection)
+            if record is None or not record.committing or not happens():
+                return
+            if savepoint:  # in an `isolated` block
+                connection.dialect.do_release_savepoint(connection, savepoint[0])
+            else:
+                connection.dialect.do_commit(connection.connection)
+            lose(record)
 
         def lose(record: Record) -> None:
             # A code that means "outcome unknown", and keeps an isolated connection open.
             raise exc.OperationalError(None, None, _lost(next(iter(record.connections)), "08007"))
 
         event.listen(sessions, "before_commit", before)
-        event.listen(sessions, "after_commit", after)
-        yield
+        try:
+            yield
+        finally:
+            for connection in listened:
+                event.remove(connection, "commit", after)
+                event.remove(connection, "release_savepoint", after)
 
 
 @contextmanager

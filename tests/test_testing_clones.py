@@ -11,6 +11,7 @@ from alembic import command
 from alembic.config import Config
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
@@ -82,6 +83,23 @@ def test_each_block_has_a_database_of_its_own(
         assert after is not None
         assert before[0] == after[0] + 1
     assert rows.names == []
+
+
+def test_a_template_that_could_not_be_prepared_leaves_no_connection(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """After a migration has failed, say, the engine leads to the installed database again."""
+
+    def migrate(connection: Connection) -> None:
+        connection.execute(text("SELECT 1/0"))
+
+    app = make_app(kind, make_engine())
+    with Templates(migrate) as failing:
+        with pytest.raises(DBAPIError), cloned(app, templates=failing):
+            pass
+        with TestClient(app) as client:
+            assert client.post("/add").status_code == 201
+    assert rows.names == ["added"]
 
 
 def test_a_clone_inside_another_hides_it(

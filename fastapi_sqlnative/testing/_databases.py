@@ -260,9 +260,9 @@ async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
     undo = _redirect(sync_engine(engine), database, redirected)
     try:
         await run_on_engine(engine, use)
-        await dispose(engine)
     finally:
         undo()
+        await dispose(engine)
 
 
 def _redirect(engine: Engine, database: str, redirected: list[str]) -> Callable[[], None]:

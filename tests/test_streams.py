@@ -293,8 +293,9 @@ def roll_transaction_back(session: Session, stream: Stream) -> Any:
 
 
 def fail_in_a_block(session: Session, stream: Stream) -> Any:
-    with contextlib.suppress(ZeroDivisionError), session.begin():
-        result = stream()
+    begun = session.begin()
+    result = stream()
+    with contextlib.suppress(ZeroDivisionError), begun:
         raise ZeroDivisionError
     return result
 

@@ -20,7 +20,7 @@ from fastapi_sqlnative import install_database, reader, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned
 from tests.conftest import MakeEngine
-from tests.serving import Base, Item, Kind, Rows, route
+from tests.serving import KINDS, Base, Item, Kind, Rows, route
 
 
 def add(session: Session) -> None:
@@ -123,6 +123,33 @@ def test_a_clone_inside_another_hides_it(
             assert asked() == ["seeded"]
         assert asked() == ["added", "seeded"]
     assert rows.names == []
+
+
+@pytest.mark.parametrize(
+    "kind", [each for each in KINDS if not each.asynchronous], ids=lambda kind: kind.id
+)
+def test_an_engine_that_has_connections_already(
+    kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
+) -> None:
+    """Those that wait in its pool lead to the installed database, and are not used in a clone."""
+    engine: Any = make_engine()
+    app = make_app(kind, engine)
+    engine.connect().close()
+    with cloned(app, templates=templates), TestClient(app) as client:
+        assert client.post("/names").json() == ["seeded"]
+
+
+def test_two_names_of_one_database_share_its_clone(
+    kind: Kind, make_engine: MakeEngine, templates: Templates
+) -> None:
+    """What is stored under one name is read under the other."""
+    app = make_app(kind, make_engine())
+    engine = make_engine()
+    install_database(app, name="other", engine=engine, shutdown=engine.dispose)
+    route(app, kind, "/other", reader("other"), names)
+    with cloned(app, templates=templates), TestClient(app) as client:
+        assert client.post("/add").status_code == 201
+        assert client.post("/other").json() == ["added", "seeded"]
 
 
 async def prepare_later(connection: Connection) -> None:

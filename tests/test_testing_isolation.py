@@ -325,6 +325,20 @@ def test_sessions_of_the_applications_class(
     assert rows.names == []
 
 
+def test_a_two_phase_transaction_has_one_phase(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """An application with two-phase sessions commits, which one connection can do in one phase."""
+    app = FastAPI()
+    options = {"twophase": True}
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+    route(app, kind, "/", transactional(), add("kept"))
+    with TestClient(app) as client, isolated(app) as session:
+        assert client.post("/").status_code == 201
+        assert names(session) == ["kept"]
+    assert rows.names == []
+
+
 def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> None:
     """With yield_per or stream_results, on the event loop of an AsyncEngine as well."""
     with TestClient(app), isolated(app) as session:

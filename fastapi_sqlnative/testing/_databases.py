@@ -21,7 +21,7 @@ from .._lifespan.running import EngineFactory, Installation
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
-from ._targets import IsolationError, is_one_database, places, ready_engine
+from ._targets import IsolationError, address_of, is_one_database, places, ready_engine
 
 T = TypeVar("T")
 Prepare: TypeAlias = Callable[[Connection], object]
@@ -119,12 +119,13 @@ class Templates:
 
     Args:
         prepare: a function that fills an empty database over a connection, in one transaction,
-            such as `Base.metadata.create_all`. For several databases, a mapping by name.
+            such as `Base.metadata.create_all`. For several databases, a mapping by name. Names of
+            one database with the same function share a template, and in a block a clone.
     """
 
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
         self._prepare = prepare
-        self._made: dict[tuple[str, str], str] = {}
+        self._made: dict[tuple[Prepare, object], str] = {}
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Self:
@@ -140,9 +141,9 @@ class Templates:
         """Return the template for a database."""
         if self._undo is None:
             raise RuntimeError("Clone inside `with Templates(...) as templates`, which drops them.")
-        key = name, sync_engine(engine).url.render_as_string()
+        prepare = self._prepare_for(name)
+        key = prepare, address_of(sync_engine(engine).url)
         if key not in self._made:
-            prepare = self._prepare_for(name)
             template = _create(name, engine, None, self._undo)
             _wait_for(_use, engine, template, prepare)
             self._made[key] = template

@@ -207,6 +207,7 @@ class Isolated:
             # For inspection only: statements use the isolated connection.
             "bind": sync_engine(engine) if engine and kind is Session else engine,
             "join_transaction_mode": "create_savepoint",
+            "twophase": False,
             "expire_on_commit": kind is Session,  # an async refresh would need an await
         }
         class_ = options.pop("class_", kind)

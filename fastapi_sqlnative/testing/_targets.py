@@ -55,10 +55,11 @@ def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
     """Return whether two engines lead to the same database, ignoring user and driver."""
     first, second = sync_engine(one), sync_engine(other)
     # Engines made by `execution_options()` share the dialect.
-    return first.dialect is second.dialect or _address(first.url) == _address(second.url)
+    return first.dialect is second.dialect or address_of(first.url) == address_of(second.url)
 
 
-def _address(url: URL) -> object:
+def address_of(url: URL) -> object:
+    """Return what identifies a database, without user and driver."""
     backend, host = url.get_backend_name(), url.host or url.query.get("host")
     if not (host or url.database) or url.database == ":memory:":
         return object()  # unknown, because of a `creator`, or an in-memory database of its own

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IllegalStateChangeError,
+    InvalidRequestError,
+    PendingRollbackError,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -186,14 +191,35 @@ def listening_last(listener: Body) -> Body:
     return lambda session: session.info.update(last=listener)
 
 
+def in_an_open_savepoint(session: Session) -> None:
+    session.connection().begin_nested()
+    over_the_connection(session)
+
+
+def flushing_again(fail: Body) -> Body:
+    """Have the last flush leave something to a further one, in which something fails."""
+
+    def again(session: Session, _: object) -> None:
+        session.add(Item(name="last"))
+        event.listen(session, "after_flush", lambda inner, _: fail(inner), once=True)
+
+    def prepare(session: Session) -> None:
+        event.listen(session, "after_flush_postexec", again, once=True)
+        session.add(Item(name="first"))
+
+    return prepare
+
+
 @pytest.mark.parametrize(
     ("prepare", "class_"),
     [
         (listen_at_commit, Session),
         (listening_last(connect_and_hide), Adding),
         (listening_last(flush_and_hide), Adding),
+        (flushing_again(in_a_raw_cursor), Session),
+        (flushing_again(in_an_open_savepoint), Session),
     ],
-    ids=["engine", "added", "added and flushing"],
+    ids=["engine", "added", "added and flushing", "raw in a flush", "savepoint in a flush"],
 )
 async def test_an_error_between_the_last_look_and_commit_counts(
     kind: Kind, engine: Engine, rows: Rows, prepare: Body, class_: type[Session]
@@ -205,8 +231,20 @@ async def test_an_error_between_the_last_look_and_commit_counts(
         prepare(session)
 
     options = session_class(kind, class_)
-    with pytest.raises(TransactionAbortedError):
+    # Where a flush has failed, SQLAlchemy itself refuses, with "This transaction is inactive".
+    with pytest.raises((TransactionAbortedError, InvalidRequestError)):
         await ask(engine, kind, transactional(), body, session_options=options)
+    assert rows.names == []
+
+
+async def test_an_error_of_a_flush_after_the_last_look_is_its_own(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A flush that a listener makes necessary after the last look fails with the usual error."""
+    prepare = flushing_again(lambda session: session.execute(FAILING))
+    with pytest.raises(DBAPIError, match="division by zero") as caught:
+        await ask(engine, kind, transactional(), prepare)
+    assert not caught.value.connection_invalidated
     assert rows.names == []
 
 

@@ -71,7 +71,11 @@ class NativeSession(Session):
             raise record.state.error(ReadOnlySessionError)
         if record.loop_thread is not None and has_pending_changes(self):
             record.check_thread()
+        checked, record.committing = record.committing, False
         _recorded(record, super().flush, *args, **options)
+        if checked:  # a flush after the last check, whose listeners may have hidden an error
+            record.check_committable()
+            record.committing = True
 
     def bulk_save_objects(self, *args: Any, **options: Any) -> None:
         """Insert or update objects in bulk."""

@@ -9,6 +9,7 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import (
+    DDL,
     ClauseElement,
     Column,
     Engine,
@@ -535,6 +536,9 @@ WRITES |= {
     "create from a temporary table": executing(text("CREATE TABLE x AS SELECT * FROM pg_temp.y")),
     "alter": executing(text("ALTER TABLE item ADD x int")),
     "create": executing(CreateTable(Table("made", MetaData(), Column("id", Integer)))),
+    "define": executing(
+        DDL("DO $$BEGIN CREATE TABLE made (id int); END$$")  # type: ignore[no-untyped-call]
+    ),
 }
 
 

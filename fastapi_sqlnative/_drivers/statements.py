@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ClauseElement
 from sqlalchemy.engine import CursorResult, Dialect, ExecutionContext
+from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -69,6 +70,8 @@ def writes(statement: Any, dialect: Dialect | None = None) -> bool:
     """Return whether a statement writes, before it is sent; functions that write go unnoticed."""
     if isinstance(statement, str):
         return _text_writes(statement)
+    if isinstance(statement, ExecutableDDLElement):
+        return True  # also where its text does not show that, as in DDL("DO ...")
     if not isinstance(statement, ClauseElement):
         return False  # a sequence, or what SQLAlchemy is about to refuse
     for part in visitors.iterate(statement):

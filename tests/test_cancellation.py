@@ -12,7 +12,7 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -24,6 +24,7 @@ from fastapi_sqlnative import (
     install_database,
     transactional,
 )
+from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.conftest import MakeEngine
 from tests.in_process import counted_waits, turns
 from tests.proxy import Fault, Proxy
@@ -151,6 +152,28 @@ async def test_a_commit_that_hangs_is_given_up(
         await ended(task)
     told = "whether a COMMIT took effect is unknown" in caplog.text
     assert told is kind.asynchronous
+
+
+@pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.id)
+async def test_a_server_that_hangs_is_asked_nothing_more(
+    kind: Kind,
+    behind_proxy: Engine | AsyncEngine,
+    proxy: Proxy,
+    rows: Rows,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A query right before COMMIT that is given up is not followed by a question of ours."""
+
+    def freeze(connection: Connection) -> None:
+        proxy.fault = Fault.FROZEN
+        connection.execute(text("SELECT 1"))
+
+    event.listen(sync_engine(behind_proxy), "commit", freeze)
+    async with running(behind_proxy, kind, add_a, shutdown_timeout=0.2) as client:
+        task = await cancelled_request(client, proxy.reached.is_set, CANCELS["asyncio"])
+        await ended(task)
+    # One for the query, one for SQLAlchemy's own attempt to close the connection in order.
+    assert caplog.text.count("did not finish within") == 2
 
 
 @pytest.mark.driver_decides

@@ -134,6 +134,8 @@ class Record(Holder):
 
     def note_failure(self, error: BaseException) -> None:
         """Record a failure on one of the session's connections."""
+        if not isinstance(error, Exception):
+            return  # after a cancellation the connection is discarded anyway; the server may hang
         self.failed = self.failed or error
         if self.may_have_written and any(
             transactions.has_rolled_back(

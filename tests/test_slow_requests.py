@@ -15,7 +15,7 @@ import sqlalchemy
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, create_engine, insert, text
+from sqlalchemy import Engine, create_engine, event, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -32,6 +32,7 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.cancellation import deadline
 from fastapi_sqlnative.exceptions import DeadlineExceededError
 from tests.conftest import MakeEngine
@@ -597,19 +598,27 @@ async def test_the_server_keeps_the_time_of_a_transaction(
     assert seen[1] == int(set_by_the_application.removesuffix("ms"))
 
 
-@synchronous
-async def test_a_reader_reads_beside_a_deadline(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """In AUTOCOMMIT there is no transaction to have a timeout; it works all the same."""
-    route(
-        app,
-        kind,
-        "/",
-        reader(),
-        lambda session: session.scalar(text("SELECT 1")),
-        dependencies=[Depends(deadline(60))],
-    )
+@pytest.mark.driver_decides
+async def test_a_reader_beside_a_deadline_sends_its_queries_alone(
+    kind: Kind, engine: Engine | AsyncEngine, app: FastAPI, rows: Rows
+) -> None:
+    """In AUTOCOMMIT there is no transaction for which to set a timeout, or to begin."""
+    sent: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        sent.append(statement)
+
+    def body(session: Session) -> None:
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        session.connection()
+        asked = "SELECT query FROM pg_stat_activity WHERE pid = %s"
+        sent.extend(*rows.connection.execute(asked, (pid,)))
+
+    event.listen(sync_engine(engine), "before_cursor_execute", note)
+    route(app, kind, "/", reader(), body, dependencies=[Depends(deadline(60))])
     async with running(app) as client:
         assert (await client.post("/")).status_code == 201
+    assert sent == ["SELECT pg_backend_pid()"] * 2
 
 
 # -- what the client reads, and the log ------------------------------------------------------

@@ -136,7 +136,7 @@ def begin(connection: Connection) -> None:
     With asyncpg, SQLAlchemy sends BEGIN with its first statement. A COPY before that would be
     stored at once, even if the transaction is rolled back.
     """
-    if connection.dialect.driver == "asyncpg":
+    if connection.dialect.driver == "asyncpg" and not autocommits(connection):
         driver: Any = connection.connection.driver_connection
         if not driver.is_in_transaction():
             _accepts_queries(connection)
@@ -165,10 +165,10 @@ SELECT set_config('statement_timeout', least(
 def limit_statements(connection: Connection, seconds: float) -> None:
     """Limit each statement of the transaction to `seconds` on the server.
 
-    The limit doesn't apply to COMMIT. Only PostgreSQL has a limit for a single transaction. In
-    AUTOCOMMIT it has no effect.
+    The limit doesn't apply to COMMIT. Only PostgreSQL has a limit for a single transaction, and
+    in AUTOCOMMIT there is no transaction.
     """
-    if connection.dialect.name == "postgresql":
+    if connection.dialect.name == "postgresql" and not autocommits(connection):
         left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
         connection.execute(_LIMIT, {"left": left})
 

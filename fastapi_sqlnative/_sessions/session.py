@@ -89,8 +89,8 @@ class NativeSession(Session):
         """Update rows in bulk."""
         _write(self.sqlnative, super().bulk_update_mappings, *args, **options)
 
-    # A background task may call these first, and they need no connection. SQLAlchemy would refuse
-    # a closed session too, but its message doesn't name the fix.
+    # A background task may call these first, and they need no connection. SQLAlchemy would let a
+    # closed session start again.
 
     def add(self, *args: Any, **options: Any) -> None:
         """Add an object, unless the session is finished."""

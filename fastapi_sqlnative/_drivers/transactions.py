@@ -274,6 +274,8 @@ def would_store(connection: Connection, *, id_explained: bool, defined: bool) ->
     `id_explained`: a savepoint was rolled back, which accounts for a transaction id. `defined`:
     DDL was sent, so only a temporary table explains what was written to the catalogs.
     """
+    if _status(connection) not in (None, _IN_TRANSACTION):
+        return False
     try:
         row = fetch_row(connection, _UNSTORED)
     except (OSError, connection.dialect.loaded_dbapi.Error):

@@ -125,7 +125,7 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     # Such listeners may execute statements in the driver's place and hide failures.
     events: Any = connection.dialect.dispatch
     heard = events.do_execute or events.do_execute_no_params or events.do_executemany
-    if not (doubtful or heard) or is_lost(connection):
+    if not (doubtful or heard) or is_lost(connection) or autocommits(connection):
         return False  # on a lost connection COMMIT fails anyway
     return not _accepts_queries(connection)
 

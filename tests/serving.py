@@ -128,12 +128,12 @@ class Rows:
         return backends(self.connection, state, application, wait)
 
     def make_commits_slow(self, seconds: float) -> None:
-        """Make an empty table `slow`: the COMMIT of whoever writes to it takes so long."""
+        """Make an empty table `slow`: a COMMIT of rows in it takes this many seconds."""
         self.connection.execute(SLOW_COMMIT.format(seconds).encode())
 
     @contextlib.contextmanager
     def locked(self, key: int) -> Iterator[None]:
-        """Let whoever asks the first database for this advisory lock wait until the block ends."""
+        """Hold an advisory lock of the first database until the block ends."""
         self.connection.execute("SELECT pg_advisory_lock(%s)", (key,))
         try:
             yield

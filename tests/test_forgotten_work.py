@@ -363,7 +363,7 @@ async def test_a_forgotten_update_that_returns_its_rows_is_no_success(
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("names", [["lost", "there"], ["there", "lost"]], ids=["kept", "none"])
 async def test_rows_before_one_that_failed_are_forgotten(kind: Kind, names: list[str]) -> None:
-    """SQLite keeps the rows before one that is refused: whoever handles the error must commit."""
+    """SQLite keeps the rows before one that is refused: code that handles the error must commit."""
     engine = async_sqlite() if kind.asynchronous else sqlite()
 
     def body(session: Session) -> None:

@@ -387,7 +387,7 @@ async def test_a_root_without_installations_does_not_start_what_is_mounted() -> 
 
 
 async def test_a_lifespan_that_another_package_replaced_is_named() -> None:
-    """The error says who has switched the databases off; installed after that, they start."""
+    """If another package replaces the lifespan, the error says so; installed later, all starts."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -32,16 +32,24 @@ class Statement(NamedTuple):
     # A row count of 0 means that it wrote nothing. Not so with CTEs, nor for an INSERT without ON
     # CONFLICT, whose row a trigger may have put into another table.
     counted: bool = False
+    calls: bool = False  # a procedure on MySQL, whose row count is that of the rows it has selected
 
 
 def statement_of(compiled: Any) -> Statement:
     """Read the effect of a compiled statement."""
-    statement = compiled.statement
-    if not getattr(statement, "is_dml", False):
+    if getattr(compiled.statement, "is_dml", False):
+        skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
+        counted = skips and not getattr(compiled, "ctes", None)
+        found = Statement(Effect.WRITE, counted=counted)
+    else:
         # Also for a SELECT that SQLAlchemy built: only its text shows what mappings or types add.
-        return _read_text(compiled.string)
-    skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
-    return Statement(Effect.WRITE, counted=skips and not getattr(compiled, "ctes", None))
+        found = _read_text(compiled.string)
+    if found.effect is not Effect.WRITE or compiled.dialect.name not in MYSQL:
+        return found
+    # It can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
+    first = _without_literals(compiled.string)[:6].upper()
+    counted = found.counted or first in {"INSERT", "UPDATE", "DELETE"}
+    return Statement(Effect.WRITE, counted=counted, calls=first.startswith("CALL"))
 
 
 def changed_nothing(
@@ -53,14 +61,9 @@ def changed_nothing(
     """
     if context.executemany or context.dialect.name == "sqlite":
         return False
-    counted = statement.counted
-    if context.dialect.name in MYSQL:
-        # It can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
-        first = _without_literals(context.statement)[:6].upper()
-        if first.startswith("CALL"):
-            return result.returns_rows  # the row count is that of the rows it has selected
-        counted = counted or first in {"INSERT", "UPDATE", "DELETE"}
-    if not counted:
+    if statement.calls:
+        return result.returns_rows
+    if not statement.counted:
         return False
     # With RETURNING added by SQLAlchemy, the rows are read and the cursor is closed by now.
     return result.rowcount == 0 or result.returned_defaults_rows == []

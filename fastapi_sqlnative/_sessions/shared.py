@@ -58,8 +58,8 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
     ),
     exceptions.TransactionOptionsError: (
         "Database {0!r} has no transactions: its engine or connection is in AUTOCOMMIT, where each "
-        "statement is stored at once. Remove AUTOCOMMIT, or use a session that is not committed at "
-        "the end, of get_db({0!r}) or of the handle's session()."
+        "statement is stored at once. Remove AUTOCOMMIT, or use a session that nothing commits at "
+        "the end: the one from get_db({0!r}), or from the handle's session()."
     ),
 }
 

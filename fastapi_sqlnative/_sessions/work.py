@@ -39,7 +39,7 @@ class Work:
         connections: dict[Connection, float],
     ) -> None:
         """Record what a statement has done or may have done."""
-        effect, savepoint, _ = statement
+        effect, savepoint, _, _ = statement
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:

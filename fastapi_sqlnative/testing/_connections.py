@@ -266,7 +266,7 @@ class IsolatedConnection:
         connection, self._connection, self.loop, self.root = self._connection, None, None, ""
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
-            # Close it for real: the pool may be another one. An in-memory database ends with it.
+            # Close it for real: the pool may be another one. But in memory the data would go.
             if isinstance(self.engine.pool, _IN_MEMORY):
                 connection.connection.rollback()  # if SQLAlchemy considers a refused end as done
             else:

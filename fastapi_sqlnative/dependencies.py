@@ -27,20 +27,23 @@ from .exceptions import DatabaseDependencyError
 # the response. The public way onto that stack is a generator with scope="function", which costs
 # each request a tenth of a read. It is the fallback if FastAPI has no stack under this key.
 _FUNCTION_STACK: Final = "fastapi_function_astack"
+# Our own key for the stack that the request's unit of work ends with, or has ended with.
+_STACK: Final = "fastapi_sqlnative_stack"
 
 
 def unit_of(connection: HTTPConnection, stack: AsyncExitStack | None = None) -> UnitOfWork:
     """Return the request's unit of work, which ends with FastAPI's stack, or else with this one."""
-    unit: UnitOfWork | None = connection.scope.get(UNIT)
+    scope = connection.scope
+    unit: UnitOfWork | None = scope.get(UNIT)
     # A copied scope belongs to another request: an endpoint may call the application itself.
-    if unit is None or unit.scope is not connection.scope:
+    if unit is None or unit.scope is not scope:
         unit = UnitOfWork(connection)
         if HAS_FUNCTION_STACK:
-            stack = connection.scope.get(_FUNCTION_STACK)
-        if stack is None:
-            raise _called_directly()  # in a middleware, which has a request
+            stack = scope.get(_FUNCTION_STACK)
+        if stack is None or (scope.get(UNIT) is None and stack is scope.get(_STACK)):
+            raise _called_directly()  # nothing would end the session
         stack.push_async_exit(unit.finish)
-        connection.scope[UNIT] = unit
+        scope[UNIT], scope[_STACK] = unit, stack
     return unit
 
 
@@ -77,8 +80,9 @@ def _called_directly() -> DatabaseDependencyError:
     return DatabaseDependencyError(
         "A dependency of fastapi_sqlnative was called directly, and not by FastAPI for a route. If "
         "a test calls your function, pass it a session from `with isolated(app) as session` or a "
-        "handle's `session()`. To test the dependency itself, send a request. In a middleware, "
-        "open a session with `installed_databases(request.app)[name].session()`."
+        "handle's `session()`. To test the dependency itself, send a request. In a middleware, an "
+        "exception handler or a background task, open a session with "
+        "`installed_databases(request.app)[name].session()`."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from uuid import UUID
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -446,6 +446,44 @@ async def test_a_dependency_called_in_a_middleware_says_what_to_do(dependency: A
 
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional(), reader()])
+async def test_a_dependency_called_after_the_request_says_what_to_do(dependency: Any) -> None:
+    """Nothing would end a session opened by hand after the request's own has ended."""
+    app = with_database()
+    called: list[str] = []
+
+    async def call(request: Request, where: str) -> None:
+        with pytest.raises(DatabaseDependencyError, match=r"installed_databases\(request\.app\)"):
+            await dependency(request)
+        called.append(where)
+
+    @app.middleware("http")
+    async def look(request: Request, call_next: Callable[[Request], Any]) -> Any:
+        answer = await call_next(request)
+        await call(request, "middleware")
+        return answer
+
+    @app.exception_handler(ZeroDivisionError)
+    async def answer(request: Request, _: Exception) -> Response:
+        await call(request, "exception handler")
+        return Response(status_code=409)
+
+    @app.get("/items")
+    async def endpoint(
+        request: Request,
+        tasks: BackgroundTasks,
+        session: Annotated[AsyncSession, Depends(get_db())],
+        by: int,
+    ) -> float:
+        tasks.add_task(call, request, "background task")
+        return 7 / by
+
+    async with running(app) as client:
+        assert (await client.get("/items?by=1")).json() == 7
+        assert (await client.get("/items?by=0")).status_code == 409
+    assert sorted(called) == ["background task", "exception handler", "middleware", "middleware"]
 
 
 # -- routes that the application's own lifespan adds -------------------------------------------

@@ -194,6 +194,10 @@ STORES_NOTHING: dict[str, Body] = {
         "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO NOTHING"
     ),
     "upsert of an older row": newer(items),
+    "upsert of an older row, text": run(
+        "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO UPDATE SET position = 2"
+        " WHERE item.position > 7"
+    ),
     "orm upsert of an older row": newer(Item),
     "orm upsert of an older row, returning": newer(Item, Item),
     "temporary table": temporary,

@@ -183,6 +183,7 @@ def server(mariadb: str) -> Iterator[Engine]:
         connection.execute(text("INSERT INTO item VALUES ('first', 0), ('second', 0)"))
         connection.execute(text("CREATE PROCEDURE look() SELECT * FROM item"))
         connection.execute(text("CREATE PROCEDURE store() INSERT INTO item VALUES ('lost', 0)"))
+        connection.execute(text("CREATE PROCEDURE keep() BEGIN UPDATE item SET n = 1; COMMIT; END"))
     yield engine
     engine.dispose()
 
@@ -252,6 +253,7 @@ async def without_commit(kind: Kind, server: Engine, *statements: Any) -> int:
         text("\n  /* a report */ CALL look()"),
         text("TRUNCATE item"),
         text("CREATE TABLE `made` (n int)"),
+        text("CALL keep()"),
     ],
     ids=[
         "ignored, text",
@@ -261,6 +263,7 @@ async def without_commit(kind: Kind, server: Engine, *statements: Any) -> int:
         "procedure that reads",
         "truncate, which commits",
         "DDL, which commits",
+        "procedure that commits",
     ],
 )
 async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
@@ -268,6 +271,29 @@ async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
 ) -> None:
     """MariaDB can't be asked what a COMMIT would store, but these statements need none."""
     assert await without_commit(kind, server, statement) == 201
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+async def test_a_transaction_ended_in_sql_on_mariadb_needs_no_commit(
+    kind: Kind, server: Engine, end: str
+) -> None:
+    """What the text of a COMMIT has stored, or that of a ROLLBACK undone, is not forgotten."""
+    assert await without_commit(kind, server, change("first"), text(end)) == 201
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+async def test_an_empty_list_in_bulk_on_mariadb_needs_no_commit(kind: Kind, server: Engine) -> None:
+    """A bulk method that is given no row writes nothing."""
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    def body(session: Session) -> None:
+        session.bulk_insert_mappings(Item, [])
+        session.bulk_save_objects([])
+
+    assert await ask(engine, kind, get_db(), body) == 201
 
 
 @pytest.mark.mariadb
@@ -280,6 +306,8 @@ async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
         "DELETE FROM `item`",
         "INSERT INTO item VALUES ('it\\'s', 0)",
         "CALL `store`()",
+        "CALL keep(); INSERT INTO item VALUES ('lost', 0)",
+        "INSERT INTO item VALUES ('lost', 0) RETURNING name",
         "INSERT INTO item VALUES ('lost', 0); CREATE OR REPLACE TEMPORARY TABLE `made` (n int)",
     ],
 )

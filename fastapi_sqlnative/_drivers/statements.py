@@ -192,7 +192,8 @@ def _read_text(sql: str) -> Statement:
             return Statement(effect if known else Effect.UNKNOWN)
         doubtful = effect is Effect.NONE and _may_write(cleaned)
         savepoint = found[1].lower() if pattern.groups else ""
-        counted = cleaned[:6].lower() in {"update", "delete"}
+        lowered = cleaned.lower()
+        counted = lowered.startswith(("update", "delete")) or " do update " in lowered
         return Statement(Effect.UNKNOWN if doubtful else effect, savepoint, counted)
     return Statement(Effect.UNKNOWN)
 

@@ -268,6 +268,15 @@ FROM (SELECT mode, relkind, relpersistence = 't' AS temporary,
 """
 
 
+def is_open_on_mysql(connection: Connection) -> bool:
+    """Return whether a transaction is open: MySQL commits in procedures. Only MariaDB can tell."""
+    try:
+        known = getattr(connection.dialect, "is_mariadb", False)
+        return not known or fetch_row(connection, "SELECT @@in_transaction") != (0,)
+    except (OSError, connection.dialect.loaded_dbapi.Error):
+        return True
+
+
 def would_store(connection: Connection, *, id_explained: bool, defined: bool) -> bool | None:
     """Ask PostgreSQL whether a COMMIT would change the database; `None` if it can't be asked.
 

@@ -203,7 +203,7 @@ class Record(Holder):
             changed = transactions.changes(connection) != self.connections[connection]
             return (self.work.defined or changed) and transactions.is_open_on_sqlite(connection)
         if connection.dialect.name != "postgresql":
-            return wrote
+            return wrote and transactions.is_open_on_mysql(connection)
         work = self.work
         found = transactions.would_store(connection, id_explained=work.undone, defined=work.defined)
         return if_lost if found is None else found

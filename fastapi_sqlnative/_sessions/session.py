@@ -207,7 +207,7 @@ def _write(record: Record, method: Callable[..., None], *args: Any, **options: A
     record.check_usable()
     if record.options is AUTOCOMMIT:
         raise record.state.error(ReadOnlySessionError)
-    record.work.wrote = True
+    record.work.wrote = record.work.wrote or [] not in args  # an empty list writes nothing
     _recorded(record, method, *args, **options)
 
 

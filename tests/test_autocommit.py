@@ -1,6 +1,7 @@
 """AUTOCOMMIT engines: get_db is right at once, and a transaction is refused with the fix."""
 
 import itertools
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ async def test_so_it_is_on_sqlite(kind: Kind, body: Body, tmp_path: Path) -> Non
     with outside.connect() as connection:
         assert connection.scalars(text("SELECT name FROM item")).all() == ["stored"]
     outside.dispose()
+
+
+class Autocommitting(sqlite3.Connection):
+    """Be a connection made with `autocommit=True`, which Python's driver takes from 3.12 on."""
+
+    autocommit = True
+
+
+async def test_a_sqlite_driver_that_autocommits_is_refused() -> None:
+    """The commit of such a driver does nothing, so a savepoint would be a success without rows."""
+    engine = create_engine("sqlite://", connect_args={"factory": Autocommitting})
+    with pytest.raises(TransactionOptionsError):
+        await ask(engine, SQLITE[0], transactional(), in_a_savepoint)
 
 
 @pytest.mark.parametrize("how", HOW)

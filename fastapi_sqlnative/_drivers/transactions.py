@@ -29,9 +29,9 @@ def autocommits(connection: Connection) -> bool:
     if connection.closed or connection.invalidated:
         return False
     dbapi = connection.connection.dbapi_connection
-    if connection.dialect.name == "sqlite":
+    if connection.dialect.name == "sqlite" and getattr(dbapi, "isolation_level", "") is None:
         # Also None if the application's listeners send BEGIN, but then one has been sent by now.
-        return getattr(dbapi, "isolation_level", "") is None and not is_open_on_sqlite(connection)
+        return not is_open_on_sqlite(connection)
     ask = getattr(dbapi, "get_autocommit", None)  # PyMySQL's `autocommit` is a setter
     return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
 

@@ -141,6 +141,10 @@ WRITES: dict[str, Body] = {
     "CTE in text": run(
         "WITH new AS (INSERT INTO item (name) VALUES ('lost') RETURNING id) SELECT * FROM new"
     ),
+    "CTE of an upsert of no row": run(
+        "WITH new AS (INSERT INTO item (name) VALUES ('lost')) INSERT INTO item (name)"
+        " SELECT name FROM item WHERE false ON CONFLICT (name) DO UPDATE SET position = 2"
+    ),
     "CTE of an update of no row": run(
         update(items)
         .where(items.c.id == 0)

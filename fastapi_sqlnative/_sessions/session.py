@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from sqlalchemy import Connection, Sequence, event
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,6 +19,45 @@ from .transaction import BegunTransaction, depth_of
 from .work import has_pending_changes
 
 AnySession: TypeAlias = Session | AsyncSession
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a method of SQLAlchemy's, and record that it runs and how it fails."""
+    executing, record.executing = record.executing, True
+    try:
+        return method(*args, **options)
+    except Exception as error:
+        record.handle_error(error)
+        raise
+    finally:
+        record.executing = executing
+
+
+def _writing(method: MethodT) -> MethodT:
+    """Make a method of SQLAlchemy's that always writes record it."""
+
+    @functools.wraps(method)
+    def write(session: Any, *args: Any, **options: Any) -> None:
+        record: Record = session.sqlnative
+        record.check_usable()
+        if record.options is AUTOCOMMIT:
+            raise record.state.error(ReadOnlySessionError)
+        record.work.wrote = record.work.wrote or [] not in args  # an empty list writes nothing
+        _recorded(record, method, session, *args, **options)
+
+    return cast("MethodT", write)
+
+
+def _unless_finished(method: MethodT) -> MethodT:
+    """Make a method of SQLAlchemy's refuse a finished session."""
+
+    @functools.wraps(method)
+    def call(session: Any, *args: Any, **options: Any) -> Any:
+        session.sqlnative.check_unfinished()
+        return method(session, *args, **options)
+
+    return cast("MethodT", call)
 
 
 class NativeSession(Session):
@@ -77,40 +116,16 @@ class NativeSession(Session):
             record.check_committable()
             record.committing = True
 
-    def bulk_save_objects(self, *args: Any, **options: Any) -> None:
-        """Insert or update objects in bulk."""
-        _write(self.sqlnative, super().bulk_save_objects, *args, **options)
-
-    def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
-        """Insert rows in bulk."""
-        _write(self.sqlnative, super().bulk_insert_mappings, *args, **options)
-
-    def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
-        """Update rows in bulk."""
-        _write(self.sqlnative, super().bulk_update_mappings, *args, **options)
+    bulk_save_objects = _writing(Session.bulk_save_objects)
+    bulk_insert_mappings = _writing(Session.bulk_insert_mappings)
+    bulk_update_mappings = _writing(Session.bulk_update_mappings)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would let a
     # closed session start again.
-
-    def add(self, *args: Any, **options: Any) -> None:
-        """Add an object, unless the session is finished."""
-        self.sqlnative.check_unfinished()
-        super().add(*args, **options)
-
-    def delete(self, *args: Any, **options: Any) -> None:
-        """Delete an object, unless the session is finished."""
-        self.sqlnative.check_unfinished()
-        super().delete(*args, **options)
-
-    def merge(self, *args: Any, **options: Any) -> Any:
-        """Merge an object, unless the session is finished."""
-        self.sqlnative.check_unfinished()
-        return super().merge(*args, **options)
-
-    def refresh(self, *args: Any, **options: Any) -> None:
-        """Refresh an object, unless the session is finished."""
-        self.sqlnative.check_unfinished()
-        super().refresh(*args, **options)
+    add = _unless_finished(Session.add)
+    delete = _unless_finished(Session.delete)
+    merge = _unless_finished(Session.merge)
+    refresh = _unless_finished(Session.refresh)
 
     # -- transactions ----------------------------------------------------------------------
 
@@ -189,26 +204,6 @@ def may_store(session: NativeSession) -> bool:
 
 
 # Functions, because a method could have the name of one of the application's class.
-
-
-def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method of SQLAlchemy's, and record that it runs and how it fails."""
-    executing, record.executing = record.executing, True
-    try:
-        return method(*args, **options)
-    except Exception as error:
-        record.handle_error(error)
-        raise
-    finally:
-        record.executing = executing
-
-
-def _write(record: Record, method: Callable[..., None], *args: Any, **options: Any) -> None:
-    record.check_usable()
-    if record.options is AUTOCOMMIT:
-        raise record.state.error(ReadOnlySessionError)
-    record.work.wrote = record.work.wrote or [] not in args  # an empty list writes nothing
-    _recorded(record, method, *args, **options)
 
 
 def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTransaction:

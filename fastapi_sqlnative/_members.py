@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import exceptions
 from ._sessions import finishing
 from ._sessions.finishing import commit_is_observed
-from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
+from ._sessions.options import AUTOCOMMIT
 from ._sessions.session import AnySession, may_store, sync_session
 from ._sessions.work import has_pending_changes
 
@@ -23,24 +23,6 @@ class Member:
         self.record = self.inner.sqlnative
         self.state = self.record.state
         self.asked_again = False  # so that others than the first have it
-
-    def set_options(self, options: TransactionOptions) -> None:
-        """Set the transaction's options, unless it is too late for them."""
-        record, name = self.record, self.state.name
-        if record.options not in (NO_OPTIONS, options):
-            raise exceptions.TransactionOptionsError(
-                f"transactional({name!r}) was asked for twice in one request, with "
-                f"{record.options} and with {options}. A request has one transaction per "
-                "database: declare it once, with the options that it needs."
-            )
-        if record.connections and record.options != options:
-            raise exceptions.TransactionOptionsError(
-                f"The transaction on database {name!r} has begun: an earlier dependency has used "
-                f"the session, and {options} can no longer apply. Declare the transaction first, "
-                f"in the route's or router's dependencies=[Depends(transactional({name!r}, ...))]."
-            )
-        options.check_known_to(self.state.root.dialect, name)
-        record.options = options
 
     def check_nothing_forgotten(self) -> None:
         """Refuse to report success if the session leaves changes uncommitted."""

@@ -68,9 +68,7 @@ class UnitOfWork:
                     f"commit() on get_db({member.state.name!r}), or declare transactional on the "
                     "router or route that needs it, not on the application."
                 )
-            if options != NO_OPTIONS:
-                member.set_options(options)
-            member.record.will_commit()
+            member.record.will_commit(options)
 
     def _member_of(self, session: AnySession) -> Member | None:
         return next((each for each in self._members if each.session is session), None)

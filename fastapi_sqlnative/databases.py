@@ -60,8 +60,9 @@ class _Database(Generic[EngineT]):
         return pool_status(sync_engine(self.engine).pool, holders_of(self._sessions.state))
 
     def _open_transaction(self, isolation_level: IsolationLevel | None, read_only: bool) -> Any:
-        session = self._sessions.open(TransactionOptions.checked(isolation_level, read_only))
-        record_of(session).commits = True
+        options = TransactionOptions.checked(isolation_level, read_only)
+        session = self._sessions.open()
+        record_of(session).will_commit(options)
         return session
 
     def _no_answer(self, timeout: float) -> TimeoutError:

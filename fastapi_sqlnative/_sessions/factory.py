@@ -188,8 +188,6 @@ class SessionFactory:
     ) -> AnySession:
         """Open a session, which has no connection yet. The caller finishes it."""
         self.state.check_running(new_session=True)
-        if options not in (NO_OPTIONS, AUTOCOMMIT):
-            options.check_known_to(self.state.root.dialect, self.state.name)
         session: AnySession
         given = self._options
         if self.asynchronous:

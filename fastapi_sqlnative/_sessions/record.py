@@ -70,8 +70,25 @@ class Record(Holder):
         # setdefault, because another thread may have added one meanwhile.
         return found or known.setdefault((engine, self.options), engine_with(engine, self.options))
 
-    def will_commit(self) -> None:
-        """Mark the session for the commit at the end."""
+    def will_commit(self, options: TransactionOptions) -> None:
+        """Mark the session for the commit at the end, unless it is too late for the options."""
+        name = self.state.name
+        if options not in (NO_OPTIONS, self.options):
+            if self.options != NO_OPTIONS:
+                raise exceptions.TransactionOptionsError(
+                    f"transactional({name!r}) was asked for twice in one request, with "
+                    f"{self.options} and with {options}. A request has one transaction per "
+                    "database: declare it once, with the options that it needs."
+                )
+            if self.connections:
+                raise exceptions.TransactionOptionsError(
+                    f"The transaction on database {name!r} has begun: an earlier dependency has "
+                    f"used the session, and {options} can no longer apply. Declare the "
+                    "transaction first, in the route's or router's "
+                    f"dependencies=[Depends(transactional({name!r}, ...))]."
+                )
+            options.check_known_to(self.state.root.dialect, name)
+            self.options = options
         self.commits = True
         if any(map(transactions.autocommits, self.connections)):
             raise self.state.error(exceptions.TransactionOptionsError)

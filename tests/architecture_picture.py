@@ -18,7 +18,6 @@ ROLES = {
     "_sessions": "the engine room",
     "databases": "the handles",
     "_lifespan": "install, start, check, stop",
-    "_members": "one session of a request",
     "_unit_of_work": "one request",
     "dependencies": "get_db, transactional, reader",
     "health": "live and ready",

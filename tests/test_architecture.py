@@ -35,7 +35,7 @@ ORDER = (
     {"_sessions.record"},
     {"_sessions.session"},
     {"_sessions.factory", "_sessions.finishing"},
-    {"_probe", "_retries", "_members"},
+    {"_probe", "_retries"},
     {"databases"},
     {"_lifespan.__init__", "_lifespan.functions"},
     {"_lifespan.gate"},

@@ -21,13 +21,13 @@ _GRACE: Final = 1.0
 
 
 async def to_completion(
-    start: Callable[[], Coroutine[Any, Any, None]],
+    start: Callable[[], Coroutine[Any, Any, T]],
     *,
     joins: bool = False,
     databases: Sequence[str] = (),
     timeout: float = math.inf,
     cancelled: bool = False,
-) -> None:
+) -> T | None:
     """Await the work that `start` begins, shielded from cancellation until `timeout` has passed.
 
     It runs in a task of its own. If `start` can be called again and then `joins` the work that has
@@ -53,16 +53,14 @@ async def to_completion(
     unknown = "" if cancelled else ", and whether a COMMIT took effect is unknown"
     await _outlast_cancellation(task, timeout, ", ".join(map(repr, databases)), unknown)
     if cancellation is None:
-        if not task.cancelled():
-            task.result()
-        return None
+        return None if task.cancelled() else task.result()
     if not task.cancelled() and (failure := task.exception()) is not None:
         logger.error("The work of a cancelled caller failed.", exc_info=failure)
     raise cancellation
 
 
 async def _outlast_cancellation(
-    task: asyncio.Task[None], timeout: float, names: str, unknown: str
+    task: asyncio.Task[Any], timeout: float, names: str, unknown: str
 ) -> None:
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout

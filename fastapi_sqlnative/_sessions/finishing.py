@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -27,7 +27,8 @@ from .work import has_pending_changes
 
 logger = logging.getLogger("fastapi_sqlnative")
 
-Operation: TypeAlias = Callable[[AnySession], None]
+T = TypeVar("T")
+Operation: TypeAlias = Callable[[AnySession], T]
 # Seconds for a request past its deadline to roll back: its client is waiting for the response.
 _GRACE: Final = 1.0
 
@@ -133,7 +134,7 @@ def _run(session: AnySession, method: str) -> None:
         getattr(sync_session(session), method)()
 
 
-def close_all(sessions: Sequence[AnySession], end: Operation) -> None:
+def close_all(sessions: Sequence[AnySession], end: Operation[None]) -> None:
     """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
         return end(sessions[0])
@@ -175,7 +176,7 @@ def has_only_read(session: AnySession) -> bool:
     )
 
 
-def perform(session: AnySession, operation: Operation) -> None:
+def perform(session: AnySession, operation: Operation[T]) -> T | None:
     """Run an operation here, or in a thread if it could block the event loop."""
     if isinstance(session, AsyncSession):
         return operation(session)
@@ -188,7 +189,7 @@ def perform(session: AnySession, operation: Operation) -> None:
     return operation(session)
 
 
-def _run_for(sessions: Sequence[AnySession], work: Callable[[], None]) -> Coroutine[Any, Any, None]:
+def _run_for(sessions: Sequence[AnySession], work: Callable[[], T]) -> Coroutine[Any, Any, T]:
     """Run plain code in a greenlet, or in a thread if all sessions are synchronous."""
     for session in sessions:
         if isinstance(session, AsyncSession):

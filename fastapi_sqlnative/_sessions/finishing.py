@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -28,7 +28,6 @@ from .work import has_pending_changes
 logger = logging.getLogger("fastapi_sqlnative")
 
 T = TypeVar("T")
-Operation: TypeAlias = Callable[[AnySession], T]
 # Seconds for a request past its deadline to roll back: its client is waiting for the response.
 _GRACE: Final = 1.0
 
@@ -76,25 +75,11 @@ def commit_is_observed(session: NativeSession) -> bool:
     return bool(listened or "commit" in record.state.overridden)
 
 
-def roll_back_and_close(session: AnySession) -> None:
-    """Roll back and close; call `rollback()` only if the application observes it.
+def end(session: AnySession, error: BaseException | None = None) -> None:
+    """Roll back, return the connection to the pool and refuse further use.
 
-    It expires every object, and an exception handler may still read what was loaded.
-    """
-    inner = sync_session(session)
-    listened = inner.dispatch.after_rollback or len(inner.dispatch.after_soft_rollback) > 1
-    observed = listened or "rollback" in inner.sqlnative.state.overridden
-    # A failed flush has already rolled back. SQLAlchemy would warn about changes made since.
-    _end(session, *(("rollback", "close") if observed and inner.is_active else ("close",)))
-
-
-def close(session: AnySession) -> None:
-    """Roll back, return the connection to the pool and refuse further use."""
-    _end(session, "close")
-
-
-def _end(session: AnySession, *methods: str) -> None:
-    """Call the methods that end a session.
+    After an error this calls `rollback()`, but only if the application observes it: it expires
+    every object, and an exception handler may still read what was loaded.
 
     A failure here only means that the connection is lost. It is logged, so that it doesn't hide
     the response or the error that the session's work ended with.
@@ -103,6 +88,13 @@ def _end(session: AnySession, *methods: str) -> None:
     record = inner.sqlnative
     record.finished = True
     overridden = record.state.overridden
+    observed = error is not None and (
+        inner.dispatch.after_rollback
+        or len(inner.dispatch.after_soft_rollback) > 1
+        or "rollback" in overridden
+    )
+    # A failed flush has already rolled back. SQLAlchemy would warn about changes made since.
+    methods = ("rollback", "close") if observed and inner.is_active else ("close",)
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
         return None  # never used: nothing to roll back, release or detach
     record.ending = bool(overridden) or "rollback" in methods
@@ -111,9 +103,9 @@ def _end(session: AnySession, *methods: str) -> None:
             return inner.invalidate()  # the pool is disposed of and would not close the connection
         for method in methods:
             _run(session, method)
-    except BaseException as error:
+    except BaseException as failure:
         record.discard_connections()
-        if not isinstance(error, Exception):
+        if not isinstance(failure, Exception):
             raise  # a cancellation's deadline has passed
         logger.warning(
             "A session of database %r could not return its connection, which is discarded: "
@@ -134,13 +126,13 @@ def _run(session: AnySession, method: str) -> None:
         getattr(sync_session(session), method)()
 
 
-def close_all(sessions: Sequence[AnySession], end: Operation[None]) -> None:
+def end_all(sessions: Sequence[AnySession], error: BaseException | None) -> None:
     """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
-        return end(sessions[0])
-    with ExitStack() as closing:
+        return end(sessions[0], error)
+    with ExitStack() as ending:
         for session in sessions:
-            closing.callback(perform, session, end)
+            ending.callback(perform, session, partial(end, error=error))
     return None
 
 
@@ -176,7 +168,7 @@ def has_only_read(session: AnySession) -> bool:
     )
 
 
-def perform(session: AnySession, operation: Operation[T]) -> T | None:
+def perform(session: AnySession, operation: Callable[[AnySession], T]) -> T | None:
     """Run an operation here, or in a thread if it could block the event loop."""
     if isinstance(session, AsyncSession):
         return operation(session)
@@ -213,7 +205,7 @@ async def finish(
             if error is None:
                 success()
         finally:
-            close_all(sessions, close if error is None else roll_back_and_close)
+            end_all(sessions, error)
 
     cancelled = isinstance(error, (asyncio.CancelledError, RequestCancelledError))
     waiting = [each for each in sessions if waits(each)]
@@ -246,10 +238,10 @@ def finishing(session: Any) -> Generator[Session]:
     try:
         yield session
         commit(session)
-    except BaseException:
-        roll_back_and_close(session)
+    except BaseException as error:
+        end(session, error)
         raise
-    close(session)
+    end(session)
 
 
 @asynccontextmanager

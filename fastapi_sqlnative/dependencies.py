@@ -102,6 +102,8 @@ class DatabaseDependency:
 
     The same name and options always give the same object, however the name is spelt, so that
     FastAPI's cache and `dependency_overrides` recognise it.
+
+    One that opens nothing only makes start-up check that the database is installed.
     """
 
     opens: str | None = None  # what a request may open through it: a session, reader or handle
@@ -111,6 +113,9 @@ class DatabaseDependency:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
+
+    async def __call__(self) -> Any:
+        """Do nothing in a request."""
 
 
 class SessionDependency(DatabaseDependency):
@@ -160,13 +165,6 @@ class HandleDependency(DatabaseDependency):
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Return the handle."""
         return running_for(connection).database(self.name)
-
-
-class InstalledDependency(DatabaseDependency):
-    """A dependency that only makes start-up check that a database is installed."""
-
-    async def __call__(self) -> None:
-        """Do nothing in a request."""
 
 
 _session_dependency = functools.cache(SessionDependency)

@@ -79,7 +79,7 @@ def _examine(running: Running, context: Any) -> Opened:
     try:
         for parent, child, outlives in _walk(endpoint, running.overrides):
             ours: Any = child.call
-            if isinstance(ours, dependencies.InstalledDependency):
+            if ours.opens is None:
                 # Readiness also covers the databases of mounted applications.
                 if all(each.name != ours.name for each in running.databases()):
                     running.database(ours.name)

@@ -17,7 +17,7 @@ from .._probe import DatabaseState, ask_database, is_wedged
 from .._seconds import check_seconds
 from .._sessions.engines import run_in_greenlet, sync_engine
 from ..databases import AnyDatabase, AsyncDatabase, sessions_of
-from ..dependencies import InstalledDependency
+from ..dependencies import DatabaseDependency
 from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for
 
 DatabasePolicy: TypeAlias = Literal["required", "writable", "degraded", "ignored"]
@@ -104,7 +104,7 @@ def health_router(
                 response_model=model,
                 response_class=JSONResponse,  # even if the application's default is another
                 responses={503: {"model": model}},
-                dependencies=[Depends(InstalledDependency(name)) for name in policies],
+                dependencies=[Depends(DatabaseDependency(name)) for name in policies],
             )
     return router
 

@@ -42,7 +42,7 @@ class Outermost(Session):
         record = self.sqlnative
         record.asked = True
         if record.executing and record.on_wanted is not None:
-            record.on_wanted()
+            record.on_wanted(record)
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
         if record.options is AUTOCOMMIT and _TAKES_OPTIONS:

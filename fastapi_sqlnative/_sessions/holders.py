@@ -41,7 +41,7 @@ class Holder:
     executing: bool = False  # a statement is running
     ends_at: float = math.inf  # when the server ends its statements, on the monotonic() clock
     on_idle: Any = None  # called when the connections are released
-    on_wanted: Any = None  # then called before the next checkout
+    on_wanted: Any = None  # then called with this before the next checkout
     # Results that may not be exhausted: streams, whose cursor on the server has to be closed,
     # and others by their context. Weak, because SQLite cannot commit while one is unread.
     _streams: tuple[Any, ...] = ()

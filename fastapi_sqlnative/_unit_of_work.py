@@ -23,7 +23,7 @@ from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from ._sessions.record import Record
 from ._sessions.session import AnySession, may_store, record_of, sync_session
-from ._sessions.work import has_pending_changes
+from ._sessions.transaction import has_pending_changes
 from .databases import AnyDatabase, AsyncDatabase, sessions_of
 
 # Seconds after which a request without a connection gives up its place in the gate.

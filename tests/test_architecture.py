@@ -30,7 +30,7 @@ ORDER = (
     {"errors._answers"},
     {"errors.__init__"},
     {"_sessions.__init__", "_sessions.completion", "_sessions.options"},
-    {"_sessions.engines", "_sessions.shared", "_sessions.transaction", "_sessions.work"},
+    {"_sessions.engines", "_sessions.shared", "_sessions.transaction"},
     {"_sessions.holders"},
     {"_sessions.record"},
     {"_sessions.session"},

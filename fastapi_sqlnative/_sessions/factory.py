@@ -16,8 +16,7 @@ from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
-from .transaction import depth_of
-from .work import has_pending_changes
+from .transaction import depth_of, has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.

@@ -23,7 +23,7 @@ from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedCha
 from .completion import once, to_completion
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, record_of, sync_session
-from .work import has_pending_changes
+from .transaction import has_pending_changes
 
 logger = logging.getLogger("fastapi_sqlnative")
 

@@ -12,8 +12,7 @@ from .._drivers.statements import writes
 from .holders import UNIT, Holder, empty, report_holders
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, engine_with
 from .shared import Engines
-from .transaction import BegunTransaction
-from .work import Work
+from .transaction import BegunTransaction, Work
 
 
 @dataclass(eq=False, repr=False, slots=True)

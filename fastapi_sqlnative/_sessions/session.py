@@ -15,8 +15,7 @@ from .completion import to_completion
 from .engines import run_in_greenlet
 from .options import AUTOCOMMIT
 from .record import Record
-from .transaction import BegunTransaction, depth_of
-from .work import has_pending_changes
+from .transaction import BegunTransaction, depth_of, has_pending_changes
 
 AnySession: TypeAlias = Session | AsyncSession
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])

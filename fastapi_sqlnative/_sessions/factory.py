@@ -118,18 +118,18 @@ class SessionFactory:
     def __init__(self, engine: AnyEngine, state: SharedState, options: Mapping[str, Any]) -> None:
         self.state = state
         self.asynchronous: bool = isinstance(engine, AsyncEngine)
-        self._engine = engine
         self._plain: type[Any] = AsyncSession if self.asynchronous else Session
         self._options: dict[str, Any] = {"expire_on_commit": False} | dict(options)
         self.class_: Any = self._options.pop("class_", self._plain)
-        self._check_options()
+        self._check_options(engine)
+        self._options["bind"] = engine
         base: Any = self.class_
         if self.asynchronous:
             base = self._options.pop("sync_session_class", None) or base.sync_session_class
         self.native: Any = native_class(base)
         self._look_for_overrides()
 
-    def _check_options(self) -> None:
+    def _check_options(self, engine: AnyEngine) -> None:
         for keyword in ("bind",) if self.asynchronous else ("bind", "sync_session_class"):
             if keyword in self._options:
                 raise self._mistake(
@@ -139,7 +139,7 @@ class SessionFactory:
         if not (isinstance(self.class_, type) and issubclass(self.class_, self._plain)):
             raise self._mistake(
                 f"class_ must be a subclass of {self._plain.__name__}, because the engine is an "
-                f"{type(self._engine).__name__}; it is {self.class_!r}."
+                f"{type(engine).__name__}; it is {self.class_!r}."
             )
 
     def _mistake(self, what: str) -> TypeError:
@@ -188,12 +188,10 @@ class SessionFactory:
         """Open a session, which has no connection yet. The caller finishes it."""
         self.state.check_running(new_session=True)
         session: AnySession
-        given = self._options
         if self.asynchronous:
-            session = self.class_(bind=self._engine, sync_session_class=self.native, **given)
+            session = self.class_(sync_session_class=self.native, **self._options)
         else:
-            session = self.native(bind=self._engine, **given)
-        sync_session(session).sqlnative = Record(
-            self.state, options=options, loop_thread=loop_thread
-        )
+            session = self.native(**self._options)
+        record = Record(self.state, options=options, loop_thread=loop_thread)
+        sync_session(session).sqlnative = record
         return session

@@ -59,6 +59,23 @@ def _unless_finished(method: MethodT) -> MethodT:
     return cast("MethodT", call)
 
 
+def _discarding(method: MethodT, *, ask: bool = True) -> MethodT:
+    """Make a method of SQLAlchemy's that rolls back record whether it discards changes."""
+
+    @functools.wraps(method)
+    def end(session: Any) -> None:
+        record: Record = session.sqlnative
+        if record.connections:
+            record.check_thread()
+        record.end_results()
+        if not (record.finished or record.discarded) and session.in_transaction():
+            unstored = record.count_unstored() > 0 if ask else record.may_have_written
+            record.discarded = unstored or has_pending_changes(session)
+        method(session)
+
+    return cast("MethodT", end)
+
+
 class NativeSession(Session):
     """A `Session` that records its work and reports the true outcome of a COMMIT.
 
@@ -170,20 +187,9 @@ class NativeSession(Session):
 
     # These roll back too, which the author of a `with session:` may not expect.
 
-    def close(self) -> None:
-        """Close the session, recording whether it discards changes."""
-        _note_discarded(self, ask=True)
-        super().close()
-
-    def reset(self) -> None:
-        """Reset the session, recording whether it discards changes."""
-        _note_discarded(self, ask=True)
-        super().reset()
-
-    def invalidate(self) -> None:
-        """Invalidate the connections, recording whether that discards changes."""
-        _note_discarded(self, ask=False)  # the connection may hang
-        super().invalidate()
+    close = _discarding(Session.close)
+    reset = _discarding(Session.reset)
+    invalidate = _discarding(Session.invalidate, ask=False)  # the connection may hang
 
 
 def sync_session(session: AnySession) -> NativeSession:
@@ -246,14 +252,3 @@ def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) ->
     timeout = state.shutdown_timeout
     running = functools.partial(run_in_greenlet, commit)
     return await_only(to_completion(running, databases=[state.name], timeout=timeout))
-
-
-def _note_discarded(session: NativeSession, *, ask: bool) -> None:
-    record = session.sqlnative
-    if record.connections:
-        record.check_thread()
-    record.end_results()
-    if record.finished or record.discarded or not session.in_transaction():
-        return
-    unstored = record.count_unstored() > 0 if ask else record.may_have_written
-    record.discarded = unstored or has_pending_changes(session)

@@ -92,10 +92,9 @@ class UnitOfWork:
             record_of(found).shared = True
             return found
         database = self._running.database(name)
-        may_leave = False
-        # Not for a websocket, which would keep its place for as long as the client stays.
-        if self.scope.get("type") == "http":  # scopes of FastStream and the like have no type
-            may_leave = await self._running.admit(self, self.scope.get("route"), database)
+        # Not a websocket, which would keep its place for as long as the client stays.
+        is_http = self.scope.get("type") == "http"  # scopes of FastStream and the like have no type
+        may_leave = is_http and await self._running.admit(self, self.scope.get("route"), database)
         factory = sessions_of(database)
         loop_thread = None if factory.asynchronous else threading.get_ident()
         session = factory.open(AUTOCOMMIT if reads else NO_OPTIONS, loop_thread=loop_thread)

@@ -37,11 +37,11 @@ def unit_of(connection: HTTPConnection, stack: AsyncExitStack | None = None) -> 
     unit: UnitOfWork | None = scope.get(UNIT)
     # A copied scope belongs to another request: an endpoint may call the application itself.
     if unit is None or unit.scope is not scope:
-        unit = UnitOfWork(connection)
         if HAS_FUNCTION_STACK:
             stack = scope.get(_FUNCTION_STACK)
         if stack is None or (scope.get(UNIT) is None and stack is scope.get(_STACK)):
             raise _called_directly()  # nothing would end the session
+        unit = UnitOfWork(connection)
         stack.push_async_exit(unit.finish)
         scope[UNIT], scope[_STACK] = unit, stack
     return unit
@@ -86,15 +86,8 @@ def _called_directly() -> DatabaseDependencyError:
     )
 
 
-class _NoRequest:
-    """The default for `connection`, if a dependency is called directly, as in a unit test."""
-
-    @property
-    def scope(self) -> dict[str, Any]:
-        raise _called_directly()
-
-
-_NO_REQUEST: Final[Any] = _NoRequest()
+# The default for `connection`, if a dependency is called directly, as in a unit test.
+_NO_REQUEST: Final[Any] = HTTPConnection({"type": "http"})
 
 
 class DatabaseDependency:
@@ -164,6 +157,8 @@ class HandleDependency(DatabaseDependency):
 
     async def __call__(self, connection: HTTPConnection = _NO_REQUEST) -> AnyDatabase:
         """Return the handle."""
+        if connection is _NO_REQUEST:
+            raise _called_directly()
         return running_for(connection).database(self.name)
 
 

@@ -46,14 +46,7 @@ class Holder:
     # and others by their context. Weak, because SQLite cannot commit while one is unread.
     _streams: tuple[Any, ...] = ()
     _unread: weakref.WeakSet[ExecutionContext] | None = None
-    _since: float = 0.0
-
-    def take(self, connection: Connection) -> None:
-        """Record a connection that the session has checked out."""
-        if not self.connections:
-            self._since = monotonic()
-        self.connections[connection] = transactions.changes(connection)
-        self.state.holders[connection] = self
+    held_since: float = 0.0
 
     def release(self) -> None:
         """Record that the session has released all its connections."""
@@ -96,7 +89,7 @@ class Holder:
     @property
     def seconds(self) -> float:
         """The seconds for which the session has held its connections."""
-        return monotonic() - self._since
+        return monotonic() - self.held_since
 
 
 def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:

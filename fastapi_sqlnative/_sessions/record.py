@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, Engine, exc
@@ -50,7 +51,10 @@ class Record(Holder):
 
     def begun_on(self, connection: Connection) -> None:
         """Record a connection that has joined the transaction, unless there is none to commit."""
-        self.take(connection)
+        if not self.connections:
+            self.held_since = monotonic()
+        self.connections[connection] = transactions.changes(connection)
+        self.state.holders[connection] = self
         # If it starts inside a savepoint, someone else owns the transaction around it.
         self.joined = self.joined or connection.in_nested_transaction()
         if connection.dialect is not self.state.root.dialect:

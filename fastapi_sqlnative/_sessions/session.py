@@ -170,8 +170,8 @@ class NativeSession(Session):
             record.check_thread()
         record.committed = False
         try:
-            while self.in_nested_transaction():
-                cast("SessionTransaction", self.get_nested_transaction()).commit()
+            while (nested := self.get_nested_transaction()) is not None:
+                nested.commit()
             _commit_checked(self, super().commit)
         except Exception as error:
             record.commit_failed(error)

@@ -41,7 +41,7 @@ class UnitOfWork:
         self._running = running_for(connection)
         self.scope: Scope = connection.scope
         self._loop = asyncio.get_running_loop()
-        self._sessions: list[AnySession] = []
+        self._opened: list[tuple[AnySession, Record]] = []
         # Cancel once: a second cancellation would interrupt the driver's cancel request.
         self.cancelled: bool = False
         self.ends_at: float = math.inf  # the request's deadline, on the time.monotonic() clock
@@ -72,17 +72,13 @@ class UnitOfWork:
                 )
             record.will_commit(options)
 
-    @property
-    def _records(self) -> list[Record]:
-        return [record_of(each) for each in self._sessions]
-
     def _record_of(self, session: AnySession) -> Record | None:
-        return record_of(session) if any(each is session for each in self._sessions) else None
+        return next((record for each, record in self._opened if each is session), None)
 
     def _found(self, name: str, *, reads: bool) -> AnySession | None:
-        for each, record in zip(self._sessions, self._records, strict=True):
+        for session, record in self._opened:
             if record.state.name == name and (record.options is AUTOCOMMIT) is reads:
-                return each
+                return session
         return None
 
     async def session(self, name: str, *, reads: bool = False) -> AnySession:
@@ -100,7 +96,7 @@ class UnitOfWork:
         session = factory.open(AUTOCOMMIT if reads else NO_OPTIONS, loop_thread=loop_thread)
         record = record_of(session)
         record.request = self.scope
-        self._sessions.append(session)
+        self._opened.append((session, record))
         if may_leave:
             record.on_idle = self._released
             # It may wait for something else before its first statement.
@@ -111,41 +107,42 @@ class UnitOfWork:
     def limit(self, ends_at: float) -> None:
         """Have the server end synchronous sessions' statements: they can't be cancelled here."""
         self.ends_at = min(self.ends_at, ends_at)
-        for session in self._sessions:
+        for session, record in self._opened:
             if not isinstance(session, AsyncSession):
-                record_of(session).ends_at = self.ends_at
+                record.ends_at = self.ends_at
 
     @property
     def has_stored(self) -> bool:
         """Return whether the endpoint's own COMMIT has stored something or may be about to."""
-        return any(each.has_stored for each in self._records)
+        return any(record.has_stored for _, record in self._opened)
 
     @property
     def may_be_cancelled(self) -> bool:
         """Return whether a cancellation loses no stored work and leaves no thread behind."""
         awaits = is_awaitable(getattr(self.scope.get("route"), "endpoint", None))
         too_late = self.cancelled or self.has_stored or not awaits
-        return not too_late and all(isinstance(each, AsyncSession) for each in self._sessions)
+        return not too_late and all(isinstance(each, AsyncSession) for each, _ in self._opened)
 
     async def finish(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Commit the marked sessions and roll back the rest, or all after an error; close all."""
         try:
-            await finishing.finish([*self._sessions], self._commit_all, error)
+            sessions = [session for session, _ in self._opened]
+            await finishing.finish(sessions, self._commit_all, error)
         finally:
             self.scope.pop(UNIT, None)
             self._running.gate.leave(self)
 
     def _released(self) -> None:
         """Leave the gate soon if the request holds no connection. Called from any thread."""
-        if not any(each.finished for each in self._records):
+        if not any(record.finished for _, record in self._opened):
             # Not at once: a request that runs its next statement right away keeps its place.
             self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
-        if not any(each.asked for each in self._records):
+        if not any(record.asked for _, record in self._opened):
             self._running.gate.leave(self)
-            for each in self._records:
-                each.on_wanted = self._return
+            for _, record in self._opened:
+                record.on_wanted = self._return
 
     def _return(self, record: Record) -> None:
         """Wait for a place again, in the greenlet or thread that wants a connection."""
@@ -159,15 +156,15 @@ class UnitOfWork:
 
     async def _enter_again(self, database: AnyDatabase) -> None:
         await self._running.admit(self, self.scope.get("route"), database)
-        if any(each.finished for each in self._records):
+        if any(record.finished for _, record in self._opened):
             self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 
     # From here on: plain code that runs in a greenlet or a thread.
 
     def _commit_all(self) -> None:
-        for session in self._sessions:
+        for session, _ in self._opened:
             _check_nothing_forgotten(session)
-        marked = [each for each in self._sessions if record_of(each).commits]
+        marked = [session for session, record in self._opened if record.commits]
         if len(marked) > 1:
             self._prepare(marked)
         for session in marked:
@@ -185,7 +182,7 @@ class UnitOfWork:
                 raise
 
     def _others(self, session: AnySession) -> list[Record]:
-        return [record_of(each) for each in self._sessions if each is not session]
+        return [record for each, record in self._opened if each is not session]
 
 
 async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
@@ -203,7 +200,8 @@ async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
 
 def _check_nothing_forgotten(session: AnySession) -> None:
     """Refuse to report success if a session leaves changes uncommitted."""
-    inner, record = sync_session(session), record_of(session)
+    inner = sync_session(session)
+    record = inner.sqlnative
     record.check_discarded()
     if record.commits or not inner.in_transaction():
         return
@@ -241,7 +239,8 @@ def _commit(session: AnySession, others: Sequence[Record]) -> None:
     A session with nothing to store is committed as well, in case we have missed a write, but
     losing its connection doesn't fail the request.
     """
-    inner, record = sync_session(session), record_of(session)
+    inner = sync_session(session)
+    record = inner.sqlnative
     # Not idle if there are listeners, which may still write.
     marked = [each for each in others if each.commits]
     idle = bool(marked) and not (may_store(inner) or finishing.commit_is_observed(inner))

@@ -194,7 +194,9 @@ class NativeSession(Session):
 
 def sync_session(session: AnySession) -> NativeSession:
     """Return the synchronous session behind an `AsyncSession`, or the session itself."""
-    return cast("NativeSession", getattr(session, "sync_session", session))
+    given: Any = session
+    inner: NativeSession = getattr(given, "sync_session", given)
+    return inner
 
 
 def record_of(session: AnySession) -> Record:

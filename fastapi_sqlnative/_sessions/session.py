@@ -43,7 +43,8 @@ def _writing(method: MethodT) -> MethodT:
         if record.options is AUTOCOMMIT:
             raise record.state.error(ReadOnlySessionError)
         record.work.wrote = record.work.wrote or [] not in args  # an empty list writes nothing
-        _recorded(record, method, session, *args, **options)
+        inherited = getattr(super(NativeSession, session), method.__name__)
+        _recorded(record, inherited, *args, **options)
 
     return cast("MethodT", write)
 
@@ -54,7 +55,7 @@ def _unless_finished(method: MethodT) -> MethodT:
     @functools.wraps(method)
     def call(session: Any, *args: Any, **options: Any) -> Any:
         session.sqlnative.check_unfinished()
-        return method(session, *args, **options)
+        return getattr(super(NativeSession, session), method.__name__)(*args, **options)
 
     return cast("MethodT", call)
 
@@ -71,7 +72,7 @@ def _discarding(method: MethodT, *, ask: bool = True) -> MethodT:
         if not (record.finished or record.discarded) and session.in_transaction():
             unstored = record.count_unstored() > 0 if ask else record.may_have_written
             record.discarded = unstored or has_pending_changes(session)
-        method(session)
+        getattr(super(NativeSession, session), method.__name__)()
 
     return cast("MethodT", end)
 

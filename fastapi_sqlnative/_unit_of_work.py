@@ -92,10 +92,11 @@ class UnitOfWork:
         is_http = self.scope.get("type") == "http"  # scopes of FastStream and the like have no type
         may_leave = is_http and await self._running.admit(self, self.scope.get("route"), database)
         factory = sessions_of(database)
-        loop_thread = None if factory.asynchronous else threading.get_ident()
-        session = factory.open(AUTOCOMMIT if reads else NO_OPTIONS, loop_thread=loop_thread)
+        session = factory.open()
         record = record_of(session)
         record.request = self.scope
+        record.options = AUTOCOMMIT if reads else NO_OPTIONS
+        record.loop_thread = None if factory.asynchronous else threading.get_ident()
         self._opened.append((session, record))
         if may_leave:
             record.on_idle = self._released

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
-from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, begin_with
+from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
@@ -182,9 +182,7 @@ class SessionFactory:
                 "Write it with `async def`."
             )
 
-    def open(
-        self, options: TransactionOptions = NO_OPTIONS, *, loop_thread: int | None = None
-    ) -> AnySession:
+    def open(self) -> AnySession:
         """Open a session, which has no connection yet. The caller finishes it."""
         self.state.check_running(new_session=True)
         session: AnySession
@@ -192,6 +190,5 @@ class SessionFactory:
             session = self.class_(sync_session_class=self.native, **self._options)
         else:
             session = self.native(**self._options)
-        record = Record(self.state, options=options, loop_thread=loop_thread)
-        sync_session(session).sqlnative = record
+        sync_session(session).sqlnative = Record(self.state)
         return session

@@ -191,6 +191,11 @@ class Auditing(Session):
 event.listen(Auditing, "before_commit", fail_in_a_savepoint)
 
 
+def add_in_an_open_savepoint(session: Session) -> None:
+    session.begin_nested()
+    add_once(session)
+
+
 @pytest.mark.parametrize(
     ("dependency", "body", "class_"),
     [
@@ -200,8 +205,17 @@ event.listen(Auditing, "before_commit", fail_in_a_savepoint)
         (get_db(), commit_in_a_block, Session),
         (get_db(), commit_in_a_block, Auditing),
         (transactional(), add_after_a_savepoint, Session),
+        (transactional(), add_in_an_open_savepoint, Session),
     ],
-    ids=["at the end", "listener", "listener, by hand", "block", "listener, block", "savepoint"],
+    ids=[
+        "at the end",
+        "listener",
+        "listener, by hand",
+        "block",
+        "listener, block",
+        "savepoint",
+        "open savepoint",
+    ],
 )
 async def test_a_connection_lost_in_commit_is_unknown_wherever(
     kind: Kind,

@@ -191,6 +191,22 @@ class Auditing(Session):
 event.listen(Auditing, "before_commit", fail_in_a_savepoint)
 
 
+class Numbering(Session):
+    """Be a class that changes a row after its flush, so that COMMIT flushes once more."""
+
+
+def add_and_keep(session: Session) -> None:
+    item = session.info["item"] = Item(name="once")
+    session.add(item)
+
+
+@event.listens_for(Numbering, "after_flush_postexec")
+def number(session: Session, _context: object) -> None:
+    item = session.info["item"]
+    if item.position is None:
+        item.position = 1
+
+
 def add_in_an_open_savepoint(session: Session) -> None:
     session.begin_nested()
     add_once(session)
@@ -206,6 +222,7 @@ def add_in_an_open_savepoint(session: Session) -> None:
         (get_db(), commit_in_a_block, Auditing),
         (transactional(), add_after_a_savepoint, Session),
         (transactional(), add_in_an_open_savepoint, Session),
+        (transactional(), add_and_keep, Numbering),
     ],
     ids=[
         "at the end",
@@ -215,6 +232,7 @@ def add_in_an_open_savepoint(session: Session) -> None:
         "listener, block",
         "savepoint",
         "open savepoint",
+        "late flush",
     ],
 )
 async def test_a_connection_lost_in_commit_is_unknown_wherever(

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, cast
 from uuid import UUID
 
 import pytest
@@ -14,7 +14,7 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from sqlalchemy import event, text
+from sqlalchemy import Column, Integer, Table, event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -37,6 +37,16 @@ pytestmark = pytest.mark.anyio
 
 Db = Annotated[AsyncSession, Depends(get_db())]
 SyncDb = Annotated[Session, Depends(get_db())]
+
+
+class Base(DeclarativeBase):
+    """The base of this module's tables."""
+
+
+class Visit(Base):
+    """Be a row."""
+
+    __table__ = Table("visit", Base.metadata, Column("id", Integer, primary_key=True))
 
 
 def with_database(*, asynchronous: bool = True, **options: Any) -> FastAPI:
@@ -75,8 +85,38 @@ def commits_and_rebinds(session: Db) -> Any:
     return session.execute(text("SELECT 1"))
 
 
+def commits_if(session: Db) -> Any:
+    stored = True
+    if stored:
+        session.commit()  # type: ignore[unused-coroutine] # that is the mistake
+
+
+def iterates(session: Any = Depends(get_db())) -> Any:
+    for _row in session.scalars(text("SELECT 1")):  # that is the mistake
+        pass
+
+
+def gives_a_reader(session: Any = Depends(get_db())) -> Any:
+    def read() -> Any:
+        return session.execute(text("SELECT 1")).scalar()  # that is the mistake
+
+    return read
+
+
 def passes_on(session: Db) -> Any:
     return Repository(session)
+
+
+def adds(session: Db) -> Any:
+    session.add(Visit())
+    session.expunge_all()
+    return session
+
+
+def commits_another(session: Db) -> Any:
+    queue = Facade(session)
+    queue.commit()
+    return session
 
 
 def returns(session: Db) -> Any:
@@ -93,7 +133,10 @@ class Repository:
         return self
 
 
-@pytest.mark.parametrize("dependency", [executes, commits, commits_and_rebinds])
+@pytest.mark.parametrize(
+    "dependency",
+    [executes, commits, commits_and_rebinds, commits_if, iterates, gives_a_reader],
+)
 async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) -> None:
     """A `def` dependency that calls what must be awaited fails start-up."""
     app = with_database()
@@ -131,15 +174,22 @@ class Facade(Repository):
     def execute(self, statement: object) -> "Facade":
         return self
 
+    def commit(self) -> None: ...
+
 
 def wraps(session: Annotated[Any, Depends(get_db())]) -> Any:
     session = Facade(session)
-    return session.execute(text("SELECT 1")).session
+    session.commit()
+    session = session.execute(text("SELECT 1"))
+    return session.session
 
 
 @pytest.mark.parametrize(
     "dependency",
-    [passes_on, returns, Repository, gives_a_report, gives_a_lambda, of_both_colours, wraps],
+    [
+        *(passes_on, returns, adds, commits_another, Repository),
+        *(gives_a_report, gives_a_lambda, of_both_colours, wraps),
+    ],
 )
 async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None:
     """One that only hands the session on starts, and whoever gets it can use it."""
@@ -221,10 +271,6 @@ class Visitor(BaseModel):
     name: str = "Ada"
 
 
-class Base(DeclarativeBase):
-    """The base of this module's tables."""
-
-
 class Member(DeferredReflection, Base):
     """Be a row whose table is not reflected yet."""
 
@@ -281,6 +327,39 @@ async def saves_any(repository: Annotated[Any, Depends(repository)]) -> AsyncGen
     await repository.session.commit()  # that is the mistake
 
 
+async def saves_object(repository: Annotated[object, Depends(repository)]) -> AsyncGenerator[None]:
+    yield
+    await cast("Repository", repository).session.commit()  # that is the mistake
+
+
+async def saves_hidden(repository: Any = Depends(repository)) -> AsyncGenerator[None]:
+    yield
+    await repository.session.commit()  # that is the mistake
+
+
+def hidden(session: Db) -> Any:
+    return Repository(session)
+
+
+async def saves_of_hidden(repository: Annotated[Any, Depends(hidden)]) -> AsyncGenerator[None]:
+    yield
+    await repository.session.commit()  # that is the mistake
+
+
+# As with a name that is imported under TYPE_CHECKING.
+saves_hidden.__annotations__["repository"] = hidden.__annotations__["return"] = "Hidden"
+
+
+class Streams(Repository):
+    """Be a repository that the endpoint may call to stream; FastAPI calls only the class."""
+
+    async def __call__(self) -> AsyncGenerator[int]:
+        yield 7
+
+
+async def logs_streams(streams: Annotated[Streams, Depends()]) -> None: ...
+
+
 def by_name(session: Db):  # type: ignore[no-untyped-def] # the same
     return {"default": session}
 
@@ -303,9 +382,12 @@ async def saves_second(
     await given[1].commit()  # that is the mistake
 
 
-VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal]
-WITH_DATA: list[Any] = [logs, logs_row, *map(given, VALUES)]
-WITH_SESSION = [saves, saves_any, saves_one, saves_second]
+VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal, Visit]
+WITH_DATA: list[Any] = [logs, logs_row, logs_streams, *map(given, VALUES)]
+WITH_SESSION = [
+    *(saves, saves_any, saves_one, saves_second),
+    *(saves_object, saves_hidden, saves_of_hidden),
+]
 
 
 @pytest.mark.parametrize(
@@ -531,6 +613,15 @@ async def test_a_late_route_that_is_right_serves() -> None:
 
     async with running(adding(endpoint)) as client:
         assert (await client.get("/late")).json() == 7
+
+
+async def test_a_route_added_while_requests_run_is_checked_by_its_first_request() -> None:
+    """A route of a running application is refused like one that was there at the start."""
+    app = with_database()
+    async with running(app) as client:
+        app.add_api_route("/late", outlives)
+        with pytest.raises(DatabaseDependencyError, match="'/late'"):
+            await client.get("/late")
 
 
 # -- route classes -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
-from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
 from tests.conftest import MakeEngine
 from tests.in_process import application, ask, asking, run_in_transaction, running
@@ -122,6 +122,13 @@ async def test_a_transaction_is_refused(
     known = DatabaseDependencyError if how != "create_engine" else TransactionOptionsError
     assert isinstance(caught.value, known)
     assert rows.names == []
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_a_reader_is_not_refused(kind: Kind, make_engine: MakeEngine, how: str) -> None:
+    """A reader is in AUTOCOMMIT itself, so it starts and reads on such an engine, too."""
+    read: Body = lambda session: session.execute(text("SELECT 1")).close()  # noqa: E731
+    assert await ask(autocommit(make_engine, how), kind, reader(), read) == 201
 
 
 async def test_a_connection_of_its_own_choice_is_named(kind: Kind, engine: Any, rows: Rows) -> None:

@@ -738,15 +738,22 @@ def test_a_message_changes_the_words_and_a_rule_the_row() -> None:
     assert (found.status_code, found.detail, found.headers) == (429, "Later.", {"Retry-After": "7"})
     found = mapped(busy, deadlock=ErrorRule(status=409))
     assert (found.status_code, found.headers) == (409, None)
+    assert found.detail == mapped(busy).detail
     assert mapped(wrapped(UNIQUE), deadlock="Later.").detail != "Later."
 
 
 def test_a_constraint_goes_before_its_kind() -> None:
     """The message for a constraint by name is the one for it, and no other constraint's."""
-    options = {"unique": "Taken.", "constraints": {"uq_email": "E-mail already registered."}}
+    options: dict[str, Any] = {
+        "unique": "Taken.",
+        "constraints": {"uq_email": "E-mail already registered."},
+    }
     assert mapped(wrapped(Named("uq_email")), **options).detail == "E-mail already registered."
     assert mapped(wrapped(Named("uq_email")), **options).status_code == 409
     assert mapped(wrapped(Named("uq_other")), **options).detail == "Taken."
+    options["unique"] = ErrorRule(pointer="#/email")
+    found: Any = mapped(wrapped(Named("uq_email")), **options)
+    assert (found.detail, found.pointer) == ("E-mail already registered.", "#/email")
 
 
 def test_a_rule_for_foreign_keys_is_one_for_both_ways() -> None:
@@ -810,6 +817,26 @@ def test_a_rule_checks_itself(options: dict[str, Any], error: type[Exception]) -
     """No status below 400 or above 599, and no pointer that is none."""
     with pytest.raises(error, match=next(reversed(options))):
         ErrorRule(**options)
+
+
+def test_a_rule_may_be_at_its_limits() -> None:
+    """400, 599 and an immediate repetition are an application's to choose."""
+    for status in 400, 599:
+        assert mapped(wrapped(UNIQUE), unique=ErrorRule(status=status)).status_code == status
+    found = mapped(wrapped(UNIQUE), unique=ErrorRule(status=503, retry_after=0))
+    assert found.headers == {"Retry-After": "0"}
+
+
+@pytest.mark.parametrize(
+    "rule", [ErrorRule(status=503), ErrorRule(status=504), ErrorRule(status=429, retry_after=1)]
+)
+def test_no_rule_tells_to_repeat_what_is_stored(rule: ErrorRule) -> None:
+    """A failure after something was stored is an unknown outcome, however its kind is answered."""
+    error: Any = wrapped(UNIQUE)
+    assert mapped(error, unique=rule).status_code == rule.status
+    error.database_stored = True  # as our session notes it
+    found = mapped(error, unique=rule)
+    assert (found.status_code, found.headers) == (500, None)
 
 
 @pytest.mark.parametrize("kind", ["outcome_unknown", "partial_commit", "after_commit"])

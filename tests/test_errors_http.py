@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -21,14 +22,17 @@ from fastapi import (
     WebSocket,
 )
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import StaleDataError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from conftest import WorkerPostgres
@@ -253,8 +257,16 @@ def test_a_block_of_an_async_session_is_async(kind: Kind, engine: AsyncEngine, r
             session.add(Item(name="b"))
         return "done"
 
+    @app.post("/before")
+    async def added_before(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
+        session.add(Item(name="a"))
+        async with http_errors(session, unique="The name b is taken."):
+            session.add(Item(name="b"))
+
     with TestClient(app) as client:
         assert client.post("/").json() == "done"
+        response = client.post("/before")
+    assert (response.status_code, "This conflicts" in response.text) == (409, True)
     assert rows.names == ["a", "b"]
 
 
@@ -465,20 +477,28 @@ def test_handlers_of_the_application_stay(
     async def own(_request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(type(error).__name__, 418)
 
-    if first:
+    def add_own() -> None:
         app.add_exception_handler(IntegrityError, own)
         app.add_exception_handler(CommitOutcomeUnknownError, own)
+        app.add_exception_handler(SQLAlchemyError, functools.partial(own))
+
+    if first:
+        add_own()
     install_error_handlers(app)
     if not first:
-        app.add_exception_handler(IntegrityError, own)
-        app.add_exception_handler(CommitOutcomeUnknownError, own)
+        add_own()
+
+    def miss(_session: Session) -> None:
+        raise NoResultFound
 
     def lose(_session: Session) -> None:
         raise CommitOutcomeUnknownError
 
     route(app, kind, "/lose", transactional(), lose)
     route(app, kind, "/add", transactional(), add_and_flush)
+    route(app, kind, "/miss", transactional(), miss)
     with TestClient(app) as client:
+        assert client.post("/miss").json() == "NoResultFound"
         assert client.post("/lose").json() == "CommitOutcomeUnknownError"
         assert client.post("/add").json() == "IntegrityError"
 
@@ -563,6 +583,10 @@ def mount(app: FastAPI, kind: Kind, path: str) -> FastAPI:
     return mounted
 
 
+async def plain(_request: Request) -> Response:
+    raise StaleDataError
+
+
 def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows) -> None:
     """One call is for all that are mounted by then, at any depth; handlers that they have stay."""
     rows.add("a")
@@ -571,12 +595,14 @@ def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows
     install_error_handlers(deep, unique="Taken in two.")
     third = mount(deep, kind, "/three")
     third.add_exception_handler(IntegrityError, lambda *_: JSONResponse("own", 418))
+    app.mount("/plain", Starlette(routes=[Route("/", plain)]))  # it has no OpenAPI document
     install_error_handlers(app, problem_details=True, unique="Taken.")
     mount(app, kind, "/late")
     with TestClient(app) as client:
         assert client.post("/one/").json()["title"] == "Conflict"
         assert client.post("/one/two/").json() == {"detail": "Taken in two."}
         assert client.post("/one/two/three/").json() == "own"
+        assert client.get("/plain/").json()["title"] == "Conflict"
         # Starlette's word for what the mounted application has let through as a 500.
         with pytest.raises(RuntimeError, match="already started"):
             client.post("/late/")
@@ -645,14 +671,29 @@ def test_the_log_names_the_route_in_full(
             assert caplog.records[-1].getMessage().endswith(f" on GET {path}.")
 
 
+BUG, READ_ONLY = "SELECT nothing", "DO $$BEGIN RAISE SQLSTATE '25006'; END$$"
+
+
+@pytest.mark.parametrize(
+    ("rules", "statement", "status"),
+    [
+        ({"other": ErrorRule("Later.", 503)}, BUG, 503),
+        ({}, READ_ONLY, 500),
+    ],
+)
 def test_what_a_developer_must_see_is_an_error_in_the_log(
-    kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
+    kind: Kind,
+    engine: Engine,
+    caplog: pytest.LogCaptureFixture,
+    rules: dict[str, Any],
+    statement: str,
+    status: int,
 ) -> None:
-    """A bug has its traceback each time, even where it is answered as something else."""
-    app = make_app(engine, other=ErrorRule("Later.", 503))
-    route(app, kind, "/", transactional(), lambda session: session.execute(text("SELECT nothing")))
-    with TestClient(app) as client:
-        assert {client.post("/").status_code for _ in range(3)} == {503}
+    """A bug has its traceback each time, even if answered otherwise; so has whatever is a 500."""
+    app = make_app(engine, **rules)
+    route(app, kind, "/", transactional(), lambda session: session.execute(text(statement)))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert {client.post("/").status_code for _ in range(3)} == {status}
     assert [each.levelname for each in caplog.records] == ["ERROR"] * 3
     assert all(each.exc_info for each in caplog.records)
 

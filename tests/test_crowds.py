@@ -118,6 +118,24 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
         assert await crowd(client) == {201}
 
 
+async def test_requests_with_one_session_wait_for_no_place(kind: Kind, app: FastAPI) -> None:
+    """Three requests hold the three connections at once, also beside a route that holds two."""
+    add_with_a_reader(app, kind)
+    together = asyncio.Barrier(3)
+
+    async def endpoint(session: Annotated[Any, Depends(get_db())]) -> None:
+        await (session.run_sync(ask) if kind.asynchronous else run_sync(ask, session))
+        async with asyncio.timeout(10):
+            await together.wait()
+
+    app.post("/one", status_code=201)(endpoint)
+    async with running(app) as client:
+        if kind.asynchronous:
+            running_of(app).gate._threads.total_tokens = 1  # which these do not need
+        answers = await asyncio.gather(*(client.post("/one") for _ in range(3)))
+    assert {answer.status_code for answer in answers} == {201}
+
+
 # -- places that nobody needs ------------------------------------------------------------------
 
 

@@ -90,15 +90,22 @@ def test_work_is_repeated_until_it_succeeds(
     assert len(caplog.records) == 2
 
 
-def test_the_last_error_is_kept(kind: Kind, engine: Engine, rows: Rows) -> None:
+@pytest.mark.parametrize(
+    ("options", "made"),
+    [({"attempts": 4}, 4), ({"attempts": 1}, 1), ({"timeout": 0}, 1), ({"backoff": 0}, 3)],
+    ids=str,
+)
+def test_the_last_error_is_kept(
+    kind: Kind, engine: Engine, rows: Rows, options: dict[str, Any], made: int
+) -> None:
     """When no attempt is left the last failure is raised as it is, and nothing is stored."""
     work = Failing("40001", times=9)
     with pytest.raises(DBAPIError) as raised:
-        run(engine, work, attempts=4)
+        run(engine, work, **options)
     failure = describe_database_error(raised.value)
     assert failure is not None
     assert failure.code == "40001"
-    assert len(work.sessions) == 4
+    assert len(work.sessions) == made
     assert rows.names == []
 
 

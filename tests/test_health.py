@@ -57,6 +57,7 @@ from tests.in_process import (
     start_and_stop,
     turns,
 )
+from tests.proxy import Fault, Proxy
 from tests.serving import Kind, Rows, named, probing_threads, until, validate_openapi
 
 pytestmark = pytest.mark.anyio
@@ -278,6 +279,20 @@ async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
     assert len(opened) == 1
 
 
+async def test_a_session_that_holds_a_connection_proves_nothing(
+    behind_proxy: AnyEngine, proxy: Proxy
+) -> None:
+    """A server that takes no more connections is down, also where a session still has one."""
+    app = healthy(behind_proxy)
+    async with running(app) as client:
+        session = sessions_of(installed_databases(app)["default"]).open()
+        assert await as_coroutine(session.scalar(text("SELECT 7"))) == 7
+        assert await ready(client) == (200, report(databases={"default": "saturated"}))
+        proxy.fault = Fault.REFUSED
+        assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+        await as_coroutine(session.close())
+
+
 @pytest.mark.parametrize(
     ("saturated_is_ready", "expected"), [(True, (200, "ready")), (False, (503, "not_ready"))]
 )
@@ -371,6 +386,17 @@ async def test_a_busy_pool_that_moves_is_not_wedged(make_engine: MakeEngine, clo
             async with held(engine):
                 clock.now += 8
                 assert await ready(client) == (200, report(databases={"default": "saturated"}))
+
+
+async def test_a_pool_with_room_is_not_wedged(make_engine: MakeEngine, clock: Clock) -> None:
+    """One connection that is held for hours says nothing while the pool has others."""
+    engine = make_engine(pool_size=2, max_overflow=0, pool_timeout=1)
+    app = healthy(engine, restart_after=60)
+    async with running(app) as client, held(engine):
+        assert await ready(client) == (200, report())
+        clock.now += 1e6
+        assert await ready(client) == (200, report())
+        assert await ready(client, "/health/live") == (200, {"status": "alive"})
 
 
 async def test_live_does_not_fail_for_a_wedged_pool_unless_told_to(
@@ -909,6 +935,21 @@ async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> Non
         async with asyncio.timeout(PATIENT):
             while (await ready(client))[0] != 200:
                 pass
+
+
+async def test_a_check_that_begins_to_hang_is_down_at_once() -> None:
+    """The probe that waits for it in vain says so, and not what it said before."""
+    answers = asyncio.Event()
+    answers.set()
+
+    async def check() -> bool:
+        await answers.wait()
+        return True
+
+    async with running(healthy(checks={"queue": check}, timeout=0.1)) as client:
+        assert await ready(client) == (200, report(queue="up"))
+        answers.clear()
+        assert await ready(client) == (503, report("not_ready", queue="down"))
 
 
 async def test_a_check_has_a_time_of_its_own() -> None:

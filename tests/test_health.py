@@ -937,21 +937,6 @@ async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> Non
                 pass
 
 
-async def test_a_check_that_begins_to_hang_is_down_at_once() -> None:
-    """The probe that waits for it in vain says so, and not what it said before."""
-    answers = asyncio.Event()
-    answers.set()
-
-    async def check() -> bool:
-        await answers.wait()
-        return True
-
-    async with running(healthy(checks={"queue": check}, timeout=0.1)) as client:
-        assert await ready(client) == (200, report(queue="up"))
-        answers.clear()
-        assert await ready(client) == (503, report("not_ready", queue="down"))
-
-
 async def test_a_check_has_a_time_of_its_own() -> None:
     """A check's own timeout ends it long before the router's, and the rest is well."""
 

@@ -230,6 +230,15 @@ async def test_the_engines_own_dispose_is_a_hook(
     assert log == ["disposed"]
 
 
+async def test_a_function_without_a_signature_is_a_hook() -> None:
+    """Functions written in C may have none that Python can read, and are called all the same."""
+    cache = {"key": "value"}
+    app = FastAPI()
+    install_database(app, engine=async_sqlite(), shutdown=cache.clear)
+    await start_and_stop(app)
+    assert cache == {}
+
+
 # --- every way to declare a lifespan ---
 
 
@@ -591,6 +600,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "wait-negative": ({"startup_wait": -1}, ValueError, "startup_wait of .* above 0"),
     "wait-zero": ({"startup_wait": 0}, ValueError, "startup_wait of .* above 0"),
     "wait-text": ({"startup_wait": "30"}, TypeError, "startup_wait of .* seconds.*not str"),
+    "wait-bool": ({"startup_wait": True}, TypeError, "startup_wait of .* seconds.*not bool"),
     "timeout-negative": ({"shutdown_timeout": -0.1}, ValueError, "shutdown_timeout of .* above 0"),
     "timeout-zero": ({"shutdown_timeout": 0}, ValueError, "shutdown_timeout of .* above 0"),
     "timeout-none": ({"shutdown_timeout": None}, TypeError, "shutdown_timeout of .*not NoneType"),

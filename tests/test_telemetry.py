@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib
 import importlib.util
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
+from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from sqlalchemy import Engine, NullPool, QueuePool, create_engine, text
@@ -19,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import (
+    Database,
     get_db,
     health_router,
     install_database,
@@ -96,6 +99,11 @@ async def held(app: FastAPI, name: str = "default", *, lose: bool = False) -> As
 def sqlite_file() -> Engine:
     """Build an engine with a pool that keeps figures."""
     return create_engine("sqlite://", poolclass=QueuePool)
+
+
+def sqlite_created(connect: Callable[[str], Any]) -> Engine:
+    """Build one whose connections a function of the application makes."""
+    return create_engine("sqlite://", poolclass=QueuePool, creator=lambda: connect(":memory:"))
 
 
 def instrumented(engine: Engine | AsyncEngine, name: str = "default") -> tuple[FastAPI, Reader]:
@@ -235,6 +243,19 @@ async def test_the_provider_is_fastapis_where_it_has_one() -> None:
         assert reader.values("max") == {("default",): 15}
 
 
+async def test_the_global_provider_is_looked_up_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a provider of its own an application has OpenTelemetry's, which is set by then."""
+    app = FastAPI()
+    install_database(app, engine=sqlite_file)
+    instrument_pools(app)
+    reader = Reader(FastAPI())
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: reader.provider)
+    async with running(app):
+        assert reader.values("max") == {("default",): 15}
+
+
 async def test_no_application_is_kept_alive_by_its_metrics() -> None:
     """Instruments live as long as their provider, applications do not."""
     reader = Reader(FastAPI())
@@ -292,6 +313,42 @@ async def test_a_flush_waits_too() -> None:
             with pytest.raises(OperationalError, match="no such table"):
                 session.flush()
         assert reader.recorded("wait_time") == {("default",): 1}
+        assert reader.values("pending_requests") == {("default",): 0}
+
+
+async def test_a_session_with_a_connection_waits_no_more() -> None:
+    """Later statements of its transaction are no pending requests."""
+    app, reader = instrumented(sqlite_file())
+    async with running(app):
+        with installed_databases(app, Database)["default"].session() as session:
+            for _ in range(2):
+                session.execute(text("SELECT 1")).close()
+            assert reader.values("pending_requests") == {("default",): 0}
+        assert reader.recorded("wait_time") == {("default",): 1}
+
+
+async def test_what_no_event_began_is_not_measured() -> None:
+    """An engine with a `creator`, and a session that asks only for its connection, work."""
+    app, reader = instrumented(sqlite_created(sqlite3.connect))
+    async with running(app):
+        with installed_databases(app, Database)["default"].session() as session:
+            session.connection()
+        assert reader.recorded("create_time") == reader.recorded("wait_time") == {}
+        assert reader.recorded("use_time") == {("default",): 1}
+
+
+async def test_a_connection_that_cannot_be_made_is_no_timeout() -> None:
+    """`timeouts` counts waits that lasted as long as the pool allows, and no other failure."""
+
+    def refuse(_path: str) -> Any:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    app, reader = instrumented(sqlite_created(refuse))
+    async with running(app):
+        database = installed_databases(app, Database)["default"]
+        with database.session() as session, pytest.raises(OperationalError, match="unable to open"):
+            session.execute(text("SELECT 1"))
+        assert reader.values("timeouts") == {}
         assert reader.values("pending_requests") == {("default",): 0}
 
 

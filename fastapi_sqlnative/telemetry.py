@@ -9,7 +9,7 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 
@@ -123,7 +123,6 @@ class _Instruments:
                 f"{_PREFIX}.{name}", [callback], unit, description
             )
         self._pools: WeakKeyDictionary[Engine, _Pool] = WeakKeyDictionary()
-        self._listened: WeakSet[AnyDatabase] = WeakSet()
 
     def listen(self, database: AnyDatabase) -> None:
         """Listen to a database that is starting, and to its pool once, however often it starts."""
@@ -134,9 +133,8 @@ class _Instruments:
             numbered = (f"{database.name}#{number}" for number in count(2))
             free = (each for each in chain([database.name], numbered) if each not in taken)
             self._pools[engine] = _Pool(next(free), engine, self)
-        if database not in self._listened:
-            self._listened.add(database)
-            self._pools[engine].listen_to_sessions(sessions_of(database).native)
+        # Again for each application around it; SQLAlchemy has the same listener only once.
+        self._pools[engine].listen_to_sessions(sessions_of(database).native)
 
     def _running(self) -> list[tuple[Engine, _Pool]]:
         """List the running engines that we listen to, each once."""
@@ -220,9 +218,7 @@ class _Pool:
         if began is not None:
             self._record(self._instruments.wait_time, began)
 
-    def _end(self, session: Session, transaction: SessionTransaction) -> None:
-        if transaction.parent is not None:
-            return
+    def _end(self, session: Session, _transaction: object) -> None:
         began = self.waiting.pop(session, None)
         # There is no event for a pool timeout, so infer it from the elapsed time.
         if began is not None and perf_counter() - began >= self._timeout:

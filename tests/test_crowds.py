@@ -118,6 +118,18 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
         assert await crowd(client) == {201}
 
 
+async def test_a_crowd_of_a_mounted_application_is_served_too(kind: Kind, app: FastAPI) -> None:
+    """Requests of both applications that hold a connection and need another share one gate."""
+    below = FastAPI()
+    for each in app, below:
+        add_with_a_reader(each, kind)
+    app.mount("/below", below)
+    async with running(app) as client:
+        paths = ["/", "/below/"] * (CROWD // 2)
+        answers = await asyncio.gather(*(client.post(path) for path in paths))
+    assert {answer.status_code for answer in answers} == {201}
+
+
 async def test_requests_with_one_session_wait_for_no_place(kind: Kind, app: FastAPI) -> None:
     """Three requests hold the three connections at once, also beside a route that holds two."""
     add_with_a_reader(app, kind)

@@ -7,6 +7,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -125,6 +126,28 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     assert "Application shutdown complete" in process.said
     assert "Traceback" not in process.said
     await until(lambda: rows.backends(application="draining") == 0)
+
+
+def test_a_signal_that_it_cannot_handle_is_left_alone() -> None:
+    """Where nobody handles the signal, or in another thread than the main one, nothing changes."""
+    app = FastAPI()
+    drain_on_sigterm(app)
+
+    async def handler() -> object:
+        async with app.router.lifespan_context(app):
+            return signal.getsignal(signal.SIGTERM)
+
+    def own(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert asyncio.run(handler()) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, own)
+        with ThreadPoolExecutor() as thread:
+            assert thread.submit(asyncio.run, handler()).result() is own
+        assert asyncio.run(handler()) is not own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_negative_time_is_refused() -> None:

@@ -435,9 +435,12 @@ async def test_a_mounted_application_of_a_root_that_is_not_running() -> None:
 # --- commits, overrides, checks ---
 
 
-@pytest.mark.parametrize("first", ["root", "sub"])
-async def test_a_parents_database_commits_first(first: str) -> None:
-    """In a request to a mounted application the root's databases commit before its own."""
+ORDERS = [("root", "sub", "deep"), ("deep", "sub", "root"), ("sub", "root", "deep")]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+async def test_a_parents_database_commits_first(order: tuple[str, str, str]) -> None:
+    """In a request to a mounted application the databases around it commit before its own."""
     log: list[str] = []
 
     def building(name: str) -> Any:
@@ -448,25 +451,24 @@ async def test_a_parents_database_commits_first(first: str) -> None:
 
         return build
 
-    app, sub = FastAPI(), FastAPI()
-    app.mount("/sub", sub)
-    for place in (sub, app) if first == "sub" else (app, sub):
-        name = "root" if place is app else "sub"
-        install_database(place, name=name, engine=building(name))
+    apps = {name: FastAPI() for name in ("root", "sub", "deep")}
+    apps["root"].mount("/sub", apps["sub"])
+    apps["sub"].mount("/deep", apps["deep"])
+    for name in order:
+        install_database(apps[name], name=name, engine=building(name))
 
-    other = "root" if first == "sub" else "sub"
-
-    @sub.post("/")
+    @apps["deep"].post("/")
     def write(
-        one: Annotated[Session, Depends(transactional(first))],
-        two: Annotated[Session, Depends(transactional(other))],
+        one: Annotated[Session, Depends(transactional(order[0]))],
+        two: Annotated[Session, Depends(transactional(order[1]))],
+        three: Annotated[Session, Depends(transactional(order[2]))],
     ) -> None:
-        for session in one, two:
+        for session in one, two, three:
             session.execute(text("CREATE TABLE item (name TEXT)"))
 
-    async with running(app) as client:
-        assert (await client.post("/sub/")).status_code == 200
-    assert log == ["root", "sub"]
+    async with running(apps["root"]) as client:
+        assert (await client.post("/sub/deep/")).status_code == 200
+    assert log == ["root", "sub", "deep"]
 
 
 async def test_the_roots_gate_stands_before_what_is_mounted(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fastapi_sqlnative import (
     Database,
     get_database_handle,
     get_db,
+    health_router,
     install_database,
     installed_databases,
 )
@@ -390,6 +391,19 @@ async def test_a_stranded_connection_is_logged(
     wait_until(lambda: rows.backends(application=name) == 0)
 
 
+async def test_the_longest_time_counts_for_all(
+    postgres: WorkerPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A database that gets little time takes none from another one, whose sessions may end."""
+    engine = create_async_engine(postgres.url("psycopg"))
+    app = FastAPI()
+    install_database(app, name="short", engine=sqlite, shutdown_timeout=0.01)
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    async with shutting_down(app):
+        await asyncio.sleep(0.1)  # longer than the short one's time
+    assert "still in use" not in caplog.text
+
+
 async def test_a_shutdown_does_not_wait_for_another_application(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -415,7 +429,7 @@ async def test_a_shutdown_does_not_wait_for_another_application(
 async def test_a_session_asked_for_during_a_shutdown_is_refused(postgres: WorkerPostgres) -> None:
     """From the first moment of a shutdown nothing new is handed out, by request or handle.
 
-    A mounted application hears of it, and not of a missing name.
+    A mounted application hears of it, and not of a missing name; readiness fails.
     """
     engine = create_async_engine(postgres.url("psycopg"))
     app, sub = FastAPI(), FastAPI()
@@ -423,7 +437,10 @@ async def test_a_session_asked_for_during_a_shutdown_is_refused(postgres: Worker
         each.get("/")(reading)
     app.mount("/sub", sub)
     install_database(app, engine=engine, shutdown=engine.dispose)
+    app.include_router(health_router())
     async with shutting_down(app) as kept, client_of(app) as client:
+        readiness = await client.get("/health/ready")
+        assert (readiness.status_code, readiness.json()["status"]) == (503, "draining")
         for path in "/", "/sub/":
             with pytest.raises(DatabaseNotStartedError, match="'default' is shutting down"):
                 await client.get(path)

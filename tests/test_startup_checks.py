@@ -615,13 +615,17 @@ async def test_a_late_route_that_is_right_serves() -> None:
         assert (await client.get("/late")).json() == 7
 
 
-async def test_a_route_added_while_requests_run_is_checked_by_its_first_request() -> None:
+@pytest.mark.parametrize("mounted", [False, True])
+async def test_a_route_added_while_requests_run_is_checked_by_its_first_request(
+    mounted: bool,
+) -> None:
     """A route of a running application is refused like one that was there at the start."""
-    app = with_database()
+    app, below = with_database(), FastAPI()
+    app.mount("/below", below)
     async with running(app) as client:
-        app.add_api_route("/late", outlives)
+        (below if mounted else app).add_api_route("/late", outlives)
         with pytest.raises(DatabaseDependencyError, match="'/late'"):
-            await client.get("/late")
+            await client.get("/below/late" if mounted else "/late")
 
 
 # -- route classes -----------------------------------------------------------------------------

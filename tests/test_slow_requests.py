@@ -33,7 +33,7 @@ from fastapi_sqlnative import (
     transactional,
 )
 from fastapi_sqlnative._sessions.engines import sync_engine
-from fastapi_sqlnative.cancellation import deadline
+from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import DeadlineExceededError
 from tests.conftest import MakeEngine
 from tests.in_process import quiet, running
@@ -726,6 +726,12 @@ def test_a_time_that_is_none_is_refused(seconds: Any, error: type[Exception]) ->
     """What is no time above zero is refused where it is written."""
     with pytest.raises(error, match="deadline must be"):
         deadline(seconds)
+
+
+def test_methods_in_one_string_are_refused() -> None:
+    """They would be letters, and no request would ever be cancelled."""
+    with pytest.raises(TypeError, match=r"pass methods=\('POST',\)"):
+        cancel_on_disconnect(methods="POST")
 
 
 def test_one_deadline_can_be_overridden() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict, cast
 from uuid import UUID
 
 import pytest
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, routing
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -383,11 +383,12 @@ async def saves_second(
 
 
 VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal, Visit]
-WITH_DATA: list[Any] = [logs, logs_row, logs_streams, *map(given, VALUES)]
-WITH_SESSION = [
-    *(saves, saves_any, saves_one, saves_second),
-    *(saves_object, saves_hidden, saves_of_hidden),
-]
+WITH_DATA: list[Any] = [logs, logs_row, *map(given, VALUES)]
+WITH_SESSION = [saves, saves_any, saves_one, saves_second, saves_object]
+# Older versions of FastAPI evaluate all annotations, and take such a class for a generator.
+if hasattr(routing, "iter_route_contexts"):
+    WITH_DATA.append(logs_streams)
+    WITH_SESSION += [saves_hidden, saves_of_hidden]
 
 
 @pytest.mark.parametrize(

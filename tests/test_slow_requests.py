@@ -728,6 +728,22 @@ def test_a_time_that_is_none_is_refused(seconds: Any, error: type[Exception]) ->
         deadline(seconds)
 
 
+async def test_a_cancellation_by_another_beside_its_own_is_passed_on() -> None:
+    """Whoever else cancels the request, such as a server that ends, is not answered with a 504."""
+    app = FastAPI()
+
+    @app.get("/", dependencies=[Depends(deadline(0.01))])
+    async def endpoint() -> None:
+        asyncio.get_running_loop().call_later(0.01, asking.cancel)
+        time.sleep(0.05)  # noqa: ASYNC251 - so that both are due at once
+        await asyncio.sleep(60)
+
+    async with running(app) as client:
+        asking = asyncio.create_task(client.get("/"))
+        await asyncio.wait({asking})
+    assert asking.cancelled()
+
+
 def test_methods_in_one_string_are_refused() -> None:
     """They would be letters, and no request would ever be cancelled."""
     with pytest.raises(TypeError, match=r"pass methods=\('POST',\)"):

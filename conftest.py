@@ -82,35 +82,24 @@ def _selects(config: pytest.Config) -> bool:
     return bool(files or option.keyword or option.markexpr or getattr(option, "lf", False))
 
 
-# Files whose tests share a server of their own, or a collection of all garbage; and what those on
-# MariaDB have in their names.
-SHARING = {
-    "test_checklist.py",
-    "test_draining.py",
-    "test_health_servers.py",
-    "test_nothing_kept.py",
-    "test_startup_wait.py",
-}
 ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Give tests that share something to one worker, which makes it once; the largest group first.
+    """Give a file's tests to one worker, which so makes once what they share, and MariaDB's to one.
 
-    By their names: `--dist loadgroup` of pytest-xdist 3.8 groups nothing on pytest 9.2, without a
-    word (its issue 1386).
+    For the next file it asks as it begins this one's last test; for single tests it would have to
+    be told of each, which costs as much as a test that does nothing.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class Sharing(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types here
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types here
         def _split_scope(self, nodeid: str) -> str:
-            if ON_MARIADB.search(nodeid):
-                return "mariadb"
-            file = nodeid.partition("::")[0].rpartition("/")[2]
-            return file if file in SHARING else nodeid
+            return "mariadb" if ON_MARIADB.search(nodeid) else nodeid.partition("::")[0]
 
-    return Sharing(config, log)
+    config.option.loadscopereorder = False  # they are in order: the longest first
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)

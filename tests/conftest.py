@@ -56,12 +56,15 @@ CREATE TABLE IF NOT EXISTS item (
 """
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(each, id=each.id, marks=[pytest.mark.other_driver] * (each is ASYNCPG))
-        for each in KINDS
-    ]
-)
+EACH_KIND = [
+    pytest.param(each, id=each.id, marks=[pytest.mark.other_driver] * (each is ASYNCPG))
+    for each in KINDS
+]
+# For tests that a synchronous engine has no part in.
+asynchronous = pytest.mark.parametrize("kind", EACH_KIND[:2], indirect=True)
+
+
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Give each colour in turn, and with `--drivers=all` each driver.
 

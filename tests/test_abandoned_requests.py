@@ -19,13 +19,12 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import ClientDisconnectedError
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import quiet, running, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, Served, serve, until, using
+from tests.serving import Item, Kind, Rows, Served, serve, until, using
 
 pytestmark = pytest.mark.anyio
-asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
 SLOW = text("SELECT pg_sleep(60)")
 SELECT_1 = text("SELECT 1")
 EVERY = cancel_on_disconnect(methods=["GET", "POST"])
@@ -69,6 +68,7 @@ async def leave(
     writer.transport.abort()
 
 
+@pytest.mark.driver_decides
 @asynchronous
 @pytest.mark.parametrize("scope", [None, "function", "request"])
 @pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])

@@ -304,6 +304,7 @@ async def test_a_database_that_hangs_holds_no_other(
 # With asyncpg on an old SQLAlchemy, one client of a hundred left a transaction open. For the other
 # drivers it is enough that there are more clients than connections.
 CLIENTS, ON_ASYNCPG = 40, 100
+PATHS = "/query", "/commit", "/stream"
 SERIES = text("SELECT generate_series(:page * 100, :page * 100 + 99)")
 
 
@@ -375,8 +376,18 @@ async def disconnect(url: str, path: str, started: bool) -> None:
     writer.transport.abort()
 
 
-@pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])
-@pytest.mark.parametrize("path", ["/query", "/commit", "/stream"])
+nobody_cancels = pytest.mark.slow("2 s: without the middleware, such a request goes on to its end")
+
+
+@pytest.mark.parametrize(
+    ("path", "middleware"),
+    [
+        pytest.param("/query", False, marks=nobody_cancels, id="/query-plain"),
+        pytest.param("/commit", False, marks=nobody_cancels, id="/commit-plain"),
+        pytest.param("/stream", False, id="/stream-plain"),
+        *(pytest.param(each, True, id=f"{each}-middleware") for each in PATHS),
+    ],
+)
 async def test_clients_that_disconnect_leave_nothing(
     kind: Kind, make_engine: MakeEngine, rows: Rows, path: str, middleware: bool
 ) -> None:

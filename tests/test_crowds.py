@@ -99,15 +99,17 @@ def add_wrapped(app: FastAPI, kind: Kind) -> None:
     found.dependant.call = wrapper
 
 
-ADDING: dict[str, Adding] = {
-    "reader": add_with_a_reader,
-    "handle": add_with_a_handle,
-    "wrapped": add_wrapped,
-}
-
-
-@pytest.mark.parametrize("add", ADDING.values(), ids=ADDING)
-@pytest.mark.parametrize("late", [False, True], ids=["before", "while running"])
+# How many connections a request needs is read from a route's dependencies, whenever it was added;
+# the wrapped one is read in another way.
+@pytest.mark.parametrize(
+    ("add", "late"),
+    [
+        pytest.param(add_with_a_reader, False, id="reader"),
+        pytest.param(add_with_a_handle, False, id="handle"),
+        pytest.param(add_wrapped, False, id="wrapped"),
+        pytest.param(add_wrapped, True, id="wrapped, while running"),
+    ],
+)
 async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bool) -> None:
     """Requests that hold a connection and need another all succeed, on a route added any time."""
     if not late:

@@ -31,7 +31,10 @@ def database(postgres: WorkerPostgres) -> Iterator[Engine]:
     engine.dispose()
 
 
-@pytest.mark.parametrize("number", [1, 3])
+one = pytest.mark.slow("1 s in all: with three databases it does all that it does with one")
+
+
+@pytest.mark.parametrize("number", [pytest.param(1, marks=one), 3])
 @pytest.mark.parametrize(
     "contestant", [each for each in CONTESTANTS if not each.package], ids=lambda each: each.name
 )

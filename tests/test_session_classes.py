@@ -21,8 +21,9 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
     UncommittedChangesError,
 )
+from tests.conftest import asynchronous
 from tests.in_process import ask, async_sqlite, dispose, run_in_transaction, session_class, sqlite
-from tests.serving import KINDS, Item, Kind, Rows, add, items
+from tests.serving import Item, Kind, Rows, add, items
 
 pytestmark = pytest.mark.anyio
 
@@ -145,7 +146,7 @@ class AsyncOutbox(AsyncSession):
         raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
+@asynchronous
 async def test_an_async_override_that_fails_after_the_commit(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

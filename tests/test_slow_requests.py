@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -35,13 +36,12 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import DeadlineExceededError
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import quiet, running
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, NO_TLS, Item, Kind, Rows, route, serve
 
 pytestmark = pytest.mark.anyio
-asynchronous = pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=lambda kind: kind.id)
 synchronous = pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
 # Waits that only a cancellation ends in the time of a test.
 SLOW = text("SELECT pg_sleep(60)")
@@ -99,8 +99,15 @@ def after_the_session(app: FastAPI, kind: Kind, dependency: Any) -> None:
     route(app, kind, "/", transactional(), slow, dependencies=[Depends(look), dependency])
 
 
-@pytest.mark.parametrize("scope", [None, "function", "request"])
-@pytest.mark.parametrize("add", [on_the_route, on_a_router, on_the_app, after_the_session])
+# Where a route gets the dependency from does not change what its scope does.
+@pytest.mark.parametrize(
+    ("add", "scope"),
+    [
+        *itertools.product([on_the_route, after_the_session], [None, "function", "request"]),
+        (on_a_router, None),
+        (on_the_app, None),
+    ],
+)
 async def test_a_slow_query_is_ended(
     kind: Kind, app: FastAPI, rows: Rows, add: Callable[..., None], scope: Any
 ) -> None:
@@ -173,6 +180,7 @@ async def test_a_full_pool_is_not_waited_for(kind: Kind, app: FastAPI, rows: Row
 DROPS_CANCELS = sqlalchemy.__version__.startswith("2.0.")
 
 
+@pytest.mark.driver_decides
 @asynchronous
 async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
     """A request that waits for a row that somebody else has locked stops waiting."""
@@ -193,6 +201,7 @@ async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) ->
     assert rows.names == ["locked"]
 
 
+@pytest.mark.driver_decides
 @asynchronous
 async def test_a_network_that_swallows_is_given_up(
     kind: Kind, behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows
@@ -216,6 +225,7 @@ async def test_a_network_that_swallows_is_given_up(
         await assert_clean(app, rows)
 
 
+@pytest.mark.driver_decides
 @asynchronous
 async def test_a_connection_that_is_being_made_is_closed(
     kind: Kind, behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows
@@ -234,6 +244,7 @@ async def test_a_connection_that_is_being_made_is_closed(
         gc.enable()
 
 
+@pytest.mark.driver_decides
 @asynchronous
 async def test_a_rollback_that_is_swallowed_is_given_up(
     kind: Kind,
@@ -466,6 +477,7 @@ async def test_no_commit_is_interrupted(
         assert rows.backends("idle in transaction%") == 0
 
 
+@pytest.mark.driver_decides
 @asynchronous
 async def test_a_commit_that_is_about_to_begin_is_cancelled(app: FastAPI, rows: Rows) -> None:
     """What is ready to go on when its time is over does not reach its own commit()."""

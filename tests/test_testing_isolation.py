@@ -36,10 +36,9 @@ from fastapi_sqlnative.testing import (
     capture_statements,
     isolated,
 )
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import session_class
 from tests.serving import (
-    KINDS,
     Base,
     Item,
     Kind,
@@ -49,10 +48,6 @@ from tests.serving import (
     route,
     using,
     wait_until,
-)
-
-on_a_loop = pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind.asynchronous], ids=lambda kind: kind.id
 )
 
 
@@ -348,7 +343,7 @@ def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> Non
             assert len(list(session.execute(select(items).execution_options(**option)))) == 5
 
 
-@on_a_loop
+@asynchronous
 @pytest.mark.anyio
 async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> None:
     """The same on the event loop; what it loaded needs no reload."""
@@ -367,7 +362,7 @@ async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> N
     assert rows.names == []
 
 
-@on_a_loop
+@asynchronous
 @pytest.mark.anyio
 async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
     """Session.bind and get_bind() tell the dialect, of the test's session as of a request's."""
@@ -384,7 +379,7 @@ async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
         assert (await client.get("/dialects")).json() == ["postgresql"] * 2
 
 
-@on_a_loop
+@asynchronous
 def test_the_synchronous_session_is_refused_on_the_applications_loop(app: FastAPI) -> None:
     """In an override of get_db(), or in portal.call(), it would wait for itself."""
     with TestClient(app) as client, isolated(app) as session:
@@ -544,7 +539,7 @@ def test_an_outer_session_that_ends_around_an_inner_one(
     assert rows.names == []
 
 
-@on_a_loop
+@asynchronous
 @pytest.mark.anyio
 async def test_asynchronous_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
     """What the outer session has pending is the outer block's, what it adds inside is not."""
@@ -673,7 +668,7 @@ def test_the_tests_own_session_after_its_block(app: FastAPI, rows: Rows) -> None
         assert client.post("/names").json() == rows.names == []
 
 
-@on_a_loop
+@asynchronous
 def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) -> None:
     """A synchronous test between asynchronous ones: the block around them ends as it should."""
     block = isolated(app)
@@ -959,7 +954,7 @@ def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, 
     assert rows.names == []
 
 
-@on_a_loop
+@asynchronous
 @pytest.mark.anyio
 async def test_a_worker_that_the_test_has_started(
     kind: Kind, make_engine: MakeEngine, rows: Rows
@@ -1070,7 +1065,7 @@ def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, ro
         assert client.post("/names").json() == ["added"]
 
 
-@on_a_loop
+@asynchronous
 def test_a_client_on_a_loop_of_its_own_is_refused(app: FastAPI, kind: Kind, rows: Rows) -> None:
     """A second TestClient that is not entered runs its requests elsewhere: told at once."""
     refused = pytest.raises(IsolationError, match="the application's event loop")
@@ -1290,7 +1285,7 @@ def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, r
     assert rows.names == []
 
 
-@on_a_loop
+@asynchronous
 @pytest.mark.anyio
 async def test_two_applications_on_one_event_loop(
     kind: Kind, make_engine: MakeEngine, rows: Rows

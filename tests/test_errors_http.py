@@ -358,9 +358,13 @@ def test_an_unknown_outcome_tells_nobody_to_repeat(
 PASSING = "RAISE EXCEPTION 'in the way' USING ERRCODE = "
 
 
-@pytest.mark.parametrize("autocommit", [False, True], ids=["commit", "AUTOCOMMIT"])
+# Handlers and blocks ask the same function whether something is stored.
+@pytest.mark.parametrize(
+    ("mapped", "autocommit"),
+    [("handlers", False), ("handlers", True), ("block", False)],
+    ids=["commit", "AUTOCOMMIT", "commit, block"],
+)
 @pytest.mark.parametrize("failure", ["lost", "40001", "55P03", "57014"])
-@pytest.mark.parametrize("mapped", ["handlers", "block"])
 def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, autocommit: bool, failure: str, mapped: str
 ) -> None:

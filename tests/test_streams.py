@@ -122,9 +122,17 @@ def by_async_background_task(session: Session, row: Node, found: list[Found]) ->
     return JSONResponse({}, background=BackgroundTask(task))
 
 
-@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+# A session that has ended does not know how.
 @pytest.mark.parametrize(
-    "answer", [by_stream, by_async_stream, by_background_task, by_async_background_task]
+    ("answer", "dependency"),
+    [
+        (by_stream, get_db()),
+        (by_async_stream, get_db()),
+        (by_background_task, get_db()),
+        (by_async_background_task, get_db()),
+        (by_stream, transactional()),
+        (by_background_task, transactional()),
+    ],
 )
 def test_a_finished_session_says_what_to_use(
     kind: Kind, engine: Engine, rows: Rows, answer: Answer, dependency: Callable[..., Any]

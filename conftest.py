@@ -83,6 +83,8 @@ def _selects(config: pytest.Config) -> bool:
 
 
 ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
+# The files that take longest, mostly because they wait: begun last, they would be waited for.
+LONG = {"test_health_servers.py", "test_slow_requests.py", "test_testing_isolation.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -298,7 +300,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     left_out = [item for item in items if is_left_out(item)]
     items[:] = [item for item in items if not is_left_out(item)]
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)  # the longest first
+
+    def is_short(item: pytest.Item) -> bool:
+        return item.path.name not in LONG and item.get_closest_marker("timeout") is None
+
+    items.sort(key=is_short)
     config.hook.pytest_deselected(items=left_out)
 
 

@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import StaticPool
 
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
@@ -103,7 +104,8 @@ class Autocommitting(sqlite3.Connection):
 
 async def test_a_sqlite_driver_that_autocommits_is_refused() -> None:
     """The commit of such a driver does nothing, so a savepoint would be a success without rows."""
-    engine = create_engine("sqlite://", connect_args={"factory": Autocommitting})
+    options = {"factory": Autocommitting, "check_same_thread": False}
+    engine = create_engine("sqlite://", connect_args=options, poolclass=StaticPool)
     with pytest.raises(TransactionOptionsError):
         await ask(engine, SQLITE[0], transactional(), in_a_savepoint)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -175,6 +176,9 @@ async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
     await use(app)
     del app
     await turns()  # for the callbacks of tasks that have ended
+    for thread in threading.enumerate():
+        if thread.name == "fastapi_sqlnative":
+            thread.join()  # it has done its work, to which it refers until it ends
     gc.collect()
     return left() is not None
 

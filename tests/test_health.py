@@ -552,17 +552,17 @@ async def test_an_answer_stands_for_as_long_as_was_said(monkeypatch: pytest.Monk
         asked.append(answers[len(asked)])
         return asked[-1]
 
-    now = 100.0
+    clock = Clock()
+    monkeypatch.setattr("fastapi_sqlnative.health._watch.monotonic", clock)
     async with running(healthy(max_age=30, checks={"check": check})) as client:
-        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
         assert await ready(client) == (200, report(check="up"))
-        now += 29
+        clock.now += 29
         assert await ready(client) == (200, report(check="up"))
-        now += 2
+        clock.now += 2
         assert await ready(client) == (503, report("not_ready", check="down"))
-        now += 29
+        clock.now += 29
         assert await ready(client) == (503, report("not_ready", check="down"))
-        now += 2
+        clock.now += 2
         assert await ready(client) == (200, report(check="up"))
     assert len(asked) == 3
 

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Literal, TypeAlias
 
 from starlette.applications import Starlette
@@ -82,7 +83,7 @@ class Watch:
 
     async def refresh(self, timeout: float, max_age: float) -> None:
         """Wait at most `timeout` seconds for a result that is no older than `max_age`."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         check_timeout = self.check.timeout or timeout
         if self._running is None or (self._running.done() and now >= self._until):
             self._answered.clear()
@@ -101,7 +102,7 @@ class Watch:
                 calling.cancel()
         (found,) = await asyncio.gather(calling, return_exceptions=True)
         if in_time:
-            self._until = asyncio.get_running_loop().time() + max_age
+            self._until = monotonic() + max_age
             self._settle(*((DOWN, found) if isinstance(found, BaseException) else (found, None)))
 
     async def _call(self) -> CheckResult:

@@ -42,7 +42,9 @@ def _writing(method: MethodT) -> MethodT:
         record.check_usable()
         if record.options is AUTOCOMMIT:
             raise record.state.error(ReadOnlySessionError)
-        record.work.wrote = record.work.wrote or [] not in args  # an empty list writes nothing
+        # An empty list writes nothing. Not compared: a NumPy array would refuse that.
+        empty = any(isinstance(each, list) and not each for each in args)
+        record.work.wrote = record.work.wrote or not empty
         inherited = getattr(super(NativeSession, session), method.__name__)
         _recorded(record, inherited, *args, **options)
 

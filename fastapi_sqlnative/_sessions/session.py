@@ -33,7 +33,10 @@ def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options:
         record.executing = executing
 
 
-def _writing(method: MethodT) -> MethodT:
+# The next three are given the method's name: what has replaced it may call itself differently.
+
+
+def _writing(name: str, method: MethodT) -> MethodT:
     """Make a method of SQLAlchemy's that always writes record it."""
 
     @functools.wraps(method)
@@ -45,24 +48,24 @@ def _writing(method: MethodT) -> MethodT:
         # An empty list writes nothing. Not compared: a NumPy array would refuse that.
         empty = any(isinstance(each, list) and not each for each in args)
         record.work.wrote = record.work.wrote or not empty
-        inherited = getattr(super(NativeSession, session), method.__name__)
+        inherited = getattr(super(NativeSession, session), name)
         _recorded(record, inherited, *args, **options)
 
     return cast("MethodT", write)
 
 
-def _unless_finished(method: MethodT) -> MethodT:
+def _unless_finished(name: str, method: MethodT) -> MethodT:
     """Make a method of SQLAlchemy's refuse a finished session."""
 
     @functools.wraps(method)
     def call(session: Any, *args: Any, **options: Any) -> Any:
         session.sqlnative.check_unfinished()
-        return getattr(super(NativeSession, session), method.__name__)(*args, **options)
+        return getattr(super(NativeSession, session), name)(*args, **options)
 
     return cast("MethodT", call)
 
 
-def _discarding(method: MethodT, *, ask: bool = True) -> MethodT:
+def _discarding(name: str, method: MethodT, *, ask: bool = True) -> MethodT:
     """Make a method of SQLAlchemy's that rolls back record whether it discards changes."""
 
     @functools.wraps(method)
@@ -74,7 +77,7 @@ def _discarding(method: MethodT, *, ask: bool = True) -> MethodT:
         if not (record.finished or record.discarded) and session.in_transaction():
             unstored = record.count_unstored() > 0 if ask else record.may_have_written
             record.discarded = unstored or has_pending_changes(session)
-        getattr(super(NativeSession, session), method.__name__)()
+        getattr(super(NativeSession, session), name)()
 
     return cast("MethodT", end)
 
@@ -135,16 +138,16 @@ class NativeSession(Session):
             record.check_committable()
             record.committing = True
 
-    bulk_save_objects = _writing(Session.bulk_save_objects)
-    bulk_insert_mappings = _writing(Session.bulk_insert_mappings)
-    bulk_update_mappings = _writing(Session.bulk_update_mappings)
+    bulk_save_objects = _writing("bulk_save_objects", Session.bulk_save_objects)
+    bulk_insert_mappings = _writing("bulk_insert_mappings", Session.bulk_insert_mappings)
+    bulk_update_mappings = _writing("bulk_update_mappings", Session.bulk_update_mappings)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would let a
     # closed session start again.
-    add = _unless_finished(Session.add)
-    delete = _unless_finished(Session.delete)
-    merge = _unless_finished(Session.merge)
-    refresh = _unless_finished(Session.refresh)
+    add = _unless_finished("add", Session.add)
+    delete = _unless_finished("delete", Session.delete)
+    merge = _unless_finished("merge", Session.merge)
+    refresh = _unless_finished("refresh", Session.refresh)
 
     # -- transactions ----------------------------------------------------------------------
 
@@ -190,9 +193,9 @@ class NativeSession(Session):
 
     # These roll back too, which the author of a `with session:` may not expect.
 
-    close = _discarding(Session.close)
-    reset = _discarding(Session.reset)
-    invalidate = _discarding(Session.invalidate, ask=False)  # the connection may hang
+    close = _discarding("close", Session.close)
+    reset = _discarding("reset", Session.reset)
+    invalidate = _discarding("invalidate", Session.invalidate, ask=False)  # the connection may hang
 
 
 def sync_session(session: AnySession) -> NativeSession:

@@ -81,7 +81,7 @@ def _called_directly() -> DatabaseDependencyError:
         "A dependency of fastapi_sqlnative was called directly, and not by FastAPI for a route. If "
         "a test calls your function, pass it a session from `with isolated(app) as session` or a "
         "handle's `session()`. To test the dependency itself, send a request. In a middleware, an "
-        "exception handler or a background task, open a session with "
+        "exception handler, a background task or a generator's exit, open a session with "
         "`installed_databases(request.app)[name].session()`."
     )
 

@@ -553,7 +553,11 @@ async def test_a_dependency_called_after_the_request_says_what_to_do(dependency:
         await call(request, "exception handler")
         return Response(status_code=409)
 
-    @app.get("/items")
+    async def leaving(request: Request) -> AsyncGenerator[None]:
+        yield
+        await call(request, "exit")
+
+    @app.get("/items", dependencies=[Depends(leaving, scope="function")])
     async def endpoint(
         request: Request,
         tasks: BackgroundTasks,
@@ -566,7 +570,13 @@ async def test_a_dependency_called_after_the_request_says_what_to_do(dependency:
     async with running(app) as client:
         assert (await client.get("/items?by=1")).json() == 7
         assert (await client.get("/items?by=0")).status_code == 409
-    assert sorted(called) == ["background task", "exception handler", "middleware", "middleware"]
+    assert sorted(called) == [
+        "background task",
+        "exception handler",
+        "exit",
+        "middleware",
+        "middleware",
+    ]
 
 
 # -- routes that the application's own lifespan adds -------------------------------------------

@@ -1,7 +1,7 @@
 """Rules 5 and 6, the other side: what is stored, unsent or harmless needs no commit."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
@@ -23,7 +23,7 @@ from sqlalchemy.orm import (
 from fastapi_sqlnative import AsyncDatabase, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, running
-from tests.serving import KINDS, Item, Kind, Rows, items
+from tests.serving import KINDS, Kind, Rows, items
 
 pytestmark = pytest.mark.anyio
 
@@ -68,28 +68,6 @@ async def test_what_the_application_has_stored_is_not_forgotten(
 ) -> None:
     """A commit by any of SQLAlchemy's means is a commit."""
     assert await ask(engine, kind, dependency, body) == 201
-    assert rows.names == ["stored"]
-
-
-class Array:
-    """Be like a NumPy array of rows, which cannot be compared with a list."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([Item(name="stored")])
-
-    def __eq__(self, other: object) -> bool:
-        raise ValueError("The truth value of an array is ambiguous")
-
-
-async def test_a_bulk_method_takes_whatever_sqlalchemy_takes(
-    kind: Kind, engine: Engine, rows: Rows
-) -> None:
-    """Rows given to a bulk method are only iterated over, as SQLAlchemy does."""
-
-    def body(session: Session) -> None:
-        session.bulk_save_objects(Array())
-
-    assert await ask(engine, kind, transactional(), body) == 201
     assert rows.names == ["stored"]
 
 

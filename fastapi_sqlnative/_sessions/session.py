@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Connection, Sequence, event
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -18,68 +18,6 @@ from .record import Record
 from .transaction import BegunTransaction, depth_of, has_pending_changes
 
 AnySession: TypeAlias = Session | AsyncSession
-MethodT = TypeVar("MethodT", bound=Callable[..., Any])
-
-
-def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method of SQLAlchemy's, and record that it runs and how it fails."""
-    executing, record.executing = record.executing, True
-    try:
-        return method(*args, **options)
-    except Exception as error:
-        record.handle_error(error)
-        raise
-    finally:
-        record.executing = executing
-
-
-# The next three are given the method's name: what has replaced it may call itself differently.
-
-
-def _writing(name: str, method: MethodT) -> MethodT:
-    """Make a method of SQLAlchemy's that always writes record it."""
-
-    @functools.wraps(method)
-    def write(session: Any, *args: Any, **options: Any) -> None:
-        record: Record = session.sqlnative
-        record.check_usable()
-        if record.options is AUTOCOMMIT:
-            raise record.state.error(ReadOnlySessionError)
-        # An empty list writes nothing. Not compared: a NumPy array would refuse that.
-        empty = any(isinstance(each, list) and not each for each in args)
-        record.work.wrote = record.work.wrote or not empty
-        inherited = getattr(super(NativeSession, session), name)
-        _recorded(record, inherited, *args, **options)
-
-    return cast("MethodT", write)
-
-
-def _unless_finished(name: str, method: MethodT) -> MethodT:
-    """Make a method of SQLAlchemy's refuse a finished session."""
-
-    @functools.wraps(method)
-    def call(session: Any, *args: Any, **options: Any) -> Any:
-        session.sqlnative.check_unfinished()
-        return getattr(super(NativeSession, session), name)(*args, **options)
-
-    return cast("MethodT", call)
-
-
-def _discarding(name: str, method: MethodT, *, ask: bool = True) -> MethodT:
-    """Make a method of SQLAlchemy's that rolls back record whether it discards changes."""
-
-    @functools.wraps(method)
-    def end(session: Any) -> None:
-        record: Record = session.sqlnative
-        if record.connections:
-            record.check_thread()
-        record.end_results()
-        if not (record.finished or record.discarded) and session.in_transaction():
-            unstored = record.count_unstored() > 0 if ask else record.may_have_written
-            record.discarded = unstored or has_pending_changes(session)
-        getattr(super(NativeSession, session), name)()
-
-    return cast("MethodT", end)
 
 
 class NativeSession(Session):
@@ -138,16 +76,40 @@ class NativeSession(Session):
             record.check_committable()
             record.committing = True
 
-    bulk_save_objects = _writing("bulk_save_objects", Session.bulk_save_objects)
-    bulk_insert_mappings = _writing("bulk_insert_mappings", Session.bulk_insert_mappings)
-    bulk_update_mappings = _writing("bulk_update_mappings", Session.bulk_update_mappings)
+    def bulk_save_objects(self, *args: Any, **options: Any) -> None:
+        """Insert or update objects in bulk."""
+        _write(self.sqlnative, super().bulk_save_objects, *args, **options)
+
+    def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
+        """Insert rows in bulk."""
+        _write(self.sqlnative, super().bulk_insert_mappings, *args, **options)
+
+    def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
+        """Update rows in bulk."""
+        _write(self.sqlnative, super().bulk_update_mappings, *args, **options)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would let a
     # closed session start again.
-    add = _unless_finished("add", Session.add)
-    delete = _unless_finished("delete", Session.delete)
-    merge = _unless_finished("merge", Session.merge)
-    refresh = _unless_finished("refresh", Session.refresh)
+
+    def add(self, *args: Any, **options: Any) -> None:
+        """Add an object, unless the session is finished."""
+        self.sqlnative.check_unfinished()
+        super().add(*args, **options)
+
+    def delete(self, *args: Any, **options: Any) -> None:
+        """Delete an object, unless the session is finished."""
+        self.sqlnative.check_unfinished()
+        super().delete(*args, **options)
+
+    def merge(self, *args: Any, **options: Any) -> Any:
+        """Merge an object, unless the session is finished."""
+        self.sqlnative.check_unfinished()
+        return super().merge(*args, **options)
+
+    def refresh(self, *args: Any, **options: Any) -> None:
+        """Refresh an object, unless the session is finished."""
+        self.sqlnative.check_unfinished()
+        super().refresh(*args, **options)
 
     # -- transactions ----------------------------------------------------------------------
 
@@ -193,9 +155,20 @@ class NativeSession(Session):
 
     # These roll back too, which the author of a `with session:` may not expect.
 
-    close = _discarding("close", Session.close)
-    reset = _discarding("reset", Session.reset)
-    invalidate = _discarding("invalidate", Session.invalidate, ask=False)  # the connection may hang
+    def close(self) -> None:
+        """Close the session, recording whether it discards changes."""
+        _note_discarded(self)
+        super().close()
+
+    def reset(self) -> None:
+        """Reset the session, recording whether it discards changes."""
+        _note_discarded(self)
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Invalidate the connections, recording whether that discards changes."""
+        _note_discarded(self, ask=False)  # the connection may hang
+        super().invalidate()
 
 
 def sync_session(session: AnySession) -> NativeSession:
@@ -217,6 +190,26 @@ def may_store(session: NativeSession) -> bool:
 
 
 # Functions, because a method could have the name of one of the application's class.
+
+
+def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a method of SQLAlchemy's, and record that it runs and how it fails."""
+    executing, record.executing = record.executing, True
+    try:
+        return method(*args, **options)
+    except Exception as error:
+        record.handle_error(error)
+        raise
+    finally:
+        record.executing = executing
+
+
+def _write(record: Record, method: Callable[..., None], *args: Any, **options: Any) -> None:
+    record.check_usable()
+    if record.options is AUTOCOMMIT:
+        raise record.state.error(ReadOnlySessionError)
+    record.work.wrote = True
+    _recorded(record, method, *args, **options)
 
 
 def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTransaction:
@@ -260,3 +253,13 @@ def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) ->
     timeout = state.shutdown_timeout
     running = functools.partial(run_in_greenlet, commit)
     return await_only(to_completion(running, databases=[state.name], timeout=timeout))
+
+
+def _note_discarded(session: NativeSession, *, ask: bool = True) -> None:
+    record = session.sqlnative
+    if record.connections:
+        record.check_thread()
+    record.end_results()
+    if not (record.finished or record.discarded) and session.in_transaction():
+        unstored = record.count_unstored() > 0 if ask else record.may_have_written
+        record.discarded = unstored or has_pending_changes(session)

@@ -1378,6 +1378,31 @@ def test_sqlite(asynchronous: bool, where: str, recipe: bool, tmp_path: Any) -> 
         assert client.post("/names").json() == ["added"]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
+def test_sqlite_tells_what_a_commit_would_store(asynchronous: bool, tmp_path: Any) -> None:
+    """In a block as in production, an update of no row needs no commit, and one of a row does."""
+    engine: Any
+    if asynchronous:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/file.db")
+    else:
+        engine = create_engine(f"sqlite:///{tmp_path}/file.db")
+    kind = Kind("", "", asynchronous)
+    app = make_app(kind, engine)
+    create = using(
+        kind, Depends(transactional()), lambda s: Base.metadata.create_all(s.connection())
+    )
+    app.post("/create")(create)
+    update = text("UPDATE item SET position = 1")
+    route(app, kind, "/update", get_db(), lambda session: session.execute(update).close())
+    with TestClient(app) as client:
+        client.post("/create")
+        with isolated(app):
+            assert client.post("/update").status_code == 201
+            assert client.post("/add").status_code == 201
+            with pytest.raises(UncommittedChangesError):
+                client.post("/update")
+
+
 def test_a_refused_end_in_memory_leaves_nothing() -> None:
     """The database stays, because it lives in its only connection, and the row does not."""
     shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}

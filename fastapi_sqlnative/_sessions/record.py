@@ -216,13 +216,13 @@ class Record(Holder):
         """Ask the server if unsure: `wrote` is the answer of a database that can't tell."""
         if not connection.in_transaction() or transactions.autocommits(connection):
             return False
-        if self.joined:
-            return wrote  # the server's answer would include the owner's work
         if transactions.is_lost(connection):
             return if_lost
         if connection.dialect.name == "sqlite":
             changed = transactions.changes(connection) != self.connections[connection]
             return (self.work.defined or changed) and transactions.is_open_on_sqlite(connection)
+        if self.joined:
+            return wrote  # the server's answer would include the owner's work
         if connection.dialect.name != "postgresql":
             return wrote and transactions.is_open_on_mysql(connection)
         work = self.work

@@ -16,7 +16,7 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
 )
 from tests.conftest import MakeEngine
-from tests.in_process import Hearing, running, session_class
+from tests.in_process import Hearing, async_sqlite, running, session_class, sqlite
 from tests.proxy import Fault, Proxy
 from tests.serving import ASYNCPG, Item, Kind, Rows, copy, items, route, using
 
@@ -163,6 +163,42 @@ async def test_a_failure_after_the_first_commit_hides_no_half(
     assert (caught.value.committed, caught.value.failed) == (("default",), "second")
     assert isinstance(caught.value.__cause__, AfterCommitError)
     assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
+ROW = "INSERT INTO item (name) VALUES ('a')"
+STORED_ON_SQLITE = {
+    "UPDATE item SET position = 1": False,
+    f"{ROW} ON CONFLICT DO NOTHING RETURNING id": True,
+    ROW: True,
+}
+
+
+@pytest.mark.parametrize("statement", STORED_ON_SQLITE)
+@pytest.mark.parametrize("own", [False, True], ids=["", "own commit"])
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_sqlite_names_a_half_that_is_stored_and_no_other(
+    kind: Kind, statement: str, own: bool
+) -> None:
+    """On SQLite as well, a statement that has changed no row leaves no half behind."""
+
+    def first(session: Session) -> None:
+        session.execute(text(statement)).close()
+        if own:
+            session.commit()
+
+    def engine(**_: object) -> Any:
+        made = async_sqlite() if kind.asynchronous else sqlite()
+        event.listen(getattr(made, "sync_engine", made), "connect", _create)
+        return made
+
+    app = two(kind, engine, first, WRITES["flush"], (Session, Listening))
+    with pytest.raises(PartialCommitError if STORED_ON_SQLITE[statement] else ZeroDivisionError):
+        await ask(app)
+
+
+def _create(driver: Any, _record: object) -> None:
+    driver.execute("CREATE TABLE item (id integer PRIMARY KEY, name text, position integer)")
 
 
 # -- a second half with nothing to store -------------------------------------------------------

@@ -53,13 +53,20 @@ def statement_of(compiled: Any) -> Statement:
 
 
 def changed_nothing(
-    statement: Statement, result: CursorResult[Any], context: ExecutionContext
+    statement: Statement,
+    result: CursorResult[Any],
+    context: ExecutionContext,
+    *,
+    total_changes: bool,
 ) -> bool:
     """Return whether a writing statement changed nothing, by its row count.
 
-    SQLite's `total_changes` is better: it also counts triggers' changes and rows not yet fetched.
+    SQLite's `total_changes` is better, because it also counts triggers' changes, but it counts
+    those of a statement only when all rows have been fetched.
     """
-    if context.executemany or context.dialect.name == "sqlite":
+    if context.dialect.name == "sqlite":
+        return not (total_changes or result.returns_rows)
+    if context.executemany:
         return False
     if statement.calls:
         return result.returns_rows

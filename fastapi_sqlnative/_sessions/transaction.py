@@ -43,7 +43,10 @@ class Work:
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:
-            self.wrote = self.wrote or not changed_nothing(statement, result, context)
+            changed = any(transactions.changes(each) != connections[each] for each in connections)
+            self.wrote = self.wrote or not changed_nothing(
+                statement, result, context, total_changes=changed
+            )
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:

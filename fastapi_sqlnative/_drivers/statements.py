@@ -1,14 +1,17 @@
 """The effect of a statement, read from its compiled form."""
 
 import re
+from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ClauseElement
+from sqlalchemy import ClauseElement, Connection
 from sqlalchemy.engine import CursorResult, Dialect, ExecutionContext
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
+
+from .transactions import changes
 
 MYSQL: Final = {"mysql", "mariadb"}
 
@@ -56,16 +59,15 @@ def changed_nothing(
     statement: Statement,
     result: CursorResult[Any],
     context: ExecutionContext,
-    *,
-    total_changes: bool,
+    before: Mapping[Connection, float],
 ) -> bool:
     """Return whether a writing statement changed nothing, by its row count.
 
     SQLite's `total_changes` is better, because it also counts triggers' changes, but it counts
-    those of a statement only when all rows have been fetched.
+    those of a statement only when all rows have been fetched. It is compared with that of `before`.
     """
     if context.dialect.name == "sqlite":
-        return not (total_changes or result.returns_rows)
+        return not (result.returns_rows or any(changes(each) != before[each] for each in before))
     if context.executemany:
         return False
     if statement.calls:

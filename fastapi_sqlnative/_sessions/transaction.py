@@ -43,10 +43,7 @@ class Work:
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:
-            changed = any(transactions.changes(each) != connections[each] for each in connections)
-            self.wrote = self.wrote or not changed_nothing(
-                statement, result, context, total_changes=changed
-            )
+            self.wrote = self.wrote or not changed_nothing(statement, result, context, connections)
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:

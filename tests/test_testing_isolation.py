@@ -11,7 +11,8 @@ from contextvars import copy_context
 from typing import Annotated, Any
 
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -898,6 +899,34 @@ def test_a_second_session_beside_the_first(
         with pytest.raises(IsolationError, match="beside an open one"):
             client.post("/beside")
         assert client.post("/names").json() == ["one"]
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional(), reader()])
+def test_a_socket_that_the_client_closes(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Any
+) -> None:
+    """`TestClient` cancels the endpoint while its session ends, which costs nothing."""
+    app = make_app(kind, engine)
+
+    @app.websocket("/socket")
+    async def socket(socket: WebSocket, session: Annotated[Any, Depends(dependency)]) -> None:
+        await socket.accept()
+        async for _ in socket.iter_text():
+            await socket.send_json(
+                await (
+                    session.run_sync(names)
+                    if kind.asynchronous
+                    else run_in_threadpool(names, session)
+                )
+            )
+
+    with TestClient(app) as client, isolated(app) as own:
+        own.add(Item(name="own"))
+        with client.websocket_connect("/socket") as connected:
+            connected.send_text("?")
+            assert connected.receive_json() == ["own"]
+        assert client.post("/add").status_code == 201
+        assert names(own) == ["added", "own"]
 
 
 def test_work_after_the_request(kind: Kind, engine: Engine | AsyncEngine, rows: Rows) -> None:

@@ -813,6 +813,9 @@ def test_a_refusal_that_is_swallowed_fails_the_block(
 # --- who takes turns with whom ---
 
 
+Handle = Annotated[Any, Depends(get_database_handle())]
+
+
 def in_handle(kind: Kind, body: Callable[[Session], Any]) -> Callable[[Any], Any]:
     async def asynchronous(database: Any) -> Any:
         async with database.transaction() as session:
@@ -869,7 +872,7 @@ def test_requests_on_two_databases_take_turns(
 def test_a_second_session_beside_the_first(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """`reader` works beside an open transaction; a handle's session is refused at once."""
+    """`reader` works beside an open transaction; a handle's session is refused."""
     app = make_app(kind, engine)
     session, read, handle = map(Depends, (transactional(), reader(), get_database_handle()))
     use = in_handle(kind, add("beside"))
@@ -927,6 +930,30 @@ def test_a_socket_that_the_client_closes(
             assert connected.receive_json() == ["own"]
         assert client.post("/add").status_code == 201
         assert names(own) == ["added", "own"]
+
+
+@pytest.mark.parametrize("dependency", [get_db(), transactional()])
+def test_server_sent_events_beside_a_dependency(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Any
+) -> None:
+    """The generator, which FastAPI starts before it ends the dependencies, waits for their end."""
+    sse = pytest.importorskip("fastapi.sse", reason="this FastAPI has no server-sent events")
+    app = make_app(kind, engine)
+    current_names = using(kind, Depends(dependency), names)
+    read = in_handle(kind, names)
+
+    async def events(_: Annotated[Any, Depends(current_names)], database: Handle) -> Any:
+        yield await read(database)
+
+    def sync_events(_: Annotated[Any, Depends(current_names)], database: Handle) -> Any:
+        yield read(database)
+
+    path = app.get("/events", response_class=sse.EventSourceResponse)
+    path(events if kind.asynchronous else sync_events)
+    with TestClient(app) as client, isolated(app) as own:
+        own.add(Item(name="own"))
+        assert 'data: ["own"]' in client.get("/events").text
+        assert client.post("/add").status_code == 201
 
 
 def test_work_after_the_request(kind: Kind, engine: Engine | AsyncEngine, rows: Rows) -> None:

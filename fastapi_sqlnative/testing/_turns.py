@@ -21,6 +21,17 @@ SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=Non
 REFUSED: Final = "fastapi_sqlnative_refused"
 # Seconds that a session waits for another session's transaction to end.
 _PATIENCE: Final = 10.0
+# The same beside its own request's session, which may wait for it, or may be about to end: FastAPI
+# starts the generator of server-sent events before it ends the dependencies.
+_BRIEFLY: Final = 1.0
+_BESIDE: Final = (
+    "a second transaction cannot begin beside an open one of the same request or test. End that "
+    "one first, use its session, or test with cloned(app)."
+)
+_OPEN: Final = (
+    "another session's transaction is still open on the only connection. End it first (await it, "
+    "on the event loop), or test with cloned(app)."
+)
 # The sessions used in this request, task or test, or in the one that started it.
 FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
 
@@ -64,7 +75,7 @@ class Turn:
     """A lock on the isolated connections, for one request or other piece of work at a time.
 
     A session of the application holds it for a whole transaction, a session of the test for each
-    call. Others wait in order. A session that would wait for its own request is refused.
+    call. Others wait in order, but only briefly for a session of their own request.
     """
 
     def __init__(self) -> None:
@@ -86,29 +97,23 @@ class Turn:
         ticket, use = Future[None](), connection if transaction else None
         with self._lock:
             own = [used for each, used in self._holders.items() if used and in_flow(each)]
-            if use in own:
-                raise connection.refused(
-                    "a second transaction cannot begin beside an open one of the same request or "
-                    "test. End that one first, use its session, or test with cloned(app)."
-                )
-            if own or not self._holders:
+            beside = use in own
+            if not beside and (own or not self._holders):
                 self._holders[session] = use
                 return
             self._waiting.append((session, use, ticket))
+        patience = _BRIEFLY if beside else _PATIENCE
         try:
             if connection.engine.dialect.is_async:
-                await_only(asyncio.wait_for(asyncio.wrap_future(ticket), _PATIENCE))
+                await_only(asyncio.wait_for(asyncio.wrap_future(ticket), patience))
             else:
-                ticket.result(_PATIENCE if running_loop() is None else 0)
+                ticket.result(patience if running_loop() is None else 0)
         except BaseException as error:
             if not ticket.cancel():  # the turn came at the last moment
                 self.release(session)
             if not isinstance(error, TimeoutError):
                 raise
-            raise connection.refused(
-                "another session's transaction is still open on the only connection. End it "
-                "first (await it, on the event loop), or test with cloned(app)."
-            ) from None
+            raise connection.refused(_BESIDE if beside else _OPEN) from None
 
     def release(self, session: object) -> None:
         """End a session's turn, and give it to the next in line if no other session holds it."""

@@ -813,6 +813,10 @@ def test_a_refusal_that_is_swallowed_fails_the_block(
 # --- who takes turns with whom ---
 
 
+def last_for(seconds: float) -> Callable[[Session], Any]:
+    return lambda session: session.execute(text(f"SELECT pg_sleep({seconds})"))
+
+
 Handle = Annotated[Any, Depends(get_database_handle())]
 
 
@@ -954,6 +958,29 @@ def test_server_sent_events_beside_a_dependency(
         own.add(Item(name="own"))
         assert 'data: ["own"]' in client.get("/events").text
         assert client.post("/add").status_code == 201
+
+
+def test_a_session_beside_its_requests_comes_next(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """However many others wait, work that a request has started goes on when its session ends."""
+    app = make_app(kind, make_engine(pool_size=20))
+    current, read = Depends(using(kind, Depends(get_db()), last_for(0.15))), in_handle(kind, names)
+    started = list[Any]()
+
+    async def asynchronous(database: Handle, _: Annotated[Any, current]) -> Any:
+        started.append(asyncio.create_task(read(database)))
+        await asyncio.sleep(0)
+
+    def synchronous(database: Handle, _: Annotated[Any, current]) -> Any:
+        started.append(threads.submit(copy_context().run, read, database))
+
+    app.post("/started")(asynchronous if kind.asynchronous else synchronous)
+    with ThreadPoolExecutor(30) as threads, TestClient(app) as client, isolated(app):
+        answers = list(threads.map(client.post, ["/started"] * 10))
+        assert {each.status_code for each in answers} == {200}
+        wait_until(lambda: all(each.done() for each in started))
+        assert [each.result() for each in started] == [[]] * 10
 
 
 def test_work_after_the_request(kind: Kind, engine: Engine | AsyncEngine, rows: Rows) -> None:

@@ -75,7 +75,7 @@ class Turn:
     """A lock on the isolated connections, for one request or other piece of work at a time.
 
     A session of the application holds it for a whole transaction, a session of the test for each
-    call. Others wait in order, but only briefly for a session of their own request.
+    call. Others wait in order. A session beside one of its own request comes next, or is refused.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,8 @@ class Turn:
             if not beside and (own or not self._holders):
                 self._holders[session] = use
                 return
-            self._waiting.append((session, use, ticket))
+            place = 0 if beside else len(self._waiting)  # nobody else's turn can come before
+            self._waiting.insert(place, (session, use, ticket))
         patience = _BRIEFLY if beside else _PATIENCE
         try:
             if connection.engine.dialect.is_async:

@@ -29,8 +29,8 @@ _BESIDE: Final = (
     "one first, use its session, or test with cloned(app)."
 )
 _OPEN: Final = (
-    "another session's transaction is still open on the only connection. End it first (await it, "
-    "on the event loop), or test with cloned(app)."
+    "another session's transaction, such as a websocket's, is still open on the only connection. "
+    "End it first (await it, on the event loop), or test with cloned(app)."
 )
 # The sessions used in this request, task or test, or in the one that started it.
 FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())

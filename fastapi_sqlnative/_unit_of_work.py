@@ -41,6 +41,7 @@ class UnitOfWork:
         self._running = running_for(connection)
         self.scope: Scope = connection.scope
         self._loop = asyncio.get_running_loop()
+        # With their records, which each request would otherwise look up many times.
         self._opened: list[tuple[AnySession, Record]] = []
         # Cancel once: a second cancellation would interrupt the driver's cancel request.
         self.cancelled: bool = False

@@ -39,7 +39,7 @@ def unit_of(connection: HTTPConnection, stack: AsyncExitStack | None = None) -> 
     if unit is None or unit.scope is not scope:
         if HAS_FUNCTION_STACK:
             stack = scope.get(_FUNCTION_STACK)
-        if stack is None or (scope.get(UNIT) is None and stack is scope.get(_STACK)):
+        if stack is None or (unit is None and stack is scope.get(_STACK)):
             raise _called_directly()  # nothing would end the session
         unit = UnitOfWork(connection)
         stack.push_async_exit(unit.finish)

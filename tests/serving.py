@@ -49,6 +49,7 @@ PSYCOPG_ASYNC = Kind("psycopg-async", "psycopg", True)
 ASYNCPG = Kind("asyncpg", "asyncpg", True)
 PSYCOPG = Kind("psycopg-sync", "psycopg", False)
 KINDS = PSYCOPG_ASYNC, ASYNCPG, PSYCOPG
+SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 
 
 class Base(DeclarativeBase):

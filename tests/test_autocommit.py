@@ -17,7 +17,7 @@ from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
 from tests.conftest import MakeEngine
 from tests.in_process import application, ask, asking, run_in_transaction, running
-from tests.serving import Item, Kind, Rows, items, route, using
+from tests.serving import SQLITE, Item, Kind, Rows, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -70,9 +70,6 @@ async def test_what_is_stored_at_once_is_not_forgotten(
             with subtests.test(f"{statement}, {end}"):
                 assert await request(ended(statement, end)) == 201
                 assert rows.names == ["stored"]
-
-
-SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 
 
 def in_a_savepoint(session: Session) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Mapped, Session, registry
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, asking, async_sqlite, running, sqlite
-from tests.serving import Item, Kind, Rows, copy, items, route, using
+from tests.serving import SQLITE, Item, Kind, Rows, copy, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -299,8 +299,6 @@ async def test_closing_after_a_decision_is_a_success(
 
 
 # -- on SQLite ---------------------------------------------------------------------------------
-
-SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)

@@ -23,11 +23,10 @@ from tests.in_process import (
     running,
     session_class,
 )
-from tests.serving import Item, Kind, Rows, items, until
+from tests.serving import SQLITE, Item, Kind, Rows, items, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("collecting")]
 
-SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 sqlite_kinds = pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 
 

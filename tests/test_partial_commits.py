@@ -18,7 +18,7 @@ from fastapi_sqlnative.exceptions import (
 from tests.conftest import MakeEngine
 from tests.in_process import Hearing, async_sqlite, running, session_class, sqlite
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, Item, Kind, Rows, copy, items, route, using
+from tests.serving import ASYNCPG, SQLITE, Item, Kind, Rows, copy, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -165,7 +165,6 @@ async def test_a_failure_after_the_first_commit_hides_no_half(
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 
-SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 ROW = "INSERT INTO item (name) VALUES ('a')"
 STORED_ON_SQLITE = {
     "UPDATE item SET position = 1": False,

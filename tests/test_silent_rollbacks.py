@@ -15,11 +15,10 @@ from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
 from tests.in_process import ask
-from tests.serving import Item, Kind, Rows
+from tests.serving import SQLITE, Item, Kind, Rows
 
 pytestmark = pytest.mark.anyio
 
-SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 MARIADB = Kind("pymysql", "pymysql", False), Kind("asyncmy", "asyncmy", True)
 
 

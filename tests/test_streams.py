@@ -23,7 +23,7 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.exceptions import DatabaseDependencyError
 from tests.conftest import MakeEngine
 from tests.in_process import ask, async_sqlite, sqlite
-from tests.serving import Item, Kind, Rows, items, make_app, route, serve, using, wait_until
+from tests.serving import SQLITE, Item, Kind, Rows, items, make_app, route, serve, using, wait_until
 
 EventSourceResponse: Any = None
 with contextlib.suppress(ModuleNotFoundError):  # before FastAPI 0.135
@@ -329,9 +329,6 @@ async def test_a_stream_ends_with_its_transaction(
 
     assert await ask(engine, kind, transactional(), body) == 201
     assert rows.names == ["a", "b", "c", "next"]
-
-
-SQLITE = Kind("pysqlite", "pysqlite", False), Kind("aiosqlite", "aiosqlite", True)
 
 
 @pytest.mark.anyio

@@ -40,6 +40,7 @@ from fastapi_sqlnative.testing import (
 from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import session_class
 from tests.serving import (
+    SQLITE,
     Base,
     Item,
     Kind,
@@ -908,6 +909,7 @@ def test_a_second_session_beside_the_first(
         assert client.post("/names").json() == ["one"]
 
 
+@pytest.mark.driver_decides
 @pytest.mark.parametrize("dependency", [get_db(), transactional(), reader()])
 def test_a_socket_that_the_client_closes(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Any
@@ -1425,28 +1427,30 @@ def test_a_connection_that_is_lost_says_so(kind: Kind, engine: Engine | AsyncEng
 # --- SQLite ---
 
 
-@pytest.mark.parametrize("recipe", [False, True], ids=["", "with-recipe"])
-@pytest.mark.parametrize("where", ["file", "memory"])
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
-def test_sqlite(asynchronous: bool, where: str, recipe: bool, tmp_path: Any) -> None:
-    """SQLite is isolated whichever way its driver begins transactions."""
-    path = "" if where == "memory" else f"/{tmp_path}/file.db"
-    engine: Any
-    if asynchronous:
-        engine = create_async_engine(f"sqlite+aiosqlite://{path}")
-    else:
-        shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
-        engine = create_engine(f"sqlite://{path}", **({} if path else shared))
-    if recipe:
-        inner: Engine = engine.sync_engine if asynchronous else engine
-        event.listen(inner, "connect", lambda connection, _: _by_hand(connection))
-        event.listen(inner, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    kind = Kind("", "", asynchronous)
+def on_sqlite(kind: Kind, path: str) -> tuple[FastAPI, Any]:
+    """Make the application, with a route that creates its tables, and its engine."""
+    shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+    options = {} if path or kind.asynchronous else shared
+    make: Any = create_async_engine if kind.asynchronous else create_engine
+    engine = make(f"sqlite+{kind.driver}://{path}", **options)
     app = make_app(kind, engine)
     create = using(
         kind, Depends(transactional()), lambda s: Base.metadata.create_all(s.connection())
     )
     app.post("/create")(create)
+    return app, engine
+
+
+@pytest.mark.parametrize("recipe", [False, True], ids=["", "with-recipe"])
+@pytest.mark.parametrize("where", ["file", "memory"])
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+def test_sqlite(kind: Kind, where: str, recipe: bool, tmp_path: Any) -> None:
+    """SQLite is isolated whichever way its driver begins transactions."""
+    app, engine = on_sqlite(kind, "" if where == "memory" else f"/{tmp_path}/file.db")
+    if recipe:
+        inner: Engine = engine.sync_engine if kind.asynchronous else engine
+        event.listen(inner, "connect", lambda connection, _: _by_hand(connection))
+        event.listen(inner, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     with TestClient(app, raise_server_exceptions=False) as client:
         client.post("/create")
         for _ in range(2):
@@ -1461,20 +1465,10 @@ def test_sqlite(asynchronous: bool, where: str, recipe: bool, tmp_path: Any) -> 
         assert client.post("/names").json() == ["added"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
-def test_sqlite_tells_what_a_commit_would_store(asynchronous: bool, tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+def test_sqlite_tells_what_a_commit_would_store(kind: Kind, tmp_path: Any) -> None:
     """In a block as in production, an update of no row needs no commit, and one of a row does."""
-    engine: Any
-    if asynchronous:
-        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/file.db")
-    else:
-        engine = create_engine(f"sqlite:///{tmp_path}/file.db")
-    kind = Kind("", "", asynchronous)
-    app = make_app(kind, engine)
-    create = using(
-        kind, Depends(transactional()), lambda s: Base.metadata.create_all(s.connection())
-    )
-    app.post("/create")(create)
+    app, _ = on_sqlite(kind, f"/{tmp_path}/file.db")
     update = text("UPDATE item SET position = 1")
     route(app, kind, "/update", get_db(), lambda session: session.execute(update).close())
     with TestClient(app) as client:

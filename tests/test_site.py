@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -299,21 +298,18 @@ def test_the_tutorial_from_an_empty_folder(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [*fastapi, "dev", "--port", str(port)],
-        cwd=tmp_path,
-        env=environment,
-        start_new_session=True,  # it starts the process that serves, and watches for changes
-    )
-    try:
-        wait_until(lambda: is_alive(address, server), 60)
-        for block in found:
-            if block.info == "http":
-                for line in block.content.splitlines():
-                    send(address, line)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(SECONDS)
+    command = [*fastapi, "dev", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as server:
+        try:
+            wait_until(lambda: is_alive(address, server), 60)
+            for block in found:
+                if block.info == "http":
+                    for line in block.content.splitlines():
+                        send(address, line)
+        finally:
+            # One signal, to this process alone, which passes it on: a second one that interrupts
+            # the handler of uvicorn's reloader waits forever for the lock that the first holds.
+            server.terminate()
     subprocess.run(tested, shell=True, cwd=tmp_path, env=environment, check=True)
 
 

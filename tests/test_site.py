@@ -298,8 +298,8 @@ def test_the_tutorial_from_an_empty_folder(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [*fastapi, "dev", "--port", str(port)]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment) as server:
+    serving = [*fastapi, "dev", "--port", str(port)]
+    with subprocess.Popen(serving, cwd=tmp_path, env=environment) as server:
         try:
             wait_until(lambda: is_alive(address, server), 60)
             for block in found:

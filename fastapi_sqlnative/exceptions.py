@@ -44,7 +44,7 @@ class DatabaseNotStartedError(RuntimeError):
 
 
 class DatabaseDependencyError(RuntimeError):
-    """A route depends on a database in a way that cannot work. Raised at start-up."""
+    """A route depends on a database in a way that cannot work."""
 
 
 class SessionFinishedError(RuntimeError):

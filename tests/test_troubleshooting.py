@@ -27,6 +27,7 @@ from fastapi_sqlnative import AsyncDatabase, exceptions, get_db
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 PACKAGE = Path(fastapi_sqlnative.__file__).parent
+STRINGS = ast.JoinedStr, ast.Constant
 ENTRY = re.compile(r"^### (?P<title>.+)$|^> (?P<text>.+)$", re.MULTILINE)
 
 
@@ -59,27 +60,51 @@ def pattern(quoted: str) -> re.Pattern[str]:
 # --- ours ---------------------------------------------------------------------------------------
 
 
+def plain(node: ast.expr) -> str:
+    """Return the text of a string in the source, with three dots for what is put into it."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(plain, node.values))
+    return "..."
+
+
+def nodes_of_the_package() -> list[ast.AST]:
+    trees = (ast.parse(path.read_text("utf-8")) for path in PACKAGE.glob("**/*.py"))
+    return [node for tree in trees for node in ast.walk(tree)]
+
+
 def texts_of_the_package() -> list[str]:
-    """List every text in the source, with three dots for what is put into it."""
+    return [plain(node) for node in nodes_of_the_package() if isinstance(node, STRINGS)]
 
-    def plain(node: ast.expr) -> str:
-        if isinstance(node, ast.Constant):
-            return str(node.value)
-        if isinstance(node, ast.JoinedStr):
-            return "".join(map(plain, node.values))
-        return "..."
 
+def messages_of_the_package() -> list[str]:
+    """List every text of an error of ours, given where that is made or in a table by class."""
+    given: list[tuple[ast.expr | None, ast.expr]] = []
+    for node in nodes_of_the_package():
+        if isinstance(node, ast.Call) and node.args:
+            given.append((node.func, node.args[0]))
+        elif isinstance(node, ast.Dict):
+            given += zip(node.keys, node.values, strict=True)
     return [
-        plain(node)
-        for path in PACKAGE.glob("**/*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.JoinedStr | ast.Constant)
+        plain(text)
+        for made, text in given
+        if made and isinstance(text, STRINGS)
+        if ast.unparse(made).split(".")[-1] in exceptions.__all__
     ]
 
 
 def test_every_error_of_ours_has_an_entry() -> None:
     """Whatever the package raises is on the page, under its name."""
     assert set(OURS) == {*exceptions.__all__, "TimeoutError"}
+
+
+def test_every_message_of_ours_is_quoted() -> None:
+    """Whoever searches the page for a message of the package finds it."""
+    quoted = [pattern(text) for texts in OURS.values() for text in texts]
+    messages = messages_of_the_package()
+    assert len(messages) > 30
+    assert [each for each in messages if not any(text.search(each) for text in quoted)] == []
 
 
 def test_our_texts_are_quoted_as_they_are() -> None:

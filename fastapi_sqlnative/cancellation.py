@@ -39,7 +39,7 @@ def deadline(seconds: float) -> _Dependency:
 
     Past the deadline nothing is committed and the client gets a 504, even if the endpoint still
     returns a response. With asynchronous engines the request is cancelled, and its query ends on
-    the server. With a synchronous engine the server ends each statement, and nothing else ends
+    the server. With a synchronous session the server ends each statement, and nothing else ends
     early; a `def` endpoint and its dependencies run to their end. No COMMIT is interrupted, and a
     request that has committed something itself is left alone. Of several deadlines the earliest
     applies. Websockets have none.

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import anyio.to_thread
 from fastapi.requests import HTTPConnection
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 from starlette.types import Scope
@@ -91,7 +92,7 @@ class UnitOfWork:
         database = self._running.database(name)
         # Not a websocket, which would keep its place for as long as the client stays.
         is_http = self.scope.get("type") == "http"  # scopes of FastStream and the like have no type
-        may_leave = is_http and await self._running.admit(self, self.scope.get("route"), database)
+        may_leave = is_http and await self._admit(database)
         factory = sessions_of(database)
         session = factory.open()
         record = record_of(session)
@@ -105,6 +106,15 @@ class UnitOfWork:
             self._loop.call_later(_IDLE, self._leave_if_idle)
         self.limit(self.ends_at)
         return session
+
+    async def _admit(self, database: AnyDatabase) -> bool:
+        """Wait for a place in the gate, whose timeout is tagged like an error of a session."""
+        try:
+            return await self._running.admit(self, self.scope.get("route"), database)
+        except PoolTimeoutError as error:
+            tagged: Any = error
+            tagged.database_name, tagged.database_stored = database.name, self.has_stored
+            raise
 
     def limit(self, ends_at: float) -> None:
         """Have the server end synchronous sessions' statements: they can't be cancelled here."""
@@ -157,7 +167,7 @@ class UnitOfWork:
             asyncio.run_coroutine_threadsafe(_without_thread(entering), self._loop).result()
 
     async def _enter_again(self, database: AnyDatabase) -> None:
-        await self._running.admit(self, self.scope.get("route"), database)
+        await self._admit(database)
         if any(record.finished for _, record in self._opened):
             self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 

@@ -40,6 +40,7 @@ from fastapi_sqlnative import (
     AsyncDatabase,
     DatabaseErrorKind,
     ErrorRule,
+    _unit_of_work,
     error_responses,
     get_database_handle,
     get_db,
@@ -47,12 +48,14 @@ from fastapi_sqlnative import (
     install_database,
     install_error_handlers,
     map_database_error,
+    reader,
     transactional,
 )
 from fastapi_sqlnative.cancellation import deadline
 from fastapi_sqlnative.errors._rules import ErrorMapping, ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, asynchronous
+from tests.in_process import running
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, add, items, route, using, validate_openapi
 
@@ -384,6 +387,44 @@ def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
 
     engine = make_engine(isolation_level="AUTOCOMMIT") if autocommit else make_engine()
     response = call(make_app(engine, handlers=mapped == "handlers"), kind, body, get_db())
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert "may or may not" in response.json()["detail"]
+    assert rows.names == ["a"]
+
+
+@pytest.mark.anyio
+@asynchronous
+async def test_no_place_in_the_gate_after_a_commit_tells_nobody_to_repeat(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dependency has stored, before its request waits for a place again, is not repeated."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+    # Enough for one request at a time that needs two connections.
+    app = make_app(make_engine(pool_size=2, max_overflow=0, pool_timeout=0.3))
+    stored, taken, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def store(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        session.add(Item(name="a"))
+        await session.commit()
+        stored.set()
+        await taken.wait()
+
+    @app.get("/hold", dependencies=[Depends(reader())])
+    async def hold(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        await session.execute(text("SELECT 1"))
+        taken.set()
+        await answered.wait()
+
+    @app.post("/", dependencies=[Depends(store), Depends(reader())])
+    async def late() -> None: ...
+
+    async with running(app) as client, asyncio.timeout(30):
+        asking = asyncio.create_task(client.post("/"))
+        await stored.wait()
+        holding = asyncio.create_task(client.get("/hold"))
+        response = await asking
+        answered.set()
+        assert (await holding).status_code == 200
     assert (response.status_code, "retry-after" in response.headers) == (500, False)
     assert "may or may not" in response.json()["detail"]
     assert rows.names == ["a"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar, overload
 
@@ -96,6 +96,8 @@ class Running:
         self.gate: Gate = Gate() if parent is None else parent.gate
         self.examine: Examine | None = examine if parent is None else parent.examine
         self._only_reads: dict[tuple[object, str], bool] = {}
+        # For which databases each health router has made its watches, and these.
+        self.watched: dict[object, tuple[Sequence[AnyDatabase], Any]] = {}
 
     @property
     def overrides(self) -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -5,14 +5,13 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.applications import Starlette
 
-from .._lifespan.running import running_for, trimmed
+from .._lifespan.running import Running, running_for, trimmed
 from .._probe import DatabaseState, ask_database, is_wedged
 from .._seconds import check_seconds
 from .._sessions.engines import run_in_greenlet, sync_engine
@@ -21,9 +20,8 @@ from ..dependencies import DatabaseDependency
 from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for
 
 DatabasePolicy: TypeAlias = Literal["required", "writable", "degraded", "ignored"]
+Watched: TypeAlias = tuple[Sequence[AnyDatabase], Sequence[Watch]]
 Status: TypeAlias = Literal["ready", "degraded", "not_ready", "not_started", "draining"]
-# Where an application's state keeps its watches: a router may outlive an app and serve several.
-_STATE: Final = "fastapi_sqlnative_health"
 
 
 class Liveness(BaseModel):
@@ -138,7 +136,7 @@ class _Health:
         running = running_for(request)
         databases = running.databases()
         asks = bool(databases) and not running.is_draining()
-        watches = self._watches(request.app, databases) if asks else ()
+        watches = self._watches(running, databases) if asks else ()
         times = self.times["timeout"], self.times["max_age"]
         await asyncio.gather(*(each.refresh(*times) for each in watches))
         if running.is_draining():  # it may have started draining meanwhile
@@ -147,16 +145,16 @@ class _Health:
         status: Status = "not_ready" if any(failing) else "degraded" if failing else "ready"
         return _report(status if databases else "not_started", watches)
 
-    def _watches(self, app: Starlette, databases: Sequence[AnyDatabase]) -> Sequence[Watch]:
+    def _watches(self, running: Running, databases: Sequence[AnyDatabase]) -> Sequence[Watch]:
         """Return the watches of this run of the application, making them at the first probe."""
-        runs: dict[_Health, tuple[Sequence[AnyDatabase], Sequence[Watch]]]
-        setattr(app.state, _STATE, runs := getattr(app.state, _STATE, {}))
-        if self not in runs or runs[self][0] != databases:
+        known: Watched = running.watched.get(self, ((), ()))
+        if known[0] != databases:
+            app = running.app
             checks = [Watch("Check", name, each, app) for name, each in self.checks.items()]
             counted = [each for each in databases if self.policies.get(each.name) != "ignored"]
             asking = [Watch("Database", each.name, self._check_of(each), app) for each in counted]
-            runs[self] = databases, [*asking, *checks]
-        return runs[self][1]
+            known = running.watched[self] = databases, [*asking, *checks]
+        return known[1]
 
     def _check_of(self, database: AnyDatabase) -> ReadinessCheck:
         """Make the check for a database, sync or async like the database."""

@@ -24,7 +24,7 @@ from .._sessions.completion import in_thread, to_completion, within
 from .._sessions.engines import ask, dispose, run_on_engine
 from .._sessions.shared import SharedState
 from ..databases import AnyDatabase, database_class, sessions_of
-from ..errors import DatabaseErrorKind, describe_database_error
+from ..errors import describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 from .functions import is_awaitable
 from .routes import check_application
@@ -160,12 +160,10 @@ async def _wait_for(database: AnyDatabase, seconds: float) -> None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether an error may be temporary: the database is unavailable or full."""
-    if isinstance(error, OSError):
-        return True  # asyncpg's connect errors, and an attempt's TimeoutError
+    """Return whether an error may be temporary: the database is unavailable or busy."""
     failure = describe_database_error(error)
-    passing = (DatabaseErrorKind.UNAVAILABLE, DatabaseErrorKind.TOO_MANY_CONNECTIONS)
-    return failure is not None and failure.kind in passing
+    # An attempt's own TimeoutError is an OSError too.
+    return isinstance(error, OSError) or (failure is not None and failure.transient)
 
 
 # -- shutdown: in reverse order, each within its deadline, all even if some fail ----------------

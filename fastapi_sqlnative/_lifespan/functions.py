@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, TypeGuard, Union, get_args, get_origin
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -143,18 +143,14 @@ def drops_a_coroutine(call: object, parameter: str) -> bool:
         # Some functions have no source, or source that can't be parsed on its own.
         with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-            rebound = [_line(node) for node in ast.walk(tree) if _rebinds(node, parameter)]
-            drops = [node for node in _within(tree, parameter) if _drops(node, parameter)]
-            if any(_line(node) < min(rebound, default=math.inf) for node in drops):
+            rebound = [node.lineno for node in ast.walk(tree) if _rebinds(node, parameter)]
+            drops = [node.lineno for node in _within(tree, parameter) if _drops(node, parameter)]
+            if min(drops, default=math.inf) < min(rebound, default=math.inf):
                 return True
     return False
 
 
-def _line(node: ast.AST) -> float:
-    return getattr(node, "lineno", math.inf)
-
-
-def _rebinds(node: ast.AST, parameter: str) -> bool:
+def _rebinds(node: ast.AST, parameter: str) -> TypeGuard[ast.Name]:
     """Return whether a node gives the name another value, by an assignment, `with` or `for`."""
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == parameter
 
@@ -172,7 +168,7 @@ def _within(node: ast.AST, parameter: str) -> Iterator[ast.AST]:
             yield from _within(child, parameter)
 
 
-def _drops(node: ast.AST, parameter: str) -> bool:
+def _drops(node: ast.AST, parameter: str) -> TypeGuard[ast.expr | ast.stmt]:
     """Return whether a node discards a coroutine, or uses it as if it were its result."""
     if not isinstance(node, ast.Expr | ast.Attribute | ast.For):
         return False

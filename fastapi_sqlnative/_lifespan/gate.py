@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from typing import TypeAlias
 
-import anyio
 import anyio.to_thread
 from sqlalchemy import Pool, exc
 from sqlalchemy.ext.asyncio import AsyncEngine

@@ -12,7 +12,6 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import anyio
 import anyio.to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 from sqlalchemy.ext.asyncio import AsyncSession

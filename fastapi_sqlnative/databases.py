@@ -164,8 +164,7 @@ class Database(_Database[Engine]):
         """
         self._sessions.state.check_running()
         asking = in_thread(lambda: ask(self.engine))
-        wait({asking}, timeout)
-        if not asking.done():
+        if wait({asking}, timeout).not_done:
             raise self._no_answer(timeout)
         asking.result()
 
@@ -222,14 +221,9 @@ class AsyncDatabase(_Database[AsyncEngine]):
                     return retries.checked(await retries.awaitable(work(session)))
 
     async def ping(self, timeout: float = 5.0) -> None:
-        """Query one row from the database, waiting at most `timeout` seconds.
-
-        Raises:
-            TimeoutError: the database did not answer in time.
-        """
+        """Query one row like `Database.ping`, but cancel the query when the time is up."""
         self._sessions.state.check_running()
-        asking = run_on_engine(self.engine, ask)
-        await within(timeout, asking, late=self._no_answer(timeout))
+        await within(timeout, run_on_engine(self.engine, ask), late=self._no_answer(timeout))
 
 
 AnyDatabase: TypeAlias = Database | AsyncDatabase

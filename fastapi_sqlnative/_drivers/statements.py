@@ -6,7 +6,7 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ClauseElement, Connection
-from sqlalchemy.engine import CursorResult, Dialect, ExecutionContext
+from sqlalchemy.engine import CursorResult, Dialect
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
@@ -56,19 +56,16 @@ def statement_of(compiled: Any) -> Statement:
 
 
 def changed_nothing(
-    statement: Statement,
-    result: CursorResult[Any],
-    context: ExecutionContext,
-    before: Mapping[Connection, float],
+    statement: Statement, result: CursorResult[Any], before: Mapping[Connection, float]
 ) -> bool:
     """Return whether a writing statement changed nothing, by its row count.
 
     SQLite's `total_changes` is better, because it also counts triggers' changes, but it counts
     those of a statement only when all rows have been fetched. It is compared with that of `before`.
     """
-    if context.dialect.name == "sqlite":
+    if result.context.dialect.name == "sqlite":
         return not (result.returns_rows or any(changes(each) != before[each] for each in before))
-    if context.executemany:
+    if result.context.executemany:
         return False
     if statement.calls:
         return result.returns_rows

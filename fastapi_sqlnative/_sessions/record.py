@@ -148,7 +148,7 @@ class Record(Holder):
             # The ORM's bulk statements, and results that a listener has substituted.
             self.work.wrote = self.work.wrote or not getattr(statement, "is_select", False)
             return
-        self.work.note(self.state.statement_of(context), cursor_result, context, self.connections)
+        self.work.note(self.state.statement_of(context), cursor_result, self.connections)
         if cursor_result.cursor is not None and transactions.reads_later(context):
             self.streamed = True
             self.note_open_result(cursor_result)

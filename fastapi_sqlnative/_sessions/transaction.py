@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sqlalchemy import Connection, inspect
-from sqlalchemy.engine import CursorResult, ExecutionContext
+from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.attributes import History
 
@@ -32,23 +32,19 @@ class Work:
         return self.wrote or self.unknown or self.handed_out
 
     def note(
-        self,
-        statement: Statement,
-        result: CursorResult[Any],
-        context: ExecutionContext,
-        connections: dict[Connection, float],
+        self, statement: Statement, result: CursorResult[Any], connections: dict[Connection, float]
     ) -> None:
         """Record what a statement has done or may have done."""
         effect, savepoint, _, _ = statement
         if effect is Effect.NONE:
             return  # the common case
         if effect is Effect.WRITE:
-            self.wrote = self.wrote or not changed_nothing(statement, result, context, connections)
+            self.wrote = self.wrote or not changed_nothing(statement, result, connections)
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:
             # MySQL commits at DDL, together with everything before it.
-            self.wrote = self.defined = context.dialect.name not in MYSQL
+            self.wrote = self.defined = result.context.dialect.name not in MYSQL
             self.unknown = self.unknown and self.wrote
         elif effect is Effect.SAVEPOINT:
             self.savepoint_begins(savepoint, connections)

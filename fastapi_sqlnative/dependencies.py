@@ -140,13 +140,12 @@ class SessionDependency(DatabaseDependency):
     ) -> AnySession:
         """Return the request's session, opening it at the first call."""
         work = unit_of(connection)
-        if self.options is None or session is _NO_REQUEST:  # called by hand, with a request
+        if session is _NO_REQUEST:  # get_db's own, or another called by hand with a request
             session = await work.session(self.name)
-        if self.options is None:
-            return session
         if self.options is AUTOCOMMIT:
             return await work.reader(session)
-        work.enlist(session, self.options)
+        if self.options is not None:
+            work.enlist(session, self.options)
         return session
 
 

@@ -264,8 +264,7 @@ def _read_sqlite(error: BaseException) -> StatedError:
     # Python 3.11 lacks the name of the error that a STRICT table raises.
     is_strict = _attribute(error, "sqlite_errorcode") == 3091
     code = "SQLITE_CONSTRAINT_DATATYPE" if is_strict else _text(error, "sqlite_errorname")
-    stated = _named_in(error.args[-1] if error.args else None)
-    return replace(stated, code=code)
+    return replace(_named_in(error.args[-1] if error.args else None), code=code)
 
 
 def _named_in(text: object) -> StatedError:

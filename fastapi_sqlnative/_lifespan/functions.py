@@ -100,8 +100,7 @@ def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
     if given is inspect.Signature.empty:
         received = classes_in(annotation_of(receiver, parameter), inside=True)
         return not received or not all(map(_is_data, received))
-    returned = classes_in(given, inside=True)
-    return any(issubclass(each, Session | AsyncSession) for each in returned)
+    return any(issubclass(each, Session | AsyncSession) for each in classes_in(given, inside=True))
 
 
 def _is_data(kind: type) -> bool:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative._lifespan import lifespan
-from fastapi_sqlnative._sessions.engines import sync_engine
+from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, running, start_and_stop
 from tests.postgres_server import PostgresServer
@@ -360,3 +360,17 @@ async def test_a_start_waits_for_a_full_server(
         assert not start.done()
     await start
     assert warnings.messages[0].startswith("Database 'desk' does not answer yet (")
+
+
+async def test_a_start_waits_for_a_busy_pool(
+    kind: Kind, make_engine: MakeEngine, warnings: Warnings
+) -> None:
+    """A ready engine whose connections other code has in use may have one soon, too."""
+    engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.05)
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=60)
+    held = await run_on_engine(engine, Engine.connect)
+    start = asyncio.create_task(start_and_stop(app))
+    await asyncio.wait_for(warnings.arrived.wait(), 10)
+    await run_on_engine(engine, lambda _: held.close())
+    await start

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from fastapi_sqlnative import install_database, reader, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
-from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned
+from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned, isolated
 from tests.conftest import MakeEngine
 from tests.serving import KINDS, Base, Item, Kind, Rows, route
 
@@ -150,6 +150,27 @@ def test_two_names_of_one_database_share_its_clone(
     with cloned(app, templates=templates), TestClient(app) as client:
         assert client.post("/add").status_code == 201
         assert client.post("/other").json() == ["added", "seeded"]
+
+
+@pytest.mark.parametrize("given", ["engine", "factory"])
+def test_clones_of_one_database_are_isolated_apart(
+    kind: Kind, make_engine: MakeEngine, given: str
+) -> None:
+    """Two names with contents of their own: each is isolated on its own clone."""
+    app = FastAPI()
+    for name in ("default", "other"):
+        engine = make_engine() if given == "engine" else make_engine
+        install_database(app, name=name, engine=engine, shutdown=getattr(engine, "dispose", None))
+    route(app, kind, "/add", transactional(), add)
+    route(app, kind, "/other", reader("other"), names)
+    with (
+        Templates({"default": prepare, "other": Base.metadata.create_all}) as templates,
+        cloned(app, templates=templates),
+        TestClient(app) as client,
+        isolated(app),
+    ):
+        assert client.post("/add").status_code == 201
+        assert client.post("/other").json() == []
 
 
 async def prepare_later(connection: Connection) -> None:

@@ -21,7 +21,7 @@ from .._lifespan.running import EngineFactory, Installation
 from .._sessions.completion import in_thread
 from .._sessions.engines import AnyEngine, dispose, run_on_engine, sync_engine
 from ..databases import database_class
-from ._targets import IsolationError, address_of, is_one_database, places, ready_engine
+from ._targets import CLONE, IsolationError, address_of, is_one_database, places, ready_engine
 
 T = TypeVar("T")
 Prepare: TypeAlias = Callable[[Connection], object]
@@ -280,5 +280,11 @@ def _redirect(engine: Engine, database: str, redirected: list[str]) -> Callable[
         arguments[:] = other[0]
         options.update(changed)
 
+    def undo() -> None:
+        event.remove(engine, "do_connect", connect)
+        engine.update_execution_options(**{CLONE: outer})
+
+    outer = engine.get_execution_options().get(CLONE)
+    engine.update_execution_options(**{CLONE: database})
     event.listen(engine, "do_connect", connect)
-    return partial(event.remove, engine, "do_connect", connect)
+    return undo

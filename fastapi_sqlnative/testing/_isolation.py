@@ -22,7 +22,7 @@ from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
 from ._sessions import IsolatedSession, OwnSession
-from ._targets import IsolationError, is_one_database, observing, places, ready_engine, running_loop
+from ._targets import IsolationError, connect_alike, observing, places, ready_engine, running_loop
 from ._turns import Turn, joins_flow, marking_requests
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ class Isolated:
     def _connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
         """Return the isolated connection of a database, making it if necessary."""
         known = (each for each in self.connections if each.blocks)
-        found = next((each for each in known if is_one_database(each.engine, engine)), None)
+        found = next((each for each in known if connect_alike(each.engine, engine)), None)
         if self.ended:
             if found is not None and self in found.blocks:
                 return found  # the block's own sessions are being closed

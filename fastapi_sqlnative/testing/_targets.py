@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine
 from starlette.applications import Starlette
 
 from .._lifespan.running import (
@@ -22,6 +22,8 @@ from ..databases import AnyDatabase, database_class
 
 Target: TypeAlias = Starlette | AnyDatabase
 Place: TypeAlias = tuple[Installations, Installation]
+# The execution option of an engine that connects to a clone: its name.
+CLONE: Final = "fastapi_sqlnative_clone"
 
 
 class IsolationError(RuntimeError):
@@ -56,6 +58,12 @@ def is_one_database(one: AnyEngine, other: AnyEngine) -> bool:
     first, second = sync_engine(one), sync_engine(other)
     # Engines made by `execution_options()` share the dialect.
     return first.dialect is second.dialect or address_of(first.url) == address_of(second.url)
+
+
+def connect_alike(one: Engine, other: Engine) -> bool:
+    """Return whether two engines lead to the same database, or to the same clone of it."""
+    clones = {each.get_execution_options().get(CLONE) for each in (one, other)}
+    return one.dialect is other.dialect or (len(clones) == 1 and is_one_database(one, other))
 
 
 def address_of(url: URL) -> object:

@@ -35,6 +35,9 @@ from fastapi_sqlnative.testing import (
     _turns,
     async_client,
     capture_statements,
+    fail_next_checkout,
+    fail_next_commit,
+    fail_next_statement,
     isolated,
 )
 from tests.conftest import MakeEngine, asynchronous
@@ -1389,6 +1392,32 @@ async def test_two_applications_on_one_event_loop(
             *(each.post("/explicit") for each in (first, second)), return_exceptions=True
         )
         assert sum(isinstance(each, IntegrityError) for each in answers) == 1
+    assert rows.names == []
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        functools.partial(fail_next_statement, failure="connection_lost"),
+        functools.partial(fail_next_commit, failure="connection_lost_before"),
+        fail_next_checkout,
+    ],
+    ids=["statement", "commit", "checkout"],
+)
+def test_a_failure_of_a_name_that_shares_the_connection(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, fail: Any
+) -> None:
+    """It hits a session of that name, and none of the other."""
+    app = FastAPI()
+    for name in ("default", "other"):
+        engine = make_engine()
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+        route(app, kind, f"/{name}", transactional(name), add(name))
+    with TestClient(app, raise_server_exceptions=False) as client, isolated(app):
+        with fail(app, name="other"):
+            assert client.post("/default").status_code == 201
+            assert client.post("/other").status_code == 500
+        assert client.post("/other").status_code == 201
     assert rows.names == []
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import Connection, event, exc
+from sqlalchemy import Connection, Engine, event, exc
 from starlette.applications import Starlette
 
 from .._lifespan.running import running_of
@@ -86,11 +86,12 @@ def fail_next_statement(
                 record.rolled_back = lost  # so that a commit is refused, as on a lost connection
             raise exc.OperationalError(statement, parameters, lost, connection_invalidated=True)
 
-        event.listen(state.root, "before_cursor_execute", fail)
+        # In an isolated block the connection may be another engine's.
+        event.listen(Engine, "before_cursor_execute", fail)
         try:
             yield
         finally:
-            event.remove(state.root, "before_cursor_execute", fail)
+            event.remove(Engine, "before_cursor_execute", fail)
 
 
 @contextmanager

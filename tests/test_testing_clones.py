@@ -1,8 +1,10 @@
 """`cloned`: a real database for each test, from a template made once."""
 
+import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from starlette.testclient import TestClient
 from fastapi_sqlnative import install_database, reader, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned, isolated
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, asynchronous
 from tests.serving import KINDS, Base, Item, Kind, Rows, route
 
 
@@ -171,6 +173,36 @@ def test_clones_of_one_database_are_isolated_apart(
     ):
         assert client.post("/add").status_code == 201
         assert client.post("/other").json() == []
+
+
+@asynchronous
+def test_a_block_that_could_not_be_entered_leaves_nothing_behind(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """On another event loop than the outer block's it is refused, and the outer one can end."""
+    app = FastAPI()
+    for name in ("default", "other"):
+        engine = make_engine()
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+        route(app, kind, f"/{name}", transactional(name), add)
+    stack = AsyncExitStack()
+
+    async def begin() -> None:
+        client = await stack.enter_async_context(async_client(app))
+        await stack.enter_async_context(isolated(app))
+        for name in ("default", "other"):
+            assert (await client.post(f"/{name}")).status_code == 201
+
+    with (
+        Templates({"default": prepare, "other": Base.metadata.create_all}) as templates,
+        cloned(app, templates=templates),
+        asyncio.Runner() as loop,
+        asyncio.Runner() as another,
+    ):
+        loop.run(begin())
+        with pytest.raises(IsolationError, match="'default' is isolated: its event loop"):
+            another.run(isolated(app).__aenter__())
+        loop.run(stack.aclose())
 
 
 async def prepare_later(connection: Connection) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
@@ -18,7 +18,6 @@ from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
 from ._turns import REFUSED, SERVED, Turn, in_flow
 
-T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
 _ISOLATED: Final = "fastapi_sqlnative_isolated"
 OURS: Final = "fastapi_sqlnative_testing"
@@ -29,8 +28,7 @@ _ENDS: Final = re.compile(r"\s*(commit|end|abort|rollback)\b(?!(\s+(work|transac
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
 _IN_MEMORY: Final = (StaticPool, SingletonThreadPool)
-_DEFERRED: Final = """
-SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
+_DEFERRED: Final = """SELECT string_agg(quote_ident(nspname) || '.' || quote_ident(conname), ', ')
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace n ON n.oid = connamespace
 WHERE condeferred AND has_schema_privilege(n.oid, 'USAGE')
 """
@@ -227,6 +225,8 @@ class IsolatedConnection:
         """Roll back the work of a block, and close the connection after the last one."""
         if self._connection is None:
             self._undo(block)
+        elif self.blocks[block] is None:
+            del self.blocks[block]  # another of its databases could not be entered
         else:
             self.run(partial(self._leave, block))
 
@@ -276,7 +276,7 @@ class IsolatedConnection:
                     connection.invalidate()
             connection.close()
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[[], Any]) -> Any:
         """Run plain code where the connection may be used: here, or on its event loop."""
         if not self.engine.dialect.is_async:
             return work()
@@ -284,7 +284,7 @@ class IsolatedConnection:
         if loop is None or not loop.is_running():
             raise self.refused(
                 "its event loop is not running. Use the session inside `with TestClient(app)`, and "
-                "leave isolated(app) on the event loop that entered it."
+                "one event loop for all blocks; with pytest-asyncio, one loop_scope."
             )
         if loop is running_loop():
             raise self.refused(

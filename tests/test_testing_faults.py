@@ -316,6 +316,11 @@ def test_what_was_never_hit_fails_the_test(app: FastAPI, client: TestClient) -> 
         client.post("/add")
     with missed, fail_next_checkout(app):
         pass
+    with (
+        pytest.raises(AssertionError, match="of a request to '/nam': pass the application"),
+        fail_next_checkout(app, route="/nam"),
+    ):
+        client.post("/names")
     assert client.post("/names").json() == ["note"]
 
 

@@ -204,9 +204,9 @@ def _fault(
         undo.callback(setattr, factory, "native", native)
         yield state, factory.native, happens
     if not met:
-        raise AssertionError(
-            f"The {failure} failure of database {state.name!r} never hit a session."
-        )
+        never = f"The {failure} failure of database {state.name!r} never hit a session"
+        pattern = "pass the application, and the path as requested or the route's whole pattern"
+        raise AssertionError(f"{never} of a request to {route!r}: {pattern}." if route else f"{never}.")
 
 
 def _provoke(connection: Connection, failure: str) -> None:

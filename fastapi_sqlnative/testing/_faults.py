@@ -204,9 +204,11 @@ def _fault(
         undo.callback(setattr, factory, "native", native)
         yield state, factory.native, happens
     if not met:
-        never = f"The {failure} failure of database {state.name!r} never hit a session"
-        pattern = "pass the application, and the path as requested or the route's whole pattern"
-        raise AssertionError(f"{never} of a request to {route!r}: {pattern}." if route else f"{never}.")
+        missed = f"The {failure} failure of database {state.name!r} never hit a session"
+        if route is not None:
+            missed += f" of a request to {route!r}: pass the application, and the path as requested"
+            missed += " or the route's whole pattern"
+        raise AssertionError(f"{missed}.")
 
 
 def _provoke(connection: Connection, failure: str) -> None:

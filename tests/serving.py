@@ -18,7 +18,7 @@ import psycopg
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Engine, MetaData, Table, select, text
+from sqlalchemy import Connection, Engine, MetaData, Table, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -251,6 +251,13 @@ def route(
     endpoint = using(kind, Depends(dependency), body)
     # A response model, even of `Any`, is half of what a route costs.
     app.post(path, **{"status_code": 201, "response_model": None, **options})(endpoint)
+
+
+def of_the_transaction(session: Session) -> list[Connection]:
+    """Get the connections that the session's transaction has."""
+    # SQLAlchemy 2.1.7 and later.
+    found = getattr(session.get_transaction(), "connections", None)
+    return [session.connection()] if found is None else list(found)
 
 
 def copy(session: Session, *names: str) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Mapped, Session, registry
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, asking, async_sqlite, running, sqlite
-from tests.serving import SQLITE, Item, Kind, Rows, copy, items, route, using
+from tests.serving import SQLITE, Item, Kind, Rows, copy, items, of_the_transaction, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +84,17 @@ def over_the_transaction(session: Session) -> None:
     current = session.get_transaction()
     assert current is not None
     current.connection(None).execute(insert(items).values(name="lost"))
+
+
+def over_what_the_transaction_has(session: Session) -> None:
+    session.execute(select(Item)).close()
+    [connection] = of_the_transaction(session)
+    connection.execute(insert(items).values(name="lost"))
+
+
+def over_the_savepoint(session: Session) -> None:
+    with session.begin_nested() as savepoint:
+        savepoint.connection(None).execute(insert(items).values(name="lost"))
 
 
 CREATE_FUNCTION = text("CREATE FUNCTION made() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$")
@@ -182,6 +193,8 @@ WRITES: dict[str, Body] = {
         session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('lost')")
     ),
     "connection of the transaction": over_the_transaction,
+    "connections that the transaction has": over_what_the_transaction_has,
+    "connection of a savepoint": over_the_savepoint,
     "attribute that is deleted": delete_an_attribute,
     "attribute set to an expression": expression,
     "attribute of a subquery": part,

@@ -47,7 +47,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import ReadOnlySessionError, TransactionOptionsError
 from tests.conftest import MakeEngine
-from tests.serving import KINDS, Item, Kind, Rows, items, route, serve, using
+from tests.serving import KINDS, Item, Kind, Rows, items, of_the_transaction, route, serve, using
 
 LEVELS: tuple[Any, ...] = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
@@ -532,10 +532,17 @@ def over_the_transaction(session: Session) -> None:
     current.connection(None).execute(insert(Item).values(name="never"))
 
 
+def over_what_the_transaction_has(session: Session) -> None:
+    session.execute(select(1)).close()
+    [connection] = of_the_transaction(session)
+    connection.execute(insert(Item).values(name="never"))
+
+
 WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
 WRITES |= {
     "drop": executing(text("DROP TABLE item")),
     "connection of the transaction": over_the_transaction,
+    "connections that the transaction has": over_what_the_transaction_has,
     "create from a temporary table": executing(text("CREATE TABLE x AS SELECT * FROM pg_temp.y")),
     "alter": executing(text("ALTER TABLE item ADD x int")),
     "create": executing(CreateTable(Table("made", MetaData(), Column("id", Integer)))),

@@ -19,7 +19,7 @@ from fastapi_sqlnative import transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError
 from tests.in_process import ask, session_class
-from tests.serving import Item, Kind, Rows, copy, items
+from tests.serving import Item, Kind, Rows, copy, items, of_the_transaction
 
 pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
@@ -46,6 +46,20 @@ def in_a_raw_cursor(session: Session) -> None:
     cursor.close()
 
 
+def over_what_the_transaction_has(session: Session) -> None:
+    [connection] = of_the_transaction(session)
+    cursor = connection.connection.cursor()
+    swallow(lambda: cursor.execute("SELECT 1 / 0"))
+    cursor.close()
+
+
+def over_a_savepoints_connection(session: Session) -> None:
+    with session.begin_nested() as savepoint:
+        cursor = savepoint.connection(None).connection.cursor()
+    swallow(lambda: cursor.execute("SELECT 1 / 0"))
+    cursor.close()
+
+
 def over_the_connection(session: Session) -> None:
     swallow(lambda: session.connection().execute(FAILING))
 
@@ -61,7 +75,14 @@ def in_a_copy(session: Session) -> None:
     swallow(lambda: copy(session, "lost"))
 
 
-HANDED_OUT: list[Body] = [in_a_raw_cursor, over_the_connection, in_a_stream, in_a_copy]
+HANDED_OUT: list[Body] = [
+    in_a_raw_cursor,
+    over_what_the_transaction_has,
+    over_a_savepoints_connection,
+    over_the_connection,
+    in_a_stream,
+    in_a_copy,
+]
 
 
 @pytest.mark.parametrize("fail", HANDED_OUT)

@@ -40,8 +40,11 @@ class Outermost(Session):
         bind = super().get_bind(*args, **arguments)
         record = self.sqlnative
         record.asked = True
-        if record.executing and record.on_wanted is not None:
-            record.on_wanted(record)
+        if record.executing:
+            if record.on_wanted is not None:
+                record.on_wanted(record)
+        elif self.in_nested_transaction():
+            record.work.handed_out = True  # a savepoint's own connection() calls only this
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
         if record.options is AUTOCOMMIT and _TAKES_OPTIONS:

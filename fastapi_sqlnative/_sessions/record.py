@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Connection, Engine, exc
+from sqlalchemy import Connection, Engine, event, exc
 
 from .. import exceptions
 from .._drivers import failures, transactions
@@ -96,6 +96,12 @@ class Record(Holder):
         self.commits = True
         if any(map(transactions.autocommits, self.connections)):
             raise self.state.error(exceptions.TransactionOptionsError)
+
+    def hand_out(self, connection: Connection) -> None:
+        """Record that anything may be sent over a connection from now on."""
+        self.work.handed_out = True
+        if self.options is AUTOCOMMIT:
+            event.listen(connection, "before_cursor_execute", self.state.refuse_writes)
 
     def discard_connections(self) -> None:
         """Close connections that the session failed to close: SQLAlchemy no longer tracks them."""

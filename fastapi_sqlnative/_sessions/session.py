@@ -58,9 +58,7 @@ class NativeSession(Session):
         record.check_usable()
         connection: Connection = _recorded(record, super().connection, *args, **options)
         _recorded(record, begin, connection)
-        record.work.handed_out = True
-        if record.options is AUTOCOMMIT:
-            event.listen(connection, "before_cursor_execute", record.state.refuse_writes)
+        record.hand_out(connection)
         return connection
 
     def flush(self, *args: Any, **options: Any) -> None:

@@ -96,6 +96,21 @@ class BegunTransaction:
         connection: Connection = self._session.connection(arguments, execution_options)
         return connection
 
+    # SQLAlchemy 2.1.7 and later.
+
+    def bound_connection(self, *args: Any, **arguments: Any) -> Connection:
+        """Hand out the connection that it has for a bind."""
+        found: Connection = self.transaction.bound_connection(*args, **arguments)
+        self._session.sqlnative.hand_out(found)
+        return found
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """Hand out the connections that it has."""
+        for each in self.transaction.connections:
+            self._session.sqlnative.hand_out(each)
+        return self.transaction.connections
+
     def commit(self) -> None:
         """Commit the session, if this is still its transaction."""
         if self.transaction.is_active:

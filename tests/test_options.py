@@ -1,6 +1,7 @@
 """Rules 3 and 10: isolation level, read-only and reader, as the server itself sees them."""
 
 import functools
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import ReadOnlySessionError, TransactionOptionsError
 from tests.conftest import MakeEngine
+from tests.in_process import ask
 from tests.serving import KINDS, Item, Kind, Rows, items, of_the_transaction, route, serve, using
 
 LEVELS: tuple[Any, ...] = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
@@ -116,6 +118,25 @@ def test_options_hold_for_one_transaction(
         assert read_only_seen == ("on" if read_only else "off")
         for path in "/plain", "/raw":
             assert served.post(path).json() == ["read committed", "off", backend]
+
+
+@pytest.mark.skipif(
+    "execution_options" not in inspect.signature(Session).parameters,
+    reason="SQLAlchemy 2.1 and later",
+)
+@pytest.mark.anyio
+async def test_options_replace_those_of_the_sessions(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A transaction's own options hold, whatever `session_options` gives to all sessions."""
+    found: list[list[Any]] = []
+    given = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
+    options = {"session_options": {"execution_options": given}}
+    for dependency in transactional(isolation_level="SERIALIZABLE", read_only=True), get_db():
+        await ask(
+            engine, kind, dependency, lambda session: found.append(settings(session)), **options
+        )
+    assert [each[:2] for each in found] == [["serializable", "on"], ["repeatable read", "off"]]
 
 
 @pytest.mark.driver_decides

@@ -50,6 +50,9 @@ class Outermost(Session):
         if record.options is AUTOCOMMIT and _TAKES_OPTIONS:
             self.execution_options = self.execution_options.union(_AUTOCOMMIT)
             return bind
+        if _TAKES_OPTIONS and self.execution_options:  # they take precedence over the engine's
+            given = record.options.given_to(bind.dialect)
+            self.execution_options = self.execution_options.union(given)
         return record.engine_for(bind)
 
 

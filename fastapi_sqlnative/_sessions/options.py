@@ -44,6 +44,15 @@ class TransactionOptions:
     def __str__(self) -> str:
         return f"isolation_level={self.isolation_level!r}, read_only={self.read_only!r}"
 
+    def given_to(self, dialect: Dialect) -> dict[str, Any]:
+        """Return them as SQLAlchemy's execution options, as far as it has them."""
+        given: dict[str, Any] = {}
+        if self.isolation_level is not None:
+            given["isolation_level"] = self.isolation_level
+        if self.read_only and dialect.name == "postgresql":
+            given["postgresql_readonly"] = True
+        return given
+
     def check_known_to(self, dialect: Dialect, name: str) -> None:
         """Refuse options that the dialect doesn't support, before anything is sent."""
         # SQLAlchemy checks only after checkout, and the pool then loses an async connection.
@@ -67,12 +76,7 @@ AUTOCOMMIT: Final = TransactionOptions(isolation_level="AUTOCOMMIT")
 
 def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
     """Return an engine that shares this one's pool and sets the options."""
-    given: dict[str, Any] = {}
-    if options.isolation_level is not None:
-        given["isolation_level"] = options.isolation_level
-    if options.read_only and engine.dialect.name == "postgresql":
-        given["postgresql_readonly"] = True
-    optional = engine.execution_options(**given)
+    optional = engine.execution_options(**options.given_to(engine.dialect))
     if options.read_only and engine.dialect.name == "sqlite":
         event.listen(optional, "commit", _unset_read_only)
         event.listen(optional, "rollback", _unset_read_only)

@@ -1,6 +1,7 @@
 """Rule 11: what start-up finds in the routes, before a request can."""
 
 import functools
+import inspect
 import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -501,6 +502,22 @@ async def test_request_scope_around_ours_is_refused(ours: Callable[[str], Depend
     with pytest.raises(
         DatabaseDependencyError,
         match=r"'/items'.*'orders'.*scope=\"request\".*get_database_handle\('orders'\)",
+    ):
+        await start(app)
+
+
+@pytest.mark.skipif(
+    "max_concurrency" not in inspect.signature(Depends).parameters,
+    reason="this FastAPI has no such limit",
+)
+@pytest.mark.parametrize("ours", [get_db, transactional, reader])
+async def test_a_limit_around_ours_is_refused(ours: Callable[[str], Dependency]) -> None:
+    """`max_concurrency` would limit how many sessions are opened at a time, not how many live."""
+    app = FastAPI()
+    limit: dict[str, Any] = {"max_concurrency": 1}
+    with_route(app, Depends(ours("orders"), **limit))
+    with pytest.raises(
+        DatabaseDependencyError, match=r"'/items': max_concurrency .*'orders'.*def turn\(\): yield"
     ):
         await start(app)
 

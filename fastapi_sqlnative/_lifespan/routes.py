@@ -143,6 +143,13 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
             'scope="request" cannot work. Leave scope out; for work that outlives the response, '
             f"depend on get_database_handle({name!r})."
         )
+    if getattr(child, "concurrency", None) is not None:  # newer versions of FastAPI
+        raise DatabaseDependencyError(
+            f"max_concurrency around the session of database {name!r} cannot work: it would limit "
+            "how many are opened at a time, but not how many are in use. Put it on a generator of "
+            "your own, `async def turn(): yield`, in the route's dependencies=[Depends(turn, "
+            'scope="function", max_concurrency=...)].'
+        )
     if outlives is not None:
         above = name_of(outlives)
         raise DatabaseDependencyError(

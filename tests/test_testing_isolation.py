@@ -1509,6 +1509,23 @@ def test_sqlite_tells_what_a_commit_would_store(kind: Kind, tmp_path: Any) -> No
                 client.post("/update")
 
 
+def test_a_savepoints_own_connection_is_the_isolated_one(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """What a handler sends over the connection of its savepoint is undone with the rest."""
+    app = make_app(kind, engine)
+
+    def body(session: Session) -> None:
+        with session.begin_nested() as savepoint:
+            savepoint.connection(None).execute(items.insert().values(name="core"))
+
+    route(app, kind, "/savepoint", transactional(), body)
+    with TestClient(app) as client, isolated(app):
+        assert client.post("/savepoint").status_code == 201
+        assert client.post("/names").json() == ["core"]
+    assert rows.names == []
+
+
 def test_a_refused_end_in_memory_leaves_nothing() -> None:
     """The database stays, because it lives in its only connection, and the row does not."""
     shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}

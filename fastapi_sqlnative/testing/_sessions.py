@@ -31,7 +31,9 @@ class IsolatedSession(NativeSession):
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Wait for the turn and return the isolated connection; for inspection, the engine."""
         bind = super().get_bind(*args, **arguments)
-        if not (isinstance(bind, Engine) and self.sqlnative.executing):
+        # A savepoint's own connection() calls only this.
+        wanted = self.sqlnative.executing or self.in_nested_transaction()
+        if not (isinstance(bind, Engine) and wanted):
             return bind
         # The open connection can't change its isolation level. SQLAlchemy 2.0 sets none here.
         given = getattr(self, "execution_options", {})

@@ -46,6 +46,7 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import ReadOnlySessionError, TransactionOptionsError
 from tests.conftest import MakeEngine
 from tests.in_process import ask
@@ -120,10 +121,27 @@ def test_options_hold_for_one_transaction(
             assert served.post(path).json() == ["read committed", "off", backend]
 
 
-@pytest.mark.skipif(
+needs_options_of_sessions = pytest.mark.skipif(
     "execution_options" not in inspect.signature(Session).parameters,
     reason="SQLAlchemy 2.1 and later",
 )
+
+
+@needs_options_of_sessions
+@pytest.mark.parametrize(
+    "dependency", [transactional(isolation_level="SERIALIZABLE", read_only=True), reader()]
+)
+@pytest.mark.anyio
+async def test_the_engine_of_a_session_with_options_is_the_applications_own(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Callable[..., Any]
+) -> None:
+    """`get_bind()` returns what was installed, so that `get_async_bind()` finds its AsyncEngine."""
+    found: list[Any] = []
+    await ask(engine, kind, dependency, lambda session: found.append(session.get_bind()))
+    assert found == [sync_engine(engine)]
+
+
+@needs_options_of_sessions
 @pytest.mark.anyio
 async def test_options_replace_those_of_the_sessions(
     kind: Kind, engine: Engine, rows: Rows

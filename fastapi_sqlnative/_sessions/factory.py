@@ -12,16 +12,16 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
-from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
+from .options import NO_OPTIONS, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
 from .transaction import depth_of, has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
-# with options, which costs time for each connection and statement.
+# with options, which costs time for each connection and statement, and which get_async_bind()
+# does not know.
 _TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
-_AUTOCOMMIT: Final = {"isolation_level": "AUTOCOMMIT"}
 
 
 class Outermost(Session):
@@ -47,12 +47,11 @@ class Outermost(Session):
             record.work.handed_out = True  # a savepoint's own connection() calls only this
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
-        if record.options is AUTOCOMMIT and _TAKES_OPTIONS:
-            self.execution_options = self.execution_options.union(_AUTOCOMMIT)
-            return bind
-        if _TAKES_OPTIONS and self.execution_options:  # they take precedence over the engine's
+        if _TAKES_OPTIONS:
             given = record.options.given_to(bind.dialect)
             self.execution_options = self.execution_options.union(given)
+            if not (record.options.read_only and bind.dialect.name == "sqlite"):
+                return bind
         return record.engine_for(bind)
 
 

@@ -110,7 +110,7 @@ async def _cancellable(
     # Not by asyncio.timeout(), which cancels in the event loop's next iteration: by then the task
     # may have sent its COMMIT.
     def cancel() -> None:
-        if ours or unit.may_be_cancelled:
+        if unit.may_be_cancelled or (ours and not unit.has_stored):
             unit.cancelled = True
             task.cancel()
             again = None if ours else asyncio.get_running_loop().call_later(_GRACE, cancel)

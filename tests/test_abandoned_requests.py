@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any
 
 import anyio
@@ -176,6 +176,45 @@ async def test_a_body_is_not_taken_from_the_endpoint(kind: Kind, app: FastAPI, r
             assert client.post(path, content=big).json() == len(big)
             assert client.post(path, content=chunks()).json() == 2 * len(big)
             assert client.get(path).json() == 0
+
+
+async def test_a_body_that_is_still_sent_is_not_collected() -> None:
+    """An endpoint that streams a body gets each part as it comes: an upload may be large."""
+    app, sent = FastAPI(), list[int]()
+
+    async def parts() -> AsyncGenerator[bytes]:
+        for number in 1, 2:
+            sent.append(number)
+            yield b"a"
+
+    @app.post("/", dependencies=[Depends(EVERY)])
+    async def endpoint(request: Request) -> list[int]:
+        return [len(sent) async for _ in request.stream()]
+
+    async with running(app) as client:
+        for headers in {}, {"content-length": "2"}:
+            sent.clear()
+            answer = await client.post("/", content=parts(), headers=headers)
+            assert answer.json()[:2] == [1, 2]
+
+
+async def test_a_client_that_has_gone_before_is_noticed() -> None:
+    """A client that goes away before the endpoint begins ends the request like any other."""
+    app, sent = FastAPI(), list[Any]()
+
+    @app.get("/", dependencies=[Depends(cancel_on_disconnect())])
+    async def endpoint() -> None:
+        await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 499
 
 
 @asynchronous

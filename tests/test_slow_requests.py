@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSock
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, create_engine, event, insert, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -24,6 +25,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from conftest import WorkerPostgres
 from fastapi_sqlnative import (
     Database,
+    cancellation,
     dependencies,
     get_database_handle,
     get_db,
@@ -391,6 +393,59 @@ async def test_an_error_of_the_endpoints_own_stays(app: FastAPI, rows: Rows) -> 
             raise HTTPException(418) from None
 
     assert await status_after(app, rows, fail) == 418
+
+
+def fail_late(session: Session) -> None:
+    session.execute(text("SELECT 1"))
+    time.sleep(SOON)
+    raise IntegrityError(None, None, ValueError())
+
+
+def have_less_time(session: Session) -> None:
+    session.execute(text("SET LOCAL statement_timeout = 50"))
+    session.execute(SLOW)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "body", "error"),
+    [(SOON, fail_late, IntegrityError), (60, have_less_time, DBAPIError)],
+)
+async def test_a_database_error_of_the_endpoints_own_stays(
+    kind: Kind,
+    app: FastAPI,
+    rows: Rows,
+    seconds: float,
+    body: Callable[[Session], None],
+    error: type[Exception],
+) -> None:
+    """A failure that is not the deadline's timeout stays, however late or alike it is."""
+    route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(seconds))])
+    async with running(app) as client:
+        with pytest.raises(error):
+            await client.post("/")
+
+
+@asynchronous
+async def test_what_a_cancelled_endpoint_commits_is_left_alone(
+    app: FastAPI, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cancelled endpoint has stored by its own commit is not answered with a 504."""
+    monkeypatch.setattr(cancellation, "_GRACE", SOON)
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        session.add(Item(name="a"))
+        await session.flush()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await session.commit()
+        await asyncio.sleep(2 * SOON)  # when what still waits would be cancelled once more
+
+    async with running(app) as client:
+        await connect(app)
+        assert (await client.post("/")).status_code == 200
+    assert rows.names == ["a"]
 
 
 @asynchronous

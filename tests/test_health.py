@@ -1157,7 +1157,10 @@ async def test_an_application_without_a_database_is_not_ready() -> None:
     app = FastAPI()
     app.include_router(health_router(checks={"mine": lambda: True}))
     async with running(app) as client:
-        assert (await ready(client))[0] == 503
+        assert await ready(client) == (
+            503,
+            {"status": "not_started", "databases": {}, "checks": {}},
+        )
 
 
 async def test_an_application_that_failed_to_start_is_not_ready() -> None:
@@ -1196,8 +1199,15 @@ async def test_a_run_that_has_ended_is_not_remembered() -> None:
 
 
 async def test_draining_shows_at_once(log: pytest.LogCaptureFixture) -> None:
-    """From the call on it is not ready, whatever answer still stands, and serves everything."""
+    """From the call on it is not ready, whatever answer stands or hangs, and serves everything."""
     app = healthy(max_age=60)
+    asked: list[object] = []
+
+    def note(app: FastAPI) -> bool:
+        asked.append(app)
+        return True
+
+    app.include_router(health_router(prefix="/other", checks={"mine": note}))
 
     @app.get("/work")
     def work(session: Annotated[Session, Depends(get_db())]) -> Any:
@@ -1209,6 +1219,8 @@ async def test_draining_shows_at_once(log: pytest.LogCaptureFixture) -> None:
         start_draining(app)
         draining = {"status": "draining", "databases": {}, "checks": {}}
         assert await ready(client) == (503, draining)
+        assert await ready(client, "/other/ready") == (503, draining)
+        assert asked == []
         assert await ready(client, "/health/live") == (200, {"status": "alive"})
         assert (await client.get("/work")).json() == 7
     assert len(log.records) == 1

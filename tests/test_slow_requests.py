@@ -811,6 +811,41 @@ async def test_a_cancellation_by_another_beside_its_own_is_passed_on() -> None:
     assert asking.cancelled()
 
 
+async def test_a_task_of_the_endpoints_own_is_passed_on() -> None:
+    """An endpoint that waits for a task that was cancelled has missed no deadline."""
+    app = FastAPI()
+
+    @app.get("/", dependencies=[Depends(deadline(60))])
+    async def endpoint() -> None:
+        task = asyncio.create_task(asyncio.sleep(60))
+        task.cancel()
+        await task
+
+    async with running(app) as client:
+        with pytest.raises(asyncio.CancelledError):
+            await client.get("/")
+
+
+async def test_a_clean_up_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two deadlines that are missed one cancels, and nothing more once the request has ended."""
+    monkeypatch.setattr(cancellation, "_GRACE", 0.3)
+    app, cleaned = FastAPI(), asyncio.Event()
+
+    @app.get("/", dependencies=[Depends(deadline(0.05)), Depends(deadline(0.1))])
+    async def endpoint() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            cleaned.set()
+
+    async with running(app) as client:
+        assert (await client.get("/")).status_code == 504
+        assert cleaned.is_set()
+        await asyncio.sleep(0.3)
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr] # this is one
+
+
 def test_methods_in_one_string_are_refused() -> None:
     """They would be letters, and no request would ever be cancelled."""
     with pytest.raises(TypeError, match=r"pass methods=\('POST',\)"):

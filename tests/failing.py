@@ -427,6 +427,11 @@ def no_such_zone(session: Session, _server: Server) -> None:
     session.execute(text("SELECT now() AT TIME ZONE CAST(:zone AS text)"), {"zone": "canary"}).all()
 
 
+def lost_beyond(session: Session, _server: Server) -> None:
+    """Fail as a foreign table does whose own server is away."""
+    session.execute(text("DO $$BEGIN RAISE EXCEPTION 'canary' USING ERRCODE = '08006'; END$$"))
+
+
 def bad_setting(session: Session, _server: Server) -> None:
     session.execute(text("SET LOCAL statement_timeout = 'canary'"))
 

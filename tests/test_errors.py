@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import (
     CheckConstraint,
     Column,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -455,9 +456,11 @@ Table(
     Column("email", String),
     UniqueConstraint("bank", "number"),
     UniqueConstraint("email", name="uq_same"),
+    ForeignKeyConstraint(["email"], ["other.email"], name="fk_email"),
     CheckConstraint("id > 0", name="ck_id"),
 )
 account = METADATA.tables["account"]
+Index("ix_bank_number", account.c.bank, account.c.number)
 Index("ix_email", account.c.email, account.c.bank, unique=True)
 Index("ix_lower_email", func.lower(account.c.email), unique=True)
 Table("other", METADATA, Column("email", String), UniqueConstraint("email", name="uq_same"))
@@ -503,6 +506,7 @@ def test_metadata_names_a_constraints_columns_exactly_or_not_at_all(
         ("account.number, account.bank", "uq_account_bank_number"),
         ("account.email", "uq_same"),
         ("account.bank", None),
+        ("account.id", None),
         ("unheard_of.email", None),
     ],
 )
@@ -522,6 +526,20 @@ def test_metadata_names_the_constraint_of_what_sqlite_states(
     assert (found.constraint, found.table, found.columns) == (constraint, table, tuple(names))
 
 
+@pytest.mark.parametrize(
+    ("table", "rows"), [("account (email NOT NULL)", "(NULL)"), ('"a.b" (c UNIQUE)', "(1), (1)")]
+)
+def test_metadata_names_no_constraint_of_which_nothing_is_said(table: str, rows: str) -> None:
+    """A key on a column that must not be null is not violated, nor is one on no columns at all."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+        memory.execute(f"CREATE TABLE {table}")
+        with pytest.raises(sqlite3.Error) as caught:
+            memory.execute(f"INSERT INTO {table.partition(' ')[0]} VALUES {rows}")
+    found = describe_database_error(caught.value, metadata=METADATA)
+    assert found is not None
+    assert found.constraint is None
+
+
 LONG = "uq_a_table_with_a_name_of_some_length_a_column_with_a_name_of_some_length"
 CUT = MetaData(naming_convention={"uq": "uq_%(table_name)s_%(column_0_name)s"})
 Table(
@@ -532,6 +550,11 @@ Table(
 )
 Table("parted", CUT, Column("id", Integer), Column("year", Integer))
 parted = CUT.tables["parted"]
+Index("uq_year", parted.c.year, unique=True)
+elsewhere = Table("elsewhere", CUT, Column("id", Integer), Column("year", Integer))
+Index("uq_elsewhere", elsewhere.c.id, elsewhere.c.year, unique=True)
+OF_ITS_OWN = f"uq_{'long' * 20}"
+Table("wide", CUT, Column("id", Integer), UniqueConstraint("id", name=OF_ITS_OWN))
 Index("uq_parted", parted.c.id, parted.c.year, unique=True)
 
 
@@ -564,6 +587,15 @@ def test_metadata_knows_a_name_that_was_too_long(postgres: WorkerPostgres) -> No
         assert mapped(error, **rules).detail == "Taken."
 
 
+@pytest.mark.parametrize(("kept", "known"), [(63, True), (10, False)])
+def test_metadata_knows_a_name_that_the_server_has_cut(kept: int, known: bool) -> None:
+    """A name that SQLAlchemy doesn't shorten is found by what PostgreSQL keeps, and by no less."""
+    stated = OF_ITS_OWN[:kept]
+    found = describe_database_error(wrapped(Named(stated)), metadata=CUT)
+    assert found is not None
+    assert found.constraint == (OF_ITS_OWN if known else stated)
+
+
 PARTITIONS = (
     "CREATE TABLE parted (id int, year int, UNIQUE (id, year)) PARTITION BY RANGE (year)",
     "CREATE TABLE parted_2024 PARTITION OF parted FOR VALUES FROM (2024) TO (2025)",
@@ -587,8 +619,16 @@ PARTITIONS = (
             ],
             "log_id_year_key",
         ),
+        (
+            [
+                "ALTER TABLE parted_2024"
+                " ADD CONSTRAINT fk FOREIGN KEY (id, year) REFERENCES log (id, year)",
+                "INSERT INTO parted VALUES (2, 2024)",
+            ],
+            "fk",
+        ),
     ],
-    ids=["table", "cte", "partition", "another-table", "trigger"],
+    ids=["table", "cte", "partition", "another-table", "trigger", "another-constraint"],
 )
 def test_metadata_knows_the_key_of_a_partitioned_table(
     postgres: WorkerPostgres, statements: list[str], constraint: str
@@ -599,6 +639,7 @@ def test_metadata_knows_the_key_of_a_partitioned_table(
     )
     assert found is not None
     assert found.constraint == constraint
+    assert (found.table == "parted") is (constraint == "uq_parted")
 
 
 # --- any object ---------------------------------------------------------------------------------
@@ -675,6 +716,13 @@ def mapped(error: Exception, **options: Any) -> HTTPException:
     found = map_database_error(error, **options)
     assert isinstance(found, HTTPException)
     return found
+
+
+def test_a_block_answers_a_drivers_own_error() -> None:
+    """What a driver raises outside of SQLAlchemy is a failure as well."""
+    with pytest.raises(HTTPException) as caught, http_errors(unique="Taken."):
+        raise UNIQUE
+    assert (caught.value.status_code, caught.value.detail) == (409, "Taken.")
 
 
 def test_a_mapped_failure_keeps_its_cause(caplog: pytest.LogCaptureFixture) -> None:

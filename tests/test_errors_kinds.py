@@ -263,6 +263,7 @@ TABLE = (
             MYSQL: Cell(Kind.UNAVAILABLE, "2013", retryable=True),
         },
     ),
+    Row(failing.lost_beyond, {POSTGRES: Cell(Kind.UNAVAILABLE, "08006")}),
     Row(
         failing.pool_timeout,
         dict.fromkeys((POSTGRES, SQLITE, MYSQL), Cell(Kind.POOL_TIMEOUT, None)),

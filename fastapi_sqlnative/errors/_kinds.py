@@ -109,7 +109,7 @@ def describe_database_error(
         kind = next((kind for class_, kind in _CLASSES.items() if isinstance(each, class_)), None)
         if kind is not None:
             return DatabaseErrorDescription(kind, transient=kind in _TRANSIENT)
-        if isinstance(each, Exception) and server_of(each) is not None:
+        if server_of(each) is not None:
             each = exc.DBAPIError(None, None, each)
         if isinstance(each, exc.DBAPIError) and isinstance(each.orig, BaseException):
             return _describe(each, metadata)

@@ -833,7 +833,7 @@ def problems(app: FastAPI) -> FastAPI:
 
     @app.get("/context")
     def context() -> None:
-        raise HTTPException(403, {"needs": "admin"})
+        raise HTTPException(400, {"needs": "admin"})
 
     @app.get("/unchanged")
     def unchanged() -> None:
@@ -847,7 +847,7 @@ def test_every_error_can_be_a_problem() -> None:
     app = problems(FastAPI())
     install_error_handlers(app, problem_details=True, every_error=True)
     validate_openapi(app.openapi())
-    documented = app.openapi()["paths"]["/invalid"]["post"]["responses"]["422"]["content"]
+    documented = app.openapi()["paths"]["/invalid"]["post"]["responses"]["422"]
     with TestClient(app) as client:
         missing = client.get("/missing")
         assert (missing.headers["content-type"], missing.headers["x-own"]) == (PROBLEM, "1")
@@ -863,7 +863,8 @@ def test_every_error_can_be_a_problem() -> None:
     where = [each.get("pointer") or each["parameter"] for each in invalid.json()["errors"]]
     assert where == ["page", "#/tags/a~1b"]
     assert no_json.json()["errors"][0]["pointer"] == "#"
-    assert list(documented) == [PROBLEM]
+    assert list(documented["content"]) == [PROBLEM]
+    assert documented["description"].startswith("Unprocessable")
 
 
 @pytest.mark.parametrize(
@@ -939,6 +940,9 @@ def test_the_document_with_error_responses_is_valid(problem_details: bool) -> No
     media = "application/problem+json" if problem_details else "application/json"
     assert set(responses["409"]["content"]) == {media}
     assert set(responses["422"]["content"]) == {media, "application/json"}
+    detail = responses["422"]["content"]["application/json"]["schema"]["properties"]["detail"]
+    types = [each["type"] for each in detail["anyOf"]]
+    assert types == (["array"] if problem_details else ["string", "array"])
     assert "Retry-After" in responses["503"]["headers"]
     assert "headers" not in responses["409"]
 
@@ -955,8 +959,13 @@ def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_detail
     @app.get("/without")
     def without() -> None: ...
 
+    @app.websocket("/without")
+    @app.post("/without")
     @app.post("/deep")
     def deep(_: Annotated[None, Depends(through)]) -> None: ...
+
+    @app.get("/number")
+    def number(number: int) -> None: ...
 
     @router.get("/reading", responses={503: {"description": "Own words."}})
     @router.post("/reading")
@@ -967,6 +976,7 @@ def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_detail
     validate_openapi(document)
     paths = document["paths"]
     assert set(paths["/without"]["get"]["responses"]) == {"200"}
+    assert list(paths["/number"]["get"]["responses"]["422"]["content"]) == ["application/json"]
     assert set(paths["/deep"]["post"]["responses"]) == {"200", "409", "503"}
     assert set(paths["/in/reading"]["get"]["responses"]) == {"200", "503"}
     assert paths["/in/reading"]["get"]["responses"]["503"]["description"] == "Own words."
@@ -979,8 +989,10 @@ def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_detail
 def test_error_responses_are_those_asked_for() -> None:
     """Only the statuses that these kinds have here are documented, replaced rows too."""
     rule = ErrorRule("Later.", 429, retry_after=3)
-    found = error_responses("unique", DatabaseErrorKind.CHECK, deadlock=rule)
+    found = error_responses(DatabaseErrorKind.CHECK, "unique", deadlock=rule)
     assert list(found) == [409, 422, 429]
+    mixed = error_responses("unavailable", stale=ErrorRule(status=503))
+    assert "Retry-After" in mixed[503]["headers"]
     with pytest.raises(TypeError, match="uniqe"):
         error_responses("uniqe")
 
@@ -1021,7 +1033,7 @@ def test_only_routes_with_a_database_document_its_failures(engine: Engine) -> No
     document = app.openapi()
     assert list(document["paths"]["/nothing"]["get"]["responses"]) == ["200"]
     app = FastAPI()
-    app.openapi = lambda: {"paths": {"/own": {"post": {"operationId": "own"}}}}  # type: ignore[method-assign] # FastAPI's own way to replace it
+    app.openapi = lambda: {"paths": {"/own": {"summary": "", "post": {"operationId": "own"}}}}  # type: ignore[method-assign] # FastAPI's own way to replace it
     install_error_handlers(app, problem_details=True, every_error=True)
     app.post("/own")(nothing)
     assert app.openapi()["paths"]["/own"]["post"] == {"operationId": "own"}

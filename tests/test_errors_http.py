@@ -939,6 +939,8 @@ def test_the_document_with_error_responses_is_valid(problem_details: bool) -> No
     assert set(responses) == {"200", "403", "409", "422", "500", "503", "504"}
     media = "application/problem+json" if problem_details else "application/json"
     assert set(responses["409"]["content"]) == {media}
+    required = responses["409"]["content"][media]["schema"]["required"]
+    assert required == (["type", "title", "status", "detail"] if problem_details else ["detail"])
     assert set(responses["422"]["content"]) == {media, "application/json"}
     detail = responses["422"]["content"]["application/json"]["schema"]["properties"]["detail"]
     types = [each["type"] for each in detail["anyOf"]]

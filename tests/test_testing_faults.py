@@ -17,6 +17,7 @@ from sqlalchemy import (
     String,
     Table,
     create_engine,
+    event,
     exc,
     make_url,
     select,
@@ -33,6 +34,7 @@ from fastapi_sqlnative import (
     installed_databases,
     transactional,
 )
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, TransactionAbortedError
 from fastapi_sqlnative.testing import (
     fail_next_checkout,
@@ -160,12 +162,19 @@ def app(driver: Driver, url: str) -> FastAPI:
             session.execute(text("INSERT INTO sqlnative_note (name) VALUES ('swallowed')"))
 
     def roll_back(session: Session) -> None:
-        add(session)
+        session.add(Note(name="note"))
         try:
             session.commit()
         except Exception:
             session.rollback()
             raise
+
+    def release(session: Session) -> None:
+        try:
+            with session.begin_nested():
+                add(session)
+        except exc.DBAPIError as error:
+            raise AssertionError("The savepoint failed.") from error
 
     async def retried_async() -> None:
         async def work(session: Any) -> None:
@@ -181,6 +190,8 @@ def app(driver: Driver, url: str) -> FastAPI:
     route(app, kind, "/flush", transactional(), flush)
     route(app, kind, "/roll-back", get_db(), roll_back)
     route(app, kind, "/swallow", transactional(), swallow)
+    route(app, kind, "/release", transactional(), release)
+    route(app, kind, "/nothing", get_db(), lambda session: session.commit())
     route(app, kind, "/names", transactional(), names)
     route(
         app,
@@ -242,13 +253,17 @@ def check_a_failure_that_passes(
 
 @pytest.mark.driver_decides
 def test_a_connection_lost_in_a_statement(
-    app: FastAPI, client: TestClient, subtests: pytest.Subtests
+    app: FastAPI, client: TestClient, setting: tuple[Driver, bool], subtests: pytest.Subtests
 ) -> None:
-    """The transaction is gone, and the next request has another connection."""
+    """The transaction is gone, and the next request has another connection, if not isolated."""
+    discarded: list[object] = []
+    engine = sync_engine(installed_databases(app)["default"].engine)
+    event.listen(engine, "invalidate", lambda *args: discarded.append(args))
     for path in "/add", "/flush":
         with subtests.test(path):
             check_a_connection_lost_in_a_statement(app, client, path)
         client.post("/clear")
+    assert bool(discarded) is not setting[1]
 
 
 def check_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, path: str) -> None:
@@ -297,6 +312,14 @@ def test_a_failure_that_is_swallowed(app: FastAPI, client: TestClient, driver: D
     assert client.post("/names").json() == ([] if gives_up else ["before"])
 
 
+def test_a_lost_connection_that_is_swallowed(app: FastAPI, client: TestClient) -> None:
+    """What was written before it is lost with it, and no success is answered."""
+    lost = fail_next_statement(app, "connection_lost", containing="swallowed")
+    with lost, pytest.raises((TransactionAbortedError, exc.PendingRollbackError)):
+        client.post("/swallow")
+    assert client.post("/names").json() == []
+
+
 def test_an_exhausted_pool(app: FastAPI, client: TestClient) -> None:
     """It is SQLAlchemy's own error, at once and once."""
     with pytest.raises(exc.TimeoutError) as raised, fail_next_checkout(app):
@@ -322,6 +345,16 @@ def test_what_was_never_hit_fails_the_test(app: FastAPI, client: TestClient) -> 
     ):
         client.post("/names")
     assert client.post("/names").json() == ["note"]
+    assert client.post("/clear").status_code == 201
+
+
+def test_a_commit_is_one_that_stores(app: FastAPI, client: TestClient) -> None:
+    """Neither a commit of nothing nor the release of a savepoint meets what fails a COMMIT."""
+    with fail_next_commit(app, "serialization"):
+        assert client.post("/nothing").status_code == 201
+        with pytest.raises(exc.DBAPIError):
+            client.post("/release")
+    assert client.post("/names").json() == []
 
 
 def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient) -> None:

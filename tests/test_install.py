@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -460,16 +460,21 @@ def test_an_application_starts_again_on_another_event_loop(
     read_once(app)
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "aiosqlite", "psycopg-sync"])
+@pytest.mark.parametrize("driver", ["psycopg", "aiosqlite", "psycopg-sync", "asyncpg"])
 def test_a_driver_that_knows_no_event_loop_needs_no_hook(
     driver: str, postgres: WorkerPostgres
 ) -> None:
-    """psycopg, aiosqlite and sync drivers start again on another event loop without a hook."""
+    """psycopg, aiosqlite and sync drivers start again on another event loop without a hook.
+
+    asyncpg does with a pool that keeps nothing.
+    """
     engine: Engine | AsyncEngine
     if driver == "aiosqlite":
         engine = async_sqlite()
     elif driver == "psycopg":
         engine = create_async_engine(postgres.url("psycopg"))
+    elif driver == "asyncpg":
+        engine = create_async_engine(postgres.url("asyncpg"), poolclass=NullPool)
     else:
         engine = create_engine(postgres.url("psycopg"))
     app = reading_app(engine)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, WebSocket
 from sqlalchemy import Engine, create_engine, select
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
@@ -21,7 +21,7 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.testing import IsolationError, async_client, isolated, override_database
 from tests.conftest import MakeEngine
-from tests.in_process import note_disposal
+from tests.in_process import async_sqlite, note_disposal, sqlite, start_and_stop
 from tests.serving import Item, Kind, Rows, route
 
 Handle = Annotated[Any, Depends(get_database_handle())]
@@ -238,3 +238,15 @@ def test_health_follows(kind: Kind, app: FastAPI, rows: Rows) -> None:
         with override_database(app, "default", nowhere):
             assert client.get("/health/ready").status_code == 503
         assert client.get("/health/ready").status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_ready_engine_is_left_to_the_test() -> None:
+    """One that the session options do not fit fails the start, and stays open for its owner."""
+    app, log, engine = FastAPI(), list[str](), sqlite()
+    install_database(app, engine=async_sqlite, session_options={"class_": AsyncSession})
+    note_disposal(engine, log)
+    with override_database(app, "default", engine), pytest.raises(TypeError, match="class_"):
+        await start_and_stop(app)
+    assert log == []
+    engine.dispose()

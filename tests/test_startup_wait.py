@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 import struct
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative._lifespan import lifespan
 from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
 from tests.conftest import MakeEngine
-from tests.in_process import async_sqlite, running, start_and_stop
+from tests.in_process import running, sqlite, start_and_stop
 from tests.postgres_server import PostgresServer
 from tests.serving import KINDS, Kind, Rows, holding, named, until, wait_until
 
@@ -199,9 +200,10 @@ async def test_without_startup_wait_nothing_connects(
 
 
 async def test_a_database_that_answers_is_asked_once(warnings: Warnings) -> None:
-    """A database that is there costs one round trip, and no log line."""
-    app = FastAPI()
-    install_database(app, engine=async_sqlite, startup_wait=5)
+    """A database that is there costs one round trip, however slow, and no log line."""
+    app, engine = FastAPI(), sqlite()
+    event.listen(engine, "do_connect", lambda *_: time.sleep(0.2))
+    install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=5)
     await start_and_stop(app)
     assert warnings.messages == []
 

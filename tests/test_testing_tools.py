@@ -29,12 +29,17 @@ from fastapi_sqlnative.testing.fixtures import (  # noqa: F401 - used by their n
     isolated_client,
     statements,
 )
-from tests.in_process import async_sqlite
+from tests.in_process import async_sqlite, sqlite
 from tests.serving import Item, Kind, Rows, route
 
 
 def add(session: Session) -> None:
     session.add(Item(name="added"))
+
+
+def add_nested(session: Session) -> None:
+    with session.begin_nested():
+        session.add(Item(name="nested"))
 
 
 def names(session: Session) -> list[str]:
@@ -46,6 +51,7 @@ def app(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     route(app, kind, "/add", transactional(), add)
+    route(app, kind, "/nested", transactional(), add_nested)
     route(app, kind, "/names", reader(), names)
     route(app, kind, "/db-names", get_db(), names)
     return app
@@ -63,8 +69,13 @@ def test_statements_of_a_route(app: FastAPI, isolate: bool, rows: Rows) -> None:
         assert len(captured.queries) == 1
         assert captured[1].database == "default"
         with capture_statements(app) as captured:
+            client.post("/nested")
+        words = ["BEGIN", "SAVEPOINT", "INSERT", "RELEASE", "COMMIT"]
+        assert [each.split()[0] for each in captured.texts] == words
+        with capture_statements(app) as captured:
             client.post("/names")
             assert [each.sql.split()[0] for each in captured.queries] == ["SELECT"]
+            assert isolate or len(captured) == 1
             captured.clear()
             client.post("/db-names")
         assert [each.split()[0] for each in captured.texts] == ["BEGIN", "SELECT", "ROLLBACK"]
@@ -79,9 +90,19 @@ def test_statements_of_one_engine(engine: Engine | AsyncEngine, app: FastAPI, ro
         database = installed_databases(app)["default"]
         with capture_statements(engine) as one, capture_statements(database) as other:
             client.post("/add")
-    assert one.texts == other.texts != []
+    assert one == other != []
     with pytest.raises(DatabaseNotInstalledError), capture_statements(FastAPI()):
         pass
+
+
+def test_statements_before_the_start() -> None:
+    """A ready engine's are there even if the application has not started."""
+    app, engine = FastAPI(), sqlite()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    with capture_statements(app) as captured, engine.connect() as connection:
+        connection.execute(select(1)).close()
+    assert [each.split()[0] for each in captured.texts] == ["BEGIN", "SELECT", "ROLLBACK"]
+    engine.dispose()
 
 
 def test_the_fixtures(

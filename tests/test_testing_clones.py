@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -52,12 +53,24 @@ def make_app(kind: Kind, engine: Any) -> FastAPI:
     return app
 
 
-def test_templates_that_nobody_would_drop_are_refused(kind: Kind, make_engine: MakeEngine) -> None:
-    """They are made within their block only, not without it and not after it."""
+def databases(rows: Rows) -> int:
+    """Count those made of this worker's database: others clone at the same time."""
+    asked = "SELECT count(*) FROM pg_database WHERE datname ~ ('^' || %s || '_[0-9]+_')"
+    found = rows.connection.execute(asked, [rows.connection.info.dbname]).fetchone()
+    assert found is not None
+    return int(found[0])
+
+
+def test_templates_that_nobody_would_drop_are_refused(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """They are made within their block only, not without it and not after it, and dropped."""
     app = make_app(kind, make_engine())
     templates = Templates(prepare)
+    before = databases(rows)
     with templates, cloned(app, templates=templates):
-        pass
+        assert databases(rows) == before + 2
+    assert databases(rows) == before
     for each in (templates, Templates(prepare)):
         with pytest.raises(RuntimeError, match="with Templates"), cloned(app, templates=each):
             pass
@@ -69,22 +82,17 @@ def test_each_block_has_a_database_of_its_own(
 ) -> None:
     """It begins as the template, stores what is committed, and is gone afterwards."""
     app = make_app(kind, make_engine() if given == "engine" else make_engine)
-    # Those of this worker's database alone: others clone at the same time.
-    databases = "SELECT count(*) FROM pg_database WHERE datname ~ ('^' || %s || '_[0-9]+_')"
-    name = [rows.connection.info.dbname]
     for _ in range(2):
         with cloned(app, templates=templates):
-            before = rows.connection.execute(databases, name).fetchone()
+            before = databases(rows)
             with TestClient(app) as client, ThreadPoolExecutor(4) as threads:
                 assert client.post("/names").json() == ["seeded"]
                 assert client.post("/add").status_code == 201
                 answers = threads.map(lambda _: client.post("/names").json(), range(4))
                 assert [*answers] == [["added", "seeded"]] * 4
-        after = rows.connection.execute(databases, name).fetchone()
-        assert before is not None
-        assert after is not None
-        assert before[0] == after[0] + 1
-    assert rows.names == []
+        assert databases(rows) == before - 1
+    with TestClient(app) as client:
+        assert client.post("/names").json() == rows.names == []
 
 
 def test_a_template_that_could_not_be_prepared_leaves_no_connection(
@@ -133,12 +141,17 @@ def test_a_clone_inside_another_hides_it(
 def test_an_engine_that_has_connections_already(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """Those that wait in its pool lead to the installed database, and are not used in a clone."""
+    """Those that wait in its pool lead to one database, and are not used for the other."""
     engine: Any = make_engine()
     app = make_app(kind, engine)
     engine.connect().close()
-    with cloned(app, templates=templates), TestClient(app) as client:
-        assert client.post("/names").json() == ["seeded"]
+    with cloned(app, templates=templates):
+        with TestClient(app) as client:
+            assert client.post("/names").json() == ["seeded"]
+        engine.connect().close()
+    with engine.connect() as connection:
+        assert connection.scalars(select(Item.name)).all() == []
+    engine.dispose()
 
 
 def test_two_names_of_one_database_share_its_clone(
@@ -285,16 +298,18 @@ def test_an_engine_with_a_creator_is_refused(tmp_path: Path, templates: Template
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
-def test_sqlite(asynchronous: bool, tmp_path: Path, templates: Templates) -> None:
-    """A file is copied."""
+def test_sqlite(asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is copied, and removed at the end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     engine: Engine | AsyncEngine = (
         create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/a.db")
         if asynchronous
         else create_engine(f"sqlite:///{tmp_path}/a.db")
     )
     app = make_app(Kind("", "", asynchronous), engine)
-    for _ in range(2):
-        with cloned(app, templates=templates), TestClient(app) as client:
-            assert client.post("/add").status_code == 201
-            assert client.post("/names").json() == ["added", "seeded"]
-    assert not (tmp_path / "a.db").exists()
+    with Templates(prepare) as templates:
+        for _ in range(2):
+            with cloned(app, templates=templates), TestClient(app) as client:
+                assert client.post("/add").status_code == 201
+                assert client.post("/names").json() == ["added", "seeded"]
+    assert [*tmp_path.iterdir()] == []

@@ -95,6 +95,16 @@ def test_statements_of_one_engine(engine: Engine | AsyncEngine, app: FastAPI, ro
         pass
 
 
+def test_statements_around_an_isolated_block(app: FastAPI, rows: Rows) -> None:
+    """A block that is entered later is not captured itself, and what is inside looks the same."""
+    with capture_statements(app) as captured:
+        with isolated(app), TestClient(app) as client:
+            client.post("/names")
+            captured.clear()
+            client.post("/add")
+        assert [each.split()[0] for each in captured.texts] == ["BEGIN", "INSERT", "COMMIT"]
+
+
 def test_statements_before_the_start() -> None:
     """A ready engine's are there even if the application has not started."""
     app, engine = FastAPI(), sqlite()

@@ -141,14 +141,13 @@ def test_a_clone_inside_another_hides_it(
 def test_an_engine_that_has_connections_already(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """Those that wait in its pool lead to one database, and are not used for the other."""
+    """Those that wait in its pool lead to one database, and are never used for another one."""
     engine: Any = make_engine()
-    app = make_app(kind, engine)
+    app = make_app(kind, make_engine())
+    install_database(app, name="second", engine=engine)  # shares the first one's clone
     engine.connect().close()
-    with cloned(app, templates=templates):
-        with TestClient(app) as client:
-            assert client.post("/names").json() == ["seeded"]
-        engine.connect().close()
+    with cloned(app, templates=templates), engine.connect() as connection:
+        assert connection.scalars(select(Item.name)).all() == ["seeded"]
     with engine.connect() as connection:
         assert connection.scalars(select(Item.name)).all() == []
     engine.dispose()

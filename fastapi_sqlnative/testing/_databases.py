@@ -202,6 +202,7 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
                 installation.engine = partial(_build, given, copies[template])
                 undo.callback(setattr, installation, "engine", given)
             else:
+                _wait_for(dispose, engine)  # idle connections lead to the installed database
                 undo.callback(_wait_for, dispose, engine)
                 undo.callback(_redirect(sync_engine(engine), copies[template], []))
         yield

@@ -184,6 +184,7 @@ async def test_a_start_does_not_wait_for_ever(
         )
         with pytest.raises(Exception, match=r"Database 'late' did not answer in 0\.5 s"):
             await start_and_stop(app)
+    assert len(warnings.messages) < 8  # with pauses
 
 
 async def test_without_startup_wait_nothing_connects(
@@ -205,6 +206,22 @@ async def test_a_database_that_answers_is_asked_once(warnings: Warnings) -> None
     event.listen(engine, "do_connect", lambda *_: time.sleep(0.2))
     install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=5)
     await start_and_stop(app)
+    assert warnings.messages == []
+
+
+async def test_a_mistake_fails_the_start_at_once(warnings: Warnings) -> None:
+    """What is no failure of the database is raised as it is, with the note that tells whose."""
+    app, engine = FastAPI(), sqlite()
+
+    def fail(*_: object) -> None:
+        raise LookupError
+
+    event.listen(engine, "do_connect", fail)
+    install_database(app, engine=engine, startup_wait=20)
+    with pytest.raises(LookupError) as raised:
+        await start_and_stop(app)
+    note = "Database 'default' answered with an error that waiting will not fix."
+    assert raised.value.__notes__ == [note]
     assert warnings.messages == []
 
 

@@ -610,10 +610,12 @@ async def test_a_running_application_logs_a_line(
 
 def test_mounted_applications_are_asked_too(server: Badly) -> None:
     """Databases of mounted applications have rows of their own, told apart where names meet."""
-    app, mounted = FastAPI(), FastAPI()
+    app, mounted, between = FastAPI(), FastAPI(), FastAPI()
     for each in app, mounted:
         install_database(each, engine=create_engine(url_of(server, "psycopg")))
-    app.mount("/mounted", mounted)
+    for path, above in ("/mounted", app), ("/again", app), ("/mounted", between):
+        above.mount(path, mounted)
+    app.mount("/between", between)
     lines: list[str] = []
     findings = asyncio.run(check_databases(app, progress=lines.append))
     assert {"default", "default (2)"} < {each.database for each in findings}

@@ -374,6 +374,20 @@ def test_pgbouncer_is_found(server: Badly, pgbouncer: PgBouncer, driver: str) ->
 
 
 ANYBODY = "server not verified"
+
+
+@pytest.mark.pgbouncer
+def test_a_pooler_that_no_url_names_is_not_this_machine(pgbouncer: PgBouncer) -> None:
+    """The server that it shares a machine with knows nothing of where we are."""
+
+    def create() -> Any:
+        where = {"host": "127.0.0.1", "port": pgbouncer.port}
+        return asyncpg.connect(**where, user="shop", database="postgres", statement_cache_size=0)
+
+    created = create_async_engine("postgresql+asyncpg://", async_creator=create)
+    assert row(check(created), "TLS") == ("warning", ANYBODY)
+
+
 OF_LIBPQ = {"host": "db.example", "hostaddr": "127.0.0.1"}
 
 
@@ -477,6 +491,7 @@ def test_mariadb_as_it_comes_is_found(driver: str, mariadb: str) -> None:
     assert set(warnings(findings)) == {
         *("statement timeout", "idle in transaction", "pre-ping", "role", "connections")
     }
+    assert row(findings, "role") == ("warning", "has all privileges")
     assert row(findings, "writes") == ("ok", "writable")
     limits = "SET SESSION max_statement_time = 5, idle_transaction_timeout = 30"
     options: dict[str, Any] = {"connect_args": {"init_command": limits}, "pool_pre_ping": True}
@@ -534,6 +549,22 @@ def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
     assert status == "unknown"
     assert detail == "InsufficientPrivilege: permission denied for view pg_stat_activity"
     assert row(findings, "pooler") == ("ok", "none")
+
+
+def test_a_connection_that_is_lost_is_one_row(server: Badly) -> None:
+    """A database that goes away in the middle is a row like one that is away, not one for each."""
+
+    class Losing(psycopg.Cursor[Any]):
+        def execute(self, query: Any, *args: Any, **options: Any) -> Any:
+            if "lock_timeout" in str(query):
+                with psycopg.connect(server.url) as other:
+                    pid = self.connection.info.backend_pid
+                    other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+            return super().execute(query, *args, **options)
+
+    losing = {"cursor_factory": Losing}
+    (found,) = check(create_engine(url_of(server, "psycopg"), connect_args=losing))
+    assert (found.subject, found.status) == ("answer", "no answer")
 
 
 # --- what it leaves alone -----------------------------------------------------------------------

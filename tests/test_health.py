@@ -966,18 +966,23 @@ async def test_the_deadline_is_one_for_everything() -> None:
 
 
 async def test_a_check_survives_a_process_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When no thread can be started the check is down, and up again when one can."""
+    """When no thread can be started a sync check is down, and up again when one can."""
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    app = healthy(async_sqlite(), checks={"cache": lambda: True})
+    async def asynchronous() -> bool:
+        return True
+
+    checks = {"cache": lambda: True, "own": asynchronous}
+    app = healthy(async_sqlite(), checks=checks)
     async with running(app) as client:
-        assert await ready(client) == (200, report(cache="up"))  # its connection has a thread
+        both_up = 200, report(cache="up", own="up")
+        assert await ready(client) == both_up  # its connection has a thread
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
-            assert (await ready(client))[1]["checks"] == {"cache": "down"}
-        assert await ready(client) == (200, report(cache="up"))
+            assert (await ready(client))[1]["checks"] == {"cache": "down", "own": "up"}
+        assert await ready(client) == both_up
 
 
 async def test_a_check_is_logged_when_it_changes(log: pytest.LogCaptureFixture) -> None:

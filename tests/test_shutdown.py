@@ -224,7 +224,7 @@ async def test_a_hook_that_hangs_ends_at_its_deadline(
     hook.end()
     [error] = raised.value.exceptions
     assert isinstance(error, TimeoutError)
-    assert "did not end within" in str(error)
+    assert "did not end within 0.1 s" in str(error)
     assert error.__notes__ == ["In the shutdown hook of database 'hanging'."]
     assert log == ["first"]
     await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)  # left behind

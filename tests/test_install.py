@@ -867,6 +867,10 @@ async def test_installed_databases_is_a_mapping() -> None:
         assert [type(each) for each in databases.values()] == [AsyncDatabase, Database]
         assert databases["one"].name == "one"
         assert databases.get("three") is None
+        asynchronous = installed_databases(app, AsyncDatabase)
+        assert asynchronous["one"].name == "one"
+        with pytest.raises(TypeError, match="'two' is Database, not AsyncDatabase"):
+            asynchronous["two"]
     with pytest.raises(DatabaseNotStartedError):
         databases["one"]
 

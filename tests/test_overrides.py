@@ -197,3 +197,29 @@ def test_an_override_ends_with_its_removal(kind: Kind, app: FastAPI, rows: Rows)
         app.dependency_overrides.clear()
         assert served.post("/").status_code == 201
     assert rows.names == ["a"]
+
+
+def test_an_override_beside_a_reader_may_write(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A route that only reads does not keep the override of another dependency from writing."""
+    app, engine = FastAPI(), make_engine()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def user() -> None: ...
+
+    def add_user(session: Session) -> None:
+        session.add(Item(name="user"))
+        session.commit()
+
+    app.dependency_overrides[user] = using(kind, Depends(get_db()), add_user)
+    names = select(Item.name)
+    body: Callable[[Session], Any] = lambda session: session.scalars(names).all()  # noqa: E731
+    read = Depends(using(kind, Depends(reader()), body))  # before the user
+
+    @app.get("/", dependencies=[read, Depends(user)])
+    def endpoint(found: Annotated[Any, Depends(using(kind, Depends(reader()), body))]) -> Any:
+        return found
+
+    with serve(app) as served:
+        assert served.client.get("/").json() == ["user"]

@@ -92,11 +92,6 @@ def over_what_the_transaction_has(session: Session) -> None:
     connection.execute(insert(items).values(name="lost"))
 
 
-def over_the_savepoint(session: Session) -> None:
-    with session.begin_nested() as savepoint:
-        savepoint.connection(None).execute(insert(items).values(name="lost"))
-
-
 CREATE_FUNCTION = text("CREATE FUNCTION made() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$")
 
 
@@ -194,7 +189,6 @@ WRITES: dict[str, Body] = {
     ),
     "connection of the transaction": over_the_transaction,
     "connections that the transaction has": over_what_the_transaction_has,
-    "connection of a savepoint": over_the_savepoint,
     "attribute that is deleted": delete_an_attribute,
     "attribute set to an expression": expression,
     "attribute of a subquery": part,

@@ -121,40 +121,63 @@ def test_options_hold_for_one_transaction(
             assert served.post(path).json() == ["read committed", "off", backend]
 
 
-needs_options_of_sessions = pytest.mark.skipif(
+@pytest.mark.parametrize(
+    ("dependency", "expected"),
+    [
+        (transactional(isolation_level="SERIALIZABLE", read_only=True), ["serializable", "on"]),
+        (reader(), ["read committed", "off"]),
+    ],
+)
+@pytest.mark.anyio
+async def test_options_hold_where_a_listener_asks_the_server_first(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any], expected: list[str]
+) -> None:
+    """SQLAlchemy's recipe for a ping begins the transaction before the session can."""
+    found: list[list[Any]] = []
+    event.listen(sync_engine(engine), "engine_connect", lambda each: each.scalar(select(1)))
+    await ask(engine, kind, dependency, lambda session: found.append(settings(session)[:2]))
+    assert found == [expected]
+
+
+@pytest.mark.anyio
+async def test_options_hold_where_a_savepoint_comes_first(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """The options apply to the transaction around a savepoint, and to the savepoint."""
+    found: list[list[Any]] = []
+
+    def body(session: Session) -> None:
+        with session.begin_nested():
+            found.append(settings(session)[:2])
+        found.append(settings(session)[:2])
+
+    dependency = transactional(isolation_level="SERIALIZABLE", read_only=True)
+    await ask(engine, kind, dependency, body)
+    assert found == [["serializable", "on"]] * 2
+
+
+@pytest.mark.skipif(
     "execution_options" not in inspect.signature(Session).parameters,
     reason="SQLAlchemy 2.1 and later",
 )
-
-
-@needs_options_of_sessions
-@pytest.mark.parametrize(
-    "dependency", [transactional(isolation_level="SERIALIZABLE", read_only=True), reader()]
-)
+@pytest.mark.parametrize("of", ["session", "engine"])
 @pytest.mark.anyio
-async def test_the_engine_of_a_session_with_options_is_the_applications_own(
-    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Callable[..., Any]
+async def test_options_replace_those_that_the_application_gives(
+    kind: Kind, engine: Engine, rows: Rows, of: str
 ) -> None:
-    """`get_bind()` returns what was installed, so that `get_async_bind()` finds its AsyncEngine."""
-    found: list[Any] = []
-    await ask(engine, kind, dependency, lambda session: found.append(session.get_bind()))
-    assert found == [sync_engine(engine)]
-
-
-@needs_options_of_sessions
-@pytest.mark.anyio
-async def test_options_replace_those_of_the_sessions(
-    kind: Kind, engine: Engine, rows: Rows
-) -> None:
-    """A transaction's own options hold, whatever `session_options` gives to all sessions."""
+    """A transaction's own hold, whatever `session_options` or the engine give to all sessions."""
     found: list[list[Any]] = []
-    given = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
-    options = {"session_options": {"execution_options": given}}
+    given: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
+    options: dict[str, Any] = {"session_options": {"execution_options": given}}
+    if of == "engine":
+        engine, options = engine.execution_options(**given), {}
     for dependency in transactional(isolation_level="SERIALIZABLE", read_only=True), get_db():
         await ask(
             engine, kind, dependency, lambda session: found.append(settings(session)), **options
         )
     assert [each[:2] for each in found] == [["serializable", "on"], ["repeatable read", "off"]]
+    await ask(engine, kind, reader(), lambda session: found.append(settings(session)), **options)
+    assert found[-1][0] == "read committed"  # AUTOCOMMIT
 
 
 @pytest.mark.driver_decides

@@ -59,9 +59,6 @@ LATE: dict[str, Callable[[Session, Node], Any]] = {
     "add_all": lambda session, _: session.add_all([Item(name="late")]),
     "merge": lambda session, row: session.merge(row),
     "delete": lambda session, row: session.delete(row),
-    # SQLAlchemy 2.1 and later.
-    "delete_all": lambda session, row: session.delete_all([row]),
-    "merge_all": lambda session, row: session.merge_all([row], load=False),
     "refresh": lambda session, row: session.refresh(row),
     "begin": lambda session, _: session.begin(),
     "begin_nested": lambda session, _: session.begin_nested(),

@@ -127,6 +127,7 @@ def routes(kind: Kind) -> list[BaseRoute]:
         ("/swallow", transactional(), swallow),
         ("/forgotten", get_db(), add("forgotten")),
         ("/read-only", transactional(read_only=True), add("refused")),
+        ("/read", transactional(read_only=True), names),
         ("/level", transactional(isolation_level="SERIALIZABLE"), names),
         ("/names", reader(), names),
         ("/db-names", get_db(), names),
@@ -182,7 +183,8 @@ def test_requests_do_what_they_always_do(block: tuple[TestClient, Session], rows
     assert client.post("/late").status_code == 201
     assert client.post("/again").status_code == 500  # the position is, at COMMIT
     assert client.post("/read-only").status_code == 500
-    assert client.post("/level").json() == ["added", "kept", "late", "nested"]
+    for path in "/level", "/read":
+        assert client.post(path).json() == ["added", "kept", "late", "nested"]
     for path in "/names", "/db-names":
         assert client.post(path).json() == ["added", "kept", "late", "nested"]
     assert rows.names == []
@@ -1507,23 +1509,6 @@ def test_sqlite_tells_what_a_commit_would_store(kind: Kind, tmp_path: Any) -> No
             assert client.post("/add").status_code == 201
             with pytest.raises(UncommittedChangesError):
                 client.post("/update")
-
-
-def test_a_savepoints_own_connection_is_the_isolated_one(
-    kind: Kind, engine: Engine, rows: Rows
-) -> None:
-    """What a handler sends over the connection of its savepoint is undone with the rest."""
-    app = make_app(kind, engine)
-
-    def body(session: Session) -> None:
-        with session.begin_nested() as savepoint:
-            savepoint.connection(None).execute(items.insert().values(name="core"))
-
-    route(app, kind, "/savepoint", transactional(), body)
-    with TestClient(app) as client, isolated(app):
-        assert client.post("/savepoint").status_code == 201
-        assert client.post("/names").json() == ["core"]
-    assert rows.names == []
 
 
 def test_a_refused_end_in_memory_leaves_nothing() -> None:

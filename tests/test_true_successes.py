@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import Engine, Sequence, func, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import (
     Mapped,
@@ -23,7 +23,7 @@ from sqlalchemy.orm import (
 from fastapi_sqlnative import AsyncDatabase, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, running
-from tests.serving import KINDS, Kind, Rows, items
+from tests.serving import KINDS, Item, Kind, Rows, items
 
 pytestmark = pytest.mark.anyio
 
@@ -69,6 +69,21 @@ async def test_what_the_application_has_stored_is_not_forgotten(
     """A commit by any of SQLAlchemy's means is a commit."""
     assert await ask(engine, kind, dependency, body) == 201
     assert rows.names == ["stored"]
+
+
+async def test_an_ended_transaction_hands_out_no_connection(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """It raises SQLAlchemy's own error, and begins nothing that somebody would have to end."""
+
+    def body(session: Session) -> None:
+        transaction = session.begin()
+        transaction.commit()
+        with pytest.raises(ResourceClosedError):
+            transaction.connection(Item.__mapper__)
+        assert not session.in_transaction()
+
+    assert await ask(engine, kind, get_db(), body) == 201
 
 
 # -- attributes that no table keeps ------------------------------------------------------------

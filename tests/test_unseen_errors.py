@@ -53,13 +53,6 @@ def over_what_the_transaction_has(session: Session) -> None:
     cursor.close()
 
 
-def over_a_savepoints_connection(session: Session) -> None:
-    with session.begin_nested() as savepoint:
-        cursor = savepoint.connection(None).connection.cursor()
-    swallow(lambda: cursor.execute("SELECT 1 / 0"))
-    cursor.close()
-
-
 def over_the_connection(session: Session) -> None:
     swallow(lambda: session.connection().execute(FAILING))
 
@@ -78,7 +71,6 @@ def in_a_copy(session: Session) -> None:
 HANDED_OUT: list[Body] = [
     in_a_raw_cursor,
     over_what_the_transaction_has,
-    over_a_savepoints_connection,
     over_the_connection,
     in_a_stream,
     in_a_copy,

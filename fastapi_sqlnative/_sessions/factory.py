@@ -12,15 +12,14 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
-from .options import NO_OPTIONS, begin_with
+from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
 from .transaction import depth_of, has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
-# with options, which costs time for each connection and statement, and which get_async_bind()
-# does not know.
+# with options, which costs time for each connection and statement.
 _TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
 
 
@@ -40,19 +39,24 @@ class Outermost(Session):
         bind = super().get_bind(*args, **arguments)
         record = self.sqlnative
         record.asked = True
-        if record.executing:
-            if record.on_wanted is not None:
-                record.on_wanted(record)
-        elif self.in_nested_transaction():
-            record.work.handed_out = True  # a savepoint's own connection() calls only this
+        if record.executing and record.on_wanted is not None:
+            record.on_wanted(record)
         if record.options is NO_OPTIONS or not isinstance(bind, Engine):
             return bind
-        if _TAKES_OPTIONS:
-            given = record.options.given_to(bind.dialect)
+        given = record.options.given_to(bind.dialect)
+        if _TAKES_OPTIONS and _sets_options(self, bind, given):
             self.execution_options = self.execution_options.union(given)
-            if not (record.options.read_only and bind.dialect.name == "sqlite"):
+            if record.options is AUTOCOMMIT:
                 return bind
         return record.engine_for(bind)
+
+
+def _sets_options(session: Outermost, engine: Engine, given: Mapping[str, Any]) -> bool:
+    """Return whether a session sets its options by itself, not only by an engine with options."""
+    if given.keys() & {*session.execution_options, *engine.get_execution_options()}:
+        return True  # the application's own would take precedence over those of such an engine
+    # A reader, which that makes faster, but no listener may begin its transaction before.
+    return session.sqlnative.options is AUTOCOMMIT and not engine.dispatch.engine_connect
 
 
 def native_class(base: type[Session]) -> type[Session]:

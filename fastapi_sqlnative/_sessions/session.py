@@ -99,20 +99,10 @@ class NativeSession(Session):
         self.sqlnative.check_unfinished()
         super().delete(*args, **options)
 
-    def delete_all(self, *args: Any, **options: Any) -> None:
-        """Delete objects, unless the session is finished."""
-        self.sqlnative.check_unfinished()
-        super().delete_all(*args, **options)
-
     def merge(self, *args: Any, **options: Any) -> Any:
         """Merge an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         return super().merge(*args, **options)
-
-    def merge_all(self, *args: Any, **options: Any) -> Any:
-        """Merge objects, unless the session is finished."""
-        self.sqlnative.check_unfinished()
-        return super().merge_all(*args, **options)
 
     def refresh(self, *args: Any, **options: Any) -> None:
         """Refresh an object, unless the session is finished."""

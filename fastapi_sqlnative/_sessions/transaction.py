@@ -92,6 +92,8 @@ class BegunTransaction:
         self, bindkey: Any, execution_options: Any = None, **arguments: Any
     ) -> Connection:
         """Hand out a connection, as the session's own `connection()` does."""
+        if not self.transaction.is_active:
+            return self.transaction.connection(bindkey)  # raises SQLAlchemy's own error
         arguments["mapper"] = bindkey
         connection: Connection = self._session.connection(arguments, execution_options)
         return connection

@@ -31,13 +31,12 @@ class IsolatedSession(NativeSession):
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Wait for the turn and return the isolated connection; for inspection, the engine."""
         bind = super().get_bind(*args, **arguments)
-        # A savepoint's own connection() calls only this.
-        wanted = self.sqlnative.executing or self.in_nested_transaction()
-        if not (isinstance(bind, Engine) and wanted):
+        if not (isinstance(bind, Engine) and self.sqlnative.executing):
             return bind
-        # The open connection can't change its isolation level. SQLAlchemy 2.0 sets none here.
+        # The open connection can't change its transaction. SQLAlchemy 2.0 sets no options here.
         given = getattr(self, "execution_options", {})
-        kept = {key: given[key] for key in given if key != "isolation_level"}
+        set_before = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
+        kept = {key: given[key] for key in given if key not in set_before}
         self.execution_options = immutabledict(kept)
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -198,6 +199,27 @@ def test_a_handler_that_rolls_back_after_a_refused_commit(
     assert client.post("/late").status_code == 201
     assert client.post("/instead").status_code == 201
     assert client.post("/names").json() == ["instead", "late"]
+    assert rows.names == []
+
+
+@pytest.mark.skipif(
+    "execution_options" not in inspect.signature(Session).parameters,
+    reason="SQLAlchemy 2.1 and later",
+)
+def test_options_of_the_applications_sessions(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Those that a transaction begins with are left out, like the level of one."""
+    app, engine = FastAPI(), make_engine()
+    given = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
+    options = {"execution_options": given}
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+    route(app, kind, "/add", transactional(isolation_level="SERIALIZABLE"), add("added"))
+    route(app, kind, "/read", transactional(read_only=True), names)
+    with TestClient(app) as client, isolated(app) as session:
+        session.add(Item(name="mine"))
+        assert client.post("/add").status_code == 201
+        assert client.post("/read").json() == names(session) == ["added", "mine"]
     assert rows.names == []
 
 

@@ -55,7 +55,7 @@ def _sets_options(session: Outermost, engine: Engine, given: Mapping[str, Any]) 
     """Return whether a session sets its options by itself, not only by an engine with options."""
     if given.keys() & {*session.execution_options, *engine.get_execution_options()}:
         return True  # the application's own would take precedence over those of such an engine
-    # A reader, which that makes faster, but no listener may begin its transaction before.
+    # It makes a reader faster, but fails if a listener has begun the transaction before.
     return session.sqlnative.options is AUTOCOMMIT and not engine.dispatch.engine_connect
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
@@ -14,6 +14,12 @@ from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
 from ._connections import IsolatedConnection
 from ._turns import Turn, joins_flow
+
+
+def settable(given: Mapping[str, Any]) -> immutabledict[str, Any]:
+    """Leave out the execution options that a connection in its transaction can't change."""
+    fixed = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
+    return immutabledict({key: given[key] for key in given if key not in fixed})
 
 
 class IsolatedSession(NativeSession):
@@ -33,11 +39,8 @@ class IsolatedSession(NativeSession):
         bind = super().get_bind(*args, **arguments)
         if not (isinstance(bind, Engine) and self.sqlnative.executing):
             return bind
-        # The open connection can't change its transaction. SQLAlchemy 2.0 sets no options here.
-        given = getattr(self, "execution_options", {})
-        set_before = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
-        kept = {key: given[key] for key in given if key not in set_before}
-        self.execution_options = immutabledict(kept)
+        # SQLAlchemy 2.0 sets no options here.
+        self.execution_options = settable(getattr(self, "execution_options", {}))
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
         self.isolated.add(isolated)

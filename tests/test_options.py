@@ -121,6 +121,13 @@ def test_options_hold_for_one_transaction(
             assert served.post(path).json() == ["read committed", "off", backend]
 
 
+needs_options_of_sessions = pytest.mark.skipif(
+    "execution_options" not in inspect.signature(Session).parameters,
+    reason="SQLAlchemy 2.1 and later",
+)
+
+
+@needs_options_of_sessions  # before, SQLAlchemy warns of such a listener
 @pytest.mark.parametrize(
     ("dependency", "expected"),
     [
@@ -156,10 +163,7 @@ async def test_options_hold_where_a_savepoint_comes_first(
     assert found == [["serializable", "on"]] * 2
 
 
-@pytest.mark.skipif(
-    "execution_options" not in inspect.signature(Session).parameters,
-    reason="SQLAlchemy 2.1 and later",
-)
+@needs_options_of_sessions
 @pytest.mark.parametrize("of", ["session", "engine"])
 @pytest.mark.anyio
 async def test_options_replace_those_that_the_application_gives(

@@ -83,8 +83,8 @@ def build(make_engine: MakeEngine) -> Callable[[], Engine | AsyncEngine]:
 def use_all(client: TestClient) -> None:
     assert client.post("/add").status_code == 201
     assert client.post("/background").status_code == 201
-    with client.websocket_connect("/socket"):
-        pass
+    with client.websocket_connect("/socket") as socket:
+        assert socket.receive()["type"] == "websocket.close"  # a client that leaves cancels it
     everything = {"added", "background", "socket"}
     assert set(client.post("/names").json()) == everything
     assert set(client.post("/mounted/names").json()) == everything

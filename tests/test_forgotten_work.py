@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.orm import Mapped, Session, registry
+from sqlalchemy.orm import Mapped, Session, SessionTransaction, registry
 
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
@@ -89,6 +89,15 @@ def over_the_transaction(session: Session) -> None:
 def over_what_the_transaction_has(session: Session) -> None:
     session.execute(select(Item)).close()
     [connection] = of_the_transaction(session)
+    connection.execute(insert(items).values(name="lost"))
+
+
+def over_the_bound_connection(session: Session) -> None:
+    session.execute(select(Item)).close()
+    # SQLAlchemy 2.1.7 and later.
+    known = hasattr(SessionTransaction, "bound_connection")
+    transaction: Any = session.get_transaction()
+    connection = transaction.bound_connection() if known else session.connection()
     connection.execute(insert(items).values(name="lost"))
 
 
@@ -189,6 +198,7 @@ WRITES: dict[str, Body] = {
     ),
     "connection of the transaction": over_the_transaction,
     "connections that the transaction has": over_what_the_transaction_has,
+    "bound connection of the transaction": over_the_bound_connection,
     "attribute that is deleted": delete_an_attribute,
     "attribute set to an expression": expression,
     "attribute of a subquery": part,

@@ -49,6 +49,7 @@ from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
 from fastapi_sqlnative.databases import sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotInstalledError
 from fastapi_sqlnative.health import CheckResult, ReadinessCheck
+from fastapi_sqlnative.testing import override_database
 from tests.conftest import MakeEngine
 from tests.in_process import (
     async_sqlite,
@@ -495,6 +496,16 @@ async def test_a_refused_connection_is_down(
     assert record.exc_info is not None
     assert "seldom-seen" not in log.text
     assert "Connect" in log.text or "connect" in log.text
+
+
+async def test_an_engine_that_stands_in_is_asked(engine: AnyEngine, refused: AnyEngine) -> None:
+    """With `override_database` in a running application, readiness is about the other database."""
+    app = healthy(engine)
+    async with running(app) as client:
+        assert await ready(client) == (200, report())
+        with override_database(app, "default", refused):
+            assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+        assert await ready(client) == (200, report())
 
 
 async def test_the_body_tells_nobody_where_the_database_is(

@@ -53,10 +53,10 @@ class Outermost(Session):
 
 def _sets_options(session: Outermost, engine: Engine, given: Mapping[str, Any]) -> bool:
     """Return whether a session sets its options by itself, not only by an engine with options."""
-    if given.keys() & {*session.execution_options, *engine.get_execution_options()}:
-        return True  # the application's own would take precedence over those of such an engine
-    # It makes a reader faster, but fails if a listener has begun the transaction before.
-    return session.sqlnative.options is AUTOCOMMIT and not engine.dispatch.engine_connect
+    if session.sqlnative.options is AUTOCOMMIT and not engine.dispatch.engine_connect:
+        return True  # faster, but it fails if a listener has begun the transaction before
+    # The application's own would take precedence over those of such an engine.
+    return bool(given.keys() & {*session.execution_options, *engine.get_execution_options()})
 
 
 def native_class(base: type[Session]) -> type[Session]:

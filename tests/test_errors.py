@@ -500,6 +500,15 @@ def test_metadata_names_a_constraints_columns_exactly_or_not_at_all(
     assert without.columns == ()
 
 
+def refused_by_sqlite(table: str, rows: str) -> sqlite3.Error:
+    """Return SQLite's error for rows that a table's constraints do not allow."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+        memory.execute(f"CREATE TABLE {table}")
+        with pytest.raises(sqlite3.Error) as caught:
+            memory.execute(f"INSERT INTO {table.partition(' ')[0]} VALUES {rows}")
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("paths", "constraint"),
     [
@@ -517,11 +526,8 @@ def test_metadata_names_the_constraint_of_what_sqlite_states(
     table = paths.partition(".")[0]
     names = [path.partition(".")[2] for path in paths.split(", ")]
     columns, row = ", ".join(names), ", ".join("1" for _ in names)
-    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
-        memory.execute(f"CREATE TABLE {table} ({columns}, UNIQUE ({columns}))")
-        with pytest.raises(sqlite3.Error) as caught:
-            memory.execute(f"INSERT INTO {table} VALUES ({row}), ({row})")
-    found = describe_database_error(caught.value, metadata=METADATA)
+    error = refused_by_sqlite(f"{table} ({columns}, UNIQUE ({columns}))", f"({row}), ({row})")
+    found = describe_database_error(error, metadata=METADATA)
     assert found is not None
     assert (found.constraint, found.table, found.columns) == (constraint, table, tuple(names))
 
@@ -531,11 +537,7 @@ def test_metadata_names_the_constraint_of_what_sqlite_states(
 )
 def test_metadata_names_no_constraint_of_which_nothing_is_said(table: str, rows: str) -> None:
     """A key on a column that must not be null is not violated, nor is one on no columns at all."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
-        memory.execute(f"CREATE TABLE {table}")
-        with pytest.raises(sqlite3.Error) as caught:
-            memory.execute(f"INSERT INTO {table.partition(' ')[0]} VALUES {rows}")
-    found = describe_database_error(caught.value, metadata=METADATA)
+    found = describe_database_error(refused_by_sqlite(table, rows), metadata=METADATA)
     assert found is not None
     assert found.constraint is None
 

@@ -36,24 +36,12 @@ def applications_in(app: Starlette) -> list[Starlette]:
 
 def routes_with_a_database(app: Starlette) -> list[Any]:
     """List the routes that depend on one of our sessions or handles."""
-    return [route for route in routes_of(app.routes) if any(_opened_by(route))]
+    return [route for route in routes_of(app.routes) if _opens(getattr(route, "dependant", None))]
 
 
-def only_reads(route: Any, name: str) -> bool:
-    """Return whether a route asks for no session of a database but the reader's."""
-    opened = {*_opened_by(route)}
-    return (name, "reader") in opened and (name, "session") not in opened
-
-
-def _opened_by(route: Any) -> Iterator[tuple[str, str]]:
-    """Yield the name of each database that a route depends on, and what it opens of it."""
-    below: list[Dependant] = getattr(getattr(route, "dependant", route), "dependencies", [])
-    for each in below:
-        opens = getattr(each.call, "opens", None)
-        if opens != "reader":  # which depends on get_db only for its overrides
-            yield from _opened_by(each)
-        if opens is not None:
-            yield getattr(each.call, "name", ""), opens
+def _opens(dependant: Dependant | None) -> bool:
+    below = [] if dependant is None else dependant.dependencies
+    return any(getattr(each.call, "opens", None) is not None or _opens(each) for each in below)
 
 
 def is_frontend(scope: Mapping[str, Any]) -> bool:

@@ -51,14 +51,7 @@ class UnitOfWork:
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session of the same database, or an override's session itself."""
         record = self._record_of(session)
-        if record is None or record.options is AUTOCOMMIT:
-            return session  # an override's session, the application's own, or already the reader
-        name = record.state.name
-        shared = record.shared or self._found(name, reads=True)
-        if shared or not self._running.only_reads(self.scope, name):
-            return await self.session(name, reads=True)
-        record.options = AUTOCOMMIT  # nobody else has it: FastAPI got it for the reader
-        return session
+        return session if record is None else await self.session(record.state.name, reads=True)
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end, unless it comes from an override."""
@@ -77,18 +70,11 @@ class UnitOfWork:
     def _record_of(self, session: AnySession) -> Record | None:
         return next((record for each, record in self._opened if each is session), None)
 
-    def _found(self, name: str, *, reads: bool) -> AnySession | None:
+    async def session(self, name: str, *, reads: bool = False) -> AnySession:
+        """Return the request's one session for a database, or its one reader."""
         for session, record in self._opened:
             if record.state.name == name and (record.options is AUTOCOMMIT) is reads:
                 return session
-        return None
-
-    async def session(self, name: str, *, reads: bool = False) -> AnySession:
-        """Return the request's one session for a database, or its one reader."""
-        found = self._found(name, reads=reads)
-        if found is not None:
-            record_of(found).shared = True
-            return found
         database = self._running.database(name)
         # Not a websocket, which would keep its place for as long as the client stays.
         is_http = self.scope.get("type") == "http"  # scopes of FastStream and the like have no type

@@ -7,13 +7,10 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from inspect import Parameter, Signature
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from fastapi import Depends
+from fastapi import Depends, FastAPI
 from fastapi.requests import HTTPConnection
-from fastapi.routing import request_response
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ._lifespan.running import running_for, trimmed
 from ._sessions.holders import UNIT
@@ -29,6 +26,11 @@ from .exceptions import DatabaseDependencyError
 _FUNCTION_STACK: Final = "fastapi_function_astack"
 # Our own key for the stack that the request's unit of work ends with, or has ended with.
 _STACK: Final = "fastapi_sqlnative_stack"
+
+
+# The parameter of transactional(name) and reader(name) by which an override of get_db(name) reaches
+# them.
+ONLY_FOR_OVERRIDES: Final = "session"
 
 
 def unit_of(connection: HTTPConnection, stack: AsyncExitStack | None = None) -> UnitOfWork:
@@ -57,23 +59,42 @@ async def _end_of_request(connection: HTTPConnection) -> AsyncGenerator[UnitOfWo
 IN_UNIT_OF_WORK: Final[Any] = Depends(_end_of_request, scope="function")
 
 
-def _has_function_stack() -> bool:
-    """Run FastAPI's request handling once and look for the stack."""
-    found: list[object] = []
-
-    async def look(request: Request) -> Response:
-        found.append(request.scope.get(_FUNCTION_STACK))
-        return Response()
-
-    async def nothing(*_: object) -> Any: ...
-
-    serving: Any = request_response(look)({"type": "http", "headers": []}, nothing, nothing)
-    with suppress(StopIteration):
-        serving.send(None)  # runs the coroutine to its end, because nothing in it waits
-    return isinstance(found[0], AsyncExitStack)
+_keyword: Final = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
+_CONNECTION: Final = _keyword("connection", annotation=HTTPConnection)
 
 
-HAS_FUNCTION_STACK: Final = _has_function_stack()
+def _look_at_fastapi() -> dict[str, Any]:
+    """Serve one request under an override; return what a dependency finds, and its arguments.
+
+    Its signature is changed after the route is made.
+    """
+    found: dict[str, Any] = {}
+
+    async def look(connection: HTTPConnection, **given: object) -> None:
+        found.update(given, stack=connection.scope.get(_FUNCTION_STACK))
+
+    async def nothing() -> None: ...
+    async def channel(*_: object) -> Any: ...
+
+    app, signed = FastAPI(openapi_url=None), cast("Any", look)
+    signed.__signature__ = Signature([_CONNECTION])
+    app.add_api_route("/", nothing, dependencies=[Depends(look)])
+    signed.__signature__ = Signature([_CONNECTION, _keyword("new", default=Depends(nothing))])
+    app.dependency_overrides[channel] = nothing
+    request = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+    serving = cast("Any", app(request, channel, channel))
+    # Nothing in it waits. Should that change, then nothing is found.
+    with suppress(StopIteration, RuntimeError):
+        serving.send(None)
+    serving.close()
+    return found
+
+
+_FOUND: Final = _look_at_fastapi()
+HAS_FUNCTION_STACK: Final = isinstance(_FOUND.get("stack"), AsyncExitStack)
+# Under overrides FastAPI reads the signatures of all dependencies again. So start-up leaves out
+# what only an override needs, which saves each request one of FastAPI's dependencies.
+READS_SIGNATURES_AGAIN: Final = "new" in _FOUND
 
 
 def _called_directly() -> DatabaseDependencyError:
@@ -122,13 +143,12 @@ class SessionDependency(DatabaseDependency):
         super().__init__(name)
         self.opens: str | None = "reader" if options is AUTOCOMMIT else "session"
         self.options = options
-        keyword = functools.partial(Parameter, kind=Parameter.KEYWORD_ONLY)
-        given = [keyword("connection", annotation=HTTPConnection)]
+        given = [_CONNECTION]
         if options is not None:
             # So that an override of get_db(name) reaches transactional(name) and reader(name).
-            given.append(keyword("session", default=Depends(get_db(name))))
+            given.append(_keyword(ONLY_FOR_OVERRIDES, default=Depends(get_db(name))))
         if not HAS_FUNCTION_STACK:
-            given.append(keyword("unit", default=IN_UNIT_OF_WORK))
+            given.append(_keyword("unit", default=IN_UNIT_OF_WORK))
         # FastAPI reads the signature of a callable object like that of a function.
         self.__signature__: Signature = Signature(given)
 
@@ -139,12 +159,12 @@ class SessionDependency(DatabaseDependency):
         unit: object = None,
     ) -> AnySession:
         """Return the request's session, opening it at the first call."""
-        work = unit_of(connection)
-        if session is _NO_REQUEST:  # get_db's own, or another called by hand with a request
-            session = await work.session(self.name)
-        if self.options is AUTOCOMMIT:
+        work, reads = unit_of(connection), self.options is AUTOCOMMIT
+        if session is _NO_REQUEST:
+            session = await work.session(self.name, reads=reads)
+        elif reads:
             return await work.reader(session)
-        if self.options is not None:
+        if not (reads or self.options is None):
             work.enlist(session, self.options)
         return session
 

@@ -90,6 +90,7 @@ def _examine(running: Running, context: Any) -> Opened:
                 _check_scope(child, ours.name, outlives)
                 _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
                 _check_autocommit(ours, database)
+                _leave_out_override(child)
             # transactional(name) shares get_db(name)'s session; a handle may open another one.
             opened.add((database, ours.opens))
     except (DatabaseDependencyError, DatabaseNotInstalledError) as error:
@@ -134,6 +135,13 @@ def _walk(
             above = outlives if may_return else None
             runs_on = child.scope != "function" and functions.is_generator(call)
             yield from _walk(child, overrides, call if runs_on else above)
+
+
+def _leave_out_override(child: Dependant) -> None:
+    """Spare requests what only an override needs: FastAPI adds it again if there is one."""
+    if dependencies.READS_SIGNATURES_AGAIN:
+        below = child.dependencies
+        below[:] = [each for each in below if each.name != dependencies.ONLY_FOR_OVERRIDES]
 
 
 def _check_scope(child: Dependant, name: str, outlives: object) -> None:

@@ -10,9 +10,7 @@ from typing import Any, Final, TypeAlias, TypeVar, overload
 from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
 from starlette.routing import Router
-from starlette.types import Scope
 
-from .._routes import only_reads, route_of
 from .._sessions.engines import AnyEngine, hint_for_engine
 from ..databases import AnyDatabase, database_class
 from ..exceptions import DatabaseNotInstalledError, DatabaseNotStartedError
@@ -95,7 +93,6 @@ class Running:
         self.router: Router = app.router if parent is None else parent.router
         self.gate: Gate = Gate() if parent is None else parent.gate
         self.examine: Examine | None = examine if parent is None else parent.examine
-        self._only_reads: dict[tuple[object, str], bool] = {}
         # For which databases each health router has made its watches, and these.
         self.watched: dict[object, tuple[Sequence[AnyDatabase], Any]] = {}
 
@@ -134,16 +131,6 @@ class Running:
         if self.examine and (self.overrides or key_of(route) not in self.gate.opened):
             self.examine(self, only=route)
         return await self.gate.enter(request, route, database)
-
-    def only_reads(self, scope: Scope, name: str) -> bool:
-        """Return whether a request's route asks for no session of a database but the reader's."""
-        if self.overrides:
-            return False  # they may ask for another
-        route = route_of(scope)
-        key = key_of(route), name
-        if key not in self._only_reads:
-            self._only_reads[key] = only_reads(route, name)
-        return self._only_reads[key]
 
 
 def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:

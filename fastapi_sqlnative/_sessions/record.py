@@ -26,7 +26,6 @@ class Record(Holder):
 
     options: TransactionOptions = NO_OPTIONS  # of the session's transactions
     loop_thread: int | None = None  # that the session must not block; None: it may run anywhere
-    shared: bool = False  # others than the request's first dependency have the session
     commits: bool = False  # our code commits the session at the end
     finished: bool = False  # the request or block has ended
     shielded: bool = False  # from cancellation, while it is finished

@@ -7,10 +7,13 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from inspect import Parameter, Signature
-from typing import Any, Final, cast
+from types import SimpleNamespace
+from typing import Any, Final
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.requests import HTTPConnection
+from fastapi.routing import APIRoute
 
 from ._lifespan.running import running_for, trimmed
 from ._sessions.holders import UNIT
@@ -26,10 +29,7 @@ from .exceptions import DatabaseDependencyError
 _FUNCTION_STACK: Final = "fastapi_function_astack"
 # Our own key for the stack that the request's unit of work ends with, or has ended with.
 _STACK: Final = "fastapi_sqlnative_stack"
-
-
-# The parameter of transactional(name) and reader(name) by which an override of get_db(name) reaches
-# them.
+# The parameter by which an override of get_db(name) reaches transactional(name) and reader(name).
 ONLY_FOR_OVERRIDES: Final = "session"
 
 
@@ -64,9 +64,9 @@ _CONNECTION: Final = _keyword("connection", annotation=HTTPConnection)
 
 
 def _look_at_fastapi() -> dict[str, Any]:
-    """Serve one request under an override; return what a dependency finds, and its arguments.
+    """Serve a request under overrides; return what it gives to a dependency, and the stack.
 
-    Its signature is changed after the route is made.
+    The dependency gets one more parameter after the route is made.
     """
     found: dict[str, Any] = {}
 
@@ -76,25 +76,26 @@ def _look_at_fastapi() -> dict[str, Any]:
     async def nothing() -> None: ...
     async def channel(*_: object) -> Any: ...
 
-    app, signed = FastAPI(openapi_url=None), cast("Any", look)
+    signed: Any = look
     signed.__signature__ = Signature([_CONNECTION])
-    app.add_api_route("/", nothing, dependencies=[Depends(look)])
-    signed.__signature__ = Signature([_CONNECTION, _keyword("new", default=Depends(nothing))])
-    app.dependency_overrides[channel] = nothing
-    request = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
-    serving = cast("Any", app(request, channel, channel))
-    # Nothing in it waits. Should that change, then nothing is found.
-    with suppress(StopIteration, RuntimeError):
-        serving.send(None)
+    overridden = SimpleNamespace(dependency_overrides={channel: nothing})
+    route = APIRoute(
+        "/", nothing, dependencies=[Depends(look)], dependency_overrides_provider=overridden
+    )
+    signed.__signature__ = Signature([_CONNECTION, _keyword("later", default=Depends(nothing))])
+    request: Any = {"type": "http", "method": "GET", "query_string": b"", "headers": []}
+    serving: Any = AsyncExitStackMiddleware(route.app)(request, channel, channel)
+    with suppress(Exception):  # another FastAPI may need more; then nothing is found
+        serving.send(None)  # runs it to the end, because nothing in it waits
     serving.close()
     return found
 
 
 _FOUND: Final = _look_at_fastapi()
 HAS_FUNCTION_STACK: Final = isinstance(_FOUND.get("stack"), AsyncExitStack)
-# Under overrides FastAPI reads the signatures of all dependencies again. So start-up leaves out
-# what only an override needs, which saves each request one of FastAPI's dependencies.
-READS_SIGNATURES_AGAIN: Final = "new" in _FOUND
+# Under overrides, FastAPI reads the signatures of all dependencies again for each request. So
+# start-up can leave out what only an override needs, which is a fifteenth of a reader's request.
+READS_SIGNATURES_AGAIN: Final = "later" in _FOUND
 
 
 def _called_directly() -> DatabaseDependencyError:

@@ -4,12 +4,13 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, WebSocket
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
 
-from fastapi_sqlnative import get_db, install_database, reader, transactional
+from fastapi_sqlnative import dependencies, get_db, install_database, reader, transactional
 from tests.conftest import MakeEngine
 from tests.serving import Item, Kind, Rows, add, route, serve, using
 
@@ -111,6 +112,44 @@ def test_an_overriding_session_is_the_applications(
                 stored = rows.names
         served.post("/dispose")
     assert len(stored) == 2 * len(DEPENDENCIES)
+
+
+@pytest.mark.parametrize("reads_again", [True, False], ids=["reads again", "reads once"])
+@pytest.mark.parametrize("dependency", DEPENDENCIES.values(), ids=DEPENDENCIES)
+def test_an_override_may_come_after_the_first_request(
+    app: FastAPI, dependency: Any, reads_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches routes, inclusions and websockets, also where FastAPI reads no signature again."""
+    assert dependencies.READS_SIGNATURES_AGAIN, "this FastAPI does"
+    monkeypatch.setattr(dependencies, "READS_SIGNATURES_AGAIN", reads_again)
+    given: list[Any] = []
+
+    async def take(session: Annotated[Any, Depends(dependency)]) -> None:
+        given.append(session)
+
+    async def accept(websocket: WebSocket) -> None:
+        await websocket.accept()
+
+    router = APIRouter()
+    router.get("/", dependencies=[Depends(take)])(lambda: None)
+    router.websocket("/socket", dependencies=[Depends(take)])(accept)
+    app.include_router(router)
+    app.include_router(router, prefix="/again")
+
+    def visit(served: TestClient) -> list[Any]:
+        given.clear()
+        for prefix in "", "/again":
+            assert served.get(f"{prefix}/").status_code == 200
+            with served.websocket_connect(f"{prefix}/socket"):
+                pass
+        return given
+
+    with TestClient(app) as served:
+        assert all(isinstance(each, Session | AsyncSession) for each in visit(served))
+        app.dependency_overrides[get_db()] = lambda: "mine"
+        assert visit(served) == ["mine"] * 4
+        app.dependency_overrides = {}
+        assert all(isinstance(each, Session | AsyncSession) for each in visit(served))
 
 
 def test_an_override_by_another_database_is_a_transaction_there(

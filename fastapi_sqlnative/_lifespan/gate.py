@@ -49,7 +49,9 @@ class Gate:
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, up to the pool's timeout; return whether it can be left early."""
         key = key_of(route)
-        several = self.opened.setdefault(key, Counter()).total() > 1
+        if key not in self.opened:
+            self.opened[key] = Counter()  # making one takes longer than all the rest here
+        several = self.opened[key].total() > 1
         # Always in this order: acquiring two limiters in opposite orders could deadlock.
         limiters = [self._connections] if several else []
         if not isinstance(database.engine, AsyncEngine):

@@ -52,21 +52,17 @@ def is_frontend(scope: Mapping[str, Any]) -> bool:
 
 def name_of_route(scope: Mapping[str, Any]) -> str | None:
     """Return a request's method and full route, `GET /api/orders/{id}`; `None` without a route."""
-    pattern = getattr(route_of(scope), "path", None)
+    route = scope.get("route")
+    # The route of an included router lacks the prefixes of the inclusion; only this context has it.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    route = context if getattr(context, "original_route", None) is route else route
+    pattern = getattr(route, "path", None)
     if pattern is None:
         return None
     # The part of root_path before the mount belongs to the server or a proxy.
     mount = scope.get("root_path", "")
     mount = mount.removeprefix(scope.get("app_root_path", mount)).rstrip("/")
     return f"{scope.get('method', 'WS')} {mount}{pattern}"
-
-
-def route_of(scope: Mapping[str, Any]) -> Any:
-    """Return a request's route, as it is included."""
-    route = scope.get("route")
-    # The route of an included router lacks what the inclusion adds; only this context has it.
-    context = scope.get("fastapi", {}).get("effective_route_context")
-    return context if getattr(context, "original_route", None) is route else route
 
 
 def _mounted(route: Any) -> Starlette | Router | None:

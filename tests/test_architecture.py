@@ -23,7 +23,7 @@ ORDER = (
     },
     {"_drivers.failures"},
     {"_drivers.transactions"},
-    {"_drivers.statements"},
+    {"_drivers.statements", "_drivers.results"},
     {"errors._kinds"},
     {"errors._rules"},
     {"errors._formats"},

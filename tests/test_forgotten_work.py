@@ -480,8 +480,17 @@ def undo_one_twice(session: Session) -> None:
         session.execute(text("ROLLBACK TO SAVEPOINT first"))
 
 
+def undo_by_a_flush(session: Session) -> None:
+    with contextlib.suppress(IntegrityError), session.begin_nested():
+        for _ in range(2):
+            session.add(Item(id=7, name="undone"))
+            session.flush()
+            session.expunge_all()
+        pytest.fail("the key was not unique")
+
+
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
-@pytest.mark.parametrize("undo", [undo_one_in_another, undo_one_twice])
+@pytest.mark.parametrize("undo", [undo_one_in_another, undo_one_twice, undo_by_a_flush])
 @pytest.mark.parametrize("forgets", [True, False], ids=["forgotten", "nothing left"])
 async def test_undone_savepoints_and_forgotten_work_on_sqlite(
     kind: Kind, undo: Body, forgets: bool
@@ -490,7 +499,9 @@ async def test_undone_savepoints_and_forgotten_work_on_sqlite(
     engine = async_sqlite() if kind.asynchronous else sqlite()
 
     def body(session: Session) -> None:
-        session.execute(text("CREATE TABLE item (name text)"))
+        session.execute(
+            text("CREATE TABLE item (id integer PRIMARY KEY, name text, position integer)")
+        )
         session.execute(text("INSERT INTO item (name) VALUES ('stored')"))
         session.commit()
         if forgets:

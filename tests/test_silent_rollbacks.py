@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, StaticPool, column, create_engine, insert, make_url, table, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative._sessions.engines import sync_engine
@@ -280,6 +280,31 @@ async def test_a_transaction_ended_in_sql_on_mariadb_needs_no_commit(
 ) -> None:
     """What the text of a COMMIT has stored, or that of a ROLLBACK undone, is not forgotten."""
     assert await without_commit(kind, server, change("first"), text(end)) == 201
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+@pytest.mark.parametrize("flushes", [True, False], ids=["flush", "the end's flush"])
+async def test_a_refused_flush_in_a_savepoint_on_mariadb_needs_no_commit(
+    kind: Kind, server: Engine, flushes: bool
+) -> None:
+    """What the savepoint has undone is not forgotten, whoever flushed."""
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    class Base(DeclarativeBase): ...
+
+    class Row(Base):
+        __tablename__ = "item"
+        name: Mapped[str] = mapped_column(primary_key=True)
+
+    def body(session: Session) -> None:
+        with suppress(IntegrityError), session.begin_nested():
+            session.add(Row(name="first"))
+            if flushes:
+                session.flush()
+                pytest.fail("the key was not unique")
+
+    assert await ask(engine, kind, get_db(), body) == 201
 
 
 @pytest.mark.mariadb

@@ -20,7 +20,7 @@ from fastapi_sqlnative import (
     install_database,
     transactional,
 )
-from fastapi_sqlnative.exceptions import DatabaseDependencyError
+from fastapi_sqlnative.exceptions import DatabaseDependencyError, UncommittedChangesError
 from tests.conftest import MakeEngine
 from tests.in_process import ask, async_sqlite, sqlite
 from tests.serving import SQLITE, Item, Kind, Rows, items, make_app, route, serve, using, wait_until
@@ -329,6 +329,27 @@ async def test_a_stream_ends_with_its_transaction(
 
     assert await ask(engine, kind, transactional(), body) == 201
     assert rows.names == ["a", "b", "c", "next"]
+
+
+@pytest.mark.anyio
+@pytest.mark.driver_decides
+# psycopg's own, as with SQLAlchemy alone: nobody can close a cursor that the server has closed.
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+async def test_a_stream_in_an_undone_savepoint_hides_no_write(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """PostgreSQL has closed it, and closing it again would abort the transaction around it."""
+
+    def body(session: Session) -> None:
+        session.add(Item(name="a"))
+        savepoint = session.begin_nested()
+        session.execute(SERIES, execution_options={"yield_per": 1}).fetchone()
+        savepoint.rollback()
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)
+    assert await ask(engine, kind, transactional(), body) == 201
+    assert rows.names == ["a"]
 
 
 @pytest.mark.anyio

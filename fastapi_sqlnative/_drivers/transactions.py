@@ -9,17 +9,14 @@ import select
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import InvalidRequestError
 
 from .errors import driver_error
-from .failures import SEVERITY_DRIVERS, sqlstates
+from .failures import sqlstates
 
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
-_IN_TRANSACTION: Final = 2
+IN_TRANSACTION: Final = 2
 _IN_ERROR: Final = 3
-# Drivers that fetch the whole result at once, unless asked to stream.
-_BUFFERING: Final = SEVERITY_DRIVERS | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
 _MYSQL_DEADLOCK: Final = 1213
 _LONGEST: Final = 2**31 - 1  # milliseconds
 
@@ -57,22 +54,6 @@ def is_lost(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     closed = getattr(driver, "is_closed", None) or getattr(driver, "closed", False)
     return bool(closed() if callable(closed) else closed)
-
-
-def reads_later(context: ExecutionContext) -> bool:
-    """Return whether a result may still fetch from the connection after `execute` returned."""
-    if context.execution_options.get("stream_results"):
-        return True
-    return context.dialect.driver not in _BUFFERING
-
-
-def ends_with_transaction(context: ExecutionContext) -> bool:
-    """Return whether a result is read from a cursor that the server closes at COMMIT or ROLLBACK.
-
-    SQLite goes on reading after both.
-    """
-    streams: bool = context.execution_options.get("stream_results", False)
-    return streams and context.dialect.name != "sqlite"
 
 
 def changes(connection: Connection) -> float:
@@ -117,7 +98,7 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     """
     if connection.closed or connection.invalidated:
         return connection.invalidated
-    status = _status(connection)
+    status = status_of(connection)
     if status is not None:
         return status == _IN_ERROR
     if connection.dialect.name != "postgresql" and connection.dialect.driver != "asyncpg":
@@ -181,10 +162,10 @@ def is_idle_in_transaction(connection: Connection, *, executing: bool) -> bool:
     try:
         if connection.closed or connection.invalidated or autocommits(connection):
             return False
-        status = _status(connection)
+        status = status_of(connection)
     except InvalidRequestError:
         return False
-    return not executing if status is None else status in (_IN_TRANSACTION, _IN_ERROR)
+    return not executing if status is None else status in (IN_TRANSACTION, _IN_ERROR)
 
 
 def surface_loss(connection: Connection) -> None:
@@ -208,7 +189,8 @@ def _has_unread_data(driver: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def _status(connection: Connection) -> int | None:
+def status_of(connection: Connection) -> int | None:
+    """Return the transaction's status, if the driver exposes it."""
     info = getattr(connection.connection.driver_connection, "info", None)
     status = getattr(info, "transaction_status", None)
     return None if status is None else int(status)
@@ -283,7 +265,7 @@ def would_store(connection: Connection, *, id_explained: bool, defined: bool) ->
     `id_explained`: a savepoint was rolled back, which accounts for a transaction id. `defined`:
     DDL was sent, so only a temporary table explains what was written to the catalogs.
     """
-    if _status(connection) not in (None, _IN_TRANSACTION):
+    if status_of(connection) not in (None, IN_TRANSACTION):
         return False
     try:
         row = fetch_row(connection, _UNSTORED)

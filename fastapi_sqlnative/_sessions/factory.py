@@ -105,9 +105,11 @@ def _after_commit(session: Outermost) -> None:
 
 @event.listens_for(Outermost, "after_soft_rollback")
 def _after_soft_rollback(session: Outermost, previous: SessionTransaction) -> None:
-    if previous.nested:
+    # A failed flush, in a transaction of its own, rolls back the savepoint around it.
+    undone = previous if previous.nested else previous.parent
+    if undone is not None and undone.nested:
         record = session.sqlnative
-        record.work.savepoint_undone(depth_of(previous), record.connections)
+        record.work.savepoint_undone(depth_of(undone), record.connections)
 
 
 @event.listens_for(Outermost, "after_transaction_end")

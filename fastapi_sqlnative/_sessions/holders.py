@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import CursorResult, ExecutionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from .._drivers import transactions
+from .._drivers import results, transactions
 from .._drivers.pools import ConnectionHolder, ask_pool
 from .._routes import name_of_route
 from .shared import SharedState
@@ -66,7 +66,7 @@ class Holder:
 
     def note_open_result(self, result: CursorResult[Any]) -> None:
         """Record a result that may be read later, over its connection."""
-        if transactions.ends_with_transaction(result.context):
+        if results.ends_with_transaction(result.context):
             still_open = (each for each in self._streams if each.cursor is not None)
             self._streams = (*still_open, result)
         else:
@@ -84,7 +84,7 @@ class Holder:
             self.state.readers[context.root_connection] = self
             # Closing fails on a lost connection; an exhausted result has no cursor to close.
             with contextlib.suppress(context.dialect.loaded_dbapi.Error, OSError):
-                context.cursor.close()
+                results.close_cursor(context)
 
     @property
     def seconds(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event, exc
 
 from .. import exceptions
-from .._drivers import failures, transactions
+from .._drivers import failures, results, transactions
 from .._drivers.statements import writes
 from .holders import UNIT, Holder, empty, report_holders
 from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions, engine_with
@@ -154,7 +154,7 @@ class Record(Holder):
             self.work.wrote = self.work.wrote or not getattr(statement, "is_select", False)
             return
         self.work.note(self.state.statement_of(context), cursor_result, self.connections)
-        if cursor_result.cursor is not None and transactions.reads_later(context):
+        if cursor_result.cursor is not None and results.reads_later(context):
             self.streamed = True
             self.note_open_result(cursor_result)
 

@@ -1,0 +1,42 @@
+"""Results that are still read when `execute()` has returned."""
+
+from typing import Final
+
+from sqlalchemy.engine import ExecutionContext
+
+from .failures import SEVERITY_DRIVERS
+from .transactions import IN_TRANSACTION, fetch_row, status_of
+
+# Drivers that fetch the whole result at once, unless asked to stream.
+_BUFFERING: Final = SEVERITY_DRIVERS | {"aiosqlite", "asyncmy", "aiomysql", "mysqldb", "pymysql"}
+
+
+def reads_later(context: ExecutionContext) -> bool:
+    """Return whether a result may still fetch from the connection after `execute` returned."""
+    if context.execution_options.get("stream_results"):
+        return True
+    return context.dialect.driver not in _BUFFERING
+
+
+def ends_with_transaction(context: ExecutionContext) -> bool:
+    """Return whether a result is read from a cursor that the server closes at COMMIT or ROLLBACK.
+
+    SQLite goes on reading after both.
+    """
+    streams: bool = context.execution_options.get("stream_results", False)
+    return streams and context.dialect.name != "sqlite"
+
+
+def close_cursor(context: ExecutionContext) -> None:
+    """Close a result's cursor, unless PostgreSQL has: it does when a savepoint is rolled back.
+
+    psycopg would send CLOSE for a named cursor, and its failure would abort the transaction.
+    """
+    connection, name = context.root_connection, getattr(context.cursor, "name", None)
+    usable = name is not None and not (connection.closed or connection.invalidated)
+    if usable and status_of(connection) == IN_TRANSACTION:
+        # SQLAlchemy has made the name, out of hexadecimal numbers.
+        found = f"SELECT 1 FROM pg_catalog.pg_cursors WHERE name = '{name}'"  # noqa: S608
+        if fetch_row(connection, found) is None:
+            return
+    context.cursor.close()

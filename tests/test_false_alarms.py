@@ -74,6 +74,11 @@ def temporary(session: Session) -> None:
     session.execute(text("TRUNCATE staged"))
 
 
+def temporary_and_dropped(session: Session) -> None:
+    temporary(session)
+    session.execute(text("DROP TABLE staged"))
+
+
 def temporary_with_an_index(session: Session) -> None:
     temporary(session)
     session.execute(text("CREATE INDEX ON staged (n)"))
@@ -202,6 +207,7 @@ STORES_NOTHING: dict[str, Body] = {
     "orm upsert of an older row, returning": newer(Item, Item),
     "temporary table": temporary,
     "temporary table of a query": temporary_of_a_query,
+    "temporary table that is dropped": temporary_and_dropped,
     "for update": run(select(items).with_for_update()),
     "for update, and update of no row": for_update_and_update_of_no_row,
     "for update, text": run("SELECT * FROM item FOR UPDATE"),

@@ -224,10 +224,10 @@ def fetch_row(connection: Connection, query: str) -> Any:
 
 # A transaction gets an id when it writes, but also when it locks rows, fills a temporary table,
 # advances a sequence or rolls back to a savepoint. A write to a permanent table also holds a lock
-# on it; a write to a foreign table holds only the lock. An id without any lock is DDL that
-# involves no table, such as CREATE FUNCTION, if the catalogs were written to; else a function, or
-# someone with the connection, has rolled back to a savepoint of its own. The counts of writes go
-# back to the last report to the statistics, at most a second before.
+# on it (to a foreign table only that), and a temporary table that was dropped one on its schema. An
+# id without any lock is DDL that involves no table, such as CREATE FUNCTION, if the catalogs were
+# written to; else someone has rolled back to a savepoint in a function or over the connection. The
+# counts of writes go back to the last report to the statistics, at most a second before.
 _UNSTORED: Final = """
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
@@ -246,7 +246,10 @@ FROM (SELECT mode, relkind, relpersistence = 't' AS temporary,
       JOIN pg_catalog.pg_class ON pg_class.oid = relation
       WHERE locktype = 'relation' AND pid = pg_backend_pid()
         AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-        AND relnamespace <> 'pg_catalog'::regnamespace) AS held
+        AND relnamespace <> 'pg_catalog'::regnamespace
+      UNION ALL SELECT mode, NULL, true, true FROM pg_catalog.pg_locks
+      WHERE locktype = 'object' AND classid = 'pg_namespace'::regclass AND pid = pg_backend_pid()
+        AND objid = pg_my_temp_schema()) AS held
 """
 
 

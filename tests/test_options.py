@@ -607,6 +607,7 @@ def over_what_the_transaction_has(session: Session) -> None:
 WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
 WRITES |= {
     "drop": executing(text("DROP TABLE item")),
+    "script": executing(text("SELECT 1; DELETE FROM item")),
     "connection of the transaction": over_the_transaction,
     "connections that the transaction has": over_what_the_transaction_has,
     "create from a temporary table": executing(text("CREATE TABLE x AS SELECT * FROM pg_temp.y")),

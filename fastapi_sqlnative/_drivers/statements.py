@@ -96,9 +96,9 @@ def writes(statement: Any, dialect: Dialect | None = None) -> bool:
 
 def _text_writes(text: str) -> bool:
     sql = _without_literals(text)
-    return any(
-        pattern.match(sql) for pattern in (_FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP)
-    ) or bool(_WRITING.search(sql))
+    firsts = _FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP
+    parts = [part.lstrip() for part in sql.split(";")]  # psycopg sends a script as it is
+    return bool(_WRITING.search(sql)) or any(each.match(part) for part in parts for each in firsts)
 
 
 # -- text ----------------------------------------------------------------------------------------

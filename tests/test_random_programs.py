@@ -1,0 +1,238 @@
+"""Rules 4 to 6 and 9: what is put together at random ends as with SQLAlchemy alone."""
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import pytest
+from psycopg.pq import TransactionStatus
+from sqlalchemy import Engine, create_engine, insert, select, text, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from conftest import WorkerPostgres
+from fastapi_sqlnative import get_db, transactional
+from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
+from tests.in_process import asking
+from tests.serving import Item, Kind, Rows, items
+
+pytestmark = pytest.mark.anyio
+
+# The shortest lies that such programs have found had three steps.
+PROGRAMS, LONGEST = 100, 8
+
+# Called with a name that is new in the program.
+Step = Callable[[Session, str], Any]
+
+
+def add(session: Session, name: str) -> None:
+    session.add(Item(name=name))
+
+
+def add_and_flush(session: Session, name: str) -> None:
+    add(session, name)
+    session.flush()
+
+
+def add_in_a_savepoint(session: Session, name: str) -> None:
+    with session.begin_nested():
+        add(session, name)
+
+
+def add_in_a_block(session: Session, name: str) -> None:
+    with session.begin():
+        add(session, name)
+
+
+def add_twice(session: Session, _: str) -> None:
+    add_and_flush(session, "there")
+
+
+def add_twice_in_a_savepoint(session: Session, name: str) -> None:
+    with session.begin_nested():
+        add_and_flush(session, name)
+        add_and_flush(session, "there")
+
+
+def add_in_bulk(session: Session, name: str) -> None:
+    session.bulk_insert_mappings(Item, [{"name": name}])
+
+
+def insert_one(session: Session, name: str) -> None:
+    session.execute(insert(items).values(name=name))
+
+
+def insert_as_text(session: Session, name: str) -> None:
+    session.execute(text("INSERT INTO item (name) VALUES (:name)"), {"name": name})
+
+
+def insert_what_is_there(session: Session, _: str) -> None:
+    session.execute(upsert(Item).values(name="there").on_conflict_do_nothing())
+
+
+def update_one(session: Session, _: str) -> None:
+    session.execute(update(Item).values(position=Item.position + 1).where(Item.name == "there"))
+
+
+def update_none(session: Session, _: str) -> None:
+    session.execute(update(Item).values(position=1).where(Item.name == "nobody"))
+
+
+def change(session: Session, _: str) -> None:
+    item = session.scalars(select(Item).where(Item.name == "there")).one()
+    item.position = (item.position or 0) + 1
+
+
+def read(session: Session, _: str) -> None:
+    session.scalars(select(Item)).all()
+
+
+def read_half(session: Session, _: str) -> None:
+    query = text("SELECT * FROM generate_series(1, 200)")
+    session.execute(query, execution_options={"yield_per": 1}).fetchone()
+
+
+def undo_while_reading(session: Session, name: str) -> None:
+    savepoint = session.begin_nested()
+    read_half(session, name)
+    savepoint.rollback()
+
+
+def fail(session: Session, _: str) -> None:
+    session.execute(text("SELECT 1 / 0"))
+
+
+def begin_savepoint(session: Session, _: str) -> None:
+    session.begin_nested()
+
+
+def end_savepoint(session: Session, _: str) -> None:
+    if (savepoint := session.get_nested_transaction()) is not None:
+        savepoint.commit()
+
+
+def undo_savepoint(session: Session, _: str) -> None:
+    if (savepoint := session.get_nested_transaction()) is not None:
+        savepoint.rollback()
+
+
+def commit(session: Session, _: str) -> None:
+    session.commit()
+
+
+def roll_back(session: Session, _: str) -> None:
+    session.rollback()
+
+
+STEPS: Sequence[Step] = (
+    *(add, add_and_flush, add_in_a_savepoint, add_in_a_block, add_twice, add_twice_in_a_savepoint),
+    *(add_in_bulk, insert_one, insert_as_text, insert_what_is_there, update_one, update_none),
+    *(change, read, read_half, undo_while_reading, fail, commit, roll_back),
+    *(begin_savepoint, end_savepoint, undo_savepoint) * 2,
+)
+
+
+def perform(session: Session, program: Sequence[Step]) -> None:
+    """Take all steps, whatever becomes of them."""
+    for number, step in enumerate(program):
+        with suppress(SQLAlchemyError, TransactionAbortedError):
+            step(session, str(number))
+
+
+class Outcome(NamedTuple):
+    """What a program has stored itself, what a commit at its end adds, and what stands against."""
+
+    stored: dict[str, int | None]
+    committed: dict[str, int | None]
+    aborted: bool
+    refused: bool
+
+
+def outcome(engine: Engine, rows: Rows, program: Sequence[Step]) -> Outcome:
+    """Run a program with SQLAlchemy alone."""
+    begin_anew(rows)
+    with engine.connect() as connection, Session(connection, expire_on_commit=False) as session:
+        driver: Any = connection.connection.driver_connection
+        perform(session, program)
+        stored, refused = rows.positions, False
+        aborted = driver.info.transaction_status == TransactionStatus.INERROR
+        try:
+            session.commit()
+        except SQLAlchemyError:
+            refused = True
+    return Outcome(stored, rows.positions, aborted, refused)
+
+
+def begin_anew(rows: Rows) -> None:
+    rows.clear()
+    rows.add("there", position=1)
+
+
+def loses(engine: Engine, rows: Rows, program: Sequence[Step]) -> bool:
+    """Tell whether something was written before the step that has aborted the transaction."""
+    before = (outcome(engine, rows, program[:end]) for end in range(len(program), -1, -1))
+    last = next(each for each in before if not each.aborted)
+    return last.stored != last.committed or last.refused
+
+
+@pytest.fixture
+def plain(postgres: WorkerPostgres) -> Iterator[Engine]:
+    """Build an engine that nothing of ours has to do with."""
+    engine = create_engine(postgres.url("psycopg"))
+    yield engine
+    engine.dispose()
+
+
+def programs() -> Iterator[list[Step]]:
+    """Make the same programs for every driver."""
+    chance = random.Random(11)
+    for _ in range(PROGRAMS):
+        yield chance.choices(STEPS, k=chance.randint(1, LONGEST))
+
+
+# psycopg's own, where PostgreSQL has closed the cursor of a result that was left half read.
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+async def test_a_commit_at_the_end_is_sqlalchemys(
+    kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
+) -> None:
+    """With transactional, a success stores what it says, and nothing else is refused."""
+    async with asking(engine, kind, transactional()) as request:
+        for program in programs():
+            expected = outcome(plain, rows, program)
+            lost = expected.aborted and loses(plain, rows, program)
+            begin_anew(rows)
+            body = functools.partial(perform, program=program)
+            with subtests.test(", ".join(each.__name__ for each in program)):
+                if lost or expected.refused:
+                    with pytest.raises((TransactionAbortedError, SQLAlchemyError)):
+                        await request(body)
+                    assert rows.positions == expected.stored
+                else:
+                    assert await request(body) == 201
+                    assert rows.positions == expected.committed
+
+
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+async def test_what_a_commit_would_have_stored_is_forgotten(
+    kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
+) -> None:
+    """Through get_db, a success leaves nothing unstored, and nothing else is refused."""
+    async with asking(engine, kind, get_db()) as request:
+        for program in programs():
+            expected = outcome(plain, rows, program)
+            if expected.refused:
+                continue  # a flush that has failed, or one that would
+            begin_anew(rows)
+            body = functools.partial(perform, program=program)
+            with subtests.test(", ".join(each.__name__ for each in program)):
+                if expected.stored == expected.committed:
+                    assert await request(body) == 201
+                else:
+                    with pytest.raises(UncommittedChangesError):
+                        await request(body)
+                assert rows.positions == expected.stored

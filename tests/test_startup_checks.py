@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar, cast
 from uuid import UUID
 
 import pytest
@@ -346,6 +346,67 @@ async def saves_of_hidden(repository: Annotated[Any, Depends(hidden)]) -> AsyncG
     await repository.session.commit()  # that is the mistake
 
 
+Kind = TypeVar("Kind", bound=Repository)
+
+
+def typed(session: Db) -> Repository:
+    return Repository(session)
+
+
+class Service:
+    """Be a service that holds a repository, and another of its kind."""
+
+    def __init__(self, repository: Repository, next_one: "Service | None" = None) -> None:
+        self.repository = repository
+
+
+def service(repository: Annotated[Repository, Depends(typed)]) -> Service:
+    return Service(repository)
+
+
+class Make(Generic[Kind]):
+    """Make any kind of repository, as a dependency."""
+
+    def __init__(self, kind: type[Kind]) -> None:
+        self.kind = kind
+
+    def __call__(self, session: Db) -> Kind:
+        return self.kind(session)
+
+
+async def saves_typed(repository: Annotated[Repository, Depends(typed)]) -> AsyncGenerator[None]:
+    yield
+    await repository.session.commit()  # that is the mistake
+
+
+async def saves_of_service(service: Annotated[Service, Depends(service)]) -> AsyncGenerator[None]:
+    yield
+    await service.repository.session.commit()  # that is the mistake
+
+
+async def saves_made(
+    repository: Annotated[Repository, Depends(Make(Repository))],
+) -> AsyncGenerator[None]:
+    yield
+    await repository.session.commit()  # that is the mistake
+
+
+class Caller:
+    """Be what was read of a request, in a class of the application's own."""
+
+    def __init__(self, name: str, origin: "Caller | None" = None) -> None:
+        self.name = name
+
+
+async def caller(session: Db) -> Caller:
+    return Caller(str(await session.scalar(text("SELECT 'Ada'"))))
+
+
+async def logs_caller(caller: Annotated[Caller, Depends(caller)]) -> AsyncGenerator[None]:
+    yield
+    logging.getLogger(__name__).info("%s has left", caller.name)
+
+
 # As with a name that is imported under TYPE_CHECKING.
 saves_hidden.__annotations__["repository"] = hidden.__annotations__["return"] = "Hidden"
 
@@ -383,8 +444,9 @@ async def saves_second(
 
 
 VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal, Visit]
-WITH_DATA: list[Any] = [logs, logs_row, *map(given, VALUES)]
+WITH_DATA: list[Any] = [logs, logs_row, logs_caller, *map(given, VALUES)]
 WITH_SESSION = [saves, saves_any, saves_one, saves_second, saves_object]
+WITH_SESSION += [saves_typed, saves_of_service, saves_made]
 # Older versions of FastAPI evaluate all annotations, and take such a class for a generator.
 if hasattr(routing, "iter_route_contexts"):
     WITH_DATA.append(logs_streams)
@@ -396,7 +458,7 @@ if hasattr(routing, "iter_route_contexts"):
     [(each, True) for each in WITH_DATA] + [(each, False) for each in WITH_SESSION],
 )
 async def test_a_generator_may_outlive_the_session_with_data(generator: Any, works: bool) -> None:
-    """A generator that gets only data starts, where its dependency has no return annotation."""
+    """A generator may outlive the session with data, but not with what was made with it."""
     app = with_database()
     app.add_api_route("/items", lambda: 7, dependencies=[Depends(generator)])
     if not works:

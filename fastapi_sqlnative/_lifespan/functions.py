@@ -72,7 +72,7 @@ def _functions(call: Any) -> list[Any]:
         return []
     looked_at = [call, inspect.unwrap(call)]
     if not inspect.isclass(looked_at[1]):
-        methods = [each.__call__ for each in looked_at]
+        methods = [each.__call__ for each in looked_at if not inspect.isroutine(each)]
         looked_at += [*methods, *map(inspect.unwrap, methods)]
     return looked_at
 
@@ -97,10 +97,27 @@ def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
         return True
     if inspect.isclass(call):
         return True
+    received = classes_in(annotation_of(receiver, parameter), inside=True)
     if given is inspect.Signature.empty:
-        received = classes_in(annotation_of(receiver, parameter), inside=True)
         return not received or not all(map(_is_data, received))
-    return any(issubclass(each, Session | AsyncSession) for each in classes_in(given, inside=True))
+    # A type variable, as of a generic function that makes repositories, names no class.
+    returned, seen = classes_in(given, inside=True) or received, set[type[Any]]()
+    return any(_holds_session(each, seen) for each in returned)
+
+
+def _holds_session(kind: type[Any], seen: set[type[Any]]) -> bool:
+    """Return whether this is a session's class, or one that is made with a session at any depth."""
+    if issubclass(kind, Session | AsyncSession):
+        return True
+    if kind in seen or _is_data(kind):
+        return False
+    seen.add(kind)
+    try:
+        parameters = inspect.signature(kind, eval_str=True).parameters.values()
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    taken = [named for each in parameters for named in classes_in(each.annotation, inside=True)]
+    return any(_holds_session(each, seen) for each in taken)
 
 
 def _is_data(kind: type) -> bool:

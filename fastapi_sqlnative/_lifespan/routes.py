@@ -130,11 +130,15 @@ def _walk(
         if isinstance(call, dependencies.DatabaseDependency):
             yield parent, child, outlives
         else:
+            above = outlives
+            if child.scope != "function" and functions.is_generator(call):
+                above = call
             # A function may return something that doesn't hold the session.
-            may_return = functions.may_return_session(call, parent.call, child.name)
-            above = outlives if may_return else None
-            runs_on = child.scope != "function" and functions.is_generator(call)
-            yield from _walk(child, overrides, call if runs_on else above)
+            elif above is not None and not functions.may_return_session(
+                call, parent.call, child.name
+            ):
+                above = None
+            yield from _walk(child, overrides, above)
 
 
 def _leave_out_override(child: Dependant) -> None:

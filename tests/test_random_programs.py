@@ -1,6 +1,7 @@
-"""Rules 4 to 6 and 9: what is put together at random ends as with SQLAlchemy alone."""
+"""Rules 4 to 6 and 9: random programs end as with SQLAlchemy alone, and in `isolated` alike."""
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -12,17 +13,19 @@ from sqlalchemy import Engine, create_engine, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
 
 from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, transactional
 from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
-from tests.in_process import asking
+from fastapi_sqlnative.testing import isolated
+from tests.in_process import application, asking
 from tests.serving import Item, Kind, Rows, items
 
 pytestmark = pytest.mark.anyio
 
 # The shortest lies that such programs have found had three steps.
-PROGRAMS, LONGEST = 100, 8
+PROGRAMS, ISOLATED, LONGEST = 100, 40, 8
 
 # Called with a name that is new in the program.
 Step = Callable[[Session, str], Any]
@@ -236,3 +239,34 @@ async def test_what_a_commit_would_have_stored_is_forgotten(
                     with pytest.raises(UncommittedChangesError):
                         await request(body)
                 assert rows.positions == expected.stored
+
+
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+@pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
+def test_what_is_isolated_ends_as_in_production(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Any, subtests: pytest.Subtests
+) -> None:
+    """In `isolated`, the same error or success comes from the same program, and stores the same."""
+    running: list[Sequence[Step]] = []
+    app = application(engine, kind, dependency, lambda session: perform(session, running[-1]))
+
+    def answer() -> object:
+        try:
+            return client.post("/").status_code
+        except Exception as error:  # noqa: BLE001 - compared below
+            return type(error)
+
+    with TestClient(app) as client:
+        for program in itertools.islice(programs(), ISOLATED):
+            running.append(program)
+            begin_anew(rows)
+            expected = answer(), rows.positions
+            begin_anew(rows)
+            with (
+                subtests.test(", ".join(each.__name__ for each in program)),
+                isolated(app) as session,
+            ):
+                found = answer()
+                stored = session.execute(select(items.c.name, items.c.position)).all()
+                assert (found, {name: at for name, at in stored}) == expected  # noqa: C416 - typed

@@ -12,10 +12,11 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, Secur
 from fastapi.responses import Response, StreamingResponse
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import (
@@ -26,6 +27,7 @@ from fastapi_sqlnative import (
     transactional,
 )
 from fastapi_sqlnative.exceptions import SessionFinishedError
+from fastapi_sqlnative.testing import isolated
 from tests.conftest import MakeEngine
 from tests.in_process import Hearing, running, session_class
 from tests.serving import (
@@ -607,6 +609,29 @@ def test_a_session_closed_by_the_application_is_no_failure(
     with serve(app) as served:
         assert served.post("/").status_code == 201
     assert rows.names == ["kept"]
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["production", "isolated"])
+def test_a_savepoint_that_cannot_be_released_costs_no_connection(
+    kind: Kind, engine: Engine, rows: Rows, alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that is swallowed in a savepoint fails its request, and nothing after it."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        session.begin_nested()
+        session.begin_nested()
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1 / 0"))
+
+    route(app, kind, "/", transactional(), body)
+    route(app, kind, "/next", transactional(), add("next"))
+    with TestClient(app) as client, contextlib.nullcontext() if alone else isolated(app):
+        with pytest.raises(DBAPIError, match="RELEASE SAVEPOINT"):
+            client.post("/")
+        assert client.post("/next").status_code == 201
+    assert rows.names == (["next"] if alone else [])
+    assert "could not return its connection" not in caplog.text
 
 
 @pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])

@@ -16,7 +16,7 @@ from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
-from .transaction import depth_of, has_pending_changes
+from .transaction import Work, depth_of, has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
@@ -105,11 +105,13 @@ def _after_commit(session: Outermost) -> None:
 
 @event.listens_for(Outermost, "after_soft_rollback")
 def _after_soft_rollback(session: Outermost, previous: SessionTransaction) -> None:
-    # A failed flush, in a transaction of its own, rolls back the savepoint around it.
+    record = session.sqlnative
+    # A failed flush, in a transaction of its own, rolls back what is around it.
     undone = previous if previous.nested else previous.parent
     if undone is not None and undone.nested:
-        record = session.sqlnative
         record.work.savepoint_undone(depth_of(undone), record.connections)
+    elif record.joined:
+        record.work = Work()  # the transaction of the connection goes on
 
 
 @event.listens_for(Outermost, "after_transaction_end")

@@ -227,7 +227,9 @@ class Record(Holder):
             changed = transactions.changes(connection) != self.connections[connection]
             return (self.work.defined or changed) and transactions.is_open_on_sqlite(connection)
         if self.joined:
-            return wrote  # the server's answer would include the owner's work
+            # The server's answer would include the owner's work.
+            doubtful = self.failed is not None
+            return wrote and not transactions.is_aborted(connection, doubtful=doubtful)
         if connection.dialect.name != "postgresql":
             return wrote and transactions.is_open_on_mysql(connection)
         work = self.work

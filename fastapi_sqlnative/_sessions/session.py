@@ -258,6 +258,11 @@ def _note_discarded(session: NativeSession, *, ask: bool = True) -> None:
     if record.connections:
         record.check_thread()
     record.end_results()
+    for connection in record.connections:
+        # SQLAlchemy could not roll back the savepoint around one whose release has failed.
+        nested = connection.get_nested_transaction()
+        if nested is not None and not nested.is_active:
+            nested.close()
     if not (record.finished or record.discarded) and session.in_transaction():
         unstored = record.count_unstored() > 0 if ask else record.may_have_written
         record.discarded = unstored or has_pending_changes(session)

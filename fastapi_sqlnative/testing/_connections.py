@@ -89,9 +89,6 @@ class IsolatedConnection:
         self.begins = False  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             fetch_row(self.opened(), "PRAGMA query_only = OFF")
-        begun = self._connection and self._connection.get_nested_transaction()
-        if begun and not begun.is_active:  # its release failed, and nobody called rollback()
-            begun.close()
         self.turn.release(session)
 
     def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
@@ -180,14 +177,17 @@ class IsolatedConnection:
                 send(f"SET CONSTRAINTS {deferred} DEFERRED")
 
     def _check_released(self, connection: Connection, savepoint: str, _context: None) -> None:
-        """Check deferred constraints when the savepoint stands for the application's COMMIT."""
+        """Do as COMMIT does: check deferred constraints, or roll back what is aborted."""
         if savepoint == self.root:
+            undo = partial(connection.dialect.do_rollback_to_savepoint, connection, savepoint)
+            if is_aborted(connection, doubtful=True):
+                return undo()
             try:
                 self.check_deferred()
             except BaseException:
-                # SQLAlchemy will not: it considers the savepoint ended by the failed release.
-                connection.dialect.do_rollback_to_savepoint(connection, savepoint)
+                undo()  # SQLAlchemy will not: it considers the savepoint ended by the failure
                 raise
+        return None
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
         """Refuse statements that would end the block, and writes over other connections."""

@@ -261,6 +261,17 @@ def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) ->
     assert rows.names == []
 
 
+def test_a_request_after_a_savepoint_of_the_tests_own(block: tuple[TestClient, Session]) -> None:
+    """What it stores is not the test's to undo, also if begin_nested() was what began first."""
+    client, session = block
+    with session.begin_nested() as savepoint:
+        session.add(Item(name="given-up"))
+        savepoint.rollback()
+    assert client.post("/explicit").status_code == 201
+    session.rollback()
+    assert names(session) == ["kept", "nested"]
+
+
 def test_the_block_may_outlive_the_application(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

@@ -102,6 +102,8 @@ class OwnSession(Session):
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction or savepoint."""
+        if nested and self.autobegin:
+            self.connection()  # so that the transaction around is none that the test has begun
         begun = self.in_turn(super().begin, nested)
         return cast("SessionTransaction", _Begun(self, begun))
 

@@ -1,5 +1,6 @@
 """Rule 11: functions and routes that cannot work, found before a request."""
 
+import functools
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from sqlalchemy import Column, Integer, Table, event, text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Session
 
@@ -402,6 +403,22 @@ async def caller(session: Db) -> Caller:
     return Caller(str(await session.scalar(text("SELECT 'Ada'"))))
 
 
+class Report:
+    """Be what was read, and write it later in sessions of its own."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], kind: type[Repository]) -> None:
+        self.sessions = sessions
+
+
+async def report(session: Db) -> Report:
+    return Report(async_sessionmaker(), Repository)
+
+
+async def logs_report(report: Annotated[Report, Depends(report)]) -> AsyncGenerator[None]:
+    yield
+    logging.getLogger(__name__).info("%s is written", report)
+
+
 async def logs_caller(caller: Annotated[Caller, Depends(caller)]) -> AsyncGenerator[None]:
     yield
     logging.getLogger(__name__).info("%s has left", caller.name)
@@ -444,7 +461,7 @@ async def saves_second(
 
 
 VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal, Visit]
-WITH_DATA: list[Any] = [logs, logs_row, logs_caller, *map(given, VALUES)]
+WITH_DATA: list[Any] = [logs, logs_row, logs_caller, logs_report, *map(given, VALUES)]
 WITH_SESSION = [saves, saves_any, saves_one, saves_second, saves_object]
 WITH_SESSION += [saves_typed, saves_of_service, saves_made]
 # Older versions of FastAPI evaluate all annotations, and take such a class for a generator.
@@ -517,6 +534,30 @@ async def test_an_endpoint_needs_no_hash() -> None:
     """A callable object without a hash is an endpoint like any other."""
     app = with_database()
     app.add_api_route("/items", Unhashable())
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+def counted(session: Db) -> None: ...
+
+
+class Method:
+    """Be what a decorator makes of a function: it can be awaited, and may stand in a class."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+
+    def __get__(self, *_: object) -> "Method":
+        return self
+
+    async def __call__(self, session: Db) -> int:
+        return int(await session.scalar(text("SELECT 7")) or 0)
+
+
+async def test_a_decorators_object_may_be_an_endpoint() -> None:
+    """What counts is whether the object can be awaited, not the function that it wraps."""
+    app = with_database()
+    app.add_api_route("/items", Method(counted))
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
 

@@ -15,11 +15,13 @@ from typing import Annotated, Any, Final, Literal, TypeGuard, Union, get_args, g
 from uuid import UUID
 
 from pydantic import BaseModel
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 # Classes of values, which hold no session.
 _VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID, dict)  # dict: TypedDict
+# What makes objects of its argument, and holds none.
+_MAKES: Final = (type, sessionmaker, async_sessionmaker)
 _AWAITED: Final = frozenset(
     name for name, each in vars(AsyncSession).items() if inspect.iscoroutinefunction(each)
 )
@@ -72,7 +74,7 @@ def _functions(call: Any) -> list[Any]:
         return []
     looked_at = [call, inspect.unwrap(call)]
     if not inspect.isclass(looked_at[1]):
-        methods = [each.__call__ for each in looked_at if not inspect.isroutine(each)]
+        methods = [each.__call__ for each in looked_at if not inspect.isfunction(each)]
         looked_at += [*methods, *map(inspect.unwrap, methods)]
     return looked_at
 
@@ -130,7 +132,7 @@ def _is_data(kind: type) -> bool:
 def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions.
 
-    With `inside`, also those of a generic class's arguments: both of `dict[str, Session]`.
+    With `inside`, also those of the arguments of a class that holds them, as in `dict[str, Session]`.
     """
     # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
     value = getattr(annotation, "__value__", None)
@@ -143,7 +145,7 @@ def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
         return classes_in(get_args(annotation)[0], inside=inside)
     union = origin in (Union, types.UnionType)
     found = None if union else origin or annotation
-    parts = get_args(annotation) if union or inside else ()
+    parts = get_args(annotation) if union or (inside and origin not in _MAKES) else ()
     named = [each for part in parts for each in classes_in(part, inside=inside)]
     return [found, *named] if isinstance(found, type) else named
 

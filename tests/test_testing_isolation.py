@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from contextvars import copy_context
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, select, text
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import await_only
@@ -231,6 +231,24 @@ def test_the_rules_hold(app: FastAPI, rows: Rows) -> None:
         with pytest.raises(UncommittedChangesError):
             client.post("/forgotten")
         assert client.post("/names").json() == []
+
+
+def test_a_bulk_insert_after_a_failed_flush_is_not_forgotten_work(
+    app: FastAPI, kind: Kind, rows: Rows
+) -> None:
+    """SQLAlchemy refuses it until `rollback()`, so it needs no commit, as in production."""
+
+    def body(session: Session) -> None:
+        session.add(Item(name="there"))
+        with suppress(IntegrityError):
+            session.flush()
+        with pytest.raises(PendingRollbackError):
+            session.bulk_insert_mappings(Item, [{"name": "late"}])
+
+    rows.add("there")
+    route(app, kind, "/bulk", get_db(), body)
+    with TestClient(app) as client, isolated(app):
+        assert client.post("/bulk").status_code == 201
 
 
 def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) -> None:

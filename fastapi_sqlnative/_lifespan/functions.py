@@ -132,7 +132,7 @@ def _is_data(kind: type) -> bool:
 def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions.
 
-    With `inside`, also those of the arguments of a class that holds them, as in `dict[str, Session]`.
+    With `inside`, also those that a generic class holds: both of `dict[str, Session]`.
     """
     # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
     value = getattr(annotation, "__value__", None)

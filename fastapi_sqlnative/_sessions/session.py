@@ -76,15 +76,15 @@ class NativeSession(Session):
 
     def bulk_save_objects(self, *args: Any, **options: Any) -> None:
         """Insert or update objects in bulk."""
-        _write(self.sqlnative, super().bulk_save_objects, *args, **options)
+        _write(self, super().bulk_save_objects, *args, **options)
 
     def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
         """Insert rows in bulk."""
-        _write(self.sqlnative, super().bulk_insert_mappings, *args, **options)
+        _write(self, super().bulk_insert_mappings, *args, **options)
 
     def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
         """Update rows in bulk."""
-        _write(self.sqlnative, super().bulk_update_mappings, *args, **options)
+        _write(self, super().bulk_update_mappings, *args, **options)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would let a
     # closed session start again.
@@ -202,11 +202,12 @@ def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options:
         record.executing = executing
 
 
-def _write(record: Record, method: Callable[..., None], *args: Any, **options: Any) -> None:
+def _write(session: NativeSession, method: Callable[..., None], *args: Any, **options: Any) -> None:
+    record = session.sqlnative
     record.check_usable()
     if record.options is AUTOCOMMIT:
         raise record.state.error(ReadOnlySessionError)
-    record.work.wrote = True
+    record.work.wrote = record.work.wrote or session.is_active  # after a failed flush it is not
     _recorded(record, method, *args, **options)
 
 

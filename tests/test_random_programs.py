@@ -157,11 +157,8 @@ class Outcome(NamedTuple):
 def outcome(engine: Engine, rows: Rows, program: Sequence[Step]) -> Outcome:
     """Run a program with SQLAlchemy alone."""
     begin_anew(rows)
-    with (
-        engine.connect() as connection,
-        suppress(PendingRollbackError),  # close(), where a savepoint's release has failed
-        Session(connection, expire_on_commit=False) as session,
-    ):
+    with engine.connect() as connection:
+        session = Session(connection, expire_on_commit=False)
         driver: Any = connection.connection.driver_connection
         perform(session, program)
         stored, refused = rows.positions, False
@@ -170,6 +167,8 @@ def outcome(engine: Engine, rows: Rows, program: Sequence[Step]) -> Outcome:
             session.commit()
         except SQLAlchemyError:
             refused = True
+        with suppress(PendingRollbackError):  # where a savepoint's release has failed
+            session.close()
     return Outcome(stored, rows.positions, aborted, refused)
 
 

@@ -353,6 +353,19 @@ async def test_a_stream_in_an_undone_savepoint_hides_no_write(
 
 
 @pytest.mark.anyio
+@pytest.mark.driver_decides
+@pytest.mark.parametrize("end", ["close", "invalidate"])
+async def test_a_stream_may_lose_its_connection(kind: Kind, engine: Engine, end: str) -> None:
+    """Nothing is left to close if the application has given up the connection itself."""
+
+    def body(session: Session) -> None:
+        session.execute(SERIES, execution_options={"yield_per": 1}).fetchone()
+        getattr(session.connection(), end)()
+
+    assert await ask(engine, kind, get_db(), body) == 201
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 async def test_a_stream_on_sqlite_goes_on_after_each_batch(kind: Kind, end: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 import httpx
+import psycopg
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -23,13 +24,14 @@ from fastapi_sqlnative import (
     AsyncDatabase,
     get_database_handle,
     install_database,
+    reader,
     transactional,
 )
 from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.conftest import MakeEngine
-from tests.in_process import counted_waits, turns
+from tests.in_process import application, client_of, counted_waits, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, Item, Kind, Rows, add, route, serve, until
+from tests.serving import KINDS, PSYCOPG_ASYNC, Item, Kind, Rows, add, route, serve, until
 
 add_a = add("a")
 pytestmark = pytest.mark.anyio
@@ -198,6 +200,34 @@ async def test_a_query_is_interrupted(
         await ended(task)
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
     assert rows.names == []
+
+
+@pytest.mark.parametrize("kind", [PSYCOPG_ASYNC], ids=lambda kind: kind.id)
+@pytest.mark.parametrize("switched", [True, False], ids=["into AUTOCOMMIT", "out of it"])
+async def test_a_reader_may_be_cancelled_as_its_connection_is_switched(
+    kind: Kind, engine: Engine, rows: Rows, switched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool keeps its place, and gets back no connection that stores each statement at once."""
+    switch = psycopg.AsyncConnection.set_autocommit
+    requests: list[asyncio.Task[Any]] = []
+
+    async def switch_and_yield(connection: Any, value: bool) -> None:
+        await switch(connection, value)
+        if value is switched:
+            requests[0].cancel()
+        await asyncio.sleep(0)  # as psycopg does when the event loop has been busy
+
+    app = application(engine, kind, reader(), lambda session: session.scalar(text("SELECT 1")))
+    route(app, kind, "/store", transactional(), add_a)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        assert (await client.post("/")).status_code == 201
+        with monkeypatch.context() as patched:
+            patched.setattr(psycopg.AsyncConnection, "set_autocommit", switch_and_yield)
+            requests.append(asyncio.create_task(client.post("/")))
+            with pytest.raises(asyncio.CancelledError):
+                await requests[0]
+        assert (await client.post("/store")).status_code == 201
+    assert rows.names == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,10 @@ def undo_savepoint(session: Session, _: str) -> None:
 
 
 def commit(session: Session, _: str) -> None:
-    session.commit()
+    try:
+        session.commit()
+    except TransactionAbortedError:
+        session.rollback()  # as PostgreSQL does by itself
 
 
 def roll_back(session: Session, _: str) -> None:
@@ -141,7 +144,7 @@ STEPS: Sequence[Step] = (
 def perform(session: Session, program: Sequence[Step]) -> None:
     """Take all steps, whatever becomes of them."""
     for number, step in enumerate(program):
-        with suppress(SQLAlchemyError, TransactionAbortedError):
+        with suppress(SQLAlchemyError):
             step(session, str(number))
 
 

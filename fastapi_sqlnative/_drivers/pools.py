@@ -3,11 +3,13 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Engine, Pool, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
+# The key in `info` of what a connection's autocommit is between its uses.
+_AUTOCOMMIT: Final = "fastapi_sqlnative_autocommit"
 # Marks, in `info`, a connection that never belonged to a pool of the application.
 OUTSIDE: Final = "fastapi_sqlnative_outside"
 
@@ -113,3 +115,30 @@ def beside_pool(engine: Engine) -> Generator[Engine]:
 
 def _mark(_connection: object, record: ConnectionPoolEntry) -> None:
     record.info[OUTSIDE] = True
+
+
+def awaits_autocommit(engine: Engine) -> bool:
+    """Return whether a cancellation can come between setting AUTOCOMMIT and SQLAlchemy's noting it.
+
+    psycopg yields there to an event loop that has been busy.
+    """
+    return engine.dialect.is_async and engine.dialect.driver in {"psycopg", "psycopg_async"}
+
+
+def keep_autocommit(engine: Engine) -> None:
+    """Have the pool close a connection that comes back with another autocommit than it had.
+
+    The next request's statements would be stored one by one.
+    """
+    # The same functions each time, so that SQLAlchemy adds them once to an engine.
+    event.listen(engine, "connect", _note_autocommit)
+    event.listen(engine, "checkin", _check_autocommit)
+
+
+def _note_autocommit(connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info[_AUTOCOMMIT] = connection.autocommit
+
+
+def _check_autocommit(connection: Any, record: ConnectionPoolEntry) -> None:
+    if connection is not None and connection.autocommit is not record.info.get(_AUTOCOMMIT, False):
+        record.invalidate()

@@ -167,6 +167,12 @@ def has_only_read(session: AnySession) -> bool:
     )
 
 
+def is_switched_back(session: AnySession) -> bool:
+    """Return whether its connection leaves AUTOCOMMIT; cancelled there, it is lost to the pool."""
+    record = record_of(session)
+    return record.options is AUTOCOMMIT and record.state.awaits_autocommit
+
+
 def perform(session: AnySession, operation: Callable[[AnySession], T]) -> T | None:
     """Run an operation here, or in a thread if it could block the event loop."""
     if isinstance(session, AsyncSession):
@@ -211,8 +217,9 @@ async def finish(
     if not waiting:
         return work()
     if not cancelled and all(map(has_only_read, waiting)):
-        return await _run_for(waiting, work)
-    if error is None:
+        if not any(map(is_switched_back, waiting)):
+            return await _run_for(waiting, work)
+    elif error is None:
         try:
             # A `def` endpoint's thread cannot be cancelled: this is the first chance.
             await checkpoint_if_cancelled()

@@ -1,4 +1,4 @@
-"""The state of a connection pool, as far as its class exposes it."""
+"""Connection pools: their state, as far as their class exposes it, and what comes back to them."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import Engine, Pool, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-# The key in `info` of what a connection's autocommit is between its uses.
+# The key in `info` of the autocommit with which a connection was checked out.
 _AUTOCOMMIT: Final = "fastapi_sqlnative_autocommit"
 # Marks, in `info`, a connection that never belonged to a pool of the application.
 OUTSIDE: Final = "fastapi_sqlnative_outside"
@@ -126,16 +126,16 @@ def awaits_autocommit(engine: Engine) -> bool:
 
 
 def keep_autocommit(engine: Engine) -> None:
-    """Have the pool close a connection that comes back with another autocommit than it had.
+    """Have the pool close a connection that comes back with another autocommit than it left with.
 
-    The next request's statements would be stored one by one.
+    Of the next request, each statement would be stored by itself.
     """
     # The same functions each time, so that SQLAlchemy adds them once to an engine.
-    event.listen(engine, "connect", _note_autocommit)
+    event.listen(engine, "checkout", _note_autocommit)
     event.listen(engine, "checkin", _check_autocommit)
 
 
-def _note_autocommit(connection: Any, record: ConnectionPoolEntry) -> None:
+def _note_autocommit(connection: Any, record: ConnectionPoolEntry, _: object) -> None:
     record.info[_AUTOCOMMIT] = connection.autocommit
 
 

@@ -28,6 +28,7 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
+from fastapi_sqlnative._sessions.completion import without_yielding
 from fastapi_sqlnative._sessions.engines import sync_engine
 from tests.conftest import MakeEngine
 from tests.in_process import application, client_of, counted_waits, turns
@@ -242,6 +243,29 @@ async def test_a_reader_may_be_cancelled_as_its_connection_is_switched(
                 await requests[0]
         assert (await client.post("/store")).status_code == 201
     assert rows.names == ["a"]
+
+
+async def test_only_what_waits_can_be_cancelled() -> None:
+    """Work that is kept from yielding is cancelled where it waits, and may handle that."""
+    passed: list[str] = []
+
+    async def work() -> str:
+        await asyncio.sleep(0)
+        passed.append("yielded")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            passed.append("waited")
+        await asyncio.sleep(0)
+        return "done"
+
+    async def run() -> str:
+        task: Any = asyncio.current_task()
+        asyncio.get_running_loop().call_soon(task.cancel)
+        return await without_yielding(work())
+
+    assert await asyncio.create_task(run()) == "done"
+    assert passed == ["yielded", "waited"]
 
 
 @pytest.mark.parametrize(

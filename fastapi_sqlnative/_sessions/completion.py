@@ -7,7 +7,8 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -79,6 +80,27 @@ async def _outlast_cancellation(
                 )
                 task.cancel()  # SQLAlchemy invalidates a connection whose operation is cancelled
                 deadline = clock() + timeout  # its cleanup may hang as well
+
+
+@types.coroutine
+def without_yielding(work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Run a coroutine, but don't let the event loop run when it only offers to: `sleep(0)`.
+
+    So no cancellation comes there. What it waits for can be cancelled as usual.
+    """
+    step: Callable[[], Any] = functools.partial(work.send, None)
+    while True:
+        try:
+            awaited = step()
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        step = functools.partial(work.send, None)
+        if awaited is not None:
+            try:
+                yield awaited
+            except BaseException as error:  # noqa: BLE001 - for the coroutine to handle
+                step = functools.partial(work.throw, error)
 
 
 def once(work: Callable[[], T]) -> Callable[[], T]:

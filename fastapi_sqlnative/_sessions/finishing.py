@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedChangesError
-from .completion import once, to_completion
+from .completion import once, to_completion, without_yielding
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, record_of, sync_session
 from .transaction import has_pending_changes
@@ -167,8 +167,8 @@ def has_only_read(session: AnySession) -> bool:
     )
 
 
-def is_switched_back(session: AnySession) -> bool:
-    """Return whether its connection leaves AUTOCOMMIT; cancelled there, it is lost to the pool."""
+def _switches(session: AnySession) -> bool:
+    # Cancelled while it leaves AUTOCOMMIT, a connection would keep its place in the pool for good.
     record = record_of(session)
     return record.options is AUTOCOMMIT and record.state.awaits_autocommit
 
@@ -217,9 +217,9 @@ async def finish(
     if not waiting:
         return work()
     if not cancelled and all(map(has_only_read, waiting)):
-        if not any(map(is_switched_back, waiting)):
-            return await _run_for(waiting, work)
-    elif error is None:
+        running = _run_for(waiting, work)
+        return await (without_yielding(running) if any(map(_switches, waiting)) else running)
+    if error is None:
         try:
             # A `def` endpoint's thread cannot be cancelled: this is the first chance.
             await checkpoint_if_cancelled()

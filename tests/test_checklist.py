@@ -155,7 +155,10 @@ def test_what_is_well_is_not_complained_about(kind: Kind, server: Badly) -> None
     assert {each.status for each in findings} == {"ok"}, findings
     assert row(findings, "statement timeout") == ("ok", "5s")
     assert row(findings, "connect timeout") == ("ok", "5 s")
-    assert row(findings, "connections") == ("ok", "16 needed by 1 process(es), 27 available")
+    # The server may still be ending the connection of an earlier test.
+    assert re.fullmatch(
+        r"16 needed by 1 process\(es\), 2[67] available", row(findings, "connections")[1]
+    )
     assert not any(each.fix or each.link for each in findings)
 
 

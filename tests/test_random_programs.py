@@ -22,7 +22,12 @@ from fastapi_sqlnative.testing import isolated
 from tests.in_process import application, asking
 from tests.serving import Item, Kind, Rows, items
 
-pytestmark = pytest.mark.anyio
+pytestmark = [
+    pytest.mark.anyio,
+    # psycopg's own, where PostgreSQL has closed the cursor of a result that was left half read.
+    pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning"),
+]
 
 # The shortest lies that such programs have found had three steps.
 PROGRAMS, ISOLATED, LONGEST = 100, 40, 8
@@ -202,20 +207,26 @@ def programs() -> Iterator[list[Step]]:
         yield chance.choices(STEPS, k=chance.randint(1, LONGEST))
 
 
-# psycopg's own, where PostgreSQL has closed the cursor of a result that was left half read.
-@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
-@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+def title(program: Sequence[Step]) -> str:
+    return ", ".join(each.__name__ for each in program)
+
+
+def trials(engine: Engine, rows: Rows) -> Iterator[tuple[str, Outcome, bool, Any]]:
+    """Give each program's title, outcome, whether an abort loses work, and a body that runs it."""
+    for program in programs():
+        expected = outcome(engine, rows, program)
+        lost = expected.aborted and loses(engine, rows, program)
+        begin_anew(rows)
+        yield title(program), expected, lost, functools.partial(perform, program=program)
+
+
 async def test_a_commit_at_the_end_is_sqlalchemys(
     kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
     """With transactional, a success stores what it says, and nothing else is refused."""
     async with asking(engine, kind, transactional()) as request:
-        for program in programs():
-            expected = outcome(plain, rows, program)
-            lost = expected.aborted and loses(plain, rows, program)
-            begin_anew(rows)
-            body = functools.partial(perform, program=program)
-            with subtests.test(", ".join(each.__name__ for each in program)):
+        for name, expected, lost, body in trials(plain, rows):
+            with subtests.test(name):
                 if lost or expected.refused:
                     with pytest.raises((TransactionAbortedError, SQLAlchemyError)):
                         await request(body)
@@ -225,20 +236,15 @@ async def test_a_commit_at_the_end_is_sqlalchemys(
                     assert rows.positions == expected.committed
 
 
-@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
-@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
 async def test_what_a_commit_would_have_stored_is_forgotten(
     kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
     """Through get_db, a success leaves nothing unstored, and nothing else is refused."""
     async with asking(engine, kind, get_db()) as request:
-        for program in programs():
-            expected = outcome(plain, rows, program)
+        for name, expected, _, body in trials(plain, rows):
             if expected.refused:
                 continue  # a flush that has failed, or one that would
-            begin_anew(rows)
-            body = functools.partial(perform, program=program)
-            with subtests.test(", ".join(each.__name__ for each in program)):
+            with subtests.test(name):
                 if expected.stored == expected.committed:
                     assert await request(body) == 201
                 else:
@@ -247,8 +253,6 @@ async def test_what_a_commit_would_have_stored_is_forgotten(
                 assert rows.positions == expected.stored
 
 
-@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
-@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
 @pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
 def test_what_is_isolated_ends_as_in_production(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, subtests: pytest.Subtests
@@ -270,7 +274,7 @@ def test_what_is_isolated_ends_as_in_production(
             expected = answer(), rows.positions
             begin_anew(rows)
             with (
-                subtests.test(", ".join(each.__name__ for each in program)),
+                subtests.test(title(program)),
                 isolated(app) as session,
             ):
                 found = answer()

@@ -13,6 +13,7 @@ from sqlalchemy.exc import InvalidRequestError
 
 from .errors import driver_error
 from .failures import sqlstates
+from .pools import awaits_autocommit
 
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 IN_TRANSACTION: Final = 2
@@ -42,8 +43,7 @@ def ends_in_one_step(engine: Engine) -> bool:
     """
     reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
     return engine.dialect.driver == "asyncpg" or (
-        engine.dialect.driver in {"psycopg", "psycopg_async"}
-        and reset.isdisjoint(engine.get_execution_options())
+        awaits_autocommit(engine) and reset.isdisjoint(engine.get_execution_options())
     )
 
 

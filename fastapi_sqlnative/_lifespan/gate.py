@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TypeAlias
 
 import anyio.to_thread
@@ -36,21 +36,19 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.opened: dict[object, Opened] = {}  # by the route's `key_of`
+        self.opened = defaultdict[object, Opened](Counter)  # by the route's `key_of`
         self._awaits: dict[object, bool] = {}  # whether its endpoint does
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def register(self, route: object, opened: Opened) -> None:
         """Record what the requests of a route open; the maximum for a route included twice."""
-        found = self.opened[key_of(route)] = self.opened.get(key_of(route), Counter()) | opened
+        found = self.opened[key_of(route)] = self.opened[key_of(route)] | opened
         if found.total() > 1:
             self._connections.total_tokens = self._max_with_several()
 
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, up to the pool's timeout; return whether it can be left early."""
         key = key_of(route)
-        if key not in self.opened:
-            self.opened[key] = Counter()  # making one takes longer than all the rest here
         several = self.opened[key].total() > 1
         # Always in this order: acquiring two limiters in opposite orders could deadlock.
         limiters = [self._connections] if several else []

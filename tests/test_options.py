@@ -608,6 +608,7 @@ WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
 WRITES |= {
     "drop": executing(text("DROP TABLE item")),
     "script": executing(text("SELECT 1; DELETE FROM item")),
+    "block": executing(text("DO LANGUAGE plpgsql $a$BEGIN PERFORM 1; DELETE FROM item; END$a$")),
     "connection of the transaction": over_the_transaction,
     "connections that the transaction has": over_what_the_transaction_has,
     "create from a temporary table": executing(text("CREATE TABLE x AS SELECT * FROM pg_temp.y")),
@@ -643,8 +644,9 @@ def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> No
         "SELECT 1 AS update, (SELECT 2) delete, 3 AS call",
         "SELECT * FROM item FOR  UPDATE",
         'SELECT \'drop\', "create" FROM (VALUES (1)) AS made("create")',
+        "SELECT $$; delete$$, $a$; drop $$ ; drop$a$",
     ],
-    ids=["columns", "names", "lock", "literals"],
+    ids=["columns", "names", "lock", "literals", "dollars"],
 )
 def test_a_reader_reads_what_looks_like_a_write(
     kind: Kind, engine: Engine, rows: Rows, sql: str

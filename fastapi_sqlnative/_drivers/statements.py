@@ -50,7 +50,7 @@ def statement_of(compiled: Any) -> Statement:
     if found.effect is not Effect.WRITE or compiled.dialect.name not in MYSQL:
         return found
     # It can't be asked. A BEFORE trigger of an ignored row may have written, unnoticed.
-    first = _without_literals(compiled.string)[:6].upper()
+    first = without_literals(compiled.string)[:6].upper()
     counted = found.counted or first in {"INSERT", "UPDATE", "DELETE"}
     return Statement(Effect.WRITE, counted=counted, calls=first.startswith("CALL"))
 
@@ -95,7 +95,7 @@ def writes(statement: Any, dialect: Dialect | None = None) -> bool:
 
 
 def _text_writes(text: str) -> bool:
-    sql = _without_literals(text)
+    sql = without_literals(text)
     firsts = _FIRST[Effect.WRITE], _FIRST[Effect.DEFINE], _DROP
     parts = [part.lstrip() for part in sql.split(";")]  # psycopg sends a script as it is
     return bool(_WRITING.search(sql)) or any(each.match(part) for part in parts for each in firsts)
@@ -103,9 +103,11 @@ def _text_writes(text: str) -> bool:
 
 # -- text ----------------------------------------------------------------------------------------
 
-# Comments, literals and quoted names. Nothing here backtracks, so the time is linear.
+# Comments, literals (also in dollar quotes) and quoted names. Nothing here backtracks, so the time
+# is linear.
 _LITERAL: Final = re.compile(
-    r"""--[^\n]*+ | /\*(?:[^*]|\*(?!/))*+(?:\*/)? | '(?:[^']|'')*+'? | "(?:[^"]|"")*+"? """,
+    r"""--[^\n]*+ | /\*(?:[^*]|\*(?!/))*+(?:\*/)? | '(?:[^']|'')*+'? | "(?:[^"]|"")*+"?
+    | (?<![\w$])(\$(?:[^\W\d]\w*+)?\$)(?s:(?!\1).)*+(?:\1)?""",
     re.VERBOSE,
 )
 # Syntax that the pattern above may misread: escapes, dollar quotes, nested and conditional
@@ -131,8 +133,10 @@ _WRITING: Final = re.compile(
     r"(?:[()]|\Aexplain\b.*)\s*+(?:insert|update|delete|merge|call|create)\s|(?<![.\w])into\s",
     re.IGNORECASE,
 )
-# Often used on temporary tables, so inside a transaction the server is asked instead.
-_DROP: Final = re.compile(r"(?:drop|refresh|reindex|import)\b", re.IGNORECASE)
+# Often used on temporary tables, or PostgreSQL's DO, so inside a transaction the server is asked.
+_DROP: Final = re.compile(
+    r"(?:drop|refresh|reindex|import)\b|do (?:language \S++ )?+''", re.IGNORECASE
+)
 _CALLED: Final = re.compile(r'(?<![\w.$"])([\w.$"]++)\s*+\(')
 # Keywords that may precede a parenthesis, and built-in functions that write nothing and whose
 # names a user-defined function is unlikely to have. A missing name costs a query to the server,
@@ -186,7 +190,7 @@ _HARMLESS: Final = frozenset(
 
 
 def _read_text(sql: str) -> Statement:
-    cleaned = _without_literals(sql)
+    cleaned = without_literals(sql)
     # Several statements, or one that these patterns may misread; not so its first word.
     ambiguous = ";" in cleaned or _AMBIGUOUS.search(sql)
     for effect, pattern in _FIRST.items():
@@ -204,13 +208,13 @@ def _read_text(sql: str) -> Statement:
     return Statement(Effect.UNKNOWN)
 
 
-def _without_literals(sql: str) -> str:
+def without_literals(sql: str) -> str:
     """Blank out comments, literals and quoted names; collapse spaces, drop final semicolons."""
     return " ".join(_LITERAL.sub(_blank, sql).split()).rstrip("; ")
 
 
 def _blank(literal: re.Match[str]) -> str:
-    return {"'": "''", '"': '"q"'}.get(literal[0][0], " ")
+    return {"'": "''", "$": "''", '"': '"q"'}.get(literal[0][0], " ")
 
 
 def _may_write(cleaned: str) -> bool:

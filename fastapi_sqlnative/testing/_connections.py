@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
-from .._drivers.statements import writes
+from .._drivers.statements import without_literals, writes
 from .._drivers.transactions import autocommits, begin_before_savepoint, fetch_row, is_aborted
 from .._sessions.engines import run_in_greenlet
 from .._sessions.session import NativeSession
@@ -21,9 +21,6 @@ from ._turns import REFUSED, SERVED, Turn, in_flow
 # The execution options that mark an isolated connection, and the block's own statements.
 _ISOLATED: Final = "fastapi_sqlnative_isolated"
 OURS: Final = "fastapi_sqlnative_testing"
-_UNREAD: Final = re.compile(  # comments, literals and dollar-quoted bodies
-    r"""--[^\n]*|/\*.*?\*/|'[^']*'|"[^"]*"|(\$\w*\$).*?\1""", re.DOTALL
-)
 _ENDS: Final = re.compile(r"\s*(commit|end|abort|rollback)\b(?!(\s+(work|transaction))?\s+to\b)")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
@@ -191,7 +188,7 @@ class IsolatedConnection:
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
         """Refuse statements that would end the block, and writes over other connections."""
-        sql = _UNREAD.sub(" ", statement).strip(" \t\r\n;").lower()
+        sql = without_literals(statement).lower()
         if isolated_on(connection) is self:
             command, following = sql.partition(" ")[::2]
             if self.begins and command == "savepoint":

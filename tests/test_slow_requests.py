@@ -426,11 +426,8 @@ async def test_a_database_error_of_the_endpoints_own_stays(
 
 
 @asynchronous
-async def test_what_a_cancelled_endpoint_commits_is_left_alone(
-    app: FastAPI, rows: Rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_cancelled_endpoint_commits_is_left_alone(app: FastAPI, rows: Rows) -> None:
     """What a cancelled endpoint has stored by its own commit is not answered with a 504."""
-    monkeypatch.setattr(cancellation, "_GRACE", SOON)
 
     @app.post("/", dependencies=[Depends(deadline(SOON))])
     async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
@@ -440,7 +437,8 @@ async def test_what_a_cancelled_endpoint_commits_is_left_alone(
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             await session.commit()
-        await asyncio.sleep(2 * SOON)  # when what still waits would be cancelled once more
+        # What still waits then would be cancelled once more.
+        await asyncio.sleep(cancellation._GRACE + SOON)
 
     async with running(app) as client:
         await connect(app)

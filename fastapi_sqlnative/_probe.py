@@ -9,7 +9,14 @@ import sqlalchemy as sa
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ._drivers.pools import OUTSIDE, ask_pool, beside_pool, pool_capacity, pool_timeout
+from ._drivers.pools import (
+    OUTSIDE,
+    ask_pool,
+    beside_pool,
+    knows_server,
+    pool_capacity,
+    pool_timeout,
+)
 from ._sessions.engines import ask
 from .errors import DatabaseErrorKind, describe_database_error
 
@@ -41,9 +48,9 @@ class DatabaseState(StrEnum):
 def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseState:
     """Return the state of a database that answers; raise the error of a database that does not.
 
-    Plain code, for a greenlet or a thread. It never queues for the pool: if no connection is
-    idle, it opens one as the pool would and closes it again. `in_use` is the number of connections
-    that sessions hold; not every pool class knows it.
+    Plain code, for a greenlet or a thread. It never queues for a pool that has made a connection:
+    if none is idle, it opens one as the pool would and closes it again. `in_use` is the number of
+    connections that sessions hold; not every pool class knows it.
     """
     pool = engine.pool
     if isinstance(pool, sa.StaticPool) and in_use:
@@ -52,8 +59,11 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
     if isinstance(pool, sa.QueuePool) and pool.checkedin():
         with suppress(Exception):  # a stale connection; the server may be back, so retry below
             return _ask(engine, writable)
-    elif not (isinstance(pool, _EXCLUSIVE) or ask_pool(pool, "checkedout")):
-        # Nobody queues for an unused pool, and its first connection initializes the dialect.
+    elif not (
+        isinstance(pool, _EXCLUSIVE) or (ask_pool(pool, "checkedout") and knows_server(engine))
+    ):
+        # Nobody queues for an unused pool. Its first connection initializes the dialect, for which
+        # the others wait; for one outside they would not.
         return _ask(engine, writable)
     full = is_full(engine)
     try:

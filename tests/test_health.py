@@ -1352,6 +1352,42 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
         assert (await probe).status_code == 200
 
 
+@pytest.mark.driver_decides
+async def test_a_first_probe_beside_a_first_query_leaves_no_dialect_half_ready(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """A query that began before the very first probe finds a dialect that knows its server."""
+    engine = make_engine()
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    app.include_router(health_router(timeout=PATIENT))
+    loop, connecting, connected = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def connect_slowly(dialect: Any, _record: object, given: Any, options: Any) -> Any:
+        made = dialect.connect(*given, **options)
+        if not connecting.is_set():
+            loop.call_soon_threadsafe(connecting.set)
+            if kind.asynchronous:
+                await_only(asyncio.to_thread(connected.wait, PATIENT))
+            else:
+                connected.wait(PATIENT)
+        return made
+
+    def ask(inner: Engine) -> object:
+        with inner.connect():
+            return inner.dialect.default_schema_name
+
+    async with running(app) as client:
+        inner = sync_engine(installed_databases(app)["default"].engine)
+        event.listen(inner, "do_connect", connect_slowly)
+        # Before the listener that initializes the dialect.
+        event.listen(inner, "connect", lambda *_: connected.set(), insert=True)
+        asked = asyncio.create_task(run_on_engine(engine, ask))
+        await connecting.wait()
+        assert (await client.get("/health/ready")).status_code == 200
+        assert await asked == "public"
+
+
 async def test_a_policy_may_name_a_database_of_a_mounted_application() -> None:
     """What counts for readiness can be told how, also where it is installed below."""
     mounted = FastAPI()

@@ -98,6 +98,11 @@ def pool_timeout(pool: Pool) -> float:
     return 30.0 if ask is None else ask()
 
 
+def knows_server(engine: Engine) -> bool:
+    """Return whether a first connection has initialized the dialect."""
+    return hasattr(engine.dialect, "default_isolation_level")
+
+
 @contextmanager
 def beside_pool(engine: Engine) -> Generator[Engine]:
     """Yield an engine with the same settings and a pool of its own, which is disposed of at exit.

@@ -259,6 +259,32 @@ def test_pools_on_one_server_are_added_up(server: Badly) -> None:
     assert found.detail == "24 needed by 2 process(es), 27 available"
 
 
+def test_an_engine_under_two_names_is_asked_twice(server: Badly) -> None:
+    """Two checks of a new engine get all answers, though one initializes the dialect for both."""
+    other_done = asyncio.Event()
+    queries: list[object] = []
+
+    class Slow(psycopg.AsyncCursor[Any]):
+        async def execute(self, query: Any, *args: Any, **options: Any) -> Any:
+            queries.append(query)
+            if len(queries) == 1:  # by the dialect that is being initialized
+                await other_done.wait()
+            return await super().execute(query, *args, **options)
+
+    engine = create_async_engine(
+        url_of(server, "psycopg"),
+        connect_args={"cursor_factory": Slow, "application_name": "twice"},
+    )
+    findings = check(
+        engine, engine, progress=lambda line: other_done.set() if "done" in line else None
+    )
+    assert {each.database for each in findings} == {"default", "db1", "default, db1"}
+    assert not {"unknown", "no answer"} & {each.status for each in findings}
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'twice'"
+        wait_until(lambda: connection.execute(query).fetchone() == (0,))
+
+
 def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
     """What other roles use is subtracted, and what this application's own processes use is not."""
     wait_for_others(server)

@@ -764,6 +764,7 @@ async def test_a_body_that_is_sent_is_not_cut(app: FastAPI, rows: Rows) -> None:
         return StreamingResponse(numbers())
 
     async with running(app) as client:
+        await connect(app)
         answer = await client.get("/")
     assert (answer.status_code, answer.text) == (200, "0\n1\n2\n")
 

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from .._drivers.connections import parameters_of, recording_arguments
 from .._drivers.errors import driver_error
-from .._drivers.pools import beside_pool
+from .._drivers.pools import beside_pool, knows_server
 from .._drivers.transactions import autocommits
 from .._lifespan.lifespan import call_factory
 from .._lifespan.running import Installation, installations_of
@@ -156,6 +156,9 @@ class _Asking:
             beside.connect() as connection,
         ):
             autocommit = autocommits(connection)
+            if not knows_server(engine):  # the check of another name is initializing the dialect
+                engine.dialect.initialize(connection)
+                connection.rollback()
             connection.execution_options(isolation_level="AUTOCOMMIT")
             parameters = parameters_of(connection, noted)
             asked = questions.Asked(connection, engine.pool, parameters, autocommit)

@@ -99,14 +99,8 @@ def read_error(error: DBAPIError) -> StatedError:
     original = driver_error(error)
     statement = error.statement if isinstance(error.statement, str) else None
     server = server_of(original)
-    if server is None:
-        stated = _read_other(original, statement)
-    elif server == "postgresql":
-        stated = _read_postgres(original, statement)
-    elif server == "mysql":
-        stated = _read_mysql(original, statement or "")
-    else:
-        stated = _read_sqlite(original)
+    readers = {"postgresql": _read_postgres, "mysql": _read_mysql, "sqlite": _read_sqlite}
+    stated = readers.get(server or "", _read_other)(original, statement)
     kind = stated.kind or _kind(stated.code or "", server or "", error)
     if kind == "foreign_key":
         # If the database doesn't say which side failed, the statement does.
@@ -247,7 +241,7 @@ _NAMES: Final = tuple(
 )
 
 
-def _read_mysql(error: BaseException, statement: str) -> StatedError:
+def _read_mysql(error: BaseException, statement: str | None) -> StatedError:
     number = error.args[0] if error.args else None
     if not isinstance(number, int) or not 0 < number < 100_000:
         is_infinite = isinstance(number, str) and number.endswith(" can not be used with MySQL")
@@ -255,12 +249,12 @@ def _read_mysql(error: BaseException, statement: str) -> StatedError:
     stated = replace(_named_in(error.args[-1]), code=str(number))
     # MySQL prefixes a key's name with its table; in MariaDB a name may contain a dot.
     table, _, name = (stated.constraint or "").partition(".")
-    if name and re.search(rf"\b{re.escape(table)}\b", statement):
+    if name and re.search(rf"\b{re.escape(table)}\b", statement or ""):
         return replace(stated, table=table, constraint=name)
     return stated
 
 
-def _read_sqlite(error: BaseException) -> StatedError:
+def _read_sqlite(error: BaseException, _statement: str | None) -> StatedError:
     # Python 3.11 lacks the name of the error that a STRICT table raises.
     is_strict = _attribute(error, "sqlite_errorcode") == 3091
     code = "SQLITE_CONSTRAINT_DATATYPE" if is_strict else _text(error, "sqlite_errorname")

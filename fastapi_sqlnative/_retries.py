@@ -42,7 +42,6 @@ class Retries:
 
     @contextmanager
     def attempt(self) -> Generator[None]:
-        """Run one attempt."""
         self._made += 1
         try:
             yield

@@ -87,7 +87,6 @@ def instrument_pools(
 
 
 def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:
-    """Return the instruments that all applications with this provider share."""
     meter = provider.get_meter("fastapi_sqlnative")
     timeouts = meter.create_counter(
         f"{_PREFIX}.timeouts", "{timeout}", "Waits for a connection that timed out."

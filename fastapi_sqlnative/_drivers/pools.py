@@ -53,7 +53,6 @@ class PoolStatus:
 
 
 def pool_status(pool: Pool, holders: tuple[ConnectionHolder, ...]) -> PoolStatus:
-    """Return the status of a pool."""
     size = ask_pool(pool, "size") or None  # a size of 0 is SQLAlchemy's "no limit"
     overflow = None if size is None else ask_pool(pool, "overflow")
     return PoolStatus(

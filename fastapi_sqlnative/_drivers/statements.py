@@ -17,8 +17,6 @@ MYSQL: Final = {"mysql", "mariadb"}
 
 
 class Effect(Enum):
-    """The effect that a statement may have on its transaction."""
-
     NONE = auto()
     WRITE = auto()
     DEFINE = auto()  # DDL, which makes MySQL commit
@@ -28,8 +26,6 @@ class Effect(Enum):
 
 
 class Statement(NamedTuple):
-    """The known facts about a statement."""
-
     effect: Effect
     savepoint: str = ""  # the name of the one that it sets or rolls back to
     # A row count of 0 means that it wrote nothing. Not so with CTEs, nor for an INSERT without ON
@@ -39,7 +35,6 @@ class Statement(NamedTuple):
 
 
 def statement_of(compiled: Any) -> Statement:
-    """Read the effect of a compiled statement."""
     if getattr(compiled.statement, "is_dml", False):
         skips = not compiled.isinsert or "ON CONFLICT" in compiled.string
         counted = skips and not getattr(compiled, "ctes", None)

@@ -42,7 +42,6 @@ def described(value: object) -> str:
 
 
 def accepts(function: Any, *arguments: object) -> bool:
-    """Return whether this can be called with these arguments."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:

@@ -32,7 +32,6 @@ class TransactionOptions:
 
     @classmethod
     def checked(cls, isolation_level: IsolationLevel | None, read_only: bool) -> Self:
-        """Validate a user's arguments."""
         known = get_args(IsolationLevel)
         if isolation_level is not None and isolation_level not in known:
             raise ValueError(

@@ -129,12 +129,10 @@ class Record(Holder):
             self.check_thread()
 
     def check_unfinished(self) -> None:
-        """Refuse a finished session."""
         if self.finished and not self.ending:
             raise self.state.error(exceptions.SessionFinishedError)
 
     def check_thread(self) -> None:
-        """Refuse to block the event loop's thread."""
         if self.loop_thread is not None and threading.get_ident() == self.loop_thread:
             raise self.state.error(exceptions.BlockingSessionError)
 

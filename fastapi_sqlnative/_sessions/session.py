@@ -42,11 +42,9 @@ class NativeSession(Session):
         return result
 
     def scalars(self, *args: Any, **options: Any) -> Any:
-        """Execute a statement and return scalars."""
         return self.execute(*args, **options).scalars()
 
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
-        """Execute a statement and return a scalar."""
         if isinstance(statement, Sequence):  # executing one returns no result object
             self.sqlnative.check_usable()
             return _recorded(self.sqlnative, super().scalar, statement, *args, **options)
@@ -75,44 +73,36 @@ class NativeSession(Session):
             record.committing = True
 
     def bulk_save_objects(self, *args: Any, **options: Any) -> None:
-        """Insert or update objects in bulk."""
         _write(self, super().bulk_save_objects, *args, **options)
 
     def bulk_insert_mappings(self, *args: Any, **options: Any) -> None:
-        """Insert rows in bulk."""
         _write(self, super().bulk_insert_mappings, *args, **options)
 
     def bulk_update_mappings(self, *args: Any, **options: Any) -> None:
-        """Update rows in bulk."""
         _write(self, super().bulk_update_mappings, *args, **options)
 
     # A background task may call these first, and they need no connection. SQLAlchemy would let a
     # closed session start again.
 
     def add(self, *args: Any, **options: Any) -> None:
-        """Add an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         super().add(*args, **options)
 
     def delete(self, *args: Any, **options: Any) -> None:
-        """Delete an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         super().delete(*args, **options)
 
     def merge(self, *args: Any, **options: Any) -> Any:
-        """Merge an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         return super().merge(*args, **options)
 
     def refresh(self, *args: Any, **options: Any) -> None:
-        """Refresh an object, unless the session is finished."""
         self.sqlnative.check_unfinished()
         super().refresh(*args, **options)
 
     # -- transactions ----------------------------------------------------------------------
 
     def begin(self, nested: bool = False) -> SessionTransaction:
-        """Begin a transaction or savepoint."""
         record = self.sqlnative
         record.check_unfinished()
         for connection in record.connections if nested else ():
@@ -124,7 +114,6 @@ class NativeSession(Session):
         return transaction
 
     def get_transaction(self) -> SessionTransaction | None:
-        """Return the current transaction, if any."""
         transaction = super().get_transaction()
         return None if transaction is None else _begun(self, transaction)
 
@@ -144,7 +133,6 @@ class NativeSession(Session):
             raise
 
     def rollback(self) -> None:
-        """Roll back."""
         record = self.sqlnative
         if record.connections:
             record.check_thread()
@@ -154,17 +142,14 @@ class NativeSession(Session):
     # These roll back too, which the author of a `with session:` may not expect.
 
     def close(self) -> None:
-        """Close the session, recording whether it discards changes."""
         _note_discarded(self)
         super().close()
 
     def reset(self) -> None:
-        """Reset the session, recording whether it discards changes."""
         _note_discarded(self)
         super().reset()
 
     def invalidate(self) -> None:
-        """Invalidate the connections, recording whether that discards changes."""
         _note_discarded(self, ask=False)  # the connection may hang
         super().invalidate()
 

@@ -15,8 +15,6 @@ from .._drivers.statements import MYSQL, Effect, Statement, changed_nothing
 
 @dataclass(eq=False, repr=False, slots=True)
 class Work:
-    """The work of one transaction."""
-
     wrote: bool = False  # by a statement or flush
     unknown: bool = False  # a statement may have written
     handed_out: bool = False  # a connection, so anything may have been sent
@@ -101,14 +99,12 @@ class BegunTransaction:
     # SQLAlchemy 2.1.7 and later.
 
     def bound_connection(self, *args: Any, **arguments: Any) -> Connection:
-        """Hand out the connection that it has for a bind."""
         found: Connection = self.transaction.bound_connection(*args, **arguments)
         self._session.sqlnative.hand_out(found)
         return found
 
     @property
     def connections(self) -> frozenset[Connection]:
-        """Hand out the connections that it has."""
         for each in self.transaction.connections:
             self._session.sqlnative.hand_out(each)
         return self.transaction.connections
@@ -121,7 +117,6 @@ class BegunTransaction:
             self.transaction.commit()  # raises SQLAlchemy's own error
 
     def rollback(self) -> None:
-        """Roll the transaction back."""
         self._session.sqlnative.end_results(streams_only=True)
         self.transaction.rollback()
 

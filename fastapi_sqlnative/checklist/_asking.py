@@ -115,8 +115,6 @@ def _judged(database: str, subject: str, answer: questions.Answer) -> Finding:
 
 @dataclass(eq=False)
 class _Asking:
-    """The check of one database."""
-
     label: str
     installation: Installation
     extra: questions.Questions

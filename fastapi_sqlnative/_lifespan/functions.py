@@ -80,10 +80,16 @@ def _functions(call: Any) -> list[Any]:
 
 def annotation_of(call: Any, parameter: Any) -> object:
     """Return the annotation of a parameter; `None` if it can't be resolved."""
+    found = _signature(call).parameters.get(parameter)
+    return found and found.annotation
+
+
+def _signature(call: Any) -> inspect.Signature:
+    """Return a signature with its annotations; an empty one if they can't be resolved."""
     try:
-        return inspect.signature(call, eval_str=True).parameters[parameter].annotation
+        return inspect.signature(call, eval_str=True)
     except Exception:  # noqa: BLE001 - often a name imported under TYPE_CHECKING
-        return None
+        return inspect.Signature()
 
 
 def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
@@ -92,10 +98,7 @@ def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
     If it has no return annotation, as in FastAPI's tutorial, the parameter that receives its
     result may show that it returns plain data.
     """
-    try:
-        given = inspect.signature(call, eval_str=True).return_annotation
-    except Exception:  # noqa: BLE001 - as above
-        return True
+    given = _signature(call).return_annotation
     if inspect.isclass(call):
         return True
     received = classes_in(annotation_of(receiver, parameter), inside=True)
@@ -113,11 +116,8 @@ def _holds_session(kind: type[Any], seen: set[type[Any]]) -> bool:
     if kind in seen or _is_data(kind):
         return False
     seen.add(kind)
-    try:
-        parameters = inspect.signature(kind, eval_str=True).parameters.values()
-    except Exception:  # noqa: BLE001 - as above
-        return False
-    taken = [named for each in parameters for named in classes_in(each.annotation, inside=True)]
+    annotations = [each.annotation for each in _signature(kind).parameters.values()]
+    taken = [named for each in annotations for named in classes_in(each, inside=True)]
     return any(_holds_session(each, seen) for each in taken)
 
 

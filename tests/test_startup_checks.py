@@ -347,6 +347,15 @@ async def saves_of_hidden(repository: Annotated[Any, Depends(hidden)]) -> AsyncG
     await repository.session.commit()  # that is the mistake
 
 
+def hidden_row(session: Db) -> Any:
+    return {"name": "Ada"}
+
+
+async def logs_hidden(row: Annotated[dict[str, str], Depends(hidden_row)]) -> AsyncGenerator[None]:
+    yield
+    logging.getLogger(__name__).info("%s has left", row["name"])
+
+
 Kind = TypeVar("Kind", bound=Repository)
 
 
@@ -426,6 +435,7 @@ async def logs_caller(caller: Annotated[Caller, Depends(caller)]) -> AsyncGenera
 
 # As with a name that is imported under TYPE_CHECKING.
 saves_hidden.__annotations__["repository"] = hidden.__annotations__["return"] = "Hidden"
+hidden_row.__annotations__["return"] = "Hidden"
 
 
 class Streams(Repository):
@@ -466,7 +476,7 @@ WITH_SESSION = [saves, saves_any, saves_one, saves_second, saves_object]
 WITH_SESSION += [saves_typed, saves_of_service, saves_made]
 # Older versions of FastAPI evaluate all annotations, and take such a class for a generator.
 if hasattr(routing, "iter_route_contexts"):
-    WITH_DATA.append(logs_streams)
+    WITH_DATA += [logs_streams, logs_hidden]
     WITH_SESSION += [saves_hidden, saves_of_hidden]
 
 

@@ -236,13 +236,10 @@ def transactional(
 
 
 def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
-    """Depend on a session for reads that need no transaction.
+    """Depend on a session for reads of the database `name` that need no transaction.
 
     It is a session of its own, in AUTOCOMMIT. Each query is one round trip and sees the data that
     is committed at that moment, but not the uncommitted changes of the request's own transaction.
-
-    Args:
-        name: the name given to `install_database`.
 
     Raises:
         ReadOnlySessionError: in the request, for statements that write, textual SQL included. A
@@ -255,12 +252,9 @@ def reader(name: str = "default") -> Callable[..., Awaitable[AnySession]]:
 
 
 def get_database_handle(name: str = "default") -> Callable[..., Awaitable[AnyDatabase]]:
-    """Depend on the handle of a database, for work that outlives the request's session.
+    """Depend on the handle of the database `name`, for work that outlives the request's session.
 
     The handle is a `Database` or an `AsyncDatabase` and lives as long as the application runs.
-
-    Args:
-        name: the name given to `install_database`.
 
     Example:
         async def rows(database: Annotated[AsyncDatabase, Depends(get_database_handle())]):

@@ -13,8 +13,7 @@ from .errors import describe_database_error
 T = TypeVar("T")
 logger = logging.getLogger("fastapi_sqlnative")
 
-# In seconds.
-_LONGEST_PAUSE: Final = 2.0
+_LONGEST_PAUSE: Final = 2.0  # seconds
 
 
 class Retries:

@@ -146,7 +146,6 @@ class SessionDependency(DatabaseDependency):
         self.options = options
         given = [_CONNECTION]
         if options is not None:
-            # So that an override of get_db(name) reaches transactional(name) and reader(name).
             given.append(_keyword(ONLY_FOR_OVERRIDES, default=Depends(get_db(name))))
         if not HAS_FUNCTION_STACK:
             given.append(_keyword("unit", default=IN_UNIT_OF_WORK))

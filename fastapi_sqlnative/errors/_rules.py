@@ -96,7 +96,6 @@ class MappingOptions(ErrorRules, total=False):
 
 _BUSY: Final = "The service is busy. Try again."
 
-# The default answers.
 _ANSWERS: Final[Mapping[ErrorRule, str]] = {
     ErrorRule("This conflicts with something that exists.", 409): "unique exclusion",
     ErrorRule("What this refers to is missing, or this is still in use.", 409): "foreign_key",

@@ -1,27 +1,30 @@
 """Rules 7, 8 and 9: what an error at COMMIT says about what is stored."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
 from select import select as select_ready
 from typing import Annotated, Any
 
 import asyncpg
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import Engine, create_engine, event, select, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import Connection, Engine, create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative._sessions.session import sync_session
 from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
-from tests.in_process import ask, run_in_transaction, run_work, running, session_class
+from tests.in_process import ask, asking, run_in_transaction, run_work, running, session_class
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, Item, Kind, Rows, add, items, wait_until
+from tests.serving import ASYNCPG, SQLITE, Item, Kind, Rows, add, items, wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
@@ -189,6 +192,46 @@ class Auditing(Session):
 
 
 event.listen(Auditing, "before_commit", fail_in_a_savepoint)
+
+
+class Noting(Session):
+    """Be a class whose listener uses a savepoint that it releases."""
+
+
+@event.listens_for(Noting, "before_commit")
+def use_a_savepoint(session: Session) -> None:
+    if not session.in_nested_transaction():  # its release is told as a commit, too
+        with session.begin_nested():
+            read_text(session)
+
+
+async def test_a_refused_commit_is_not_stored_because_a_savepoint_is(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """COMMIT has its own outcome, although a listener has released a savepoint before it."""
+    rows.add("there", 1)
+    options = session_class(kind, Noting)
+    with pytest.raises(IntegrityError):
+        await ask(engine, kind, transactional(), add("twice", 1), session_options=options)
+    assert rows.names == ["there"]
+
+
+async def test_a_connection_that_a_listener_has_lost_is_not_unknown(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A listener that loses the connection after a savepoint of its own keeps COMMIT away."""
+
+    class Losing(Noting): ...
+
+    @event.listens_for(Losing, "before_commit")
+    def lose(session: Session) -> None:
+        if not session.in_nested_transaction():
+            rows.lose(session)
+            read_text(session)
+
+    options = session_class(kind, Losing)
+    with pytest.raises(DBAPIError):
+        await ask(engine, kind, transactional(), add_once, session_options=options)
 
 
 class Numbering(Session):
@@ -388,6 +431,43 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
 
 
 # -- beside another task -----------------------------------------------------------------------
+
+
+# -- a COMMIT that failed, and the next user of its connection ---------------------------------
+
+
+async def test_what_a_listener_has_kept_from_commit_is_not_stored_later(
+    kind: Kind, engine: Engine, rows: Rows, other: Engine
+) -> None:
+    """An engine's `commit` listener that fails on another database ends this transaction."""
+
+    def publish(_connection: Connection) -> None:
+        with other.begin() as connection:
+            serialization_failure(connection)
+
+    event.listen(sync_engine(engine), "commit", publish, once=True)
+    async with asking(engine, kind, transactional()) as request:
+        with pytest.raises(OperationalError):
+            await request(add("lost"))
+        await request(add("kept"))
+    assert rows.names == ["kept"]
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_what_a_locked_sqlite_refuses_is_not_stored_later(kind: Kind, tmp_path: Path) -> None:
+    """SQLite keeps the transaction if COMMIT finds the database locked, but its request fails."""
+    make = create_async_engine if kind.asynchronous else create_engine
+    url = f"sqlite+{kind.driver}:///{tmp_path / 'items.db'}"
+    engine = make(url, connect_args={"timeout": 0}, pool_size=1, max_overflow=0)
+    with closing(sqlite3.connect(tmp_path / "items.db")) as reader:
+        reader.executescript("CREATE TABLE item (id integer PRIMARY KEY, name, position); BEGIN")
+        reader.execute("SELECT * FROM item").fetchall()
+        async with asking(engine, kind, transactional()) as request:
+            with pytest.raises(OperationalError, match="locked"):
+                await request(add("lost"))
+            reader.rollback()
+            await request(add("kept"))
+        assert reader.execute("SELECT name FROM item").fetchall() == [("kept",)]
 
 
 @only_asyncpg

@@ -29,7 +29,8 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     if not states.isdisjoint(_OUTCOME_UNKNOWN):
         return True
     if isinstance(error, DBAPIError):
-        return error.connection_invalidated
+        # Without a statement, else a before_commit listener's has failed.
+        return error.connection_invalidated and error.statement is None
     # A driver's error that SQLAlchemy did not wrap, rather than a before_commit listener's error.
     return _passed(error, connection.dialect.do_commit)
 

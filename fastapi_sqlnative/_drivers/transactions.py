@@ -111,6 +111,19 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     return not _accepts_queries(connection)
 
 
+def rolls_back(connection: Connection) -> bool:
+    """Roll back what a failed COMMIT has left open; return whether that succeeds.
+
+    SQLite keeps the transaction if the database is locked, and a listener fails before COMMIT.
+    """
+    try:
+        if not (connection.closed or connection.invalidated):
+            connection.dialect.do_rollback(connection.connection)
+    except connection.dialect.loaded_dbapi.Error:
+        return False
+    return True
+
+
 def begin(connection: Connection) -> None:
     """Begin the transaction on the server, before anyone uses the driver's own connection.
 

@@ -98,7 +98,7 @@ def _around_flush(session: Outermost, *_: object) -> None:
 @event.listens_for(Outermost, "after_commit")
 def _after_commit(session: Outermost) -> None:
     record = session.sqlnative
-    if record.committing:  # otherwise a savepoint was released
+    if record.committing and not session.in_nested_transaction():  # else it is a savepoint's
         record.committed = record.work.committed = True
         record.stored = record.stored or record.may_have_written
 

@@ -280,8 +280,9 @@ class Record(Holder):
             or any(failures.leaves_outcome_unknown(error, each) for each in self.connections)
         )
         for connection in self.connections:
-            if not failures.reported_by_server(error, connection):
-                # SQLAlchemy would keep the connection, which may still be in its transaction.
+            # SQLAlchemy would keep the connection, which may still be in its transaction.
+            refused = failures.reported_by_server(error, connection)
+            if not (refused and (self.joined or transactions.rolls_back(connection))):
                 connection.invalidate()
         if unknown:
             self.stored = True

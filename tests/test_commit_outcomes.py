@@ -430,9 +430,6 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
     assert rows.names == []
 
 
-# -- beside another task -----------------------------------------------------------------------
-
-
 # -- a COMMIT that failed, and the next user of its connection ---------------------------------
 
 
@@ -468,6 +465,9 @@ async def test_what_a_locked_sqlite_refuses_is_not_stored_later(kind: Kind, tmp_
             reader.rollback()
             await request(add("kept"))
         assert reader.execute("SELECT name FROM item").fetchall() == [("kept",)]
+
+
+# -- beside another task -----------------------------------------------------------------------
 
 
 @only_asyncpg

@@ -361,6 +361,37 @@ def test_an_unknown_outcome_tells_nobody_to_repeat(
 PASSING = "RAISE EXCEPTION 'in the way' USING ERRCODE = "
 
 
+REFUSING = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE 'not now' USING ERRCODE = NEW.name; END $$;
+CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+def add_and_commit(session: Session) -> None:
+    session.add(Item(name="40001"))
+    session.commit()
+
+
+@pytest.mark.parametrize(
+    ("dependency", "body"),
+    [(transactional(), add("40001")), (get_db(), add_and_commit)],
+    ids=["transactional", "own commit"],
+)
+def test_a_refused_commit_may_be_repeated(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Any
+) -> None:
+    """A COMMIT that the server has refused stored nothing: a failure that passes stays a 503."""
+    rows.connection.execute(REFUSING)
+    try:
+        response = call(make_app(engine), kind, body, dependency)
+    finally:
+        rows.connection.execute("DROP FUNCTION refuse CASCADE")
+    assert (response.status_code, response.headers.get("retry-after")) == (503, "1")
+    assert rows.names == []
+
+
 # Handlers and blocks ask the same function whether something is stored.
 @pytest.mark.parametrize(
     ("mapped", "autocommit"),

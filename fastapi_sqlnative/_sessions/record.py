@@ -267,23 +267,28 @@ class Record(Holder):
         """Raise the error that says what a failed `commit()` means, if `error` itself doesn't."""
         if self.committed:
             raise self.state.error(exceptions.AfterCommitError) from error
+        # It is over, and has stored nothing unless its outcome is unknown.
+        committing, self.committing = self.committing, False
+        unknown = committing and self._leaves_unknown(error)
+        self.stored = self.stored or unknown
         self._tag(error)
-        if not self.committing:
+        if not committing:
             return
         # A COMMIT that the driver refuses by itself has another cause, such as another task.
         if self.rolled_back is not None and not isinstance(error, exc.DBAPIError):
             raise self.state.error(exceptions.TransactionAbortedError) from self.rolled_back
-        # With several engines, the first may have committed before the second refused.
-        ended = sum(not each.in_transaction() for each in self.connections)
-        unknown = self.may_have_written and (
-            (ended > 1 and self.stores_on > 1)
-            or any(failures.leaves_outcome_unknown(error, each) for each in self.connections)
-        )
         for connection in self.connections:
             # SQLAlchemy would keep the connection, which may still be in its transaction.
             refused = failures.reported_by_server(error, connection)
             if not (refused and (self.joined or transactions.rolls_back(connection))):
                 connection.invalidate()
         if unknown:
-            self.stored = True
             raise self.state.error(exceptions.CommitOutcomeUnknownError) from error
+
+    def _leaves_unknown(self, error: Exception) -> bool:
+        # With several engines, the first may have committed before the second refused.
+        ended = sum(not each.in_transaction() for each in self.connections)
+        return self.may_have_written and (
+            (ended > 1 and self.stores_on > 1)
+            or any(failures.leaves_outcome_unknown(error, each) for each in self.connections)
+        )

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, select, text, update
 from sqlalchemy.exc import DBAPIError
@@ -30,7 +31,7 @@ from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.failing import disposing
 from tests.proxy import Fault, Proxy
-from tests.serving import Item, Kind, Rows, items
+from tests.serving import ASYNCPG, Item, Kind, Rows, items
 
 Work = Callable[[Session], Any]
 
@@ -155,6 +156,35 @@ def test_a_connection_lost_before_commit_is_replaced(
 
     run(engine, work)
     assert (calls, rows.names) == (2, ["a"])
+
+
+class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
+    """Be a connection that has read the first part of what ends it, when a statement comes."""
+
+    async def prepare(self, query: str, *args: Any, **options: Any) -> Any:
+        if query == "SELECT 'lost'":
+            raise asyncpg.InternalClientError(
+                "cannot switch to state 11; another operation (2) is in progress"
+            )
+        return await super().prepare(query, *args, **options)
+
+
+@pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)
+def test_a_connection_that_asyncpg_finds_half_ended_is_replaced(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """What asyncpg cannot send, because the server is ending the connection, runs on another."""
+    pids: list[int] = []
+
+    def work(session: Session) -> None:
+        session.add(Item(name="a"))
+        session.flush()
+        pids.append(session.scalars(text("SELECT pg_backend_pid()")).one())
+        if len(pids) == 1:
+            session.execute(text("SELECT 'lost'"))
+
+    run(make_engine(connect_args={"connection_class": HalfEnded}), work)
+    assert (len(set(pids)), rows.names) == (2, ["a"])
 
 
 @pytest.mark.driver_decides

@@ -40,7 +40,16 @@ def _was_never_sent(found: BaseException) -> bool:
     # while asyncpg is still reading the server's last messages.
     if not type(found).__module__.startswith("asyncpg."):
         return False
-    return type(found).__name__ == "InterfaceError" or "cannot switch to state" in str(found)
+    return type(found).__name__ == "InterfaceError" or is_half_ended(found)
+
+
+def is_half_ended(error: BaseException) -> bool:
+    """Return whether asyncpg is still reading that the server has ended the connection.
+
+    SQLAlchemy doesn't recognise it as lost.
+    """
+    found = driver_error(error)
+    return type(found).__name__ == "InternalClientError" and "cannot switch to state" in str(found)
 
 
 def reported_by_server(error: BaseException, connection: Connection) -> bool:

@@ -14,7 +14,7 @@ from sqlalchemy.util import LRUCache
 
 from .. import exceptions
 from .._drivers.errors import server_of
-from .._drivers.failures import reported_by_server
+from .._drivers.failures import is_half_ended, reported_by_server
 from .._drivers.pools import awaits_autocommit, keep_autocommit
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import ends_in_one_step
@@ -179,6 +179,7 @@ def _heard(record: Any, context: ExceptionContext, connection: Connection) -> Ba
             context.is_disconnect = True
     elif not record.finished:
         record.note_failure(context.original_exception)
+        context.is_disconnect = context.is_disconnect or is_half_ended(context.original_exception)
         if record.committing and record.rolled_back is not None:
             # A listener that runs after our check may swallow this, so make COMMIT fail.
             context.is_disconnect, context.invalidate_pool_on_disconnect = True, False

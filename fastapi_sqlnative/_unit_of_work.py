@@ -26,6 +26,7 @@ from ._sessions.record import Record
 from ._sessions.session import AnySession, may_store, record_of, sync_session
 from ._sessions.transaction import has_pending_changes
 from .databases import AnyDatabase, AsyncDatabase, sessions_of
+from .errors._kinds import is_database_error, only_error
 
 # Seconds after which a request without a connection gives up its place in the gate.
 _IDLE: Final = 0.1
@@ -123,6 +124,10 @@ class UnitOfWork:
 
     async def finish(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Commit the marked sessions and roll back the rest, or all after an error; close all."""
+        if error is not None and self.has_stored:
+            failure: Any = only_error(error)
+            if is_database_error(failure):
+                failure.database_stored = True  # a handle's session knows nothing of the request's
         try:
             sessions = [session for session, _ in self._opened]
             await finishing.finish(sessions, self._commit_all, error)

@@ -55,7 +55,7 @@ from fastapi_sqlnative.cancellation import deadline
 from fastapi_sqlnative.errors._rules import ErrorMapping, ErrorRules
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError, CommitOutcomeUnknownError
 from tests.conftest import MakeEngine, asynchronous
-from tests.in_process import running
+from tests.in_process import run_in_transaction, running
 from tests.proxy import Fault, Proxy
 from tests.serving import KINDS, Item, Kind, Rows, add, items, route, using, validate_openapi
 
@@ -418,6 +418,35 @@ def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
 
     engine = make_engine(isolation_level="AUTOCOMMIT") if autocommit else make_engine()
     response = call(make_app(engine, handlers=mapped == "handlers"), kind, body, get_db())
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert "may or may not" in response.json()["detail"]
+    assert rows.names == ["a"]
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "group"])
+def test_a_handles_failure_after_the_requests_commit_tells_nobody_to_repeat(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, grouped: bool
+) -> None:
+    """What the request has stored is not repeated because a handle's session fails after it."""
+    engine = make_engine()
+    app = make_app(engine)
+
+    def store(session: Session) -> None:
+        session.execute(insert(items).values(name="a"))
+        session.commit()
+
+    def fail(session: Session) -> None:
+        session.execute(text(f"DO $$BEGIN {PASSING}'55P03'; END$$"))
+
+    @app.post("/", dependencies=[Depends(using(kind, Depends(get_db()), store))])
+    async def endpoint() -> None:
+        if not grouped:
+            await run_in_transaction(engine, fail)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(run_in_transaction(engine, fail))
+
+    with TestClient(app, raise_server_exceptions=False) as client:
+        response = client.post("/")
     assert (response.status_code, "retry-after" in response.headers) == (500, False)
     assert "may or may not" in response.json()["detail"]
     assert rows.names == ["a"]

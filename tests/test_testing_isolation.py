@@ -1474,6 +1474,15 @@ def test_a_failure_of_a_name_that_shares_the_connection(
     assert rows.names == []
 
 
+def test_a_commit_that_is_refused_is_not_lost(app: FastAPI, rows: Rows) -> None:
+    """What should lose the connection after a COMMIT does not wait for another request's."""
+    with TestClient(app) as client, isolated(app):
+        assert client.post("/late").status_code == 201
+        with pytest.raises(IntegrityError), fail_next_commit(app, "connection_lost_after"):
+            client.post("/again")
+        assert client.post("/explicit").status_code == 201
+
+
 def test_an_engine_and_an_async_engine_for_one_database_are_refused(rows: Rows) -> None:
     """They cannot share a connection: the message names both."""
     app = FastAPI()

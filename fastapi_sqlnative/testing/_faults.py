@@ -10,7 +10,6 @@ from starlette.applications import Starlette
 
 from .._lifespan.running import running_of
 from .._routes import name_of_route
-from .._sessions.record import Record
 from .._sessions.session import NativeSession
 from .._sessions.shared import SharedState
 from ..databases import sessions_of
@@ -72,10 +71,8 @@ def fail_next_statement(
     with _fault(target, name, failure, route) as (state, _, happens):
 
         def fail(connection: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
-            record = state.record_on(connection)
-            if record is None or connection not in record.connections:
-                return
-            if containing not in statement or not happens():
+            record = state.holders.get(connection)
+            if record is None or containing not in statement or not happens():
                 return
             if failure != "connection_lost":
                 _provoke(connection, failure)
@@ -107,51 +104,42 @@ def fail_next_commit(
         with fail_next_commit(app, "connection_lost_after"):
             assert client.post("/books", json={"title": "Emma"}).status_code == 500
     """
-    with _fault(target, name, failure, route) as (state, sessions, happens):
-        listened: list[Connection] = []
+    with _fault(target, name, failure, route) as (_, sessions, happens):
 
-        def before(session: NativeSession) -> None:
+        def fail(session: NativeSession) -> None:
             if session.in_nested_transaction():
                 return
             session.flush()
             record = session.sqlnative
-            if failure == "connection_lost_after":
-                for connection in record.connections.keys() - listened:
-                    # After the listeners of an isolated connection, which check constraints.
-                    event.listen(connection, "commit", after)
-                    event.listen(connection, "release_savepoint", after)
-                    listened.append(connection)
-                return
             if not record.connections or not happens():
                 return
             record.check_committable()
-            if failure != "connection_lost_before":
-                _provoke(next(iter(record.connections)), failure)
-            record.committing = True
-            lose(record)
-
-        # Not in `after_commit`: there a session cannot be rolled back, as after a real failure.
-        def after(connection: Connection, *savepoint: Any) -> None:
-            record = state.record_on(connection)
-            if record is None or not record.committing or not happens():
-                return
-            if savepoint:  # in an `isolated` block
-                connection.dialect.do_release_savepoint(connection, savepoint[0])
-            else:
-                connection.dialect.do_commit(connection.connection)
-            lose(record)
-
-        def lose(record: Record) -> None:
+            connection = next(iter(record.connections))
             # A code that means "outcome unknown", and keeps an isolated connection open.
-            raise exc.OperationalError(None, None, _lost(next(iter(record.connections)), "08007"))
+            lost = exc.OperationalError(None, None, _lost(connection, "08007"))
 
-        event.listen(sessions, "before_commit", before)
-        try:
-            yield
-        finally:
-            for connection in listened:
-                event.remove(connection, "commit", after)
-                event.remove(connection, "release_savepoint", after)
+            def lose(_: Connection, *savepoint: str) -> None:
+                if not record.connections:
+                    return  # the commit was refused
+                if savepoint:
+                    connection.dialect.do_release_savepoint(connection, savepoint[0])
+                else:
+                    connection.dialect.do_commit(connection.connection)
+                raise lost
+
+            if failure == "connection_lost_after":
+                # Not in `after_commit`: there a session cannot be rolled back, as it can after a
+                # real failure.
+                end = "commit" if isolated_on(connection) is None else "release_savepoint"
+                event.listen(connection, end, lose, once=True)
+                return
+            if failure != "connection_lost_before":
+                _provoke(connection, failure)
+            record.committing = True
+            raise lost
+
+        event.listen(sessions, "before_commit", fail)
+        yield
 
 
 @contextmanager

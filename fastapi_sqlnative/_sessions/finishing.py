@@ -159,7 +159,7 @@ def has_only_read(session: AnySession) -> bool:
         isinstance(session, AsyncSession)
         and state.ends_in_one_step
         and not record.work.may_have_written
-        and not record.streamed
+        and not (record.streamed or record.joined)
         and not state.overridden
         and record.options in (NO_OPTIONS, AUTOCOMMIT)
         # A listener may write.

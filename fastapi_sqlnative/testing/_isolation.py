@@ -154,9 +154,6 @@ class Isolated:
             found = {"connection_of": staticmethod(self._connection_of)}
             factory.native = type(native.__name__, (IsolatedSession, native), found)
             self._restore.callback(setattr, factory, "native", native)
-            # Cancelling the end of a session would cost the connection that all share.
-            one_step, factory.state.ends_in_one_step = factory.state.ends_in_one_step, False
-            self._restore.callback(setattr, factory.state, "ends_in_one_step", one_step)
 
     def _connection_of(self, name: str, engine: Engine) -> IsolatedConnection:
         """Return the isolated connection of a database, making it if necessary."""

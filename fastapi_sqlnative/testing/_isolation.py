@@ -113,7 +113,6 @@ class Isolated:
             undo.callback(self._leave)
             hooks: dict[str, Callable[..., None]] = {
                 "after_transaction_create": self._track_session,
-                "before_flush": self._track_session,
                 "do_orm_execute": self._track_session,  # before a first query has its connection
                 "after_begin": self._order_session,
                 "before_commit": self._check_deferred,

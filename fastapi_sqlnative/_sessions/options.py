@@ -1,6 +1,5 @@
 """Transaction options, and how each database sets them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 
@@ -14,9 +13,8 @@ from ..exceptions import TransactionOptionsError
 IsolationLevel: TypeAlias = Literal[
     "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"
 ]
-# PostgreSQL takes an execution option instead, and resets it when the connection goes back.
-_READ_ONLY: Final[Mapping[str, str | None]] = {
-    "postgresql": None,
+_READ_ONLY: Final = {
+    "postgresql": "SET TRANSACTION READ ONLY",
     "mysql": "SET TRANSACTION READ ONLY",
     "mariadb": "SET TRANSACTION READ ONLY",
     "sqlite": "PRAGMA query_only = ON",
@@ -83,10 +81,11 @@ def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
 
 
 def begin_with(connection: Connection, options: TransactionOptions) -> None:
-    """Set options that the engine cannot set, at the beginning of a transaction."""
-    statement = _READ_ONLY[connection.dialect.name] if options.read_only else None
-    if statement is not None:
-        connection.exec_driver_sql(statement)
+    """Set options that the engine has not set, at the beginning of a transaction."""
+    # PostgreSQL's takes an execution option, but not for a savepoint in another's transaction.
+    by_engine = connection.dialect.name == "postgresql" and not connection.in_nested_transaction()
+    if options.read_only and not by_engine:
+        connection.exec_driver_sql(_READ_ONLY[connection.dialect.name])
 
 
 def _unset_read_only(connection: Connection) -> None:

@@ -65,12 +65,6 @@ def _read_in_savepoint(state: ORMExecuteState) -> Any:
             transaction.close()
 
 
-@event.listens_for(IsolatedSession, "after_begin")
-def _after_begin(session: IsolatedSession, _: SessionTransaction, connection: Connection) -> None:
-    if session.sqlnative.options.read_only and connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # as the engine would
-
-
 @event.listens_for(IsolatedSession, "after_transaction_end")
 def _after_transaction_end(session: IsolatedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:

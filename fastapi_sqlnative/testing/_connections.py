@@ -11,8 +11,8 @@ from typing import Any, Final, cast
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
+from .._drivers import transactions
 from .._drivers.statements import without_literals, writes
-from .._drivers.transactions import autocommits, begin_before_savepoint, fetch_row, is_aborted
 from .._sessions.engines import run_in_greenlet
 from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
@@ -85,7 +85,7 @@ class IsolatedConnection:
         """End the turn of a session after its transaction."""
         self.begins = False  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
-            fetch_row(self.opened(), "PRAGMA query_only = OFF")
+            transactions.fetch_row(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
 
     def _settle_inside(self, _: Connection, savepoint: str, _context: None) -> None:
@@ -109,7 +109,7 @@ class IsolatedConnection:
                 continue
             with self.turn.during(own):
                 try:
-                    if not own.is_active or is_aborted(self.opened(), doubtful=True):
+                    if not own.is_active or transactions.is_aborted(self.opened(), doubtful=True):
                         own.rollback()  # the test has already seen the error
                     elif explicit or begun.origin is SessionTransactionOrigin.AUTOBEGIN:
                         own.commit()
@@ -126,8 +126,8 @@ class IsolatedConnection:
         """Return the connection, in its transaction and a savepoint for each inner block."""
         if self._connection is None:
             self._connection = self._open()
-        lost = self._connection.closed or self._connection.invalidated
-        if lost or any(not begun.is_active for begun in self.blocks.values() if begun):
+        ended = any(not begun.is_active for begun in self.blocks.values() if begun)
+        if ended or transactions.is_lost(self._connection):
             raise self.refused(
                 "its connection was lost or ended, or a statement was cancelled, which undid "
                 "everything that the test had stored. Test that with cloned(app)."
@@ -144,8 +144,8 @@ class IsolatedConnection:
             connection = undo.enter_context(self.engine.connect())
             connection.execution_options(**{_ISOLATED: self})
             transaction = connection.begin()
-            begin_before_savepoint(connection)
-            if autocommits(connection):
+            transactions.begin_before_savepoint(connection)
+            if transactions.autocommits(connection):
                 raise self.refused("its engine is in AUTOCOMMIT. Test with cloned(app).")
             undo.pop_all()
         self.blocks[next(iter(self.blocks))] = transaction
@@ -177,7 +177,7 @@ class IsolatedConnection:
         """Do as COMMIT does: check deferred constraints, or roll back what is aborted."""
         if savepoint == self.root:
             undo = partial(connection.dialect.do_rollback_to_savepoint, connection, savepoint)
-            if is_aborted(connection, doubtful=True):
+            if transactions.is_aborted(connection, doubtful=True):
                 return undo()
             try:
                 self.check_deferred()
@@ -228,12 +228,10 @@ class IsolatedConnection:
             self.run(partial(self._leave, block))
 
     def _leave(self, block: object) -> None:
-        with suppress(IsolationError):  # what a worker has open for so long is undone as well
-            self.turn.take(block, self, transaction=False)
-        try:
+        with ExitStack() as turn:
+            with suppress(IsolationError):  # what a worker has open for so long is undone as well
+                turn.enter_context(self.turn.during(block, self))
             self._undo(block)
-        finally:
-            self.turn.release(block)
 
     def _undo(self, block: object) -> None:
         for session, its in reversed([*self.own_sessions.items()]):

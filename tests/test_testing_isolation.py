@@ -744,6 +744,29 @@ def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) ->
     assert rows.names == []
 
 
+@asynchronous
+def test_a_block_that_could_send_nothing_is_not_left_behind(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """The same if the engine is known only once the application runs."""
+    app = make_app(kind, make_engine)
+    block = isolated(app)
+
+    async def enter() -> None:
+        await block.__aenter__()
+        async with async_client(app) as client:
+            assert (await client.post("/add")).status_code == 201
+
+    with asyncio.Runner() as runner:
+        runner.run(enter())
+        with isolated(app), TestClient(app) as client:
+            with pytest.raises(IsolationError, match="the application's event loop"):
+                client.post("/names")
+        runner.run(block.__aexit__())
+    assert rows.names == []
+    wait_until(lambda: rows.backends("idle in transaction%") == 0)
+
+
 def test_what_the_test_holds_follows(app: FastAPI, rows: Rows) -> None:
     """What is committed is expired, as in every Session, and read again when it is looked at."""
     with TestClient(app) as client, isolated(app) as session:

@@ -208,7 +208,8 @@ class IsolatedConnection:
 
     def enter(self, block: object) -> None:
         """Begin an inner block; what its outer blocks' sessions have pending is stored before."""
-        if self._connection is not None or any(own.in_transaction() for own in self.own_sessions):
+        used = self._connection is not None or any(map(Session.in_transaction, self.own_sessions))
+        if used and self.blocks[block] is None:
             del self.blocks[block]  # until it has begun, which may be refused
             self.run(partial(self._enter, block))
 
@@ -223,7 +224,7 @@ class IsolatedConnection:
         if self._connection is None:
             self._undo(block)
         elif self.blocks[block] is None:
-            del self.blocks[block]  # another of its databases could not be entered
+            del self.blocks[block]  # its event loop is not the connection's
         else:
             self.run(partial(self._leave, block))
 

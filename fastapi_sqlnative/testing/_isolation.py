@@ -123,12 +123,9 @@ class Isolated:
             for _, installation in self._chosen:
                 self._close_before_shutdown(installation)
                 if (engine := ready_engine(installation)) is not None:
-                    self._connection_of(installation.name, sync_engine(engine))
+                    self._connection_of(installation.name, sync_engine(engine)).enter(self)
             self._restore.enter_context(marking_requests(self._app))
             self._restore.enter_context(observing(self._app, self))
-            for each in self.connections:
-                if self in each.blocks:
-                    each.enter(self)
             session: T = self._own_session(kind)
             undo.pop_all()
         return session

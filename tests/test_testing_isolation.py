@@ -320,6 +320,7 @@ def test_a_second_run_of_the_application(kind: Kind, make_engine: MakeEngine, ro
     with isolated(app) as session:
         with TestClient(app) as client:
             assert client.post("/add").status_code == 201
+            assert names(session) == ["added"]  # which begins
         with TestClient(app) as client:
             for name in "first", "second":
                 session.add(Item(name=name))
@@ -1179,6 +1180,31 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
             assert client.post("/add").status_code == 201
         ended.set()
         assert isinstance(worker.exception(), SQLAlchemyError)
+    assert rows.names == []
+
+
+def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """It goes on to its end meanwhile, and is undone with the block."""
+    app, holding = make_app(kind, make_engine()), threading.Event()
+
+    def hold(session: Session) -> None:
+        add("added")(session)
+        session.flush()
+        holding.set()
+        last_for(0.3)(session)
+        assert names(session) == ["added"]
+
+    with TestClient(app) as client, ThreadPoolExecutor(1) as threads:
+        call: Any = (
+            client.portal.call if kind.asynchronous and client.portal else lambda f, *a: f(*a)
+        )
+        with isolated(app):
+            database = installed_databases(app)["default"]
+            worker = threads.submit(call, in_handle(kind, hold), database)
+            holding.wait()
+        worker.result()
     assert rows.names == []
 
 

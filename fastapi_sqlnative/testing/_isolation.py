@@ -157,7 +157,7 @@ class Isolated:
         found = next((each for each in known if connect_alike(each.engine, engine)), None)
         if self.ended:
             if found is not None and self in found.blocks:
-                return found  # the block's own sessions are being closed
+                return found  # a worker's transaction goes on while the block waits for it
             raise IsolationError(
                 f"The isolated(app) block of database {name!r} has ended: finish work with the "
                 "database inside the block."

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import URL, Engine
@@ -86,14 +86,11 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 @contextmanager
 def observing(app: Starlette, observer: Observer) -> Generator[None]:
     """Call an observer with every database that is running or starts within the block."""
-    installed = [installations_of(each) for each in applications_in(app)]
-    for each in installed:
-        each.observers.append(observer)
-        for installation in each.by_name.values():
-            if installation.database is not None:
-                observer(installation.database)
-    try:
+    with ExitStack() as undo:
+        for installed in map(installations_of, applications_in(app)):
+            installed.observers.append(observer)
+            undo.callback(installed.observers.remove, observer)
+            for installation in installed.by_name.values():
+                if installation.database is not None:
+                    observer(installation.database)
         yield
-    finally:
-        for each in installed:
-            each.observers.remove(observer)

@@ -39,22 +39,20 @@ async def async_client(
         async with async_client(app) as client, isolated(app):
             await client.post("/books", json={"title": "Emma"})
     """
-    state: dict[str, Any] = {}
-    started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    started: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     end = asyncio.Event()
 
     async def run() -> None:
         FLOW.set(())  # tasks that the application starts are not part of the test
-        async with app.router.lifespan_context(app) as yielded:
-            state.update(yielded or {})
-            started.set_result(None)
+        async with app.router.lifespan_context(app) as state:
+            started.set_result(dict(state or {}))
             await end.wait()
 
     running = asyncio.create_task(run())
     try:
         await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
-            transport = _transport(app, state, raise_app_exceptions=raise_app_exceptions)
+            transport = _transport(app, started.result(), raise_app_exceptions=raise_app_exceptions)
             given = {"base_url": _BASE_URL, "transport": transport} | options
             async with _httpx().AsyncClient(**given) as client:
                 yield client

@@ -112,7 +112,7 @@ def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..
         captured.append(CapturedStatement(name, sql, parameters))
 
     def end(sql: str, connection: Connection) -> None:
-        if not (connection.closed or autocommits(connection) or isolated_on(connection)):
+        if not (autocommits(connection) or isolated_on(connection)):
             captured.append(CapturedStatement(name, sql))
 
     ends = {sql.lower(): partial(end, sql) for sql in _ENDS}

@@ -48,6 +48,7 @@ class UnitOfWork:
         # Cancel once: a second cancellation would interrupt the driver's cancel request.
         self.cancelled: bool = False
         self.ends_at: float = math.inf  # the request's deadline, on the time.monotonic() clock
+        self._entering = asyncio.Lock()  # held while it waits for its places in the gate
 
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session of the same database, or an override's session itself."""
@@ -97,7 +98,8 @@ class UnitOfWork:
     async def _admit(self, database: AnyDatabase) -> bool:
         """Wait for a place in the gate, whose timeout is tagged like an error of a session."""
         try:
-            return await self._running.admit(self, self.scope.get("route"), database)
+            async with self._entering:  # two sessions may come back at a time
+                return await self._running.admit(self, self.scope.get("route"), database)
         except PoolTimeoutError as error:
             tagged: Any = error
             tagged.database_name, tagged.database_stored = database.name, self.has_stored
@@ -142,7 +144,7 @@ class UnitOfWork:
             self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
-        if not any(record.asked for _, record in self._opened):
+        if not (self._entering.locked() or any(record.asked for _, record in self._opened)):
             self._running.gate.leave(self)
             for _, record in self._opened:
                 record.on_wanted = self._return
@@ -158,9 +160,11 @@ class UnitOfWork:
             asyncio.run_coroutine_threadsafe(_without_thread(entering), self._loop).result()
 
     async def _enter_again(self, database: AnyDatabase) -> None:
-        await self._admit(database)
-        if any(record.finished for _, record in self._opened):
-            self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
+        try:
+            await self._admit(database)
+        finally:
+            if any(record.finished for _, record in self._opened):
+                self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 
     # From here on: plain code that runs in a greenlet or a thread.
 

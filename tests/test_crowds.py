@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
@@ -15,8 +16,8 @@ import pytest
 from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import (
@@ -31,7 +32,7 @@ from fastapi_sqlnative._lifespan.gate import Gate
 from fastapi_sqlnative._lifespan.running import Running, running_of
 from tests.conftest import MakeEngine
 from tests.in_process import running, sqlite, turns
-from tests.serving import KINDS, Kind, Rows, route, using
+from tests.serving import KINDS, Kind, Rows, route, until, using
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +57,10 @@ async def crowd(client: httpx.AsyncClient) -> set[int]:
 
 def ask(session: Session) -> None:
     session.execute(text("SELECT pg_sleep(0.001)")).close()
+
+
+def using_in_thread(session: Annotated[Session, Depends(get_db("sync"))]) -> None:
+    session.execute(text("SELECT 1"))
 
 
 def add_with_a_reader(app: FastAPI, kind: Kind) -> None:
@@ -204,6 +209,95 @@ async def test_idle_requests_keep_nobody_out(
     add_with_a_reader(app, kind)
     async with running(app) as client, idling(app, client, 60, used=used):
         assert (await client.post("/")).status_code == 201
+
+
+async def test_two_sessions_come_back_together(
+    kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sessions of an idle request, used at once, wait for its one place and get it."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+    idle, leave = asyncio.Event(), asyncio.Event()
+
+    async def endpoint(
+        first: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
+    ) -> None:
+        idle.set()
+        await leave.wait()
+        asking = (
+            session.run_sync(ask) if kind.asynchronous else run_sync(ask, session)
+            for session in (first, second)
+        )
+        await asyncio.gather(*asking)
+
+    app.post("/", status_code=201)(endpoint)
+    async with running(app) as client:
+        request = asyncio.create_task(client.post("/"))
+        await first_of(idle.wait(), request)
+        await turns()  # what opening the sessions has scheduled on the event loop
+        places = running_of(app).gate._connections
+        assert places.borrowed_tokens == 0
+        places.total_tokens = 1
+        await places.acquire_on_behalf_of(app)
+        leave.set()
+        await until(lambda: places.statistics().tasks_waiting == 1)
+        await turns()
+        places.release_on_behalf_of(app)
+        assert (await request).status_code == 201
+        assert places.borrowed_tokens == 0
+
+
+async def test_an_idle_request_stands_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that waits for a thread and one that holds a connection both go on.
+
+    Each has an asynchronous session and a synchronous one, for which it needs a thread.
+    """
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+    app, held, leave = FastAPI(), asyncio.Event(), threading.Event()
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 10}
+    for name, make in ("sync", create_engine), ("async", create_async_engine):
+        driver = "pysqlite" if name == "sync" else "aiosqlite"
+        engine: Any = make(f"sqlite+{driver}:///{tmp_path / name}", **options)
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    loop = asyncio.get_running_loop()
+
+    def hold(session: Annotated[Session, Depends(get_db("sync"))]) -> None:
+        loop.call_soon_threadsafe(held.set)
+        leave.wait(30)
+
+    async def first(
+        session: Annotated[AsyncSession, Depends(get_db("async"))], uses: bool
+    ) -> AsyncSession:
+        if uses:
+            await session.execute(text("SELECT 1"))
+        return session
+
+    async def endpoint(
+        session: Annotated[AsyncSession, Depends(first)],
+        second: Annotated[Session, Depends(using_in_thread)],
+    ) -> None:
+        await session.execute(text("SELECT 1"))
+
+    app.get("/hold")(hold)
+    app.get("/")(endpoint)
+    async with running(app) as client:
+        gate = running_of(app).gate
+        limiters = gate._threads, gate._connections
+        gate._threads.total_tokens = 1
+        requests = [asyncio.create_task(client.get("/hold"))]
+        await first_of(held.wait(), *requests)
+        for number, uses in enumerate([False, True], 1):
+            requests.append(asyncio.create_task(client.get("/", params={"uses": uses})))
+            await until(
+                lambda waiting=number: (  # type: ignore[misc] # it has a default
+                    sum(each.statistics().tasks_waiting for each in limiters) == waiting
+                )
+            )
+            await turns()
+            monkeypatch.setattr(_unit_of_work, "_IDLE", 60)  # from now on all are busy
+        leave.set()
+        assert [(await each).status_code for each in requests] == [200] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)

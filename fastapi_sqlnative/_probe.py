@@ -16,6 +16,7 @@ from ._drivers.pools import (
     knows_server,
     pool_capacity,
     pool_timeout,
+    wait_for_first_connection,
 )
 from ._sessions.engines import ask
 from .errors import DatabaseErrorKind, describe_database_error
@@ -48,24 +49,27 @@ class DatabaseState(StrEnum):
 def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseState:
     """Return the state of a database that answers; raise the error of a database that does not.
 
-    Plain code, for a greenlet or a thread. It never queues for a pool that has made a connection:
-    if none is idle, it opens one as the pool would and closes it again. `in_use` is the number of
-    connections that sessions hold; not every pool class knows it.
+    Plain code, for a greenlet or a thread. It never queues for the pool: if no connection is
+    idle, it opens one as the pool would and closes it again. `in_use` is the number of connections
+    that sessions hold; not every pool class knows it.
     """
     pool = engine.pool
     if isinstance(pool, sa.StaticPool) and in_use:
         # All share one connection: returning it would roll back a session's open transaction.
         return DatabaseState.UP
+    full = is_full(engine)
+    if full:
+        wait_for_first_connection(engine)
     if isinstance(pool, sa.QueuePool) and pool.checkedin():
         with suppress(Exception):  # a stale connection; the server may be back, so retry below
             return _ask(engine, writable)
     elif not (
-        isinstance(pool, _EXCLUSIVE) or (ask_pool(pool, "checkedout") and knows_server(engine))
+        isinstance(pool, _EXCLUSIVE)
+        or full
+        or (ask_pool(pool, "checkedout") and knows_server(engine))
     ):
-        # Nobody queues for an unused pool. Its first connection initializes the dialect, for which
-        # the others wait; for one outside they would not.
+        # Nobody queues for an unused pool, or for one that is making its first connections.
         return _ask(engine, writable)
-    full = is_full(engine)
     try:
         with beside_pool(engine) as outside:
             state = _ask(outside, writable)

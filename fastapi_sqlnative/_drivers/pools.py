@@ -1,12 +1,15 @@
 """Connection pools: their state, as far as their class exposes it, and what comes back to them."""
 
+import asyncio
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import monotonic, sleep
 from typing import Any, Final
 
 from sqlalchemy import Engine, Pool, event
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only
 
 # The key in `info` of the autocommit with which a connection was checked out.
 _AUTOCOMMIT: Final = "fastapi_sqlnative_autocommit"
@@ -98,8 +101,21 @@ def pool_timeout(pool: Pool) -> float:
 
 
 def knows_server(engine: Engine) -> bool:
-    """Return whether a first connection has initialized the dialect."""
+    """Return whether a connection has initialized the dialect.
+
+    It has to be one of the pool's: its other connections wait for that, but not for one outside.
+    """
     return hasattr(engine.dialect, "default_isolation_level")
+
+
+def wait_for_first_connection(engine: Engine) -> None:
+    """Wait until the dialect is initialized, for a second at most: few may never tell."""
+    ends_at = monotonic() + 1
+    while not knows_server(engine) and monotonic() < ends_at:
+        if engine.dialect.is_async:
+            await_only(asyncio.sleep(0.01))
+        else:
+            sleep(0.01)
 
 
 @contextmanager

@@ -1400,3 +1400,28 @@ async def test_a_policy_may_name_a_database_of_a_mounted_application() -> None:
             200,
             report("degraded", {"default": "up", "reports": "down"}),
         )
+
+
+@pytest.mark.driver_decides
+async def test_a_probe_that_outlives_the_application_leaves_no_connection(
+    kind: Kind, make_engine: MakeEngine
+) -> None:
+    """A query of readiness that ends after the shutdown closes its connection."""
+    engine = make_engine()
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    app.include_router(health_router(timeout=0.1))
+    inner, stopped, closed = sync_engine(engine), threading.Event(), threading.Event()
+
+    def connect_slowly(*_: object) -> None:
+        if kind.asynchronous:
+            await_only(asyncio.to_thread(stopped.wait, PATIENT))
+        else:
+            stopped.wait(PATIENT)
+
+    event.listen(inner, "do_connect", connect_slowly)
+    event.listen(inner, "close", lambda *_: closed.set())
+    async with running(app) as client:
+        assert (await client.get("/health/ready")).status_code == 503
+    stopped.set()
+    assert await asyncio.to_thread(closed.wait, PATIENT)

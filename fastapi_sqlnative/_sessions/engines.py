@@ -61,6 +61,7 @@ async def dispose(engine: AnyEngine) -> None:
 
 def ask(engine: Engine, query: Any = _ONE) -> Any:
     """Query one value, translating a driver's connect error into SQLAlchemy's."""
+    pool = engine.pool
     try:
         with engine.connect() as connection:
             return connection.scalar(query)
@@ -71,3 +72,6 @@ def ask(engine: Engine, query: Any = _ONE) -> Any:
         if (recognized := recognize(error)) is not None:
             raise recognized from error
         raise
+    finally:
+        if engine.pool is not pool:  # disposed of meanwhile: nobody would close what came back
+            pool.dispose()

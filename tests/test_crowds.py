@@ -283,17 +283,17 @@ async def test_an_idle_request_stands_in_nobodys_way(
     app.get("/")(endpoint)
     async with running(app) as client:
         gate = running_of(app).gate
-        limiters = gate._threads, gate._connections
         gate._threads.total_tokens = 1
+
+        def waiting() -> int:
+            limiters = gate._threads, gate._connections
+            return sum(each.statistics().tasks_waiting for each in limiters)
+
         requests = [asyncio.create_task(client.get("/hold"))]
         await first_of(held.wait(), *requests)
-        for number, uses in enumerate([False, True], 1):
+        for uses in False, True:
             requests.append(asyncio.create_task(client.get("/", params={"uses": uses})))
-            await until(
-                lambda waiting=number: (  # type: ignore[misc] # it has a default
-                    sum(each.statistics().tasks_waiting for each in limiters) == waiting
-                )
-            )
+            await until(lambda: waiting() == len(requests) - 1)
             await turns()
             monkeypatch.setattr(_unit_of_work, "_IDLE", 60)  # from now on all are busy
         leave.set()

@@ -450,6 +450,31 @@ async def test_what_a_listener_has_kept_from_commit_is_not_stored_later(
     assert rows.names == ["kept"]
 
 
+@only_asyncpg
+async def test_a_connection_that_cannot_roll_back_is_not_used_again(
+    kind: Kind, make_engine: MakeEngine, proxy: Proxy, rows: Rows, other: Engine
+) -> None:
+    """If the rollback after a listener's failure times out, that failure counts and it is closed.
+
+    SQLAlchemy passes on asyncpg's timeout as it is.
+    """
+    plain = {"ssl": False, "host": "127.0.0.1", "port": proxy.own_port, "command_timeout": 1}
+    engine = make_engine(pool_size=1, max_overflow=0, connect_args=plain)
+
+    def publish(_connection: Connection) -> None:
+        proxy.fault = Fault.SWALLOWED
+        with other.begin() as connection:
+            serialization_failure(connection)
+
+    event.listen(sync_engine(engine), "commit", publish, once=True)
+    async with asking(engine, kind, transactional()) as request:
+        with pytest.raises(OperationalError):
+            await request(add("lost"))
+        proxy.fault = Fault.NONE
+        await request(add("kept"))
+    assert rows.names == ["kept"]
+
+
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_what_a_locked_sqlite_refuses_is_not_stored_later(kind: Kind, tmp_path: Path) -> None:
     """SQLite keeps the transaction if COMMIT finds the database locked, but its request fails."""

@@ -464,3 +464,32 @@ def test_a_deadlock_on_mariadb_ends_right(mariadb: str, driver: str) -> None:
     create = create_async_engine if driver == "asyncmy" else create_engine
     engine = create(url.set(drivername=f"mysql+{driver}"))
     check_crossing(engine, Crossing(), create_engine(url))
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_an_unknown_second_phase_is_never_repeated(mariadb: str, driver: str) -> None:
+    """A connection lost in MariaDB's second phase, which is a statement, may have stored it."""
+    url = make_url(mariadb).set(drivername="mysql+pymysql", database=f"sqlnative_phases_{driver}")
+    server = create_engine(url.set(database=""))
+    with server.begin() as connection:
+        connection.execute(text(f"CREATE OR REPLACE DATABASE {url.database}"))
+        connection.execute(text(f"CREATE TABLE {url.database}.phase (n int)"))
+    calls = 0
+
+    def work(session: Session) -> None:
+        nonlocal calls
+        calls += 1
+        session.twophase = True
+        session.execute(text("INSERT INTO phase VALUES (1)"))
+        proxy.fault = Fault.ANSWER_LOST
+
+    create = create_async_engine if driver == "asyncmy" else create_engine
+    with Proxy(url.host or "", url.port or 3306).listening() as proxy:
+        own = url.set(drivername=f"mysql+{driver}", port=proxy.own_port)
+        with pytest.raises(CommitOutcomeUnknownError):
+            run(create(own), work)
+    with server.connect() as connection:
+        stored = connection.scalar(text(f"SELECT count(*) FROM {url.database}.phase"))
+    server.dispose()
+    assert (calls, stored) == (1, 1)

@@ -29,8 +29,9 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     if not states.isdisjoint(_OUTCOME_UNKNOWN):
         return True
     if isinstance(error, DBAPIError):
-        # Without a statement, else a before_commit listener's has failed.
-        return error.connection_invalidated and error.statement is None
+        # Without a statement or in the second phase, else a before_commit listener's has failed.
+        second = _passed(error, connection.dialect.do_commit_twophase)  # MySQL's is a statement
+        return error.connection_invalidated and (error.statement is None or second)
     # A driver's error that SQLAlchemy did not wrap, rather than a before_commit listener's error.
     return _passed(error, connection.dialect.do_commit)
 

@@ -119,7 +119,7 @@ def rolls_back(connection: Connection) -> bool:
     try:
         if not (connection.closed or connection.invalidated):
             connection.dialect.do_rollback(connection.connection)
-    except connection.dialect.loaded_dbapi.Error:
+    except (OSError, connection.dialect.loaded_dbapi.Error):
         return False
     return True
 

@@ -608,6 +608,7 @@ WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
 WRITES |= {
     "drop": executing(text("DROP TABLE item")),
     "script": executing(text("SELECT 1; DELETE FROM item")),
+    "escape": executing(text(r"SELECT E'it\'s'; DELETE FROM item")),
     "block": executing(text("DO LANGUAGE plpgsql $a$BEGIN PERFORM 1; DELETE FROM item; END$a$")),
     "connection of the transaction": over_the_transaction,
     "connections that the transaction has": over_what_the_transaction_has,

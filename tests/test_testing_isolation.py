@@ -1372,6 +1372,7 @@ ENDS = [
     "/* seed */ COMMIT",
     "-- seed\nROLLBACK WORK",
     "SELECT 'to'; ROLLBACK",
+    r"SELECT E'it\'s'; COMMIT",
     "commit\nand chain",
 ]
 
@@ -1397,6 +1398,7 @@ def test_an_end_as_text_is_refused_wherever_it_stands(
 NO_ENDS = [
     'SELECT \'x; COMMIT\', "name; commit" FROM (SELECT 1 AS "name; commit") AS found',
     "SELECT 1 /* ; COMMIT */ -- ; ROLLBACK",
+    r"SELECT E'it\'s; COMMIT'",
     "DO $$ BEGIN PERFORM 1; END $$",
     "DO $body$ BEGIN PERFORM 1; IF false THEN COMMIT; END IF; END; $body$;",
     "CREATE FUNCTION pg_temp.one() RETURNS int BEGIN ATOMIC SELECT 1; END",

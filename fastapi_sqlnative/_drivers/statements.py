@@ -98,11 +98,12 @@ def _text_writes(text: str) -> bool:
 
 # -- text ----------------------------------------------------------------------------------------
 
-# Comments, literals (also in dollar quotes) and quoted names. Nothing here backtracks, so the time
-# is linear.
+# Comments, literals (also PostgreSQL's with escapes or in dollar quotes) and quoted names. Nothing
+# here backtracks, so the time is linear.
 _LITERAL: Final = re.compile(
     r"""--[^\n]*+ | /\*(?:[^*]|\*(?!/))*+(?:\*/)? | '(?:[^']|'')*+'? | "(?:[^"]|"")*+"?
-    | (?<![\w$])(\$(?:[^\W\d]\w*+)?\$)(?s:(?!\1).)*+(?:\1)?""",
+    | (?<![\w$])(\$(?:[^\W\d]\w*+)?\$)(?s:(?!\1).)*+(?:\1)?
+    | (?<![\w$])[eE]'(?:[^'\\]|''|\\(?s:.))*+'?""",
     re.VERBOSE,
 )
 # Syntax that the pattern above may misread: escapes, dollar quotes, nested and conditional
@@ -209,7 +210,7 @@ def without_literals(sql: str) -> str:
 
 
 def _blank(literal: re.Match[str]) -> str:
-    return {"'": "''", "$": "''", '"': '"q"'}.get(literal[0][0], " ")
+    return {"-": " ", "/": " ", '"': '"q"'}.get(literal[0][0], "''")
 
 
 def _may_write(cleaned: str) -> bool:

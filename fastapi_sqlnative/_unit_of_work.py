@@ -144,6 +144,7 @@ class UnitOfWork:
             self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
+        # While it waits for its second place, the first stays: taken after that, it could deadlock.
         if not (self._entering.locked() or any(record.asked for _, record in self._opened)):
             self._running.gate.leave(self)
             for _, record in self._opened:

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from select import select as select_ready
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import Connection, Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from conftest import WorkerPostgres
@@ -433,18 +433,30 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
 # -- a COMMIT that failed, and the next user of its connection ---------------------------------
 
 
+@contextmanager
+def failing_before_commit(
+    engine: Engine | AsyncEngine, other: Engine, proxy: Proxy | None = None
+) -> Iterator[None]:
+    """Expect the failure of a `commit` listener on another database; then the server is silent."""
+
+    def publish(_connection: Connection) -> None:
+        if proxy is not None:
+            proxy.fault = Fault.SWALLOWED
+        with other.begin() as connection:
+            serialization_failure(connection)
+
+    event.listen(sync_engine(engine), "commit", publish, once=True)
+    with pytest.raises(OperationalError):
+        yield
+
+
 async def test_what_a_listener_has_kept_from_commit_is_not_stored_later(
     kind: Kind, engine: Engine, rows: Rows, other: Engine
 ) -> None:
     """An engine's `commit` listener that fails on another database ends this transaction."""
 
-    def publish(_connection: Connection) -> None:
-        with other.begin() as connection:
-            serialization_failure(connection)
-
-    event.listen(sync_engine(engine), "commit", publish, once=True)
     async with asking(engine, kind, transactional()) as request:
-        with pytest.raises(OperationalError):
+        with failing_before_commit(engine, other):
             await request(add("lost"))
         await request(add("kept"))
     assert rows.names == ["kept"]
@@ -461,14 +473,8 @@ async def test_a_connection_that_cannot_roll_back_is_not_used_again(
     plain = {"ssl": False, "host": "127.0.0.1", "port": proxy.own_port, "command_timeout": 1}
     engine = make_engine(pool_size=1, max_overflow=0, connect_args=plain)
 
-    def publish(_connection: Connection) -> None:
-        proxy.fault = Fault.SWALLOWED
-        with other.begin() as connection:
-            serialization_failure(connection)
-
-    event.listen(sync_engine(engine), "commit", publish, once=True)
     async with asking(engine, kind, transactional()) as request:
-        with pytest.raises(OperationalError):
+        with failing_before_commit(engine, other, proxy):
             await request(add("lost"))
         proxy.fault = Fault.NONE
         await request(add("kept"))

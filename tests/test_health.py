@@ -1329,9 +1329,7 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
 ) -> None:
     """A query beside the very first probe finds a dialect that knows its server."""
     engine = make_engine()
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-    app.include_router(health_router(timeout=PATIENT))
+    app = healthy(engine)
 
     def ask(inner: Engine) -> object:
         with inner.connect():
@@ -1359,9 +1357,7 @@ async def test_a_first_probe_beside_a_first_query_leaves_no_dialect_half_ready(
 ) -> None:
     """A query that began before the very first probe finds a dialect that knows its server."""
     engine = make_engine(pool_size=places, max_overflow=0)
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-    app.include_router(health_router(timeout=PATIENT))
+    app = healthy(engine)
     loop, connecting, connected = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
     def connect_slowly(dialect: Any, _record: object, given: Any, options: Any) -> Any:
@@ -1408,9 +1404,7 @@ async def test_a_probe_that_outlives_the_application_leaves_no_connection(
 ) -> None:
     """A query of readiness that ends after the shutdown closes its connection."""
     engine = make_engine()
-    app = FastAPI()
-    install_database(app, engine=engine, shutdown=engine.dispose)
-    app.include_router(health_router(timeout=0.1))
+    app = healthy(engine, timeout=0.1)
     inner, stopped, closed = sync_engine(engine), threading.Event(), threading.Event()
 
     def connect_slowly(*_: object) -> None:

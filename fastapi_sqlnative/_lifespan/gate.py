@@ -49,11 +49,10 @@ class Gate:
     async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
         """Wait for a place, up to the pool's timeout; return whether it can be left early."""
         key = key_of(route)
-        opened = self.opened[key]
-        # All of them before the first session, and always in this order: requests that acquire two
-        # limiters in opposite orders could deadlock.
-        limiters = [self._connections] if opened.total() > 1 else []
-        if not all(isinstance(each.engine, AsyncEngine) for each in (database, *opened)):
+        several = self.opened[key].total() > 1
+        # Always in this order: acquiring two limiters in opposite orders could deadlock.
+        limiters = [self._connections] if several else []
+        if not isinstance(database.engine, AsyncEngine):
             limiters.append(self._threads)
         for limiter in limiters:
             if limiter not in self._places.get(request, ()):

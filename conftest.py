@@ -151,7 +151,7 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[WorkerPostgres]:
 
 
 @contextmanager
-def fresh_database(server: str, name: str) -> Iterator[str]:
+def fresh_database(server: str, name: str) -> Generator[str]:
     """Create an empty database, over one that an interrupted run may have left behind."""
     drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
     create = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def paste(command: str) -> tuple[int, str]:
 @contextmanager
 def launched(
     name: str, directory: Path, stop: signal.Signals, **environment: str
-) -> Iterator[list[str]]:
+) -> Generator[list[str]]:
     """Run an example as a process, yield its output, and check how it exits."""
     unset = {"DATABASE_URL": "", "SECOND_DATABASE_URL": "", "PORT": "0"}
     with (

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from alembic.util import CommandError
@@ -28,7 +28,7 @@ PAUSE = 0.1
 
 
 @contextmanager
-def one_at_a_time(connection: Connection, name: str, wait: float) -> Iterator[None]:
+def one_at_a_time(connection: Connection, name: str, wait: float) -> Generator[None]:
     """Hold a session-level lock for a block, across commits, until the block or connection ends.
 
     Alembic reads the current revision inside the block, so a second runner sees what the

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ class Place:
         return self.url.get_backend_name()
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
+    def connection(self) -> Generator[Connection]:
         """Connect with a transaction per statement."""
         with self.outside.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -97,7 +97,7 @@ class Place:
 
 
 @contextmanager
-def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Iterator[tuple[URL, URL]]:
+def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Generator[tuple[URL, URL]]:
     if kind == "postgresql":
         pair: WorkerPostgres = request.getfixturevalue("empty_databases")
         yield make_url(pair.dsn), make_url(pair.second.dsn)
@@ -117,7 +117,7 @@ def fresh_pair(kind: str, request: pytest.FixtureRequest) -> Iterator[tuple[URL,
 @contextmanager
 def placed(
     driver: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Place]:
+) -> Generator[Place]:
     """Create both databases, and put their addresses into the environment."""
     kind = driver.partition("+")[0]
     with fresh_pair(kind, request) as pair:
@@ -615,7 +615,7 @@ def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[str]:
+def started(folder: Path) -> Generator[str]:
     """Run `python -m migrations_example`, and yield its output once it serves."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0"}
     with subprocess.Popen(  # ours

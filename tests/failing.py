@@ -8,7 +8,7 @@ import datetime
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +186,7 @@ def _enforce_foreign_keys(connection: Any, _record: object) -> None:
 
 
 @contextlib.contextmanager
-def canary_on_postgres(dsn: str) -> Iterator[Server]:
+def canary_on_postgres(dsn: str) -> Generator[Server]:
     """Create the tables and roles in a PostgreSQL database, and remove the roles at the end."""
     url = make_url(dsn)
     role, limited = f"canary_{url.database}", f"canary_limited_{url.database}"
@@ -227,7 +227,7 @@ def _drop_roles(connection: Connection, *roles: str) -> None:
 
 
 @contextlib.contextmanager
-def canary_on_mariadb(url: str, name: str) -> Iterator[Server]:
+def canary_on_mariadb(url: str, name: str) -> Generator[Server]:
     """Create a database, its tables and roles on a MariaDB server."""
     admin = make_url(url).set(drivername="mysql+pymysql")
     with disposing(create_engine(admin)) as engine, engine.begin() as connection:
@@ -257,7 +257,7 @@ def canary_on_mariadb(url: str, name: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def canary_on_sqlite(path: str) -> Iterator[Server]:
+def canary_on_sqlite(path: str) -> Generator[Server]:
     """Create a file with the tables."""
     outside = create_engine(f"sqlite:///{path}")
     with disposing(outside):
@@ -269,7 +269,7 @@ def canary_on_sqlite(path: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def disposing(engine: Engine) -> Iterator[Engine]:
+def disposing(engine: Engine) -> Generator[Engine]:
     """Close an engine's connections at the end of a block."""
     try:
         yield engine
@@ -505,7 +505,7 @@ def serialization(session: Session, server: Server) -> None:
 
 
 @contextlib.contextmanager
-def in_a_thread(run: Callable[[], object]) -> Iterator[None]:
+def in_a_thread(run: Callable[[], object]) -> Generator[None]:
     """Run beside the block, and wait for it; what it raises is the block's to provoke."""
 
     def attempt() -> None:

@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -43,7 +43,7 @@ class Proxy:
     _pairs: list["_Pair"] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator["Proxy"]:
+    def listening(self) -> Generator["Proxy"]:
         """Accept connections on a port of its own, each with two threads."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.own_port = listener.getsockname()[1]

@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -133,7 +133,7 @@ class Rows:
         self.connection.execute(SLOW_COMMIT.format(seconds).encode())
 
     @contextlib.contextmanager
-    def locked(self, key: int) -> Iterator[None]:
+    def locked(self, key: int) -> Generator[None]:
         """Hold an advisory lock of the first database until the block ends."""
         self.connection.execute("SELECT pg_advisory_lock(%s)", (key,))
         try:
@@ -207,7 +207,7 @@ async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @contextlib.contextmanager
-def holding(url: str, count: int) -> Iterator[None]:
+def holding(url: str, count: int) -> Generator[None]:
     """Hold so many connections, all that a server has left; those of others may have to end yet."""
     with contextlib.ExitStack() as held:
 
@@ -394,12 +394,12 @@ class _Server(uvicorn.Server):
         await self.lifespan.shutdown()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None]:
         yield
 
 
 @contextlib.contextmanager
-def serve(app: ASGIApp, **options: Any) -> Iterator[Served]:
+def serve(app: ASGIApp, **options: Any) -> Generator[Served]:
     """Run the application under uvicorn on a free port, and stop it gracefully."""
     starts: list[int] = []
     config = uvicorn.Config(
@@ -436,7 +436,7 @@ async def flood(served: Served, path: str, times: int = 45) -> list[int]:
 @contextlib.contextmanager
 def launch(
     command: Sequence[str], directory: Path, **environment: str
-) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
+) -> Generator[tuple["subprocess.Popen[str]", httpx.Client]]:
     """Run uvicorn as a process, at the port that it finds where it is told to take port 0."""
     with subprocess.Popen(
         command, cwd=directory, env=os.environ | environment, stderr=subprocess.PIPE, text=True

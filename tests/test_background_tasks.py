@@ -2,7 +2,7 @@
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Annotated, Any
 
 import pytest
@@ -18,7 +18,7 @@ POST = b"POST /items HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"
 
 
 @contextlib.contextmanager
-def served(kind: Kind, engine: Engine | AsyncEngine, *, caught: bool) -> Iterator[Served]:
+def served(kind: Kind, engine: Engine | AsyncEngine, *, caught: bool) -> Generator[Served]:
     """Serve an endpoint whose task fails in the database, caught or not."""
 
     async def task(database: Any) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from select import select as select_ready
@@ -436,7 +436,7 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
 @contextmanager
 def failing_before_commit(
     engine: Engine | AsyncEngine, other: Engine, proxy: Proxy | None = None
-) -> Iterator[None]:
+) -> Generator[None]:
     """Expect the failure of a `commit` listener on another database; then the server is silent."""
 
     def publish(_connection: Connection) -> None:

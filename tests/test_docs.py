@@ -37,7 +37,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -297,7 +297,7 @@ def endpoints(page: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Iterator[str]:
+def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Generator[str]:
     """Give the URL of a schema that is nobody else's."""
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         connection.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")

@@ -5,7 +5,7 @@ import contextlib
 import gc
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -360,7 +360,7 @@ async def test_a_ping_with_a_wrong_name_fails(kind: Kind, postgres: WorkerPostgr
 
 
 @asynccontextmanager
-async def silence() -> AsyncIterator[int]:
+async def silence() -> AsyncGenerator[int]:
     """Listen on a port, take connections, and never say a word."""
     accepted: list[socket.socket] = []
 
@@ -413,7 +413,7 @@ async def test_a_ping_waits_for_the_pool_no_longer(database: Any, rows: Rows) ->
 
 
 @asynccontextmanager
-async def holding(engine: Any) -> AsyncIterator[None]:
+async def holding(engine: Any) -> AsyncGenerator[None]:
     """Hold a connection of the application's own."""
     if isinstance(engine, AsyncEngine):
         async with engine.connect():

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, ki
 
 
 @contextlib.contextmanager
-def stopped(server: PostgresServer) -> Iterator[None]:
+def stopped(server: PostgresServer) -> Generator[None]:
     """Stop the server and its children where they are: its port accepts, and nobody answers."""
     process = server._process
     assert process is not None
@@ -304,7 +304,7 @@ async def test_a_limit_of_the_role_or_database_is_full_too(
 
 
 @contextlib.contextmanager
-def out_of_reach(way: str) -> Iterator[int]:
+def out_of_reach(way: str) -> Generator[int]:
     """Be a port that takes a connection and says nothing, or one that does not even take it."""
     with contextlib.ExitStack() as open_sockets:
         listener = open_sockets.enter_context(socket.socket())

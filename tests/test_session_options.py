@@ -1,6 +1,6 @@
 """Constitution 2: a `Session` is a `Session`, with whatever class and options it was installed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ def class_options(kind: Kind, sync: type[Session], asynchronous: type[AsyncSessi
 @contextmanager
 def listening(
     target: Any, name: str, function: Callable[..., Any], *, insert: bool = False
-) -> Iterator[None]:
+) -> Generator[None]:
     """Listen to an event of sessions for as long as the block lasts."""
     event.listen(target, name, function, insert=insert)
     try:

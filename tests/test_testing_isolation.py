@@ -5,7 +5,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext, suppress
 from contextvars import copy_context
@@ -1135,7 +1135,7 @@ async def test_a_worker_that_the_test_has_started(
         done.set()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(work(installed_databases(app)["default"]))
             yield
@@ -1321,7 +1321,7 @@ async def test_a_session_from_the_engine_joins_whatever_it_does_first(
 
 
 @contextlib.asynccontextmanager
-async def in_block(app: FastAPI, kind: Kind) -> AsyncIterator[Any]:
+async def in_block(app: FastAPI, kind: Kind) -> AsyncGenerator[Any]:
     if kind.asynchronous:
         async with isolated(app) as session:
             yield session

@@ -1,6 +1,6 @@
 """Rule 5: an error swallowed where no method of the session lets it through is no success."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -120,7 +120,7 @@ async def test_work_that_leaves_no_trace_counts(
 
 
 @contextmanager
-def listening(target: Any, name: str, listener: Callable[..., Any]) -> Iterator[None]:
+def listening(target: Any, name: str, listener: Callable[..., Any]) -> Generator[None]:
     event.listen(target, name, listener)
     try:
         yield

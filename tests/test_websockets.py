@@ -1,7 +1,7 @@
 """Rule 15: in a websocket a session lives as long as the endpoint; the handle serves messages."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -43,7 +43,7 @@ class Ended:
 
 
 @contextmanager
-def connected(app: FastAPI) -> Iterator[tuple[ClientConnection, Ended]]:
+def connected(app: FastAPI) -> Generator[tuple[ClientConnection, Ended]]:
     ended = Ended(app)
     with serve(ended) as served:
         url = served.url.replace("http", "ws")

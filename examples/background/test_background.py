@@ -1,6 +1,6 @@
 """Tests over HTTP: when a task runs, and when it does not."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @contextmanager
-def served() -> Iterator[Served]:
+def served() -> Generator[Served]:
     with serve(example.create_app()) as running:
         yield running
 

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def becomes(
 
 
 @contextmanager
-def away(database: PostgresDatabase) -> Iterator[None]:
+def away(database: PostgresDatabase) -> Generator[None]:
     """Make a database refuse all connections, and close those that it has."""
     url = make_url(database.dsn)
     assert url.database is not None
@@ -109,7 +109,7 @@ def test_the_shop_is_opened_by_operators(served: Served, monkeypatch: pytest.Mon
 
 
 @contextmanager
-def read_only(database: PostgresDatabase) -> Iterator[None]:
+def read_only(database: PostgresDatabase) -> Generator[None]:
     """Make a database read-only for new connections, and close those that it has."""
     name = make_url(database.dsn).database
     assert name is not None

@@ -1,6 +1,6 @@
 """Tests over HTTP of what reaches the primary and the replica."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -21,7 +21,7 @@ INSERT = "INSERT INTO read_replica_article (title) VALUES ('x')"
 
 
 @contextmanager
-def served(app: FastAPI | None = None) -> Iterator[Served]:
+def served(app: FastAPI | None = None) -> Generator[Served]:
     with serve(app or create_app()) as running:
         yield running
 

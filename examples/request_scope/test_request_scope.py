@@ -1,7 +1,7 @@
 """Tests over HTTP of what a request's scope reaches, and what it does not."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +31,7 @@ class Client:
 
 
 @contextmanager
-def served() -> Iterator[Client]:
+def served() -> Generator[Client]:
     """Serve the example, and check at the end what its connections still hold of requests."""
     app = create_app()
 

@@ -1,7 +1,7 @@
 """Tests of the showcase over HTTP."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +64,7 @@ def _drop_tables(settings: Settings) -> None:
 
 
 @contextmanager
-def served(settings: Settings) -> Iterator["Bank"]:
+def served(settings: Settings) -> Generator["Bank"]:
     """Serve the showcase under uvicorn."""
     with serve(create_app(settings)) as running:
         yield Bank(running.client)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -57,7 +57,7 @@ class Streaming:
 
 
 @contextmanager
-def served(owner: psycopg.Connection) -> Iterator[Streaming]:
+def served(owner: psycopg.Connection) -> Generator[Streaming]:
     """Serve the example with a pool of one."""
     app = create_app(pool_size=1)
     with serve(app) as running:

@@ -1,6 +1,6 @@
 """Tests over HTTP of tenants with a database each."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +21,7 @@ NOTES = "SELECT text FROM tenants_by_name_note ORDER BY id"
 
 
 @contextmanager
-def served() -> Iterator[Served]:
+def served() -> Generator[Served]:
     with serve(example.create_app()) as running:
         assert call(running, "POST", "acme", "ada", text="of acme").json() == 1
         assert call(running, "POST", "globex", "grace", text="of globex").json() == 1

@@ -2,7 +2,7 @@
 
 # ruff: noqa: S608 # the table names are constants
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
@@ -65,7 +65,7 @@ class Tenant:
 
 
 @contextmanager
-def served(app: FastAPI | None = None) -> Iterator[tuple[Served, Tenant, Tenant]]:
+def served(app: FastAPI | None = None) -> Generator[tuple[Served, Tenant, Tenant]]:
     """Serve the example, with a project for each tenant."""
     with serve(app or create_app()) as running:
         ada, grace = Tenant(running.client, "ada"), Tenant(running.client, "grace")

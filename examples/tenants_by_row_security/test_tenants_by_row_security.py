@@ -3,7 +3,7 @@
 # ruff: noqa: S608 # the table names are constants
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from typing import Annotated, Any, Final
@@ -97,7 +97,7 @@ class Tenant:
 
 
 @contextmanager
-def served(pool_size: int = 1) -> Iterator[tuple[Served, Tenant, Tenant]]:
+def served(pool_size: int = 1) -> Generator[tuple[Served, Tenant, Tenant]]:
     """Serve the example with a document for each tenant, and at first a pool of one."""
     app = create_app(pool_size=pool_size)
     add_attacks(app)

@@ -1,6 +1,6 @@
 """Tests of concurrent transactions: the anomalies are provoked, and then prevented."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ def served(database: WorkerPostgres) -> Iterator[Served]:
 
 
 @contextmanager
-def held_up(databases: WorkerPostgres, *locks: str) -> Iterator[list[Future[int]]]:
+def held_up(databases: WorkerPostgres, *locks: str) -> Generator[list[Future[int]]]:
     """Lock rows until all requests that the block sends are waiting for one; then release them.
 
     A plain SELECT does not wait: a request that waits to write has already read.

@@ -1,6 +1,6 @@
 """Tests of validation over HTTP, and of the agreement between model and table."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
@@ -51,7 +51,7 @@ def test_a_422_sends_the_database_nothing(subtests: pytest.Subtests) -> None:
 
 
 @contextmanager
-def listening(statements: list[str]) -> Iterator[None]:
+def listening(statements: list[str]) -> Generator[None]:
     """Record the statements that any engine sends."""
 
     def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:

@@ -1,6 +1,6 @@
 """Tests on a real server of what a socket holds, and of its messages."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -37,7 +37,7 @@ class Board:
 
 
 @contextmanager
-def board() -> Iterator[Board]:
+def board() -> Generator[Board]:
     """Serve the example with a pool of one."""
     app = create_app(pool_size=1)
     with serve(app) as served, ExitStack() as sockets:

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -90,7 +90,7 @@ class Load:
         self._ending = False
 
     @contextlib.contextmanager
-    def writing(self, portal: BlockingPortal) -> Iterator["Load"]:
+    def writing(self, portal: BlockingPortal) -> Generator["Load"]:
         """Write until the block ends; then wait for the last answers."""
         clients = [portal.start_task_soon(self._write_for_ever) for _ in range(self._clients)]
         try:
@@ -156,7 +156,7 @@ class Prober:
     _ending: bool = False
 
     @contextlib.contextmanager
-    def asking(self, portal: BlockingPortal) -> Iterator["Prober"]:
+    def asking(self, portal: BlockingPortal) -> Generator["Prober"]:
         """Ask until the block ends."""
         task = portal.start_task_soon(self._ask_for_ever)
         try:

@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ Break = Callable[[Stage], AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
-def repeating(strike: Callable[[], Any]) -> Iterator[None]:
+def repeating(strike: Callable[[], Any]) -> Generator[None]:
     """Strike again and again, in a thread, until the block ends."""
     ended = threading.Event()
 
@@ -67,21 +67,21 @@ def repeating(strike: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kill_server(stage: Stage) -> Iterator[None]:
+def kill_server(stage: Stage) -> Generator[None]:
     stage.cluster.server.kill()
     yield
     stage.cluster.server.start()
 
 
 @contextlib.contextmanager
-def stop_server(stage: Stage) -> Iterator[None]:
+def stop_server(stage: Stage) -> Generator[None]:
     stage.cluster.server.stop()
     yield
     stage.cluster.server.start()
 
 
 @contextlib.contextmanager
-def freeze_server(stage: Stage) -> Iterator[None]:
+def freeze_server(stage: Stage) -> Generator[None]:
     stage.cluster.server.freeze()
     try:
         yield
@@ -90,7 +90,7 @@ def freeze_server(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fill_server(stage: Stage) -> Iterator[None]:
+def fill_server(stage: Stage) -> Generator[None]:
     """Take every connection that an ordinary role may have, those of the application too."""
     address = stage.cluster.admin.replace("postgres@", f"{ROLE}@")
     address += "?application_name=crowd"
@@ -109,7 +109,7 @@ def fill_server(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refuse_writes(stage: Stage) -> Iterator[None]:
+def refuse_writes(stage: Stage) -> Generator[None]:
     stage.cluster.execute("ALTER SYSTEM SET default_transaction_read_only = on")
     stage.cluster.execute("SELECT pg_reload_conf()")
     yield
@@ -118,7 +118,7 @@ def refuse_writes(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def terminate_backends(stage: Stage) -> Iterator[None]:
+def terminate_backends(stage: Stage) -> Generator[None]:
     with repeating(lambda: _terminate(stage)):
         yield
 
@@ -131,7 +131,7 @@ def _terminate(stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def fill_disk(stage: Stage) -> Iterator[None]:
+def fill_disk(stage: Stage) -> Generator[None]:
     """Fill the disk of the table, and the room that is left in the table's own file."""
     assert stage.cluster.disk is not None
     ballast = stage.cluster.disk / "ballast"
@@ -146,7 +146,7 @@ def fill_disk(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _faulty(stage: Stage, fault: Fault) -> Iterator[None]:
+def _faulty(stage: Stage, fault: Fault) -> Generator[None]:
     stage.proxy.go_on.clear()
     stage.proxy.fault = fault
     yield
@@ -155,13 +155,13 @@ def _faulty(stage: Stage, fault: Fault) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reset_connections(stage: Stage) -> Iterator[None]:
+def reset_connections(stage: Stage) -> Generator[None]:
     with repeating(lambda: stage.proxy.reset(YOUNGEST)):
         yield
 
 
 @contextlib.contextmanager
-def refuse_connections(stage: Stage) -> Iterator[None]:
+def refuse_connections(stage: Stage) -> Generator[None]:
     with _faulty(stage, Fault.REFUSED):
         stage.proxy.reset()
         yield
@@ -176,7 +176,7 @@ def slow_network(stage: Stage) -> AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def swallow_packets(stage: Stage) -> Iterator[None]:
+def swallow_packets(stage: Stage) -> Generator[None]:
     """Lose everything, as a firewall does that has forgotten its connections, then reset them."""
     with _faulty(stage, Fault.SWALLOWED):
         yield
@@ -192,7 +192,7 @@ def lose_answers_to_commits(stage: Stage) -> AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def lose_some(stage: Stage) -> Iterator[None]:
+def lose_some(stage: Stage) -> Generator[None]:
     """Terminate backends, and lose the answers to COMMIT for a third of the time."""
     kinds = itertools.cycle((Fault.ANSWER_LOST, Fault.NONE, Fault.NONE))
 
@@ -206,7 +206,7 @@ def lose_some(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kill_pgbouncer(stage: Stage) -> Iterator[None]:
+def kill_pgbouncer(stage: Stage) -> Generator[None]:
     assert stage.bouncer is not None
     stage.bouncer.kill()
     yield
@@ -217,7 +217,7 @@ def kill_pgbouncer(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clients_vanish(stage: Stage) -> Iterator[None]:
+def clients_vanish(stage: Stage) -> Generator[None]:
     """Have twenty clients hang up in the middle of a write, at moments that differ."""
     chance = random.Random(13)
 
@@ -233,14 +233,14 @@ def clients_vanish(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kill_worker(stage: Stage) -> Iterator[None]:
+def kill_worker(stage: Stage) -> Generator[None]:
     """Kill one of the workers; whoever started it starts another."""
     os.kill(min(stage.deployed.pools()), signal.SIGKILL)
     yield
 
 
 @contextlib.contextmanager
-def stop_application(stage: Stage) -> Iterator[None]:
+def stop_application(stage: Stage) -> Generator[None]:
     """Tell the application to end."""
     assert isinstance(stage.deployed, Deployed)
     stage.deployed.process.send_signal(signal.SIGTERM)
@@ -249,7 +249,7 @@ def stop_application(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def restart_one_by_one(stage: Stage) -> Iterator[None]:
+def restart_one_by_one(stage: Stage) -> Generator[None]:
     """Replace every process behind the balancer by a new one."""
     assert isinstance(stage.deployed, Fleet)
     for each in tuple(stage.deployed.members):

@@ -2,7 +2,7 @@
 
 import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, *, with_disk: bool) -> Iterator[Cluster]:
+def running_cluster(folder: Path, *, with_disk: bool) -> Generator[Cluster]:
     """Start the server, with the tables of the application and a role of its own."""
     with contextlib.ExitStack() as stack:
         settings = DURABLE | {"max_connections": str(CONNECTIONS)}
@@ -62,7 +62,7 @@ def running_cluster(folder: Path, *, with_disk: bool) -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def mounted_disk(folder: Path, owner: int) -> Iterator[Path]:
+def mounted_disk(folder: Path, owner: int) -> Generator[Path]:
     """Mount a small file system for one tablespace; only root may."""
     folder.mkdir()
     options = f"size={TABLESPACE_SIZE},uid={owner},mode=700"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Deployed:
 
 
 @contextlib.contextmanager
-def deployed(server: str, log: Path, environment: Mapping[str, str]) -> Iterator[Deployed]:
+def deployed(server: str, log: Path, environment: Mapping[str, str]) -> Generator[Deployed]:
     """Serve the application, and leave no process of it behind."""
     workers, command = SERVERS[server]
     with log.open("wb") as output:
@@ -128,7 +128,7 @@ class Fleet:
         return sum(log.stat().st_size for log in self._folder.glob("application-*.log"))
 
     @contextlib.contextmanager
-    def serving(self, size: int) -> Iterator["Fleet"]:
+    def serving(self, size: int) -> Generator["Fleet"]:
         """Start so many processes and the balancer, and leave none of them behind."""
         listening = self._portal.wrap_async_context_manager(self._balancer.listening())
         with self._running, listening:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +93,7 @@ class Run:
         return found
 
     @contextlib.contextmanager
-    def _stage(self, cluster: Cluster, folder: Path, certificate: Path) -> Iterator[Stage]:
+    def _stage(self, cluster: Cluster, folder: Path, certificate: Path) -> Generator[Stage]:
         path, bouncer = self.scenario.path, None
         environment = {"KIND": self.driver} | ({"PRE_PING": "1"} if self.pre_ping else {})
         with contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
 """A primary with a standby that streams from it, of Debian's PostgreSQL."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class Replication:
 
 
 @contextmanager
-def replication(*, synchronous: bool) -> Iterator[Replication]:
+def replication(*, synchronous: bool) -> Generator[Replication]:
     """Start both, with an empty table, and return when the standby streams."""
     settings = DURABLE | {"hot_standby_feedback": "on"}
     with (

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 @contextmanager
-def engine(folder: Path) -> Iterator[str]:
+def engine(folder: Path) -> Generator[str]:
     """Start dockerd with everything of its own, and no rules in the machine's firewall."""
     program = shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -71,7 +71,7 @@ class Ledger:
 
 
 @contextmanager
-def load(served: Served, clients: int = CLIENTS) -> Iterator[Ledger]:
+def load(served: Served, clients: int = CLIENTS) -> Generator[Ledger]:
     """Send requests from several clients until the block ends; each sends one after the other."""
     ledger, ended = Ledger(), threading.Event()
 

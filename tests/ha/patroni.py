@@ -5,7 +5,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Cluster:
 
 
 @contextmanager
-def etcd() -> Iterator[int]:
+def etcd() -> Generator[int]:
     """Run one etcd, and give its port. Three of them, on machines of their own, are for real."""
     client, peer = _free_port(), _free_port()
     urls = [f"http://127.0.0.1:{port}" for port in (client, peer)]
@@ -101,7 +101,7 @@ def etcd() -> Iterator[int]:
 
 
 @contextmanager
-def node(name: str, store: int, *, synchronous: bool) -> Iterator[Node]:
+def node(name: str, store: int, *, synchronous: bool) -> Generator[Node]:
     """Run one node; the first one makes the cluster, the second copies it."""
     port, control = _free_port(), _free_port()
     with home(f"patroni-{name}") as place:
@@ -157,7 +157,7 @@ def _at(port: int) -> dict[str, str]:
 
 
 @contextmanager
-def patroni(*, synchronous: bool, schema: str) -> Iterator[Cluster]:
+def patroni(*, synchronous: bool, schema: str) -> Generator[Cluster]:
     """Run a cluster of two, with a table, and return when the second one streams."""
     with ExitStack() as closing:
         store = closing.enter_context(etcd())

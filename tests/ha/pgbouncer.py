@@ -1,7 +1,7 @@
 """Run PgBouncer in transaction mode, in front of one server."""
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class PgBouncer:
 @contextmanager
 def pgbouncer(
     url: str, *, connections: int, options: Mapping[str, str] | None = None
-) -> Iterator[PgBouncer]:
+) -> Generator[PgBouncer]:
     """Start one in front of the server at `url`, with so many connections for each database."""
     server, port = make_url(url), _free_port()
     settings = {

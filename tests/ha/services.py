@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class Home:
 
 
 @contextmanager
-def home(service: str) -> Iterator[Home]:
+def home(service: str) -> Generator[Home]:
     """Make a temporary folder, removed at the end."""
     account = _unprivileged_account() if os.geteuid() == 0 else Account()
     parent = tempfile.gettempdir()
@@ -76,7 +76,7 @@ def program(name: str, package: str) -> str:
 @contextmanager
 def running(
     home: Home, command: Sequence[str | Path], ready: Callable[[], bool], **environment: str
-) -> Iterator["subprocess.Popen[bytes]"]:
+) -> Generator["subprocess.Popen[bytes]"]:
     """Run a server until the block ends, which begins when it is ready.
 
     It never outlives this process. What it says is in `log`, and in the error where it fails.

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ def nothing(_server: PostgresServer, _served: Served) -> AbstractContextManager[
 
 
 @contextmanager
-def locked(server: PostgresServer, _served: Served) -> Iterator[None]:
+def locked(server: PostgresServer, _served: Served) -> Generator[None]:
     """Lock the row that the request wants."""
     with psycopg.connect(server.url) as connection:
         connection.execute("SELECT FROM item WHERE id = 1 FOR UPDATE")
@@ -79,7 +79,7 @@ def locked(server: PostgresServer, _served: Served) -> Iterator[None]:
 
 
 @contextmanager
-def pool_in_use(server: PostgresServer, served: Served) -> Iterator[None]:
+def pool_in_use(server: PostgresServer, served: Served) -> Generator[None]:
     """Have another request keep the only connection."""
     with psycopg.connect(server.url, autocommit=True) as holder, ThreadPoolExecutor(1) as thread:
         holder.execute(f"SELECT pg_advisory_lock({ADVISORY})".encode())
@@ -91,7 +91,7 @@ def pool_in_use(server: PostgresServer, served: Served) -> Iterator[None]:
 
 
 @contextmanager
-def packets_lost(server: PostgresServer, _served: Served) -> Iterator[None]:
+def packets_lost(server: PostgresServer, _served: Served) -> Generator[None]:
     """Have the kernel lose what goes to the server and comes from it, and tell nobody."""
     tables = program("iptables", "iptables")
     with ExitStack() as closing:
@@ -103,7 +103,7 @@ def packets_lost(server: PostgresServer, _served: Served) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(server: PostgresServer, _served: Served) -> Iterator[None]:
+def frozen(server: PostgresServer, _served: Served) -> Generator[None]:
     """Freeze the processes behind the application's connections; the kernel acknowledges."""
     query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
     with psycopg.connect(server.url) as connection:
@@ -294,7 +294,7 @@ def application(case: Case, kind: Kind, ports: list[int]) -> FastAPI:
 
 
 @contextmanager
-def measured_server() -> Iterator[PostgresServer]:
+def measured_server() -> Generator[PostgresServer]:
     """Start a server with the row that everybody wants."""
     with PostgresServer() as server:
         with psycopg.connect(server.url, autocommit=True) as connection:

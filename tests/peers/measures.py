@@ -6,7 +6,7 @@ machine does, and whatever drifts, hits all of them alike.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -62,7 +62,7 @@ Progress = Callable[[str, int], Callable[[], None]]
 
 
 @contextlib.asynccontextmanager
-async def started(engine: Engine, url: str) -> AsyncIterator[dict[str, FastAPI]]:
+async def started(engine: Engine, url: str) -> AsyncGenerator[dict[str, FastAPI]]:
     """Run the lifespan of every contestant's application."""
     async with contextlib.AsyncExitStack() as lifespans:
         apps: dict[str, FastAPI] = {}

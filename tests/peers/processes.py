@@ -4,7 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -38,7 +38,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def running(module: str, *arguments: Any) -> Iterator[Process]:
+def running(module: str, *arguments: Any) -> Generator[Process]:
     """Run `python -m tests.peers.MODULE` until the block ends."""
     command = [sys.executable, "-m", f"tests.peers.{module}", *map(str, arguments)]
     with subprocess.Popen(

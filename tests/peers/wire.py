@@ -6,7 +6,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class Wire:
     own_port: int = 0
 
     @asynccontextmanager
-    async def listening(self) -> AsyncIterator["Wire"]:
+    async def listening(self) -> AsyncGenerator["Wire"]:
         """Accept connections on a port of its own."""
         server = await asyncio.get_running_loop().create_server(
             lambda: _Client(self), "127.0.0.1", 0

@@ -16,7 +16,7 @@ import anyio
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -31,7 +31,8 @@ from fastapi_sqlnative import (
     installed_databases,
 )
 from fastapi_sqlnative._lifespan import lifespan
-from fastapi_sqlnative.databases import sessions_of
+from fastapi_sqlnative._sessions.engines import sync_engine
+from fastapi_sqlnative.databases import AnyDatabase, sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
 from tests.in_process import (
@@ -389,6 +390,43 @@ async def test_a_stranded_connection_is_logged(
     with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
         await held.task
     wait_until(lambda: rows.backends(application=name) == 0)
+
+
+async def test_a_session_that_connects_after_the_shutdown_is_refused(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """A session whose first connection is made when the hook has run sends nothing over it."""
+    name = f"late {kind.id}"
+    engine = make_engine(connect_args=named(kind.driver, name))
+
+    @event.listens_for(sync_engine(engine), "connect")
+    def hang(connection: Any, _record: object) -> None:
+        connection.cursor().execute("SELECT pg_advisory_lock(3)")
+
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    with rows.locked(3):
+        async with running(app):
+            database = installed_databases(app)["default"]
+            late = asyncio.create_task(executing(database, "CREATE TABLE late (id int)"))
+            await until(lambda: rows.backends("active", name) == 1)
+    with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
+        await late
+    await until(lambda: rows.backends(application=name) == 0)
+
+
+async def executing(database: AnyDatabase, statement: str) -> None:
+    """Execute and commit a statement in a session of a handle, in a thread if it would block."""
+    if isinstance(database, AsyncDatabase):
+        async with database.transaction() as session:
+            await session.execute(text(statement))
+        return
+
+    def work() -> None:
+        with database.transaction() as session:
+            session.execute(text(statement))
+
+    await asyncio.to_thread(work)
 
 
 async def test_the_longest_time_counts_for_all(

@@ -28,6 +28,7 @@ from fastapi_sqlnative import (
     installed_databases,
     transactional,
 )
+from fastapi_sqlnative._lifespan.running import installations_of
 from fastapi_sqlnative.exceptions import (
     ApplicationAlreadyStartedError,
     DatabaseAlreadyInstalledError,
@@ -44,8 +45,9 @@ from tests.in_process import (
     running,
     sqlite,
     start_and_stop,
+    turns,
 )
-from tests.serving import Kind, Rows, items
+from tests.serving import Kind, Rows, items, until
 
 pytestmark = pytest.mark.anyio
 
@@ -540,6 +542,53 @@ async def test_a_lifespan_may_be_entered_twice_on_one_event_loop() -> None:
         await ask(installed_databases(app)["default"])
         assert log == []
     assert log == ["disposed"]
+
+
+@pytest.mark.parametrize("first", ["fails", "is cancelled", "shuts down"])
+async def test_a_start_beside_one_that_ends_has_its_databases(first: str) -> None:
+    """Starts that overlap one that fails, is cancelled or shuts down make what it leaves undone.
+
+    Each engine that was built is disposed of once, when the last of them ends.
+    """
+    log: list[str] = []
+    held = asyncio.Event()
+
+    async def slowly() -> AsyncEngine:
+        if "slowly" not in log:
+            log.append("slowly")
+            await held.wait()
+            if first == "fails":
+                raise Wrong
+        return noting(log, "second disposed")()
+
+    async def hook() -> None:
+        log.append("hook")
+        await asyncio.sleep(0.1)  # for the others to start meanwhile
+
+    app = FastAPI()
+    install_database(app, engine=noting(log, "first disposed"))
+    install_database(app, name="second", engine=slowly, shutdown=hook)
+    starting = asyncio.create_task(start_and_stop(app))
+    await turns()
+    if first == "shuts down":
+        held.set()
+        await until(lambda: "hook" in log)
+
+    async def run() -> None:
+        async with running(app):
+            assert not installations_of(app).draining
+            assert [*installed_databases(app).values()]  # raises if one is not started
+
+    others = [asyncio.create_task(run()) for _ in range(2)]
+    await turns()
+    if first == "is cancelled":
+        starting.cancel()
+    held.set()
+    await asyncio.gather(*others)
+    with suppress(Wrong, asyncio.CancelledError):
+        await starting
+    runs = 2 if first == "shuts down" else 1
+    assert log == ["slowly", *["hook", "second disposed", "first disposed"] * runs]
 
 
 # --- mistakes ---

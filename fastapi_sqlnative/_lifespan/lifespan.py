@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import FrameType
 from typing import Any, Final
 
@@ -69,22 +69,23 @@ async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
 
 
 async def _start(running: Running, runs: list[Running]) -> None:
-    installed, loop = running.installed, asyncio.get_running_loop()
-    if installed.runs and installed.by_name and installed.loop is not loop:
-        raise ApplicationAlreadyStartedError(
-            "This application, or one it is mounted in, is running on another event loop. Make "
-            "one application per event loop: call the application factory again."
-        )
+    installed, running.loop = running.installed, asyncio.get_running_loop()
     if not installed.runs:
         installed.starting = asyncio.Lock()  # of this event loop
     installed.runs.append(running)
     runs.append(running)
+    # The first has it, even if two threads start at once.
+    if installed.by_name and installed.runs[0].loop is not running.loop:
+        raise ApplicationAlreadyStartedError(
+            "This application, or one it is mounted in, is running on another event loop. Make "
+            "one application per event loop: call the application factory again."
+        )
     async with installed.starting:
-        if len(installed.runs) == 1:
-            installed.loop = loop
+        if not databases_of([running]):
             installed.draining = False
-            for installation in installed.by_name.values():
-                await start_installation(installation)
+        # Another start may have done all of this, or failed halfway.
+        for installation in installed.by_name.values():
+            await start_installation(installation)
     observed = (running, *running.above)
     observers = [observer for each in observed for observer in each.installed.observers]
     for database in databases_of([running]):
@@ -94,6 +95,12 @@ async def _start(running: Running, runs: list[Running]) -> None:
 
 async def start_installation(installation: Installation) -> None:
     """Make the handle of a database, and wait for it to answer if `startup_wait` is set."""
+    database = installation.database or await _make_handle(installation)
+    if installation.startup_wait is not None:
+        await _wait_for(database, installation.startup_wait)
+
+
+async def _make_handle(installation: Installation) -> AnyDatabase:
     engine: Any = installation.engine
     builds = database_class(engine) is None
     if builds:
@@ -101,13 +108,12 @@ async def start_installation(installation: Installation) -> None:
     else:
         _check_loop(installation.name, engine)
     try:
-        installation.database = installation.make_handle(engine)
+        database = installation.database = installation.make_handle(engine)
     except Exception:
         if builds and database_class(engine) is not None:
             await dispose(engine)  # no one else has a reference to it
         raise
-    if installation.startup_wait is not None:
-        await _wait_for(installation.database, installation.startup_wait)
+    return database
 
 
 async def call_factory(factory: Any) -> Any:
@@ -171,21 +177,23 @@ def _may_pass(error: Exception) -> bool:
 
 async def stop(runs: Sequence[Running]) -> None:
     """End one lifespan's runs, and close the databases that no other lifespan uses."""
-    ending: list[tuple[Installation, AnyDatabase]] = []
-    for installed in (each.installed for each in reversed(runs)):
-        if all(each in runs for each in installed.runs):  # else another lifespan still uses it
-            installed.draining = True
-            last_first = reversed(installed.by_name.values())
-            ending += [(each, each.database) for each in last_first if each.database is not None]
-    for _, database in ending:
-        sessions_of(database).state.stopping = "shutting down"
-    longest = max((each.shutdown_timeout for each, _ in ending), default=0)
-    deadline = anyio.current_time() + longest
     errors: list[Exception] = []
-    for installation, database in ending:
-        await _close(installation, database, deadline, errors)
-    for each in runs:
-        each.installed.runs.remove(each)  # only now: until here requests get the right error
+    # Not those that another lifespan still uses, or waits to start.
+    ours = [each.installed for each in reversed(runs) if set(runs).issuperset(each.installed.runs)]
+    async with AsyncExitStack() as stopping:
+        for installed in ours:
+            await stopping.enter_async_context(installed.starting)  # a new start comes after this
+            installed.draining = True
+        last_first = [each for installed in ours for each in reversed(installed.by_name.values())]
+        ending = [(each, each.database) for each in last_first if each.database is not None]
+        for _, database in ending:
+            sessions_of(database).state.stopping = "shutting down"
+        longest = max((each.shutdown_timeout for each, _ in ending), default=0)
+        deadline = anyio.current_time() + longest
+        for installation, database in ending:
+            await _close(installation, database, deadline, errors)
+        for each in runs:
+            each.installed.runs.remove(each)  # only now: until here requests get the right error
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 

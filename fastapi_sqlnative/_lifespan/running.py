@@ -64,8 +64,7 @@ class Installations:
     draining: bool = False  # readiness fails, so that no more requests are sent here
     # One for each running outermost application that this one is mounted in.
     runs: list[Running] = field(default_factory=list["Running"])
-    loop: asyncio.AbstractEventLoop | None = None  # that it runs on
-    # Held during start-up: another outermost application waits until the databases are up.
+    # Held during start-up and shutdown: another start waits until the databases are up or down.
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -81,6 +80,7 @@ class Running:
     ) -> None:
         self.app = app
         self.installed = installations_of(app)
+        self.loop: asyncio.AbstractEventLoop | None = None
         # The applications that this one is mounted in, innermost first, and those mounted in it.
         self.above: list[Running] = [] if parent is None else [parent, *parent.above]
         self.below: list[Running] = []

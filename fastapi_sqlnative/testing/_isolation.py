@@ -179,7 +179,7 @@ class Isolated:
 
     def _home(self) -> asyncio.AbstractEventLoop | None:
         """Return the application's event loop."""
-        return next((each.loop for each, _ in self._chosen if each.runs), self.loop)
+        return next((each.runs[0].loop for each, _ in self._chosen if each.runs), self.loop)
 
     def _close_before_shutdown(self, installation: Installation) -> None:
         """Close a connection that cannot outlive the application, before its event loop ends."""

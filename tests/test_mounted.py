@@ -37,6 +37,7 @@ from tests.in_process import (
     async_sqlite,
     client_of,
     note_disposal,
+    noting,
     running,
     sqlite,
     start_and_stop,
@@ -345,6 +346,20 @@ def test_two_roots_that_start_at_the_same_time_once_more() -> None:
 
     for _ in range(2):
         anyio.run(start)
+
+
+async def test_two_roots_that_end_at_the_same_time() -> None:
+    """The database of an application mounted in both is closed, once."""
+    log: list[str] = []
+    sub = FastAPI()
+    install_database(sub, engine=noting(log, "sub"), shutdown=lambda: log.append("hook"))
+    async with anyio.create_task_group() as ending:
+        for _ in range(2):
+            root = FastAPI()
+            install_database(root, name="own", engine=noting(log, "root"))
+            root.mount("/sub", sub)
+            ending.start_soon(start_and_stop, root)
+    assert sorted(log) == ["hook", "root", "root", "sub"]
 
 
 def test_two_event_loops_with_one_mounted_application() -> None:

@@ -393,7 +393,7 @@ async def test_a_stranded_connection_is_logged(
 
 
 async def test_a_session_that_connects_after_the_shutdown_is_refused(
-    kind: Kind, make_engine: MakeEngine, rows: Rows
+    kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A session whose first connection is made when the hook has run sends nothing over it."""
     name = f"late {kind.id}"
@@ -413,6 +413,7 @@ async def test_a_session_that_connects_after_the_shutdown_is_refused(
     with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
         await late
     await until(lambda: rows.backends(application=name) == 0)
+    assert "fastapi_sqlnative" not in caplog.text
 
 
 async def executing(database: AnyDatabase, statement: str) -> None:

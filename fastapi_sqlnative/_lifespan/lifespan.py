@@ -176,15 +176,16 @@ def _may_pass(error: Exception) -> bool:
 
 
 async def stop(runs: Sequence[Running]) -> None:
-    """End one lifespan's runs, and close the databases that no other lifespan uses."""
+    """End one lifespan's runs, and close the databases that no other one uses or waits for."""
     errors: list[Exception] = []
-    # Not those that another lifespan still uses, or waits to start.
-    ours = [each.installed for each in reversed(runs) if set(runs).issuperset(each.installed.runs)]
+    ours = [each for each in reversed(runs) if set(runs).issuperset(each.installed.runs)]
+    for each in set(runs).difference(ours):
+        each.installed.runs.remove(each)  # now: two that end at once both see the other's
     async with AsyncExitStack() as stopping:
-        for installed in ours:
-            await stopping.enter_async_context(installed.starting)  # a new start comes after this
-            installed.draining = True
-        last_first = [each for installed in ours for each in reversed(installed.by_name.values())]
+        for each in ours:
+            await stopping.enter_async_context(each.installed.starting)  # a new start waits
+            each.installed.draining = True
+        last_first = [each for run in ours for each in reversed(run.installed.by_name.values())]
         ending = [(each, each.database) for each in last_first if each.database is not None]
         for _, database in ending:
             sessions_of(database).state.stopping = "shutting down"
@@ -192,7 +193,7 @@ async def stop(runs: Sequence[Running]) -> None:
         deadline = anyio.current_time() + longest
         for installation, database in ending:
             await _close(installation, database, deadline, errors)
-        for each in runs:
+        for each in ours:
             each.installed.runs.remove(each)  # only now: until here requests get the right error
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)

@@ -75,11 +75,11 @@ def _after_begin(
     if connection in record.connections:
         return  # a savepoint on a connection that the record has
     record.begun_on(connection)
-    if (record.finished and not record.ending) or record.state.stopping == "stopped":
-        # A task or thread that outlived the request, or the application, was still connecting.
+    if record.finished and not record.ending:
+        # A task or thread that outlived the request was still waiting for the pool.
         record.discard_connections()
         record.check_unfinished()
-        record.state.check_running()
+    record.state.check_running()  # it may have stopped while this session was connecting
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)
     if session.in_nested_transaction():

@@ -325,7 +325,7 @@ def test_a_code_of_another_database_is_none() -> None:
     assert found.kind is Kind.OTHER
 
 
-@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("own", sorted(OWN.keys() - {Kind.ABORTED_TRANSACTION}))
 @pytest.mark.parametrize("inside", ["57P01", "40001"])
 def test_the_cause_of_an_error_of_ours_decides_nothing(own: Kind, inside: str) -> None:
     """What may be stored is never told to be tried again, whatever it was caused by."""
@@ -333,6 +333,19 @@ def test_the_cause_of_an_error_of_ours_decides_nothing(own: Kind, inside: str) -
     found = describe_database_error(raised(lost, OWN[own]))
     assert found is not None
     assert (found.kind, found.retryable, found.transient) == (own, False, own is Kind.POOL_TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("lost", "kind"), [(True, Kind.UNAVAILABLE), (False, Kind.ABORTED_TRANSACTION)]
+)
+def test_a_commit_refused_for_a_lost_connection_is_a_lost_connection(
+    lost: bool, kind: Kind
+) -> None:
+    """Nothing can be stored, so that may be tried again; not so what failed for another reason."""
+    cause = exc.OperationalError("UPDATE t", None, Stating("x", ""), connection_invalidated=lost)
+    found = describe_database_error(raised(cause, TransactionAbortedError()))
+    assert found is not None
+    assert (found.kind, found.retryable, found.transient) == (kind, lost, lost)
 
 
 def test_a_group_of_one_failure_is_that_failure() -> None:

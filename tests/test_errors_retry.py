@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, select, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -27,11 +28,12 @@ from fastapi_sqlnative import (
     describe_database_error,
     http_errors,
 )
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.failing import disposing
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, Item, Kind, Rows, items
+from tests.serving import ASYNCPG, Item, Kind, Rows, items, wait_until
 
 Work = Callable[[Session], Any]
 
@@ -139,9 +141,30 @@ def test_an_exhausted_pool_is_not_tried_again(kind: Kind, make_engine: MakeEngin
     assert calls == 1
 
 
+def lose(session: Session, _rows: Rows) -> None:
+    session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+def lose_in_savepoint(session: Session, rows: Rows) -> None:
+    with suppress(DBAPIError), session.begin_nested():
+        lose(session, rows)
+
+
+def lose_and_go_on(session: Session, rows: Rows) -> None:
+    lose_in_savepoint(session, rows)
+    session.execute(select(items))
+
+
+def idle(session: Session, rows: Rows) -> None:
+    """Have the server end the transaction before the driver looks again."""
+    session.execute(text("SET idle_in_transaction_session_timeout = 1"))
+    wait_until(lambda: rows.backends() == 0)
+
+
 @pytest.mark.driver_decides
+@pytest.mark.parametrize("end", [lose, lose_in_savepoint, lose_and_go_on, idle])
 def test_a_connection_lost_before_commit_is_replaced(
-    kind: Kind, engine: Engine, rows: Rows
+    kind: Kind, engine: Engine, rows: Rows, end: Callable[[Session, Rows], None]
 ) -> None:
     """Nothing can have been stored, so the work runs again on another connection."""
     calls = 0
@@ -152,10 +175,30 @@ def test_a_connection_lost_before_commit_is_replaced(
         session.add(Item(name="a"))
         session.flush()
         if calls == 1:
-            session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+            end(session, rows)
 
     run(engine, work)
     assert (calls, rows.names) == (2, ["a"])
+
+
+@pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)
+def test_a_commit_that_asyncpg_does_not_send_is_repeated(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """Over a connection that it knows to be closed it sends no COMMIT, so nothing is stored."""
+    lost: list[object] = []
+
+    def lose_once(connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        if not lost:
+            lost.append(driver)
+            rows.connection.execute("SELECT pg_terminate_backend(%s)", (driver.get_server_pid(),))
+            while not driver.is_closed():
+                await_only(asyncio.sleep(0.01))
+
+    event.listen(sync_engine(engine), "commit", lose_once)
+    run(engine, lambda session: session.add(Item(name="a")))
+    assert rows.names == ["a"]
 
 
 class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types

@@ -22,11 +22,9 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     """Return whether a COMMIT that failed with this error may have taken effect."""
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
         return False  # raised by SQLAlchemy itself: COMMIT was never sent
-    found = driver_error(error)
-    states = sqlstates(found)
-    if not states.isdisjoint(_ENDED_BEFORE) or _was_never_sent(found):
+    if ended_before_commit(error):
         return False
-    if not states.isdisjoint(_OUTCOME_UNKNOWN):
+    if not sqlstates(driver_error(error)).isdisjoint(_OUTCOME_UNKNOWN):
         return True
     if isinstance(error, DBAPIError):
         # Without a statement or in the second phase, else a before_commit listener's has failed.
@@ -36,12 +34,14 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     return _passed(error, connection.dialect.do_commit)
 
 
-def _was_never_sent(found: BaseException) -> bool:
+def ended_before_commit(error: BaseException) -> bool:
+    """Return whether a COMMIT that failed with this error was never sent, or met no transaction."""
     # asyncpg sends nothing over a closed connection, nor over one that the server has just ended
     # while asyncpg is still reading the server's last messages.
-    if not type(found).__module__.startswith("asyncpg."):
-        return False
-    return type(found).__name__ == "InterfaceError" or is_half_ended(found)
+    found = driver_error(error)
+    unsent = type(found).__name__ == "InterfaceError" or is_half_ended(found)
+    is_asyncpg = type(found).__module__.startswith("asyncpg.")
+    return (is_asyncpg and unsent) or not sqlstates(found).isdisjoint(_ENDED_BEFORE)
 
 
 def is_half_ended(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from .. import exceptions as own
 from .._drivers.errors import StatedError, read_error, server_of
+from .._drivers.failures import ended_before_commit
 
 
 class DatabaseErrorKind(StrEnum):
@@ -107,6 +108,8 @@ def describe_database_error(
     """
     for each in _chain(error):
         kind = next((kind for class_, kind in _CLASSES.items() if isinstance(each, class_)), None)
+        if kind is Kind.ABORTED_TRANSACTION and _lost_before(each):
+            return DatabaseErrorDescription(Kind.UNAVAILABLE, retryable=True, transient=True)
         if kind is not None:
             return DatabaseErrorDescription(kind, transient=kind in _TRANSIENT)
         if server_of(each) is not None:
@@ -141,11 +144,19 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = nearest.__cause__
 
 
+def _lost_before(error: BaseException) -> bool:
+    """Return whether a transaction cannot go on because its connection was lost, then swallowed."""
+    # 8s2b is SQLAlchemy's code for that, and our error has the loss as its cause.
+    lost = getattr(error.__cause__, "connection_invalidated", False)
+    return bool(lost) or getattr(error, "code", None) == "8s2b"
+
+
 def _describe(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseErrorDescription:
     stated = read_error(error)
     kind = Kind(stated.kind)
-    # Lost during a statement, so not during COMMIT: nothing can have been stored.
-    lost_early = kind is Kind.UNAVAILABLE and error.connection_invalidated and error.statement
+    # Lost during a statement or before COMMIT was sent: nothing can have been stored.
+    lost = kind is Kind.UNAVAILABLE and error.connection_invalidated
+    lost_early = lost and (error.statement or ended_before_commit(error))
     part, table = _find(stated, metadata, str(error.statement)) if metadata else (None, None)
     return DatabaseErrorDescription(
         kind,

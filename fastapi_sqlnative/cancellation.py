@@ -21,7 +21,11 @@ from ._seconds import check_seconds
 from ._unit_of_work import UnitOfWork
 from .dependencies import IN_UNIT_OF_WORK
 from .errors import DatabaseErrorKind, describe_database_error
-from .exceptions import ClientDisconnectedError, DeadlineExceededError
+from .exceptions import (
+    ClientDisconnectedError,
+    CommitOutcomeUnknownError,
+    DeadlineExceededError,
+)
 
 __all__ = ["cancel_on_disconnect", "deadline"]
 
@@ -122,6 +126,11 @@ async def _cancellable(
         if not ours or task.cancelling() - len(ours) > before:
             raise  # somebody else has cancelled the request
         clear_frames(cancelled.__traceback__)  # else a half-open connection lives until the next GC
+        if unit.has_stored:
+            raise CommitOutcomeUnknownError(
+                f"{name_of_route(unit.scope) or 'A request'} was cancelled after a commit() of its "
+                "own, whose work is stored, or may be. Check the database before you repeat it."
+            ) from cancelled
         raise error() from cancelled
     finally:
         for again in ours:

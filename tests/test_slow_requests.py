@@ -37,7 +37,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
-from fastapi_sqlnative.exceptions import DeadlineExceededError
+from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, DeadlineExceededError
 from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import quiet, running
 from tests.proxy import Fault, Proxy
@@ -443,6 +443,27 @@ async def test_what_a_cancelled_endpoint_commits_is_left_alone(app: FastAPI, row
     async with running(app) as client:
         await connect(app)
         assert (await client.post("/")).status_code == 200
+    assert rows.names == ["a"]
+
+
+@asynchronous
+async def test_what_a_cancelled_endpoint_commits_and_raises_over_may_be_stored(
+    app: FastAPI, rows: Rows
+) -> None:
+    """An endpoint that commits as it is cancelled, and raises again, is not answered with a 504."""
+
+    @app.post("/", dependencies=[Depends(deadline(SOON))])
+    async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
+        session.add(Item(name="a"))
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await session.commit()
+
+    async with running(app) as client:
+        await connect(app)
+        with pytest.raises(CommitOutcomeUnknownError, match="POST /"):
+            await client.post("/")
     assert rows.names == ["a"]
 
 

@@ -223,6 +223,31 @@ def test_options_of_the_applications_sessions(
     assert rows.names == []
 
 
+def test_each_transaction_has_its_own_execution_options(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Those of a request end with it, those of an engine apply to its name, as in production."""
+    app, engine = FastAPI(), make_engine()
+    elsewhere: Any = {"schema_translate_map": {None: "elsewhere"}, "max_row_buffer": 7}
+
+    def set_options(session: Session) -> int:
+        return len(session.connection(execution_options=elsewhere).get_execution_options())
+
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    install_database(app, name="mapped", engine=engine.execution_options(**elsewhere))
+    route(app, kind, "/options", get_db(), set_options)
+    route(app, kind, "/names", get_db(), names)
+    route(app, kind, "/reader", reader(), names)
+    route(app, kind, "/mapped", get_db("mapped"), names)
+    with TestClient(app) as client, isolated(app) as session:
+        for path in "/names", "/reader":
+            session.add(Item(name=path))
+            assert client.post("/options").status_code == 201
+            assert client.post(path).json() == names(session)
+            with pytest.raises(SQLAlchemyError, match=r"elsewhere\.item"):
+                client.post("/mapped")
+
+
 def test_the_rules_hold(app: FastAPI, rows: Rows) -> None:
     """A swallowed error and a forgotten commit are refused as in production."""
     with TestClient(app) as client, isolated(app):

@@ -19,7 +19,7 @@ from ._targets import IsolationError, running_loop
 from ._turns import REFUSED, SERVED, Turn, in_flow
 
 # The execution options that mark an isolated connection, and the block's own statements.
-_ISOLATED: Final = "fastapi_sqlnative_isolated"
+ISOLATED: Final = "fastapi_sqlnative_isolated"
 OURS: Final = "fastapi_sqlnative_testing"
 _ENDS: Final = re.compile(r"\s*(commit|end|abort|rollback)\b(?!(\s+(work|transaction))?\s+to\b)")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
@@ -142,7 +142,7 @@ class IsolatedConnection:
         self.loop = running_loop() if self.engine.dialect.is_async else None
         with ExitStack() as undo:  # a failure or cancellation leaves no connection
             connection = undo.enter_context(self.engine.connect())
-            connection.execution_options(**{_ISOLATED: self})
+            connection.execution_options(**{ISOLATED: self})
             transaction = connection.begin()
             transactions.begin_before_savepoint(connection)
             if transactions.autocommits(connection):
@@ -293,4 +293,4 @@ class IsolatedConnection:
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:
     """Return the isolated connection that a connection is, if any."""
-    return cast("IsolatedConnection | None", connection.get_execution_options().get(_ISOLATED))
+    return cast("IsolatedConnection | None", connection.get_execution_options().get(ISOLATED))

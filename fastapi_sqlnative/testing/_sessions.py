@@ -12,14 +12,30 @@ from sqlalchemy.util import immutabledict
 
 from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
-from ._connections import IsolatedConnection
+from ._connections import ISOLATED, IsolatedConnection
 from ._turns import Turn, joins_flow
 
 
+# Execution options that a connection can't change in its transaction, or that can't be unset.
+_FIXED = (
+    *("isolation_level", "postgresql_readonly", "postgresql_deferrable"),
+    *("max_row_buffer", "insertmanyvalues_page_size", ISOLATED),
+)
+
+
 def settable(given: Mapping[str, Any]) -> immutabledict[str, Any]:
-    """Leave out the execution options that a connection in its transaction can't change."""
-    fixed = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
-    return immutabledict({key: given[key] for key in given if key not in fixed})
+    """Leave out the execution options that must stay as they are."""
+    return immutabledict({key: given[key] for key in given if key not in _FIXED})
+
+
+def _use_options(connection: Connection, given: Mapping[str, Any]) -> Callable[[], object]:
+    """Replace a connection's execution options, and return a function that undoes it."""
+    before = connection.get_execution_options()
+    wanted = settable(dict.fromkeys(before) | dict(given))
+    changed = {key: wanted[key] for key in wanted if wanted[key] is not before.get(key)}
+    if changed:
+        connection.execution_options(**changed)
+    return partial(_use_options, connection, before)
 
 
 class IsolatedSession(NativeSession):
@@ -31,7 +47,8 @@ class IsolatedSession(NativeSession):
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
         super().__init__(*args, **options)
-        self.isolated: set[IsolatedConnection] = set()
+        # With a function that undoes this transaction's execution options.
+        self.isolated: dict[IsolatedConnection, Callable[[], object]] = {}
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
@@ -43,7 +60,8 @@ class IsolatedSession(NativeSession):
         self.execution_options = settable(getattr(self, "execution_options", {}))
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
-        self.isolated.add(isolated)
+        if isolated not in self.isolated:  # in production the connection would be its own
+            self.isolated[isolated] = _use_options(connection, bind.get_execution_options())
         return connection
 
 
@@ -68,8 +86,9 @@ def _read_in_savepoint(state: ORMExecuteState) -> Any:
 @event.listens_for(IsolatedSession, "after_transaction_end")
 def _after_transaction_end(session: IsolatedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        isolated, session.isolated = session.isolated, set()
-        for each in isolated:
+        isolated, session.isolated = session.isolated, {}
+        for each, restore_options in isolated.items():
+            restore_options()
             each.end(session)
 
 

@@ -15,7 +15,6 @@ from .._sessions.session import NativeSession
 from ._connections import ISOLATED, IsolatedConnection
 from ._turns import Turn, joins_flow
 
-
 # Execution options that a connection can't change in its transaction, or that can't be unset.
 _FIXED = (
     *("isolation_level", "postgresql_readonly", "postgresql_deferrable"),

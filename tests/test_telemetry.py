@@ -30,6 +30,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.exceptions import ApplicationAlreadyStartedError
 from fastapi_sqlnative.telemetry import instrument_pools
+from fastapi_sqlnative.testing import override_database
 from tests.conftest import MakeEngine
 from tests.in_process import async_sqlite, is_kept, running, sqlite, start_and_stop
 from tests.serving import Item, Kind, until, using
@@ -177,6 +178,21 @@ async def test_mounted_applications_are_reported(make_engine: MakeEngine) -> Non
         async with held(below, "below"):
             assert reader.values("count")["below", "used"] == 1
         assert reader.recorded("use_time") == {("below",): 1}
+
+
+async def test_a_stand_in_for_a_mounted_database_is_reported() -> None:
+    """It is to who observes an application around it, like the database that it stands in for."""
+    app, below = FastAPI(), FastAPI()
+    install_database(app, name="above", engine=async_sqlite)
+    install_database(below, name="below", engine=async_sqlite)
+    app.mount("/below", below)
+    reader, engine = Reader(app), async_sqlite()
+    async with running(app):
+        with override_database(app, "below", engine):
+            async with held(below, "below"):
+                pass
+            assert reader.recorded("use_time") == {("below",): 1}
+    await engine.dispose()
 
 
 async def test_pools_of_one_name_are_told_apart(make_engine: MakeEngine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, SingletonThreadPool, StaticPool, Transaction, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
@@ -18,6 +18,7 @@ from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
 from ._turns import REFUSED, SERVED, Turn, in_flow
 
+T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
 ISOLATED: Final = "fastapi_sqlnative_isolated"
 OURS: Final = "fastapi_sqlnative_testing"
@@ -272,7 +273,7 @@ class IsolatedConnection:
                     connection.invalidate()
             connection.close()
 
-    def run(self, work: Callable[[], Any]) -> Any:
+    def run(self, work: Callable[[], T]) -> T:
         """Run plain code where the connection may be used: here, or on its event loop."""
         if not self.engine.dialect.is_async:
             return work()

@@ -82,7 +82,9 @@ def override_database(
     try:
         if own is not None:
             installation.database = installation.make_handle(engine)
-            for observer in [*installed.observers]:  # telemetry, capture_statements, isolated
+            around = (each for run in installed.runs for each in (run, *run.above))
+            observers = (observer for each in around for observer in each.installed.observers)
+            for observer in dict.fromkeys(observers):  # telemetry, capture_statements, isolated
                 observer(installation.database)
         yield
     finally:

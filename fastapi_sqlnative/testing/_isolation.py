@@ -67,6 +67,7 @@ class Isolated:
         self._app = app
         self._chosen = places(app, names)
         self._own = self._chosen[0][1]  # the database of the test's own session
+        self._own_found: IsolatedConnection | None = None  # may outlive the application's engine
         self.loop: asyncio.AbstractEventLoop | None = None  # of the block, if entered on one
         self._restore = ExitStack()
         self.ended: bool = False
@@ -222,12 +223,14 @@ class Isolated:
 
     def _own_connection(self) -> IsolatedConnection:
         engine = ready_engine(self._own)
-        if engine is None:
+        if engine is not None:
+            self._own_found = self._connection_of(self._own.name, sync_engine(engine))
+        if self._own_found is None:
             raise IsolationError(
                 f"Database {self._own.name!r} has no engine before the application starts: use "
                 "the session while it runs."
             )
-        return self._connection_of(self._own.name, sync_engine(engine))
+        return self._own_found
 
     def _check_deferred(self, own: Session) -> None:
         """Check deferred constraints at the COMMIT of one of the block's own sessions."""

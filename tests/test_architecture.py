@@ -20,6 +20,7 @@ ORDER = (
         "_drivers.pools",
         "_routes",
         "_seconds",
+        "_signatures",
     },
     {"_drivers.failures"},
     {"_drivers.transactions"},

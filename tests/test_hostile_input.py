@@ -31,11 +31,6 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.errors import describe_database_error
 from tests.serving import serve
 
-# On Python 3.14 Hypothesis thinks that nothing refers to its own generator of random numbers.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*register_random.*:hypothesis.errors.HypothesisWarning"
-)
-
 shortly = settings(
     max_examples=50,
     deadline=None,

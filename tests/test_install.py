@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,7 @@ from fastapi_sqlnative import (
     AsyncDatabase,
     Database,
     get_db,
+    health_router,
     install_database,
     installed_databases,
     transactional,
@@ -673,6 +675,45 @@ async def test_a_wrong_argument_is_refused_at_once(
         install_database(app, **{"engine": async_sqlite(), **options})
     assert list(installed_databases(app)) == []
     await start_and_stop(app)
+
+
+# Names that only a type checker sees: from Python 3.14 on, such a module needs no future import.
+HIDDEN = f"""{"" if sys.version_info >= (3, 14) else "from __future__ import annotations"}
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.in_process import async_sqlite
+
+def make(settings: Settings | None = None) -> Hidden:
+    return async_sqlite()
+
+def wants(settings: Settings) -> Hidden: ...
+
+async def hook(settings: Settings | None = None) -> Hidden:
+    log.append("hook")
+
+async def queue(app: Settings) -> Hidden:
+    return True
+
+class Audited(AsyncSession):
+    async def commit(self, reason: Settings | None = None) -> Hidden:
+        await super().commit()
+"""
+
+
+async def test_an_annotation_may_name_what_is_imported_for_type_checkers() -> None:
+    """Of a factory, hook, check or override only the parameters count, not their annotations."""
+    names: dict[str, Any] = {"log": []}
+    exec(compile(HIDDEN, "hidden.py", "exec", dont_inherit=True), names)
+    app = FastAPI()
+    options = {"class_": names["Audited"]}
+    hook = names["hook"]
+    install_database(app, engine=names["make"], shutdown=hook, session_options=options)
+    app.include_router(health_router(checks={"queue": names["queue"]}))
+    with pytest.raises(TypeError, match=r"without parameters.* wants\(settings: 'Settings'\)"):
+        install_database(app, name="other", engine=names["wants"])
+    async with running(app) as client:
+        ready = await client.get("/health/ready")
+    assert ready.json()["checks"] == {"queue": "up"}
+    assert names["log"] == ["hook"]
 
 
 async def test_a_hook_that_has_been_called_is_refused() -> None:

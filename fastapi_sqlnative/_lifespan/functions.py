@@ -18,6 +18,8 @@ from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from .._signatures import signature_of
+
 # Classes of values, which hold no session.
 _VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID, dict)  # dict: TypedDict
 # What makes objects of its argument, and holds none.
@@ -36,19 +38,9 @@ def described(value: object) -> str:
     """Describe a function with its parameters, without defaults: one may be a database URL."""
     if not callable(value):
         return type(value).__name__
-    signature = inspect.signature(value)
+    signature = signature_of(value)
     bare = [each.replace(default=each.empty) for each in signature.parameters.values()]
     return f"{name_of(value)}{signature.replace(parameters=bare)}"
-
-
-def accepts(function: Any, *arguments: object) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        return True  # written in C, without a signature
-    return True
 
 
 def is_generator(call: object) -> bool:

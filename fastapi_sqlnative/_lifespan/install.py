@@ -7,9 +7,10 @@ from starlette.applications import Starlette
 
 from .._seconds import check_seconds
 from .._sessions.engines import AnyEngine, hint_for_engine
+from .._signatures import accepts
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
-from .functions import accepts, described, name_of
+from .functions import described, name_of
 from .lifespan import with_databases
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .._drivers.transactions import begin_before_savepoint, limit_statements
+from .._signatures import accepts, signature_of
 from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
@@ -20,7 +21,7 @@ from .transaction import Work, depth_of, has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
-_TAKES_OPTIONS: Final = "execution_options" in inspect.signature(Session.__init__).parameters
+_TAKES_OPTIONS: Final = "execution_options" in signature_of(Session.__init__).parameters
 
 
 class Outermost(Session):
@@ -182,13 +183,11 @@ class SessionFactory:
 
     def _check_override(self, class_: type[Any], method: str) -> None:
         override = getattr(class_, method)
-        try:
-            inspect.signature(override).bind(None)
-        except TypeError as error:
+        if not accepts(override, None):
             raise self._mistake(
                 f"{method}() of {class_.__name__} has required arguments, but is called without "
                 "any at the end of a request. Give them defaults."
-            ) from error
+            )
         asynchronous = inspect.iscoroutinefunction(inspect.unwrap(override))
         if issubclass(class_, AsyncSession) and not asynchronous:
             raise self._mistake(

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from .._signatures import signature_of
+from .._arguments import signature_of
 
 # Classes of values, which hold no session.
 _VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID, dict)  # dict: TypedDict

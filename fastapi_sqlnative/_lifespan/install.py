@@ -5,9 +5,8 @@ from typing import Any, cast
 
 from starlette.applications import Starlette
 
-from .._seconds import check_seconds
+from .._arguments import accepts, check_seconds
 from .._sessions.engines import AnyEngine, hint_for_engine
-from .._signatures import accepts
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
 from .functions import described, name_of

@@ -17,9 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.types import Lifespan
 
+from .._arguments import check_seconds
 from .._drivers.connections import LOOP_FREE
 from .._routes import mounted_applications
-from .._seconds import check_seconds
 from .._sessions.completion import in_thread, to_completion, within
 from .._sessions.engines import ask, dispose, run_on_engine
 from .._sessions.shared import SharedState

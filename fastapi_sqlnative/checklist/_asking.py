@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.applications import Starlette
 
+from .._arguments import check_seconds
 from .._drivers.connections import parameters_of, recording_arguments
 from .._drivers.errors import driver_error
 from .._drivers.pools import beside_pool, knows_server
@@ -18,7 +19,6 @@ from .._drivers.transactions import autocommits
 from .._lifespan.lifespan import call_factory
 from .._lifespan.running import Installation, installations_of
 from .._routes import applications_in
-from .._seconds import check_seconds
 from .._sessions.completion import within
 from .._sessions.engines import dispose, run_on_engine
 from . import _questions as questions

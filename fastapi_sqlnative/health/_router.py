@@ -11,9 +11,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from .._arguments import check_seconds
 from .._lifespan.running import Running, running_for, trimmed
 from .._probe import DatabaseState, ask_database, is_wedged
-from .._seconds import check_seconds
 from .._sessions.engines import run_in_greenlet, sync_engine
 from ..databases import AnyDatabase, AsyncDatabase, sessions_of
 from ..dependencies import DatabaseDependency

@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias
 
 from starlette.applications import Starlette
 
+from .._arguments import accepts
 from .._lifespan.functions import described, is_awaitable
 from .._lifespan.lifespan import call_off_loop
-from .._signatures import accepts
 
 logger = logging.getLogger("fastapi_sqlnative")
 

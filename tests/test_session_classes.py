@@ -1,6 +1,8 @@
 """Rule 9: a session class of the application's is used as the application wrote it."""
 
-from collections.abc import Callable
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -317,6 +319,30 @@ def commit_b(session: Session) -> None:
     session.commit()
 
 
+def wrapping(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> "asyncio.Task[Any]":
+    """Make tasks as Sentry and others do that watch them."""
+
+    async def watched() -> Any:
+        return await work
+
+    return asyncio.Task(watched(), loop=loop, **options)
+
+
+FACTORIES: dict[str, Any] = {"none": None, "wrapping": wrapping}
+if sys.version_info >= (3, 12):
+    FACTORIES["eager"] = asyncio.eager_task_factory
+
+
+@pytest.fixture(params=FACTORIES)
+async def task_factory(request: pytest.FixtureRequest) -> AsyncGenerator[None]:
+    """Set what an application may have set on its event loop."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(FACTORIES[request.param])
+    yield
+    loop.set_task_factory(None)
+
+
+@pytest.mark.usefixtures("task_factory")
 async def test_listeners_share_the_context_of_a_transaction(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:

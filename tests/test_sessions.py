@@ -194,7 +194,7 @@ def test_an_untouched_session_connects_to_nothing(
 @pytest.mark.anyio
 @pytest.mark.parametrize("begun", [False, True], ids=["declared", "begun"])
 async def test_an_untouched_session_costs_neither_task_nor_thread(
-    kind: Kind, make_engine: MakeEngine, begun: bool
+    kind: Kind, make_engine: MakeEngine, begun: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that does not use its sessions runs on the event loop, in the request's task."""
     app = make_app(make_engine())
@@ -211,13 +211,15 @@ async def test_an_untouched_session_costs_neither_task_nor_thread(
     loop = asyncio.get_running_loop()
     tasks: list[object] = []
 
-    def note(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> "asyncio.Task[Any]":
-        tasks.append(work)
-        return asyncio.Task(work, loop=loop, **options)
+    class Noted(asyncio.Task[Any]):
+        def __init__(self, work: Any, **options: Any) -> None:
+            tasks.append(work)
+            super().__init__(work, **options)
 
     async with running(app) as client:
         threads = set(threading.enumerate())
-        loop.set_task_factory(note)
+        monkeypatch.setattr(asyncio, "Task", Noted)  # of those that the factory does not make
+        loop.set_task_factory(lambda loop, work, **options: Noted(work, loop=loop, **options))
         try:
             assert (await client.get("/")).status_code == 200
         finally:

@@ -40,17 +40,17 @@ async def to_completion(
     names of the `databases` are for the log.
     """
     # In the caller's own context, not a copy: a session listener may reset a context variable with
-    # the token of one that ran before. An eager task could not enter it, so not with a factory.
-    factory = asyncio.get_running_loop().get_task_factory()
-    context = greenlet.getcurrent().gr_context if factory is None else None
-    task = None if joins else asyncio.create_task(start(), context=context)
+    # the token of one that ran before. Not by the event loop's task factory, whose tasks may be
+    # eager: such a task would have to enter a context that is in use.
+    context = greenlet.getcurrent().gr_context
+    task = None if joins else asyncio.Task(start(), context=context)
     cancellation: asyncio.CancelledError | None = None
     try:
         if not cancelled:
             return await (asyncio.shield(task) if task else start())
     except asyncio.CancelledError as error:
         cancellation = error
-    task = task or asyncio.create_task(start(), context=context)
+    task = task or asyncio.Task(start(), context=context)
     unknown = "" if cancelled else ", and whether a COMMIT took effect is unknown"
     await _outlast_cancellation(task, timeout, ", ".join(map(repr, databases)), unknown)
     if cancellation is None:

@@ -99,6 +99,25 @@ def test_a_handle_that_is_gone_leaves_another_ones_error_alone() -> None:
     engine.dispose()
 
 
+def test_a_listener_may_be_added_while_a_handle_looks_for_ours() -> None:
+    """Handles and sessions that use an engine for the first time in several threads succeed."""
+    engine = create_engine("sqlite://")
+
+    class Listener:
+        """Be followed by a listener of another thread while it is looked at."""
+
+        def __call__(self, _context: object) -> None: ...
+
+        def __getattribute__(self, name: str) -> Any:
+            event.listen(engine.dialect, "handle_error", lambda _: None)
+            return super().__getattribute__(name)
+
+    event.listen(engine.dialect, "handle_error", Listener())
+    with Database(engine).session() as session:
+        assert session.scalar(text("SELECT 1")) == 1
+    engine.dispose()
+
+
 # -- within one session ------------------------------------------------------------------------
 
 

@@ -138,8 +138,8 @@ class SharedState:
     def listen(self, dialect: Dialect) -> None:
         """Listen for failures on a dialect's connections for as long as the handle lives."""
         # Listeners on a dialect cover all engines that use it.
-        known = (each for each in dialect.dispatch.handle_error if isinstance(each, _Listener))
-        listener = next(known, None)
+        heard = [*dialect.dispatch.handle_error]  # another thread may add one meanwhile
+        listener = next((each for each in heard if isinstance(each, _Listener)), None)
         if listener is None:
             listener = _Listener()
             event.listen(dialect, "handle_error", listener)

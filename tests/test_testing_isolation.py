@@ -1212,10 +1212,12 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
 
 
 def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
-    kind: Kind, make_engine: MakeEngine, rows: Rows
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """It goes on to its end meanwhile, and is undone with the block."""
+    """It goes on to its end meanwhile, in other databases too, and is undone with the block."""
     app, holding = make_app(kind, make_engine()), threading.Event()
+    engine = make_engine(second=True)
+    install_database(app, name="second", engine=engine, shutdown=engine.dispose)
 
     def hold(session: Session) -> None:
         add("added")(session)
@@ -1223,6 +1225,9 @@ def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
         holding.set()
         last_for(0.3)(session)
         assert names(session) == ["added"]
+        beside = in_handle(kind, add("beside"))(installed_databases(app)["second"])
+        if kind.asynchronous:
+            await_only(beside)
 
     with TestClient(app) as client, ThreadPoolExecutor(1) as threads:
         call: Any = (
@@ -1233,7 +1238,7 @@ def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
             worker = threads.submit(call, in_handle(kind, hold), database)
             holding.wait()
         worker.result()
-    assert rows.names == []
+    assert rows.names == second_rows.names == []
 
 
 def test_a_turn_that_comes_after_the_block_is_refused(

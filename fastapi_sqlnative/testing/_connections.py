@@ -139,7 +139,10 @@ class IsolatedConnection:
 
     def _open(self) -> Connection:
         if not self.blocks:
-            raise self.refused("the block has ended. Finish work with the database inside it.")
+            raise self.refused(
+                "the block has ended. Finish work inside it: if the lifespan starts a worker, "
+                "enter the block before the client."
+            )
         self.loop = running_loop() if self.engine.dialect.is_async else None
         with ExitStack() as undo:  # a failure or cancellation leaves no connection
             connection = undo.enter_context(self.engine.connect())
@@ -227,13 +230,7 @@ class IsolatedConnection:
         elif self.blocks[block] is None:
             del self.blocks[block]  # its event loop is not the connection's
         else:
-            self.run(partial(self._leave, block))
-
-    def _leave(self, block: object) -> None:
-        with ExitStack() as turn:
-            with suppress(IsolationError):  # what a worker has open for so long is undone as well
-                turn.enter_context(self.turn.during(block, self))
-            self._undo(block)
+            self.run(partial(self._undo, block))
 
     def _undo(self, block: object) -> None:
         for session, its in reversed([*self.own_sessions.items()]):

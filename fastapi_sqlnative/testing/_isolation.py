@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, event
@@ -132,10 +133,14 @@ class Isolated:
         return session
 
     def _leave(self) -> None:
-        self.ended = True
-        self._restore.close()
-        for each in self.connections:
-            if self in each.blocks:
+        mine = [each for each in self.connections if self in each.blocks]
+        with ExitStack() as turn:  # of all of them, so that a worker ends what it has begun
+            for each in [each for each in mine if each.blocks[self] is not None][:1]:
+                with suppress(IsolationError):  # what it has open for so long is undone as well
+                    each.run(partial(turn.enter_context, self.turn.during(self, each)))
+            self.ended = True
+            self._restore.close()
+            for each in mine:
                 each.leave(self)
 
     # -- the databases ---------------------------------------------------------------------
@@ -157,8 +162,6 @@ class Isolated:
         known = (each for each in self.connections if each.blocks)
         found = next((each for each in known if connect_alike(each.engine, engine)), None)
         if self.ended:
-            if found is not None and self in found.blocks:
-                return found  # a worker's transaction goes on while the block waits for it
             raise IsolationError(
                 f"The isolated(app) block of database {name!r} has ended: finish work with the "
                 "database inside the block."

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
+from types import GenericAlias
 from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar, cast
 from uuid import UUID
 
@@ -318,6 +319,35 @@ def given(value: Any) -> Callable[..., AsyncGenerator[None]]:
     return logs_value
 
 
+class Alias:
+    """Be a `type` alias of Python 3.12, whose value is evaluated when somebody asks for it."""
+
+    def __init__(self, evaluate: Callable[[], object]) -> None:
+        self.evaluate = evaluate
+
+    @property
+    def __value__(self) -> object:
+        return self.evaluate()
+
+
+def imported_for_type_checkers() -> object:
+    raise NameError("name 'Imported' is not defined")
+
+
+JSON: Any = Alias(lambda: GenericAlias(dict, (str, JSON)) | str)
+REPOSITORIES: Any = Alias(lambda: GenericAlias(list, REPOSITORIES) | Repository)
+
+
+def returned(value: Any) -> Callable[..., AsyncGenerator[None]]:
+    def read(session: Db) -> Any: ...
+
+    async def logs_result(result: Annotated[Any, Depends(read)]) -> AsyncGenerator[None]:
+        yield
+
+    read.__annotations__["return"] = value
+    return logs_result
+
+
 async def saves(repository: Annotated[Repository, Depends(repository)]) -> AsyncGenerator[None]:
     yield
     await repository.session.commit()  # that is the mistake
@@ -472,8 +502,9 @@ async def saves_second(
 
 VALUES: list[Any] = [UUID, Role, Found, Literal["a", 1], datetime | None, Decimal, Visit]
 WITH_DATA: list[Any] = [logs, logs_row, logs_caller, logs_report, *map(given, VALUES)]
+WITH_DATA += [returned(JSON), returned(Alias(imported_for_type_checkers))]
 WITH_SESSION = [saves, saves_any, saves_one, saves_second, saves_object]
-WITH_SESSION += [saves_typed, saves_of_service, saves_made]
+WITH_SESSION += [saves_typed, saves_of_service, saves_made, returned(REPOSITORIES)]
 # Older versions of FastAPI evaluate all annotations, and take such a class for a generator.
 if hasattr(routing, "iter_route_contexts"):
     WITH_DATA += [logs_streams, logs_hidden]
@@ -489,7 +520,7 @@ async def test_a_generator_may_outlive_the_session_with_data(generator: Any, wor
     app = with_database()
     app.add_api_route("/items", lambda: 7, dependencies=[Depends(generator)])
     if not works:
-        with pytest.raises(DatabaseDependencyError, match=f"generator {generator.__name__}"):
+        with pytest.raises(DatabaseDependencyError, match=f"generator {generator.__qualname__}"):
             await start_and_stop(app)
         return
     async with running(app) as client:

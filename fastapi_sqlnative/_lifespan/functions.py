@@ -120,25 +120,44 @@ def _is_data(kind: type) -> bool:
     return builtin or mapped or issubclass(kind, _VALUES)
 
 
-def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
+def classes_in(
+    annotation: object, *, inside: bool = False, aliases: set[object] | None = None
+) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions.
 
-    With `inside`, also those that a generic class holds: both of `dict[str, Session]`.
+    With `inside`, also those that a generic class holds: both of `dict[str, Session]`. Each of the
+    `aliases` is read once: one that names itself, as a type for JSON, has no end.
     """
-    # PEP 695 aliases, bare and subscribed, are known by this attribute on every Python.
-    value = getattr(annotation, "__value__", None)
-    if value is not None:
-        return classes_in(value, inside=inside)
+    aliases = set() if aliases is None else aliases
     origin = get_origin(annotation)
+    value = _value_of(annotation)
+    if value is not None:
+        alias = origin or annotation
+        if alias in aliases:
+            return []
+        aliases.add(alias)
+        return classes_in(value, inside=inside, aliases=aliases)
     if origin is Literal:
         return [type(each) for each in get_args(annotation)]
     if origin is Annotated:
-        return classes_in(get_args(annotation)[0], inside=inside)
+        return classes_in(get_args(annotation)[0], inside=inside, aliases=aliases)
     union = origin in (Union, types.UnionType)
     found = None if union else origin or annotation
     parts = get_args(annotation) if union or (inside and origin not in _MAKES) else ()
-    named = [each for part in parts for each in classes_in(part, inside=inside)]
+    named = [each for part in parts for each in classes_in(part, inside=inside, aliases=aliases)]
     return [found, *named] if isinstance(found, type) else named
+
+
+def _value_of(annotation: object) -> object:
+    """Return what a PEP 695 alias stands for, bare or subscribed; `None` if it can't be resolved.
+
+    It is evaluated only now, and may name what is imported under TYPE_CHECKING.
+    """
+    try:
+        # Known by this attribute on every Python.
+        return getattr(annotation, "__value__", None)
+    except NameError:
+        return None
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:

@@ -26,6 +26,7 @@ from fastapi_sqlnative.health import drain_on_sigterm
 from fastapi_sqlnative.testing import async_client
 from tests.balancer import Balancer, exchange
 from tests.draining_app import run
+from tests.in_process import start_and_stop
 from tests.serving import ASYNCPG, NO_TLS, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, until
 
 pytestmark = pytest.mark.anyio
@@ -146,6 +147,29 @@ def test_a_signal_that_it_cannot_handle_is_left_alone() -> None:
         with ThreadPoolExecutor() as thread:
             assert thread.submit(asyncio.run, handler()).result() is own
         assert asyncio.run(handler()) is not own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_application_that_has_ended_gives_the_signal_back() -> None:
+    """Its server's handler is in place again, and is called when the next run is told to end."""
+    app, received = FastAPI(), asyncio.Event()
+    drain_on_sigterm(app, seconds=0)
+
+    async def end() -> None:
+        async with app.router.lifespan_context(app):
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.wait_for(received.wait(), 10)
+
+    def own(*_: object) -> None:
+        received.set()
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        asyncio.run(start_and_stop(app))
+        assert signal.getsignal(signal.SIGTERM) is own
+        asyncio.run(end())
+        assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, before)
 

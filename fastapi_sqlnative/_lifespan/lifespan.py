@@ -86,8 +86,7 @@ async def _start(running: Running, runs: list[Running]) -> None:
         # Another start may have done all of this, or failed halfway.
         for installation in installed.by_name.values():
             await start_installation(installation)
-    observed = (running, *running.above)
-    observers = [observer for each in observed for observer in each.installed.observers]
+    observers = [one for each in (running, *running.above) for one in each.installed.observers]
     for database in databases_of([running]):
         for observer in observers:
             observer(database)
@@ -140,8 +139,7 @@ def _check_loop(name: str, engine: Any) -> None:
 
 async def _wait_for(database: AnyDatabase, seconds: float) -> None:
     """Retry until the database answers or the time is up."""
-    deadline = anyio.current_time() + seconds
-    pause = 0.1
+    deadline, pause = anyio.current_time() + seconds, 0.1
     while True:
         try:
             limit = max(min(deadline - anyio.current_time(), _ATTEMPT), 0.1)
@@ -189,8 +187,7 @@ async def stop(runs: Sequence[Running]) -> None:
         ending = [(each, each.database) for each in last_first if each.database is not None]
         for _, database in ending:
             sessions_of(database).state.stopping = "shutting down"
-        longest = max((each.shutdown_timeout for each, _ in ending), default=0)
-        deadline = anyio.current_time() + longest
+        deadline = anyio.current_time() + max([0, *(each.shutdown_timeout for each, _ in ending)])
         for installation, database in ending:
             await _close(installation, database, deadline, errors)
         for each in ours:
@@ -212,10 +209,9 @@ async def _close(
         steps["shutdown hook"] = installation.shutdown
     if database_class(installation.engine) is None:
         steps["dispose"] = functools.partial(dispose, database.engine)
-    least = min(_LEAST, installation.shutdown_timeout)
     for step, function in steps.items():
         try:
-            left = max(deadline - anyio.current_time(), least)
+            left = max(deadline - anyio.current_time(), min(_LEAST, installation.shutdown_timeout))
             late = TimeoutError(f"It did not end within {left:.1f} s.")
             await within(left, call_off_loop(function), late=late)
         except Exception as error:  # noqa: BLE001 - raised with the others at the end
@@ -295,6 +291,10 @@ def drain_on_sigterm(app: Starlette, *, seconds: float = 5.0) -> None:
 
             if callable(stop) and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, drain)
-            yield state
+            try:
+                yield state
+            finally:
+                if signal.getsignal(signal.SIGTERM) is drain:
+                    signal.signal(signal.SIGTERM, stop)
 
     app.router.lifespan_context = lifespan

@@ -21,11 +21,7 @@ from ._routes import name_of_route
 from ._unit_of_work import UnitOfWork
 from .dependencies import IN_UNIT_OF_WORK
 from .errors import DatabaseErrorKind, describe_database_error
-from .exceptions import (
-    ClientDisconnectedError,
-    CommitOutcomeUnknownError,
-    DeadlineExceededError,
-)
+from .exceptions import ClientDisconnectedError, CommitOutcomeUnknownError, DeadlineExceededError
 
 __all__ = ["cancel_on_disconnect", "deadline"]
 

@@ -20,9 +20,8 @@ _ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
 
 def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool:
     """Return whether a COMMIT that failed with this error may have taken effect."""
-    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
-        return False  # raised by SQLAlchemy itself: COMMIT was never sent
-    if ended_before_commit(error):
+    by_sqlalchemy = isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError)
+    if by_sqlalchemy or ended_before_commit(error):
         return False
     if not sqlstates(driver_error(error)).isdisjoint(_OUTCOME_UNKNOWN):
         return True

@@ -191,6 +191,16 @@ def test_requests_do_what_they_always_do(block: tuple[TestClient, Session], rows
     assert rows.names == []
 
 
+@pytest.mark.parametrize("around", [isolated, nullcontext])
+def test_a_refused_commit_is_not_lost(app: FastAPI, rows: Rows, around: Any) -> None:
+    """A deferred constraint refuses a COMMIT after which the connection was to be lost."""
+    with TestClient(app) as client, around(app):
+        assert client.post("/late").status_code == 201
+        with pytest.raises(IntegrityError), fail_next_commit(app, "connection_lost_after"):
+            client.post("/again")
+        assert client.post("/names").json() == ["late"]
+
+
 def test_a_handler_that_rolls_back_after_a_refused_commit(
     block: tuple[TestClient, Session], rows: Rows
 ) -> None:

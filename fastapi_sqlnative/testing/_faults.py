@@ -128,6 +128,8 @@ def fail_next_commit(
                 raise lost
 
             if failure == "connection_lost_after":
+                if connection.dialect.name == "postgresql":  # a COMMIT that is refused is not lost
+                    connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
                 # Not in `after_commit`: there a session cannot be rolled back, as it can after a
                 # real failure.
                 end = "commit" if isolated_on(connection) is None else "release_savepoint"

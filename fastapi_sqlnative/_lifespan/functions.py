@@ -121,22 +121,18 @@ def _is_data(kind: type) -> bool:
 
 
 def classes_in(
-    annotation: object, *, inside: bool = False, aliases: set[object] | None = None
+    annotation: object, *, inside: bool = False, aliases: tuple[object, ...] = ()
 ) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions.
 
-    With `inside`, also those that a generic class holds: both of `dict[str, Session]`. Each of the
-    `aliases` is read once: one that names itself, as a type for JSON, has no end.
+    With `inside`, also those that a generic class holds: both of `dict[str, Session]`. The
+    `aliases` around it are not read again: one may name itself, as a type for JSON does.
     """
-    aliases = set() if aliases is None else aliases
-    origin = get_origin(annotation)
-    value = _value_of(annotation)
+    origin, value = get_origin(annotation), _value_of(annotation)
     if value is not None:
         alias = origin or annotation
-        if alias in aliases:
-            return []
-        aliases.add(alias)
-        return classes_in(value, inside=inside, aliases=aliases)
+        above = (*aliases, alias)
+        return [] if alias in aliases else classes_in(value, inside=inside, aliases=above)
     if origin is Literal:
         return [type(each) for each in get_args(annotation)]
     if origin is Annotated:

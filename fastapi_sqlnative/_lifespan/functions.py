@@ -121,18 +121,22 @@ def _is_data(kind: type) -> bool:
 
 
 def classes_in(
-    annotation: object, *, inside: bool = False, aliases: tuple[object, ...] = ()
+    annotation: object, *, inside: bool = False, aliases: set[object] | None = None
 ) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions.
 
-    With `inside`, also those that a generic class holds: both of `dict[str, Session]`. The
-    `aliases` around it are not read again: one may name itself, as a type for JSON does.
+    With `inside`, also those that a generic class holds: both of `dict[str, Session]`. Each of the
+    `aliases` is read once: one that names itself, as a type for JSON, has no end.
     """
-    origin, value = get_origin(annotation), _value_of(annotation)
+    aliases = set() if aliases is None else aliases
+    origin = get_origin(annotation)
+    value = _value_of(annotation)
     if value is not None:
         alias = origin or annotation
-        above = (*aliases, alias)
-        return [] if alias in aliases else classes_in(value, inside=inside, aliases=above)
+        if alias in aliases:
+            return []
+        aliases.add(alias)
+        return classes_in(value, inside=inside, aliases=aliases)
     if origin is Literal:
         return [type(each) for each in get_args(annotation)]
     if origin is Annotated:

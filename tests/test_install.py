@@ -553,7 +553,7 @@ async def test_a_start_beside_one_that_ends_has_its_databases(first: str) -> Non
     Each engine that was built is disposed of once, when the last of them ends.
     """
     log: list[str] = []
-    held = asyncio.Event()
+    held, others_wait = asyncio.Event(), asyncio.Event()
 
     async def slowly() -> AsyncEngine:
         if "slowly" not in log:
@@ -565,7 +565,7 @@ async def test_a_start_beside_one_that_ends_has_its_databases(first: str) -> Non
 
     async def hook() -> None:
         log.append("hook")
-        await asyncio.sleep(0.1)  # for the others to start meanwhile
+        await others_wait.wait()
 
     app = FastAPI()
     install_database(app, engine=noting(log, "first disposed"))
@@ -586,6 +586,7 @@ async def test_a_start_beside_one_that_ends_has_its_databases(first: str) -> Non
     if first == "is cancelled":
         starting.cancel()
     held.set()
+    others_wait.set()
     await asyncio.gather(*others)
     with suppress(Wrong, asyncio.CancelledError):
         await starting

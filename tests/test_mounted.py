@@ -26,8 +26,10 @@ from fastapi_sqlnative import (
     get_db,
     install_database,
     installed_databases,
+    start_draining,
     transactional,
 )
+from fastapi_sqlnative._lifespan.running import installations_of, running_of
 from fastapi_sqlnative.exceptions import (
     ApplicationAlreadyStartedError,
     DatabaseNotInstalledError,
@@ -372,6 +374,38 @@ def test_two_event_loops_with_one_mounted_application() -> None:
     with TestClient(roots[0]) as first, TestClient(roots[1]) as second:
         assert first.get("/sub/default").json() == "root 0"
         assert second.get("/sub/default").json() == "root 1"
+
+
+def test_an_event_loop_does_not_wait_for_one_that_ends() -> None:
+    """One without databases of its own starts on an event loop while it ends on another one."""
+    sub, roots = FastAPI(), [FastAPI(), FastAPI()]
+    for root in roots:
+        root.mount("/sub", sub)
+    install(roots[1], "root")
+
+    def hook() -> None:
+        asyncio.run(asyncio.wait_for(start_and_stop(roots[1]), 5))
+
+    install_database(roots[0], engine=sqlite, shutdown=hook)
+    asyncio.run(start_and_stop(roots[0]))
+    assert installations_of(sub).runs == []
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_second_root_does_not_end_the_draining(own: bool) -> None:
+    """A mounted application drains until all its roots have ended, with databases or without."""
+    sub, roots = FastAPI(), [FastAPI(), FastAPI()]
+    if own:
+        install(sub, "sub")
+    for root in roots:
+        root.mount("/sub", sub)
+        install(root, "root")
+    for _ in range(2):
+        async with running(roots[0]):
+            assert not running_of(sub).is_draining()
+            start_draining(sub)
+            await start_and_stop(roots[1])
+            assert running_of(sub).is_draining()
 
 
 def test_a_mounted_database_belongs_to_one_event_loop() -> None:

@@ -71,18 +71,18 @@ async def _start_mounted(runs: list[Running], *, late: bool = False) -> None:
 async def _start(running: Running, runs: list[Running]) -> None:
     installed, running.loop = running.installed, asyncio.get_running_loop()
     if not installed.runs:
-        installed.starting = asyncio.Lock()  # of this event loop
+        installed.starting, installed.draining = asyncio.Lock(), False  # of this event loop
     installed.runs.append(running)
     runs.append(running)
     # The first has it, even if two threads start at once.
-    if installed.by_name and installed.runs[0].loop is not running.loop:
+    if installed.runs[0].loop is not running.loop:
+        if not installed.by_name:
+            return  # nothing to start, and nothing to wait for on that event loop
         raise ApplicationAlreadyStartedError(
             "This application, or one it is mounted in, is running on another event loop. Make "
             "one application per event loop: call the application factory again."
         )
     async with installed.starting:
-        if not databases_of([running]):
-            installed.draining = False
         # Another start may have done all of this, or failed halfway.
         for installation in installed.by_name.values():
             await start_installation(installation)
@@ -192,6 +192,7 @@ async def stop(runs: Sequence[Running]) -> None:
             await _close(installation, database, deadline, errors)
         for each in ours:
             each.installed.runs.remove(each)  # only now: until here requests get the right error
+            each.installed.draining = False
     if errors:
         raise ExceptionGroup("Databases failed to shut down", errors)
 

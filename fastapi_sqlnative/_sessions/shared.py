@@ -18,7 +18,7 @@ from .._drivers.failures import is_half_ended, reported_by_server
 from .._drivers.pools import awaits_autocommit, keep_autocommit
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .._drivers.transactions import ends_in_one_step
-from .options import TransactionOptions
+from .options import AUTOCOMMIT, TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
 # Engines with options set that share the pool of the engine in the key.
@@ -130,10 +130,11 @@ class SharedState:
         return found
 
     def refuse_writes(
-        self, _connection: Connection, _cursor: object, statement: str, *_: object
+        self, connection: Connection, _cursor: object, statement: str, *_: object
     ) -> None:
-        """Refuse a write over a connection that a `reader` session has handed out."""
-        if writes(statement):
+        """Refuse a write over a connection that a `reader` session has handed out, and has."""
+        holder = self.holders.get(connection)
+        if holder and holder.options is AUTOCOMMIT and writes(statement):
             raise self.error(exceptions.ReadOnlySessionError)
 
     def listen(self, dialect: Dialect) -> None:

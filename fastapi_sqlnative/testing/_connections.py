@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +22,6 @@ T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
 ISOLATED: Final = "fastapi_sqlnative_isolated"
 OURS: Final = "fastapi_sqlnative_testing"
-# Drivers open a cursor on the server for every statement otherwise, also for a SAVEPOINT.
-_BUFFERED: Final[Mapping[str, Any]] = {"stream_results": False, "yield_per": None}
 _ENDS: Final = re.compile(r"\s*(commit|end|abort|rollback)\b(?!(\s+(work|transaction))?\s+to\b)")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
@@ -148,7 +146,8 @@ class IsolatedConnection:
         self.loop = running_loop() if self.engine.dialect.is_async else None
         with ExitStack() as undo:  # a failure or cancellation leaves no connection
             connection = undo.enter_context(self.engine.connect())
-            connection.execution_options(**{ISOLATED: self, **_BUFFERED})
+            event.listen(connection, "set_connection_execution_options", _keep_buffered)
+            connection.execution_options(**{ISOLATED: self})
             transaction = connection.begin()
             transactions.begin_before_savepoint(connection)
             if transactions.autocommits(connection):
@@ -158,8 +157,6 @@ class IsolatedConnection:
         event.listen(connection, "rollback_savepoint", self._settle_inside)
         event.listen(connection, "release_savepoint", self._settle_inside)
         event.listen(connection, "release_savepoint", self._check_released)
-        given = "set_connection_execution_options"
-        event.listen(connection, given, lambda _, options: options.update(_BUFFERED))
         event.listen(connection, "commit", self._refuse_end)
         event.listen(connection, "rollback", self._refuse_end)
         return connection
@@ -291,6 +288,11 @@ class IsolatedConnection:
                 "should leave get_db() as it is and load its objects from the request's session."
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
+
+
+def _keep_buffered(_: Connection, options: dict[str, Any]) -> None:
+    # Drivers open a cursor on the server for every statement otherwise, also for a SAVEPOINT.
+    options.update(stream_results=False, yield_per=None)
 
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:

@@ -203,8 +203,7 @@ async def _close(
     deadline = min(anyio.current_time() + installation.shutdown_timeout, total)
     state = sessions_of(database).state
     await _drain(state, deadline)
-    state.stopping = "stopped"
-    installation.database = None
+    state.stopping, installation.database = "stopped", None
     steps: dict[str, Callable[[], Any]] = {}
     if installation.shutdown is not None:
         steps["shutdown hook"] = installation.shutdown

@@ -46,9 +46,9 @@ _MESSAGES: Final[Mapping[type[Exception], str]] = {
         "rollback(), or run what may fail in a savepoint: `session.begin_nested()`."
     ),
     exceptions.CommitOutcomeUnknownError: (
-        "The connection to database {0!r} was lost during COMMIT, or one of several engines "
-        "refused it: the changes may or may not be stored, or only a part. Check the database "
-        "before you repeat the work."
+        "The connection to database {0!r} was lost during COMMIT (or a second engine of the "
+        "session refused it): the changes may or may not be stored. Check the database before you "
+        "repeat the work."
     ),
     exceptions.AfterCommitError: (
         "The transaction on database {0!r} is stored, but code that ran after its COMMIT failed: "

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,6 +179,28 @@ def test_a_connection_lost_before_commit_is_replaced(
 
     run(engine, work)
     assert (calls, rows.names) == (2, ["a"])
+
+
+@pytest.mark.driver_decides
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_a_connection_commits_is_not_repeated(
+    kind: Kind, engine: Engine, rows: Rows, writes: bool
+) -> None:
+    """Work that commits on the session's connection is repeated only if that has stored nothing."""
+    calls = 0
+
+    def work(session: Session) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            connection = session.connection()
+            connection.execute(items.insert().values(name="a") if writes else select(items))
+            connection.commit()
+            lose(session, rows)
+
+    with pytest.raises(DBAPIError) if writes else nullcontext():
+        run(engine, work)
+    assert (calls, rows.names) == ((1, ["a"]) if writes else (2, []))
 
 
 @pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lambda kind: kind.id)

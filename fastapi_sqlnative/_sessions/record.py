@@ -99,6 +99,7 @@ class Record(Holder):
     def hand_out(self, connection: Connection) -> None:
         """Record that anything may be sent over a connection from now on."""
         self.work.handed_out = True
+        event.listen(connection, "commit", self.state.note_commit)
         if self.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", self.state.refuse_writes)
 

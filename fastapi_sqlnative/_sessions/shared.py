@@ -137,6 +137,12 @@ class SharedState:
         if holder and holder.options is AUTOCOMMIT and writes(statement):
             raise self.error(exceptions.ReadOnlySessionError)
 
+    def note_commit(self, connection: Connection) -> None:
+        """Record what the application commits on a connection that a session has handed out."""
+        holder = self.holders.get(connection)
+        if holder and not holder.committing:
+            holder.stored = holder.stored or holder.count_unstored() > 0
+
     def listen(self, dialect: Dialect) -> None:
         """Listen for failures on a dialect's connections for as long as the handle lives."""
         # Listeners on a dialect cover all engines that use it.

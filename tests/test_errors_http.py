@@ -374,10 +374,18 @@ def add_and_commit(session: Session) -> None:
     session.commit()
 
 
+def add_over_connection(session: Session) -> None:
+    session.connection().execute(items.insert().values(name="40001"))
+
+
 @pytest.mark.parametrize(
     ("dependency", "body"),
-    [(transactional(), add("40001")), (get_db(), add_and_commit)],
-    ids=["transactional", "own commit"],
+    [
+        (transactional(), add("40001")),
+        (transactional(), add_over_connection),
+        (get_db(), add_and_commit),
+    ],
+    ids=["transactional", "over the connection", "own commit"],
 )
 def test_a_refused_commit_may_be_repeated(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Any

@@ -129,8 +129,11 @@ def classes_in(
     `aliases` is read once: one that names itself, as a type for JSON, has no end.
     """
     aliases = set() if aliases is None else aliases
-    origin = get_origin(annotation)
-    value = _value_of(annotation)
+    origin, value = get_origin(annotation), None
+    # A PEP 695 alias, bare or subscribed, has this attribute on every Python. It is evaluated only
+    # now, and may name what is imported under TYPE_CHECKING.
+    with contextlib.suppress(NameError):
+        value = getattr(annotation, "__value__", None)
     if value is not None:
         alias = origin or annotation
         if alias in aliases:
@@ -146,18 +149,6 @@ def classes_in(
     parts = get_args(annotation) if union or (inside and origin not in _MAKES) else ()
     named = [each for part in parts for each in classes_in(part, inside=inside, aliases=aliases)]
     return [found, *named] if isinstance(found, type) else named
-
-
-def _value_of(annotation: object) -> object:
-    """Return what a PEP 695 alias stands for, bare or subscribed; `None` if it can't be resolved.
-
-    It is evaluated only now, and may name what is imported under TYPE_CHECKING.
-    """
-    try:
-        # Known by this attribute on every Python.
-        return getattr(annotation, "__value__", None)
-    except NameError:
-        return None
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:

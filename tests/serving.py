@@ -18,7 +18,7 @@ import psycopg
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Connection, Engine, MetaData, Table, select, text
+from sqlalchemy import Connection, Engine, MetaData, Table, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -26,6 +26,7 @@ from sqlalchemy.util import await_only
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import install_database
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import (
     CommitOutcomeUnknownError,
     PartialCommitError,
@@ -84,6 +85,15 @@ CREATE OR REPLACE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS
 CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION take_time();
 """
+
+
+def hold_connects(engine: Engine | AsyncEngine) -> None:
+    """Have each new connection wait until nobody holds `Rows.locked(3)`."""
+
+    def hold(connection: Any, _record: object) -> None:
+        connection.cursor().execute("SELECT pg_advisory_lock(3)")
+
+    event.listen(sync_engine(engine), "connect", hold)
 
 
 class Rows:

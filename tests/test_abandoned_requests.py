@@ -321,8 +321,8 @@ async def test_a_storm_leaves_the_pool_whole(
     kind: Kind, make_engine: MakeEngine, rows: Rows, middleware: bool
 ) -> None:
     """Forty clients go away from five connections; then nothing is in use or runs."""
-    # SQLAlchemy wakes nobody who waits for its pool when a connection that was being made is given
-    # up: whoever does so looks again after the timeout.
+    # SQLAlchemy wakes no waiter of its pool when a connection that was being made is given up: a
+    # waiter looks again after the timeout.
     engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=5 if kind.asynchronous else 50)
     app = make_app(engine)
     options: Any = {"dependencies": [Depends(deadline(50)), Depends(cancel_on_disconnect())]}

@@ -98,7 +98,7 @@ def add_in_a_listener_and_commit(session: Session) -> None:
     session.commit()
 
 
-# A thread is left behind with its own COMMIT when asyncio cancels who waits for it.
+# A thread goes on with its own COMMIT when asyncio cancels the task that waits for it.
 OURS_AND_OWN = pytest.mark.parametrize(
     ("kind", "body"),
     [

@@ -214,9 +214,10 @@ def test_a_commit_that_asyncpg_does_not_send_is_repeated(
         driver: Any = connection.connection.driver_connection
         if not lost:
             lost.append(driver)
+            closed = asyncio.Event()
+            driver.add_termination_listener(lambda _: closed.set())
             rows.connection.execute("SELECT pg_terminate_backend(%s)", (driver.get_server_pid(),))
-            while not driver.is_closed():
-                await_only(asyncio.sleep(0.01))
+            await_only(asyncio.wait_for(closed.wait(), 10))
 
     event.listen(sync_engine(engine), "commit", lose_once)
     run(engine, lambda session: session.add(Item(name="a")))

@@ -16,7 +16,7 @@ import anyio
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -31,7 +31,6 @@ from fastapi_sqlnative import (
     installed_databases,
 )
 from fastapi_sqlnative._lifespan import lifespan
-from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.databases import AnyDatabase, sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
@@ -45,7 +44,7 @@ from tests.in_process import (
     start_and_stop,
     turns,
 )
-from tests.serving import NO_TLS, Kind, Rows, named, serve, until, wait_until
+from tests.serving import NO_TLS, Kind, Rows, hold_connects, named, serve, until, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -398,11 +397,7 @@ async def test_a_session_that_connects_after_the_shutdown_is_refused(
     """A session whose first connection is made when the hook has run sends nothing over it."""
     name = f"late {kind.id}"
     engine = make_engine(connect_args=named(kind.driver, name))
-
-    @event.listens_for(sync_engine(engine), "connect")
-    def hang(connection: Any, _record: object) -> None:
-        connection.cursor().execute("SELECT pg_advisory_lock(3)")
-
+    hold_connects(engine)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     with rows.locked(3):

@@ -21,11 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from conftest import PostgresDatabase, WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative._lifespan import lifespan
-from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
+from fastapi_sqlnative._sessions.engines import run_on_engine
 from tests.conftest import MakeEngine
 from tests.in_process import running, sqlite, start_and_stop
 from tests.postgres_server import PostgresServer
-from tests.serving import KINDS, Kind, Rows, holding, named, until, wait_until
+from tests.serving import KINDS, Kind, Rows, hold_connects, holding, named, until, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -251,11 +251,7 @@ async def test_a_wait_that_is_cancelled_leaves_no_connection(
     """What a cancelled start has connected by then is closed; a sync driver is left behind."""
     name = f"cancelled start {kind.id}"
     engine = make_engine(connect_args=named(kind.driver, name))
-
-    @event.listens_for(sync_engine(engine), "connect")
-    def hang(connection: Any, _record: object) -> None:
-        connection.cursor().execute("SELECT pg_advisory_lock(3)")
-
+    hold_connects(engine)
     app = FastAPI()
     install_database(
         app, engine=engine, shutdown=engine.dispose, startup_wait=60, shutdown_timeout=0.1

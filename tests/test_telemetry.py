@@ -181,7 +181,7 @@ async def test_mounted_applications_are_reported(make_engine: MakeEngine) -> Non
 
 
 async def test_a_stand_in_for_a_mounted_database_is_reported() -> None:
-    """It is to who observes an application around it, like the database that it stands in for."""
+    """An instrumented application around it measures the pool of the stand-in as well."""
     app, below = FastAPI(), FastAPI()
     install_database(app, name="above", engine=async_sqlite)
     install_database(below, name="below", engine=async_sqlite)

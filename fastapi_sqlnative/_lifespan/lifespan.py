@@ -86,9 +86,8 @@ async def _start(running: Running, runs: list[Running]) -> None:
         # Another start may have done all of this, or failed halfway.
         for installation in installed.by_name.values():
             await start_installation(installation)
-    observers = [one for each in (running, *running.above) for one in each.installed.observers]
     for database in databases_of([running]):
-        for observer in observers:
+        for observer in running.observers:
             observer(database)
 
 

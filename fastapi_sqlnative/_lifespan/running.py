@@ -122,6 +122,11 @@ class Running:
         """List the running databases in commit order: the parents' come first, the mounts' last."""
         return databases_of([*reversed(self.above), self, *self.below])
 
+    @property
+    def observers(self) -> list[Observer]:
+        """The observers of this application's databases: also those of the applications above."""
+        return [observer for each in (self, *self.above) for observer in each.installed.observers]
+
     def is_draining(self) -> bool:
         """Return whether this application, or one that it is mounted in, is draining."""
         return any(each.installed.draining for each in (self, *self.above))

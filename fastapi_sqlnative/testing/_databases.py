@@ -82,8 +82,7 @@ def override_database(
     try:
         if own is not None:
             installation.database = installation.make_handle(engine)
-            around = (each for run in installed.runs for each in (run, *run.above))
-            observers = (observer for each in around for observer in each.installed.observers)
+            observers = (observer for run in installed.runs for observer in run.observers)
             for observer in dict.fromkeys(observers):  # telemetry, capture_statements, isolated
                 observer(installation.database)
         yield

@@ -14,6 +14,7 @@ from sqlalchemy.orm import (
 )
 
 from fastapi_sqlnative import get_db
+from fastapi_sqlnative._drivers import transactions
 from tests.in_process import ask, asking
 from tests.serving import Item, Kind, Rows, items, until
 
@@ -248,6 +249,20 @@ async def test_what_stores_nothing_is_not_forgotten(
             with subtests.test(name):
                 assert await request(body) == 201
                 assert rows.names == ["there"]
+
+
+def test_a_doubtful_read_does_not_list_the_locks_of_the_server(rows: Rows) -> None:
+    """PostgreSQL lists the locks of all sessions only after something was written."""
+
+    def lists_locks() -> bool:
+        plan = rows.connection.execute(f"EXPLAIN ANALYZE {transactions._UNSTORED}")
+        scans = [line for (line,) in plan if "Function Scan on pg_lock_status" in line]
+        return not scans[0].endswith("(never executed)")
+
+    with rows.connection.transaction():
+        assert not lists_locks()
+        rows.connection.execute("INSERT INTO item (name) VALUES ('new')")
+        assert lists_locks()
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,9 @@ FROM (SELECT mode, relkind, relpersistence = 't' AS temporary,
       UNION ALL SELECT mode, NULL, true, true FROM pg_catalog.pg_locks
       WHERE locktype = 'object' AND classid = 'pg_namespace'::regclass AND pid = pg_backend_pid()
         AND objid = pg_my_temp_schema()) AS held
+-- Without an id only a foreign table can have been written to. To list the locks takes longer the
+-- more of them all sessions hold, and keeps others waiting that take one.
+WHERE txid_current_if_assigned() IS NOT NULL OR EXISTS (SELECT FROM pg_catalog.pg_foreign_table)
 """
 
 

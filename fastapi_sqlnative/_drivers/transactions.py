@@ -242,6 +242,7 @@ def fetch_row(connection: Connection, query: str) -> Any:
 # written to; else someone has rolled back to a savepoint in a function or over the connection. The
 # counts of writes go back to the last report to the statistics, at most a second before.
 _UNSTORED: Final = """
+WITH own AS (SELECT * FROM pg_catalog.pg_locks WHERE pid = pg_backend_pid())
 SELECT txid_current_if_assigned() IS NOT NULL,
        coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
        coalesce(bool_or(explains), false),
@@ -255,13 +256,11 @@ SELECT txid_current_if_assigned() IS NOT NULL,
 FROM (SELECT mode, relkind, relpersistence = 't' AS temporary,
              mode = 'RowShareLock' OR relpersistence = 't'
              OR (relkind = 'S' AND mode = 'RowExclusiveLock') AS explains
-      FROM pg_catalog.pg_locks
-      JOIN pg_catalog.pg_class ON pg_class.oid = relation
-      WHERE locktype = 'relation' AND pid = pg_backend_pid()
+      FROM own JOIN pg_catalog.pg_class ON pg_class.oid = relation
+      WHERE locktype = 'relation' AND relnamespace <> 'pg_catalog'::regnamespace
         AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-        AND relnamespace <> 'pg_catalog'::regnamespace
-      UNION ALL SELECT mode, NULL, true, true FROM pg_catalog.pg_locks
-      WHERE locktype = 'object' AND classid = 'pg_namespace'::regclass AND pid = pg_backend_pid()
+      UNION ALL SELECT mode, NULL, true, true FROM own
+      WHERE locktype = 'object' AND classid = 'pg_namespace'::regclass
         AND objid = pg_my_temp_schema()) AS held
 -- Without an id only a foreign table can have been written to. To list the locks takes longer the
 -- more of them all sessions hold, and keeps others waiting that take one.

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import (
+    Connection,
     Engine,
     StaticPool,
     column,
     create_engine,
+    event,
     func,
     insert,
     literal_column,
@@ -25,7 +27,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Mapped, Session, SessionTransaction, registry
 
 from fastapi_sqlnative import get_db, install_database, reader, transactional
-from fastapi_sqlnative.exceptions import UncommittedChangesError
+from fastapi_sqlnative.exceptions import ReadOnlySessionError, UncommittedChangesError
 from tests.in_process import ask, asking, async_sqlite, running, sqlite
 from tests.serving import SQLITE, Item, Kind, Rows, copy, items, of_the_transaction, route, using
 
@@ -236,6 +238,33 @@ async def test_no_forgotten_work_is_a_success(
                     " (SELECT count(*) FROM pg_attribute WHERE attname = 'made')"
                 ).fetchone()
                 assert (there.names, found) == (["there"], (None, None, 0))
+
+
+@pytest.mark.parametrize(
+    ("dependency", "refused"),
+    [(get_db(), UncommittedChangesError), (reader(), ReadOnlySessionError)],
+)
+async def test_what_a_listener_writes_for_an_unchanged_row_is_no_success(
+    kind: Kind, engine: Engine, there: Rows, dependency: Any, refused: type[Exception]
+) -> None:
+    """A mapper's listener writes in a flush that has nothing else to send, and that counts."""
+
+    def write(_mapper: object, connection: Connection, _row: Item) -> None:
+        connection.execute(insert(items).values(name="lost"))
+
+    def body(session: Session) -> None:
+        row = session.scalars(select(Item)).one()
+        row.name = str(row.name)
+        session.flush()
+
+    event.listen(Item, "before_update", write)
+    try:
+        async with asking(engine, kind, dependency) as request:
+            with pytest.raises(refused):
+                await request(body)
+    finally:
+        event.remove(Item, "before_update", write)
+    assert there.names == ["there"]
 
 
 # -- closing over it ---------------------------------------------------------------------------

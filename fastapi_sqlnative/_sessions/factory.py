@@ -17,7 +17,7 @@ from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, sync_session
 from .shared import SharedState
-from .transaction import Work, depth_of, has_pending_changes
+from .transaction import Work, depth_of, has_pending_changes, is_update_observed
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
@@ -95,6 +95,15 @@ def _after_begin(
 def _around_flush(session: Outermost, *_: object) -> None:
     record = session.sqlnative
     record.work.wrote = record.work.wrote or has_pending_changes(session)
+
+
+@event.listens_for(Outermost, "before_flush")
+def _before_flush(session: Outermost, *_: object) -> None:
+    record = session.sqlnative
+    # A mapper's listeners get the connection, even for an object without a change to send.
+    if not record.work.wrote and any(map(is_update_observed, session.dirty)):
+        for connection in record.connections:
+            record.hand_out(connection)
 
 
 @event.listens_for(Outermost, "after_commit")

@@ -172,3 +172,9 @@ def _relates(session: Session, history: History) -> bool:
     return bool(history.deleted) or any(
         each is None or each in session for each in history.added or ()
     )
+
+
+def is_update_observed(row: object) -> bool:
+    """Return whether a flush of a changed object calls listeners of the application."""
+    heard = inspect(row).mapper.dispatch
+    return bool(heard.before_update or heard.after_update)

@@ -203,7 +203,13 @@ async def test_a_failure_where_nothing_was_written_is_no_failure(
     assert rows.names == ["there"]
 
 
-KNOWN = "random()", "set_config('app.tenant', 'acme', true)", "tstzrange(now(), NULL)"
+KNOWN = [
+    "random()",
+    "set_config('app.tenant', 'acme', true)",
+    "tstzrange(now(), NULL)",
+    "st_asewkb('point')",  # around each column of GeoAlchemy2
+]
+POSTGIS = "CREATE OR REPLACE FUNCTION st_asewkb(text) RETURNS text LANGUAGE sql AS 'SELECT $1'"
 
 
 @pytest.mark.parametrize("read", KNOWN)
@@ -218,7 +224,7 @@ async def test_functions_of_the_server_s_own_are_reads(
         with pytest.raises(DBAPIError):
             session.execute(insert(items).values(id=1, name="refused"))
 
-    rows.connection.execute("UPDATE item SET id = 1")
+    rows.connection.execute(f"UPDATE item SET id = 1; {POSTGIS}")
     assert await ask(engine, kind, transactional(), body) == 201
     assert rows.names == ["there"]
 

@@ -172,15 +172,16 @@ _HARMLESS: Final = frozenset(
     pg_typeof phraseto_tsquery pi plainto_tsquery power printf quote_ident quote_literal radians
     random range_agg range_merge rank regexp_match regexp_matches regexp_replace
     regexp_split_to_array regexp_split_to_table replace right round row_number row_to_json rpad
-    rtrim set_config setseed setval setweight sha256 similarity sin split_part sqrt st_asgeojson
-    st_astext st_contains st_distance st_dwithin st_intersects st_makepoint st_point st_setsrid
-    st_transform st_within st_x st_y starts_with statement_timestamp stddev stddev_pop
-    stddev_samp strftime string_agg string_to_array strpos substr substring sum tan timezone
-    to_char to_date to_hex to_json to_jsonb to_number to_regclass to_timestamp to_tsquery
-    to_tsvector total_changes transaction_timestamp trim trunc ts_headline ts_rank ts_rank_cd
-    tsrange tstzrange txid_current unix_timestamp unixepoch unnest upper upper_inc upper_inf
-    uuid uuid_generate_v4 uuidv4 uuidv7 var_pop var_samp variance websearch_to_tsquery
-    width_bucket word_similarity
+    rtrim set_config setseed setval setweight sha256 similarity sin split_part sqrt st_area
+    st_asbinary st_asewkb st_asgeojson st_astext st_contains st_distance st_dwithin
+    st_geogfromtext st_geomfromewkb st_geomfromewkt st_geomfromgeojson st_geomfromtext
+    st_intersects st_makeenvelope st_makepoint st_point st_setsrid st_transform st_within st_x
+    st_y starts_with statement_timestamp stddev stddev_pop stddev_samp strftime string_agg
+    string_to_array strpos substr substring sum tan timezone to_char to_date to_hex to_json
+    to_jsonb to_number to_regclass to_timestamp to_tsquery to_tsvector total_changes
+    transaction_timestamp trim trunc ts_headline ts_rank ts_rank_cd tsrange tstzrange
+    txid_current unix_timestamp unixepoch unnest upper upper_inc upper_inf uuid uuid_generate_v4
+    uuidv4 uuidv7 var_pop var_samp variance websearch_to_tsquery width_bucket word_similarity
     """.split()  # noqa: SIM905 - as prose
 )
 

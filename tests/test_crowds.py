@@ -19,6 +19,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from starlette.types import Receive, Scope, Send
 
 from fastapi_sqlnative import (
     Database,
@@ -104,6 +105,17 @@ def add_wrapped(app: FastAPI, kind: Kind) -> None:
     found.dependant.call = wrapper
 
 
+def add_unlisted(app: FastAPI, kind: Kind) -> None:
+    """Serve the route by a router that is not among the application's routes, as one by version."""
+    behind = FastAPI()
+    add_with_a_reader(behind, kind)
+
+    async def chosen(scope: Scope, receive: Receive, send: Send) -> None:
+        await behind.router(scope, receive, send)
+
+    app.mount("/", chosen)
+
+
 # How many connections a request needs is read from a route's dependencies, whenever it was added;
 # the wrapped one is read in another way.
 @pytest.mark.parametrize(
@@ -112,6 +124,7 @@ def add_wrapped(app: FastAPI, kind: Kind) -> None:
         pytest.param(add_with_a_reader, False, id="reader"),
         pytest.param(add_with_a_handle, False, id="handle"),
         pytest.param(add_wrapped, False, id="wrapped"),
+        pytest.param(add_unlisted, False, id="unlisted"),
         pytest.param(add_wrapped, True, id="wrapped, while running"),
     ],
 )

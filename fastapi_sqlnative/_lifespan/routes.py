@@ -55,9 +55,13 @@ def check_application(running: Running, *, late: bool = False, only: object = _A
     known = set(running.gate.opened)
     if only is not _ALL and key_of(only) in known:
         return  # a request under overrides, which should not walk through all routes
-    for context in routes_of(running.app.routes):
+    contexts = [*routes_of(running.app.routes)]
+    if only is not _ALL:
+        # Not among the application's own: a router that chooses another one, by a version.
+        contexts = [each for each in contexts if _original(each) is only] or [only]
+    for context in contexts:
         route = _original(context)
-        if key_of(route) not in known and only in (_ALL, route):
+        if key_of(route) not in known:
             try:
                 running.gate.register(route, _examine(running, context))
             except DatabaseNotInstalledError as error:

@@ -1,5 +1,6 @@
 """Lookups in the routes of an application."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,13 @@ def routes_with_a_database(app: Starlette) -> list[Any]:
 
 def _opens(dependant: Dependant | None) -> bool:
     below = [] if dependant is None else dependant.dependencies
-    return any(getattr(each.call, "opens", None) is not None or _opens(each) for each in below)
+    return any(getattr(call_of(each), "opens", None) is not None or _opens(each) for each in below)
+
+
+def call_of(dependency: Dependant) -> Any:
+    """Return what a dependency calls, behind decorators, as FastAPI reads it."""
+    call: Any = dependency.call
+    return inspect.unwrap(call)
 
 
 def is_frontend(scope: Mapping[str, Any]) -> bool:

@@ -105,6 +105,19 @@ def add_wrapped(app: FastAPI, kind: Kind) -> None:
     found.dependant.call = wrapper
 
 
+def add_decorated(app: FastAPI, kind: Kind) -> None:
+    """Declare the reader behind a decorator, as a library that converts versions does."""
+    read = reader()
+
+    @functools.wraps(read)
+    async def decorated(*args: Any, **kwargs: Any) -> Any:
+        return await read(*args, **kwargs)
+
+    second = using(kind, Depends(decorated), ask)
+    first = Depends(using(kind, Depends(get_db()), ask))
+    app.post("/", dependencies=[first], status_code=201)(second)
+
+
 def add_unlisted(app: FastAPI, kind: Kind) -> None:
     """Serve the route by a router that is not among the application's routes, as one by version."""
     behind = FastAPI()
@@ -124,6 +137,7 @@ def add_unlisted(app: FastAPI, kind: Kind) -> None:
         pytest.param(add_with_a_reader, False, id="reader"),
         pytest.param(add_with_a_handle, False, id="handle"),
         pytest.param(add_wrapped, False, id="wrapped"),
+        pytest.param(add_decorated, False, id="decorated"),
         pytest.param(add_unlisted, False, id="unlisted"),
         pytest.param(add_wrapped, True, id="wrapped, while running"),
     ],

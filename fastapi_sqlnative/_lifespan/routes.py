@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from .. import dependencies
-from .._routes import routes_of
+from .._routes import call_of, routes_of
 from .._sessions.options import AUTOCOMMIT
 from ..cancellation import cancel_on_disconnect, deadline
 from ..databases import AnyDatabase, AsyncDatabase, Database, sessions_of
@@ -82,7 +82,7 @@ def _examine(running: Running, context: Any) -> Opened:
     opened: set[tuple[AnyDatabase, object]] = set()
     try:
         for parent, child, outlives in _walk(endpoint, running.overrides):
-            ours: Any = child.call
+            ours: Any = call_of(child)
             if ours.opens is None:
                 # Readiness also covers the databases of mounted applications.
                 if all(each.name != ours.name for each in running.databases()):
@@ -121,9 +121,10 @@ def _walk(
     for child in parent.dependencies:
         call: Any = child.call
         known: Any = call if isinstance(call, Hashable) else None
-        is_session = isinstance(call, dependencies.SessionDependency)
+        ours = call_of(child)
+        is_session = isinstance(ours, dependencies.SessionDependency)
         # An override of get_db(name) also applies to transactional(name) and reader(name).
-        plain = dependencies.get_db(call.name) if is_session else known
+        plain = dependencies.get_db(ours.name) if is_session else known
         if known in overrides or plain in overrides:
             continue
         if known in _MAKERS:
@@ -131,7 +132,7 @@ def _walk(
                 f"Depends({name_of(call)}) lacks a call. Use Depends({_MAKERS[known]}): the "
                 "dependency is what the call returns."
             )
-        if isinstance(call, dependencies.DatabaseDependency):
+        if isinstance(ours, dependencies.DatabaseDependency):
             yield parent, child, outlives
         else:
             above = outlives
@@ -178,7 +179,7 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
 
 
 def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) -> None:
-    is_session = isinstance(child.call, dependencies.SessionDependency)
+    is_session = isinstance(call_of(child), dependencies.SessionDependency)
     given: type = sessions_of(database).class_ if is_session else type(database)
     annotation = functions.annotation_of(function, child.name)
     named = [each for each in functions.classes_in(annotation) if issubclass(each, _GIVEN)]

@@ -670,3 +670,14 @@ def no_such_table(session: Session, _server: Server) -> None:
 def division_by_zero(session: Session, server: Server) -> None:
     divide = {"postgresql": "SELECT 1/0", "mysql": "INSERT INTO canary_parent VALUES (1/0)"}
     session.execute(text(divide[server.dialect]))
+
+
+# --- drivers that are not installed here --------------------------------------------------------
+
+
+def of_driver(module: str, *args: object, name: str = "Error", **stated: object) -> Exception:
+    """Make an error as such a driver does: with these `args`, and stating the rest."""
+    base = type("Error", (Exception,), {"__module__": module})
+    error: Exception = type(name, (base,), {"__module__": module})(*args)
+    error.__dict__.update(stated)
+    return error

@@ -16,11 +16,12 @@ ORDER = (
     {
         "_drivers.__init__",
         "_drivers.connections",
-        "_drivers.errors",
+        "_drivers.details",
         "_drivers.pools",
         "_routes",
         "_arguments",
     },
+    {"_drivers.errors"},
     {"_drivers.failures"},
     {"_drivers.transactions"},
     {"_drivers.statements", "_drivers.results"},

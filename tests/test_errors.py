@@ -46,6 +46,7 @@ from fastapi_sqlnative import (
     http_errors,
     map_database_error,
 )
+from fastapi_sqlnative._drivers.failures import reported_by_server
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
     CommitOutcomeUnknownError,
@@ -54,6 +55,7 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
     UncommittedChangesError,
 )
+from tests.failing import of_driver
 
 Kind = DatabaseErrorKind
 
@@ -316,6 +318,44 @@ def test_a_driver_that_is_not_known_is_not_read_as_another() -> None:
     found = describe_database_error(lost)
     assert (found and found.kind, found and found.retryable) == (Kind.UNAVAILABLE, True)
     assert describe_database_error(error) is None
+
+
+TAKEN = "Duplicate entry 'x' for key 'y' for key 'uq'"
+FIELDS = {"S": "ERROR", "C": "23505", "M": "taken", "D": "Key (b)=(x)", "t": "t", "n": "uq"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (of_driver("pg8000.exceptions", FIELDS), "23505"),
+        (of_driver("mysql.connector.errors", 1062, f"1062: {TAKEN}", "", msg=TAKEN), "1062"),
+        (of_driver("mariadb", TAKEN, errno=1062, msg=TAKEN), "1062"),
+    ],
+    ids=["pg8000", "mysql.connector", "mariadb"],
+)
+def test_a_driver_that_keeps_its_code_elsewhere_is_read(error: Exception, code: str) -> None:
+    """The same code has the same kind, wherever a driver's error keeps it."""
+    found = describe_database_error(wrapped(error))
+    assert found is not None
+    assert (found.kind, found.code, found.constraint) == (Kind.UNIQUE, code, "uq")
+
+
+def test_a_commit_that_pg8000_finds_rolled_back_is_not_unknown() -> None:
+    """The server has said so, in no error of its own; other words of pg8000's are its own."""
+    engine = create_engine("sqlite://")
+    engine.dialect.driver = "pg8000"
+    said = FIELDS, "in failed transaction block", "network error"
+    with engine.connect() as connection:
+        found = [reported_by_server(of_driver("pg8000", each), connection) for each in said]
+    assert found == [True, True, False]
+
+
+def test_a_lost_connection_that_only_pg8000_words_is_read() -> None:
+    """It is away, as with drivers that have a class or a code for that."""
+    error = of_driver("pg8000.exceptions", "network error", name="InterfaceError")
+    found = describe_database_error(wrapped(error))
+    assert found is not None
+    assert found.kind is Kind.UNAVAILABLE
 
 
 def test_a_code_of_another_database_is_none() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Response
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import (
+    Database,
     PoolStatus,
     get_db,
     install_database,
@@ -34,6 +36,26 @@ def status_of(app: FastAPI) -> PoolStatus:
 
 def wait(session: Session) -> None:
     session.execute(text("SELECT pg_advisory_xact_lock(7)"))
+
+
+async def test_the_status_asks_no_driver() -> None:
+    """A driver that asks its server (mysql.connector's) would disturb a statement of another."""
+    asked: list[str] = []
+
+    class Asking(sqlite3.Connection):
+        @property
+        def autocommit(self) -> bool:
+            asked.append("autocommit")
+            return False
+
+    engine = create_engine("sqlite://", connect_args={"factory": Asking})
+    database = Database(engine)
+    with database.session() as session:
+        session.execute(text("SELECT 1"))
+        asked.clear()
+        assert [each.connections for each in database.pool_status().holders] == [1]
+    engine.dispose()
+    assert asked == []
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fastapi_sqlnative import get_db, transactional
+from fastapi_sqlnative._drivers.transactions import has_rolled_back
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.exceptions import TransactionAbortedError, UncommittedChangesError
+from tests.failing import of_driver
 from tests.in_process import ask
 from tests.serving import SQLITE, Item, Kind, Rows
 
@@ -165,6 +167,32 @@ async def test_a_database_with_a_dialect_of_its_own_aborts_too(
     assert rows.names == []
 
 
+@pytest.mark.parametrize("aborts", [True, False])
+async def test_a_database_that_nobody_here_knows_is_asked(
+    monkeypatch: pytest.MonkeyPatch, aborts: bool
+) -> None:
+    """DuckDB aborts too: after a swallowed error, whoever answers no query stores nothing."""
+    engine = engine_at(SQLITE[0], "sqlite+pysqlite://")
+    assert isinstance(engine, Engine)
+    Item.metadata.create_all(engine)
+
+    def ping(_connection: object) -> bool:
+        if aborts:
+            raise engine.dialect.loaded_dbapi.Error("aborted")
+        return True
+
+    monkeypatch.setattr(engine.dialect, "name", "duckdb")
+    monkeypatch.setattr(engine.dialect, "do_ping", ping)
+
+    def body(session: Session) -> None:
+        session.execute(text("INSERT INTO item (id, name) VALUES (1, 'lost')"))
+        with suppress(DBAPIError):
+            session.execute(text("SELECT * FROM nowhere"))
+
+    with pytest.raises(TransactionAbortedError) if aborts else nullcontext():
+        await ask(engine, SQLITE[0], transactional(), body)
+
+
 # -- MariaDB's deadlock ------------------------------------------------------------------------
 
 
@@ -228,6 +256,23 @@ async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) ->
             await ask(engine, kind, transactional(), body)
     with server.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM item WHERE name = 'lost'")) == 0
+
+
+async def test_a_deadlock_is_known_by_its_number_wherever_it_is() -> None:
+    """MariaDB's own driver has only the text in its `args`: a deadlock there undoes as much."""
+    engine = create_engine("sqlite://")
+    engine.dialect.name = "mysql"
+    with engine.connect() as connection:
+        found = [
+            has_rolled_back(
+                connection,
+                of_driver("mariadb", "", errno=number),
+                count_before=None,
+                before_commit=False,
+            )
+            for number in (1213, 1205)
+        ]
+    assert found == [True, False]
 
 
 async def without_commit(kind: Kind, server: Engine, *statements: Any) -> int:

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
-from sqlalchemy import Engine, ForeignKey, select, text
+from sqlalchemy import Engine, ForeignKey, create_engine, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from starlette.background import BackgroundTask
 
+from conftest import WorkerPostgres
 from fastapi_sqlnative import (
     AsyncDatabase,
     Database,
@@ -20,6 +23,7 @@ from fastapi_sqlnative import (
     install_database,
     transactional,
 )
+from fastapi_sqlnative._drivers.results import close_cursor
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, UncommittedChangesError
 from tests.conftest import MakeEngine
 from tests.in_process import ask, async_sqlite, sqlite
@@ -503,3 +507,18 @@ def test_a_task_of_the_response_waits_for_the_commit(
         assert served.post("/1").status_code == 409
         assert served.post("/2").status_code == 200
     assert seen == [["2", "taken"]]
+
+
+def test_a_cursor_that_the_server_has_closed_is_not_closed_again(postgres: WorkerPostgres) -> None:
+    """The failure would abort the transaction; pg8000's cursor has its name as `ident`."""
+    closed: list[str] = []
+    engine = create_engine(postgres.url("psycopg"))
+    with engine.connect() as connection:
+        engine.dialect.driver = "pg8000"
+        connection.execute(text("DECLARE there CURSOR FOR SELECT 1"))
+        for name in "there", "gone":
+            cursor = SimpleNamespace(ident=name, close=partial(closed.append, name))
+            context: Any = SimpleNamespace(root_connection=connection, cursor=cursor)
+            close_cursor(context)
+    engine.dispose()
+    assert closed == ["there"]

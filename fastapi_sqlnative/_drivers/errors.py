@@ -6,9 +6,11 @@ or the number of quoted names in a server's message: some servers translate the 
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy.exc import DBAPIError
+
+from .details import attribute_of, details_of, mysql_number, sqlstate_of, text_of
 
 # The server whose codes a driver passes on, by package and name of a base class of its errors.
 # To add a driver, add a line here, and for a new server a column in `CODES`.
@@ -18,6 +20,9 @@ ERROR_CLASSES: Final = {
     ("asyncpg", "InterfaceError"): "postgresql",
     ("asyncpg", "InternalClientError"): "postgresql",
     ("asyncpg", "PostgresError"): "postgresql",
+    ("mariadb", "Error"): "mysql",
+    ("mysql", "Error"): "mysql",  # mysql.connector's
+    ("pg8000", "Error"): "postgresql",
     ("psycopg", "Error"): "postgresql",
     ("psycopg2", "Error"): "postgresql",
     ("pymysql", "MySQLError"): "mysql",  # aiomysql's, too
@@ -132,19 +137,6 @@ _ASIDE: Final = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|\"[^\"]*\"", re.D
 _VERB: Final = re.compile(r"\b(INSERT(?! OR REPLACE)|DELETE|UPDATE)\b", re.IGNORECASE)
 
 
-def _text(holder: object, *names: str) -> str | None:
-    """Return the first of these attributes that is a non-empty string, for any object."""
-    values = (_attribute(holder, name) for name in names)
-    return next((value for value in values if isinstance(value, str) and value), None)
-
-
-def _attribute(holder: object, name: str) -> Any:
-    try:
-        return getattr(holder, name, None)
-    except Exception:  # noqa: BLE001 - a foreign property; describing an error must not fail
-        return None
-
-
 # -- PostgreSQL ------------------------------------------------------------------------------
 
 _KEY: Final = re.compile(r"\(([^()]*)\)=\(")
@@ -166,21 +158,20 @@ _REFUSALS: Final = {
 
 
 def _read_postgres(error: BaseException, statement: str | None) -> StatedError:
-    code = _text(error, "sqlstate", "pgcode")
+    code = sqlstate_of(error)
     if code is None:
         return StatedError(_without_code(error, statement))
-    # psycopg and psycopg2 keep the details in `diag`, asyncpg on the error itself.
-    details = _attribute(error, "diag") or error
-    column = _text(details, "column_name")
-    key = _KEY.search(_text(details, "message_detail", "detail") or "", 0, 500)
+    details = details_of(error)
+    column = text_of(details, "column_name")
+    key = _KEY.search(text_of(details, "message_detail", "detail") or "", 0, 500)
     stated = StatedError(
         "",
         code,
-        _text(details, "constraint_name"),
-        _text(details, "table_name"),
+        text_of(details, "constraint_name"),
+        text_of(details, "table_name"),
         (column,) if column else (),
         tuple(name.strip('"') for name in key[1].split(", ")) if key else (),
-        _text(details, "context") is not None,
+        text_of(details, "context") is not None,
     )
     return replace(stated, kind=_beyond_the_code(error, details, stated))
 
@@ -188,23 +179,27 @@ def _read_postgres(error: BaseException, statement: str | None) -> StatedError:
 def _beyond_the_code(error: BaseException, details: object, stated: StatedError) -> str:
     if stated.code == "22000" and isinstance(error.__cause__, TypeError | AttributeError):
         return "other"  # asyncpg's, for a value of the wrong type: the service's mistake
-    routine = _text(details, "source_function", "server_source_function")
+    routine = text_of(details, "source_function", "server_source_function")
     if stated.code == "42501" and routine == "ExecWithCheckOptions":
         return "row_security"
     if stated.code != "23503":
         return ""
     # The message names the table and the constraint, and for a DELETE the referring table too.
-    said = _text(details, "message_primary", "message") or ""
+    said = text_of(details, "message_primary", "message") or ""
     for name in stated.constraint, stated.table:
         said = said.replace(f'"{name}"', '""')
     return {4: "missing_parent", 6: "still_referenced"}.get(len(_QUOTE.findall(said)), "")
+
+
+# The words of asyncpg, and of pg8000.
+_LOST: Final = re.compile(r"connection is closed|network error|Can't create a connection")
 
 
 def _without_code(error: BaseException, statement: str | None) -> str:
     """Classify an error that carries no code, because the client library raised it."""
     classes = {class_.__name__ for class_ in type(error).__mro__}
     said = str(error.args[0]) if error.args and isinstance(error.args[0], str) else ""
-    is_lost = "InterfaceError" in classes and "connection is closed" in said
+    is_lost = "InterfaceError" in classes and _LOST.search(said)
     if is_lost or "TargetServerAttributeNotMatched" in classes:
         return "unavailable"
     if "DataError" in classes and ("NUL" in said or "list" in said):
@@ -242,11 +237,11 @@ _NAMES: Final = tuple(
 
 
 def _read_mysql(error: BaseException, statement: str | None) -> StatedError:
-    number = error.args[0] if error.args else None
+    number = mysql_number(error)
     if not isinstance(number, int) or not 0 < number < 100_000:
         is_infinite = isinstance(number, str) and number.endswith(" can not be used with MySQL")
         return StatedError("bad_value" if is_infinite else "")
-    stated = replace(_named_in(error.args[-1]), code=str(number))
+    stated = replace(_named_in(text_of(error, "msg") or error.args[-1]), code=str(number))
     # MySQL prefixes a key's name with its table; in MariaDB a name may contain a dot.
     table, _, name = (stated.constraint or "").partition(".")
     if name and re.search(rf"\b{re.escape(table)}\b", statement or ""):
@@ -256,8 +251,8 @@ def _read_mysql(error: BaseException, statement: str | None) -> StatedError:
 
 def _read_sqlite(error: BaseException, _statement: str | None) -> StatedError:
     # Python 3.11 lacks the name of the error that a STRICT table raises.
-    is_strict = _attribute(error, "sqlite_errorcode") == 3091
-    code = "SQLITE_CONSTRAINT_DATATYPE" if is_strict else _text(error, "sqlite_errorname")
+    is_strict = attribute_of(error, "sqlite_errorcode") == 3091
+    code = "SQLITE_CONSTRAINT_DATATYPE" if is_strict else text_of(error, "sqlite_errorname")
     return replace(_named_in(error.args[-1] if error.args else None), code=code)
 
 

@@ -7,15 +7,20 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
+from .details import details_of, sqlstate_of
 from .errors import driver_error, server_of
 
 # PostgreSQL drivers whose errors carry a severity if, and only if, the server reported them.
-SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
+SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg_async", "psycopg2"})
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
 _EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
 # idle_in_transaction_session_timeout and transaction_timeout end it before COMMIT arrives.
 _ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
+_HALF_ENDED: Final = (
+    ("InternalClientError", "cannot switch to state"),
+    ("OperationalError", "MySQL Connection not available"),
+)
 
 
 def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool:
@@ -35,21 +40,20 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
 
 def ended_before_commit(error: BaseException) -> bool:
     """Return whether a COMMIT that failed with this error was never sent, or met no transaction."""
-    # asyncpg sends nothing over a closed connection, nor over one that the server has just ended
-    # while asyncpg is still reading the server's last messages.
     found = driver_error(error)
-    unsent = type(found).__name__ == "InterfaceError" or is_half_ended(found)
+    # asyncpg sends nothing over a closed connection.
     is_asyncpg = type(found).__module__.startswith("asyncpg.")
-    return (is_asyncpg and unsent) or not sqlstates(found).isdisjoint(_ENDED_BEFORE)
+    unsent = (is_asyncpg and type(found).__name__ == "InterfaceError") or is_half_ended(found)
+    return unsent or not sqlstates(found).isdisjoint(_ENDED_BEFORE)
 
 
 def is_half_ended(error: BaseException) -> bool:
-    """Return whether asyncpg is still reading that the server has ended the connection.
+    """Return whether the driver sends nothing more, but SQLAlchemy doesn't see the lost connection.
 
-    SQLAlchemy doesn't recognise it as lost.
+    asyncpg is still reading the server's last messages; mysql.connector has closed its socket.
     """
     found = driver_error(error)
-    return type(found).__name__ == "InternalClientError" and "cannot switch to state" in str(found)
+    return any(name == type(found).__name__ and said in str(found) for name, said in _HALF_ENDED)
 
 
 def reported_by_server(error: BaseException, connection: Connection) -> bool:
@@ -57,9 +61,10 @@ def reported_by_server(error: BaseException, connection: Connection) -> bool:
     found = driver_error(error)
     if connection.dialect.driver not in SEVERITY_DRIVERS:
         return isinstance(found, connection.dialect.loaded_dbapi.Error)
-    # psycopg and psycopg2 keep the severity in `diag`, asyncpg on the error itself.
-    sources = getattr(found, "diag", None), found
-    return any(getattr(source, "severity", None) is not None for source in sources)
+    # pg8000 says "in failed transaction block" where the server has answered COMMIT with ROLLBACK.
+    rolled_back = "in failed transaction block" in str(found)
+    sources = details_of(found), found
+    return rolled_back or any(getattr(each, "severity", None) is not None for each in sources)
 
 
 def sqlstates(error: BaseException | None) -> set[str]:
@@ -67,7 +72,7 @@ def sqlstates(error: BaseException | None) -> set[str]:
     # In asyncpg's "connection was closed" the server's error is the cause of the cause.
     states: set[str] = set()
     for _ in range(4):  # bounded, because causes may form a cycle
-        states.update(filter(None, (getattr(error, "sqlstate", ""), getattr(error, "pgcode", ""))))
+        states.update(filter(None, [sqlstate_of(error)]))
         error = None if error is None else error.__cause__
     return states
 

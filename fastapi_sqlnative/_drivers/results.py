@@ -30,13 +30,16 @@ def ends_with_transaction(context: ExecutionContext) -> bool:
 def close_cursor(context: ExecutionContext) -> None:
     """Close a result's cursor, unless PostgreSQL has: it does when a savepoint is rolled back.
 
-    psycopg would send CLOSE for a named cursor, and its failure would abort the transaction.
+    psycopg and pg8000 would send CLOSE for a named cursor, and its failure would abort the
+    transaction.
     """
-    connection, name = context.root_connection, getattr(context.cursor, "name", None)
+    connection, cursor = context.root_connection, context.cursor
+    is_pg8000 = connection.dialect.driver == "pg8000"  # which knows no status
+    name = getattr(cursor, "ident" if is_pg8000 else "name", None)
     usable = name is not None and not (connection.closed or connection.invalidated)
-    if usable and status_of(connection) == IN_TRANSACTION:
+    if usable and (is_pg8000 or status_of(connection) == IN_TRANSACTION):
         # SQLAlchemy has made the name, out of hexadecimal numbers.
         found = f"SELECT 1 FROM pg_catalog.pg_cursors WHERE name = '{name}'"  # noqa: S608
         if fetch_row(connection, found) is None:
             return
-    context.cursor.close()
+    cursor.close()

@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import InvalidRequestError
 
+from .details import MYSQL_DEADLOCK, mysql_number
 from .errors import driver_error
 from .failures import sqlstates
 from .pools import awaits_autocommit
@@ -18,7 +19,6 @@ from .pools import awaits_autocommit
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 IN_TRANSACTION: Final = 2
 _IN_ERROR: Final = 3
-_MYSQL_DEADLOCK: Final = 1213
 _LONGEST: Final = 2**31 - 1  # milliseconds
 
 
@@ -86,13 +86,13 @@ def has_rolled_back(
     if connection.dialect.name == "sqlite":
         return changes(connection) != count_before and not is_open_on_sqlite(connection)
     if connection.dialect.name in {"mysql", "mariadb"}:
-        return driver_error(error).args[:1] == (_MYSQL_DEADLOCK,)
+        return mysql_number(driver_error(error)) == MYSQL_DEADLOCK
     in_savepoint = connection.in_nested_transaction()
     return before_commit and not in_savepoint and is_aborted(connection, doubtful=True)
 
 
 def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
-    """Return whether PostgreSQL (or CockroachDB) would answer COMMIT with a silent ROLLBACK.
+    """Return whether the database would answer COMMIT with a silent ROLLBACK, as PostgreSQL does.
 
     If that is `doubtful` and the driver doesn't expose the transaction's status, ask the server.
     """
@@ -101,12 +101,11 @@ def is_aborted(connection: Connection, *, doubtful: bool) -> bool:
     status = status_of(connection)
     if status is not None:
         return status == _IN_ERROR
-    if connection.dialect.name != "postgresql" and connection.dialect.driver != "asyncpg":
-        return False
     # Such listeners may execute statements in the driver's place and hide failures.
     events: Any = connection.dialect.dispatch
     heard = events.do_execute or events.do_execute_no_params or events.do_executemany
-    if not (doubtful or heard) or is_lost(connection) or autocommits(connection):
+    goes_on = connection.dialect.name in {"sqlite", "mysql", "mariadb", "mssql", "oracle"}
+    if goes_on or not (doubtful or heard) or is_lost(connection) or autocommits(connection):
         return False  # on a lost connection COMMIT fails anyway
     return not _accepts_queries(connection)
 
@@ -163,8 +162,7 @@ def limit_statements(connection: Connection, seconds: float) -> None:
     in AUTOCOMMIT there is no transaction.
     """
     if connection.dialect.name == "postgresql" and not autocommits(connection):
-        left = min(max(math.ceil(seconds * 1000), 1), _LONGEST)
-        connection.execute(_LIMIT, {"left": left})
+        connection.execute(_LIMIT, {"left": min(max(math.ceil(seconds * 1000), 1), _LONGEST)})
 
 
 def is_idle_in_transaction(connection: Connection, *, executing: bool) -> bool:
@@ -173,7 +171,7 @@ def is_idle_in_transaction(connection: Connection, *, executing: bool) -> bool:
     Another thread may be using the connection, and may close it meanwhile.
     """
     try:
-        if connection.closed or connection.invalidated or autocommits(connection):
+        if connection.closed or connection.invalidated:
             return False
         status = status_of(connection)
     except InvalidRequestError:
@@ -211,10 +209,16 @@ def status_of(connection: Connection) -> int | None:
 
 def _accepts_queries(connection: Connection) -> bool:
     """Return whether the transaction is not aborted, beginning it if necessary."""
+    dialect: Any = connection.dialect
+    is_postgres = dialect.name == "postgresql" or dialect.driver == "asyncpg"
     try:
+        if not is_postgres:
+            return bool(dialect.do_ping(connection.connection.dbapi_connection))
         # SHOW, because SET TRANSACTION is refused after a query.
         return fetch_row(connection, "SHOW transaction_isolation") is not None
-    except connection.dialect.loaded_dbapi.Error:
+    except dialect.loaded_dbapi.Error:
+        if not is_postgres:
+            return False  # DuckDB for example
         surface_loss(connection)
         raise
 
@@ -293,5 +297,4 @@ def would_store(connection: Connection, *, id_explained: bool, defined: bool) ->
         return False  # aborted
     assigned, written, explained, temporary, foreign, cataloged = row
     explained = temporary if defined else explained or id_explained
-    unexplained = cataloged and not explained
-    return bool(foreign or (assigned and (written or unexplained)))
+    return bool(foreign or (assigned and (written or (cataloged and not explained))))

@@ -95,11 +95,6 @@ def _after_begin(
 def _around_flush(session: Outermost, *_: object) -> None:
     record = session.sqlnative
     record.work.wrote = record.work.wrote or has_pending_changes(session)
-
-
-@event.listens_for(Outermost, "before_flush")
-def _before_flush(session: Outermost, *_: object) -> None:
-    record = session.sqlnative
     # A mapper's listeners get the connection, even for an object without a change to send.
     if not record.work.wrote and any(map(is_update_observed, session.dirty)):
         for connection in record.connections:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from .._drivers import results, transactions
 from .._drivers.pools import ConnectionHolder, ask_pool
 from .._routes import name_of_route
+from .options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
 from .shared import SharedState
 
 # The key in a request's scope under which it keeps its unit of work.
@@ -39,6 +40,8 @@ class Holder:
     # The scope of the session's request.
     request: Mapping[str, Any] = field(default_factory=empty)
     executing: bool = False  # a statement is running
+    options: TransactionOptions = NO_OPTIONS  # of the session's transactions
+    autocommits: bool = False  # each statement commits at once
     ends_at: float = math.inf  # when the server ends its statements, on the monotonic() clock
     on_idle: Any = None  # called when the connections are released
     on_wanted: Any = None  # then called with this before the next checkout
@@ -103,7 +106,8 @@ def holders_of(state: SharedState) -> tuple[ConnectionHolder, ...]:
             connections=len(uses),
             seconds=max(holder.seconds for holder, _ in uses),
             idle_in_transaction=sum(
-                transactions.is_idle_in_transaction(each, executing=holder.executing)
+                not (holder.autocommits or holder.options is AUTOCOMMIT)
+                and transactions.is_idle_in_transaction(each, executing=holder.executing)
                 for holder, each in uses
             ),
         )

@@ -24,7 +24,6 @@ class Record(Holder):
     ends, because their tracebacks reference the connection.
     """
 
-    options: TransactionOptions = NO_OPTIONS  # of the session's transactions
     loop_thread: int | None = None  # that the session must not block; None: it may run anywhere
     commits: bool = False  # our code commits the session at the end
     finished: bool = False  # the request or block has ended
@@ -40,7 +39,6 @@ class Record(Holder):
     # From here on, about one transaction.
     asked: bool = False  # for an engine: it has a connection or waits for one
     work: Work = field(default_factory=Work)
-    autocommits: bool = False  # each statement commits at once
     joined: bool = False  # the transaction is not the session's own
     stores_on: int = 1  # the number of connections with changes, counted before COMMIT
     committing: bool = False  # the next thing to run is COMMIT

@@ -1,6 +1,7 @@
 """Rule 11: functions and routes that cannot work, found before a request."""
 
 import functools
+import inspect
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
@@ -204,6 +205,44 @@ async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None
 
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
+
+
+def decorated(ours: Callable[..., Any], **others: Any) -> Any:
+    """Make of a dependency of ours one that gives plain data and needs others, too."""
+
+    @functools.wraps(ours)
+    async def counts(connection: Any, **_: object) -> int:
+        session = await ours(connection=connection)
+        return int(await session.scalar(text("SELECT 7")))
+
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=Depends(each))
+        for name, each in others.items()
+    ]
+    made: Any = counts
+    made.__signature__ = inspect.Signature([*inspect.signature(ours).parameters.values(), *added])
+    return made
+
+
+@pytest.mark.parametrize("ours", [get_db(), reader()])
+async def test_a_decorator_may_make_something_else_of_the_session(ours: Any) -> None:
+    """What a decorator around a dependency of ours gives may suit where a session would not."""
+    app = with_database()
+
+    @app.get("/items")
+    def endpoint(found: Annotated[int, Depends(decorated(ours), scope="request")]) -> int:
+        return found
+
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
+async def test_what_a_decorator_needs_is_checked_too() -> None:
+    """A decorator may add a dependency, whose database must be installed like any other."""
+    app = with_database()
+    app.get("/items", dependencies=[Depends(decorated(get_db(), other=get_db("gone")))])(print)
+    with pytest.raises(DatabaseNotInstalledError, match="gone"):
+        await start_and_stop(app)
 
 
 # -- generators --------------------------------------------------------------------------------

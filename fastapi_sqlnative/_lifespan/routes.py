@@ -89,10 +89,13 @@ def _examine(running: Running, context: Any) -> Opened:
                     running.database(ours.name)
                 continue
             database = running.database(ours.name)
-            _check_annotation(parent.call, child, database)
+            is_bare = child.call is ours  # what a decorator returns may be anything
+            if is_bare:
+                _check_annotation(parent.call, child, database)
             if isinstance(ours, dependencies.SessionDependency):
-                _check_scope(child, ours.name, outlives)
-                _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
+                if is_bare:
+                    _check_scope(child, ours.name, outlives)
+                    _check_function(parent.call, child, database, is_endpoint=parent is endpoint)
                 _check_autocommit(ours, database)
                 _leave_out_override(child)
             # transactional(name) shares get_db(name)'s session; a handle may open another one.
@@ -134,7 +137,7 @@ def _walk(
             )
         if isinstance(ours, dependencies.DatabaseDependency):
             yield parent, child, outlives
-        else:
+        if not isinstance(call, dependencies.DatabaseDependency):  # a decorator may add its own
             above = outlives
             if child.scope != "function" and functions.is_generator(call):
                 above = call
@@ -179,7 +182,7 @@ def _check_scope(child: Dependant, name: str, outlives: object) -> None:
 
 
 def _check_annotation(function: Any, child: Dependant, database: AnyDatabase) -> None:
-    is_session = isinstance(call_of(child), dependencies.SessionDependency)
+    is_session = isinstance(child.call, dependencies.SessionDependency)
     given: type = sessions_of(database).class_ if is_session else type(database)
     annotation = functions.annotation_of(function, child.name)
     named = [each for each in functions.classes_in(annotation) if issubclass(each, _GIVEN)]

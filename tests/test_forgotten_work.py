@@ -244,8 +244,9 @@ async def test_no_forgotten_work_is_a_success(
     ("dependency", "refused"),
     [(get_db(), UncommittedChangesError), (reader(), ReadOnlySessionError)],
 )
+@pytest.mark.parametrize("again", [False, True], ids=["connected", "connects"])
 async def test_what_a_listener_writes_for_an_unchanged_row_is_no_success(
-    kind: Kind, engine: Engine, there: Rows, dependency: Any, refused: type[Exception]
+    kind: Kind, engine: Engine, there: Rows, dependency: Any, refused: type[Exception], again: bool
 ) -> None:
     """A mapper's listener writes in a flush that has nothing else to send, and that counts."""
 
@@ -254,6 +255,8 @@ async def test_what_a_listener_writes_for_an_unchanged_row_is_no_success(
 
     def body(session: Session) -> None:
         row = session.scalars(select(Item)).one()
+        if again:  # the flush is what connects
+            session.commit()
         row.name = str(row.name)
         session.flush()
 

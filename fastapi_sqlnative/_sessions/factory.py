@@ -76,6 +76,8 @@ def _after_begin(
     if connection in record.connections:
         return  # a savepoint on a connection that the record has
     record.begun_on(connection)
+    if record.work.handed_out:
+        record.hand_out(connection)
     if record.finished and not record.ending:
         # A task or thread that outlived the request was still waiting for the pool.
         record.discard_connections()
@@ -97,6 +99,7 @@ def _around_flush(session: Outermost, *_: object) -> None:
     record.work.wrote = record.work.wrote or has_pending_changes(session)
     # A mapper's listeners get the connection, even for an object without a change to send.
     if not record.work.wrote and any(map(is_update_observed, session.dirty)):
+        record.work.handed_out = True  # also of a connection that joins in the flush
         for connection in record.connections:
             record.hand_out(connection)
 

@@ -340,6 +340,13 @@ def test_a_driver_that_keeps_its_code_elsewhere_is_read(error: Exception, code: 
     assert (found.kind, found.code, found.constraint) == (Kind.UNIQUE, code, "uq")
 
 
+def test_a_number_without_a_text_is_enough() -> None:
+    """An error that a pool or a test makes of a connector's class may have no text at all."""
+    found = describe_database_error(wrapped(of_driver("mariadb", errno=1062)))
+    assert found is not None
+    assert (found.kind, found.constraint) == (Kind.UNIQUE, None)
+
+
 def test_a_commit_that_pg8000_finds_rolled_back_is_not_unknown() -> None:
     """The server has said so, in no error of its own; other words of pg8000's are its own."""
     engine = create_engine("sqlite://")

@@ -241,7 +241,8 @@ def _read_mysql(error: BaseException, statement: str | None) -> StatedError:
     if not isinstance(number, int) or not 0 < number < 100_000:
         is_infinite = isinstance(number, str) and number.endswith(" can not be used with MySQL")
         return StatedError("bad_value" if is_infinite else "")
-    stated = replace(_named_in(text_of(error, "msg") or error.args[-1]), code=str(number))
+    said = text_of(error, "msg") or next(reversed(error.args), None)
+    stated = replace(_named_in(said), code=str(number))
     # MySQL prefixes a key's name with its table; in MariaDB a name may contain a dot.
     table, _, name = (stated.constraint or "").partition(".")
     if name and re.search(rf"\b{re.escape(table)}\b", statement or ""):

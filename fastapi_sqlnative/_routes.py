@@ -1,5 +1,6 @@
 """Lookups in the routes of an application."""
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,8 +47,10 @@ def _opens(dependant: Dependant | None) -> bool:
 
 
 def call_of(dependency: Dependant) -> Any:
-    """Return what a dependency calls, behind decorators, as FastAPI reads it."""
+    """Return what a dependency calls, behind partials and decorators, as FastAPI reads it."""
     call: Any = dependency.call
+    while isinstance(call, functools.partial):
+        call = call.func
     return inspect.unwrap(call)
 
 

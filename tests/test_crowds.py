@@ -64,10 +64,10 @@ def using_in_thread(session: Annotated[Session, Depends(get_db("sync"))]) -> Non
     session.execute(text("SELECT 1"))
 
 
-def add_with_a_reader(app: FastAPI, kind: Kind) -> None:
+def add_with_a_reader(app: FastAPI, kind: Kind, read: Callable[..., Any] = reader()) -> None:
     """Let each request hold a connection and wait for a second one."""
     first = Depends(using(kind, Depends(get_db()), ask))
-    route(app, kind, "/", reader(), ask, dependencies=[first])
+    route(app, kind, "/", read, ask, dependencies=[first])
 
 
 def add_with_a_handle(app: FastAPI, kind: Kind) -> None:
@@ -113,9 +113,12 @@ def add_decorated(app: FastAPI, kind: Kind) -> None:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
         return await read(*args, **kwargs)
 
-    second = using(kind, Depends(decorated), ask)
-    first = Depends(using(kind, Depends(get_db()), ask))
-    app.post("/", dependencies=[first], status_code=201)(second)
+    add_with_a_reader(app, kind, decorated)
+
+
+def add_partial(app: FastAPI, kind: Kind) -> None:
+    """Declare the reader as a partial."""
+    add_with_a_reader(app, kind, functools.partial(reader()))
 
 
 def add_unlisted(app: FastAPI, kind: Kind) -> None:
@@ -138,6 +141,7 @@ def add_unlisted(app: FastAPI, kind: Kind) -> None:
         pytest.param(add_with_a_handle, False, id="handle"),
         pytest.param(add_wrapped, False, id="wrapped"),
         pytest.param(add_decorated, False, id="decorated"),
+        pytest.param(add_partial, False, id="partial"),
         pytest.param(add_unlisted, False, id="unlisted"),
         pytest.param(add_wrapped, True, id="wrapped, while running"),
     ],

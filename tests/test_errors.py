@@ -46,7 +46,7 @@ from fastapi_sqlnative import (
     http_errors,
     map_database_error,
 )
-from fastapi_sqlnative._drivers.failures import reported_by_server
+from fastapi_sqlnative._drivers.failures import ended_before_commit, reported_by_server
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
     CommitOutcomeUnknownError,
@@ -355,6 +355,14 @@ def test_a_commit_that_pg8000_finds_rolled_back_is_not_unknown() -> None:
     with engine.connect() as connection:
         found = [reported_by_server(of_driver("pg8000", each), connection) for each in said]
     assert found == [True, True, False]
+
+
+def test_a_commit_that_mysql_connector_has_not_sent_is_not_unknown() -> None:
+    """It says so, once it has closed its socket; its other errors may have met a COMMIT."""
+    said = "MySQL Connection not available.", "Lost connection to MySQL server during query"
+    module = "mysql.connector.errors"
+    found = [ended_before_commit(of_driver(module, each, name="OperationalError")) for each in said]
+    assert found == [True, False]
 
 
 def test_a_lost_connection_that_only_pg8000_words_is_read() -> None:

@@ -240,6 +240,29 @@ async def test_no_forgotten_work_is_a_success(
                 assert (there.names, found) == (["there"], (None, None, 0))
 
 
+async def test_a_forgotten_write_to_a_foreign_table_is_no_success(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """PostgreSQL gives no transaction id for it, and stores it on the other server."""
+    rows.connection.execute("""
+        CREATE EXTENSION postgres_fdw;
+        DO $$BEGIN EXECUTE format(
+            'CREATE SERVER other FOREIGN DATA WRAPPER postgres_fdw
+             OPTIONS (host ''127.0.0.1'', port %L, dbname %L);
+             CREATE USER MAPPING FOR CURRENT_USER SERVER other
+             OPTIONS (user %L, password_required ''false'')',
+            current_setting('port'), current_database(), current_user
+        ); END$$;
+        CREATE FOREIGN TABLE away (name text) SERVER other OPTIONS (table_name 'item')
+    """)
+    try:
+        with pytest.raises(UncommittedChangesError):
+            await ask(engine, kind, get_db(), run("INSERT INTO away VALUES ('lost')"))
+    finally:
+        rows.connection.execute("DROP EXTENSION postgres_fdw CASCADE")
+    assert rows.names == []
+
+
 @pytest.mark.parametrize(
     ("dependency", "refused"),
     [(get_db(), UncommittedChangesError), (reader(), ReadOnlySessionError)],

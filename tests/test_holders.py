@@ -38,7 +38,8 @@ def wait(session: Session) -> None:
     session.execute(text("SELECT pg_advisory_xact_lock(7)"))
 
 
-async def test_the_status_asks_no_driver() -> None:
+@pytest.mark.parametrize(("isolation_level", "idle"), [("SERIALIZABLE", 1), ("AUTOCOMMIT", 0)])
+def test_the_status_asks_no_driver(isolation_level: Any, idle: int) -> None:
     """A driver that asks its server (mysql.connector's) would disturb a statement of another."""
     asked: list[str] = []
 
@@ -48,14 +49,16 @@ async def test_the_status_asks_no_driver() -> None:
             asked.append("autocommit")
             return False
 
-    engine = create_engine("sqlite://", connect_args={"factory": Asking})
+    engine = create_engine(
+        "sqlite://", connect_args={"factory": Asking}, isolation_level=isolation_level
+    )
     database = Database(engine)
     with database.session() as session:
         session.execute(text("SELECT 1"))
         asked.clear()
-        assert [each.connections for each in database.pool_status().holders] == [1]
+        (holder,) = database.pool_status().holders
     engine.dispose()
-    assert asked == []
+    assert (holder.connections, holder.idle_in_transaction, asked) == (1, idle, [])
 
 
 @asynccontextmanager

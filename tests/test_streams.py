@@ -23,7 +23,7 @@ from fastapi_sqlnative import (
     install_database,
     transactional,
 )
-from fastapi_sqlnative._drivers.results import close_cursor
+from fastapi_sqlnative._drivers import results
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, UncommittedChangesError
 from tests.conftest import MakeEngine
 from tests.in_process import ask, async_sqlite, sqlite
@@ -509,16 +509,19 @@ def test_a_task_of_the_response_waits_for_the_commit(
     assert seen == [["2", "taken"]]
 
 
-def test_a_cursor_that_the_server_has_closed_is_not_closed_again(postgres: WorkerPostgres) -> None:
+def test_a_cursor_that_the_server_has_closed_is_not_closed_again(
+    postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The failure would abort the transaction; pg8000's cursor has its name as `ident`."""
     closed: list[str] = []
     engine = create_engine(postgres.url("psycopg"))
     with engine.connect() as connection:
         engine.dialect.driver = "pg8000"
+        monkeypatch.setattr(results, "status_of", lambda _connection: None)  # it doesn't know
         connection.execute(text("DECLARE there CURSOR FOR SELECT 1"))
         for name in "there", "gone":
             cursor = SimpleNamespace(ident=name, close=partial(closed.append, name))
             context: Any = SimpleNamespace(root_connection=connection, cursor=cursor)
-            close_cursor(context)
+            results.close_cursor(context)
     engine.dispose()
     assert closed == ["there"]

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
-MYSQL_DEADLOCK: Final = 1213
 # The fields of pg8000's errors, a dictionary, go by their letters in PostgreSQL's protocol.
 _LETTERS: Final = {
     "severity": "S",

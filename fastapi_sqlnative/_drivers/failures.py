@@ -63,7 +63,7 @@ def reported_by_server(error: BaseException, connection: Connection) -> bool:
         return isinstance(found, connection.dialect.loaded_dbapi.Error)
     # pg8000 says "in failed transaction block" where the server has answered COMMIT with ROLLBACK.
     rolled_back = "in failed transaction block" in str(found)
-    sources = details_of(found), found
+    sources = details_of(found), found  # the toolkit states it on psycopg's error itself
     return rolled_back or any(getattr(each, "severity", None) is not None for each in sources)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import InvalidRequestError
 
-from .details import MYSQL_DEADLOCK, mysql_number
+from .details import mysql_number
 from .errors import driver_error
 from .failures import sqlstates
 from .pools import awaits_autocommit
@@ -86,7 +86,7 @@ def has_rolled_back(
     if connection.dialect.name == "sqlite":
         return changes(connection) != count_before and not is_open_on_sqlite(connection)
     if connection.dialect.name in {"mysql", "mariadb"}:
-        return mysql_number(driver_error(error)) == MYSQL_DEADLOCK
+        return mysql_number(driver_error(error)) == 1213  # a deadlock
     in_savepoint = connection.in_nested_transaction()
     return before_commit and not in_savepoint and is_aborted(connection, doubtful=True)
 

@@ -4,6 +4,7 @@ from traceback import walk_tb
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine.characteristics import IsolationLevelCharacteristic
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
@@ -14,6 +15,8 @@ from .errors import driver_error, server_of
 SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg_async", "psycopg2"})
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
+# The second asks the server on MySQL: for a reader's AUTOCOMMIT, before the first statement.
+_CONNECTING: Final = (Engine.raw_connection, IsolationLevelCharacteristic.set_characteristic)
 _EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
 # idle_in_transaction_session_timeout and transaction_timeout end it before COMMIT arrives.
 _ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})
@@ -83,7 +86,7 @@ def recognize(error: BaseException) -> OperationalError | None:
     # rules out an OSError of the application's, raised in a listener for example.
     if not isinstance(error, OSError) and server_of(error) is None:
         return None
-    if _passed(error, Engine.raw_connection):
+    if any(_passed(error, each) for each in _CONNECTING):
         return OperationalError(None, None, error)
     if isinstance(error, OSError) and any(_passed(error, each) for each in _EXECUTING):
         return OperationalError("", None, error)  # asyncpg's `command_timeout`, in a statement

@@ -115,6 +115,15 @@ async def test_an_override_is_called_at_the_end_of_a_request(
     assert rows.names == (["a"] if body is add_a else [])
 
 
+async def run_block(engine: Engine | AsyncEngine, body: Body, options: dict[str, Any]) -> None:
+    if isinstance(engine, AsyncEngine):
+        async with AsyncDatabase(engine, session_options=options).transaction() as session:
+            await session.run_sync(body)
+    else:
+        with Database(engine, session_options=options).transaction() as session:
+            body(session)
+
+
 @pytest.mark.parametrize("body", [add_a, fail], ids=["add", "fail"])
 async def test_an_override_is_called_at_the_end_of_a_block(
     kind: Kind,
@@ -126,12 +135,7 @@ async def test_an_override_is_called_at_the_end_of_a_block(
     """So they do in a transaction of the handle's."""
     options, log = telling_options
     try:
-        if isinstance(engine, AsyncEngine):
-            async with AsyncDatabase(engine, session_options=options).transaction() as session:
-                await session.run_sync(body)
-        else:
-            with Database(engine, session_options=options).transaction() as session:
-                body(session)
+        await run_block(engine, body, options)
     except ZeroDivisionError:
         assert body is fail
     finally:
@@ -555,6 +559,59 @@ async def test_a_failed_flush_is_rolled_back_once(
     with pytest.raises(ZeroDivisionError):
         await ask(engine, kind, transactional(), fail_and_add, session_options=options)
     assert (len(heard), caplog.messages, rows.names) == (1, [], ["a"])
+
+
+def commit_conflict(session: Session) -> None:
+    add_conflict(session)
+    session.commit()
+
+
+@pytest.mark.parametrize(
+    ("dependency", "body", "error"),
+    [
+        (transactional(), add_conflict, IntegrityError),
+        (get_db(), commit_conflict, IntegrityError),
+        (get_db(), add_a, UncommittedChangesError),
+    ],
+    ids=["at the end", "the endpoint's own", "forgotten"],
+)
+async def test_listeners_hear_a_rollback_if_the_commit_fails(
+    kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body, error: type[Exception]
+) -> None:
+    """Where a COMMIT is refused or forgotten, `after_rollback` runs, as after any other error."""
+    heard: list[Session] = []
+
+    class Listening(Session): ...
+
+    event.listen(Listening, "after_rollback", heard.append)
+    options = session_class(kind, Listening)
+    with pytest.raises(error):
+        await ask(engine, kind, dependency, body, session_options=options)
+    assert (len(heard), rows.names) == (1, [])
+
+
+async def test_listeners_of_a_block_hear_a_rollback_if_the_commit_fails(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """So they do in a transaction of the handle's; not if the COMMIT succeeds and they fail."""
+    heard: list[Session] = []
+
+    class Listening(Session): ...
+
+    event.listen(Listening, "after_rollback", heard.append)
+    options = session_class(kind, Listening)
+    with pytest.raises(IntegrityError):
+        await run_block(engine, add_conflict, options)
+    assert (len(heard), rows.names) == (1, [])
+
+    @event.listens_for(Listening, "after_commit")
+    def explode(_session: Session) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(AfterCommitError):
+        await run_block(engine, add_a, options)
+    assert (len(heard), rows.names) == (1, ["a"])
+    await dispose(engine)
 
 
 # -- names -------------------------------------------------------------------------------------

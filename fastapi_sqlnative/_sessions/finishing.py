@@ -92,8 +92,10 @@ def end(session: AnySession, error: BaseException | None = None) -> None:
         or len(inner.dispatch.after_soft_rollback) > 1
         or "rollback" in overridden
     )
-    # A failed flush has already rolled back. SQLAlchemy would warn about changes made since.
-    methods = ("rollback", "close") if observed and inner.is_active else ("close",)
+    # A failed flush has already rolled back: SQLAlchemy would warn about changes made since. After
+    # a successful COMMIT, whose listener failed, it refuses to.
+    over = not inner.is_active and (record.committed or inner.new or inner.dirty or inner.deleted)
+    methods = ("rollback", "close") if observed and not over else ("close",)
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
         return None  # never used: nothing to roll back, release or detach
     record.ending = bool(overridden) or "rollback" in methods
@@ -209,8 +211,10 @@ async def finish(
         try:
             if error is None:
                 success()
-        finally:
-            end_all(sessions, error)
+        except BaseException as failure:
+            end_all(sessions, failure)
+            raise
+        end_all(sessions, error)
 
     cancelled = isinstance(error, (asyncio.CancelledError, RequestCancelledError))
     waiting = [each for each in sessions if waits(each)]

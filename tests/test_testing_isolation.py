@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import await_only
+from starlette.responses import StreamingResponse
 from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 
@@ -1083,6 +1084,32 @@ def test_server_sent_events_beside_a_dependency(
     with TestClient(app) as client, isolated(app) as own:
         own.add(Item(name="own"))
         assert 'data: ["own"]' in client.get("/events").text
+        assert client.post("/add").status_code == 201
+
+
+def test_a_stream_that_the_test_leaves(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """Its session ends, as under a server, and the next request need not wait for it."""
+    app = make_app(kind, engine)
+
+    async def lines(database: Any) -> AsyncGenerator[str]:
+        async with database.session() as session:
+            for name in (await session.scalars(select(Item.name))).all() * 3:
+                yield name
+
+    def sync_lines(database: Any) -> Iterator[str]:
+        with database.session() as session:
+            yield from names(session) * 3
+
+    @app.get("/stream")
+    async def stream(database: Handle) -> StreamingResponse:
+        return StreamingResponse(lines(database) if kind.asynchronous else sync_lines(database))
+
+    with TestClient(app) as client, isolated(app) as own:
+        own.add(Item(name="own"))
+        with client.stream("GET", "/stream") as answer:
+            assert next(answer.iter_text()).startswith("own")
         assert client.post("/add").status_code == 201
 
 

@@ -1,6 +1,7 @@
 """Taking turns on isolated connections, across requests, threads and event loops."""
 
 import asyncio
+import gc
 import threading
 import weakref
 from collections import deque
@@ -59,6 +60,12 @@ def marking_requests(app: Starlette) -> Generator[None]:
             FLOW.set(())  # tasks that the application starts are not part of the test
         try:
             await inner(scope, receive, send)
+        except asyncio.CancelledError:
+            # `TestClient` cancels a stream that the test leaves, and references in a cycle keep
+            # its generator, with its session, alive.
+            if scope["type"] == "http":
+                asyncio.get_running_loop().call_soon(gc.collect)
+            raise
         finally:
             SERVED.set(before)  # the request may run in the test's own task
         if REFUSED in scope:

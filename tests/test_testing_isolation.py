@@ -685,6 +685,22 @@ def test_the_session_and_a_request_in_another_thread(app: FastAPI, rows: Rows) -
         assert threads.submit(client.post, "/names").result().json() == ["mine"]
 
 
+def test_a_block_that_ends_before_one_inside_it(app: FastAPI, rows: Rows) -> None:
+    """The error says so, both are undone, and later blocks are not affected."""
+    with TestClient(app) as client:
+        outer, inner = isolated(app), isolated(app)
+        for block, name in (outer, "outer"), (inner, "inner"):
+            block.__enter__().add(Item(name=name))
+            assert name in client.post("/names").json()
+        with pytest.raises(IsolationError, match="leave that one first"):
+            outer.__exit__()
+        inner.__exit__()
+        with isolated(app) as own:
+            own.add(Item(name="later"))
+            assert client.post("/names").json() == ["later"]
+    assert rows.names == []
+
+
 def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> None:
     """As the fixtures of anyio do: a block within it shares the connection."""
     with TestClient(app) as client:

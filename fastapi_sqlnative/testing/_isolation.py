@@ -134,6 +134,11 @@ class Isolated:
 
     def _leave(self) -> None:
         mine = [each for each in self.connections if self in each.blocks]
+        inner = None
+        for each in mine:
+            while (last := next(reversed(each.blocks))) is not self:
+                inner = last
+                inner.__exit__()
         with ExitStack() as turn:  # of all of them, so that a worker ends what it has begun
             for each in [each for each in mine if each.blocks[self] is not None][:1]:
                 with suppress(IsolationError):  # what it has open for so long is undone as well
@@ -142,6 +147,8 @@ class Isolated:
             self._restore.close()
             for each in mine:
                 each.leave(self)
+        if inner is not None:
+            raise IsolationError("A block inside this one was still open: leave that one first.")
 
     # -- the databases ---------------------------------------------------------------------
 

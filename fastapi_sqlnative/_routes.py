@@ -76,9 +76,10 @@ def name_of_route(scope: Mapping[str, Any]) -> str | None:
 
 
 def _mounted(route: Any) -> Starlette | Router | None:
-    if not isinstance(getattr(route, "original_route", route), Mount | Host):
+    original = getattr(route, "original_route", route)
+    if not isinstance(original, Mount | Host):
         return None
-    app = route.app
+    app: Any = original.app
     for _ in range(100):  # a mock has an attribute of every name, without end
         if isinstance(app, Starlette | Router):
             return app

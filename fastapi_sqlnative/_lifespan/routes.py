@@ -76,7 +76,10 @@ def _original(context: object) -> object:
 
 def _examine(running: Running, context: Any) -> Opened:
     """Refuse a route whose dependencies on a database cannot work; return what it opens."""
-    endpoint, route = getattr(context, "dependant", None), _original(context)
+    route = _original(context)
+    # Before 0.143, FastAPI does not pass on the dependencies of an included websocket.
+    context = getattr(context, "starlette_route", None) or context
+    endpoint = getattr(context, "dependant", None)
     if endpoint is None:
         return Counter()
     opened: set[tuple[AnyDatabase, object]] = set()

@@ -14,7 +14,7 @@ DELAY = 0.02  # seconds, each way
 
 
 class Fault(Enum):
-    """Name what happens to a COMMIT on its way, or to everything."""
+    """Name what happens to a COMMIT, or what `at` says, on its way, or to everything."""
 
     NONE = "pass it on"
     DROPPED = "cut the connection before the server sees it"
@@ -36,6 +36,7 @@ class Proxy:
     host: str
     port: int
     fault: Fault = Fault.NONE
+    at: bytes = b"COMMIT"  # drivers send it as text, and nothing else in these tests says it
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)  # a client has hung up
@@ -98,8 +99,7 @@ class _Pair:
     def forward(self) -> None:
         with contextlib.suppress(OSError):
             while data := self.client.recv(CHUNK):
-                # Drivers send COMMIT as text, and nothing else in these tests says it.
-                if b"COMMIT" in data:
+                if self.proxy.at in data:
                     self.fail()
                 if self.passes():
                     self.server.sendall(data)

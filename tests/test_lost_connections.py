@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, select, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -83,6 +83,26 @@ def test_a_connection_lost_before_commit_is_not_unknown(
         response = served.post("/")
         assert response.status_code == 500
         assert response.json()["error"] != "CommitOutcomeUnknownError"
+    assert rows.names == []
+
+
+@pytest.mark.parametrize("kind", KINDS[::2], indirect=True, ids=lambda kind: kind.id)
+def test_a_connection_lost_while_a_stream_is_closed_is_sqlalchemys_error(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
+) -> None:
+    """A stream's cursor is closed before COMMIT is sent: what is lost there is not stored."""
+
+    def add_and_stream(session: Session) -> None:
+        session.add_all([Item(name="a"), Item(name="b")])
+        query = select(Item.name).execution_options(stream_results=True, max_row_buffer=1)
+        assert session.execute(query).fetchmany(1)
+
+    app = make_app(behind_proxy, **ANSWERING)
+    route(app, kind, "/", transactional(), add_and_stream)
+    proxy.fault, proxy.at = Fault.DROPPED, b"pg_cursors"
+    with serve(app) as served:
+        assert served.post("/").json()["error"] in LOST
+    assert proxy.reached.is_set()
     assert rows.names == []
 
 

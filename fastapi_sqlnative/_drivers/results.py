@@ -37,9 +37,12 @@ def close_cursor(context: ExecutionContext) -> None:
     is_pg8000 = connection.dialect.driver == "pg8000"  # which knows no status
     name = getattr(cursor, "ident" if is_pg8000 else "name", None)
     usable = name is not None and not (connection.closed or connection.invalidated)
-    if usable and (is_pg8000 or status_of(connection) == IN_TRANSACTION):
-        # SQLAlchemy has made the name, out of hexadecimal numbers.
-        found = f"SELECT 1 FROM pg_catalog.pg_cursors WHERE name = '{name}'"  # noqa: S608
-        if fetch_row(connection, found) is None:
-            return
-    cursor.close()
+    known_gone = False
+    try:
+        if usable and (is_pg8000 or status_of(connection) == IN_TRANSACTION):
+            # SQLAlchemy has made the name, out of hexadecimal numbers.
+            found = f"SELECT 1 FROM pg_catalog.pg_cursors WHERE name = '{name}'"  # noqa: S608
+            known_gone = fetch_row(connection, found) is None
+    finally:
+        if not known_gone:
+            cursor.close()

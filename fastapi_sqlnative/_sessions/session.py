@@ -224,8 +224,8 @@ def _check_before_commit(session: NativeSession) -> None:
     record = session.sqlnative
     # Flush here, not in commit() after this check: flush listeners may swallow an error.
     session.flush()
+    record.end_results(streams_only=True)  # before the check: a connection may be lost there
     record.check_committable()
-    record.end_results(streams_only=True)
     record.committing = session.is_active  # after a failed flush, SQLAlchemy refuses to commit
 
 

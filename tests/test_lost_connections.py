@@ -86,6 +86,28 @@ def test_a_connection_lost_before_commit_is_not_unknown(
     assert rows.names == []
 
 
+def test_a_lost_connection_is_unavailable_however_often_it_is_swallowed(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
+) -> None:
+    """A handler that swallows the loss, and the error after it, leaves a request to repeat."""
+
+    def add_and_swallow(session: Session) -> None:
+        with contextlib.suppress(DBAPIError), session.begin_nested():
+            session.add(Item(name="a"))
+        with contextlib.suppress(PendingRollbackError):
+            session.add(Item(name="b"))
+            session.flush()
+
+    app = FastAPI()
+    install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
+    install_error_handlers(app)
+    route(app, kind, "/", transactional(), add_and_swallow)
+    proxy.fault, proxy.at = Fault.DROPPED, b"SAVEPOINT"
+    with serve(app) as served:
+        assert served.post("/").status_code == 503
+    assert rows.names == []
+
+
 @pytest.mark.parametrize("kind", KINDS[::2], indirect=True, ids=lambda kind: kind.id)
 def test_a_connection_lost_while_a_stream_is_closed_is_sqlalchemys_error(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows

@@ -146,9 +146,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _lost_before(error: BaseException) -> bool:
     """Return whether a transaction cannot go on because its connection was lost, then swallowed."""
-    # 8s2b is SQLAlchemy's code for that, and our error has the loss as its cause.
+    # 8s2b is SQLAlchemy's code for that, and our error has either as its cause.
     lost = getattr(error.__cause__, "connection_invalidated", False)
-    return bool(lost) or getattr(error, "code", None) == "8s2b"
+    return bool(lost) or any(getattr(e, "code", None) == "8s2b" for e in (error, error.__cause__))
 
 
 def _describe(error: exc.DBAPIError, metadata: MetaData | None) -> DatabaseErrorDescription:

@@ -87,11 +87,13 @@ def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
         event.listen(optional, "commit", _unset_read_only)
         event.listen(optional, "rollback", _unset_read_only)
     if options.sends_level(engine.dialect):
-        level = f"SET TRANSACTION ISOLATION LEVEL {options.isolation_level}"  # of the next one only
-        for beginning in "begin", "begin_twophase":
-            event.listen(
-                optional, beginning, lambda connection, *_: connection.exec_driver_sql(level)
-            )
+
+        def send_level(connection: Connection, *_: object) -> None:
+            level = f"SET TRANSACTION ISOLATION LEVEL {options.isolation_level}"
+            connection.exec_driver_sql(level)  # for the next transaction only
+
+        event.listen(optional, "begin", send_level)
+        event.listen(optional, "begin_twophase", send_level)
     return optional
 
 

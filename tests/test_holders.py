@@ -192,7 +192,7 @@ async def test_connections_of_others_are_counted(
         if kind.asynchronous:
             await closed
     (told,) = raised.value.__notes__
-    assert told.endswith("are held by code outside fastapi-sqlnative: 1.")
+    assert told.endswith(" connecting, or code outside fastapi-sqlnative: 1.")
 
 
 @pytest.mark.parametrize(("limit", "warned"), [(0, True), (60, False), (None, False)])

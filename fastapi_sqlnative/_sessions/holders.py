@@ -141,6 +141,6 @@ def _described(state: SharedState) -> Iterator[str]:
         yield f"{route}: {each.connections}, up to {each.seconds:.1f} s{idle}"
     others = (ask_pool(state.root.pool, "checkedout") or 0) - ours
     if others > 0:
-        yield f"code outside fastapi-sqlnative: {others}"
+        yield f"sessions that are connecting, or code outside fastapi-sqlnative: {others}"
     elif not ours:
         yield "no one anymore"

@@ -128,6 +128,26 @@ def test_a_connection_lost_while_a_stream_is_closed_is_sqlalchemys_error(
     assert rows.names == []
 
 
+@pytest.mark.parametrize("kind", KINDS[::2], indirect=True, ids=lambda kind: kind.id)
+def test_a_stream_read_to_its_end_costs_no_query(
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
+) -> None:
+    """At COMMIT, nobody asks for a cursor that SQLAlchemy has closed."""
+
+    def add_and_stream(session: Session) -> None:
+        session.add_all([Item(name="a"), Item(name="b")])
+        query = select(Item.name).execution_options(stream_results=True, max_row_buffer=1)
+        assert len(session.execute(query).all()) == 2
+
+    app = make_app(behind_proxy, **ANSWERING)
+    route(app, kind, "/", transactional(), add_and_stream)
+    proxy.at = b"pg_cursors"
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert not proxy.reached.is_set()
+    assert rows.names == ["a", "b"]
+
+
 def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

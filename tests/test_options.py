@@ -32,7 +32,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
@@ -42,9 +42,9 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from fastapi_sqlnative import (
     AsyncDatabase,
     Database,
-    describe_database_error,
     get_db,
     install_database,
+    install_error_handlers,
     reader,
     transactional,
 )
@@ -853,99 +853,30 @@ def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
     assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
 
 
-# -- MariaDB, which gets an isolation level in a statement -------------------------------------
-
-ON_MARIADB = Kind("pymysql", "pymysql", False), Kind("asyncmy", "asyncmy", True)
-
-
-@pytest.fixture
-def server(mariadb: str) -> Iterator[Engine]:
-    """Give an engine with a database of its own, and a row to lock."""
-    url = make_url(mariadb).set(drivername="mysql+pymysql", database="sqlnative_options")
-    admin = create_engine(url.set(database=""))
-    with admin.begin() as connection:
-        connection.execute(text("CREATE OR REPLACE DATABASE sqlnative_options"))
-        connection.execute(text("CREATE TABLE sqlnative_options.item (id int PRIMARY KEY)"))
-        connection.execute(text("INSERT INTO sqlnative_options.item VALUES (1)"))
-    admin.dispose()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-
-
-def engine_on(server: Engine, kind: Kind) -> Any:
-    create = create_async_engine if kind.asynchronous else create_engine
-    url = server.url.set(drivername=f"mysql+{kind.driver}")
-    return create(url, pool_size=1, max_overflow=0)
+# -- MariaDB, which is sent an isolation level before the first statement ----------------------
 
 
 @pytest.mark.mariadb
-@pytest.mark.parametrize("kind", ON_MARIADB, ids=lambda kind: kind.id)
-@pytest.mark.parametrize("twophase", [False, True])
-def test_mariadbs_isolation_level_holds_for_one_transaction(
-    kind: Kind, server: Engine, twophase: bool
-) -> None:
-    """A serializable transaction locks what it reads, also the second one of a session."""
-
-    def locks(session: Session) -> bool:
-        session.execute(text("SELECT id FROM item")).all()
-        with server.connect() as outside:
-            try:
-                outside.execute(text("SELECT id FROM item FOR UPDATE NOWAIT"))
-            except OperationalError:
-                return True
-        return False
-
-    def locks_twice(session: Session) -> list[bool]:
-        first = locks(session)
-        session.rollback()
-        return [first, locks(session)]
-
-    app, engine = FastAPI(), engine_on(server, kind)
-    options = {"twophase": twophase}
-    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
-    route(app, kind, "/", transactional(isolation_level="SERIALIZABLE"), locks_twice)
-    route(app, kind, "/unused", transactional(isolation_level="SERIALIZABLE"), touch)
-    route(app, kind, "/plain", transactional(), locks)
-    with serve(app) as served:
-        assert served.post("/").json() == [True, True]
-        assert served.post("/plain").json() is False
-        assert served.post("/unused").status_code == 201
-        assert served.post("/plain").json() is False
-
-
-def touch(session: Session) -> None:
-    session.execute(text("SELECT 1")).close()
-
-
-@pytest.mark.mariadb
-@pytest.mark.parametrize("kind", ON_MARIADB, ids=lambda kind: kind.id)
 @pytest.mark.parametrize(
-    ("dependency", "retryable"),
-    [
-        pytest.param(transactional(isolation_level="SERIALIZABLE"), True, id="serializable"),
-        # Before, SQLAlchemy gives the connection back when the garbage collector finds it.
-        pytest.param(reader(), False, marks=needs_options_of_sessions, id="reader"),
-    ],
+    "dependency",
+    [transactional(isolation_level="SERIALIZABLE"), reader()],
+    ids=["serializable", "reader"],
 )
-def test_a_connection_that_died_in_mariadbs_pool_is_replaced(
-    kind: Kind, server: Engine, dependency: Any, retryable: bool
+def test_a_connection_that_died_in_mariadbs_pool_is_sqlalchemys_error(
+    mariadb: str, dependency: Any
 ) -> None:
-    """Whoever is handed one reads SQLAlchemy's error, and the pool has a place for another."""
-
-    def answer(_request: Request, error: Exception) -> JSONResponse:
-        found = describe_database_error(error)
-        assert found is not None
-        return JSONResponse([found.kind.value, found.retryable, sync_engine(engine).pool.status()])
-
-    app, engine = FastAPI(), engine_on(server, kind)
+    """A 503, also where the level is sent to it first."""
+    # Only this driver: of an asynchronous one, SQLAlchemy leaves the connection to the garbage
+    # collector, with a warning.
+    kind, app = Kind("pymysql", "pymysql", False), FastAPI()
+    engine = create_engine(make_url(mariadb).set(drivername="mysql+pymysql"))
     install_database(app, engine=engine, shutdown=engine.dispose)
-    app.add_exception_handler(SQLAlchemyError, answer)
+    install_error_handlers(app)
     route(app, kind, "/plain", get_db(), lambda s: s.scalar(text("SELECT connection_id()")))
-    route(app, kind, "/", dependency, touch)
-    with serve(app) as served, server.connect() as connection:
+    route(app, kind, "/", dependency, lambda s: s.execute(text("SELECT 1")).close())
+    admin = create_engine(engine.url)
+    with serve(app) as served, admin.connect() as connection:
         connection.execute(text(f"KILL {served.post('/plain').json()}"))
-        kind_of_failure, seen, pool = served.post("/").json()
-        assert (kind_of_failure, seen) == ("unavailable", retryable)
-        assert "Current Checked out connections: 0" in pool
+        assert served.post("/").status_code == 503
         assert served.post("/").status_code == 201
+    admin.dispose()

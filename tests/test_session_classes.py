@@ -35,6 +35,7 @@ add_a = add("a", flush=True)
 
 def fail(session: Session) -> None:
     add_a(session)
+    session.add(Item(name="pending"))
     raise ZeroDivisionError
 
 

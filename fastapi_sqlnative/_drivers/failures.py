@@ -15,7 +15,7 @@ from .errors import driver_error, server_of
 SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg_async", "psycopg2"})
 # transaction_resolution_unknown and statement_completion_unknown.
 _OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
-# The second asks the server on MySQL: for a reader's AUTOCOMMIT, before the first statement.
+# The second queries MySQL's server, before the first statement.
 _CONNECTING: Final = (Engine.raw_connection, IsolationLevelCharacteristic.set_characteristic)
 _EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
 # idle_in_transaction_session_timeout and transaction_timeout end it before COMMIT arrives.

@@ -7,7 +7,6 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
-from .._drivers.statements import MYSQL
 from .._drivers.transactions import fetch_row
 from ..exceptions import TransactionOptionsError
 
@@ -45,19 +44,11 @@ class TransactionOptions:
     def given_to(self, dialect: Dialect) -> dict[str, Any]:
         """Return them as SQLAlchemy's execution options, as far as it has them."""
         given: dict[str, Any] = {}
-        if self.isolation_level is not None and not self.sends_level(dialect):
+        if self.isolation_level is not None:
             given["isolation_level"] = self.isolation_level
         if self.read_only and dialect.name == "postgresql":
             given["postgresql_readonly"] = True
         return given
-
-    def sends_level(self, dialect: Dialect) -> bool:
-        """Return whether `engine_with` sends the isolation level.
-
-        For MySQL, SQLAlchemy would send it before it can handle a lost connection or a
-        cancellation, and again to reset it; the pool could lose the connection.
-        """
-        return dialect.name in MYSQL and self.isolation_level not in (None, "AUTOCOMMIT")
 
     def check_known_to(self, dialect: Dialect, name: str) -> None:
         """Refuse options that the dialect doesn't support, before anything is sent."""
@@ -86,14 +77,6 @@ def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
     if options.read_only and engine.dialect.name == "sqlite":
         event.listen(optional, "commit", _unset_read_only)
         event.listen(optional, "rollback", _unset_read_only)
-    if options.sends_level(engine.dialect):
-
-        def send_level(connection: Connection, *_: object) -> None:
-            level = f"SET TRANSACTION ISOLATION LEVEL {options.isolation_level}"
-            connection.exec_driver_sql(level)  # for the next transaction only
-
-        event.listen(optional, "begin", send_level)
-        event.listen(optional, "begin_twophase", send_level)
     return optional
 
 

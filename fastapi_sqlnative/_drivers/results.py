@@ -1,5 +1,6 @@
 """Results that are still read when `execute()` has returned."""
 
+from contextlib import ExitStack
 from typing import Final
 
 from sqlalchemy.engine import ExecutionContext
@@ -37,12 +38,10 @@ def close_cursor(context: ExecutionContext) -> None:
     is_pg8000 = connection.dialect.driver == "pg8000"  # which knows no status
     name = getattr(cursor, "ident" if is_pg8000 else "name", None)
     usable = name is not None and not (connection.closed or connection.invalidated)
-    known_gone = False
-    try:
+    with ExitStack() as closing:  # also if the question fails
+        closing.callback(cursor.close)
         if usable and (is_pg8000 or status_of(connection) == IN_TRANSACTION):
             # SQLAlchemy has made the name, out of hexadecimal numbers.
             found = f"SELECT 1 FROM pg_catalog.pg_cursors WHERE name = '{name}'"  # noqa: S608
-            known_gone = fetch_row(connection, found) is None
-    finally:
-        if not known_gone:
-            cursor.close()
+            if fetch_row(connection, found) is None:
+                closing.pop_all()

@@ -92,8 +92,8 @@ def end(session: AnySession, error: BaseException | None = None) -> None:
         or len(inner.dispatch.after_soft_rollback) > 1
         or "rollback" in overridden
     )
-    # A failed flush has already rolled back: SQLAlchemy would warn about changes made since. After
-    # a successful COMMIT, whose listener failed, it refuses to.
+    # After a failed flush, which has rolled back, SQLAlchemy would warn about changes made since.
+    # After a COMMIT whose listener has failed, it refuses to roll back.
     over = not inner.is_active and (record.committed or inner.new or inner.dirty or inner.deleted)
     methods = ("rollback", "close") if observed and not over else ("close",)
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):

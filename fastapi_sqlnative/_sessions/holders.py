@@ -81,8 +81,8 @@ class Holder:
 
         The connection then goes back to the pool, and a stream may have unread rows on the server.
         """
-        still_open = (each.context for each in self._streams if each.cursor is not None)
-        streams, self._streams = [*still_open], ()
+        streams = [each.context for each in self._streams if each.cursor is not None]
+        self._streams = ()
         others = () if streams_only else self._unread or ()
         for context in [*streams, *others]:
             self.state.readers[context.root_connection] = self

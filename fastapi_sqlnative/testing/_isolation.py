@@ -134,7 +134,7 @@ class Isolated:
 
     def _leave(self) -> None:
         mine = [each for each in self.connections if self in each.blocks]
-        inner = None
+        inner = None  # a block that is still open, whose savepoint would end with this one's
         for each in mine:
             while (last := next(reversed(each.blocks))) is not self:
                 inner = last

@@ -14,7 +14,7 @@ DELAY = 0.02  # seconds, each way
 
 
 class Fault(Enum):
-    """Name what happens to a COMMIT, or what `at` says, on its way, or to everything."""
+    """Name what happens to a COMMIT, or to what `at` names instead, or to everything."""
 
     NONE = "pass it on"
     DROPPED = "cut the connection before the server sees it"

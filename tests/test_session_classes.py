@@ -540,14 +540,26 @@ async def test_a_listener_of_the_rollback_may_use_the_session(
     assert (heard, rows.names) == ([1], [])
 
 
+Listening = tuple[type[Session], list[Session]]
+
+
+@pytest.fixture
+def listening() -> Listening:
+    """Give a class whose `after_rollback` notes the session, and what it has noted."""
+    heard: list[Session] = []
+
+    class Hearing(Session): ...
+
+    event.listen(Hearing, "after_rollback", heard.append)
+    return Hearing, heard
+
+
 async def test_a_failed_flush_is_rolled_back_once(
-    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+    kind: Kind, engine: Engine, rows: Rows, listening: Listening, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where a listener hears rollbacks, what is added after a failed flush ends in peace."""
     rows.add("a")
-    heard: list[Session] = []
-
-    class Listening(Session): ...
+    class_, heard = listening
 
     def fail_and_add(session: Session) -> None:
         with pytest.raises(IntegrityError):
@@ -555,8 +567,7 @@ async def test_a_failed_flush_is_rolled_back_once(
         session.add(Item(name="later"))
         raise ZeroDivisionError
 
-    event.listen(Listening, "after_rollback", heard.append)
-    options = session_class(kind, Listening)
+    options = session_class(kind, class_)
     with pytest.raises(ZeroDivisionError):
         await ask(engine, kind, transactional(), fail_and_add, session_options=options)
     assert (len(heard), caplog.messages, rows.names) == (1, [], ["a"])
@@ -577,35 +588,37 @@ def commit_conflict(session: Session) -> None:
     ids=["at the end", "the endpoint's own", "forgotten"],
 )
 async def test_listeners_hear_a_rollback_if_the_commit_fails(
-    kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body, error: type[Exception]
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    listening: Listening,
+    dependency: Any,
+    body: Body,
+    error: type[Exception],
 ) -> None:
     """Where a COMMIT is refused or forgotten, `after_rollback` runs, as after any other error."""
-    heard: list[Session] = []
-
-    class Listening(Session): ...
-
-    event.listen(Listening, "after_rollback", heard.append)
-    options = session_class(kind, Listening)
+    class_, heard = listening
+    options = session_class(kind, class_)
     with pytest.raises(error):
         await ask(engine, kind, dependency, body, session_options=options)
     assert (len(heard), rows.names) == (1, [])
 
 
 async def test_listeners_of_a_block_hear_a_rollback_if_the_commit_fails(
-    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, caplog: pytest.LogCaptureFixture
+    kind: Kind,
+    engine: Engine | AsyncEngine,
+    rows: Rows,
+    listening: Listening,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """So they do in a transaction of the handle's; not if the COMMIT succeeds and they fail."""
-    heard: list[Session] = []
-
-    class Listening(Session): ...
-
-    event.listen(Listening, "after_rollback", heard.append)
-    options = session_class(kind, Listening)
+    class_, heard = listening
+    options = session_class(kind, class_)
     with pytest.raises(IntegrityError):
         await run_block(engine, add_conflict, options)
     assert (len(heard), rows.names) == (1, [])
 
-    @event.listens_for(Listening, "after_commit")
+    @event.listens_for(class_, "after_commit")
     def explode(_session: Session) -> None:
         raise ZeroDivisionError
 

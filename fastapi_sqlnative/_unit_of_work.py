@@ -21,7 +21,7 @@ from ._lifespan.running import running_for
 from ._routes import is_frontend
 from ._sessions import finishing
 from ._sessions.holders import UNIT
-from ._sessions.options import AUTOCOMMIT, NO_OPTIONS, TransactionOptions
+from ._sessions.options import AUTOCOMMIT, TransactionOptions
 from ._sessions.record import Record
 from ._sessions.session import AnySession, may_store, record_of, sync_session
 from ._sessions.transaction import has_pending_changes
@@ -85,7 +85,9 @@ class UnitOfWork:
         session = factory.open()
         record = record_of(session)
         record.request = self.scope
-        record.options = AUTOCOMMIT if reads else NO_OPTIONS
+        if reads:
+            record.options = AUTOCOMMIT
+            sync_session(session).twophase = False  # it has no transaction to prepare
         record.loop_thread = None if factory.asynchronous else threading.get_ident()
         self._opened.append((session, record))
         if may_leave:

@@ -24,6 +24,7 @@ PING_TIMEOUT = 2.0
 DOCKER_TIMEOUT = 30
 SETTINGS = {
     "max_connections": "200",
+    "max_prepared_transactions": "20",
     "log_line_prefix": "%m [%p] %a ",  # tests ask for statements by log_statement
     "wal_level": "minimal",
     "max_wal_senders": "0",

@@ -130,6 +130,12 @@ async def test_a_reader_is_not_refused(kind: Kind, make_engine: MakeEngine, how:
     assert await ask(autocommit(make_engine, how), kind, reader(), read) == 201
 
 
+async def test_a_reader_has_no_two_phases(kind: Kind, engine: Any) -> None:
+    """The sessions that commit may do so in two phases: a reader has no transaction."""
+    read: Body = lambda session: session.execute(text("SELECT 1")).close()  # noqa: E731
+    assert await ask(engine, kind, reader(), read, session_options={"twophase": True}) == 201
+
+
 async def test_a_connection_of_its_own_choice_is_named(kind: Kind, engine: Any, rows: Rows) -> None:
     """A session that asks for an AUTOCOMMIT connection is told so, and get_db's may have one."""
 

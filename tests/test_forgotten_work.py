@@ -293,6 +293,41 @@ async def test_what_a_listener_writes_for_an_unchanged_row_is_no_success(
     assert there.names == ["there"]
 
 
+def prepared(session: Session) -> None:
+    session.add(Item(name="lost"))
+    session.prepare()
+
+
+def prepared_by_the_transaction(session: Session) -> None:
+    transaction = session.begin()
+    session.execute(text("INSERT INTO item (name) VALUES ('lost')"))
+    transaction.prepare()
+
+
+def committed(body: Body) -> Body:
+    def run(session: Session) -> None:
+        body(session)
+        session.commit()
+
+    return run
+
+
+async def test_prepared_work_needs_its_commit(
+    kind: Kind, engine: Engine, rows: Rows, subtests: pytest.Subtests
+) -> None:
+    """In a two-phase commit, a session that is prepared and closed has stored nothing."""
+    async with asking(engine, kind, get_db(), session_options={"twophase": True}) as request:
+        for body in (prepared, prepared_by_the_transaction):
+            rows.clear()
+            with subtests.test(body.__name__):
+                with pytest.raises(UncommittedChangesError):
+                    await request(body)
+                assert rows.names == []
+                assert await request(committed(body)) == 201
+                assert rows.names == ["lost"]
+            assert await request(lambda session: session.prepare()) == 201  # nothing to store
+
+
 # -- closing over it ---------------------------------------------------------------------------
 
 

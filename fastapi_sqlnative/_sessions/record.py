@@ -210,6 +210,8 @@ class Record(Holder):
         """Count the connections on which a COMMIT would store something now."""
         if not self.may_have_written:
             return 0
+        if self.work.prepared:
+            return len(self.connections)
         wrote = self.work.wrote and self.rolled_back is None
         if_lost = wrote if if_lost is None else if_lost
         return sum(self._is_unstored(each, wrote, if_lost) for each in self.connections)

@@ -132,6 +132,13 @@ class NativeSession(Session):
             record.commit_failed(error)
             raise
 
+    def prepare(self) -> None:
+        """Prepare a two-phase commit; then the server can't tell what the transaction has done."""
+        record = self.sqlnative
+        record.check_usable()
+        super().prepare()
+        record.work.prepared = record.work.may_have_written
+
     def rollback(self) -> None:
         record = self.sqlnative
         if record.connections:

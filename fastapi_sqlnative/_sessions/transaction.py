@@ -20,6 +20,7 @@ class Work:
     handed_out: bool = False  # a connection, so anything may have been sent
     defined: bool = False  # DDL has run
     undone: bool = False  # a savepoint was rolled back
+    prepared: bool = False  # for a two-phase commit, with something to store
     committed: bool = False  # even if a later, empty COMMIT has reset the record's
     # What had been written when a savepoint began, by its name or its depth.
     _savepoints: dict[str | int, tuple[bool, bool, bool, Mapping[Connection, float]]] | None = None
@@ -115,6 +116,9 @@ class BegunTransaction:
             self._session.commit()
         else:
             self.transaction.commit()  # raises SQLAlchemy's own error
+
+    def prepare(self) -> None:
+        self._session.prepare()
 
     def rollback(self) -> None:
         self._session.sqlnative.end_results(streams_only=True)

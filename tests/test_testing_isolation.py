@@ -15,7 +15,12 @@ import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, select, text
-from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import (
+    IntegrityError,
+    InvalidRequestError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import await_only
@@ -436,6 +441,20 @@ def test_a_two_phase_transaction_has_one_phase(
         assert client.post("/").status_code == 201
         assert names(session) == ["kept"]
     assert rows.names == []
+
+
+def test_a_request_that_fails_to_begin(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
+    """Without autobegin, a statement outside of a transaction fails as always, and nothing else."""
+    engine = make_engine()
+    app = FastAPI()
+    options = {"autobegin": False}
+    install_database(app, engine=engine, session_options=options, shutdown=engine.dispose)
+    route(app, kind, "/", get_db(), names)
+    with TestClient(app) as client, isolated(app) as session:
+        with pytest.raises(InvalidRequestError, match="Autobegin is disabled"):
+            client.post("/")
+        with session.begin():
+            assert names(session) == []
 
 
 def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> None:

@@ -53,7 +53,8 @@ class IsolatedSession(NativeSession):
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Wait for the turn and return the isolated connection; for inspection, the engine."""
         bind = super().get_bind(*args, **arguments)
-        if not (isinstance(bind, Engine) and self.sqlnative.executing):
+        begins = self.autobegin or self.in_transaction()  # else nothing would end the turn
+        if not (isinstance(bind, Engine) and self.sqlnative.executing and begins):
             return bind
         # SQLAlchemy 2.0 sets no options here.
         self.execution_options = settable(getattr(self, "execution_options", {}))

@@ -168,6 +168,19 @@ async def test_what_a_flush_sends_for_a_relationship_is_forgotten(
         await ask(engine, kind, get_db(), set_to("parts", lambda row: [row]))
 
 
+async def test_an_unchanged_object_after_a_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A flush connects even for an object without a change, so the end may have to wait."""
+
+    def body(session: Session) -> None:
+        row = Item(name="stored")
+        session.add(row)
+        session.commit()
+        row.name = "stored"
+
+    assert await ask(engine, kind, transactional(), body) == 201
+    assert rows.names == ["stored"]
+
+
 # -- what failed, was handled and changes nothing ----------------------------------------------
 
 

@@ -145,8 +145,7 @@ def waits(session: AnySession) -> bool:
     inner = sync_session(session)
     record = inner.sqlnative
     return bool(
-        record.asked
-        or has_pending_changes(inner)
+        inner.in_transaction()  # a flush connects even for an object without a change
         or record.state.overridden
         or (record.commits and commit_is_observed(inner))
     )

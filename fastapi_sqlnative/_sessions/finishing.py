@@ -145,7 +145,9 @@ def waits(session: AnySession) -> bool:
     inner = sync_session(session)
     record = inner.sqlnative
     return bool(
-        inner.in_transaction()  # a flush connects even for an object without a change
+        record.asked
+        # Not only with a change to send: a flush connects for each object that was set.
+        or (inner.in_transaction() and (inner.new or inner.dirty or inner.deleted))
         or record.state.overridden
         or (record.commits and commit_is_observed(inner))
     )

@@ -239,6 +239,26 @@ def test_options_of_the_applications_sessions(
     assert rows.names == []
 
 
+def test_a_transaction_that_sets_its_own_level(app: FastAPI, kind: Kind, rows: Rows) -> None:
+    """The level that SQLAlchemy's documentation has a session set is left out, too."""
+
+    def serializable(session: Session) -> None:
+        session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        add("added")(session)
+
+    def autocommit(session: Session) -> None:
+        session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+
+    route(app, kind, "/serializable", transactional(), serializable)
+    route(app, kind, "/autocommit", get_db(), autocommit)
+    with TestClient(app) as client, isolated(app) as session:
+        assert client.post("/serializable").status_code == 201
+        with pytest.raises(InvalidRequestError, match="isolation_level may not be altered"):
+            client.post("/autocommit")
+        assert names(session) == ["added"]
+    assert rows.names == []
+
+
 def test_each_transaction_has_its_own_execution_options(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:

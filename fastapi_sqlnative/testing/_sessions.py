@@ -64,6 +64,17 @@ class IsolatedSession(NativeSession):
             self.isolated[isolated] = _use_options(connection, bind.get_execution_options())
         return connection
 
+    def connection(
+        self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
+    ) -> Connection:
+        """Hand out the connection, whose transaction keeps its isolation level."""
+        given = execution_options or {}
+        if (
+            given.get("isolation_level") != "AUTOCOMMIT"
+        ):  # SQLAlchemy refuses it: it could not be undone
+            given = settable(given)
+        return super().connection(bind_arguments, given)
+
 
 @event.listens_for(IsolatedSession, "do_orm_execute")
 def _read_in_savepoint(state: ORMExecuteState) -> Any:

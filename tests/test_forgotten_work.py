@@ -562,8 +562,14 @@ def nested_after_a_read(session: Session) -> None:
     nested_first(session)
 
 
+def nested_on_the_connection(session: Session) -> None:
+    connection = session.connection()
+    with connection.begin_nested():
+        connection.execute(text("INSERT INTO item (name) VALUES ('undone')"))
+
+
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
-@pytest.mark.parametrize("nested", [nested_first, nested_after_a_read])
+@pytest.mark.parametrize("nested", [nested_first, nested_after_a_read, nested_on_the_connection])
 async def test_the_end_of_a_savepoint_stores_nothing_on_sqlite(kind: Kind, nested: Body) -> None:
     """What comes after a savepoint and fails takes it back, with Python's driver as it is."""
     engine = async_sqlite() if kind.asynchronous else sqlite()

@@ -135,7 +135,7 @@ def begin(connection: Connection) -> None:
             _accepts_queries(connection)
 
 
-def begin_before_savepoint(connection: Connection) -> None:
+def begin_before_savepoint(connection: Connection, _name: str = "") -> None:
     """Begin SQLite's transaction before a savepoint.
 
     Python's driver doesn't, and releasing an outermost savepoint commits.

@@ -54,6 +54,8 @@ class Record(Holder):
         self.state.holders[connection] = self
         # If it starts inside a savepoint, someone else owns the transaction around it.
         self.joined = self.joined or connection.in_nested_transaction()
+        if connection.dialect.name == "sqlite":
+            event.listen(connection, "savepoint", transactions.begin_before_savepoint)
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
         if self.options is not AUTOCOMMIT:  # a reader writes nothing

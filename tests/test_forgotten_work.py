@@ -345,31 +345,6 @@ ENDS: dict[str, Body] = {
 CLOSED_OVER = ["text", "function in text", "copy", "create table"]
 
 
-LOST = "INSERT INTO item (name) VALUES ('lost')"
-
-
-def closing_the_connection(statement: str, *, over_it: bool) -> Body:
-    def body(session: Session) -> None:
-        if not over_it:
-            session.execute(text(statement)).close()
-        with session.connection() as connection:
-            connection.execute(text(statement if over_it else "SELECT 1")).close()
-
-    return body
-
-
-async def test_closing_the_connection_over_work_is_no_success(
-    kind: Kind, engine: Engine, rows: Rows
-) -> None:
-    """`with session.connection()` closes it and so rolls back, which only a read survives."""
-    async with asking(engine, kind, get_db()) as request:
-        for over_it in (False, True):
-            assert await request(closing_the_connection("SELECT 1", over_it=over_it)) == 201
-            with pytest.raises(UncommittedChangesError):
-                await request(closing_the_connection(LOST, over_it=over_it))
-    assert rows.names == []
-
-
 @pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
 async def test_closing_over_work_is_no_success(
     kind: Kind, engine: Engine, there: Rows, dependency: Any, subtests: pytest.Subtests

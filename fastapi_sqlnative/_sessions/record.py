@@ -100,7 +100,6 @@ class Record(Holder):
         """Record that anything may be sent over a connection from now on."""
         self.work.handed_out = True
         event.listen(connection, "commit", self.state.note_commit)
-        event.listen(connection, "rollback", self.state.note_rollback)
         if self.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", self.state.refuse_writes)
 
@@ -221,8 +220,6 @@ class Record(Holder):
 
     def _is_unstored(self, connection: Connection, wrote: bool, if_lost: bool) -> bool:
         """Ask the server if unsure: `wrote` is the answer of a database that can't tell."""
-        if connection.closed:
-            return self.work.closed_over
         if not connection.in_transaction() or transactions.autocommits(connection):
             return False
         if transactions.is_lost(connection):

@@ -143,12 +143,6 @@ class SharedState:
         if holder and not holder.committing:
             holder.stored = holder.stored or holder.count_unstored() > 0
 
-    def note_rollback(self, connection: Connection) -> None:
-        """Record what is undone on such a connection, which the application may be closing."""
-        holder = self.holders.get(connection)
-        if holder and not holder.finished:
-            holder.work.closed_over = holder.count_unstored() > 0
-
     def listen(self, dialect: Dialect) -> None:
         """Listen for failures on a dialect's connections for as long as the handle lives."""
         # Listeners on a dialect cover all engines that use it.

@@ -18,7 +18,6 @@ class Work:
     wrote: bool = False  # by a statement or flush
     unknown: bool = False  # a statement may have written
     handed_out: bool = False  # a connection, so anything may have been sent
-    closed_over: bool = False  # something to store, by closing such a connection
     defined: bool = False  # DDL has run
     undone: bool = False  # a savepoint was rolled back
     prepared: bool = False  # for a two-phase commit, with something to store

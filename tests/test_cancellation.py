@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -30,10 +30,10 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative._sessions.completion import without_yielding
 from fastapi_sqlnative._sessions.engines import sync_engine
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import application, client_of, counted_waits, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, PSYCOPG_ASYNC, Item, Kind, Rows, add, route, serve, until
+from tests.serving import KINDS, PSYCOPG_ASYNC, Item, Kind, Rows, add, items, route, serve, until
 
 add_a = add("a")
 pytestmark = pytest.mark.anyio
@@ -132,6 +132,32 @@ async def test_a_commit_is_awaited(
         await ended(task)
         assert rows.names == ["a"]
         assert rows.backends("idle in transaction%") == 0
+
+
+@asynchronous
+async def test_a_flush_without_a_change_may_be_stored(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A mapper's listener may write for an unchanged object: its COMMIT has a task of its own."""
+    rows.add("there")
+    tasks: list[object] = []
+
+    def rename(_mapper: object, connection: Connection, _row: Item) -> None:
+        tasks.append(asyncio.current_task())
+        connection.execute(update(items).values(name="a"))
+
+    def touch(session: Session) -> None:
+        row = session.scalars(select(Item)).one()
+        row.name = str(row.name)
+
+    event.listen(Item, "before_update", rename)
+    try:
+        async with running(engine, kind, touch) as client:
+            assert (await client.post("/")).status_code == 201
+    finally:
+        event.remove(Item, "before_update", rename)
+    assert tasks != [asyncio.current_task()]
+    assert rows.names == ["a"]
 
 
 # FastAPI shields the exit of a dependency from anyio: a cancellation that it does not let through

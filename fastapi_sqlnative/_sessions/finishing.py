@@ -22,7 +22,7 @@ from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedCha
 from .completion import once, to_completion, without_yielding
 from .options import AUTOCOMMIT, NO_OPTIONS
 from .session import AnySession, NativeSession, record_of, sync_session
-from .transaction import has_pending_changes
+from .transaction import has_pending_changes, would_flush
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -146,8 +146,7 @@ def waits(session: AnySession) -> bool:
     record = inner.sqlnative
     return bool(
         record.asked
-        # Not only with a change to send: a flush connects for each object that was set.
-        or (inner.in_transaction() and (inner.new or inner.dirty or inner.deleted))
+        or would_flush(inner)
         or record.state.overridden
         or (record.commits and commit_is_observed(inner))
     )
@@ -166,7 +165,7 @@ def has_only_read(session: AnySession) -> bool:
         and not state.overridden
         and record.options in (NO_OPTIONS, AUTOCOMMIT)
         # A listener may write.
-        and not (record.commits and (inner.dispatch.before_commit or has_pending_changes(inner)))
+        and not (record.commits and (inner.dispatch.before_commit or would_flush(inner)))
     )
 
 

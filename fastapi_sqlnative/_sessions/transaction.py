@@ -143,6 +143,11 @@ class BegunTransaction:
 # -- pending changes ---------------------------------------------------------------------------
 
 
+def would_flush(session: Session) -> bool:
+    """Return whether a flush would connect and call listeners, if only for an unchanged object."""
+    return session.in_transaction() and bool(session.new or session.dirty or session.deleted)
+
+
 def has_pending_changes(session: Session) -> bool:
     """Return whether a flush would send something."""
     # Every addition or change begins a transaction, and checking for one first is cheap.

@@ -69,9 +69,8 @@ class IsolatedSession(NativeSession):
     ) -> Connection:
         """Hand out the connection, whose transaction keeps its isolation level."""
         given = execution_options or {}
-        if (
-            given.get("isolation_level") != "AUTOCOMMIT"
-        ):  # SQLAlchemy refuses it: it could not be undone
+        # SQLAlchemy refuses AUTOCOMMIT, whose work could not be undone.
+        if given.get("isolation_level") != "AUTOCOMMIT":
             given = settable(given)
         return super().connection(bind_arguments, given)
 

@@ -45,7 +45,7 @@ PROMISED = {
 # And what a read may cost with the pools' metrics, to the same without.
 METRICS = {"metrics": 1.13}
 # The most processes that are tried until one keeps what is promised.
-PROCESSES = 8
+PROCESSES = 12
 COLOURS = {"psycopg async": "async", "asyncpg": "async", "psycopg sync": "sync"}
 
 

@@ -1,6 +1,7 @@
 """The application that is served while things break: writes in three ways, and registers."""
 
 import functools
+import gc
 import logging
 import os
 import ssl
@@ -151,6 +152,9 @@ def exchange(session: Session, name: str, value: str) -> str:
 
 def read_pool(request: Request) -> dict[str, Any]:
     """Return which process this is, and what its pool holds."""
+    # psycopg's synchronous connect() leaves an attempt that has timed out to the garbage collector,
+    # and a server that was frozen then completes the connection.
+    gc.collect()
     (database,) = installed_databases(request.app).values()
     return {"process": os.getpid(), **asdict(database.pool_status())}
 

@@ -35,9 +35,9 @@ ROUNDS, CALLS = 25, 60
 # The most that a request may cost, to the cheapest hand-written dependency: row by row, for
 # asynchronous and synchronous engines. What tasks, threads and system calls cost beside Python's
 # own work depends on the machine, and three rows with it: an untouched session is 0.27 on one and
-# 0.44 on another, a synchronous read 0.88 and 0.95, an asynchronous reader 0.75 and 0.82, where
-# the least a read can cost, an engine always in AUTOCOMMIT, is at most 0.69 and at least 0.74.
-# `autocommit` is the reader again, to sessions that set AUTOCOMMIT by hand, on any machine.
+# 0.44 on another, a synchronous read 0.88 and 0.95, an asynchronous reader 0.75 and 0.82. The
+# least that a read can cost, on an engine that is always in AUTOCOMMIT, is 0.69 and 0.74 there.
+# `autocommit` hardly depends on it: the reader again, to sessions that set AUTOCOMMIT by hand.
 PROMISED = {
     "async": {"untouched": 0.50, "read": 0.99, "write": 1.05, "reader": 0.86, "autocommit": 0.95},
     "sync": {"untouched": 0.25, "read": 0.98, "write": 1.08, "reader": 0.92, "autocommit": 0.95},

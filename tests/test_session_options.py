@@ -211,6 +211,36 @@ def test_a_half_that_one_engine_has_stored_is_unknown(
     assert sorted([*rows.names, *second_rows.names]) == ["stored", "there", "there"]
 
 
+def test_two_phases_store_all_or_nothing(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """With `twophase`, nothing is stored on either engine if the second one does not prepare."""
+    reading, writing = make_engine(), make_engine(second=True)
+    options = {"info": {"writer": sync_engine(writing)}, "twophase": True}
+    options |= class_options(kind, Routing, RoutingAsync)
+    app = make_app(reading, session_options=options)
+    app.router.add_event_handler("shutdown", writing.dispose)
+    preparing: list[Connection] = []
+
+    def refuse_the_second(connection: Connection, _id: object) -> None:
+        preparing.append(connection)
+        if len(preparing) == 2:
+            raise LookupError
+
+    for engine in reading, writing:
+        event.listen(sync_engine(engine), "prepare_twophase", refuse_the_second)
+
+    def body(session: Session) -> None:
+        session.connection().execute(insert(items).values(name="lost"))
+        session.add(Item(name="lost"))
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 500
+    assert (len(preparing), rows.names, second_rows.names) == (2, [], [])
+    assert rows.connection.execute("SELECT gid FROM pg_prepared_xacts").fetchall() == []
+
+
 # -- the application's events ----------------------------------------------------------------
 
 

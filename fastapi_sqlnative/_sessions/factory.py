@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .._arguments import accepts, signature_of
-from .._drivers.transactions import limit_statements
+from .._drivers.transactions import begin_before_savepoint, limit_statements
 from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
@@ -85,6 +85,8 @@ def _after_begin(
     record.state.check_running()  # it may have stopped while this session was connecting
     if record.options is not NO_OPTIONS:
         begin_with(connection, record.options)
+    if session.in_nested_transaction():
+        begin_before_savepoint(connection)
     if record.ends_at != math.inf and not record.request_has_stored:
         limit_statements(connection, record.ends_at - time.monotonic())
 

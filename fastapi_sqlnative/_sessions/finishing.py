@@ -94,7 +94,7 @@ def end(session: AnySession, error: BaseException | None = None) -> None:
     )
     # After a failed flush, which has rolled back, SQLAlchemy would warn about changes made since.
     # After a COMMIT whose listener has failed, it refuses to roll back.
-    over = not inner.is_active and (record.committed or inner.new or inner.dirty or inner.deleted)
+    over = not inner.is_active and (record.committed or would_flush(inner))
     methods = ("rollback", "close") if observed and not over else ("close",)
     if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
         return None  # never used: nothing to roll back, release or detach

@@ -54,8 +54,6 @@ class Record(Holder):
         self.state.holders[connection] = self
         # If it starts inside a savepoint, someone else owns the transaction around it.
         self.joined = self.joined or connection.in_nested_transaction()
-        if connection.dialect.name == "sqlite":
-            event.listen(connection, "savepoint", transactions.begin_before_savepoint)
         if connection.dialect is not self.state.root.dialect:
             self.state.listen(connection.dialect)
         if self.options is not AUTOCOMMIT:  # a reader writes nothing
@@ -100,6 +98,8 @@ class Record(Holder):
         """Record that anything may be sent over a connection from now on."""
         self.work.handed_out = True
         event.listen(connection, "commit", self.state.note_commit)
+        if connection.dialect.name == "sqlite":
+            event.listen(connection, "savepoint", transactions.begin_before_savepoint)
         if self.options is AUTOCOMMIT:
             event.listen(connection, "before_cursor_execute", self.state.refuse_writes)
 

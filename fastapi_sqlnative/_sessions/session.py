@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
-from .._drivers.transactions import begin
+from .._drivers.transactions import begin, begin_before_savepoint
 from ..exceptions import ReadOnlySessionError
 from .completion import to_completion
 from .engines import run_in_greenlet
@@ -105,6 +105,8 @@ class NativeSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         record = self.sqlnative
         record.check_unfinished()
+        for connection in record.connections if nested else ():
+            begin_before_savepoint(connection)
         transaction = super().begin(nested)
         if not nested:
             return _begun(self, transaction)

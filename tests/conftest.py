@@ -116,7 +116,8 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
         engine = (create_async_engine if kind.asynchronous else create_engine)(url, **options)
         pool = engine.pool  # the one that replaces it has the same listeners
         event.listen(pool, "checkout", lambda _driver, record, _proxy: in_use.add(record))
-        event.listen(pool, "checkin", lambda _driver, record: in_use.discard(record))
+        for end in "checkin", "detach":
+            event.listen(pool, end, lambda _driver, record: in_use.discard(record))
         return engine
 
     yield make

@@ -1,14 +1,17 @@
 """Rules 5 and 6, the other side: what is stored, unsent or harmless needs no commit."""
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import Engine, Sequence, func, insert, select, text
+from sqlalchemy import Engine, Sequence, create_engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import (
     Mapped,
     Session,
@@ -23,7 +26,7 @@ from sqlalchemy.orm import (
 from fastapi_sqlnative import AsyncDatabase, get_db, install_database, transactional
 from fastapi_sqlnative.exceptions import UncommittedChangesError
 from tests.in_process import ask, running
-from tests.serving import KINDS, Item, Kind, Rows, items
+from tests.serving import ASYNCPG, KINDS, PSYCOPG, SQLITE, Item, Kind, Rows, items
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +87,37 @@ async def test_an_ended_transaction_hands_out_no_connection(
         assert not session.in_transaction()
 
     assert await ask(engine, kind, get_db(), body) == 201
+
+
+def detach(session: Session) -> None:
+    """Take the connection out of its pool, which then no longer knows the driver's own."""
+    session.execute(text("INSERT INTO item (name) VALUES ('stored')"))
+    session.connection().detach()
+    with session.begin_nested():
+        session.connection().execute(text("INSERT INTO item (name) VALUES ('too')"))
+
+
+@pytest.mark.driver_decides
+@pytest.mark.parametrize("kind", [ASYNCPG, PSYCOPG], ids=lambda kind: kind.id, indirect=True)
+async def test_a_detached_connection_is_committed(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A connection that was detached from its pool is like any other.
+
+    With psycopg, SQLAlchemy leaves an asynchronous one open.
+    """
+    assert await ask(engine, kind, transactional(), detach) == 201
+    assert rows.names == ["stored", "too"]
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+async def test_a_detached_connection_is_committed_on_sqlite(kind: Kind, tmp_path: Path) -> None:
+    """So is one to SQLite, which is asked what it has changed, and whether it has begun."""
+    file = tmp_path / "db"
+    make = create_async_engine if kind.asynchronous else create_engine
+    with contextlib.closing(sqlite3.connect(file)) as other:
+        other.execute("CREATE TABLE item (name text)")
+        engine: Any = make(f"sqlite+{kind.driver}:///{file}")
+        assert await ask(engine, kind, transactional(), detach) == 201
+        assert other.execute("SELECT name FROM item").fetchall() == [("stored",), ("too",)]
 
 
 # -- attributes that no table keeps ------------------------------------------------------------

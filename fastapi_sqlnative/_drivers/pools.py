@@ -145,6 +145,19 @@ def awaits_autocommit(engine: Engine) -> bool:
     return engine.dialect.is_async and engine.dialect.driver in {"psycopg", "psycopg_async"}
 
 
+def ends_in_one_step(engine: Engine) -> bool:
+    """Return whether cancelling the end of a transaction costs no more than the connection.
+
+    aiosqlite would leave a thread behind, which the process waits for when it exits. SQLAlchemy
+    also resets an engine's options at the end. If that goes through the driver (psycopg's
+    `set_autocommit`), then after a cancelled ROLLBACK the pool could lose the connection's slot.
+    """
+    reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
+    return engine.dialect.driver == "asyncpg" or (
+        awaits_autocommit(engine) and reset.isdisjoint(engine.get_execution_options())
+    )
+
+
 def keep_autocommit(engine: Engine) -> None:
     """Have the pool close a connection that comes back with another autocommit than it left with.
 

@@ -8,18 +8,23 @@ import math
 import select
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import InvalidRequestError
 
 from .details import mysql_number
 from .errors import driver_error
 from .failures import sqlstates
-from .pools import awaits_autocommit
 
 # libpq's PGTransactionStatusType, the same numbers in psycopg and psycopg2.
 IN_TRANSACTION: Final = 2
 _IN_ERROR: Final = 3
 _LONGEST: Final = 2**31 - 1  # milliseconds
+
+
+def _driver_of(connection: Connection) -> Any:
+    """Return the driver's own connection, also after a `detach()`: the pool no longer knows it."""
+    dbapi: Any = connection.connection.dbapi_connection
+    return connection.dialect.get_driver_connection(dbapi)
 
 
 def autocommits(connection: Connection) -> bool:
@@ -34,24 +39,11 @@ def autocommits(connection: Connection) -> bool:
     return (ask() if ask is not None else getattr(dbapi, "autocommit", False)) is True
 
 
-def ends_in_one_step(engine: Engine) -> bool:
-    """Return whether cancelling the end of a transaction costs no more than the connection.
-
-    aiosqlite would leave a thread behind, which the process waits for when it exits. SQLAlchemy
-    also resets an engine's options at the end. If that goes through the driver (psycopg's
-    `set_autocommit`), then after a cancelled ROLLBACK the pool could lose the connection's slot.
-    """
-    reset: set[str] = set(getattr(engine.dialect, "connection_characteristics", ()))
-    return engine.dialect.driver == "asyncpg" or (
-        awaits_autocommit(engine) and reset.isdisjoint(engine.get_execution_options())
-    )
-
-
 def is_lost(connection: Connection) -> bool:
     """Return whether the driver already knows that the connection is lost."""
     if connection.closed or connection.invalidated:
         return True
-    driver: Any = connection.connection.driver_connection
+    driver = _driver_of(connection)
     closed = getattr(driver, "is_closed", None) or getattr(driver, "closed", False)
     return bool(closed() if callable(closed) else closed)
 
@@ -60,13 +52,12 @@ def changes(connection: Connection) -> float:
     """Return SQLite's count of changed rows, NaN if its driver has none; 0 for other databases."""
     if connection.dialect.name != "sqlite" or connection.closed or connection.invalidated:
         return 0
-    return getattr(connection.connection.driver_connection, "total_changes", math.nan)
+    return getattr(_driver_of(connection), "total_changes", math.nan)
 
 
 def is_open_on_sqlite(connection: Connection) -> bool:
     """Return whether SQLite still has a transaction open: some errors end it."""
-    driver: Any = connection.connection.driver_connection
-    return bool(driver.in_transaction)
+    return bool(_driver_of(connection).in_transaction)
 
 
 # -- would a COMMIT be a lie? ------------------------------------------------------------------
@@ -129,10 +120,9 @@ def begin(connection: Connection) -> None:
     With asyncpg, SQLAlchemy sends BEGIN with its first statement. A COPY before that would be
     stored at once, even if the transaction is rolled back.
     """
-    if connection.dialect.driver == "asyncpg" and not autocommits(connection):
-        driver: Any = connection.connection.driver_connection
-        if not driver.is_in_transaction():
-            _accepts_queries(connection)
+    is_asyncpg = connection.dialect.driver == "asyncpg"
+    if is_asyncpg and not (autocommits(connection) or _driver_of(connection).is_in_transaction()):
+        _accepts_queries(connection)
 
 
 def begin_before_savepoint(connection: Connection, _name: str = "") -> None:
@@ -140,9 +130,8 @@ def begin_before_savepoint(connection: Connection, _name: str = "") -> None:
 
     Python's driver doesn't, and releasing an outermost savepoint commits.
     """
-    if connection.dialect.name != "sqlite" or autocommits(connection):
-        return
-    if not is_open_on_sqlite(connection):
+    is_sqlite = connection.dialect.name == "sqlite"
+    if is_sqlite and not (autocommits(connection) or is_open_on_sqlite(connection)):
         fetch_row(connection, "BEGIN")
 
 
@@ -188,7 +177,7 @@ def surface_loss(connection: Connection) -> None:
     """
     if connection.closed or connection.invalidated:
         return
-    if is_lost(connection) or _has_unread_data(connection.connection.driver_connection):
+    if is_lost(connection) or _has_unread_data(_driver_of(connection)):
         connection.exec_driver_sql("SELECT 1")  # makes SQLAlchemy notice the loss
 
 
@@ -202,7 +191,7 @@ def _has_unread_data(driver: Any) -> bool:
 
 def status_of(connection: Connection) -> int | None:
     """Return the transaction's status, if the driver exposes it."""
-    info = getattr(connection.connection.driver_connection, "info", None)
+    info = getattr(_driver_of(connection), "info", None)
     status = getattr(info, "transaction_status", None)
     return None if status is None else int(status)
 

@@ -15,9 +15,8 @@ from sqlalchemy.util import LRUCache
 from .. import exceptions
 from .._drivers.errors import server_of
 from .._drivers.failures import is_half_ended, reported_by_server
-from .._drivers.pools import awaits_autocommit, keep_autocommit
+from .._drivers.pools import awaits_autocommit, ends_in_one_step, keep_autocommit
 from .._drivers.statements import Effect, Statement, statement_of, writes
-from .._drivers.transactions import ends_in_one_step
 from .options import AUTOCOMMIT, TransactionOptions
 
 ErrorT = TypeVar("ErrorT", bound=Exception)

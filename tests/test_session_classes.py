@@ -461,6 +461,18 @@ async def test_a_method_that_goes_past_execute_is_seen(
     assert rows.names == ["a"]
 
 
+async def test_scalars_call_no_override_of_execute(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """scalars() and scalar() don't call the class's own execute(), as in SQLAlchemy."""
+    rows.add("a")
+
+    def read(session: Session) -> None:
+        assert session.scalars(select(items.c.name)).all() == ["a"]
+        assert session.scalar(select(items.c.name)) == "a"
+
+    options = session_class(kind, Executing)
+    assert await ask(engine, kind, get_db(), read, session_options=options) == 201
+
+
 # -- a result of a listener's own --------------------------------------------------------------
 
 

@@ -42,13 +42,13 @@ class NativeSession(Session):
         return result
 
     def scalars(self, *args: Any, **options: Any) -> Any:
-        return self.execute(*args, **options).scalars()
+        return NativeSession.execute(self, *args, **options).scalars()
 
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
         if isinstance(statement, Sequence):  # executing one returns no result object
             self.sqlnative.check_usable()
             return _recorded(self.sqlnative, super().scalar, statement, *args, **options)
-        return self.execute(statement, *args, **options).scalar()
+        return NativeSession.execute(self, statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
         """Hand out the connection; from then on anything may have been sent over it."""

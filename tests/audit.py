@@ -1,7 +1,7 @@
-"""Tell which pinned versions have known vulnerabilities: `make audit`.
+"""The report of pinned versions with known vulnerabilities: `make audit`.
 
-pip-audit asks OSV about every line of constraints.txt. What is accepted stands in audit.toml. Where
-OSV cannot be reached nothing is known, which is said, and fails nothing.
+pip-audit looks up every line of constraints.txt in OSV. audit.toml lists the vulnerabilities that
+are accepted. If OSV cannot be reached, the report says that nothing is known, and does not fail.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ REACH_TIMEOUT = 10.0
 
 
 def audit(url: str = OSV, *, exceptions: Path = HERE / "audit.toml", today: date) -> int:
-    """Print what is known, and return the exit code: 0 unless something has to be done."""
+    """Print the report, and return the exit code: 0 unless something has to be done."""
     accepted = tomllib.loads(exceptions.read_text("utf-8"))["exception"]
     if overdue := [each["id"] for each in accepted if each["until"] <= today]:
         print(f"{exceptions.name}: look again at {', '.join(overdue)}, whose time is over.")
@@ -36,7 +36,7 @@ def audit(url: str = OSV, *, exceptions: Path = HERE / "audit.toml", today: date
 
 
 def _unreachable(url: str) -> str | None:
-    """Say why nobody answers; an answer of any kind is one."""
+    """Return why OSV cannot be reached; `None` if it answers, even with an HTTP error."""
     try:
         urllib.request.urlopen(url, timeout=REACH_TIMEOUT).close()
     except urllib.error.HTTPError as answer:

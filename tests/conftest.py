@@ -22,12 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def find_pgbouncer() -> str | None:
-    """Find the program, which distributions keep out of a user's PATH."""
+    """Find the PgBouncer program, which distributions install outside a user's PATH."""
     return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
 
 
 def _leaves_pgbouncer_out() -> bool:
-    """Tell whether it is not there, and nobody has said that it has to be."""
+    """Return whether to leave out the tests for PgBouncer: it is missing, and this is not CI."""
     return not os.environ.get("CI") and find_pgbouncer() is None
 
 
@@ -60,15 +60,15 @@ EACH_KIND = [
     pytest.param(each, id=each.id, marks=[pytest.mark.other_driver] * (each is ASYNCPG))
     for each in KINDS
 ]
-# For tests that a synchronous engine has no part in.
+# For tests that do not involve a synchronous engine.
 asynchronous = pytest.mark.parametrize("kind", EACH_KIND[:2], indirect=True)
 
 
 @pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Give each colour in turn, and with `--drivers=all` each driver.
+    """Return each colour in turn, and with `--drivers=all` each driver.
 
-    A test marked `driver_decides` always has all of them.
+    A test marked `driver_decides` always runs with all drivers.
     """
     found: Kind = request.param
     return found
@@ -87,13 +87,13 @@ def _connections(postgres: WorkerPostgres) -> Iterator[tuple[psycopg.Connection,
 
 @pytest.fixture
 def rows(_connections: tuple[psycopg.Connection, ...]) -> Rows:
-    """Empty the first database's table, and look into it from a connection of its own."""
+    """Empty the first database's table, and return `Rows` with its own connection to it."""
     return Rows(_connections[0])
 
 
 @pytest.fixture
 def second_rows(_connections: tuple[psycopg.Connection, ...]) -> Rows:
-    """Do the same for the second database."""
+    """Empty the second database's table, and return `Rows` with its own connection to it."""
     return Rows(_connections[1])
 
 
@@ -102,19 +102,19 @@ MakeEngine = Callable[..., Engine | AsyncEngine]
 
 @pytest.fixture
 def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[MakeEngine]:
-    """Build engines of this kind; at the end no connection may be in use on any of them.
+    """Yield a function that builds engines of this kind, and check that no connection stays in use.
 
-    Install them with ``shutdown=engine.dispose``: their event loop ends with the server.
+    Install them with ``shutdown=engine.dispose``, because their event loop ends with the server.
     """
     in_use: set[object] = set()
-    # Saves a query that takes as long as connecting, for a type that no test uses.
+    # Saves a query for a type that no test uses; the query takes as long as connecting.
     without = {"use_native_hstore": False} if kind.driver == "psycopg" else {}
 
     def make(*, second: bool = False, **options: Any) -> Engine | AsyncEngine:
         url = (postgres.second if second else postgres).url(kind.driver)
         options = without | options
         engine = (create_async_engine if kind.asynchronous else create_engine)(url, **options)
-        pool = engine.pool  # the one that replaces it has the same listeners
+        pool = engine.pool  # a pool that replaces it has the same listeners
         event.listen(pool, "checkout", lambda _driver, record, _proxy: in_use.add(record))
         for end in "checkin", "detach":
             event.listen(pool, end, lambda _driver, record: in_use.discard(record))
@@ -126,9 +126,9 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
 
 @pytest.fixture
 def engine(make_engine: MakeEngine) -> Engine | AsyncEngine:
-    """Build one engine with a pool of one, so that every request meets the same connection.
+    """Build an engine with a pool of one connection, so that every request uses the same one.
 
-    It waits for less than a client does, which so hears of it.
+    The pool's timeout is shorter than a client's, so the client receives the error.
     """
     return make_engine(pool_size=1, max_overflow=0, pool_timeout=10)
 

@@ -1,6 +1,6 @@
-"""Start a throw-away MariaDB server on loopback, root or not, out of the system's package.
+"""A temporary MariaDB server on loopback, from the system's package, started as root or not.
 
-No wheel carries one, so unlike PostgreSQL it has to be installed. POSIX only.
+No wheel contains MariaDB, so unlike PostgreSQL it has to be installed. POSIX only.
 """
 
 import os
@@ -41,24 +41,24 @@ SETTINGS = {
     "innodb-buffer-pool-size": "32M",
     "innodb-flush-log-at-trx-commit": "0",
     "innodb-log-file-size": "16M",
-    "innodb-fast-shutdown": "2",  # a throw-away cluster has nothing to tidy up
+    "innodb-fast-shutdown": "2",  # a temporary server has nothing to clean up
     "performance-schema": "OFF",
     "skip-name-resolve": "ON",
 }
 
 
 class MariadbServerError(RuntimeError):
-    """Say why there is no server, and what to do about it."""
+    """The error that says why there is no server and how to get one."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(f"{problem}\n{REMEDIES}")
 
 
 class MariadbServer:
-    """Run one MariaDB server on 127.0.0.1 whose `root` needs no password.
+    """A MariaDB server on 127.0.0.1 whose `root` needs no password.
 
-    It lives in a temporary folder until the context manager exits, and never outlives this
-    process, on Linux not even when the process is killed.
+    It runs in a temporary folder until the context manager exits, and never outlives this process.
+    On Linux this holds even if the process is killed.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class MariadbServer:
         try:
             self._initialize(server)
             while not self._launch(server):
-                pass  # somebody else has taken the port: there is another
+                pass  # another process has taken the port: try a different one
         except BaseException:
             self._end()
             raise
@@ -110,7 +110,7 @@ class MariadbServer:
             raise MariadbServerError(f"{installer} failed:\n{done.stdout}{done.stderr}")
 
     def _launch(self, server: Path) -> bool:
-        """Start the process and wait until it answers; False when its port was taken."""
+        """Start the process and wait until it answers; return False if its port was taken."""
         self.port = _free_port()
         places = {
             "datadir": self._home / "data",
@@ -137,7 +137,7 @@ class MariadbServer:
                 if "Address already in use" in said:
                     return False
                 raise MariadbServerError(f"{server} did not start:\n{said}")
-            time.sleep(0.02)  # the server tells nobody
+            time.sleep(0.02)  # the server does not report when it is ready
         return True
 
     @property
@@ -164,7 +164,7 @@ class MariadbServer:
 
 
 def find_server() -> Path:
-    """Find the server's program, which distributions keep out of a user's PATH."""
+    """Find the server's program, which distributions install outside a user's PATH."""
     found = shutil.which("mariadbd", path=_search_path())
     if found is None:
         raise MariadbServerError("No MariaDB server was found.")

@@ -1,4 +1,4 @@
-"""Rule 11: what start-up finds in the routes, before a request can."""
+"""Rule 11: the mistakes in routes that start-up finds, before any request."""
 
 import functools
 import inspect
@@ -34,8 +34,8 @@ from tests.in_process import async_sqlite, running, sqlite, start_and_stop
 
 pytestmark = pytest.mark.anyio
 
-# Older versions of FastAPI leave mounts in included routers out, and read neither a `type` alias
-# nor a signature with a name that only the type checker knows.
+# Older versions of FastAPI ignore mounts in included routers, and cannot read a `type` alias or a
+# signature with a name that only the type checker knows.
 OLD = not hasattr(routing, "iter_route_contexts")
 
 Dependency = Callable[..., Any]
@@ -49,14 +49,14 @@ OURS: dict[str, Callable[[str], Dependency]] = {
 
 
 def nothing() -> None:
-    """Be an endpoint that asks for nothing."""
+    """Do nothing, as an endpoint without parameters."""
 
 
 def with_route(app: FastAPI | APIRouter, *depends: Any) -> None:
     app.get("/items", dependencies=depends)(nothing)
 
 
-# --- where a dependency can hide ---
+# --- the places where a dependency can be declared ---
 
 
 def in_the_route(dependency: Dependency) -> FastAPI:
@@ -92,7 +92,7 @@ def in_a_sub_dependency(dependency: Dependency) -> FastAPI:
 
 
 class Repository:
-    """Be a class that FastAPI builds."""
+    """A class that FastAPI instantiates."""
 
     def __init__(self, session: Any) -> None: ...
 
@@ -142,7 +142,7 @@ def on_a_router(dependency: Dependency) -> FastAPI:
 def on_an_inclusion(dependency: Dependency) -> FastAPI:
     app, router = FastAPI(), APIRouter()
     app.include_router(router, dependencies=[Depends(dependency)])
-    with_route(router)  # after the inclusion, which newer versions of FastAPI see too
+    with_route(router)  # after the inclusion: newer versions of FastAPI include it too
     with_route(app, Depends(dependency))
     return app
 
@@ -261,7 +261,7 @@ PLACES = (
 
 
 async def start(app: FastAPI, engine: Callable[[], Engine | AsyncEngine] = async_sqlite) -> None:
-    """Start with the databases "orders" and "users"."""
+    """Start and stop the application, with the databases "orders" and "users"."""
     install_database(app, name="orders", engine=engine)
     install_database(app, name="users", engine=engine)
     await start_and_stop(app)
@@ -272,7 +272,10 @@ async def start(app: FastAPI, engine: Callable[[], Engine | AsyncEngine] = async
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 async def test_a_misspelt_name_fails_the_start(place: Callable[[Dependency], FastAPI]) -> None:
-    """Wherever a misspelt name stands, the start names its route and lists the names there are."""
+    """A misspelt name anywhere fails start-up.
+
+    The error names the route and lists the installed databases.
+    """
     message = r"'/items'.*'oders'.*Installed: 'orders', 'users'\."
     with pytest.raises(DatabaseNotInstalledError, match=message):
         await start(place(get_db("oders")))
@@ -280,19 +283,19 @@ async def test_a_misspelt_name_fails_the_start(place: Callable[[Dependency], Fas
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 async def test_a_name_that_exists_starts(place: Callable[[Dependency], FastAPI]) -> None:
-    """In the same places a name that exists, however spelt, is no mistake."""
+    """An installed name anywhere passes the check, even with spaces around it."""
     await start(place(get_db(" orders ")))
 
 
 @pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
 async def test_each_of_our_dependencies_is_checked(ours: Callable[[str], Dependency]) -> None:
-    """get_db, transactional, reader and get_database_handle all name a database that exists."""
+    """The names given to get_db, transactional, reader and get_database_handle are all checked."""
     with pytest.raises(DatabaseNotInstalledError, match=r"Route '/items'.*'oders'"):
         await start(in_the_route(ours("oders")))
 
 
 async def test_a_start_that_is_refused_leaves_nothing_open() -> None:
-    """A start that a check refuses closes the databases again, and can be fixed and repeated."""
+    """An application whose start-up a check has failed can be fixed and started again."""
     app = FastAPI()
     route = get_db("oders")
     with_route(app, Depends(route))
@@ -309,14 +312,14 @@ async def test_a_start_that_is_refused_leaves_nothing_open() -> None:
 async def test_an_overridden_dependency_is_not_looked_into(
     place: Callable[[Dependency], FastAPI],
 ) -> None:
-    """What the application overrides may name whatever it likes."""
+    """A dependency that the application overrides may name a database that is not installed."""
     app = place(get_db("oders"))
     app.dependency_overrides[get_db("oders")] = nothing
     await start(app)
 
 
 async def test_a_mounted_application_has_its_own_overrides() -> None:
-    """For a mounted application its own overrides count, in FastAPI as in the check."""
+    """The check applies only a mounted application's own overrides to it, as FastAPI does."""
     app, sub = FastAPI(), in_the_route(get_db("oders"))
     app.mount("/sub", sub)
     app.dependency_overrides[get_db("oders")] = nothing
@@ -330,7 +333,7 @@ async def test_a_mounted_application_has_its_own_overrides() -> None:
 async def test_an_override_of_get_db_answers_for_the_others(
     ours: Callable[[str], Dependency],
 ) -> None:
-    """An override of get_db(name) is what transactional(name) and reader(name) hand out."""
+    """transactional(name) and reader(name) return what an override of get_db(name) returns."""
     app = FastAPI()
 
     @app.get("/items")
@@ -344,7 +347,7 @@ async def test_an_override_of_get_db_answers_for_the_others(
 
 
 async def test_an_override_of_get_db_does_not_answer_for_the_handle() -> None:
-    """A handle is no session: an override of get_db leaves its name to be checked."""
+    """A handle is not a session, so its name is checked even if get_db is overridden."""
     app = in_the_route(get_database_handle("oders"))
     app.dependency_overrides[get_db("oders")] = nothing
     with pytest.raises(DatabaseNotInstalledError):
@@ -352,7 +355,7 @@ async def test_an_override_of_get_db_does_not_answer_for_the_handle() -> None:
 
 
 async def test_a_dependency_above_may_be_overridden() -> None:
-    """An overridden dependency is not entered, so neither is what it depends on."""
+    """The dependencies of an overridden dependency are not checked."""
 
     def service(session: Annotated[Any, Depends(get_db("oders"))]) -> None: ...
 
@@ -477,7 +480,10 @@ OUTLIVING: dict[str, Dependency] = {
 
 @pytest.mark.parametrize("dependency", OUTLIVING.values(), ids=OUTLIVING)
 async def test_a_request_scoped_generator_cannot_hold_a_session(dependency: Dependency) -> None:
-    """A generator that runs on after the response fails start-up, which says what to write."""
+    """A generator that holds a session past the response fails start-up.
+
+    The error shows how to declare it.
+    """
     with pytest.raises(
         DatabaseDependencyError,
         match=r"Route '/items': the generator \S+ .*'orders'.*scope=\"function\"",
@@ -489,14 +495,14 @@ async def test_a_request_scoped_generator_cannot_hold_a_session(dependency: Depe
 async def test_a_request_scoped_generator_is_found_everywhere(
     place: Callable[[Dependency], FastAPI],
 ) -> None:
-    """Wherever such a generator stands, the start finds it."""
+    """Start-up finds a request-scoped generator that holds a session anywhere in the routes."""
     with pytest.raises(DatabaseDependencyError, match=r"'/items': the generator generator "):
         await start(place(generator))
 
 
 @pytest.mark.parametrize("ours", [get_db, transactional, reader])
 async def test_request_scope_around_ours_is_refused(ours: Callable[[str], Dependency]) -> None:
-    """`scope="request"` cannot hold for a session that ends before the response."""
+    """`scope="request"` on a session, which ends before the response, fails start-up."""
     app = FastAPI()
     with_route(app, Depends(ours("orders"), scope="request"))
     with pytest.raises(
@@ -512,7 +518,10 @@ async def test_request_scope_around_ours_is_refused(ours: Callable[[str], Depend
 )
 @pytest.mark.parametrize("ours", [get_db, transactional, reader])
 async def test_a_limit_around_ours_is_refused(ours: Callable[[str], Dependency]) -> None:
-    """`max_concurrency` would limit how many sessions are opened at a time, not how many live."""
+    """`max_concurrency` on a session fails start-up.
+
+    It would limit how many sessions are opened at a time, not how many are in use.
+    """
     app = FastAPI()
     limit: dict[str, Any] = {"max_concurrency": 1}
     with_route(app, Depends(ours("orders"), **limit))
@@ -557,7 +566,7 @@ FINE: dict[str, Dependency] = {
 
 @pytest.mark.parametrize("dependency", FINE.values(), ids=FINE)
 async def test_what_ends_with_the_session_may_hold_it(dependency: Dependency) -> None:
-    """Function-scoped generators, plain callables and handles are no mistake."""
+    """Function-scoped generators, plain callables and handles pass the check."""
     await start(in_the_route(dependency))
 
 
@@ -573,7 +582,7 @@ UNCALLED: dict[Dependency, str] = {
 
 @pytest.mark.parametrize(("maker", "called"), UNCALLED.items(), ids=UNCALLED.values())
 async def test_a_forgotten_call_fails_the_start(maker: Dependency, called: str) -> None:
-    """`Depends(get_db)` without the call is refused, and the error shows how to write it."""
+    """`Depends(get_db)` without a call of get_db fails start-up, and the error shows the fix."""
     message = rf"'/items': Depends\({maker.__name__}\) lacks .*Depends\({re.escape(called)}\)"
     with pytest.raises(DatabaseDependencyError, match=message):
         await start(in_the_route(maker))
@@ -583,14 +592,14 @@ async def test_a_forgotten_call_fails_the_start(maker: Dependency, called: str) 
 async def test_a_forgotten_call_is_found_everywhere(
     place: Callable[[Dependency], FastAPI],
 ) -> None:
-    """Wherever a deadline without its call stands, it fails the start; with the call it serves."""
+    """`Depends(deadline)` anywhere fails start-up, and `Depends(deadline(5))` does not."""
     with pytest.raises(DatabaseDependencyError, match=r"'/items': Depends\(deadline\) lacks"):
         await start(place(deadline))
     await start(place(deadline(5)))
 
 
 async def test_function_scope_around_ours_is_fine() -> None:
-    """`scope="function"` around ours says what is so anyway, and for a handle any scope will do."""
+    """A session may have `scope="function"`, which changes nothing, and a handle any scope."""
     app = FastAPI()
     with_route(
         app,
@@ -604,15 +613,15 @@ async def test_function_scope_around_ours_is_fine() -> None:
 
 
 class OwnSession(Session):
-    """Be an application's own session class."""
+    """An application's own session class."""
 
 
 class OwnAsyncSession(AsyncSession):
-    """Be an application's own asynchronous one."""
+    """An application's own asynchronous session class."""
 
 
 class Executes(Protocol):
-    """Be a protocol that both sessions fulfil."""
+    """A protocol that both session classes implement."""
 
     def execute(self, statement: Any) -> Any: ...
 
@@ -623,7 +632,7 @@ NESTED_ALIAS = TypeAliasType("NESTED_ALIAS", SYNC_ALIAS | None)
 
 
 def annotated(annotation: Any, ours: Callable[[str], Dependency] = get_db) -> FastAPI:
-    """Make an application whose endpoint annotates what it gets."""
+    """Make an application whose endpoint annotates one of our dependencies."""
     app = FastAPI()
 
     async def endpoint(session: Any) -> None: ...
@@ -654,7 +663,7 @@ CONTRADICTIONS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
 async def test_an_annotation_that_contradicts_fails_the_start(
     annotation: Any, engine: Callable[[], Engine | AsyncEngine]
 ) -> None:
-    """An annotation of the other colour is found before it is an AttributeError in a request."""
+    """A wrong annotation of a session fails start-up, before a request raises AttributeError."""
     kind = "AsyncEngine and gives AsyncSession" if engine is async_sqlite else "Engine and gives"
     with pytest.raises(
         DatabaseDependencyError,
@@ -675,7 +684,7 @@ HANDLES: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
 async def test_a_handle_s_annotation_is_checked(
     annotation: Any, engine: Callable[[], Engine | AsyncEngine]
 ) -> None:
-    """Database and AsyncDatabase are not taken for each other, for a session or a factory."""
+    """A handle annotated as the other handle class, a session or a factory fails start-up."""
     with pytest.raises(DatabaseDependencyError, match=r"gives (Async)?Database\."):
         await start(annotated(annotation, get_database_handle), engine)
 
@@ -699,7 +708,7 @@ ADVICE: dict[str, tuple[Any, Callable[[str], Dependency], str]] = {
 async def test_a_contradiction_names_what_to_depend_on(
     annotation: Any, ours: Callable[[str], Dependency], advice: str
 ) -> None:
-    """The error names the dependency that gives what the annotation says, where there is one."""
+    """The error says which dependency or kind of engine would match the annotation."""
     with pytest.raises(DatabaseDependencyError, match=advice):
         await start(annotated(annotation, ours))
 
@@ -728,7 +737,7 @@ AGREEMENTS: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
 async def test_an_annotation_that_may_fit_is_left_alone(
     annotation: Any, engine: Callable[[], Engine | AsyncEngine]
 ) -> None:
-    """What fits, what could fit and what is nobody's session starts."""
+    """An annotation that fits, could fit or has nothing to do with sessions passes the check."""
     await start(annotated(annotation), engine)
 
 
@@ -749,12 +758,12 @@ HANDLES_THAT_FIT: dict[str, tuple[Any, Callable[[], Engine | AsyncEngine]]] = {
 async def test_a_handle_s_annotation_that_fits_starts(
     annotation: Any, engine: Callable[[], Engine | AsyncEngine]
 ) -> None:
-    """A handle may be annotated with its class, or with anything."""
+    """A handle may be annotated with its class, a union, a base class, a protocol or `Any`."""
     await start(annotated(annotation, get_database_handle), engine)
 
 
 async def test_an_unannotated_parameter_starts() -> None:
-    """Nothing contradicts where nothing is said."""
+    """A parameter without an annotation passes the check."""
     app = as_an_annotation(get_db("orders"))
 
     @app.get("/unannotated")
@@ -764,7 +773,7 @@ async def test_an_unannotated_parameter_starts() -> None:
 
 
 async def test_a_default_value_s_annotation_is_checked() -> None:
-    """The old style, `session: Session = Depends(...)`, is read like the new one."""
+    """An annotation in the old style, `session: Session = Depends(...)`, is checked too."""
     app = FastAPI()
 
     @app.get("/items")
@@ -775,7 +784,7 @@ async def test_a_default_value_s_annotation_is_checked() -> None:
 
 
 async def test_annotations_are_checked_at_every_depth() -> None:
-    """A repository's annotation counts like an endpoint's, and the error names the repository."""
+    """A repository's annotation is checked like an endpoint's, and the error names its class."""
 
     class Orders:
         def __init__(self, session: Annotated[Session, Depends(get_db("orders"))]) -> None: ...
@@ -833,7 +842,7 @@ if sys.version_info >= (3, 12) and not OLD:
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 async def test_annotations_in_strings_are_read(source: str) -> None:
-    """`from __future__ import annotations` and `type` aliases hide no contradiction."""
+    """Annotations in `type` aliases and under `from __future__ import annotations` are checked."""
     with pytest.raises(DatabaseDependencyError, match="annotated with Session"):
         await start(application_in(source))
     await start(application_in(source), sqlite)
@@ -841,7 +850,7 @@ async def test_annotations_in_strings_are_read(source: str) -> None:
 
 @pytest.mark.skipif(OLD, reason="this FastAPI refuses the route")
 async def test_an_alias_for_the_whole_dependency_is_read() -> None:
-    """An alias for `Annotated[Session, Depends(...)]` is read through."""
+    """The annotation in an alias for `Annotated[Session, Depends(...)]` is checked."""
     app = FastAPI()
 
     async def endpoint(session: Any) -> None: ...
@@ -854,6 +863,6 @@ async def test_an_alias_for_the_whole_dependency_is_read() -> None:
 
 @pytest.mark.skipif(OLD, reason="this FastAPI refuses the route")
 async def test_an_annotation_that_cannot_be_read_is_no_mistake() -> None:
-    """A name that only the type checker knows leaves the start alone."""
+    """A signature with a name that only the type checker knows does not fail start-up."""
     source = (FUTURE + UNREADABLE).replace('"/items"', '"/items", response_model=None')
     await start(application_in(source))

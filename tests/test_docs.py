@@ -1,26 +1,28 @@
-"""README.md and docs/: every snippet runs, every link leads somewhere, every name is explained.
+"""README.md and docs/: snippets run, links resolve, and public names are documented.
 
-The rules for whoever writes a page. None of its blocks is exempt:
+These are the rules for writing a page. They apply to all of its blocks:
 
-- ``python`` blocks run in order, in one module. Their PostgreSQL is at ``DATABASE_URL``, a second
-  one at ``ANALYTICS_DATABASE_URL``; at the top of a page both are empty.
-- ``text`` is what the python block before it has printed.
-- ``http`` starts the application that is called ``app`` by then, and stops it at the end. A line
-  is a request and its answer; a class at its end is the exception that the server gets to log:
+- ``python`` blocks run in order, in one module. A PostgreSQL database is at ``DATABASE_URL``, and a
+  second one at ``ANALYTICS_DATABASE_URL``. Both are empty at the top of a page.
+- A ``text`` block is the output of the ``python`` block before it.
+- An ``http`` block starts the application that is called ``app`` at that point, and stops it at the
+  end of the block. Each line is a request and its response. A class at the end of a line is the
+  exception that reaches the server's log:
 
       POST /books {"title": "Emma"} -> 201 {"id": 1}
       POST /forgotten -> 500 UncommittedChangesError
       WS /echo hello -> "hello"
 
-  ``start -> DatabaseNotInstalledError`` stands alone: the application does not start.
-- Every endpoint that a page defines is requested in it.
-- ``console`` names targets of the Makefile, extras and an ``app`` that exist; ``pytest`` calls the
-  page's tests. They find the page's names in ``main``.
-- ``sql`` runs in one transaction that is rolled back. A statement that ends with ``-- refused`` is
-  one for which the role lacks the privilege.
-- ``toml`` is FastAPI's table in pyproject.toml.
-- ``dockerfile``, ``yaml`` (Kubernetes), ``ini`` (systemd) and the commands that go with them are
-  held against the page's ``app``: tests/deployments.py.
+  ``start -> DatabaseNotInstalledError`` is the only line of its block: the application does not
+  start.
+- Every endpoint that a page defines is requested on that page.
+- ``console`` blocks name targets of the Makefile, extras and an ``app`` that exist. ``pytest``
+  calls the page's tests, which import the page's names from ``main``.
+- An ``sql`` block runs in one transaction that is rolled back. A statement marked ``-- refused``
+  must fail because the role lacks the privilege.
+- A ``toml`` block is FastAPI's table in pyproject.toml.
+- ``dockerfile``, ``yaml`` (Kubernetes) and ``ini`` (systemd) blocks and the commands that belong to
+  them are compared with the page's ``app``: tests/deployments.py.
 """
 
 import ast
@@ -96,12 +98,12 @@ def blocks(page: Path) -> list[Token]:
 
 
 def inline(page: Path, kind: str) -> list[Token]:
-    """List what stands inside of paragraphs, headings and cells."""
+    """List the inline tokens of one kind in paragraphs, headings and cells."""
     return [child for each in parse(page) for child in each.children or () if child.type == kind]
 
 
 def code(page: Path) -> str:
-    """Return the page's python as one module, each line with the number that it has there."""
+    """Return the page's python as one module that keeps the page's line numbers."""
     lines: list[str] = []
     for block in blocks(page):
         if block.info == "python":
@@ -112,7 +114,7 @@ def code(page: Path) -> str:
 
 
 def module_name(page: Path) -> str:
-    """Return the name of the module that a page's python is."""
+    """Return the name of the module for a page's python."""
     return re.sub(r"\W", "_", page.relative_to(ROOT).with_suffix("").as_posix().lower())
 
 
@@ -120,7 +122,7 @@ def module_name(page: Path) -> str:
 
 
 class Watched:
-    """Remember which endpoints answered, and what the server gets to log."""
+    """A wrapper that records the endpoints called and the exception that reaches the server."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -139,7 +141,7 @@ class Watched:
 
 
 class Snippets:
-    """Run the blocks of one page, one after the other."""
+    """The blocks of one page, run one after the other."""
 
     def __init__(self, page: Path, module: ModuleType) -> None:
         self.page = page
@@ -163,7 +165,7 @@ class Snippets:
             "ini": lambda block: self.deployments.systemd(block.content),
         }
         if block.type == "code_block" and self.page == SKILL:
-            return  # what not to write
+            return  # an example of what not to write
         assert block.type == "fence", "an indented block says not what it is: use a fence"
         assert block.info in runners, f"nothing here runs {block.info!r}"
         assert block.map is not None
@@ -298,7 +300,7 @@ def endpoints(page: Path) -> set[str]:
 
 @contextlib.contextmanager
 def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Generator[str]:
-    """Give the URL of a schema that is nobody else's."""
+    """Create an empty schema, yield a URL that uses it, and drop it at the end."""
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         connection.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")
         connection.execute(f"CREATE SCHEMA {SCHEMA}")
@@ -309,12 +311,12 @@ def empty_schema(database: PostgresDatabase, path: str = SCHEMA) -> Generator[st
 
 
 def run_snippets(page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the blocks of a page from its top, on empty schemas."""
+    """Run all blocks of a page in order, on empty schemas."""
     module = ModuleType(module_name(page))
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # annotations are looked up here
     monkeypatch.setitem(sys.modules, "main", module)
     snippets = Snippets(page, module)
-    # A database that a page clones has no such schema.
+    # A clone that the page makes does not have this schema.
     path = f"{SCHEMA},public" if page.stem == "testing" else SCHEMA
     with empty_schema(postgres, path) as url, empty_schema(postgres.second) as second_url:
         monkeypatch.setenv("DATABASE_URL", url)
@@ -330,14 +332,14 @@ def run_snippets(page: Path, postgres: WorkerPostgres, monkeypatch: pytest.Monke
 def test_snippets_run(
     page: Path, postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every block of a page runs, prints and answers as the page says."""
+    """Every block of a page runs, with the output and the responses that the page shows."""
     run_snippets(page, postgres, monkeypatch)
 
 
 @pytest.mark.slow("a process for each page, 2 s: what they do is tested in test_draining")
 @pytest.mark.parametrize("page", ["deployment.md", "health.md"])
 def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_path: Path) -> None:
-    """A page's application, started as its container starts it, drains before it stops."""
+    """A page's application, run with the Dockerfile's command, drains on SIGTERM."""
     (dockerfile,) = (
         each for each in blocks(ROOT / "docs" / "deployment.md") if each.info == "dockerfile"
     )
@@ -355,7 +357,7 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
         wait_until(lambda: client.get("/health/ready").json()["status"] == "draining")
         assert client.get("/health/ready").status_code == 503
         assert client.get("/answer").json() == 42
-        process.send_signal(signal.SIGTERM)  # its time is long, and a second one ends it
+        process.send_signal(signal.SIGTERM)  # the drain is long, and a second signal ends it
         assert process.wait(60) == -signal.SIGTERM
 
 
@@ -364,7 +366,7 @@ def test_sigterm_drains_as_a_page_says(page: str, postgres: WorkerPostgres, tmp_
 
 @functools.cache
 def anchors(page: Path) -> set[str]:
-    """List a page's headings as the names that links give them."""
+    """Return the anchors of a page's headings."""
     tokens = parse(page)
     headings = [
         tokens[place + 1] for place, each in enumerate(tokens) if each.type == "heading_open"
@@ -374,7 +376,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    """A link inside the repository names a file that is there, and a heading in it."""
+    """A link within the repository leads to an existing file, and its anchor to a heading in it."""
     hrefs = [
         (page, href)
         for page in LINKED
@@ -392,14 +394,14 @@ def leads_somewhere(page: Path, href: str) -> bool:
 
 
 def test_the_index_leads_to_every_page() -> None:
-    """Every page of the guide is linked from its first one."""
+    """The index of the guide links to every other page."""
     index = ROOT / "docs" / "index.md"
     linked = {str(link.attrs["href"]).partition("#")[0] for link in inline(index, "link_open")}
     assert {page.relative_to(index.parent).as_posix() for page in GUIDE} - linked == {"index.md"}
 
 
 def words(pages: list[Path]) -> set[str]:
-    """List the names that stand in `code`, without what follows them."""
+    """Return the name at the start of each inline `code`, without what follows it."""
     found = (
         re.match(r"\w+", each.content) for page in pages for each in inline(page, "code_inline")
     )
@@ -407,17 +409,17 @@ def words(pages: list[Path]) -> set[str]:
 
 
 def test_every_public_name_is_documented() -> None:
-    """Whatever the package exports is explained in the guide."""
+    """Every name that the package exports is mentioned in the guide."""
     assert set(fastapi_sqlnative.__all__) <= words(GUIDE)
 
 
 def test_every_exception_is_documented() -> None:
-    """Whatever the package raises stands on the page about exceptions."""
+    """Every exception of the package is mentioned on the page about exceptions."""
     assert set(exceptions.__all__) <= words([ROOT / "docs" / "exceptions.md"])
 
 
 def public_modules() -> list[ModuleType]:
-    """List the package and its public modules: those that say what is public."""
+    """List the package and its public modules, which are those with `__all__`."""
     found = pkgutil.walk_packages(fastapi_sqlnative.__path__, f"{fastapi_sqlnative.__name__}.")
     names = [each.name for each in found if "._" not in each.name]
     modules = [fastapi_sqlnative, *map(importlib.import_module, names)]
@@ -425,7 +427,7 @@ def public_modules() -> list[ModuleType]:
 
 
 def test_the_reference_is_complete() -> None:
-    """Every public name of every public module is in the reference, once, with a docstring."""
+    """Every public name of every public module is in the reference once, with a docstring."""
     described = [
         path
         for page in GUIDE
@@ -441,7 +443,7 @@ def test_the_reference_is_complete() -> None:
 
 
 def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
-    """Yield each parameter of a function or class, and of its methods, with what describes it."""
+    """Yield each parameter of a function, or of a class and its methods, with its docstring."""
     docstring = inspect.getdoc(described) or ""
     for name in re.findall(r"(?:like|those of) `(\w+(?:\.\w+)?)`", docstring):
         docstring += inspect.getdoc(pkgutil.resolve_name(f"{described.__module__}.{name}")) or ""
@@ -459,7 +461,7 @@ def described_parameters(described: Any) -> Iterator[tuple[str, str]]:
     ids=lambda module: module.__name__,
 )
 def test_every_parameter_is_described(module: ModuleType) -> None:
-    """The docstring of a public function or class says what each of its parameters means."""
+    """The docstring of a public function or class mentions each of its parameters."""
     for public in module.__all__:
         described = getattr(module, public)
         if inspect.isclass(described) and issubclass(described, BaseException | Enum | list):
@@ -471,7 +473,7 @@ def test_every_parameter_is_described(module: ModuleType) -> None:
 
 
 def test_names_in_the_guide_exist() -> None:
-    """An import that a page shows gives what the page says, and nothing private."""
+    """The pages import only existing, public names of the package."""
     for page in PAGES:
         for node in ast.walk(ast.parse(code(page))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
@@ -482,7 +484,7 @@ def test_names_in_the_guide_exist() -> None:
 
 
 def test_the_skill_is_found_by_its_name() -> None:
-    """The skill for agents ships in the package, and has the form that FastAPI's own has."""
+    """The skill for agents has a path like FastAPI's own, valid metadata and existing errors."""
     own = next((Path(fastapi.__file__).parent / ".agents" / "skills").glob("*/SKILL.md"), None)
     if own is not None:  # FastAPI's oldest supported version has none
         assert own.relative_to(own.parents[3]).parts[:2] == SKILL.relative_to(ROOT).parts[1:3]
@@ -505,14 +507,14 @@ def test_the_lowest_versions_are_the_ones_supported() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """The README has at most ninety lines, and its application at most twenty-five with text."""
+    """The README has at most 90 lines, and its application at most 25 that are not blank."""
     assert len(README.read_text("utf-8").splitlines()) <= 90
     (app,) = (block for block in blocks(README) if block.info == "python")
     assert len([line for line in app.content.splitlines() if line.strip()]) <= 25
 
 
 def _alone(error: BaseException) -> BaseException:
-    """Take one error out of its group: older versions of Starlette raise a stream's so."""
+    """Unwrap a group of one error, in which older versions of Starlette raise a stream's error."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error

@@ -1,4 +1,4 @@
-"""The checker of registers, on which the fault suite's word on consistency rests."""
+"""The checker of registers, on which the fault suite's results about consistency depend."""
 
 import itertools
 import math
@@ -64,13 +64,13 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("history", POSSIBLE.values(), ids=POSSIBLE)
 def test_a_history_that_an_order_explains_is_accepted(history: list[Operation]) -> None:
-    """What could have happened on one register is no finding."""
+    """A history that is possible on one register is accepted."""
     assert is_linearizable(history, "0")
 
 
 @pytest.mark.parametrize("history", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_a_history_that_no_order_explains_is_found(history: list[Operation]) -> None:
-    """What could not have happened on one register is found, whatever else happens besides."""
+    """A history that is impossible on one register is rejected, also with many later writes."""
     assert not is_linearizable(history, "0")
     later = [write(100 + 2 * n, 101 + 2 * n, f"later-{n}") for n in range(50)]
     assert not is_linearizable([*later, *history], "0")
@@ -78,7 +78,7 @@ def test_a_history_that_no_order_explains_is_found(history: list[Operation]) -> 
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Operation]:
-    """Draw a few operations, most of which overlap; every value is written once."""
+    """Draw a few operations that mostly overlap, in which no value is written twice."""
     history = []
     values = ["0", "v0", "v1", "v2", "v3", "v4"]
     for number in range(draw(st.integers(1, 5))):
@@ -87,7 +87,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
         found = draw(st.sampled_from([None, *values]))
         left = draw(st.sampled_from([None, f"v{number}"]))
         if left is None and (found is None or returned == UNKNOWN):
-            continue  # it says nothing
+            continue  # it contains no information
         history.append(Operation(called, returned, found, left))
     return history
 
@@ -106,7 +106,7 @@ def makes_sense(order: Sequence[Operation]) -> bool:
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(histories())
 def test_the_checker_agrees_with_trying_every_order(history: list[Operation]) -> None:
-    """On small histories it says what trying every order of every possible subset says."""
+    """On small histories the checker agrees with trying every order of every possible subset."""
     known = [each for each in history if each.is_known]
     unknown = [each for each in history if not each.is_known]
     expected = any(

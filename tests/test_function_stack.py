@@ -1,4 +1,4 @@
-"""Rule 1: where the session ends, with FastAPI's own stack, without one, and outside HTTP."""
+"""Rule 1: when the session ends, with FastAPI's own stack, without one, and outside HTTP."""
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -36,7 +36,7 @@ Body = Callable[[Session], Any]
 async def test_a_copy_of_the_scope_is_another_request(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A request that an endpoint makes with its own scope commits and rolls back by itself."""
+    """A request that an endpoint makes with a copy of its scope commits independently of it."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     route(app, kind, "/inner", transactional(), add("inner"))
@@ -60,7 +60,7 @@ async def test_a_copy_of_the_scope_is_another_request(
 
 
 class Looking:
-    """Look at what is stored when a response starts."""
+    """A wrapper that records the stored names when a response starts."""
 
     def __init__(self, app: ASGIApp, rows: Rows) -> None:
         self.app, self.rows = app, rows
@@ -79,10 +79,13 @@ class Looking:
 async def test_the_commit_comes_before_the_response(
     kind: Kind, engine: Engine, rows: Rows, has_stack: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where FastAPI keeps no stack, a generator of function scope ends the session as well."""
+    """The commit comes before the response, whether FastAPI keeps a stack or not.
+
+    Without a stack, a generator with function scope ends the session.
+    """
     assert dependencies.HAS_FUNCTION_STACK, "this FastAPI keeps one"
     monkeypatch.setattr(dependencies, "HAS_FUNCTION_STACK", has_stack)
-    name = f"{kind.id} {has_stack}"  # a dependency is made once for each name
+    name = f"{kind.id} {has_stack}"  # dependencies are cached by name
     rows.add("there", position=1)
     app = FastAPI()
     install_database(app, name=name, engine=engine, shutdown=engine.dispose)
@@ -115,7 +118,7 @@ def keep(session: Session) -> None:
 async def test_no_commit_comes_after_a_frontend(
     kind: Kind, engine: Engine, rows: Rows, tmp_path: Path
 ) -> None:
-    """A frontend refuses a commit at the end; what a dependency commits itself is stored."""
+    """On a frontend, `transactional` raises an error, and an explicit commit is stored."""
     (tmp_path / "index.html").write_text("home")
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -140,7 +143,7 @@ async def test_no_commit_comes_after_a_frontend(
 async def test_a_frontend_does_not_fail_for_a_late_route(
     kind: Kind, engine: Engine, tmp_path: Path
 ) -> None:
-    """Its request, which has no route, does not check a route that was added after start-up."""
+    """A request for a frontend, which has no route, does not check a route added after start-up."""
     (tmp_path / "index.html").write_text("home")
     app = FastAPI(dependencies=[Depends(get_db())])
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -157,14 +160,14 @@ async def test_a_frontend_does_not_fail_for_a_late_route(
 
 
 class BrokerMessage(HTTPConnection):
-    """Be a broker's message, which FastStream hands to FastAPI's dependencies."""
+    """A broker's message, which FastStream passes to FastAPI's dependencies."""
 
     def __init__(self, app: FastAPI, stack: AsyncExitStack) -> None:
         self.scope = {"app": app, "fastapi_function_astack": stack}
 
 
 async def consume(app: FastAPI, dependency: Any, body: Body) -> Any:
-    """Handle a message as FastStream does: solve the dependency, and leave its stack."""
+    """Handle a message as FastStream does: solve the dependency, then exit its stack."""
     async with AsyncExitStack() as stack:
         connection = BrokerMessage(app, stack)
         session: Any = await get_db()(connection=connection)
@@ -186,7 +189,7 @@ def fail(session: Session) -> None:
 async def test_a_message_has_a_session_as_a_request_has(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A scope with nothing but the application and the stack commits, rolls back and ends."""
+    """A session in a scope with only the application and the stack commits, rolls back and ends."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     async with app.router.lifespan_context(app):

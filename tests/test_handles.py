@@ -1,4 +1,4 @@
-"""The handles: sessions and transactions without an application, and in one."""
+"""Database handles: their sessions and transactions, outside an application and in one."""
 
 import asyncio
 import contextlib
@@ -56,13 +56,13 @@ def handle_of(engine: Any, **options: Any) -> Any:
 
 @pytest.fixture
 async def database(engine: Any) -> AsyncIterator[Any]:
-    """Build a handle without an application, on a pool of one."""
+    """Yield a handle outside an application, on a pool of one connection."""
     yield handle_of(engine)
     await dispose(engine)
 
 
 async def in_session(database: Any, body: Body) -> Any:
-    """Run a body in the handle's `session()`, off the event loop if it would block it."""
+    """Run a body in the handle's `session()`, in a thread if it would block the event loop."""
     if isinstance(database, AsyncDatabase):
         async with database.session() as session:
             return await session.run_sync(body)
@@ -75,7 +75,7 @@ async def in_session(database: Any, body: Body) -> Any:
 
 
 async def in_transaction(database: Any, body: Body, **options: Any) -> Any:
-    """Run a body in the handle's `transaction()`."""
+    """Run a body in the handle's `transaction()`, in a thread if it would block the event loop."""
     if isinstance(database, AsyncDatabase):
         async with database.transaction(**options) as session:
             return await session.run_sync(body)
@@ -111,7 +111,7 @@ def swallow(session: Session) -> None:
 
 
 def clean(database: Any, rows: Rows) -> bool:
-    """Tell whether the handle's pool and the server agree that nothing is in use."""
+    """Return whether the pool has no connection in use and the server no open transaction."""
     in_transaction = rows.backends("idle in transaction%")
     return bool(database.engine.pool.checkedout() == 0 and in_transaction == 0)
 
@@ -120,7 +120,7 @@ def clean(database: Any, rows: Rows) -> bool:
 
 
 async def test_a_session_never_commits(database: Any, rows: Rows) -> None:
-    """session() rolls back what its block did not commit, and closes, however the block ends."""
+    """session() rolls back uncommitted work and frees its connection, however the block ends."""
     await in_session(database, add_a)
     assert (rows.names, clean(database, rows)) == ([], True)
     with pytest.raises(ZeroDivisionError):
@@ -145,7 +145,7 @@ async def test_a_transaction_commits_or_rolls_back(database: Any, rows: Rows) ->
 
 @pytest.mark.driver_decides
 async def test_a_transaction_refuses_a_swallowed_error(database: Any, rows: Rows) -> None:
-    """An error that the block ignored is no commit, and the next block finds a clean connection."""
+    """A block that swallows an error raises TransactionAbortedError, and the next block works."""
     with pytest.raises(TransactionAbortedError, match="begin_nested") as caught:
         await in_transaction(database, swallow)
     assert isinstance(caught.value.__cause__, Exception)
@@ -155,7 +155,7 @@ async def test_a_transaction_refuses_a_swallowed_error(database: Any, rows: Rows
 
 
 async def test_a_block_may_commit_and_roll_back_itself(database: Any, rows: Rows) -> None:
-    """An explicit commit stores at once, whatever comes after it in the block."""
+    """An explicit commit in a block is kept, whatever comes after it in the block."""
 
     def body(session: Session) -> None:
         add_a(session)
@@ -173,7 +173,7 @@ async def test_a_block_may_commit_and_roll_back_itself(database: Any, rows: Rows
 
 
 async def test_a_block_may_close_its_session(database: Any, rows: Rows) -> None:
-    """A block that has committed and closed by itself ends in peace."""
+    """A block that commits and closes its session itself ends without an error."""
 
     def body(session: Session) -> None:
         add_a(session)
@@ -185,7 +185,7 @@ async def test_a_block_may_close_its_session(database: Any, rows: Rows) -> None:
 
 
 async def test_an_untouched_block_connects_to_nothing(database: Any) -> None:
-    """A block that sends nothing takes no connection, without autobegin either."""
+    """A block that sends nothing takes no connection, with or without autobegin."""
     never: list[Any] = []
     await in_session(database, never.append)
     await in_transaction(database, never.append)
@@ -194,7 +194,7 @@ async def test_an_untouched_block_connects_to_nothing(database: Any) -> None:
 
 
 async def test_a_transaction_has_options(database: Any, rows: Rows) -> None:
-    """isolation_level and read_only hold for one block, on the server, and not for the next."""
+    """isolation_level and read_only apply on the server to one block, and not to the next."""
     shown = text(
         "SELECT current_setting('transaction_isolation'),"
         " current_setting('transaction_read_only'), pg_backend_pid()"
@@ -216,7 +216,7 @@ async def test_a_transaction_has_options(database: Any, rows: Rows) -> None:
 
 
 async def test_a_session_does_not_outlive_its_block(database: Any, rows: Rows) -> None:
-    """Used after its block, a session says that it is finished, and takes no connection."""
+    """A session used after its block raises SessionFinishedError and takes no connection."""
     for run in in_session, in_transaction:
         kept: list[Session] = []
 
@@ -235,7 +235,7 @@ async def test_a_session_does_not_outlive_its_block(database: Any, rows: Rows) -
 async def test_sessions_may_be_used_side_by_side(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A transaction inside another is its own: its commit stays when the outer one rolls back."""
+    """The commit of a transaction inside another remains when the outer one rolls back."""
     engine: Any = make_engine(pool_size=2)
     database = handle_of(engine)
 
@@ -260,7 +260,7 @@ async def test_sessions_may_be_used_side_by_side(
 
 
 def test_threads_share_one_database(postgres: WorkerPostgres, rows: Rows) -> None:
-    """Many threads work with one handle at the same time, each with a session of its own."""
+    """Many threads can use one handle at the same time, each with its own session."""
     engine = create_engine(postgres.url("psycopg"), pool_size=4, max_overflow=0)
     database = Database(engine)
     together = threading.Barrier(8)
@@ -282,7 +282,7 @@ def test_threads_share_one_database(postgres: WorkerPostgres, rows: Rows) -> Non
 
 
 async def test_tasks_share_one_database(postgres: WorkerPostgres, rows: Rows) -> None:
-    """Many tasks work with one handle at the same time, on a smaller pool."""
+    """Many tasks can use one handle at the same time, on a smaller pool."""
     engine = create_async_engine(postgres.url("asyncpg"), pool_size=4, max_overflow=0)
     database = AsyncDatabase(engine)
 
@@ -297,7 +297,7 @@ async def test_tasks_share_one_database(postgres: WorkerPostgres, rows: Rows) ->
 
 
 def test_the_wrong_colour_is_told() -> None:
-    """A handle built with the other kind of engine, or with none, names both kinds."""
+    """A handle built with the wrong kind of engine, or a URL, raises TypeError with both types."""
     sync: Any = create_engine("sqlite://")
     asynchronous: Any = create_async_engine("sqlite+aiosqlite://")
     with pytest.raises(TypeError, match="Database 'x' takes an Engine, not AsyncEngine"):
@@ -319,7 +319,7 @@ def test_the_wrong_colour_is_told() -> None:
     ],
 )
 def test_wrong_session_options_are_told_at_once(options: Any, message: str) -> None:
-    """A mistake in session_options fails where the handle is built, not in the first request."""
+    """A mistake in session_options raises TypeError when the handle is built, not in a request."""
     with pytest.raises(TypeError, match=message):
         Database(create_engine("sqlite://"), session_options=options)
 
@@ -329,7 +329,7 @@ def test_wrong_session_options_are_told_at_once(options: Any, message: str) -> N
 
 @pytest.mark.driver_decides
 async def test_a_ping_that_is_answered(database: Any, rows: Rows) -> None:
-    """ping() returns when the database answers, and gives its connection back."""
+    """ping() returns when the database answers, and returns its connection to the pool."""
     await ping(database, 5)
     assert clean(database, rows)
 
@@ -341,7 +341,7 @@ def elsewhere(kind: Kind, postgres: WorkerPostgres, **changes: Any) -> Any:
 
 @pytest.mark.driver_decides
 async def test_a_ping_of_nobody_fails(kind: Kind, postgres: WorkerPostgres) -> None:
-    """A port that nobody listens on fails with SQLAlchemy's error on every driver, at once."""
+    """ping() on a port without a listener raises OperationalError at once, with every driver."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         engine = elsewhere(kind, postgres, host="127.0.0.1", port=unused.getsockname()[1])
@@ -351,7 +351,7 @@ async def test_a_ping_of_nobody_fails(kind: Kind, postgres: WorkerPostgres) -> N
 
 
 async def test_a_ping_with_a_wrong_name_fails(kind: Kind, postgres: WorkerPostgres) -> None:
-    """A role that the server refuses fails with what the driver says."""
+    """ping() with a role that the server rejects raises the driver's error, not TimeoutError."""
     engine = elsewhere(kind, postgres, username="nobody", password="wrong")
     with pytest.raises(Exception, match="nobody") as caught:
         await ping(handle_of(engine), 5)
@@ -361,7 +361,7 @@ async def test_a_ping_with_a_wrong_name_fails(kind: Kind, postgres: WorkerPostgr
 
 @asynccontextmanager
 async def silence() -> AsyncGenerator[int]:
-    """Listen on a port, take connections, and never say a word."""
+    """Listen on a port and accept connections, without ever sending anything."""
     accepted: list[socket.socket] = []
 
     def accept() -> None:
@@ -383,7 +383,7 @@ async def silence() -> AsyncGenerator[int]:
 
 @pytest.mark.driver_decides
 async def test_a_ping_of_a_silent_server_has_an_end(kind: Kind, postgres: WorkerPostgres) -> None:
-    """A server that takes the connection and never answers is a TimeoutError within the bound."""
+    """ping() raises TimeoutError after its timeout if a connected server never answers."""
     async with silence() as port:
         engine = elsewhere(kind, postgres, host="127.0.0.1", port=port)
         with pytest.raises(TimeoutError, match=r"'default' did not answer within 0\.3 s"):
@@ -395,15 +395,15 @@ async def test_a_ping_of_a_silent_server_has_an_end(kind: Kind, postgres: Worker
 
 
 async def threads_gone() -> None:
-    """Wait for the threads that were left behind: each ends with the wait of its driver or pool.
+    """Wait for the abandoned threads, each of which ends when its driver or pool stops waiting.
 
-    One that still has a connection when the engine is disposed of would give it to nobody.
+    A thread that still holds a connection when the engine is disposed of could not return it.
     """
     await until(lambda: not probing_threads())
 
 
 async def test_a_ping_waits_for_the_pool_no_longer(database: Any, rows: Rows) -> None:
-    """With every connection in use ping() is a TimeoutError too, and takes none for itself."""
+    """ping() raises TimeoutError if every connection is in use, and leaves none checked out."""
     async with holding(database.engine):
         with pytest.raises(TimeoutError, match=r"'default' did not answer within 0\.2 s"):
             await ping(database, 0.2)
@@ -414,7 +414,7 @@ async def test_a_ping_waits_for_the_pool_no_longer(database: Any, rows: Rows) ->
 
 @asynccontextmanager
 async def holding(engine: Any) -> AsyncGenerator[None]:
-    """Hold a connection of the application's own."""
+    """Hold one of the application's connections during the block."""
     if isinstance(engine, AsyncEngine):
         async with engine.connect():
             yield
@@ -424,7 +424,7 @@ async def holding(engine: Any) -> AsyncGenerator[None]:
 
 
 def test_a_ping_raises_what_the_application_raises() -> None:
-    """An error of the application's own, such as a token that it could not fetch, is not hidden."""
+    """ping() raises the application's own error unchanged, such as one from fetching a token."""
 
     def connect() -> Any:
         raise LookupError("no token")
@@ -434,7 +434,7 @@ def test_a_ping_raises_what_the_application_raises() -> None:
 
 
 async def test_a_ping_that_is_cancelled_as_it_fails_loses_no_error() -> None:
-    """A ping whose caller is cancelled as it fails is only cancelled: asyncio logs nothing."""
+    """A ping that fails as its caller is cancelled is only cancelled, and asyncio logs nothing."""
     lost: list[Any] = []
     tasks: list[asyncio.Task[None]] = []
     loop = asyncio.get_running_loop()
@@ -450,7 +450,7 @@ async def test_a_ping_that_is_cancelled_as_it_fails_loses_no_error() -> None:
     (done,) = await asyncio.gather(tasks[0], return_exceptions=True)
     assert isinstance(done, asyncio.CancelledError)
     del done
-    await turns()  # the loop's own references go
+    await turns()  # drops the loop's own references
     gc.collect()
     assert not lost
 
@@ -484,7 +484,7 @@ POOLS: dict[str, tuple[dict[str, Any], PoolStatus, PoolStatus]] = {
 def test_a_pool_tells_what_it_knows(
     tmp_path: Path, options: dict[str, Any], idle: PoolStatus, busy: PoolStatus
 ) -> None:
-    """pool_status() gives each pool's figures, and None where it has none: never a wrong zero."""
+    """pool_status() returns each pool's figures, and None instead of 0 if a figure is unknown."""
     engine = create_engine(f"sqlite:///{tmp_path}/file.db", **options)
     database = Database(engine)
     assert database.pool_status() == idle
@@ -495,13 +495,13 @@ def test_a_pool_tells_what_it_knows(
 
 
 def test_a_pool_of_another_kind_is_unknown() -> None:
-    """A pool class that counts nothing is no error."""
+    """pool_status() returns None for every figure of a pool class that counts nothing."""
     engine = create_engine("sqlite://", poolclass=AssertionPool)
     assert Database(engine).pool_status() == UNKNOWN
 
 
 async def test_an_async_pool_tells_the_same(database: Any) -> None:
-    """The figures of an AsyncEngine's pool are those of a sync one."""
+    """pool_status() returns the same figures for an AsyncEngine's pool as for an Engine's."""
     before = database.pool_status()
     assert before == PoolStatus(size=1, max_overflow=0, checked_out=0, checked_in=0, overflow=0)
     during = await in_session(database, lambda session: (names(session), database.pool_status()))
@@ -520,7 +520,7 @@ def app(engine: Engine | AsyncEngine) -> FastAPI:
 
 
 def test_the_handle_in_an_endpoint(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """get_database_handle gives the handle of its colour, in `async def` and in `def` endpoints."""
+    """get_database_handle returns a handle of the engine's colour, in both kinds of endpoints."""
     marker = Depends(get_database_handle(" default"))
 
     async def asynchronous(database: Annotated[AsyncDatabase, marker]) -> str:
@@ -548,7 +548,7 @@ def test_the_handle_in_an_endpoint(kind: Kind, app: FastAPI, rows: Rows) -> None
 
 
 def test_many_requests_with_a_sync_handle(postgres: WorkerPostgres, rows: Rows) -> None:
-    """`with database.transaction()` in `def` endpoints serves more requests than connections."""
+    """A sync handle in `def` endpoints serves more concurrent requests than it has connections."""
     engine = create_engine(postgres.url("psycopg"), pool_size=2, max_overflow=0)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)

@@ -1,4 +1,4 @@
-"""Rule 2: an application's override of a session reaches all who ask for it, and stays its own."""
+"""Rule 2: a session from an override reaches every dependency and belongs to the application."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ def app(engine: Engine | AsyncEngine) -> FastAPI:
 
 @pytest.fixture
 def own(kind: Kind, make_engine: MakeEngine) -> Iterator[Any]:
-    """Build a session of the application's own, with an engine that nobody installed."""
+    """Yield a session of the application's own, with an engine that is not installed."""
     engine: Any = make_engine()
     yield AsyncSession(engine) if kind.asynchronous else Session(engine)
     if not kind.asynchronous:
@@ -75,7 +75,7 @@ def add_and_fail(name: str) -> Callable[[Session], None]:
 
 
 def route_the_end(app: FastAPI, kind: Kind, own: Any) -> None:
-    """Add `POST /end`: the application looks at its own session, commits and closes it."""
+    """Add `POST /end`, which checks, commits and closes `own`, and `POST /dispose`."""
 
     def body(session: Session) -> bool:
         untouched = session.in_transaction() and session.is_active
@@ -95,7 +95,7 @@ def route_the_end(app: FastAPI, kind: Kind, own: Any) -> None:
 def test_an_overriding_session_is_the_applications(
     kind: Kind, app: FastAPI, rows: Rows, own: Any, style: Callable[[Any], Callable[..., Any]]
 ) -> None:
-    """What overrides get_db reaches all, and is not committed, rolled back or closed for it."""
+    """A session from an override is used everywhere, and not committed, rolled back or closed."""
     app.dependency_overrides[get_db(" default")] = style(own)
     for name, dependency in DEPENDENCIES.items():
         route(app, kind, f"/{name}/returns", dependency, add(f"{name} returned", flush=True))
@@ -119,7 +119,10 @@ def test_an_overriding_session_is_the_applications(
 def test_an_override_may_come_after_the_first_request(
     app: FastAPI, dependency: Any, reads_again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reaches routes, inclusions and websockets, also where FastAPI reads no signature again."""
+    """An override set after a request applies to routes, inclusions and websockets.
+
+    It does so even if FastAPI does not read signatures again.
+    """
     assert dependencies.READS_SIGNATURES_AGAIN, "this FastAPI does"
     monkeypatch.setattr(dependencies, "READS_SIGNATURES_AGAIN", reads_again)
     given: list[Any] = []
@@ -155,7 +158,7 @@ def test_an_override_may_come_after_the_first_request(
 def test_an_override_by_another_database_is_a_transaction_there(
     kind: Kind, app: FastAPI, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """Overriding get_db by another name's gives that one's session, transaction and reader."""
+    """If get_db is overridden by another database's, transactional and reader use that one too."""
     second = make_engine(second=True)
     install_database(app, name="second", engine=second, shutdown=second.dispose)
     app.dependency_overrides[get_db()] = get_db("second")
@@ -180,7 +183,7 @@ def test_an_override_by_another_database_is_a_transaction_there(
 def test_transactional_and_reader_can_be_overridden_alone(
     kind: Kind, app: FastAPI, rows: Rows, dependency: Callable[..., Any]
 ) -> None:
-    """An override of transactional or reader itself is used as it is, and get_db is not asked."""
+    """An override of transactional or reader is used as it is, and get_db is unaffected."""
     app.dependency_overrides[dependency] = lambda: "mine"
     given: list[Any] = []
 
@@ -200,7 +203,7 @@ def test_transactional_and_reader_can_be_overridden_alone(
 def test_a_route_that_only_reads_may_be_made_to_write(
     kind: Kind, app: FastAPI, rows: Rows, late: bool
 ) -> None:
-    """An override with get_db, and what an override had replaced, get a session that commits."""
+    """A route that only reads can commit with a get_db that an override adds or restores."""
 
     def write(session: Session) -> None:
         session.add(Item(name="a"))
@@ -228,7 +231,7 @@ def test_a_route_that_only_reads_may_be_made_to_write(
 
 
 def test_an_override_ends_with_its_removal(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """Without the override the next request has a session of ours again, and commits it."""
+    """After an override is removed, the next request uses and commits a session of the package."""
     app.dependency_overrides[get_db()] = lambda: None
     route(app, kind, "/", transactional(), add("a", flush=True))
     with serve(app) as served:
@@ -241,7 +244,7 @@ def test_an_override_ends_with_its_removal(kind: Kind, app: FastAPI, rows: Rows)
 def test_an_override_beside_a_reader_may_write(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A route that only reads does not keep the override of another dependency from writing."""
+    """An override of another dependency can write in a route that only reads."""
     app, engine = FastAPI(), make_engine()
     install_database(app, engine=engine, shutdown=engine.dispose)
 
@@ -254,7 +257,7 @@ def test_an_override_beside_a_reader_may_write(
     app.dependency_overrides[user] = using(kind, Depends(get_db()), add_user)
     names = select(Item.name)
     body: Callable[[Session], Any] = lambda session: session.scalars(names).all()  # noqa: E731
-    read = Depends(using(kind, Depends(reader()), body))  # before the user
+    read = Depends(using(kind, Depends(reader()), body))  # runs before `user`
 
     @app.get("/", dependencies=[read, Depends(user)])
     def endpoint(found: Annotated[Any, Depends(using(kind, Depends(reader()), body))]) -> Any:

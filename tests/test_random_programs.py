@@ -1,4 +1,4 @@
-"""Rules 4 to 6 and 9: random programs end as with SQLAlchemy alone, and in `isolated` alike."""
+"""Rules 4 to 6 and 9: random programs end as with plain SQLAlchemy, and do so in `isolated` too."""
 
 import functools
 import itertools
@@ -24,15 +24,15 @@ from tests.serving import Item, Kind, Rows, items
 
 pytestmark = [
     pytest.mark.anyio,
-    # psycopg's own, where PostgreSQL has closed the cursor of a result that was left half read.
+    # psycopg warns if PostgreSQL has closed the cursor of a result that was only half read.
     pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning"),
 ]
 
-# The shortest lies that such programs have found had three steps.
+# The shortest programs that have found a wrong outcome had three steps.
 PROGRAMS, ISOLATED, LONGEST = 100, 40, 8
 
-# Called with a name that is new in the program.
+# Called with a name that is unique in the program.
 Step = Callable[[Session, str], Any]
 
 
@@ -147,14 +147,18 @@ STEPS: Sequence[Step] = (
 
 
 def perform(session: Session, program: Sequence[Step]) -> None:
-    """Take all steps, whatever becomes of them."""
+    """Run all steps, and ignore SQLAlchemy's errors."""
     for number, step in enumerate(program):
         with suppress(SQLAlchemyError):
             step(session, str(number))
 
 
 class Outcome(NamedTuple):
-    """What a program has stored itself, what a commit at its end adds, and what stands against."""
+    """The outcome of a program that ends with a commit.
+
+    `stored` has the rows before the commit, and `committed` those after it. `aborted` is true if
+    the database had aborted the transaction, and `refused` if the commit failed.
+    """
 
     stored: dict[str, int | None]
     committed: dict[str, int | None]
@@ -163,7 +167,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(engine: Engine, rows: Rows, program: Sequence[Step]) -> Outcome:
-    """Run a program with SQLAlchemy alone."""
+    """Run a program with plain SQLAlchemy, and return its outcome."""
     begin_anew(rows)
     with engine.connect() as connection:
         session = Session(connection, expire_on_commit=False)
@@ -175,7 +179,7 @@ def outcome(engine: Engine, rows: Rows, program: Sequence[Step]) -> Outcome:
             session.commit()
         except SQLAlchemyError:
             refused = True
-        with suppress(PendingRollbackError):  # where a savepoint's release has failed
+        with suppress(PendingRollbackError):  # if a savepoint's release has failed
             session.close()
     return Outcome(stored, rows.positions, aborted, refused)
 
@@ -186,7 +190,7 @@ def begin_anew(rows: Rows) -> None:
 
 
 def loses(engine: Engine, rows: Rows, program: Sequence[Step]) -> bool:
-    """Tell whether something was written before the step that has aborted the transaction."""
+    """Return whether something was written before the step that aborted the transaction."""
     before = (outcome(engine, rows, program[:end]) for end in range(len(program), -1, -1))
     last = next(each for each in before if not each.aborted)
     return last.stored != last.committed or last.refused
@@ -194,14 +198,14 @@ def loses(engine: Engine, rows: Rows, program: Sequence[Step]) -> bool:
 
 @pytest.fixture
 def plain(postgres: WorkerPostgres) -> Iterator[Engine]:
-    """Build an engine that nothing of ours has to do with."""
+    """Yield an engine that the package does not use."""
     engine = create_engine(postgres.url("psycopg"))
     yield engine
     engine.dispose()
 
 
 def programs() -> Iterator[list[Step]]:
-    """Make the same programs for every driver."""
+    """Yield random programs, the same ones for every driver."""
     chance = random.Random(11)
     for _ in range(PROGRAMS):
         yield chance.choices(STEPS, k=chance.randint(1, LONGEST))
@@ -212,7 +216,7 @@ def title(program: Sequence[Step]) -> str:
 
 
 def trials(engine: Engine, rows: Rows) -> Iterator[tuple[str, Outcome, bool, Any]]:
-    """Give each program's title, outcome, whether an abort loses work, and a body that runs it."""
+    """Yield each program's title, outcome, whether an abort loses work, and a body that runs it."""
     for program in programs():
         expected = outcome(engine, rows, program)
         lost = expected.aborted and loses(engine, rows, program)
@@ -223,7 +227,7 @@ def trials(engine: Engine, rows: Rows) -> Iterator[tuple[str, Outcome, bool, Any
 async def test_a_commit_at_the_end_is_sqlalchemys(
     kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """With transactional, a success stores what it says, and nothing else is refused."""
+    """With transactional, a program stores all its work, and fails only if that is impossible."""
     async with asking(engine, kind, transactional()) as request:
         for name, expected, lost, body in trials(plain, rows):
             with subtests.test(name):
@@ -239,11 +243,11 @@ async def test_a_commit_at_the_end_is_sqlalchemys(
 async def test_what_a_commit_would_have_stored_is_forgotten(
     kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """Through get_db, a success leaves nothing unstored, and nothing else is refused."""
+    """With get_db, a program fails if it leaves something uncommitted, and only then."""
     async with asking(engine, kind, get_db()) as request:
         for name, expected, _, body in trials(plain, rows):
             if expected.refused:
-                continue  # a flush that has failed, or one that would
+                continue  # its flush has failed, or would fail
             with subtests.test(name):
                 if expected.stored == expected.committed:
                     assert await request(body) == 201
@@ -257,7 +261,7 @@ async def test_what_a_commit_would_have_stored_is_forgotten(
 def test_what_is_isolated_ends_as_in_production(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, subtests: pytest.Subtests
 ) -> None:
-    """In `isolated`, the same error or success comes from the same program, and stores the same."""
+    """In `isolated`, a program ends with the same response or error and rows as in production."""
     running: list[Sequence[Step]] = []
     app = application(engine, kind, dependency, lambda session: perform(session, running[-1]))
 

@@ -1,4 +1,4 @@
-"""Constitution 2: a `Session` is a `Session`, with whatever class and options it was installed."""
+"""Constitution 2: a session is a `Session` with the class and options that were installed."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.serving import Item, Kind, Rows, items, make_app, route, serve
 
 
 class Own(Session):
-    """Be an application's own session class."""
+    """An application's own session class."""
 
 
 class OwnAsync(AsyncSession):
@@ -26,7 +26,7 @@ class OwnAsync(AsyncSession):
 
 
 class Routing(Own):
-    """Write to one engine and read from another, as SQLAlchemy's documentation shows."""
+    """A session class that writes to a second engine, as SQLAlchemy's documentation shows."""
 
     def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
         if self._flushing or getattr(clause, "is_dml", False):
@@ -46,7 +46,7 @@ def class_options(kind: Kind, sync: type[Session], asynchronous: type[AsyncSessi
 def listening(
     target: Any, name: str, function: Callable[..., Any], *, insert: bool = False
 ) -> Generator[None]:
-    """Listen to an event of sessions for as long as the block lasts."""
+    """Listen to an event of sessions until the block ends."""
     event.listen(target, name, function, insert=insert)
     try:
         yield
@@ -60,7 +60,7 @@ def listening(
 def test_sessions_have_the_options_of_the_installation(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """class_, autoflush, expire_on_commit and info are what the application says."""
+    """Sessions have the installed class_, autoflush, expire_on_commit and info."""
     rows.add("there")
     options = class_options(kind, Own, OwnAsync)
     app = make_app(
@@ -88,7 +88,7 @@ def test_sessions_have_the_options_of_the_installation(
 
 
 def test_objects_are_usable_after_a_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Without a word about it, a commit expires nothing: an async handler could not reload."""
+    """By default a commit expires no objects, because an async handler could not reload them."""
     app = make_app(engine)
 
     def body(session: Session) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_objects_are_usable_after_a_commit(kind: Kind, engine: Engine, rows: Row
 def test_an_async_session_keeps_its_sync_class(
     make_engine: MakeEngine, kind: Kind, way: str
 ) -> None:
-    """The class that does an AsyncSession's work is the application's, whichever way it is told."""
+    """An AsyncSession uses the application's sync class, from `class_` or `sync_session_class`."""
     if not kind.asynchronous:
         with pytest.raises(TypeError, match="'sync_session_class' is not allowed"):
             make_app(make_engine(), session_options={"sync_session_class": Own})
@@ -125,7 +125,7 @@ def test_an_async_session_keeps_its_sync_class(
 
 @pytest.fixture
 def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
-    """Install a session class that reads from the first database and writes to the second."""
+    """Return an application whose sessions read from the first database and write to the second."""
     reading, writing = make_engine(pool_size=1), make_engine(second=True, pool_size=1)
     writer = sync_engine(writing)
     app = make_app(
@@ -139,7 +139,7 @@ def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
 def test_a_class_of_the_applications_routes(
     kind: Kind, routing: FastAPI, rows: Rows, second_rows: Rows
 ) -> None:
-    """get_bind of the application chooses among its engines, and all of them commit."""
+    """The application's get_bind() chooses among its engines, and all of them commit."""
     rows.add("read")
 
     def body(session: Session) -> list[str]:
@@ -159,7 +159,7 @@ def test_a_class_of_the_applications_routes(
 def test_the_guards_hold_on_every_engine(
     kind: Kind, routing: FastAPI, rows: Rows, second_rows: Rows
 ) -> None:
-    """A swallowed error and a forgotten commit are no success on a routed engine either."""
+    """A swallowed error and a forgotten commit also fail a request on an engine from get_bind()."""
     second_rows.add("taken")
 
     def swallow(session: Session) -> None:
@@ -185,7 +185,7 @@ def test_the_guards_hold_on_every_engine(
 def test_a_half_that_one_engine_has_stored_is_unknown(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """Where a session has two engines, and the second refuses to commit, the outcome is unknown."""
+    """If the second of two engines in a session fails to commit, the outcome is unknown."""
     reading, writing = make_engine(), make_engine(second=True)
     options = class_options(kind, Routing, RoutingAsync)
     app = make_app(reading, session_options={"info": {"writer": sync_engine(writing)}, **options})
@@ -193,7 +193,7 @@ def test_a_half_that_one_engine_has_stored_is_unknown(
     committing: list[Connection] = []
 
     def refuse_the_second(connection: Connection) -> None:
-        committing.append(connection)  # in an order of SQLAlchemy's own
+        committing.append(connection)  # SQLAlchemy chooses the order
         if len(committing) == 2:
             connection.execute(insert(items).values(name="refused", position=7))
 
@@ -248,7 +248,7 @@ def test_two_phases_store_all_or_nothing(
 def test_the_applications_listeners_are_called(
     kind: Kind, engine: Engine, rows: Rows, target: type[Session]
 ) -> None:
-    """Listeners on Session or on the application's class hear of commits, and may add to them."""
+    """Listeners on Session or the application's class are called at commit, and may add rows."""
     app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
     heard: list[str] = []
 
@@ -271,7 +271,7 @@ def test_the_applications_listeners_are_called(
 
 
 def test_a_listener_may_filter_what_is_read(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """do_orm_execute with loader criteria, the way to filter by tenant, works unchanged."""
+    """A do_orm_execute listener with loader criteria, used to filter by tenant, works unchanged."""
     rows.add("mine", position=1)
     rows.add("theirs", position=2)
     app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
@@ -288,7 +288,7 @@ def test_a_listener_may_filter_what_is_read(kind: Kind, engine: Engine, rows: Ro
 def test_a_listener_sets_up_the_transaction(
     kind: Kind, engine: Engine, rows: Rows, first: bool
 ) -> None:
-    """after_begin can set what row security reads, and a failure there frees the connection."""
+    """An after_begin listener can set up row security, and its failure frees the connection."""
     app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
 
     def fail(_session: Session, _transaction: Any, connection: Any) -> None:
@@ -301,7 +301,7 @@ def test_a_listener_sets_up_the_transaction(
 
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
-        # The class knows the order of its listeners from its first use.
+        # The order of the listeners of a class is fixed at its first use.
         assert served.post("/").json() is None
         with listening(Session, "after_begin", fail, insert=first):
             assert served.post("/").json() == "7"

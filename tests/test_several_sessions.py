@@ -1,4 +1,4 @@
-"""Rule 14, for both colours: requests with several sessions do not wait for each other for ever."""
+"""Rule 14, for both colours: requests with several sessions do not deadlock."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 30}
 
 
 async def every_answer(*floods: Awaitable[list[int]]) -> set[int]:
-    """Run floods side by side; return the statuses seen."""
+    """Run floods concurrently, and return their statuses."""
     return {status for found in await asyncio.gather(*floods) for status in found}
 
 
@@ -26,14 +26,14 @@ def sleep(session: Session) -> None:
 
 
 def ask(kind: Kind, dependency: Callable[..., object]) -> object:
-    """Depend on a query that comes before the endpoint's own."""
+    """Depend on a query that runs before the endpoint's own."""
     return Depends(using(kind, Depends(dependency), sleep))
 
 
 async def test_a_login_through_get_db_and_a_list_through_reader(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Requests that need two connections of one small pool, and others with one, all succeed."""
+    """Requests that need two connections of one small pool, and requests that need one, succeed."""
     app = FastAPI()
     engine = make_engine(**SMALL)
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -46,7 +46,7 @@ async def test_a_login_through_get_db_and_a_list_through_reader(
 async def test_two_databases_in_both_orders(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """Requests that hold one database's connection and wait for the other's all come through."""
+    """Requests that hold one database's connection while they wait for the other's all succeed."""
     app = FastAPI()
     for name, engine in ("a", make_engine(**SMALL)), ("b", make_engine(second=True, **SMALL)):
         install_database(app, name=name, engine=engine, shutdown=engine.dispose)

@@ -1,4 +1,4 @@
-"""Rule 5: a transaction that the database has given up by itself is no success."""
+"""Rule 5: a request fails if the database has rolled back its transaction by itself."""
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -34,7 +34,7 @@ def engine_at(kind: Kind, url: Any) -> Engine | AsyncEngine:
 
 
 async def stored(engine: Engine | AsyncEngine, kind: Kind) -> list[str]:
-    """Return what a later request finds, and close the engine."""
+    """Return the names that a later request finds, and dispose of the engine."""
     found: list[str] = []
 
     def look(session: Session) -> None:
@@ -58,7 +58,7 @@ ROLLING_BACK = {
 async def test_a_conflict_that_rolls_back_is_no_success(
     kind: Kind, unique: str, insert: str, again: bool
 ) -> None:
-    """After SQLite's ON CONFLICT ROLLBACK nothing of the request is stored, and it is refused."""
+    """After SQLite's ON CONFLICT ROLLBACK, the request fails and its transaction is not stored."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
 
     def body(session: Session) -> None:
@@ -78,7 +78,7 @@ async def test_a_conflict_that_rolls_back_is_no_success(
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_conflict_that_keeps_the_transaction_is_a_success(kind: Kind) -> None:
-    """An ordinary refusal that was handled stops no commit on SQLite: the transaction goes on."""
+    """On SQLite, a handled constraint error keeps the transaction, and the request commits."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
 
     def body(session: Session) -> None:
@@ -97,7 +97,10 @@ BEFORE_ANY_WRITE = "PRAGMA cache_size", "SELECT unknown_to_us(1)", "SELECT 1"
 @pytest.mark.parametrize("first", BEFORE_ANY_WRITE)
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_an_error_before_any_write_is_no_rollback(kind: Kind, first: str) -> None:
-    """Python's driver begins no transaction before a write: a failure until then loses nothing."""
+    """On SQLite, an error before the first write does not fail the request.
+
+    Python's driver begins no transaction before a write, so the error loses nothing.
+    """
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
 
     def body(session: Session) -> None:
@@ -115,7 +118,7 @@ async def test_an_error_before_any_write_is_no_rollback(kind: Kind, first: str) 
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_rows_that_nobody_reads_stop_no_commit(kind: Kind) -> None:
-    """A write whose RETURNING was left unread is stored: SQLite waits for no reader."""
+    """On SQLite, a write is stored even if nothing reads the rows of its RETURNING."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
 
     def body(session: Session) -> None:
@@ -128,7 +131,7 @@ async def test_rows_that_nobody_reads_stop_no_commit(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_commit_that_is_never_sent_costs_no_connection(kind: Kind) -> None:
-    """After a failed flush SQLAlchemy refuses to commit, and a database in memory lives on."""
+    """A commit that SQLAlchemy refuses after a failed flush does not lose a database in memory."""
     engine = engine_at(kind, f"sqlite+{kind.driver}://")
 
     def create(session: Session) -> None:
@@ -153,7 +156,7 @@ async def test_a_commit_that_is_never_sent_costs_no_connection(kind: Kind) -> No
 async def test_a_database_with_a_dialect_of_its_own_aborts_too(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """CockroachDB's COMMIT after a swallowed error is no success either, with any driver."""
+    """With CockroachDB's dialect, a request that swallows an error also fails, on any driver."""
     sync_engine(engine).dialect.name = "cockroachdb"
 
     def body(session: Session) -> None:
@@ -171,7 +174,7 @@ async def test_a_database_with_a_dialect_of_its_own_aborts_too(
 async def test_a_database_that_nobody_here_knows_is_asked(
     monkeypatch: pytest.MonkeyPatch, aborts: bool
 ) -> None:
-    """DuckDB aborts too: after a swallowed error, whoever answers no query stores nothing."""
+    """On an unknown dialect such as DuckDB, a swallowed error fails the request if a ping fails."""
     engine = engine_at(SQLITE[0], "sqlite+pysqlite://")
     assert isinstance(engine, Engine)
     Item.metadata.create_all(engine)
@@ -198,7 +201,7 @@ async def test_a_database_that_nobody_here_knows_is_asked(
 
 @pytest.fixture
 def server(mariadb: str) -> Iterator[Engine]:
-    """Give a database of its own, with two rows to lock."""
+    """Yield an engine for a new MariaDB database with two rows to lock."""
     admin = make_url(mariadb).set(drivername="mysql+pymysql")
     first = create_engine(admin)
     with first.begin() as connection:
@@ -221,7 +224,10 @@ def change(name: str) -> Any:
 
 @asynccontextmanager
 async def crossing(server: Engine) -> AsyncGenerator[Callable[[], threading.Thread]]:
-    """Lock the second row in a transaction too heavy to be the victim; wait for the first later."""
+    """Lock the second row in a transaction that is too large to be the deadlock's victim.
+
+    Yield a function that starts a thread in which this transaction waits for the first row.
+    """
     with server.begin() as heavier:
         for number in range(20):
             heavier.execute(text(f"INSERT INTO item VALUES ('heavy {number}', 0)"))
@@ -240,7 +246,7 @@ async def crossing(server: Engine) -> AsyncGenerator[Callable[[], threading.Thre
 @pytest.mark.mariadb
 @pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
 async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) -> None:
-    """MariaDB's deadlock undoes the whole transaction: a request that hides it is refused."""
+    """A swallowed MariaDB deadlock undoes the transaction and raises TransactionAbortedError."""
     engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
 
     async with crossing(server) as cross:
@@ -259,7 +265,7 @@ async def test_a_swallowed_deadlock_is_no_success(kind: Kind, server: Engine) ->
 
 
 async def test_a_deadlock_is_known_by_its_number_wherever_it_is() -> None:
-    """MariaDB's own driver has only the text in its `args`: a deadlock there undoes as much."""
+    """A deadlock is also recognised with MariaDB's own driver, whose `args` contain only text."""
     engine = create_engine("sqlite://")
     engine.dialect.name = "mysql"
     with engine.connect() as connection:
@@ -313,7 +319,10 @@ async def without_commit(kind: Kind, server: Engine, *statements: Any) -> int:
 async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
     kind: Kind, server: Engine, statement: Any
 ) -> None:
-    """MariaDB can't be asked what a COMMIT would store, but these statements need none."""
+    """On MariaDB, statements that write nothing or commit themselves need no commit.
+
+    MariaDB cannot report what a COMMIT would store.
+    """
     assert await without_commit(kind, server, statement) == 201
 
 
@@ -323,7 +332,7 @@ async def test_what_needs_no_commit_on_mariadb_is_not_forgotten(
 async def test_a_transaction_ended_in_sql_on_mariadb_needs_no_commit(
     kind: Kind, server: Engine, end: str
 ) -> None:
-    """What the text of a COMMIT has stored, or that of a ROLLBACK undone, is not forgotten."""
+    """On MariaDB, changes that a textual COMMIT or ROLLBACK has ended need no commit."""
     assert await without_commit(kind, server, change("first"), text(end)) == 201
 
 
@@ -333,7 +342,7 @@ async def test_a_transaction_ended_in_sql_on_mariadb_needs_no_commit(
 async def test_a_refused_flush_in_a_savepoint_on_mariadb_needs_no_commit(
     kind: Kind, server: Engine, flushes: bool
 ) -> None:
-    """What the savepoint has undone is not forgotten, whoever flushed."""
+    """On MariaDB, a flush that a savepoint has undone needs no commit, whatever triggered it."""
     engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
 
     class Base(DeclarativeBase): ...
@@ -355,7 +364,7 @@ async def test_a_refused_flush_in_a_savepoint_on_mariadb_needs_no_commit(
 @pytest.mark.mariadb
 @pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
 async def test_an_empty_list_in_bulk_on_mariadb_needs_no_commit(kind: Kind, server: Engine) -> None:
-    """A bulk method that is given no row writes nothing."""
+    """On MariaDB, a bulk method with an empty list writes nothing and needs no commit."""
     engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
 
     def body(session: Session) -> None:
@@ -383,6 +392,6 @@ async def test_an_empty_list_in_bulk_on_mariadb_needs_no_commit(kind: Kind, serv
 async def test_forgotten_text_on_mariadb_is_no_success(
     kind: Kind, server: Engine, statement: str
 ) -> None:
-    """The first word of a text says that it writes, whatever quotes and comments follow it."""
+    """On MariaDB, text whose first word writes raises UncommittedChangesError, however quoted."""
     with pytest.raises(UncommittedChangesError):
         await without_commit(kind, server, *map(text, statement.split("; ")))

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every error has its place there, and every text is really raised."""
+"""docs/troubleshooting.md: every error has an entry, and every quoted text is really raised."""
 
 import ast
 import asyncio
@@ -53,15 +53,15 @@ OTHERS = {
 
 
 def pattern(quoted: str) -> re.Pattern[str]:
-    """Make a pattern of a text, where three dots stand for anything."""
+    """Return a pattern for a quoted text, in which three dots match anything."""
     return re.compile(".+?".join(map(re.escape, quoted.split("..."))), re.DOTALL | re.IGNORECASE)
 
 
-# --- ours ---------------------------------------------------------------------------------------
+# --- errors of the package ----------------------------------------------------------------------
 
 
 def plain(node: ast.expr) -> str:
-    """Return the text of a string in the source, with three dots for what is put into it."""
+    """Return the text of a string in the source, with three dots for each inserted value."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -79,7 +79,7 @@ def texts_of_the_package() -> list[str]:
 
 
 def messages_of_the_package() -> list[str]:
-    """List every text of an error of ours, given where that is made or in a table by class."""
+    """List the messages of the package's errors, from their calls and from tables by class."""
     given: list[tuple[ast.expr | None, ast.expr]] = []
     for node in nodes_of_the_package():
         if isinstance(node, ast.Call) and node.args:
@@ -95,12 +95,12 @@ def messages_of_the_package() -> list[str]:
 
 
 def test_every_error_of_ours_has_an_entry() -> None:
-    """Whatever the package raises is on the page, under its name."""
+    """Every exception of the package, and TimeoutError, has an entry under its name."""
     assert set(OURS) == {*exceptions.__all__, "TimeoutError"}
 
 
 def test_every_message_of_ours_is_quoted() -> None:
-    """Whoever searches the page for a message of the package finds it."""
+    """Every error message of the package is quoted on the page."""
     quoted = [pattern(text) for texts in OURS.values() for text in texts]
     messages = messages_of_the_package()
     assert len(messages) > 30
@@ -108,13 +108,13 @@ def test_every_message_of_ours_is_quoted() -> None:
 
 
 def test_our_texts_are_quoted_as_they_are() -> None:
-    """A text on the page is one of the package's."""
+    """Every text that the page quotes from the package occurs in its source."""
     package = texts_of_the_package()
     quoted = [text for texts in OURS.values() for text in texts]
     assert [text for text in quoted if not any(map(pattern(text).search, package))] == []
 
 
-# --- others' ------------------------------------------------------------------------------------
+# --- errors of FastAPI, SQLAlchemy, drivers and servers -----------------------------------------
 
 
 class Base(DeclarativeBase): ...
@@ -135,7 +135,7 @@ class Volume(Base):
 
 
 class Shown(BaseModel):
-    """Be a response that reads a relationship."""
+    """A response model that reads a relationship."""
 
     model_config = ConfigDict(from_attributes=True)
     books: list[int]
@@ -146,7 +146,7 @@ RAISING: dict[str, Raise] = {}
 
 
 def raising(title: str) -> Callable[[Raise], Raise]:
-    """Note how an entry's error comes about: by the URLs of PostgreSQL and of a file of SQLite."""
+    """Register a function that raises an entry's error, given URLs of PostgreSQL and of SQLite."""
 
     def note(function: Raise) -> Raise:
         RAISING[title] = function
@@ -167,7 +167,7 @@ def on_async(url: str, work: Callable[[AsyncEngine], Awaitable[Any]]) -> None:
 
 
 def on_shelf(sqlite: str, work: Callable[[AsyncSession, Shelf], Awaitable[Any]]) -> None:
-    """Work with an object whose relationship is not loaded."""
+    """Run work with an object whose relationship is not loaded."""
 
     async def run(engine: AsyncEngine) -> None:
         async with engine.begin() as connection:
@@ -487,7 +487,8 @@ def _(postgres: str, sqlite: str) -> None:
     on_postgres(postgres, "SELECT pg_terminate_backend(pg_backend_pid())")
 
 
-# What SQLAlchemy has begun to await without a greenlet is never awaited, and says so when it goes.
+# A coroutine that SQLAlchemy starts without a greenlet is never awaited, which causes a warning
+# when it is collected.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("collecting")
@@ -495,8 +496,8 @@ def _(postgres: str, sqlite: str) -> None:
 def test_texts_of_others_are_quoted_as_they_are(
     title: str, postgres: WorkerPostgres, tmp_path: Path
 ) -> None:
-    """An error that users meet is raised for the reason that the page gives, in these words."""
+    """Every other library's error on the page is raised by its cause, with the quoted text."""
     sqlite = f"sqlite+aiosqlite:///{tmp_path}/shelf.db"
-    with pytest.raises(Exception, match=pattern(OTHERS[title])):  # of whatever class
+    with pytest.raises(Exception, match=pattern(OTHERS[title])):  # of any class
         RAISING[title](postgres.url("psycopg"), sqlite)
     gc.collect()

@@ -1,4 +1,4 @@
-"""Rule 5: an error swallowed where no method of the session lets it through is no success."""
+"""Rule 5: a swallowed error prevents the commit even if no method of the session raised it."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -28,7 +28,7 @@ FAILING = text("SELECT 1 / 0")
 
 
 def swallow(fail: Callable[[], Any]) -> None:
-    """Insist on a failure of the server's, and ignore it."""
+    """Call a function that must fail on the server, and ignore its error."""
     with pytest.raises(Exception, match=r"division by zero|duplicate key|invalid input"):
         fail()
 
@@ -37,7 +37,7 @@ def write(session: Session) -> None:
     session.execute(insert(items).values(name="lost"))
 
 
-# -- over what the session has handed out ------------------------------------------------------
+# -- on connections and results that the session has handed out --------------------------------
 
 
 def in_a_raw_cursor(session: Session) -> None:
@@ -81,7 +81,7 @@ HANDED_OUT: list[Body] = [
 async def test_an_error_over_what_was_handed_out_counts(
     kind: Kind, engine: Engine, rows: Rows, fail: Body
 ) -> None:
-    """A failure on a connection, a cursor, a stream or in COPY is refused at the commit."""
+    """A swallowed error on a connection, cursor or stream or in COPY fails the commit."""
 
     def body(session: Session) -> None:
         write(session)
@@ -105,7 +105,7 @@ def notify(session: Session) -> None:
 async def test_work_that_leaves_no_trace_counts(
     kind: Kind, engine: Engine, rows: Rows, work: Body
 ) -> None:
-    """A flushed SQL expression and a notification are lost with the transaction: it is refused."""
+    """A request fails if a swallowed error loses a flushed SQL expression or a notification."""
     rows.add("there")
 
     def body(session: Session) -> None:
@@ -116,7 +116,7 @@ async def test_work_that_leaves_no_trace_counts(
         await ask(engine, kind, transactional(), body)
 
 
-# -- in listeners of the application's ---------------------------------------------------------
+# -- in the application's listeners ------------------------------------------------------------
 
 
 @contextmanager
@@ -137,12 +137,12 @@ def connect_and_hide(session: Session, *_: object) -> None:
 
 
 def touch(session: Session) -> None:
-    """Leave a row that looks changed and is not, so that a flush has nothing to send."""
+    """Change a row and restore its value, so that a flush has nothing to send."""
     row = session.scalars(select(Item)).one()
     row.name, row.name = "changed", row.name
 
 
-# What a listener does is the same wherever it was registered.
+# A listener has the same effect wherever it is registered.
 @pytest.mark.parametrize(
     ("listener", "of_the_class"),
     [(execute_and_hide, False), (execute_and_hide, True), (connect_and_hide, False)],
@@ -166,7 +166,7 @@ async def test_an_error_in_a_session_event_counts(
     prepare: Body,
     listener: Callable[..., None],
 ) -> None:
-    """A listener that hides a failure, an audit log's say, lets nothing be committed."""
+    """A session listener that swallows an error, such as an audit log's, prevents the commit."""
 
     class Audited(Session): ...
 
@@ -182,7 +182,7 @@ async def test_an_error_in_a_session_event_counts(
 
 
 def listen_at_commit(session: Session) -> None:
-    """Have the engine's own event fail, after every listener of the session's."""
+    """Swallow an error in the engine's commit event, which runs after all session listeners."""
 
     def hide(connection: Connection) -> None:
         swallow(lambda: connection.execute(FAILING))
@@ -191,7 +191,7 @@ def listen_at_commit(session: Session) -> None:
 
 
 class Adding(Session):
-    """Be a class whose listener adds another, which runs after those that were there."""
+    """A session class whose listener adds another one, which runs after the existing ones."""
 
 
 @event.listens_for(Adding, "before_commit")
@@ -214,7 +214,7 @@ def in_an_open_savepoint(session: Session) -> None:
 
 
 def flushing_again(fail: Body) -> Body:
-    """Have the last flush leave something to a further one, in which something fails."""
+    """Return a body whose last flush makes another one necessary, in which `fail` is called."""
 
     def again(session: Session, _: object) -> None:
         session.add(Item(name="last"))
@@ -241,14 +241,14 @@ def flushing_again(fail: Body) -> Body:
 async def test_an_error_between_the_last_look_and_commit_counts(
     kind: Kind, engine: Engine, rows: Rows, prepare: Body, class_: type[Session]
 ) -> None:
-    """A listener that runs right before COMMIT, and hides a failure, lets nothing be committed."""
+    """A listener that swallows an error right before COMMIT prevents the commit."""
 
     def body(session: Session) -> None:
         write(session)
         prepare(session)
 
     options = session_class(kind, class_)
-    # Where a flush has failed, SQLAlchemy itself refuses, with "This transaction is inactive".
+    # After a failed flush, SQLAlchemy itself raises "This transaction is inactive".
     with pytest.raises((TransactionAbortedError, InvalidRequestError)):
         await ask(engine, kind, transactional(), body, session_options=options)
     assert rows.names == []
@@ -257,7 +257,7 @@ async def test_an_error_between_the_last_look_and_commit_counts(
 async def test_an_error_of_a_flush_after_the_last_look_is_its_own(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A flush that a listener makes necessary after the last look fails with the usual error."""
+    """An error in a flush that a listener causes after the last check is raised as usual."""
     prepare = flushing_again(lambda session: session.execute(FAILING))
     with pytest.raises(DBAPIError, match="division by zero") as caught:
         await ask(engine, kind, transactional(), prepare)
@@ -268,7 +268,7 @@ async def test_an_error_of_a_flush_after_the_last_look_is_its_own(
 async def test_a_connection_lost_between_the_last_look_and_commit_counts(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """A listener of the engine that hides the loss of the connection lets nothing be committed."""
+    """An engine listener that swallows the loss of the connection prevents the commit."""
 
     def lose(connection: Connection) -> None:
         pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
@@ -285,7 +285,7 @@ async def test_a_connection_lost_between_the_last_look_and_commit_counts(
 async def test_a_savepoint_between_the_last_look_and_commit_is_no_failure(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """What a listener of the engine undoes by itself, right before COMMIT, is no false alarm."""
+    """An error that an engine listener undoes right before COMMIT does not fail the request."""
 
     def undo(connection: Connection) -> None:
         with suppress(DBAPIError), connection.begin_nested():
@@ -297,7 +297,7 @@ async def test_a_savepoint_between_the_last_look_and_commit_is_no_failure(
 
 
 async def test_an_error_in_a_mapper_event_counts(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A failure that a mapper's listener hides, on the connection that it is given, counts."""
+    """A mapper listener that swallows an error on its connection prevents the commit."""
 
     def hide(_mapper: object, connection: Any, _row: object) -> None:
         swallow(lambda: connection.execute(FAILING))
@@ -310,11 +310,11 @@ async def test_an_error_in_a_mapper_event_counts(kind: Kind, engine: Engine, row
     assert rows.names == []
 
 
-# -- behind listeners that change what the driver said -----------------------------------------
+# -- behind listeners that change the driver's error -------------------------------------------
 
 
 class ServiceError(Exception):
-    """Be what an application makes of a failure."""
+    """The exception that an application raises instead of a database error."""
 
 
 def raise_another(_context: object) -> None:
@@ -343,7 +343,7 @@ async def test_an_error_of_another_name_counts(
     listener: Callable[[Any], Any],
     fail: Callable[[Session], None],
 ) -> None:
-    """An application's handle_error listener, earlier or later than ours, hides no failure."""
+    """A handle_error listener that replaces a swallowed error does not hide the failure."""
 
     def body(session: Session) -> None:
         write(session)
@@ -360,7 +360,7 @@ async def test_an_error_of_another_name_counts(
 async def test_an_error_that_the_executing_listener_hides_counts(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """A do_execute listener that executes by itself and hides the failure lets nothing through."""
+    """A do_execute listener that runs a statement and swallows its error prevents the commit."""
 
     def execute(cursor: Any, statement: str, parameters: Any, _context: object) -> bool:
         if statement != str(FAILING):
@@ -380,7 +380,7 @@ async def test_an_error_that_the_executing_listener_hides_counts(
 
 
 class Committing(Session):
-    """Be a class whose listener commits, which SQLAlchemy refuses."""
+    """A session class whose listener commits, which SQLAlchemy does not allow."""
 
 
 @event.listens_for(Committing, "before_commit")
@@ -391,7 +391,7 @@ def _commit(session: Session) -> None:
 async def test_a_commit_inside_a_commit_is_refused_by_sqlalchemy(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """SQLAlchemy's own error says that a before_commit listener cannot commit."""
+    """A before_commit listener that commits raises SQLAlchemy's own error."""
     options = session_class(kind, Committing)
     with pytest.raises(IllegalStateChangeError, match="already in progress"):
         await ask(engine, kind, transactional(), write, session_options=options)

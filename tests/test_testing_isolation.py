@@ -1,4 +1,4 @@
-"""`isolated`: what a test does is gone afterwards, and the application hardly can tell."""
+"""`isolated`: a test's work is undone afterwards, and the application behaves almost as usual."""
 
 import asyncio
 import contextlib
@@ -121,7 +121,7 @@ def swallow(session: Session) -> None:
 
 @functools.cache
 def routes(kind: Kind) -> list[BaseRoute]:
-    """Make the routes once, which takes longer than most of the tests."""
+    """Make the routes once, because that takes longer than most of the tests."""
     app = FastAPI(openapi_url=None)
     bodies: list[tuple[str, Any, Callable[[Session], Any]]] = [
         ("/add", transactional(), add("added")),
@@ -157,7 +157,7 @@ def app(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
 
 @pytest.fixture(params=["running", "before"])
 def block(app: FastAPI, request: pytest.FixtureRequest) -> Iterator[tuple[TestClient, Session]]:
-    """Isolate the database while the application runs, or before it starts."""
+    """Yield a client and a session, isolated while the application runs or before it starts."""
     client = TestClient(app, raise_server_exceptions=False)
     with ExitStack() as stack:
         if request.param == "running":
@@ -169,7 +169,7 @@ def block(app: FastAPI, request: pytest.FixtureRequest) -> Iterator[tuple[TestCl
 
 
 def test_what_is_committed_is_gone_afterwards(app: FastAPI, rows: Rows) -> None:
-    """A request's commit is seen by the next one, by nobody else, and not after the block."""
+    """A request's commit is visible to the next request, but not outside the block or after it."""
     with TestClient(app) as client:
         with isolated(app):
             assert client.post("/add").status_code == 201
@@ -181,14 +181,14 @@ def test_what_is_committed_is_gone_afterwards(app: FastAPI, rows: Rows) -> None:
 
 
 def test_requests_do_what_they_always_do(block: tuple[TestClient, Session], rows: Rows) -> None:
-    """Commits, rollbacks, savepoints, errors and constraints at COMMIT are each request's own."""
+    """Commits, rollbacks, savepoints, errors and constraints at COMMIT work as usual."""
     client, _ = block
     assert client.post("/explicit").status_code == 201
     assert client.post("/add").status_code == 201
     assert client.post("/add").status_code == 500  # the name is unique
     assert client.post("/fail").status_code == 409
     assert client.post("/late").status_code == 201
-    assert client.post("/again").status_code == 500  # the position is, at COMMIT
+    assert client.post("/again").status_code == 500  # the position is unique at COMMIT
     assert client.post("/read-only").status_code == 500
     for path in "/level", "/read":
         assert client.post(path).json() == ["added", "kept", "late", "nested"]
@@ -199,7 +199,7 @@ def test_requests_do_what_they_always_do(block: tuple[TestClient, Session], rows
 
 @pytest.mark.parametrize("around", [isolated, nullcontext])
 def test_a_refused_commit_is_not_lost(app: FastAPI, rows: Rows, around: Any) -> None:
-    """A deferred constraint refuses a COMMIT after which the connection was to be lost."""
+    """A loss planned after COMMIT does not happen if a deferred constraint fails the COMMIT."""
     with TestClient(app) as client, around(app):
         assert client.post("/late").status_code == 201
         with pytest.raises(IntegrityError), fail_next_commit(app, "connection_lost_after"):
@@ -210,7 +210,10 @@ def test_a_refused_commit_is_not_lost(app: FastAPI, rows: Rows, around: Any) -> 
 def test_a_handler_that_rolls_back_after_a_refused_commit(
     block: tuple[TestClient, Session], rows: Rows
 ) -> None:
-    """It continues as in production, without a warning, and what was stored before stays."""
+    """A handler that rolls back a failed commit continues as in production, without a warning.
+
+    What was stored before remains.
+    """
     client, _ = block
     assert client.post("/late").status_code == 201
     assert client.post("/instead").status_code == 201
@@ -225,7 +228,7 @@ def test_a_handler_that_rolls_back_after_a_refused_commit(
 def test_options_of_the_applications_sessions(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Those that a transaction begins with are left out, like the level of one."""
+    """Execution options that a transaction begins with are ignored, like its isolation level."""
     app, engine = FastAPI(), make_engine()
     given = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
     options = {"execution_options": given}
@@ -240,7 +243,10 @@ def test_options_of_the_applications_sessions(
 
 
 def test_a_transaction_that_sets_its_own_level(app: FastAPI, kind: Kind, rows: Rows) -> None:
-    """The level that SQLAlchemy's documentation has a session set is left out, too."""
+    """An isolation level from session.connection() is ignored, but AUTOCOMMIT raises an error.
+
+    SQLAlchemy's documentation sets a level in this way.
+    """
 
     def serializable(session: Session) -> None:
         session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
@@ -262,9 +268,10 @@ def test_a_transaction_that_sets_its_own_level(app: FastAPI, kind: Kind, rows: R
 def test_each_transaction_has_its_own_execution_options(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Those of a request end with it, those of an engine apply to its name, as in production.
+    """A request's execution options end with it, and an engine's apply to its name only.
 
-    What would stream is left out: SQLAlchemy streams savepoints as well, which no driver can.
+    Both are as in production. Options for streaming are ignored, because SQLAlchemy would
+    stream savepoints as well, which no driver can do.
     """
     app, engine = FastAPI(), make_engine()
     elsewhere: Any = {"schema_translate_map": {None: "elsewhere"}, "max_row_buffer": 7}
@@ -291,7 +298,7 @@ def test_each_transaction_has_its_own_execution_options(
 
 
 def test_the_rules_hold(app: FastAPI, rows: Rows) -> None:
-    """A swallowed error and a forgotten commit are refused as in production."""
+    """A swallowed error and a forgotten commit raise the same errors as in production."""
     with TestClient(app) as client, isolated(app):
         with pytest.raises(TransactionAbortedError):
             client.post("/swallow")
@@ -303,7 +310,7 @@ def test_the_rules_hold(app: FastAPI, rows: Rows) -> None:
 def test_a_bulk_insert_after_a_failed_flush_is_not_forgotten_work(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """SQLAlchemy refuses it until `rollback()`, so it needs no commit, as in production."""
+    """A bulk insert refused by SQLAlchemy until `rollback()` needs no commit, as in production."""
 
     def body(session: Session) -> None:
         session.add(Item(name="there"))
@@ -319,12 +326,12 @@ def test_a_bulk_insert_after_a_failed_flush_is_not_forgotten_work(
 
 
 def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) -> None:
-    """It stays open across requests, which see what it added; it sees what they stored."""
+    """The test's session stays open across requests, which see its changes, and it sees theirs."""
     client, session = block
     item = Item(name="mine")
     session.add(item)
     session.commit()
-    session.refresh(item)  # which begins again
+    session.refresh(item)  # begins another transaction
     assert client.post("/names").json() == ["mine"]
     assert client.post("/rename").status_code == 201
     assert session.get(Item, item.id) is item
@@ -332,7 +339,7 @@ def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) ->
     session.add(Item(name="unflushed"))
     assert client.post("/fail").status_code == 409
     assert client.post("/names").json() == ["mine-renamed", "unflushed"]
-    session.rollback()  # what the requests stored is not the test's to undo
+    session.rollback()  # does not undo what the requests stored
     assert names(session) == ["mine-renamed", "unflushed"]
     with pytest.raises(IntegrityError):
         session.execute(text("INSERT INTO item (name) VALUES ('unflushed')"))
@@ -347,7 +354,7 @@ def test_the_tests_own_session(block: tuple[TestClient, Session], rows: Rows) ->
 
 
 def test_a_request_after_a_savepoint_of_the_tests_own(block: tuple[TestClient, Session]) -> None:
-    """What it stores is not the test's to undo, also if begin_nested() was what began first."""
+    """The test's rollback does not undo a request, even if begin_nested() began the transaction."""
     client, session = block
     with session.begin_nested() as savepoint:
         session.add(Item(name="given-up"))
@@ -360,7 +367,10 @@ def test_a_request_after_a_savepoint_of_the_tests_own(block: tuple[TestClient, S
 def test_the_block_may_outlive_the_application(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Also with a session in a transaction, and an engine that only the running one has."""
+    """The block may outlive the application, even with a session in a transaction.
+
+    The engine exists only while the application runs.
+    """
     app = make_app(kind, make_engine)
     with isolated(app) as session:
         for use in names, add("early"):
@@ -385,12 +395,12 @@ def test_the_block_may_outlive_the_application(
 
 
 def test_a_second_run_of_the_application(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
-    """The test's savepoints are not taken for those of a run whose connection has ended."""
+    """In a second run, the test's savepoints are not mistaken for those of the first run."""
     app = make_app(kind, make_engine)
     with isolated(app) as session:
         with TestClient(app) as client:
             assert client.post("/add").status_code == 201
-            assert names(session) == ["added"]  # which begins
+            assert names(session) == ["added"]  # begins a transaction
         with TestClient(app) as client:
             for name in "first", "second":
                 session.add(Item(name=name))
@@ -403,7 +413,7 @@ def test_a_second_run_of_the_application(kind: Kind, make_engine: MakeEngine, ro
 async def test_the_block_outlives_other_applications(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """What it has stored stays when a client in it ends, of this application or of another."""
+    """The block's work remains when a client in it ends, of this application or another one."""
     app = make_app(kind, make_engine())
     async with in_block(app, kind) as session:
         session.add(Item(name="mine"))
@@ -415,7 +425,7 @@ async def test_the_block_outlives_other_applications(
 
 
 class Executing(Session):
-    """Be a class with a method of its own, as SQLModel's `exec`."""
+    """A session class with its own method, like SQLModel's `exec`."""
 
     def exec(self, statement: Any) -> Any:
         return super().execute(statement).scalars()
@@ -424,7 +434,7 @@ class Executing(Session):
 def test_sessions_of_the_applications_class(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """A method of the class that goes past execute() is isolated, `reader`'s and the test's too."""
+    """A session method that bypasses execute() is isolated, for `reader` and the test as well."""
     app = FastAPI()
     options = session_class(kind, Executing)
     install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
@@ -452,7 +462,7 @@ def test_sessions_of_the_applications_class(
 def test_a_two_phase_transaction_has_one_phase(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """An application with two-phase sessions commits, which one connection can do in one phase."""
+    """An application with two-phase sessions commits in one phase, on the single connection."""
     app = FastAPI()
     options = {"twophase": True}
     install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
@@ -464,7 +474,7 @@ def test_a_two_phase_transaction_has_one_phase(
 
 
 def test_a_request_that_fails_to_begin(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
-    """Without autobegin, a statement outside of a transaction fails as always, and nothing else."""
+    """Without autobegin, only a statement outside a transaction fails, as it does in production."""
     engine = make_engine()
     app = FastAPI()
     options = {"autobegin": False}
@@ -478,7 +488,7 @@ def test_a_request_that_fails_to_begin(kind: Kind, make_engine: MakeEngine, rows
 
 
 def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> None:
-    """With yield_per or stream_results, on the event loop of an AsyncEngine as well."""
+    """The test's session accepts yield_per and stream_results, also with an AsyncEngine."""
     with TestClient(app), isolated(app) as session:
         session.add_all([Item(name=f"{number}") for number in range(5)])
         assert len(list(session.query(Item).yield_per(2))) == 5
@@ -489,7 +499,7 @@ def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> Non
 @asynchronous
 @pytest.mark.anyio
 async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> None:
-    """The same on the event loop; what it loaded needs no reload."""
+    """On the event loop, objects loaded by the test's own session need no reload."""
     async with async_client(app) as client, isolated(app) as session:
         item = Item(name="mine")
         session.add(item)
@@ -508,7 +518,7 @@ async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> N
 @asynchronous
 @pytest.mark.anyio
 async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
-    """Session.bind and get_bind() tell the dialect, of the test's session as of a request's."""
+    """Session.bind and get_bind() have the dialect, in the test's session and in a request's."""
 
     def dialects(session: Any) -> list[str]:
         return [session.bind.dialect.name, session.get_bind().dialect.name]
@@ -524,7 +534,10 @@ async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
 
 @asynchronous
 def test_the_synchronous_session_is_refused_on_the_applications_loop(app: FastAPI) -> None:
-    """In an override of get_db(), or in portal.call(), it would wait for itself."""
+    """The test's synchronous session raises IsolationError on the application's event loop.
+
+    In an override of get_db() or in portal.call(), it would wait for itself.
+    """
     with TestClient(app) as client, isolated(app) as session:
 
         async def on_the_loop() -> list[str]:
@@ -563,7 +576,10 @@ async def using_session(session: Annotated[Any, Depends(get_db())]) -> list[str]
 async def test_the_session_works_without_a_running_application(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Its connection is closed with the block: no shutdown will."""
+    """The session works without a running application, and the block closes its connection.
+
+    There is no shutdown to close it.
+    """
     app = FastAPI()
     engine = make_engine(connect_args=named(kind.driver, "isolated"))
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -581,7 +597,10 @@ async def test_the_session_works_without_a_running_application(
 
 @pytest.mark.anyio
 async def test_the_wrong_word_is_refused(app: FastAPI, kind: Kind) -> None:
-    """`async with` gives an AsyncSession, and `with` cannot await the end of one."""
+    """The wrong one of `with` and `async with` raises an error that names the other.
+
+    `async with` returns an AsyncSession, and `with` cannot await the end of one.
+    """
     if kind.asynchronous:
         with pytest.raises(RuntimeError, match="async with"):
             isolated(app).__enter__()
@@ -595,7 +614,7 @@ async def test_the_wrong_word_is_refused(app: FastAPI, kind: Kind) -> None:
 
 
 def test_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
-    """The inner one takes back what was done in it, and keeps what the outer one has."""
+    """An inner block undoes its own work and keeps the outer block's."""
     with TestClient(app) as client, isolated(app) as outer:
         outer.add(Item(name="module"))
         for _ in range(2):
@@ -611,7 +630,10 @@ def test_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
 async def test_the_tests_own_commit_checks_deferred_constraints(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """As the application's does; a savepoint's does not, and what was stored before stays."""
+    """The test's commit checks deferred constraints, as the application's commit does.
+
+    The release of a savepoint does not, and a failed check keeps what was stored before.
+    """
 
     def twice(session: Session) -> None:
         with session.begin_nested():
@@ -639,7 +661,7 @@ async def test_the_tests_own_commit_checks_deferred_constraints(
 def test_a_block_within_a_block_that_has_sent_nothing(
     app: FastAPI, rows: Rows, used_before: bool, subtests: pytest.Subtests
 ) -> None:
-    """Whichever session writes first, and however, its row belongs to the innermost block."""
+    """A row belongs to the innermost block, whichever session writes it first and in what way."""
 
     def check(client: TestClient, how: str) -> None:
         with isolated(app) as outer:
@@ -665,7 +687,7 @@ def test_a_block_within_a_block_that_has_sent_nothing(
 def test_an_outer_session_that_ends_around_an_inner_one(
     app: FastAPI, ends: str, rows: Rows
 ) -> None:
-    """Sessions of nested blocks end in any order, whichever began inside the other."""
+    """An outer session may end in any way while an inner session has work open inside it."""
     with TestClient(app) as client:
         with isolated(app) as outer, isolated(app) as inner:
             with outer.begin() if ends == "begun" else nullcontext():
@@ -685,7 +707,7 @@ def test_an_outer_session_that_ends_around_an_inner_one(
 @asynchronous
 @pytest.mark.anyio
 async def test_asynchronous_blocks_within_blocks(app: FastAPI, rows: Rows) -> None:
-    """What the outer session has pending is the outer block's, what it adds inside is not."""
+    """What an outer session has pending belongs to the outer block, but not what it adds inside."""
     async with async_client(app) as client, isolated(app) as outer:
         outer.add(Item(name="module"))
         for _ in range(2):
@@ -700,7 +722,7 @@ async def test_asynchronous_blocks_within_blocks(app: FastAPI, rows: Rows) -> No
 
 @pytest.mark.parametrize("failing", ["flush", "execute"])
 def test_an_error_of_the_tests_own(app: FastAPI, kind: Kind, failing: str, rows: Rows) -> None:
-    """A request is not in the way of a test that has seen an error and has not rolled back."""
+    """Requests work while the test's session has an error that it has not rolled back."""
     with TestClient(app) as client, isolated(app) as session:
         session.bulk_save_objects([Item(name="mine")])
         session.commit()
@@ -718,14 +740,17 @@ def test_an_error_of_the_tests_own(app: FastAPI, kind: Kind, failing: str, rows:
 
 
 def test_the_session_and_a_request_in_another_thread(app: FastAPI, rows: Rows) -> None:
-    """A request sees what the session has added, wherever the two are used."""
+    """A request from another thread sees what the test's session has added."""
     with TestClient(app) as client, isolated(app) as session, ThreadPoolExecutor() as threads:
         session.add(Item(name="mine"))
         assert threads.submit(client.post, "/names").result().json() == ["mine"]
 
 
 def test_a_block_that_ends_before_one_inside_it(app: FastAPI, rows: Rows) -> None:
-    """The error says so, both are undone, and later blocks are not affected."""
+    """Leaving an outer block before an inner one raises IsolationError and undoes both.
+
+    Later blocks are not affected.
+    """
     with TestClient(app) as client:
         outer, inner = isolated(app), isolated(app)
         for block, name in (outer, "outer"), (inner, "inner"):
@@ -741,7 +766,7 @@ def test_a_block_that_ends_before_one_inside_it(app: FastAPI, rows: Rows) -> Non
 
 
 def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> None:
-    """As the fixtures of anyio do: a block within it shares the connection."""
+    """A block inside one from another context, as with anyio's fixtures, shares its connection."""
     with TestClient(app) as client:
         block = isolated(app)
         copy_context().run(block.__enter__)
@@ -755,7 +780,7 @@ def test_a_block_that_another_context_has_entered(app: FastAPI, rows: Rows) -> N
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_a_savepoint_of_an_outer_session_after_an_inner_one_began(app: FastAPI, end: str) -> None:
-    """The outer session's own savepoint ends as usual, and the inner one's work stays."""
+    """A savepoint of the outer session ends as usual, and the inner session's work remains."""
     with TestClient(app), isolated(app) as outer, isolated(app) as inner:
         for session, name in ((outer, "outer"), (inner, "inner")):
             add(name)(session)
@@ -770,7 +795,7 @@ def test_a_savepoint_of_an_outer_session_after_an_inner_one_began(app: FastAPI, 
 def test_a_session_that_cannot_be_made_leaves_no_block_behind(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """The error is the class's own, and what comes next is stored."""
+    """If the session class cannot be constructed, its error is raised and later work is stored."""
 
     class Failing(Session):
         fails = True
@@ -794,7 +819,7 @@ def test_a_session_that_cannot_be_made_leaves_no_block_behind(
 def test_a_transaction_that_cannot_begin_leaves_no_connection(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """The error is the listener's own, nothing is left checked out, and what comes next works."""
+    """The error of a begin listener is raised, no connection is left over, and a retry works."""
     app, engine = FastAPI(routes=routes(kind)), make_engine()
     install_database(app, engine=engine, shutdown=engine.dispose)
     inner = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
@@ -814,7 +839,10 @@ def test_a_transaction_that_cannot_begin_leaves_no_connection(
 
 
 def test_the_tests_own_session_after_its_block(app: FastAPI, rows: Rows) -> None:
-    """It is refused, within an outer block as well, whose next test it would disturb."""
+    """The test's session raises IsolationError after its block, even inside an outer block.
+
+    There it would disturb the next test.
+    """
     with TestClient(app) as client:
         with isolated(app) as outer:
             with isolated(app) as inner:
@@ -829,7 +857,7 @@ def test_the_tests_own_session_after_its_block(app: FastAPI, rows: Rows) -> None
 
 @asynchronous
 def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) -> None:
-    """A synchronous test between asynchronous ones: the block around them ends as it should."""
+    """A synchronous block that fails inside an asynchronous one lets that one end as usual."""
     block = isolated(app)
 
     async def enter() -> None:
@@ -849,7 +877,10 @@ def test_a_block_that_is_refused_is_not_left_behind(app: FastAPI, rows: Rows) ->
 def test_a_block_that_could_send_nothing_is_not_left_behind(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """The same if the engine is known only once the application runs."""
+    """An inner block that could send nothing lets the outer block end as usual.
+
+    Here the engine is known only once the application runs.
+    """
     app = make_app(kind, make_engine)
     block = isolated(app)
 
@@ -869,7 +900,7 @@ def test_a_block_that_could_send_nothing_is_not_left_behind(
 
 
 def test_what_the_test_holds_follows(app: FastAPI, rows: Rows) -> None:
-    """What is committed is expired, as in every Session, and read again when it is looked at."""
+    """The test's objects expire at commit, as in every Session, and are reloaded when accessed."""
     with TestClient(app) as client, isolated(app) as session:
         session.add(item := Item(name="mine"))
         session.commit()
@@ -880,7 +911,7 @@ def test_what_the_test_holds_follows(app: FastAPI, rows: Rows) -> None:
 def test_a_request_inside_of_a_transaction_of_the_tests(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """It sees what the test's session has added; a handle's transaction is refused."""
+    """A request inside the test's transaction sees its changes, and one inside a handle's fails."""
     with TestClient(app) as client, isolated(app) as session:
 
         def around_with_handle() -> None:
@@ -905,7 +936,7 @@ def test_a_request_inside_of_a_transaction_of_the_tests(
 
 @pytest.mark.anyio
 async def test_the_tests_session_inside_of_a_request(app: FastAPI, kind: Kind, rows: Rows) -> None:
-    """An override may query with it: what it begins there ends with the request's transaction."""
+    """An override may use the test's session, whose work ends with the request's transaction."""
     async with in_block(app, kind) as session, async_client(app) as client:
         own: Session = getattr(session, "sync_session", session)
 
@@ -932,14 +963,17 @@ async def test_the_tests_session_inside_of_a_request(app: FastAPI, kind: Kind, r
 async def test_the_tests_own_changes_that_cannot_be_stored(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """The request that would store them fails; what it stores itself and the next one do not."""
+    """A request that cannot store the test's changes fails, but its own work is stored.
+
+    The next request succeeds.
+    """
     async with in_block(app, kind) as session, async_client(app) as client:
         own: Session = getattr(session, "sync_session", session)
 
         def add_inside(requests: Session) -> None:
             add("added")(requests)
             requests.flush()
-            own.add(Item())  # without the name that it needs
+            own.add(Item())  # lacks the required name
 
         def fail_inside(requests: Session) -> None:
             add_inside(requests)
@@ -959,14 +993,14 @@ async def test_the_tests_own_changes_that_cannot_be_stored(
 async def test_changes_that_a_handles_block_cannot_store(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """Outside of a request, the block that would store the test's own changes fails."""
+    """Outside a request, a handle's block that cannot store the test's own changes fails."""
     async with async_client(app), in_block(app, kind) as session:
         own: Session = getattr(session, "sync_session", session)
 
         def add_inside(handles: Session) -> None:
             add("added")(handles)
             handles.flush()
-            own.add(Item())  # without the name that it needs
+            own.add(Item())  # lacks the required name
 
         with pytest.raises(IsolationError, match="cannot be stored"):
             await in_handle(kind, add_inside)(installed_databases(app)["default"])
@@ -976,7 +1010,7 @@ async def test_changes_that_a_handles_block_cannot_store(
 def test_a_refusal_that_is_swallowed_fails_the_block(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """The application may catch it; the test is told at the block's end."""
+    """An IsolationError that the application swallows is still raised in the test."""
     app = make_app(kind, make_engine())
 
     def swallow_text(session: Session) -> None:
@@ -991,7 +1025,7 @@ def test_a_refusal_that_is_swallowed_fails_the_block(
             client.post("/names")
 
 
-# --- who takes turns with whom ---
+# --- taking turns ---
 
 
 def last_for(seconds: float) -> Callable[[Session], Any]:
@@ -1014,7 +1048,7 @@ def in_handle(kind: Kind, body: Callable[[Session], Any]) -> Callable[[Any], Any
 
 
 def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
-    """Many at once are served one after the other, each of them whole."""
+    """Concurrent requests run one after the other, each as a whole."""
     app = make_app(kind, make_engine(pool_size=5, max_overflow=0))
 
     def numbered(session: Session) -> int:
@@ -1032,7 +1066,7 @@ def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) ->
 def test_requests_on_two_databases_take_turns(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """Whichever database a request begins with, none waits for another one's second."""
+    """Requests that begin with different databases do not wait for each other's second one."""
     app = FastAPI()
     for name in "a", "b":
         engine = make_engine(second=name == "b")
@@ -1057,7 +1091,7 @@ def test_requests_on_two_databases_take_turns(
 def test_a_second_session_beside_the_first(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """`reader` works beside an open transaction; a handle's session is refused."""
+    """`reader` works beside an open transaction, and a handle's transaction fails there."""
     app = make_app(kind, engine)
     session, read, handle = map(Depends, (transactional(), reader(), get_database_handle()))
     use = in_handle(kind, add("beside"))
@@ -1094,7 +1128,7 @@ def test_a_second_session_beside_the_first(
 def test_a_socket_that_the_client_closes(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Any
 ) -> None:
-    """`TestClient` cancels the endpoint while its session ends, which costs nothing."""
+    """A websocket that `TestClient` cancels while its session ends loses nothing."""
     app = make_app(kind, engine)
 
     @app.websocket("/socket")
@@ -1122,7 +1156,10 @@ def test_a_socket_that_the_client_closes(
 def test_server_sent_events_beside_a_dependency(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows, dependency: Any
 ) -> None:
-    """The generator, which FastAPI starts before it ends the dependencies, waits for their end."""
+    """A generator of server-sent events waits for the end of the dependencies.
+
+    FastAPI starts the generator before it ends them.
+    """
     sse = pytest.importorskip("fastapi.sse", reason="this FastAPI has no server-sent events")
     app = make_app(kind, engine)
     current_names = using(kind, Depends(dependency), names)
@@ -1145,7 +1182,7 @@ def test_server_sent_events_beside_a_dependency(
 def test_a_stream_that_the_test_leaves(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows
 ) -> None:
-    """Its session ends, as under a server, and the next request need not wait for it."""
+    """A stream that the test leaves ends its session, as under a server, and blocks no request."""
     app = make_app(kind, engine)
 
     async def lines(database: Any) -> AsyncGenerator[str]:
@@ -1171,7 +1208,7 @@ def test_a_stream_that_the_test_leaves(
 def test_a_session_beside_its_requests_comes_next(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """However many others wait, work that a request has started goes on when its session ends."""
+    """Work that a request starts runs when the request's session ends, however many others wait."""
     app = make_app(kind, make_engine(pool_size=20))
     current, read = Depends(using(kind, Depends(get_db()), last_for(0.15))), in_handle(kind, names)
     started = list[Any]()
@@ -1192,7 +1229,7 @@ def test_a_session_beside_its_requests_comes_next(
 
 
 def test_work_after_the_request(kind: Kind, engine: Engine | AsyncEngine, rows: Rows) -> None:
-    """A background task's handle, also one fetched before the block, is isolated too."""
+    """A handle in a background task is isolated, even if it was fetched before the block."""
     app = make_app(kind, engine)
     before: list[Any] = []
 
@@ -1209,7 +1246,7 @@ def test_work_after_the_request(kind: Kind, engine: Engine | AsyncEngine, rows: 
 
 
 def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
-    """Work that polls all the while neither disturbs the test's session nor is kept waiting."""
+    """A worker that polls all the time does not disturb the test's session and is not blocked."""
     app = make_app(kind, make_engine(pool_size=5))
     ended, polled, failed = threading.Event(), threading.Event(), list[Exception]()
     poll = in_handle(kind, names)
@@ -1225,7 +1262,7 @@ def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, 
                     client.portal.call(poll_once)
                 else:
                     poll(installed_databases(app)["default"])
-            except Exception as error:  # noqa: BLE001 - shown below
+            except Exception as error:  # noqa: BLE001 - asserted below
                 failed.append(error)
             polled.set()
 
@@ -1250,7 +1287,7 @@ def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, 
 async def test_a_worker_that_the_test_has_started(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A task of the lifespan, which runs in the test's context, commits nothing of the test's."""
+    """A task of the lifespan runs in the test's context, but does not commit the test's changes."""
     asked, done = asyncio.Event(), asyncio.Event()
 
     async def work(database: Any) -> None:
@@ -1281,7 +1318,7 @@ async def test_a_worker_that_the_test_has_started(
 def test_what_a_worker_still_holds_is_undone_with_the_block(
     kind: Kind, make_engine: MakeEngine, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It cannot go on, and its lock is not left for the next test."""
+    """What a worker still holds is undone with the block, so it cannot go on or keep its lock."""
     monkeypatch.setattr(_turns, "_PATIENCE", 0.1)
     app = make_app(kind, make_engine(pool_size=5))
     holding, ended = threading.Event(), threading.Event()
@@ -1312,7 +1349,7 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
 def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """It goes on to its end meanwhile, in other databases too, and is undone with the block."""
+    """The block waits until a worker's transaction has ended, in all databases, then undoes it."""
     app, holding = make_app(kind, make_engine()), threading.Event()
     engine = make_engine(second=True)
     install_database(app, name="second", engine=engine, shutdown=engine.dispose)
@@ -1342,7 +1379,10 @@ def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
 def test_a_turn_that_comes_after_the_block_is_refused(
     app: FastAPI, kind: Kind, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that has waited while the block ended opens no connection, which would stay."""
+    """A session that has waited until the block ended raises IsolationError.
+
+    It opens no connection, which would stay open.
+    """
     take, block = _turns.Turn.take, isolated(app)
 
     def take_late(*arguments: Any, **options: Any) -> None:
@@ -1360,7 +1400,7 @@ def test_a_turn_that_comes_after_the_block_is_refused(
 
 
 def test_a_turn_is_taken_while_sessions_of_the_test_end() -> None:
-    """A thread that looks at the holders does not find them changed by another one."""
+    """A turn can be taken while another thread begins one for a session of the test."""
     turn, threads = _turns.Turn(), ThreadPoolExecutor(1)
     allowing = turn.during("the test's")
 
@@ -1378,7 +1418,7 @@ def test_a_turn_is_taken_while_sessions_of_the_test_end() -> None:
 
 
 def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, rows: Rows) -> None:
-    """A session that has asked for its engine gives its turn back when it is closed."""
+    """A session that has only called get_bind() releases its turn when it is closed."""
     route(app, kind, "/dialect", get_db(), lambda session: session.get_bind().dialect.name)
     with TestClient(app) as client, isolated(app):
         assert client.post("/dialect").json() == "postgresql"
@@ -1388,17 +1428,20 @@ def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, ro
 
 @asynchronous
 def test_a_client_on_a_loop_of_its_own_is_refused(app: FastAPI, kind: Kind, rows: Rows) -> None:
-    """A second TestClient that is not entered runs its requests elsewhere: told at once."""
+    """A request on another event loop raises IsolationError at once.
+
+    A second TestClient that is not entered runs its requests on another loop.
+    """
     refused = pytest.raises(IsolationError, match="the application's event loop")
     with TestClient(app), isolated(app), refused:
         TestClient(app).post("/names")
 
 
-# --- what does not come by the handle ---
+# --- work that does not use the handle ---
 
 
 def test_a_factorys_session_joins(make_engine: MakeEngine, rows: Rows) -> None:
-    """A scoped_session on the application's engine writes into the block, and gets out of it."""
+    """A scoped_session on the application's engine joins the block, and leaves it at the end."""
     kind = Kind("psycopg-sync", "psycopg", False)
     engine: Any = create_engine(make_engine_url(rows), pool_size=2)
     app = make_app(kind, engine)
@@ -1407,7 +1450,7 @@ def test_a_factorys_session_joins(make_engine: MakeEngine, rows: Rows) -> None:
         item = Item(name="made")
         factory.add(item)
         factory.commit()
-        assert item.name == "made"  # which begins again
+        assert item.name == "made"  # begins another transaction
         assert client.post("/names").json() == ["made"]
         assert client.post("/rename").status_code == 201
         factory.expire_all()
@@ -1430,7 +1473,7 @@ def read_and_write(session: Session) -> list[str]:
 async def test_a_session_from_the_engine_joins_whatever_it_does_first(
     app: FastAPI, kind: Kind, rows: Rows
 ) -> None:
-    """A read, too: it sees what is in the block, and a write after it is undone with the block."""
+    """A session from the engine joins the block, even if it reads first, and its work is undone."""
     async with async_client(app) as client, in_block(app, kind):
         engine: Any = installed_databases(app)["default"].engine
         if kind.asynchronous:
@@ -1467,7 +1510,7 @@ def make_engine_url(rows: Rows) -> Any:
 def test_core_on_the_engine_is_refused(
     kind: Kind, engine: Engine | AsyncEngine, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """What would be stored for good is refused in the block, and so is COMMIT as text."""
+    """In a block, a permanent write on the engine and a COMMIT as text raise IsolationError."""
     engine = make_engine()
     app = make_app(kind, engine)
 
@@ -1509,7 +1552,7 @@ ENDS = [
 def test_an_end_as_text_is_refused_wherever_it_stands(
     app: FastAPI, kind: Kind, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """After a comment or within a script it would store for good as well."""
+    """COMMIT or ROLLBACK as text raises IsolationError, even after a comment or within a script."""
     sent: list[str] = []
     route(app, kind, "/text", get_db(), lambda session: session.execute(text(sent[-1])))
     with TestClient(app) as client:
@@ -1540,7 +1583,7 @@ NO_ENDS = [
 def test_text_that_only_looks_like_an_end_is_not_refused(
     app: FastAPI, kind: Kind, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """Comments, literals and the bodies of functions end nothing."""
+    """COMMIT or ROLLBACK in a comment, literal or function body does not raise."""
     sent: list[str] = []
 
     def send(session: Session) -> None:
@@ -1557,7 +1600,7 @@ def test_text_that_only_looks_like_an_end_is_not_refused(
 
 
 def test_a_commented_read_on_the_engine_is_not_refused(make_engine: MakeEngine, rows: Rows) -> None:
-    """What a statement is does not depend on the comment before it."""
+    """A read on the engine is allowed, and a write is not, whatever comment precedes them."""
     engine = create_engine(make_engine_url(rows))
     app = make_app(Kind("psycopg-sync", "psycopg", False), engine)
     with TestClient(app), isolated(app), engine.connect() as connection:
@@ -1571,7 +1614,10 @@ def test_a_commented_read_on_the_engine_is_not_refused(make_engine: MakeEngine, 
 def test_the_end_of_the_connection_itself_is_refused(
     app: FastAPI, kind: Kind, rows: Rows, end: str
 ) -> None:
-    """session.connection().commit() would store for good: it is refused, like all after it."""
+    """Ending session.connection() itself raises IsolationError, as does later work in the block.
+
+    Its commit() would store the work permanently.
+    """
 
     def connection_end(session: Session) -> None:
         connection = session.connection()
@@ -1598,7 +1644,10 @@ def test_the_end_of_the_connection_itself_is_refused(
 
 
 def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
-    """They share the connection; on two event loops the second is refused at once."""
+    """Two applications on one database share the connection.
+
+    If asynchronous ones run on two event loops, the second raises IsolationError at once.
+    """
     apps = [make_app(kind, make_engine()) for _ in range(2)]
     with ExitStack() as stack:
         first, second = (stack.enter_context(TestClient(app)) for app in apps)
@@ -1618,7 +1667,7 @@ def test_two_applications_on_one_database(kind: Kind, make_engine: MakeEngine, r
 async def test_two_applications_on_one_event_loop(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """One sees what the other has stored."""
+    """Two applications on one event loop see each other's stored work."""
     one, other = (make_app(kind, make_engine()) for _ in range(2))
     async with (
         async_client(one) as first,
@@ -1647,7 +1696,7 @@ async def test_two_applications_on_one_event_loop(
 def test_a_failure_of_a_name_that_shares_the_connection(
     kind: Kind, make_engine: MakeEngine, rows: Rows, fail: Any
 ) -> None:
-    """It hits a session of that name, and none of the other."""
+    """A simulated failure affects sessions of its name, not of another name on the connection."""
     app = FastAPI()
     for name in ("default", "other"):
         engine = make_engine()
@@ -1662,7 +1711,7 @@ def test_a_failure_of_a_name_that_shares_the_connection(
 
 
 def test_a_commit_that_is_refused_is_not_lost(app: FastAPI, rows: Rows) -> None:
-    """What should lose the connection after a COMMIT does not wait for another request's."""
+    """A connection loss planned after a COMMIT that fails does not affect the next request."""
     with TestClient(app) as client, isolated(app):
         assert client.post("/late").status_code == 201
         with pytest.raises(IntegrityError), fail_next_commit(app, "connection_lost_after"):
@@ -1671,7 +1720,10 @@ def test_a_commit_that_is_refused_is_not_lost(app: FastAPI, rows: Rows) -> None:
 
 
 def test_an_engine_and_an_async_engine_for_one_database_are_refused(rows: Rows) -> None:
-    """They cannot share a connection: the message names both."""
+    """An Engine and an AsyncEngine for one database raise an IsolationError that names both.
+
+    They cannot share a connection.
+    """
     app = FastAPI()
     url = make_engine_url(rows)
     install_database(app, name="sync", engine=create_engine(url))
@@ -1681,7 +1733,7 @@ def test_an_engine_and_an_async_engine_for_one_database_are_refused(rows: Rows) 
 
 
 def test_an_engine_in_autocommit_is_refused(kind: Kind, make_engine: MakeEngine) -> None:
-    """There is nothing to roll back."""
+    """An engine in AUTOCOMMIT raises IsolationError, because there is nothing to roll back."""
     app = make_app(kind, make_engine(isolation_level="AUTOCOMMIT"))
     refused = pytest.raises(IsolationError, match="AUTOCOMMIT")
     with TestClient(app) as client, isolated(app), refused:
@@ -1689,7 +1741,10 @@ def test_an_engine_in_autocommit_is_refused(kind: Kind, make_engine: MakeEngine)
 
 
 def test_a_connection_that_is_lost_says_so(kind: Kind, engine: Engine | AsyncEngine) -> None:
-    """What the test has stored is gone with it, and the next request does not begin anew."""
+    """After a lost connection, the next request raises IsolationError and does not start anew.
+
+    What the test has stored is lost with the connection.
+    """
     app = make_app(kind, engine)
     end = "SELECT pg_terminate_backend(pg_backend_pid())"
     route(app, kind, "/lose", get_db(), lambda session: session.execute(text(end)).all())
@@ -1706,7 +1761,7 @@ def test_a_connection_that_is_lost_says_so(kind: Kind, engine: Engine | AsyncEng
 
 
 def on_sqlite(kind: Kind, path: str) -> tuple[FastAPI, Any]:
-    """Make the application, with a route that creates its tables, and its engine."""
+    """Return an application that has a route that creates its tables, and its engine."""
     shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
     options = {} if path or kind.asynchronous else shared
     make: Any = create_async_engine if kind.asynchronous else create_engine
@@ -1723,7 +1778,7 @@ def on_sqlite(kind: Kind, path: str) -> tuple[FastAPI, Any]:
 @pytest.mark.parametrize("where", ["file", "memory"])
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 def test_sqlite(kind: Kind, where: str, recipe: bool, tmp_path: Any) -> None:
-    """SQLite is isolated whichever way its driver begins transactions."""
+    """SQLite is isolated whether its driver or a listener begins transactions."""
     app, engine = on_sqlite(kind, "" if where == "memory" else f"/{tmp_path}/file.db")
     if recipe:
         inner: Engine = engine.sync_engine if kind.asynchronous else engine
@@ -1745,7 +1800,7 @@ def test_sqlite(kind: Kind, where: str, recipe: bool, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 def test_sqlite_tells_what_a_commit_would_store(kind: Kind, tmp_path: Any) -> None:
-    """In a block as in production, an update of no row needs no commit, and one of a row does."""
+    """In a block on SQLite, an update needs a commit only if it changes a row, as in production."""
     app, _ = on_sqlite(kind, f"/{tmp_path}/file.db")
     update = text("UPDATE item SET position = 1")
     route(app, kind, "/update", get_db(), lambda session: session.execute(update).close())
@@ -1759,7 +1814,10 @@ def test_sqlite_tells_what_a_commit_would_store(kind: Kind, tmp_path: Any) -> No
 
 
 def test_a_refused_end_in_memory_leaves_nothing() -> None:
-    """The database stays, because it lives in its only connection, and the row does not."""
+    """A refused commit of the connection itself leaves no row in a database in memory.
+
+    The database itself remains, because it lives in its only connection.
+    """
     shared: Any = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
     engine = create_engine("sqlite://", **shared)
     Base.metadata.create_all(engine)

@@ -36,7 +36,7 @@ def audit(url: str = OSV, *, exceptions: Path = HERE / "audit.toml", today: date
 
 
 def _unreachable(url: str) -> str | None:
-    """Return why OSV cannot be reached; `None` if it answers, even with an HTTP error."""
+    """Return why OSV cannot be reached, or `None` if it answers, even with an HTTP error."""
     try:
         urllib.request.urlopen(url, timeout=REACH_TIMEOUT).close()
     except urllib.error.HTTPError as answer:

@@ -107,7 +107,7 @@ def make_engine(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> Iterator[Ma
     Install them with ``shutdown=engine.dispose``, because their event loop ends with the server.
     """
     in_use: set[object] = set()
-    # Saves a query for a type that no test uses; the query takes as long as connecting.
+    # Saves a query, which takes as long as connecting, for a type that no test uses.
     without = {"use_native_hstore": False} if kind.driver == "psycopg" else {}
 
     def make(*, second: bool = False, **options: Any) -> Engine | AsyncEngine:
@@ -135,7 +135,7 @@ def engine(make_engine: MakeEngine) -> Engine | AsyncEngine:
 
 @pytest.fixture
 def proxy(postgres: WorkerPostgres) -> Iterator[Proxy]:
-    """Put a proxy in front of the server."""
+    """Yield a proxy in front of the server."""
     url = make_url(postgres.dsn)
     assert url.host is not None
     with Proxy(url.host, url.port or 5432).listening() as proxy:

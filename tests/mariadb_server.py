@@ -110,7 +110,7 @@ class MariadbServer:
             raise MariadbServerError(f"{installer} failed:\n{done.stdout}{done.stderr}")
 
     def _launch(self, server: Path) -> bool:
-        """Start the process and wait until it answers; return False if its port was taken."""
+        """Start the process and wait until it answers, or return False if its port was taken."""
         self.port = _free_port()
         places = {
             "datadir": self._home / "data",

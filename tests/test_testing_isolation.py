@@ -1418,7 +1418,7 @@ def test_a_turn_is_taken_while_sessions_of_the_test_end() -> None:
 
 
 def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, rows: Rows) -> None:
-    """A session that has only called get_bind() releases its turn when it is closed."""
+    """A session that has only called get_bind() keeps no other request waiting."""
     route(app, kind, "/dialect", get_db(), lambda session: session.get_bind().dialect.name)
     with TestClient(app) as client, isolated(app):
         assert client.post("/dialect").json() == "postgresql"
@@ -1741,7 +1741,7 @@ def test_an_engine_in_autocommit_is_refused(kind: Kind, make_engine: MakeEngine)
 
 
 def test_a_connection_that_is_lost_says_so(kind: Kind, engine: Engine | AsyncEngine) -> None:
-    """After a lost connection, the next request raises IsolationError and does not start anew.
+    """After a lost connection, the next request raises IsolationError and does not start over.
 
     What the test has stored is lost with the connection.
     """

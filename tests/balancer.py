@@ -1,4 +1,4 @@
-"""A load balancer on loopback that sends requests to whoever is ready, and forgives nothing."""
+"""A load balancer on the loopback interface that forwards to ready backends and never retries."""
 
 import asyncio
 import contextlib
@@ -12,10 +12,10 @@ PROBE = b"GET /health/ready HTTP/1.1\r\nHost: balancer\r\nConnection: close\r\n\
 
 @dataclass
 class Balancer:
-    """Pass each connection on to the next backend that said it is ready when it was last asked.
+    """A balancer that forwards each connection to the next backend whose last probe found it ready.
 
-    A backend is asked every `interval` seconds. A connection that cannot be passed on is closed,
-    and not tried elsewhere: whoever sent the request finds it failed.
+    Each backend is probed every `interval` seconds. A connection that cannot be forwarded is closed
+    and not tried on another backend, so the client's request fails.
     """
 
     interval: float = 0.05
@@ -27,7 +27,7 @@ class Balancer:
 
     @asynccontextmanager
     async def listening(self) -> AsyncGenerator["Balancer"]:
-        """Accept connections on a port of its own."""
+        """Accept connections on a free port."""
         asking = asyncio.create_task(self._ask_for_ever())
         async with await asyncio.start_server(self._pass_on, "127.0.0.1", 0) as listener:
             self.port = listener.sockets[0].getsockname()[1]
@@ -39,12 +39,12 @@ class Balancer:
                 await asyncio.gather(*filter(None, self._passing))
 
     async def add(self, port: int) -> None:
-        """Ask one more backend, and wait until it is ready."""
+        """Add a backend, and wait until it is ready."""
         self.backends[port] = False
         await self.finds(port, ready=True)
 
     async def finds(self, port: int, *, ready: bool) -> None:
-        """Wait until a backend has been found to be ready, or not to be."""
+        """Wait until a probe has found a backend ready, or not ready."""
         async with self._asked:
             await self._asked.wait_for(lambda: self.backends[port] is ready)
 
@@ -68,7 +68,7 @@ class Balancer:
                     asyncio.create_task(_copy(reader, back)),
                     asyncio.create_task(_copy(there, writer)),
                 }
-                # Whoever hangs up first, nobody is left to say anything to.
+                # The exchange is over as soon as either side has closed its connection.
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 for each in both:
                     each.cancel()
@@ -84,7 +84,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def exchange(port: int, request: bytes) -> bytes:
-    """Send one request on a connection of its own; what could not be answered is empty."""
+    """Send one request on its own connection, and return the response, or nothing on failure."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except ConnectionError:

@@ -15,7 +15,7 @@ from fastapi_sqlnative import health_router, install_database, transactional
 from fastapi_sqlnative.health import drain_on_sigterm
 from tests.serving import Item, Kind, named, using
 
-# For as long as the test holds the lock.
+# Takes as long as the test holds the lock.
 SLOW = text("SELECT 'done' FROM (SELECT pg_advisory_xact_lock(9)) AS waited")
 
 
@@ -47,7 +47,7 @@ def make_app(kind: Kind, url: str, drain_seconds: float) -> FastAPI:
 
 
 def run(kind: Kind, url: str, drain_seconds: float, log: Path) -> None:
-    """Be a process that serves it, and writes into the log."""
+    """Serve the application from this process, with its output redirected to the log file."""
     with log.open("wb") as output:
         for stream in 1, 2:
             os.dup2(output.fileno(), stream)

@@ -1,4 +1,4 @@
-"""An application started in this process, where nothing is promised about a server."""
+"""An application started in the test process, for tests that promise nothing about a server."""
 
 import asyncio
 import gc
@@ -22,19 +22,19 @@ from tests.serving import Kind, Rows, route, until
 
 
 def client_of(app: Starlette) -> httpx.AsyncClient:
-    """Give a client that calls the application, whose lifespan it does not run."""
+    """Return a client that calls the application without running its lifespan."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app")
 
 
 @asynccontextmanager
 async def running(app: Starlette) -> AsyncGenerator[httpx.AsyncClient]:
-    """Run the application's lifespan, and give a client."""
+    """Run the application's lifespan, and yield a client."""
     async with app.router.lifespan_context(app), client_of(app) as client:
         yield client
 
 
 async def start_and_stop(app: Starlette) -> None:
-    """Run the application's lifespan, with nothing in it."""
+    """Run the application's start-up and shutdown, with nothing in between."""
     async with app.router.lifespan_context(app):
         pass
 
@@ -46,7 +46,7 @@ def application(
     body: Callable[[Session], Any],
     **options: Any,
 ) -> FastAPI:
-    """Make an application with one database, and one route that gives its session to the body."""
+    """Make an application with one database and one route, which passes its session to the body."""
     app = FastAPI()
     install_database(app, engine=engine, **{"shutdown": engine.dispose, **options})
     route(app, kind, "/", dependency, body)
@@ -60,7 +60,10 @@ async def ask(
     body: Callable[[Session], Any],
     **options: Any,
 ) -> int:
-    """Send that application one request; what it leaves unanswered is raised here."""
+    """Make such an application, send it one request, and return the status.
+
+    An exception that the application does not handle is raised here.
+    """
     async with asking(engine, kind, dependency, **options) as request:
         return await request(body)
 
@@ -69,7 +72,7 @@ async def ask(
 async def asking(
     engine: Engine | AsyncEngine, kind: Kind, dependency: Callable[..., Any], **options: Any
 ) -> AsyncGenerator[Callable[[Callable[[Session], Any]], Awaitable[int]]]:
-    """Run that application for any number of requests, each with a body of its own."""
+    """Run such an application, and yield a function that sends a request with the given body."""
     bodies: list[Callable[[Session], Any]] = []
 
     def last(session: Session) -> Any:
@@ -84,7 +87,7 @@ async def asking(
 
 
 async def run_work(engine: Engine | AsyncEngine, work: Any, **options: Any) -> None:
-    """Have a handle run work in a transaction, without a pause between attempts."""
+    """Run work in a transaction of a handle, without a pause between attempts."""
     try:
         if isinstance(engine, AsyncEngine):
             await AsyncDatabase(engine, **options).run_in_transaction(work, backoff=0)
@@ -95,7 +98,7 @@ async def run_work(engine: Engine | AsyncEngine, work: Any, **options: Any) -> N
 
 
 async def dispose(engine: Engine | AsyncEngine) -> None:
-    """Close what an engine of either colour has left open."""
+    """Dispose of an engine of either colour."""
     if isinstance(engine, AsyncEngine):
         await engine.dispose()
     else:
@@ -105,48 +108,51 @@ async def dispose(engine: Engine | AsyncEngine) -> None:
 async def run_in_transaction(
     engine: Engine | AsyncEngine, work: Callable[[Session], Any], **options: Any
 ) -> None:
-    """Do so with work that takes a `Session`, whatever the engine's colour."""
+    """Run work that takes a `Session`, on an engine of either colour."""
     asynchronous = isinstance(engine, AsyncEngine)
     await run_work(engine, (lambda s: s.run_sync(work)) if asynchronous else work, **options)
 
 
 def session_class(kind: Kind, class_: type[Session]) -> dict[str, Any]:
-    """Return the session options that have a class of the application's do the work."""
+    """Return the session options that select the application's own `Session` class."""
     return {"sync_session_class" if kind.asynchronous else "class_": class_}
 
 
 class Hearing(Session):
-    """Be a class that is told of each COMMIT, so that it is committed with nothing to store."""
+    """A session class with a `before_commit` listener, so it commits even without changes."""
 
 
 event.listen(Hearing, "before_commit", lambda _session: None)
 
 
 def sqlite() -> Engine:
-    """Build a synchronous engine in memory, whose one connection any thread may use and close."""
+    """Build a synchronous in-memory engine, whose one connection any thread may use and close."""
     options = {"check_same_thread": False}
     return create_engine("sqlite://", connect_args=options, poolclass=StaticPool)
 
 
 def async_sqlite() -> AsyncEngine:
-    """Build an asynchronous engine in memory."""
+    """Build an asynchronous in-memory engine."""
     return create_async_engine("sqlite+aiosqlite://")
 
 
 def note_disposal(engine: Engine | AsyncEngine, log: list[str], note: str = "disposed") -> None:
-    """Write into the log when the engine is disposed of."""
+    """Add a note to the log when the engine is disposed of."""
     inner = sync_engine(engine)
     event.listen(inner, "engine_disposed", lambda _engine: log.append(note))
 
 
 async def turns() -> None:
-    """Let the event loop do all that it can do at once, and what that makes possible."""
+    """Let the event loop run whatever is ready, and whatever becomes ready as a result."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
 def counted_waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Collect the waits for tasks from now on: one that spins begins another at every turn."""
+    """Record each call of `asyncio.wait` from now on.
+
+    Code that spins calls it at every turn of the event loop.
+    """
     waits: list[object] = []
     wait = asyncio.wait
 
@@ -159,7 +165,7 @@ def counted_waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def noting(log: list[str], note: str = "disposed") -> Callable[[], AsyncEngine]:
-    """Make a factory of asynchronous engines that write into the log when they are disposed of."""
+    """Make a factory of asynchronous engines that add a note to the log when disposed of."""
 
     def build() -> AsyncEngine:
         engine = async_sqlite()
@@ -170,7 +176,7 @@ def noting(log: list[str], note: str = "disposed") -> Callable[[], AsyncEngine]:
 
 
 async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
-    """Tell whether something keeps an application when it has been used."""
+    """Return whether something keeps an application alive after it has been used."""
     app = FastAPI()
     left = weakref.ref(app)
     await use(app)
@@ -178,13 +184,16 @@ async def is_kept(use: Callable[[FastAPI], Awaitable[None]]) -> bool:
     await turns()  # for the callbacks of tasks that have ended
     for thread in threading.enumerate():
         if thread.name == "fastapi_sqlnative":
-            thread.join()  # it has done its work, to which it refers until it ends
+            thread.join()  # the thread refers to its finished work until it ends
     gc.collect()
     return left() is not None
 
 
 async def quiet(rows: Rows) -> None:
-    """Wait until nothing runs and nothing is open: the server hears of a closed connection late."""
+    """Wait until no connection is running a statement or has an open transaction.
+
+    The server notices a closed connection late.
+    """
 
     def is_quiet() -> bool:
         return rows.backends("active") == rows.backends("idle in transaction%") == 0

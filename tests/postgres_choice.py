@@ -1,6 +1,6 @@
-"""Choose the PostgreSQL of a test run: a given URL, a container, or binaries of our own.
+"""The choice of a test run's PostgreSQL: a given URL, a container, or local binaries.
 
-There is always one or a readable error; a test is never skipped for want of a database.
+The result is a server or a readable error. A test is never skipped because a database is missing.
 """
 
 import os
@@ -25,7 +25,7 @@ DOCKER_TIMEOUT = 30
 SETTINGS = {
     "max_connections": "200",
     "max_prepared_transactions": "20",
-    "log_line_prefix": "%m [%p] %a ",  # tests ask for statements by log_statement
+    "log_line_prefix": "%m [%p] %a ",  # tests that need statements set log_statement
     "wal_level": "minimal",
     "max_wal_senders": "0",
     "autovacuum": "off",
@@ -35,9 +35,9 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class RunningPostgres:
-    """Tell where the run's server is; strings only, to travel to xdist's workers.
+    """The address of the run's server, as strings only, so that it can be sent to xdist's workers.
 
-    ``log`` is ``file:PATH`` or ``container:ID``, or nothing for a server that is not ours.
+    ``log`` is ``file:PATH`` or ``container:ID``, or empty for a server that the run did not start.
     """
 
     url: str
@@ -45,7 +45,7 @@ class RunningPostgres:
     log: str = ""
 
     def read_log(self) -> str:
-        """Read all the server has said so far."""
+        """Return everything that the server has logged so far."""
         kind, _, place = self.log.partition(":")
         if kind == "file":
             return Path(place).read_text(errors="replace")
@@ -56,7 +56,7 @@ class RunningPostgres:
 
 
 def start_postgres(forced: Choice | None, closing: ExitStack) -> RunningPostgres:
-    """Find or start the server; what was started ends with ``closing``."""
+    """Find the server, or start one that is stopped when ``closing`` is closed."""
     if forced == "url" or (forced is None and os.environ.get("TEST_DATABASE_URL")):
         return _given()
     if forced == "docker":
@@ -90,7 +90,7 @@ def _container(closing: ExitStack) -> RunningPostgres:
     engine = next(filter(_answers, _engine_addresses()), None)
     if engine is None:
         raise PostgresServerError("no Docker engine answers")
-    # Asked for late: the import takes two seconds.
+    # Imported only here, because the import takes two seconds.
     os.environ["DOCKER_HOST"] = engine
     from docker.errors import DockerException
     from requests.exceptions import RequestException
@@ -129,7 +129,10 @@ def _engine_addresses() -> Iterable[str]:
 
 
 def _answers(address: str) -> bool:
-    """Ping the engine: a ``docker`` command on the PATH would prove nothing."""
+    """Return whether a Docker engine answers a ping.
+
+    A ``docker`` command on the PATH would not prove that an engine is running.
+    """
     try:
         with _connect(address) as connection:
             connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")

@@ -34,12 +34,12 @@ from fastapi_sqlnative.exceptions import (
     UncommittedChangesError,
 )
 
-# A client reads the system's certificates unless it is given some, which takes 20 ms each time.
+# Without this, each client would load the system's certificates, which takes 20 ms.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class Kind(NamedTuple):
-    """Name a colour and a driver."""
+    """A colour and a driver."""
 
     id: str
     driver: str
@@ -58,7 +58,7 @@ class Base(DeclarativeBase):
 
 
 class Item(Base):
-    """Map the table that tests write to; `position` is checked at COMMIT only."""
+    """The table that tests write to, with a constraint on `position` that is checked at COMMIT."""
 
     __tablename__ = "item"
 
@@ -88,7 +88,7 @@ CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DE
 
 
 def hold_connects(engine: Engine | AsyncEngine) -> None:
-    """Have each new connection wait until nobody holds `Rows.locked(3)`."""
+    """Make each new connection wait until the lock of `Rows.locked(3)` is free."""
 
     def hold(connection: Any, _record: object) -> None:
         connection.cursor().execute("SELECT pg_advisory_lock(3)")
@@ -97,15 +97,15 @@ def hold_connects(engine: Engine | AsyncEngine) -> None:
 
 
 class Rows:
-    """See what is stored, from outside: through a connection that no test shares."""
+    """The stored rows, as seen through a connection that no application under test uses."""
 
     def __init__(self, connection: psycopg.Connection) -> None:
         self.connection = connection
         self.clear()
 
     def clear(self, *names: str) -> None:
-        """Leave nothing but rows with these names."""
-        # TRUNCATE takes six times as long; it waits for other users of the table, as LOCK does.
+        """Delete all rows, and add rows with these names."""
+        # TRUNCATE takes six times as long. Like LOCK, it would wait for other users of the table.
         self.connection.execute(
             "LOCK item; DELETE FROM item; SELECT setval('item_id_seq', 1, false)"
         )
@@ -113,24 +113,24 @@ class Rows:
             self.add(name)
 
     def add(self, name: str, position: int | None = None) -> None:
-        """Store a row before the test."""
+        """Store one row."""
         self.connection.execute(
             "INSERT INTO item (name, position) VALUES (%s, %s)", (name, position)
         )
 
     @property
     def names(self) -> list[str]:
-        """List the names stored, in order."""
+        """Return the stored names in order."""
         found = self.connection.execute("SELECT name FROM item ORDER BY name").fetchall()
         return [name for (name,) in found]
 
     @property
     def positions(self) -> dict[str, int | None]:
-        """Give the position of each name stored."""
+        """Return the position of each stored name."""
         return dict(self.connection.execute("SELECT name, position FROM item").fetchall())
 
     def lose(self, session: Session) -> None:
-        """End the server's side of a session's connection."""
+        """Terminate the server process of a session's connection."""
         pid = session.scalars(text("SELECT pg_backend_pid()")).one()
         self.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
@@ -139,7 +139,7 @@ class Rows:
         return backends(self.connection, state, application, wait)
 
     def make_commits_slow(self, seconds: float) -> None:
-        """Make an empty table `slow`: a COMMIT of rows in it takes this many seconds."""
+        """Create an empty table `slow`, in which committing a row takes this many seconds."""
         self.connection.execute(SLOW_COMMIT.format(seconds).encode())
 
     @contextlib.contextmanager
@@ -152,19 +152,20 @@ class Rows:
             self.connection.execute("SELECT pg_advisory_unlock(%s)", (key,))
 
     def waits(self) -> bool:
-        """Tell whether one other connection waits for a lock."""
+        """Return whether exactly one other connection waits for a lock."""
         return self.backends(wait="Lock/%") == 1
 
     def sleeps(self) -> bool:
-        """Tell whether one other connection is in `pg_sleep`, where a cancel request reaches it.
+        """Return whether exactly one other connection is in `pg_sleep` and so can be cancelled.
 
-        The server ignores one that arrives before it has read an active connection's statement.
+        The server ignores a cancel request that arrives before it has read the statement of an
+        active connection.
         """
         return self.backends(wait="%/PgSleep") == 1
 
     @property
     def at_work(self) -> list[tuple[str, str, str]]:
-        """Tell what this database's other connections are in: the state, the wait, the query."""
+        """Return the state, wait event and query of each other connection that is not idle."""
         return self.connection.execute(
             "SELECT state, coalesce(wait_event, ''), left(query, 60) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -175,11 +176,12 @@ class Rows:
 def backends(
     connection: psycopg.Connection, state: str = "%", application: str = "%", wait: str = "%"
 ) -> int:
-    """Count a database's other connections, in a state such as `idle in transaction`, or a wait.
+    """Count a database's other connections by state, application name and wait event.
 
-    Of those that were closed without a word the server hears late: wait for it.
+    A state is, for example, `idle in transaction`. The server is late to notice connections that
+    were closed without a message, so wait for the expected count.
     """
-    # Within a transaction, the server would repeat its first answer.
+    # Within a transaction, the server would otherwise repeat its first answer.
     connection.execute("SELECT pg_stat_clear_snapshot()")
     found = connection.execute(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -193,15 +195,16 @@ def backends(
 
 
 def named(driver: str, application: str) -> dict[str, Any]:
-    """Return the connect_args that name a driver's connections to the server."""
+    """Return the connect_args that set the application name of a driver's connections."""
     settings = {"application_name": application}
     return {"server_settings": settings} if driver == "asyncpg" else settings
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait for what the server, or another thread or process, does in its own time.
+    """Wait until a condition holds that the server, another thread or a process brings about.
 
-    The seconds are for what does not come at all: on a busy machine anything may take some.
+    The time limit only catches conditions that never hold: on a busy machine, anything may take a
+    while.
     """
     end = time.monotonic() + seconds
     while not condition():
@@ -210,15 +213,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait for that on an event loop, which goes on meanwhile."""
+    """Wait until a condition holds, without blocking the event loop."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - as above, nothing tells
+        while not condition():  # noqa: ASYNC110 - nothing notifies us
             await asyncio.sleep(0.01)
 
 
 @contextlib.contextmanager
 def holding(url: str, count: int) -> Generator[None]:
-    """Hold so many connections, all that a server has left; those of others may have to end yet."""
+    """Hold `count` connections, which must be all that the server has left.
+
+    Other connections may still be closing, so each attempt is repeated until it succeeds.
+    """
     with contextlib.ExitStack() as held:
 
         def connects() -> bool:
@@ -233,12 +239,12 @@ def holding(url: str, count: int) -> Generator[None]:
 
 
 def probing_threads() -> set[threading.Thread]:
-    """List the threads in which the package waits for what may hang."""
+    """Return the threads that the package has started for calls that may hang."""
     return {each for each in threading.enumerate() if each.name == "fastapi_sqlnative"}
 
 
 def using(kind: Kind, marker: Any, body: Callable[[Session], Any]) -> Callable[..., Any]:
-    """Make a function with one session, in the kind's colour: a dependency or an endpoint."""
+    """Make a dependency or an endpoint with one session, in the kind's colour."""
 
     async def asynchronous(session: Annotated[AsyncSession, marker]) -> Any:
         return await session.run_sync(body)
@@ -259,19 +265,19 @@ def route(
 ) -> None:
     """Add `POST path`: an `async def` endpoint for async kinds, a `def` endpoint for sync ones."""
     endpoint = using(kind, Depends(dependency), body)
-    # A response model, even of `Any`, is half of what a route costs.
+    # A response model, even `Any`, accounts for half of a route's cost.
     app.post(path, **{"status_code": 201, "response_model": None, **options})(endpoint)
 
 
 def of_the_transaction(session: Session) -> list[Connection]:
-    """Get the connections that the session's transaction has."""
-    # SQLAlchemy 2.1.7 and later.
+    """Return the connections of the session's transaction."""
+    # `connections` exists since SQLAlchemy 2.1.7.
     found = getattr(session.get_transaction(), "connections", None)
     return [session.connection()] if found is None else list(found)
 
 
 def copy(session: Session, *names: str) -> None:
-    """Write rows with COPY, over the driver's own connection."""
+    """Write rows with COPY, through the driver's own connection."""
     driver: Any = session.connection().connection.driver_connection
     if hasattr(driver, "copy_records_to_table"):
         records = [(name,) for name in names]
@@ -299,7 +305,7 @@ def make_app(
     status: int = 409,
     **options: Any,
 ) -> FastAPI:
-    """Make an application with one database, which answers failures by the name of their class."""
+    """Make an application with one database, whose error responses name the exception's class."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, **options)
 
@@ -326,13 +332,13 @@ def add(
 
 
 def names(session: Session) -> list[str]:
-    """List the names stored, in order, as a body."""
+    """Return the stored names in order, as a body."""
     return list(session.scalars(select(Item.name).order_by(Item.name)))
 
 
 def validate_openapi(document: Any) -> None:
-    """Insist on a valid OpenAPI document."""
-    from openapi_spec_validator import validate  # 0.1 s, which most workers need not spend
+    """Fail unless the OpenAPI document is valid."""
+    from openapi_spec_validator import validate  # takes 0.1 s, and most workers do not need it
 
     validate(document)
 
@@ -342,7 +348,7 @@ RUNNING = re.compile(r"http://127\.0\.0\.1:\d+")
 
 @dataclass
 class Served:
-    """Hold a running server's address, and how often each response was started."""
+    """A running server: its client, its address and the status of each response it has started."""
 
     client: httpx.Client
     url: str
@@ -350,7 +356,7 @@ class Served:
     starts: list[int]
 
     def post(self, path: str, **options: Any) -> httpx.Response:
-        """Send one request, and insist on exactly one response start."""
+        """Send one request, and assert that exactly one response was started."""
         self.starts.clear()
         response = self.client.post(path, **options)
         assert len(self.starts) == 1
@@ -358,7 +364,7 @@ class Served:
 
 
 class _CountStarts:
-    """Count `http.response.start` between the server and the application."""
+    """A middleware that records each `http.response.start` that reaches the server."""
 
     def __init__(self, app: ASGIApp, starts: list[int]) -> None:
         self.app = app
@@ -374,7 +380,7 @@ class _CountStarts:
 
 
 class _Server(uvicorn.Server):
-    """Tell when it serves, end at an event, and leave signals to pytest."""
+    """A server that signals when it is ready, stops at an event, and leaves signals to pytest."""
 
     ready: threading.Event
 
@@ -385,10 +391,10 @@ class _Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
-        await self.ending.wait()  # uvicorn looks ten times a second
+        await self.ending.wait()  # uvicorn polls ten times a second
 
     def end(self) -> None:
-        """Shut down gracefully; in whichever thread this is called."""
+        """Shut down gracefully, from any thread."""
         self.loop.call_soon_threadsafe(self.ending.set)
 
     async def shutdown(self, sockets: Any = None) -> None:
@@ -434,7 +440,7 @@ def serve(app: ASGIApp, **options: Any) -> Generator[Served]:
 
 
 async def flood(served: Served, path: str, times: int = 45) -> list[int]:
-    """Send more requests at once than there are threads; return the status of each."""
+    """Send more requests at once than there are threads, and return the status of each."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(
         base_url=served.url, limits=limits, timeout=50, verify=NO_TLS
@@ -447,7 +453,7 @@ async def flood(served: Served, path: str, times: int = 45) -> list[int]:
 def launch(
     command: Sequence[str], directory: Path, **environment: str
 ) -> Generator[tuple["subprocess.Popen[str]", httpx.Client]]:
-    """Run uvicorn as a process, at the port that it finds where it is told to take port 0."""
+    """Run uvicorn on port 0 as a process, and yield it with a client for the port that it chose."""
     with subprocess.Popen(
         command, cwd=directory, env=os.environ | environment, stderr=subprocess.PIPE, text=True
     ) as process:

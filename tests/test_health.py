@@ -1,4 +1,4 @@
-"""Liveness and readiness: what is asked, how often, what is answered, and what the log gets."""
+"""Liveness and readiness: the queries, how often they are sent, the answers and the log."""
 
 import asyncio
 import contextlib
@@ -65,15 +65,15 @@ from tests.serving import Kind, Rows, named, probing_threads, until, validate_op
 
 pytestmark = pytest.mark.anyio
 
-# No answer stands for longer than it takes to send it.
+# A `max_age` so short that no answer is reused.
 FRESH = 1e-9
-# Seconds, where nothing hangs: this machine may have much else to do.
+# Seconds, where nothing hangs: the machine may be busy with other things.
 PATIENT = 20
 AnyEngine = Engine | AsyncEngine
 
 
 def healthy(engine: AnyEngine | None = None, **options: Any) -> FastAPI:
-    """Make an application with one database and the router."""
+    """Make an application with one database and the health router."""
     app = FastAPI()
     if engine is None:
         install_database(app, engine=sqlite)
@@ -84,7 +84,7 @@ def healthy(engine: AnyEngine | None = None, **options: Any) -> FastAPI:
 
 
 async def ready(client: httpx.AsyncClient, path: str = "/health/ready") -> tuple[int, Any]:
-    """Ask whether it is ready, and insist that nobody stores the answer."""
+    """Request readiness, assert that the answer may not be cached, and return status and body."""
     response = await client.get(path)
     assert response.headers["cache-control"] == "no-store"
     return response.status_code, response.json()
@@ -93,7 +93,7 @@ async def ready(client: httpx.AsyncClient, path: str = "/health/ready") -> tuple
 def report(
     status: str = "ready", databases: Mapping[str, str] | None = None, **checks: str
 ) -> dict[str, Any]:
-    """Write down a report; one database is up unless it says otherwise."""
+    """Return the expected body of ready, in which one database is up unless stated otherwise."""
     return {"status": status, "databases": databases or {"default": "up"}, "checks": checks}
 
 
@@ -117,11 +117,11 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-# --- what is asked ---
+# --- the queries ---
 
 
 async def test_ready_and_live_answer_get_and_head(engine: AnyEngine) -> None:
-    """Both paths answer GET with a body and HEAD without, on every colour and driver."""
+    """Both paths answer GET with a body and HEAD without one, in each colour and on each driver."""
     async with running(healthy(engine)) as client:
         assert await ready(client) == (200, report())
         assert await ready(client, "/health/live") == (200, {"status": "alive"})
@@ -142,7 +142,7 @@ async def test_ready_and_live_answer_get_and_head(engine: AnyEngine) -> None:
     ids=["html", "text", "strict"],
 )
 async def test_the_applications_settings_change_nothing(settings: dict[str, Any]) -> None:
-    """Whatever the application answers by default, wherever it is served, probes get their JSON."""
+    """Probes get their JSON, whatever the application's default response and root path are."""
     app = FastAPI(**settings)
     install_database(app, engine=async_sqlite)
     app.include_router(health_router(timeout=PATIENT))
@@ -156,9 +156,10 @@ async def test_the_applications_settings_change_nothing(settings: dict[str, Any]
 
 
 async def test_probes_pass_the_dependencies_of_the_application() -> None:
-    """In an application that lets nobody in, a mounted one answers probes for the databases above.
+    """A mounted application answers probes even if the application above it rejects every request.
 
-    FastAPI has no way to take a route out of `dependencies=`.
+    The probes report on the databases of the application above. FastAPI has no way to take a route
+    out of `dependencies=`.
     """
 
     def refuse() -> None:
@@ -180,7 +181,7 @@ async def test_probes_pass_the_dependencies_of_the_application() -> None:
 
 
 def memory_per_thread() -> Engine:
-    """Build what `create_engine("sqlite://")` gives: a database for each thread."""
+    """Build an engine as `create_engine("sqlite://")` does, with a database for each thread."""
     return create_engine("sqlite://", poolclass=SingletonThreadPool)
 
 
@@ -201,7 +202,7 @@ async def test_sqlite_is_ready(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SQLite is up in memory and in a file, in both colours, whoever holds a connection."""
+    """SQLite is up in memory and in a file, in both colours, even while a connection is held."""
     monkeypatch.chdir(tmp_path)
     engine = build()
     async with running(healthy(engine)) as client:
@@ -212,7 +213,7 @@ async def test_sqlite_is_ready(
 
 
 async def test_probes_leave_databases_of_threads_alone() -> None:
-    """Where each thread has a database in memory of its own, any number of probes drops none."""
+    """If each thread has its own in-memory database, repeated probes drop none of them."""
     engine = memory_per_thread()
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE kept (id INTEGER)"))
@@ -227,7 +228,10 @@ async def test_probes_leave_databases_of_threads_alone() -> None:
 async def test_a_transaction_on_the_only_connection_survives_a_probe(
     build: Callable[[], AnyEngine],
 ) -> None:
-    """What a session has begun on the one connection of a database in memory is not rolled back."""
+    """A probe does not roll back a session's transaction on the only connection.
+
+    A database in memory has just one connection.
+    """
     app = healthy(build())
 
     async with running(app) as client:
@@ -255,7 +259,7 @@ async def as_coroutine(result: Any) -> Any:
 async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """With NullPool a probe connects, asks and leaves nothing behind."""
+    """With NullPool, each probe opens its own connection, queries it and closes it."""
     engine = make_engine(poolclass=NullPool, connect_args=named(kind.driver, "no pool"))
     opened: list[object] = []
     event.listen(sync_engine(engine), "connect", lambda _connection, record: opened.append(record))
@@ -268,7 +272,7 @@ async def test_an_engine_without_a_pool_is_asked_by_a_connection_that_is_closed(
 
 
 async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
-    """Where the pool has an idle connection the probe opens none, and gives that one back."""
+    """A probe uses the pool's idle connection, returns it to the pool and opens no other."""
     opened: list[object] = []
     event.listen(sync_engine(engine), "connect", lambda _connection, record: opened.append(record))
     app = healthy(engine)
@@ -285,7 +289,7 @@ async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
 async def test_a_session_that_holds_a_connection_proves_nothing(
     behind_proxy: AnyEngine, proxy: Proxy
 ) -> None:
-    """A server that takes no more connections is down, also where a session still has one."""
+    """A server that refuses new connections is down, even if a session still holds a connection."""
     app = healthy(behind_proxy)
     async with running(app) as client:
         session = sessions_of(installed_databases(app)["default"]).open()
@@ -305,7 +309,7 @@ async def test_a_pool_held_by_others_is_saturated(
     expected: tuple[int, str],
     log: pytest.LogCaptureFixture,
 ) -> None:
-    """A database that answers while others hold the whole pool is saturated, and not down."""
+    """A database that answers while the whole pool is in use is saturated, not down."""
     app = healthy(engine, saturated_is_ready=saturated_is_ready)
     code, status = expected
     log_level = "INFO" if saturated_is_ready else "WARNING"
@@ -323,14 +327,14 @@ async def test_a_pool_held_by_others_is_saturated(
 
 
 async def test_an_unlimited_pool_is_never_saturated(make_engine: MakeEngine) -> None:
-    """A pool that opens as many connections as are asked for is up, however many are in use."""
+    """A pool without a limit is up, however many connections are in use."""
     engine = make_engine(pool_size=1, max_overflow=-1)
     async with running(healthy(engine)) as client, held(engine), held(engine):
         assert await ready(client) == (200, report())
 
 
 async def test_an_assertion_pool_in_use_is_up(make_engine: MakeEngine) -> None:
-    """A pool of one connection that asserts is up while a request has it, and gets it unharmed."""
+    """An AssertionPool is up while its connection is in use, and a probe does not occupy it."""
     engine = make_engine(poolclass=AssertionPool)
     async with running(healthy(engine)) as client:
         async with held(engine):
@@ -342,7 +346,7 @@ async def test_an_assertion_pool_in_use_is_up(make_engine: MakeEngine) -> None:
 
 
 class Clock:
-    """The time that the pools of a test see."""
+    """A replacement for `monotonic`, whose time a test sets."""
 
     now = 100.0
 
@@ -360,14 +364,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 async def test_a_wedged_pool_is_not_ready_and_at_last_not_alive(
     make_engine: MakeEngine, clock: Clock, log: pytest.LogCaptureFixture
 ) -> None:
-    """Where no connection has come back for too long, requests go elsewhere; if asked, it ends."""
+    """If no connection comes back for too long, ready fails.
+
+    Later live fails, too, if `restart_after` is set.
+    """
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=15)
     app = healthy(engine, restart_after=60)
     async with running(app) as client:
         assert await ready(client) == (200, report())
         for wedged_again in range(2):
             async with held(engine):
-                clock.now += 14  # longer than the default, and no longer than the pool's own wait
+                clock.now += 14  # more than the default, but not more than the pool's own timeout
                 assert await ready(client) == (200, report(databases={"default": "saturated"}))
                 clock.now += 2
                 wedged = report("not_ready", {"default": "wedged"})
@@ -382,7 +389,7 @@ async def test_a_wedged_pool_is_not_ready_and_at_last_not_alive(
 
 
 async def test_a_busy_pool_that_moves_is_not_wedged(make_engine: MakeEngine, clock: Clock) -> None:
-    """A pool that is full whenever one looks is well, as long as connections come back."""
+    """A pool that is full at every probe is not wedged as long as connections come back."""
     engine = make_engine(pool_size=2, max_overflow=0, pool_timeout=1)
     async with running(healthy(engine)) as client, held(engine):
         for _ in range(4):
@@ -392,7 +399,7 @@ async def test_a_busy_pool_that_moves_is_not_wedged(make_engine: MakeEngine, clo
 
 
 async def test_a_pool_with_room_is_not_wedged(make_engine: MakeEngine, clock: Clock) -> None:
-    """One connection that is held for hours says nothing while the pool has others."""
+    """A pool is not wedged while one connection is held for hours and another is available."""
     engine = make_engine(pool_size=2, max_overflow=0, pool_timeout=1)
     app = healthy(engine, restart_after=60)
     async with running(app) as client, held(engine):
@@ -405,7 +412,10 @@ async def test_a_pool_with_room_is_not_wedged(make_engine: MakeEngine, clock: Cl
 async def test_live_does_not_fail_for_a_wedged_pool_unless_told_to(
     make_engine: MakeEngine, clock: Clock
 ) -> None:
-    """A restart loses what is under way: only the application can say that it is worth it."""
+    """Without `restart_after`, live does not fail for a wedged pool.
+
+    A restart loses the work in progress, so the application has to ask for it.
+    """
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=1)
     async with running(healthy(engine)) as client, held(engine):
         assert (await ready(client))[0] == 200
@@ -415,7 +425,7 @@ async def test_live_does_not_fail_for_a_wedged_pool_unless_told_to(
 
 
 async def test_a_pool_is_listened_to_once(make_engine: MakeEngine) -> None:
-    """An engine that outlives its applications gets a listener, and not one for each."""
+    """The pool of an engine that outlives its applications gets one listener, not one for each."""
     engine = make_engine()
     heard: list[int] = []
     for _ in range(3):
@@ -430,7 +440,7 @@ async def test_a_pool_is_listened_to_once(make_engine: MakeEngine) -> None:
 async def test_a_read_only_server_is_not_ready_where_it_must_be_writable(
     kind: Kind, make_engine: MakeEngine, policy: Any
 ) -> None:
-    """A server that takes no writes is ready unless the application has said that it writes."""
+    """A read-only server is ready unless the policy of its database is `writable`."""
     refusing = (
         {"server_settings": {"default_transaction_read_only": "on"}}
         if kind.driver == "asyncpg"
@@ -442,7 +452,7 @@ async def test_a_read_only_server_is_not_ready_where_it_must_be_writable(
         refused = policy == "writable"
         expected = report("not_ready", {"default": "read_only"}) if refused else report()
         assert await ready(client) == (503 if refused else 200, expected)
-        async with held(engine):  # on a connection beside the pool
+        async with held(engine):  # so the probe connects outside the pool
             code, body = await ready(client)
         assert (code, body["databases"]["default"]) == (
             (503, "read_only") if refused else (200, "saturated")
@@ -450,7 +460,7 @@ async def test_a_read_only_server_is_not_ready_where_it_must_be_writable(
 
 
 async def test_a_writable_server_is_up(make_engine: MakeEngine) -> None:
-    """A server that takes writes is ready also where that was asked for."""
+    """A server that accepts writes is ready under the policy `writable`."""
     async with running(healthy(make_engine(), databases={"default": "writable"})) as client:
         assert await ready(client) == (200, report())
 
@@ -458,7 +468,10 @@ async def test_a_writable_server_is_up(make_engine: MakeEngine) -> None:
 async def test_a_database_that_nobody_can_ask_for_writes_is_down(
     log: pytest.LogCaptureFixture,
 ) -> None:
-    """Readiness fails closed where it cannot tell, and the log names the policy that works."""
+    """Under the policy `writable`, a database that has no check for writes is down.
+
+    The log names the policy that works.
+    """
     async with running(healthy(async_sqlite(), databases={"default": "writable"})) as client:
         assert await ready(client) == (503, report("not_ready", {"default": "down"}))
     assert "sqlite has no check for writes: use the policy 'required'." in log.text
@@ -466,7 +479,7 @@ async def test_a_database_that_nobody_can_ask_for_writes_is_down(
 
 @pytest.fixture
 def own_port() -> Iterator[int]:
-    """Keep a port that refuses connections."""
+    """Reserve a port that refuses connections, and yield its number."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -485,7 +498,7 @@ def refused(kind: Kind, postgres: WorkerPostgres, own_port: int) -> AnyEngine:
 async def test_a_refused_connection_is_down(
     refused: AnyEngine, log: pytest.LogCaptureFixture
 ) -> None:
-    """A database that refuses connections is down at once, and the log has why: once."""
+    """A database that refuses connections is down at once, and the log has the cause once."""
     async with running(healthy(refused)) as client:
         for _ in range(10):
             assert await ready(client) == (503, report("not_ready", {"default": "down"}))
@@ -499,7 +512,7 @@ async def test_a_refused_connection_is_down(
 
 
 async def test_an_engine_that_stands_in_is_asked(engine: AnyEngine, refused: AnyEngine) -> None:
-    """With `override_database` in a running application, readiness is about the other database."""
+    """While `override_database` replaces an engine, readiness reports on the replacement."""
     app = healthy(engine)
     async with running(app) as client:
         assert await ready(client) == (200, report())
@@ -511,7 +524,10 @@ async def test_an_engine_that_stands_in_is_asked(engine: AnyEngine, refused: Any
 async def test_the_body_tells_nobody_where_the_database_is(
     refused: AnyEngine, own_port: int, postgres: WorkerPostgres
 ) -> None:
-    """The body has names and states: no host, port, user, error text, SQL, driver or version."""
+    """The answer has names and states only.
+
+    It has no host, port, user, error text, SQL, driver or version.
+    """
 
     def broken() -> bool:
         raise RuntimeError("connection to 10.1.2.3 as grace failed")
@@ -526,12 +542,12 @@ async def test_the_body_tells_nobody_where_the_database_is(
         assert secret not in everything
 
 
-# --- how often ---
+# --- how often they are sent ---
 
 
 @pytest.mark.parametrize("build", [sqlite, async_sqlite])
 async def test_many_probes_cost_one_question(build: Callable[[], AnyEngine]) -> None:
-    """Probes that come together, or shortly after one another, wait for one and the same answer."""
+    """Concurrent probes, and later ones within `max_age`, share one query and one check call."""
     engine = build()
     statements: list[str] = []
     event.listen(
@@ -555,7 +571,7 @@ async def test_many_probes_cost_one_question(build: Callable[[], AnyEngine]) -> 
 
 
 async def test_an_answer_stands_for_as_long_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer, good or bad, is given again until `max_age` is over."""
+    """An answer, ready or not, is reused until `max_age` has passed."""
     answers = [True, False, True]
     asked: list[bool] = []
 
@@ -581,7 +597,7 @@ async def test_an_answer_stands_for_as_long_as_was_said(monkeypatch: pytest.Monk
 async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
     make_engine: MakeEngine, kind: Kind, log: pytest.LogCaptureFixture
 ) -> None:
-    """A slow answer is none that says down; before the first one, and after patience, it is."""
+    """While a query is slow, ready repeats its last result, or reports down if there is none."""
     engine = make_engine()
     app = healthy(engine, timeout=0.01, down_after=PATIENT)
     go_on = threading.Event()
@@ -608,7 +624,7 @@ async def test_what_was_answered_last_stands_while_an_answer_takes_its_time(
 
 
 async def test_a_prober_that_goes_away_takes_nobodys_answer() -> None:
-    """The question goes on for the others when whoever put it hangs up."""
+    """Cancelling a probe does not cancel a check that another probe is waiting for."""
     started, go_on = asyncio.Event(), asyncio.Event()
     called: list[int] = []
 
@@ -638,7 +654,7 @@ async def test_a_prober_that_goes_away_takes_nobodys_answer() -> None:
 async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
     make_engine: MakeEngine, rows: Rows, kind: Kind
 ) -> None:
-    """It has the engine's connect arguments and goes through the application's listeners."""
+    """A connection outside the pool gets the engine's connect arguments and runs its listeners."""
     connect_args = named(kind.driver, "seen")
     engine = make_engine(pool_size=1, max_overflow=0, connect_args=connect_args)
     made: list[str] = []
@@ -664,13 +680,13 @@ async def test_the_connection_outside_is_made_as_the_pool_makes_its_own(
         async with held(engine):
             assert pool.status() == before
     assert made == ["seen"] * 4
-    # The pool's own listeners did not learn the mark.
+    # The pool's own connection does not have the mark.
     assert outside == [False, True, True, True]
     await until(lambda: not rows.backends(application="seen"))
 
 
 async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeEngine) -> None:
-    """Where the application's own listener fails, requests would too: the database is down."""
+    """A database whose `connect` listener raises is down, because requests would fail, too."""
     engine = make_engine()
 
     def refuse(_connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
@@ -685,7 +701,7 @@ async def test_a_listener_that_refuses_the_connection_is_down(make_engine: MakeE
 
 
 def broken_sqlite() -> Engine:
-    """Build an engine for a file that cannot be."""
+    """Build an engine for a file that cannot exist."""
     return create_engine("sqlite:////proc/nowhere/at.all")
 
 
@@ -700,7 +716,7 @@ def broken_sqlite() -> Engine:
 async def test_a_database_counts_as_the_application_says(
     policy: Any, expected: tuple[int, Any], log: pytest.LogCaptureFixture
 ) -> None:
-    """One that is down makes the application not ready, is reported only, or is left out."""
+    """The policy of a database decides whether it is required, only reported, or left out."""
     app = healthy(databases={" reports ": policy})
     install_database(app, name="reports", engine=broken_sqlite)
     async with running(app) as client:
@@ -709,7 +725,7 @@ async def test_a_database_counts_as_the_application_says(
 
 
 async def test_all_databases_are_required_by_default() -> None:
-    """Nothing has to be said for every database to count."""
+    """By default, every database is required."""
     app = healthy()
     install_database(app, name="reports", engine=broken_sqlite)
     async with running(app) as client:
@@ -720,7 +736,7 @@ async def test_all_databases_are_required_by_default() -> None:
 
 
 async def test_a_saturated_pool_that_is_degraded_stays_ready(make_engine: MakeEngine) -> None:
-    """Saturation that counts as not ready makes a `degraded` database degrade, and no more."""
+    """With `saturated_is_ready=False`, a saturated `degraded` database only degrades the report."""
     engine = make_engine(pool_size=1, max_overflow=0)
     app = healthy(engine, databases={"default": "degraded"}, saturated_is_ready=False)
     async with running(app) as client, held(engine):
@@ -728,7 +744,7 @@ async def test_a_saturated_pool_that_is_degraded_stays_ready(make_engine: MakeEn
 
 
 async def test_an_unknown_name_fails_the_boot() -> None:
-    """A policy for a database that is not installed fails start-up, and names route and names."""
+    """A policy for an unknown name fails start-up, and the error states the route and all names."""
     app = healthy(databases={"report": "degraded"})
     install_database(app, name="reports", engine=async_sqlite)
     expected = r"Route '/health/ready': No database named 'report' .*'default', 'reports'"
@@ -737,7 +753,7 @@ async def test_an_unknown_name_fails_the_boot() -> None:
 
 
 def test_what_cannot_be_meant_is_refused_at_once() -> None:
-    """A wrong policy, time or check fails where the router is made, with a message that says so."""
+    """A wrong policy, time or check raises an error that explains it when the router is made."""
     unknown: Any = "optional"
     with pytest.raises(ValueError, match="'optional' of database 'reports ' is no policy"):
         health_router(databases={"reports ": unknown})
@@ -761,11 +777,11 @@ def test_what_cannot_be_meant_is_refused_at_once() -> None:
         health_router(checks={"x": two})
 
 
-# --- checks of the application's own ---
+# --- the application's own checks ---
 
 
 class AsyncObject:
-    """Be a check that is an object."""
+    """A check that is an object with an async `__call__`."""
 
     def __init__(self, result: object) -> None:
         self.result = result
@@ -819,7 +835,7 @@ async def equal(one: object, other: object) -> bool:
     ],
 )
 async def test_a_check_may_be_any_callable(check: Any) -> None:
-    """A check is a function, method, object or partial, of the application or of nothing."""
+    """A check may be a function, object or partial that takes the application or nothing."""
     app = healthy(checks={"mine": check})
     app.title = "mine"
     async with running(app) as client:
@@ -857,7 +873,10 @@ async def cancelling() -> bool:
 async def test_a_check_that_says_nothing_sensible_is_down(
     check: Any, cause: str | None, log: pytest.LogCaptureFixture
 ) -> None:
-    """Only `True` and a `CheckResult` count; the log has why anything else does not, once."""
+    """A check is down unless it returns `True` or a valid `CheckResult`, and the log says so once.
+
+    The log also has the cause, unless the check returned `False`.
+    """
     async with running(healthy(checks={"mine": check})) as client:
         for _ in range(3):
             assert await ready(client) == (503, report("not_ready", mine="down"))
@@ -868,7 +887,7 @@ async def test_a_check_that_says_nothing_sensible_is_down(
 
 
 async def test_a_check_tells_its_state_in_a_word() -> None:
-    """A `CheckResult` shows its word, whichever way it decides."""
+    """Readiness shows the state of a `CheckResult`, whether that is ready or not."""
     results = [CheckResult(False, "behind"), CheckResult(True, "warming")]
     async with running(healthy(checks={"marker": results.pop})) as client:
         assert await ready(client) == (200, report(marker="warming"))
@@ -876,14 +895,14 @@ async def test_a_check_tells_its_state_in_a_word() -> None:
 
 
 async def test_a_check_that_is_not_required_is_reported() -> None:
-    """With `required=False` a failing check degrades the application, which stays ready."""
+    """With `required=False`, a failing check degrades the application, which stays ready."""
     check = ReadinessCheck(raising, required=False)
     async with running(healthy(checks={"cache": check})) as client:
         assert await ready(client) == (200, report("degraded", cache="down"))
 
 
 async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
-    """However often it is asked, a hanging sync check is called once, until it has returned."""
+    """A hanging sync check is not called again before it returns, and blocks one thread at most."""
     go_on = threading.Event()
     called: list[int] = []
 
@@ -893,7 +912,7 @@ async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
 
     before = probing_threads()
     check = ReadinessCheck(hanging, timeout=0.1)
-    # The thread that asks a synchronous database may not have ended when its answer is there.
+    # A thread that probes a synchronous database may outlive its answer, so use an async one.
     async with running(healthy(async_sqlite(), checks={"cache": check})) as client:
         for _ in range(5):
             assert await ready(client) == (503, report("not_ready", cache="down"))
@@ -903,12 +922,15 @@ async def test_a_check_that_hangs_costs_one_thread_at_most() -> None:
         await until(lambda: probing_threads() <= before)
         async with asyncio.timeout(PATIENT):
             while (await ready(client))[0] != 200:
-                pass  # its thread may take longer to start than the check has
+                pass  # the thread may take longer to start than the check's timeout
     assert len(called) >= 2
 
 
 async def test_an_async_check_that_hangs_is_cancelled() -> None:
-    """It is given up at the deadline and called anew by the next probe; no task is left."""
+    """A hanging async check is cancelled at its timeout, and the next probe calls it again.
+
+    No task is left.
+    """
     cancelled: list[int] = []
 
     async def hanging() -> bool:
@@ -928,7 +950,7 @@ async def test_an_async_check_that_hangs_is_cancelled() -> None:
 
 
 async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> None:
-    """One that swallows its cancellation does not pile up."""
+    """An async check that swallows its cancellation is not called again while it still runs."""
     go_on = asyncio.Event()
     called: list[int] = []
 
@@ -951,7 +973,7 @@ async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> Non
 
 
 async def test_a_check_has_a_time_of_its_own() -> None:
-    """A check's own timeout ends it long before the router's, and the rest is well."""
+    """A check's own timeout ends it long before the router's, and the database is still up."""
 
     async def hanging() -> bool:
         return await asyncio.Event().wait()
@@ -963,7 +985,7 @@ async def test_a_check_has_a_time_of_its_own() -> None:
 
 
 async def test_the_deadline_is_one_for_everything() -> None:
-    """Twenty checks that hang are waited for together: a check cannot have more than the router."""
+    """Twenty hanging checks share the router's timeout, even if their own timeouts are longer."""
 
     async def hanging() -> bool:
         return await asyncio.Event().wait()
@@ -977,7 +999,7 @@ async def test_the_deadline_is_one_for_everything() -> None:
 
 
 async def test_a_check_survives_a_process_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When no thread can be started a sync check is down, and up again when one can."""
+    """A sync check is down while no thread can be started, and up once one can."""
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -989,7 +1011,7 @@ async def test_a_check_survives_a_process_without_threads(monkeypatch: pytest.Mo
     app = healthy(async_sqlite(), checks=checks)
     async with running(app) as client:
         both_up = 200, report(cache="up", own="up")
-        assert await ready(client) == both_up  # its connection has a thread
+        assert await ready(client) == both_up  # from here on, aiosqlite has its thread
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             assert (await ready(client))[1]["checks"] == {"cache": "down", "own": "up"}
@@ -997,7 +1019,7 @@ async def test_a_check_survives_a_process_without_threads(monkeypatch: pytest.Mo
 
 
 async def test_a_check_is_logged_when_it_changes(log: pytest.LogCaptureFixture) -> None:
-    """There is one line for each change of state, and none for a state that stays."""
+    """A check is logged when its state changes, and not while its state stays the same."""
     results = [True, True, False, False, True, CheckResult(True, "warm"), CheckResult(True, "warm")]
     following = iter(results)
     async with running(healthy(checks={"mine": lambda: next(following)})) as client:
@@ -1014,7 +1036,7 @@ async def test_a_check_is_logged_when_it_changes(log: pytest.LogCaptureFixture) 
 
 
 async def test_the_openapi_document_has_typed_answers() -> None:
-    """The document is valid, its operations are told apart, and both answers have a schema."""
+    """The OpenAPI document is valid, has distinct operations, and has a schema for both answers."""
     app = healthy()
     app.include_router(health_router(prefix="/internal"))
     with warnings.catch_warnings(record=True) as noticed:
@@ -1037,7 +1059,7 @@ async def test_the_openapi_document_has_typed_answers() -> None:
 
 
 async def test_the_routes_can_be_hidden() -> None:
-    """With `include_in_schema=False` the document knows nothing of them, and they answer."""
+    """With `include_in_schema=False`, the routes work but are not in the OpenAPI document."""
     app = healthy(include_in_schema=False, prefix="/-")
     assert app.openapi()["paths"] == {}
     async with running(app) as client:
@@ -1048,7 +1070,7 @@ async def test_the_routes_can_be_hidden() -> None:
 
 
 async def test_mounted_databases_count_above_and_below() -> None:
-    """An application is ready with the databases of those mounted in it, and of those above it."""
+    """Readiness covers the databases of mounted applications, and of those above a mounted one."""
     inmost, middle = healthy(), FastAPI()
     install_database(inmost, name="deep", engine=broken_sqlite)
     middle.mount("/inmost", inmost)
@@ -1063,7 +1085,7 @@ async def test_mounted_databases_count_above_and_below() -> None:
 
 
 async def test_the_worst_of_one_name_is_reported() -> None:
-    """Where a mounted application has a database of the same name, the one that is down shows."""
+    """If an application and a mounted one share a database name, the worse state is reported."""
     for above, below in (sqlite, broken_sqlite), (broken_sqlite, sqlite):
         app, mounted = FastAPI(), FastAPI()
         install_database(app, engine=above)
@@ -1075,7 +1097,7 @@ async def test_the_worst_of_one_name_is_reported() -> None:
 
 
 async def test_one_router_serves_two_applications() -> None:
-    """A router that two applications include answers for each of them."""
+    """A router that two applications include reports on each of them separately."""
     called: list[str] = []
 
     def check(app: FastAPI) -> bool:
@@ -1095,7 +1117,10 @@ async def test_one_router_serves_two_applications() -> None:
 
 
 async def test_two_routers_of_one_application_answer_each_in_its_way() -> None:
-    """A strict router for a load balancer and a lenient one for a dashboard do not mix."""
+    """Two routers of one application each apply their own policies.
+
+    One may be strict, for a load balancer, and the other lenient, for a dashboard.
+    """
     app = healthy()
     install_database(app, name="reports", engine=broken_sqlite)
     app.include_router(
@@ -1107,7 +1132,7 @@ async def test_two_routers_of_one_application_answer_each_in_its_way() -> None:
 
 
 async def test_an_application_that_starts_again_is_asked_again() -> None:
-    """A stopped application is not ready, and its next run is asked, however long answers stand."""
+    """A stopped application is not ready, and its next run is probed anew whatever `max_age` is."""
     opened: list[int] = []
 
     def build() -> AsyncEngine:
@@ -1127,7 +1152,7 @@ async def test_an_application_that_starts_again_is_asked_again() -> None:
 
 
 async def test_each_run_asks_the_engine_of_its_own() -> None:
-    """After another start the engine of the first one, which is disposed of, is left alone."""
+    """After a restart, probes use the new engine and not the first one, which is disposed of."""
     opened: list[int] = []
     builds = itertools.count()
 
@@ -1147,7 +1172,7 @@ async def test_each_run_asks_the_engine_of_its_own() -> None:
 
 
 def test_an_application_runs_on_another_event_loop() -> None:
-    """The router has no event loop of its own: a second run may have another one."""
+    """An application with a health router can run again on a different event loop."""
     app = healthy(max_age=60)
 
     async def ask() -> tuple[int, Any]:
@@ -1159,7 +1184,7 @@ def test_an_application_runs_on_another_event_loop() -> None:
 
 
 async def test_an_application_that_has_not_started_is_not_ready() -> None:
-    """Without a lifespan, as behind a bare ASGITransport, it is alive and not ready."""
+    """Without a lifespan, as behind a bare ASGITransport, an application is alive but not ready."""
     async with client_of(healthy()) as client:
         assert await ready(client) == (
             503,
@@ -1169,7 +1194,7 @@ async def test_an_application_that_has_not_started_is_not_ready() -> None:
 
 
 async def test_an_application_without_a_database_is_not_ready() -> None:
-    """Where nothing is installed, nothing was checked: not ready, and the checks are not called."""
+    """An application without a database is not ready, and its checks are not called."""
     app = FastAPI()
     app.include_router(health_router(checks={"mine": lambda: True}))
     async with running(app) as client:
@@ -1180,7 +1205,7 @@ async def test_an_application_without_a_database_is_not_ready() -> None:
 
 
 async def test_an_application_that_failed_to_start_is_not_ready() -> None:
-    """A start that fails in the application's own lifespan leaves nothing that looks ready."""
+    """An application whose own lifespan fails at start-up is not ready."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -1198,7 +1223,7 @@ async def test_an_application_that_failed_to_start_is_not_ready() -> None:
 
 
 async def test_a_run_that_has_ended_is_not_remembered() -> None:
-    """A router in a module, checks and all, keeps no application alive that nobody else keeps."""
+    """A router with checks that outlives an application does not keep the application alive."""
     checks = {"mine": lambda app: isinstance(app, FastAPI)}
     router = health_router(max_age=60, timeout=PATIENT, checks=checks)
 
@@ -1215,7 +1240,7 @@ async def test_a_run_that_has_ended_is_not_remembered() -> None:
 
 
 async def test_draining_shows_at_once(log: pytest.LogCaptureFixture) -> None:
-    """From the call on it is not ready, whatever answer stands or hangs, and serves everything."""
+    """After `start_draining`, ready fails at once despite `max_age`, and requests still work."""
     app = healthy(max_age=60)
     asked: list[object] = []
 
@@ -1245,7 +1270,7 @@ async def test_draining_shows_at_once(log: pytest.LogCaptureFixture) -> None:
 
 
 async def test_draining_while_probes_wait() -> None:
-    """A probe that began before the draining does not say ready after it."""
+    """A probe that began before the draining does not report ready after it."""
     started, go_on = asyncio.Event(), asyncio.Event()
 
     async def check() -> bool:
@@ -1263,7 +1288,7 @@ async def test_draining_while_probes_wait() -> None:
 
 
 async def test_mounted_applications_drain_with_the_one_above() -> None:
-    """Draining reaches downward: one that is mounted can drain alone, the one above takes all."""
+    """A mounted application can drain alone, and draining the application above drains both."""
     app, mounted = healthy(), healthy()
     app.mount("/sub", mounted)
     async with running(app) as client:
@@ -1278,7 +1303,7 @@ async def test_mounted_applications_drain_with_the_one_above() -> None:
 
 
 async def test_draining_before_the_start_is_forgotten() -> None:
-    """The start is a new beginning, also for an application that was told to drain before it."""
+    """An application that was told to drain before its start is ready once it has started."""
     app = healthy()
     start_draining(app)
     async with client_of(app) as client:
@@ -1291,7 +1316,7 @@ async def test_draining_before_the_start_is_forgotten() -> None:
 
 
 async def test_live_needs_neither_thread_nor_connection(make_engine: MakeEngine) -> None:
-    """With every thread and every connection in use live answers, and ready says saturated."""
+    """With every thread and connection in use, live answers and ready reports saturation."""
     engine = make_engine(pool_size=1, max_overflow=0)
     limiter = anyio.to_thread.current_default_thread_limiter()
     async with running(healthy(engine)) as client, held(engine):
@@ -1307,7 +1332,7 @@ async def test_live_needs_neither_thread_nor_connection(make_engine: MakeEngine)
 
 
 async def test_live_asks_no_database_and_no_check() -> None:
-    """Live sends nothing and calls nothing."""
+    """Live connects to no database and calls no check."""
     called: list[object] = []
 
     def check() -> bool:
@@ -1327,7 +1352,7 @@ async def test_live_asks_no_database_and_no_check() -> None:
 async def test_a_first_probe_leaves_no_dialect_half_ready(
     kind: Kind, make_engine: MakeEngine
 ) -> None:
-    """A query beside the very first probe finds a dialect that knows its server."""
+    """A query during the first probe uses a dialect that is fully initialized."""
     engine = make_engine()
     app = healthy(engine)
 
@@ -1355,7 +1380,7 @@ async def test_a_first_probe_leaves_no_dialect_half_ready(
 async def test_a_first_probe_beside_a_first_query_leaves_no_dialect_half_ready(
     kind: Kind, make_engine: MakeEngine, places: int
 ) -> None:
-    """A query that began before the very first probe finds a dialect that knows its server."""
+    """A query that began before the first probe uses a dialect that is fully initialized."""
     engine = make_engine(pool_size=places, max_overflow=0)
     app = healthy(engine)
     loop, connecting, connected = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
@@ -1377,7 +1402,7 @@ async def test_a_first_probe_beside_a_first_query_leaves_no_dialect_half_ready(
     async with running(app) as client:
         inner = sync_engine(installed_databases(app)["default"].engine)
         event.listen(inner, "do_connect", connect_slowly)
-        # Before the listener that initializes the dialect. The probe may wait for the query.
+        # Runs before the listener that initializes the dialect. The probe may wait for the query.
         event.listen(inner, "connect", lambda *_: connected.set(), insert=True)
         asked = asyncio.create_task(run_on_engine(engine, ask))
         await connecting.wait()
@@ -1386,7 +1411,7 @@ async def test_a_first_probe_beside_a_first_query_leaves_no_dialect_half_ready(
 
 
 async def test_a_policy_may_name_a_database_of_a_mounted_application() -> None:
-    """What counts for readiness can be told how, also where it is installed below."""
+    """A policy may name a database that is installed in a mounted application."""
     mounted = FastAPI()
     install_database(mounted, name="reports", engine=broken_sqlite)
     app = healthy(databases={"reports": "degraded"})
@@ -1402,7 +1427,7 @@ async def test_a_policy_may_name_a_database_of_a_mounted_application() -> None:
 async def test_a_probe_that_outlives_the_application_leaves_no_connection(
     kind: Kind, make_engine: MakeEngine
 ) -> None:
-    """A query of readiness that ends after the shutdown closes its connection."""
+    """A readiness query that ends after the shutdown closes its connection."""
     engine = make_engine()
     app = healthy(engine, timeout=0.1)
     inner, stopped, closed = sync_engine(engine), threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Readiness while the server is killed, stopped, full, slow or out of reach, and under storms."""
+"""Readiness while the server is killed, stopped, full, slow or unreachable, and under load."""
 
 import asyncio
 import contextlib
@@ -30,13 +30,13 @@ from tests.serving import KINDS, NO_TLS, Kind, backends, holding, probing_thread
 pytestmark = pytest.mark.anyio
 
 AnyEngine = Engine | AsyncEngine
-CONNECTIONS = 8  # of the server
+CONNECTIONS = 8  # that the server accepts
 UP = (200, {"default": "up"})
 SATURATED = (200, {"default": "saturated"})
 DOWN = (503, {"default": "down"})
 
-# Seconds in which routers answer whose server hangs, and those whose server does not; and what
-# is taken for "within", as the machine is shared: less than drivers wait, or than the patient do.
+# Seconds: the router's timeout where the server hangs, its timeout elsewhere, and what a busy
+# machine may add to an answer, which is less than the timeouts of the drivers and PATIENT.
 TIMEOUT = 0.25
 PATIENT = 20
 WITHIN = 10
@@ -44,7 +44,7 @@ WITHIN = 10
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """Run a server of our own, with few connections and a talkative log."""
+    """Run a dedicated server with few connections and a verbose log."""
     settings = {
         "max_connections": str(CONNECTIONS),
         "superuser_reserved_connections": "0",
@@ -63,7 +63,7 @@ def threads_before() -> set[threading.Thread]:
 def engine_at(
     server: PostgresServer, kind: Kind, port: int | None = None, **options: Any
 ) -> AnyEngine:
-    """Build an engine for the server, or for a port in front of it, in plain text."""
+    """Build an engine for the server, or for a port in front of it, without TLS."""
     url = make_url(PostgresDatabase(server.url).url(kind.driver)).set(port=port or server.port)
     plain: dict[str, Any] = (
         {"ssl": False}
@@ -94,16 +94,16 @@ def healthy(engine: AnyEngine, **options: Any) -> FastAPI:
 async def ready(
     client: httpx.AsyncClient, within: float = TIMEOUT + WITHIN
 ) -> tuple[int, dict[str, str]]:
-    """Ask whether it is ready; the answer comes in time whatever the server does."""
+    """Request readiness, which must answer in time, and return the status and the databases."""
     async with asyncio.timeout(within):
         response = await client.get("/health/ready")
     return response.status_code, response.json()["databases"]
 
 
 async def becomes(expected: tuple[int, dict[str, str]], client: httpx.AsyncClient) -> None:
-    """Ask until the server has got there."""
+    """Request readiness until it is as expected."""
     async with asyncio.timeout(30):
-        while await ready(client) != expected:  # noqa: ASYNC110 - nothing tells
+        while await ready(client) != expected:  # noqa: ASYNC110 - nothing notifies us
             await asyncio.sleep(0.02)
 
 
@@ -129,19 +129,25 @@ def pool_of(engine: AnyEngine) -> QueuePool:
 
 
 async def nobody_is_connected(server: PostgresServer) -> None:
-    """Wait until the server has no connection but the one that asks."""
+    """Wait until the server has no connection except the one that counts them."""
     with psycopg.connect(server.url, autocommit=True) as connection:
         await until(lambda: backends(connection) == 0)
 
 
 async def ended(before: set[asyncio.Task[Any]]) -> None:
-    """Wait until nothing runs that did not run before: drivers take their time to give up."""
+    """Wait until all tasks have ended that were not running before.
+
+    Drivers take some time to give up.
+    """
     await until(lambda: not asyncio.all_tasks() - before)
 
 
 @pytest.fixture(params=[KINDS[0], KINDS[2]], ids=lambda kind: kind.id)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Give each colour once; where the driver decides, a test asks for all of them."""
+    """Return a kind of each colour.
+
+    Tests that depend on the driver use `every_driver` instead.
+    """
     found: Kind = request.param
     return found
 
@@ -152,7 +158,7 @@ every_driver = pytest.mark.parametrize("kind", KINDS, indirect=True, ids=lambda 
 
 
 async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, kind: Kind) -> None:
-    """A crash shows; the first probe after the restart is up, whatever died in the pool."""
+    """A killed server is down, and the first probe after its restart is up despite a stale pool."""
     engine = engine_at(server, kind)
     async with running(healthy(engine)) as client:
         async with held(engine, 2):
@@ -168,7 +174,7 @@ async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, ki
         async with held(engine, 2):
             pass
         server.kill()
-        server.start()  # and nobody has noticed
+        server.start()  # without a probe in between
         assert await ready(client) == UP
         assert pool_of(engine).checkedout() == 0
     await nobody_is_connected(server)
@@ -176,7 +182,7 @@ async def test_a_killed_server_is_down_and_comes_back(server: PostgresServer, ki
 
 @contextlib.contextmanager
 def stopped(server: PostgresServer) -> Generator[None]:
-    """Stop the server and its children where they are: its port accepts, and nobody answers."""
+    """Suspend the server with its children: the port accepts connections but never answers."""
     process = server._process
     assert process is not None
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -196,9 +202,9 @@ def stopped(server: PostgresServer) -> Generator[None]:
 async def test_a_server_that_hangs_is_down_and_leaves_nothing(
     server: PostgresServer, kind: Kind, idle: int, threads_before: set[threading.Thread]
 ) -> None:
-    """Every probe of a stopped server is answered in time; one thread is stuck, nothing leaks.
+    """Probes of a suspended server are answered in time, with one stuck thread at most.
 
-    No connection either, although the garbage collector stays away.
+    Nothing leaks. No connection is left either, even with the garbage collector disabled.
     """
     engine = engine_at(server, kind, pool_pre_ping=True)
     async with running(healthy(engine, timeout=TIMEOUT)) as client:
@@ -229,7 +235,10 @@ async def test_a_server_that_hangs_is_down_and_leaves_nothing(
 async def test_a_server_that_stops_to_take_writes_is_not_ready(
     server: PostgresServer, kind: Kind
 ) -> None:
-    """As after a failover: what is asked on a connection that exists sees both changes."""
+    """A server that turns read-only, as after a failover, is not ready until it turns back.
+
+    Probes on an existing connection notice both changes.
+    """
     engine = engine_at(server, kind)
     async with running(healthy(engine, databases={"default": "writable"})) as client:
         async with held(engine):
@@ -250,7 +259,7 @@ async def test_a_server_that_stops_to_take_writes_is_not_ready(
 async def test_a_full_server_is_not_down_while_the_pool_works(
     server: PostgresServer, kind: Kind
 ) -> None:
-    """Full is up where the pool has an idle connection, and saturated where requests hold all."""
+    """A full server is up if the pool has an idle connection, and saturated if all are in use."""
     engine = engine_at(server, kind, pool_size=2, max_overflow=3)
     async with running(healthy(engine)) as client:
         async with held(engine, 2):
@@ -266,7 +275,7 @@ async def test_a_full_server_is_not_down_while_the_pool_works(
 async def test_a_full_server_is_down_for_whoever_has_no_connection(
     server: PostgresServer, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An application without a connection cannot get one: it is not ready, and the log says why."""
+    """If the server is full and the pool is empty, readiness fails, and the log has the cause."""
     engine = engine_at(server, kind)
     async with running(healthy(engine)) as client:
         with holding(server.url, CONNECTIONS):
@@ -281,7 +290,7 @@ async def test_a_full_server_is_down_for_whoever_has_no_connection(
 async def test_a_limit_of_the_role_or_database_is_full_too(
     server: PostgresServer, kind: Kind, role_limit: bool
 ) -> None:
-    """A role or database that may have no more connections is saturated while its pool works."""
+    """A role or database at its connection limit is saturated, not down, while the pool works."""
     limited = "ROLE clerk" if role_limit else "DATABASE desk"
     with psycopg.connect(server.url, autocommit=True) as connection:
         connection.execute("CREATE ROLE clerk LOGIN")
@@ -300,19 +309,19 @@ async def test_a_limit_of_the_role_or_database_is_full_too(
             connection.execute("DROP ROLE clerk")
 
 
-# --- out of reach, slow ---
+# --- unreachable, slow ---
 
 
 @contextlib.contextmanager
 def out_of_reach(way: str) -> Generator[int]:
-    """Be a port that takes a connection and says nothing, or one that does not even take it."""
+    """Yield a port that accepts connections and never answers, or does not even accept them."""
     with contextlib.ExitStack() as open_sockets:
         listener = open_sockets.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
         listener.listen(0 if way == "unanswered" else 100)
         port: int = listener.getsockname()[1]
         if way == "unanswered":
-            # With its backlog full, the kernel drops what else arrives: like a host that is off.
+            # With a full backlog, the kernel drops all further packets, as if the host were off.
             for _ in range(2):
                 filler = open_sockets.enter_context(socket.socket())
                 filler.setblocking(False)
@@ -325,7 +334,7 @@ def out_of_reach(way: str) -> Generator[int]:
 async def test_a_host_out_of_reach_is_down_in_time(
     server: PostgresServer, kind: Kind, way: str, threads_before: set[threading.Thread]
 ) -> None:
-    """A port that never answers costs the deadline, one stuck thread at most, and no task."""
+    """A port that never answers is down in time, and costs no task and at most one stuck thread."""
     with contextlib.ExitStack() as away:
         engine = engine_at(server, kind, away.enter_context(out_of_reach(way)))
         async with running(healthy(engine, timeout=TIMEOUT)) as client:
@@ -333,14 +342,14 @@ async def test_a_host_out_of_reach_is_down_in_time(
             for _ in range(5):
                 assert await ready(client) == DOWN
                 assert len(probing_threads() - threads_before) <= (0 if kind.asynchronous else 1)
-            away.close()  # which a driver hears of; else it would wait for its own timeout
+            away.close()  # drivers notice this; otherwise they would wait for their own timeout
             await ended(tasks)
     await until(lambda: probing_threads() <= threads_before)
 
 
 @asynccontextmanager
 async def slow_port(server: PostgresServer, delay: list[float]) -> AsyncGenerator[int]:
-    """Pass on what the server says, each piece so many seconds later."""
+    """Yield a port in front of the server that delays each piece of data by `delay[0]` seconds."""
 
     ends: list[asyncio.StreamWriter] = []
     passing: set[asyncio.Task[Any] | None] = set()
@@ -369,18 +378,21 @@ async def slow_port(server: PostgresServer, delay: list[float]) -> AsyncGenerato
 async def test_a_slow_server_is_up_while_it_is_faster_than_the_deadline(
     server: PostgresServer, kind: Kind, threads_before: set[threading.Thread]
 ) -> None:
-    """Slower than patience is down, faster is up, in the pool and outside, however little waits."""
+    """A server is down only if it takes longer than `down_after`, however short the timeout is.
+
+    This holds for connections in the pool and outside it.
+    """
     delay = [0.0]
     async with slow_port(server, delay) as port:
         engine = engine_at(server, kind, port, pool_size=1, max_overflow=0)
         async with running(healthy(engine)) as client:
-            # Connecting says more than one thing, and so does asking.
+            # Connecting takes several round trips, and so does the query.
             delay[0] = 0.02
             assert (await client.get("/health/ready")).json()["databases"] == UP[1]
         async with running(healthy(engine, timeout=TIMEOUT, down_after=PATIENT)) as client:
             delay[0] = 0
             await becomes(UP, client)
-            delay[0] = 1.2 * TIMEOUT  # 75 ms of network and a log-in, or a PgBouncer that queues
+            delay[0] = 1.2 * TIMEOUT  # a log-in over a network of 75 ms, or a PgBouncer that queues
             for _ in range(2):
                 assert await ready(client) == UP
             async with held(engine):
@@ -402,7 +414,7 @@ async def test_a_slow_server_is_up_while_it_is_faster_than_the_deadline(
 
 
 async def test_two_servers_are_asked_together(server: PostgresServer, kind: Kind) -> None:
-    """One that hangs hides nothing of one that is well, and their times are not added up."""
+    """Servers that hang do not affect the state of another, and their timeouts do not add up."""
     engine = engine_at(server, kind)
     with contextlib.ExitStack() as ports:
         app = healthy(engine, timeout=3)
@@ -413,10 +425,10 @@ async def test_two_servers_are_asked_together(server: PostgresServer, kind: Kind
             )
         async with running(app) as client:
             states = {"default": "up", "first": "down", "second": "down", "third": "down"}
-            assert await ready(client, within=8) == (503, states)  # and not three times three
+            assert await ready(client, within=8) == (503, states)  # not three timeouts of 3 s
 
 
-# --- storms ---
+# --- many probes at once ---
 
 
 async def test_a_storm_of_probes_is_one_question_in_the_servers_log(
@@ -453,7 +465,7 @@ async def test_a_storm_of_probes_is_one_question_in_the_servers_log(
 
 
 async def storm(url: str, path: str, state: str) -> None:
-    """Send two hundred probes, fifty at a time, each on a connection of its own."""
+    """Send two hundred probes, fifty at a time, each on its own connection."""
     address = httpx.URL(url)
     request = f"GET {path} HTTP/1.1\r\nHost: app\r\nConnection: close\r\n\r\n".encode()
     at_a_time = asyncio.Semaphore(50)
@@ -470,7 +482,7 @@ async def storm(url: str, path: str, state: str) -> None:
 
 
 async def test_live_answers_while_every_request_hangs(server: PostgresServer, kind: Kind) -> None:
-    """With the server stopped and all its threads and connections waiting, the process is alive."""
+    """Live answers while the server is suspended and all requests wait for it or for the pool."""
     engine = engine_at(server, kind, pool_size=1, max_overflow=0, pool_timeout=2)
     app = healthy(engine, timeout=TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""Rule 7: a connection lost during COMMIT is reported as what it is."""
+"""Rule 7: how connections that are lost before or during COMMIT are reported."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ add_a = add("a")
 pytestmark = pytest.mark.driver_decides
 
 
-LOST = {"DBAPIError", "InterfaceError", "OperationalError"}  # SQLAlchemy's
+LOST = {"DBAPIError", "InterfaceError", "OperationalError"}  # SQLAlchemy's errors
 
 
 @pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.ANSWER_LOST], ids=lambda fault: fault.name)
@@ -37,7 +37,10 @@ def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
     rows: Rows,
     fault: Fault,
 ) -> None:
-    """Stored or not, the application gets one error for it, and the next request works."""
+    """A connection lost during COMMIT raises CommitOutcomeUnknownError, and the next request works.
+
+    The error is the same whether the rows are stored or not.
+    """
     app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), add_a)
     route(app, kind, "/next", transactional(), lambda session: session.add(Item(name="b")))
@@ -51,20 +54,20 @@ def test_a_connection_lost_during_commit_leaves_the_outcome_unknown(
 
 
 def kill_own_backend(session: Session) -> None:
-    """Lose the connection in the middle of the transaction."""
+    """Write a row, and lose the connection in the middle of the transaction."""
     session.add(Item(name="a"))
     session.flush()
     session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
 
 
 def kill_and_swallow(session: Session) -> None:
-    """Lose the connection and pretend that nothing was."""
+    """Write a row, lose the connection, and swallow the error."""
     with pytest.raises(DBAPIError):
         kill_own_backend(session)
 
 
 def kill_and_swallow_the_flush(session: Session) -> None:
-    """Lose the connection before anything is written, and pretend that it was."""
+    """Lose the connection before a write, and swallow both its error and that of the flush."""
     with pytest.raises(DBAPIError):
         session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
     session.add(Item(name="a"))
@@ -76,7 +79,7 @@ def kill_and_swallow_the_flush(session: Session) -> None:
 def test_a_connection_lost_before_commit_is_not_unknown(
     kind: Kind, behind_proxy: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:
-    """Before COMMIT is sent nothing can be stored, and the error is another one."""
+    """A connection lost before COMMIT is sent stores nothing and raises a different error."""
     app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
@@ -89,7 +92,7 @@ def test_a_connection_lost_before_commit_is_not_unknown(
 def test_a_lost_connection_is_unavailable_however_often_it_is_swallowed(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
 ) -> None:
-    """A handler that swallows the loss, and the error after it, leaves a request to repeat."""
+    """A lost connection is answered with 503, even if the endpoint swallows every error."""
 
     def add_and_swallow(session: Session) -> None:
         with contextlib.suppress(DBAPIError), session.begin_nested():
@@ -118,7 +121,10 @@ def stream_two(session: Session) -> Result[str]:
 def test_a_connection_lost_while_a_stream_is_closed_is_sqlalchemys_error(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
 ) -> None:
-    """A stream's cursor is closed before COMMIT is sent: what is lost there is not stored."""
+    """A connection lost while a stream is closed raises SQLAlchemy's error and stores nothing.
+
+    The stream's cursor is closed before COMMIT is sent.
+    """
     app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), lambda s: len(stream_two(s).fetchmany(1)))
     proxy.fault, proxy.at = Fault.DROPPED, b"pg_cursors"
@@ -132,7 +138,7 @@ def test_a_connection_lost_while_a_stream_is_closed_is_sqlalchemys_error(
 def test_a_stream_read_to_its_end_costs_no_query(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
 ) -> None:
-    """At COMMIT, nobody asks for a cursor that SQLAlchemy has closed."""
+    """A stream that was read to its end costs no query about its cursor at COMMIT."""
     app = make_app(behind_proxy, **ANSWERING)
     route(app, kind, "/", transactional(), lambda s: len(stream_two(s).all()))
     proxy.at = b"pg_cursors"
@@ -145,7 +151,10 @@ def test_a_stream_read_to_its_end_costs_no_query(
 def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Whoever is handed one reads SQLAlchemy's error, not the driver's; the next request works."""
+    """A request that gets a dead pooled connection raises SQLAlchemy's error, not the driver's.
+
+    The next request works.
+    """
     app = make_app(engine, **ANSWERING)
     route(app, kind, "/", transactional(), lambda session: touch(session.connection()))
     with serve(app) as served:
@@ -159,12 +168,12 @@ def test_a_connection_that_died_in_the_pool_is_sqlalchemys_error(
 def test_a_connection_lost_while_the_commit_is_prepared_is_sqlalchemys_error(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """It is lost before COMMIT is sent: nothing is stored, and nobody says that it may be."""
+    """A connection lost just before COMMIT is sent raises SQLAlchemy's error and stores nothing."""
 
     def add_and_lose(session: Session) -> None:
         add_a(session)
         session.flush()
-        touch(session.connection())  # what is sent over it nobody knows: the server is asked
+        touch(session.connection())  # used directly, so the server is asked about the transaction
         terminate_others(rows)
 
     app = make_app(engine, **ANSWERING)
@@ -181,7 +190,7 @@ impatient = pytest.mark.parametrize("kind", KINDS[1:2], indirect=True, ids=lambd
 def test_a_driver_that_waits_no_longer_is_a_statement_timeout(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """asyncpg's `command_timeout` is answered as any statement that took too long."""
+    """asyncpg's `command_timeout` is answered like any statement timeout."""
     engine = make_engine(pool_size=1, max_overflow=0, connect_args={"command_timeout": 2})
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -198,7 +207,7 @@ def test_a_driver_that_waits_no_longer_is_a_statement_timeout(
 def test_a_driver_that_waits_no_longer_for_commit_leaves_the_outcome_unknown(
     kind: Kind, make_engine: MakeEngine, proxy: Proxy, rows: Rows
 ) -> None:
-    """A COMMIT that is on its way when `command_timeout` ends may take effect all the same."""
+    """If `command_timeout` ends during COMMIT, the request raises CommitOutcomeUnknownError."""
     arguments = {"host": "127.0.0.1", "port": proxy.own_port, "ssl": False, "command_timeout": 2}
     engine = make_engine(pool_size=1, max_overflow=0, connect_args=arguments)
     app = make_app(engine, **ANSWERING)
@@ -229,7 +238,7 @@ def sleep_long(session: Session) -> None:
 def test_a_query_that_was_given_up_is_not_committed_around(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
-    """A handler that cancels a query with a timeout and goes on cannot commit what came before."""
+    """An endpoint that times a query out and goes on cannot commit what it wrote before."""
     app = make_app(behind_proxy, **ANSWERING)
 
     @app.post("/")
@@ -249,7 +258,7 @@ def test_a_query_that_was_given_up_is_not_committed_around(
 def test_a_session_in_use_at_the_commit_poisons_nothing(
     kind: Kind, behind_proxy: Engine, rows: Rows
 ) -> None:
-    """When a task that was left behind is in mid-query, the next request is well all the same."""
+    """A task that still runs a query at the end of a request does not harm the next request."""
     app = make_app(behind_proxy, **ANSWERING)
     left: list[object] = []
 
@@ -257,7 +266,7 @@ def test_a_session_in_use_at_the_commit_poisons_nothing(
     async def endpoint(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
         session.add(Item(name="a"))
         await session.flush()
-        # It ends by itself: psycopg waits for it to roll back, and so does the request.
+        # The query ends by itself: psycopg waits for it before the rollback, as does the request.
         left.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)"))))
         await until(lambda: rows.backends("active") == 1)
 

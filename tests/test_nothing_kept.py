@@ -38,13 +38,16 @@ def in_memory(kind: Kind) -> Any:
 
 
 def left(references: list["weakref.ref[Any]"]) -> int:
-    """Count what is still there."""
+    """Count the objects that are still alive."""
     gc.collect()
     return sum(each() is not None for each in references)
 
 
 async def all_gone(references: list["weakref.ref[Any]"]) -> None:
-    """Wait until the thread that served a request has let go of them, too."""
+    """Wait until no object is alive.
+
+    The thread that served a request may hold some for longer.
+    """
     await until(lambda: left(references) == 0)
 
 
@@ -53,7 +56,7 @@ async def all_gone(references: list["weakref.ref[Any]"]) -> None:
 
 @sqlite_kinds
 async def test_an_engine_that_is_gone_leaves_no_dialect(kind: Kind) -> None:
-    """A session class that makes an engine for each tenant leaves nothing of it behind."""
+    """A session class with an engine for each tenant keeps none of their dialects alive."""
     tenants: list[Any] = []
 
     class Tenants(Session):
@@ -82,9 +85,10 @@ async def test_an_engine_that_is_gone_leaves_no_dialect(kind: Kind) -> None:
 
 
 def test_a_handle_that_is_gone_leaves_another_ones_error_alone() -> None:
-    """Handles on one engine share what listens on it: they may go at any moment, even in an error.
+    """Handles that are deleted during an error leave the engine's listeners as they are.
 
-    A listener that was removed while SQLAlchemy calls them all would be a RuntimeError.
+    Handles on one engine share its listeners. Removing a listener while SQLAlchemy calls them all
+    would raise a RuntimeError.
     """
     engine = create_engine("sqlite://")
     others: list[Database] = []
@@ -100,11 +104,14 @@ def test_a_handle_that_is_gone_leaves_another_ones_error_alone() -> None:
 
 
 def test_a_listener_may_be_added_while_a_handle_looks_for_ours() -> None:
-    """Handles and sessions that use an engine for the first time in several threads succeed."""
+    """A listener may be added while a handle looks for the package's own listener.
+
+    This happens when handles and sessions use an engine for the first time in several threads.
+    """
     engine = create_engine("sqlite://")
 
     class Listener:
-        """Be followed by a listener of another thread while it is looked at."""
+        """A listener that adds another one whenever it is looked at, as another thread might."""
 
         def __call__(self, _context: object) -> None: ...
 
@@ -147,7 +154,7 @@ async def test_results_that_were_read_are_let_go(kind: Kind, engine: Engine, row
 async def test_savepoints_that_have_ended_are_let_go(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A session that goes through many savepoints keeps none of them."""
+    """A session that uses many savepoints keeps none of them."""
     transactions: list[weakref.ref[Any]] = []
     found: list[int] = []
 
@@ -167,7 +174,7 @@ async def test_savepoints_that_have_ended_are_let_go(
 
 
 async def test_a_session_that_has_ended_is_let_go(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Neither a success nor a failure keeps the session, its rows or its connection."""
+    """After a request succeeds or fails, nothing keeps its session, row or connection alive."""
     kept: list[weakref.ref[Any]] = []
 
     def body(session: Session) -> None:
@@ -208,18 +215,21 @@ async def serve_once(app: FastAPI) -> None:
 
 
 async def test_a_router_of_the_module_keeps_no_application() -> None:
-    """Applications that share a router, and readiness, are gone when they are dropped."""
+    """A router and a health router of a module keep no application alive that used them."""
     for _ in range(5):
         assert not await is_kept(serve_once)
 
 
-# -- rows of others ----------------------------------------------------------------------------
+# -- other requests' rows ----------------------------------------------------------------------
 
 
 @sqlite_kinds
 @pytest.mark.parametrize("streaming", [False, True], ids=["plain", "streaming"])
 async def test_a_half_read_result_shows_nobody_elses_rows(kind: Kind, streaming: bool) -> None:
-    """What a request on SQLite left half read says that the session is finished, afterwards."""
+    """On SQLite, a result that a request left half read raises SessionFinishedError afterwards.
+
+    A result that is buffered in full returns the rest of its own rows.
+    """
     results: list[Any] = []
 
     def body(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Rule 9: a session class of the application's is used as the application wrote it."""
+"""Rule 9: an application's own session class is used as it is written."""
 
 import asyncio
 import sys
@@ -46,7 +46,7 @@ def nothing(_session: Session) -> None: ...
 
 
 def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
-    """Make classes of both colours that note what is called."""
+    """Make session classes of both colours that log the calls of their overrides."""
 
     class Telling(Session):
         def commit(self) -> None:
@@ -79,7 +79,10 @@ def telling(log: list[str]) -> tuple[type[Session], type[AsyncSession]]:
 
 @pytest.fixture(params=["class_", "sync_session_class"])
 def telling_options(kind: Kind, request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[str]]:
-    """Give the options for an overriding class, also where an AsyncSession only wraps it."""
+    """Return the session options for an overriding class, and its log.
+
+    With `sync_session_class`, an AsyncSession only wraps the class.
+    """
     log: list[str] = []
     synchronous, asynchronous = telling(log)
     if request.param == "class_":
@@ -133,7 +136,7 @@ async def test_an_override_is_called_at_the_end_of_a_block(
     telling_options: tuple[dict[str, Any], list[str]],
     body: Body,
 ) -> None:
-    """So they do in a transaction of the handle's."""
+    """The application's own commit(), rollback() and close() end a handle's transaction."""
     options, log = telling_options
     try:
         await run_block(engine, body, options)
@@ -146,7 +149,7 @@ async def test_an_override_is_called_at_the_end_of_a_block(
 
 
 class AsyncOutbox(AsyncSession):
-    """Be a class whose commit() goes on, and fails."""
+    """A session class whose commit() fails after its COMMIT."""
 
     async def commit(self) -> None:
         await super().commit()
@@ -157,7 +160,7 @@ class AsyncOutbox(AsyncSession):
 async def test_an_async_override_that_fails_after_the_commit(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """What an async commit() does after SQLAlchemy's cannot undo it, and the error says so."""
+    """An async commit() that fails after its COMMIT raises AfterCommitError and undoes nothing."""
     options = {"class_": AsyncOutbox}
     with pytest.raises(AfterCommitError):
         await ask(engine, kind, transactional(), add_a, session_options=options)
@@ -165,14 +168,14 @@ async def test_an_async_override_that_fails_after_the_commit(
 
 
 class Flushing(Session):
-    """Be a class whose commit() only flushes."""
+    """A session class whose commit() only flushes."""
 
     def commit(self) -> None:
         self.flush()
 
 
 class Swallowing(Session):
-    """Be a class whose commit() swallows its failure."""
+    """A session class whose commit() swallows its failure."""
 
     def commit(self) -> None:
         try:
@@ -189,7 +192,10 @@ def add_conflict(session: Session) -> None:
 async def test_an_override_that_commits_nothing_fails_the_request(
     kind: Kind, engine: Engine, rows: Rows, class_: type[Session]
 ) -> None:
-    """A commit() that leaves what was written unstored is no success; where nothing is, it is."""
+    """A commit() that leaves changes unstored fails the request with UncommittedChangesError.
+
+    Without changes, the request succeeds.
+    """
     options = {"session_options": session_class(kind, class_)}
     with pytest.raises(UncommittedChangesError, match="super"):
         await ask(engine, kind, transactional(), add_conflict, **options)
@@ -199,7 +205,7 @@ async def test_an_override_that_commits_nothing_fails_the_request(
 
 
 class Twice(Session):
-    """Be a class whose commit() commits again, in case something was written after the first."""
+    """A session class whose commit() commits again, in case of writes after the first COMMIT."""
 
     def commit(self) -> None:
         super().commit()
@@ -207,7 +213,7 @@ class Twice(Session):
 
 
 class Leaving(Session):
-    """Be a class whose commit() writes after its COMMIT."""
+    """A session class whose commit() writes after its COMMIT."""
 
     def commit(self) -> None:
         super().commit()
@@ -215,7 +221,7 @@ class Leaving(Session):
 
 
 async def test_an_override_may_commit_again(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A second COMMIT with nothing to store is no failure; what is left without one is."""
+    """A commit() may commit twice, but changes after its last COMMIT fail the request."""
     twice, leaving = ({"session_options": session_class(kind, each)} for each in (Twice, Leaving))
     assert await ask(engine, kind, transactional(), add_a, **twice) == 201
     with pytest.raises(UncommittedChangesError, match="super"):
@@ -224,7 +230,7 @@ async def test_an_override_may_commit_again(kind: Kind, engine: Engine, rows: Ro
 
 
 class Refusing(Session):
-    """Be a class whose commit() may fail before its COMMIT."""
+    """A session class whose commit() may fail before its COMMIT."""
 
     def commit(self) -> None:
         if self.new:
@@ -235,7 +241,7 @@ class Refusing(Session):
 async def test_an_override_that_fails_after_an_earlier_commit(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """What the endpoint has committed itself says nothing of the COMMIT that never came."""
+    """If commit() fails before its COMMIT, its error is raised, even after an earlier commit."""
 
     def commit_and_add(session: Session) -> None:
         add_a(session)
@@ -282,7 +288,7 @@ def close(session: Session) -> None:
 async def test_commit_listeners_run_without_sql(
     kind: Kind, engine: Engine, rows: Rows, hook: str, body: Callable[[Session], None]
 ) -> None:
-    """A handler that sends nothing commits for its listeners, and what they write is stored."""
+    """An endpoint without SQL still commits, so that listeners run and their rows are stored."""
 
     class Outbox(Session): ...
 
@@ -305,7 +311,7 @@ transaction: ContextVar[str] = ContextVar("transaction", default="none")
 
 
 class Scoped(Session):
-    """Be a class whose listeners set a context variable for as long as a transaction lasts."""
+    """A session class whose listeners set a context variable for the length of a transaction."""
 
 
 @event.listens_for(Scoped, "after_begin")
@@ -315,7 +321,7 @@ def enter(session: Session, *_: object) -> None:
 
 @event.listens_for(Scoped, "after_transaction_end")
 def leave(session: Session, ended: SessionTransaction) -> None:
-    if ended.parent is None:  # otherwise a flush has ended
+    if ended.parent is None:  # a flush that ends has a parent
         transaction.reset(session.info.pop("token"))
 
 
@@ -325,7 +331,7 @@ def commit_b(session: Session) -> None:
 
 
 def wrapping(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> "asyncio.Task[Any]":
-    """Make tasks as Sentry and others do that watch them."""
+    """Make tasks that wrap their work, as Sentry and other monitoring tools do."""
 
     async def watched() -> Any:
         return await work
@@ -340,7 +346,7 @@ if sys.version_info >= (3, 12):
 
 @pytest.fixture(params=FACTORIES)
 async def task_factory(request: pytest.FixtureRequest) -> AsyncGenerator[None]:
-    """Set what an application may have set on its event loop."""
+    """Set a task factory that an application may have set on its event loop."""
     loop = asyncio.get_running_loop()
     loop.set_task_factory(FACTORIES[request.param])
     yield
@@ -351,12 +357,12 @@ async def task_factory(request: pytest.FixtureRequest) -> AsyncGenerator[None]:
 async def test_listeners_share_the_context_of_a_transaction(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The listener of a transaction's end may reset what that of its begin has set."""
+    """A listener at a transaction's end may reset a context variable that was set at its start."""
     options = {"session_options": session_class(kind, Scoped)}
     with pytest.raises(ZeroDivisionError):
         await run_in_transaction(engine, fail, **options)
     await run_in_transaction(engine, add_a, **options)
-    if kind.asynchronous:  # a `def` endpoint has a copy of the context, with FastAPI alone as well
+    if kind.asynchronous:  # FastAPI itself runs a `def` endpoint in a copy of the context
         assert await ask(engine, kind, get_db(), commit_b, **options) == 201
         assert await ask(engine, kind, transactional(), add("c"), **options) == 201
         with pytest.raises(IntegrityError):
@@ -405,7 +411,7 @@ def of_a_base_with_keywords(_engine: Engine) -> type[Session]:
 async def test_a_class_is_made_as_it_wants_to_be(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows, make: Callable[[Engine], type[Session]]
 ) -> None:
-    """Sharded sessions and others with parameters of their own commit, and forget nothing."""
+    """Sharded sessions and classes with their own parameters commit and report forgotten writes."""
     inner = sync_engine(engine)
     options = {"session_options": session_class(kind, make(inner))}
     assert await ask(engine, kind, transactional(), add_a, **options) == 201
@@ -424,7 +430,7 @@ async def test_a_class_is_made_as_it_wants_to_be(
 
 
 class Executing(Session):
-    """Be a class with a method of its own, as SQLModel's `exec`."""
+    """A session class with its own method for statements, like SQLModel's `exec`."""
 
     def exec(self, statement: Any) -> Any:
         return super().execute(statement).scalars()
@@ -441,7 +447,7 @@ def exec_on(session: Session, statement: Any) -> Any:
 async def test_a_method_that_goes_past_execute_is_seen(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """What a class sends through super().execute() is neither forgotten nor swallowed."""
+    """Forgotten writes and swallowed errors are found even if a method calls super().execute()."""
     options = session_class(kind, Executing)
     new = insert(items).values(name="a").returning(items.c.id)
 
@@ -473,11 +479,11 @@ async def test_scalars_call_no_override_of_execute(kind: Kind, engine: Engine, r
     assert await ask(engine, kind, get_db(), read, session_options=options) == 201
 
 
-# -- a result of a listener's own --------------------------------------------------------------
+# -- a listener's own result -------------------------------------------------------------------
 
 
 class Freezing(Session):
-    """Be a class whose listener keeps each result, as for a cache."""
+    """A session class whose listener freezes each result, as for a cache."""
 
 
 @event.listens_for(Freezing, "do_orm_execute")
@@ -497,7 +503,7 @@ def freeze(state: ORMExecuteState) -> Any:
 async def test_a_listener_with_a_result_of_its_own_hides_no_write(
     kind: Kind, engine: Engine, rows: Rows, statement: Any, writes: bool
 ) -> None:
-    """A forgotten write is found, and a read is none, whatever result a listener returns."""
+    """A forgotten write is found, and a read is not taken for one, whatever a listener returns."""
     options = session_class(kind, Freezing)
 
     def body(session: Session) -> None:
@@ -514,7 +520,7 @@ async def test_a_listener_with_a_result_of_its_own_hides_no_write(
 
 
 async def test_objects_stay_as_they_were_loaded(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """An exception handler reads what the endpoint has loaded, also of a request that failed."""
+    """Objects that an endpoint has loaded can still be read after it failed, as in a handler."""
     rows.add("there")
     loaded: list[Item] = []
 
@@ -535,7 +541,10 @@ async def test_objects_stay_as_they_were_loaded(kind: Kind, engine: Engine, rows
 async def test_a_listener_of_the_rollback_may_use_the_session(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """What SQLAlchemy's manual does in `after_soft_rollback` works, and is closed with the rest."""
+    """A listener of `after_soft_rollback` may use the session, as in SQLAlchemy's manual.
+
+    What it opens is closed with the session.
+    """
     heard: list[int] = []
 
     class Listening(Session): ...
@@ -557,7 +566,7 @@ Listening = tuple[type[Session], list[Session]]
 
 @pytest.fixture
 def listening() -> Listening:
-    """Give a class whose `after_rollback` notes the session, and what it has noted."""
+    """Return a class with a listener of `after_rollback`, and the sessions that it has recorded."""
     heard: list[Session] = []
 
     class Hearing(Session): ...
@@ -569,7 +578,10 @@ def listening() -> Listening:
 async def test_a_failed_flush_is_rolled_back_once(
     kind: Kind, engine: Engine, rows: Rows, listening: Listening, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a listener hears rollbacks, what is added after a failed flush ends in peace."""
+    """With an `after_rollback` listener, a failed flush is rolled back once, and nothing is logged.
+
+    This also holds if the endpoint adds a row afterwards and fails.
+    """
     rows.add("a")
     class_, heard = listening
 
@@ -608,7 +620,7 @@ async def test_listeners_hear_a_rollback_if_the_commit_fails(
     body: Body,
     error: type[Exception],
 ) -> None:
-    """Where a COMMIT is refused or forgotten, `after_rollback` runs, as after any other error."""
+    """`after_rollback` runs if a COMMIT fails or is forgotten, as after any other error."""
     class_, heard = listening
     options = session_class(kind, class_)
     with pytest.raises(error):
@@ -623,7 +635,10 @@ async def test_listeners_of_a_block_hear_a_rollback_if_the_commit_fails(
     listening: Listening,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """So they do in a transaction of the handle's; not if the COMMIT succeeds and they fail."""
+    """In a handle's transaction, `after_rollback` runs if the COMMIT fails.
+
+    It does not run if the COMMIT succeeds and an `after_commit` listener fails.
+    """
     class_, heard = listening
     options = session_class(kind, class_)
     with pytest.raises(IntegrityError):
@@ -644,7 +659,7 @@ async def test_listeners_of_a_block_hear_a_rollback_if_the_commit_fails(
 
 
 def test_a_class_may_name_its_own_methods_as_it_likes() -> None:
-    """The package's session classes add nothing to SQLAlchemy's but the record."""
+    """The package's session classes add no names to SQLAlchemy's, except for the record."""
     ours = {name for each in (Outermost, NativeSession) for name in vars(each)}
     assert {name for name in ours - set(dir(Session)) if not name.startswith("__")} == set()
     assert "sqlnative" in NativeSession.__annotations__

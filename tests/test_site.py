@@ -1,6 +1,7 @@
-"""The site: `make docs` builds it from docs/, and a reader sees it in a browser.
+"""The site that `make docs` builds from docs/, as a reader sees it in a browser.
 
-Not a part of `make test`, which wants no browser and no network: `make test-site` runs it.
+`make test` leaves these tests out, because they need a browser and the network: `make test-site`
+runs them.
 """
 
 import contextlib
@@ -35,14 +36,14 @@ PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serve files, and say nothing."""
+    """A file server that logs nothing."""
 
-    def log_message(self, format: str, *_: Any) -> None: ...  # noqa: A002 - its name there
+    def log_message(self, format: str, *_: Any) -> None: ...  # noqa: A002 - the base class's name
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site, strictly."""
+    """Build the site in strict mode, and return its folder."""
     folder = tmp_path_factory.mktemp("site")
     subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
@@ -55,7 +56,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def address(built: Path) -> Iterator[str]:
-    """Serve the site on a port of its own."""
+    """Serve the site on a free port, and yield its address."""
     handler = functools.partial(Quiet, directory=str(built))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever)
@@ -67,7 +68,7 @@ def address(built: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Start a headless Chromium that notes what it logs and requests."""
+    """Start a headless Chromium that records its log messages and its requests."""
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     profile = tmp_path_factory.mktemp("profile")
@@ -95,19 +96,19 @@ def _as_a_desktop(request: pytest.FixtureRequest) -> None:
 
 
 def pages(built: Path) -> list[str]:
-    """List the pages as paths of the site."""
+    """Return the pages as paths of the site."""
     found = (page.relative_to(built).as_posix() for page in built.glob("**/*.html"))
     return sorted(page.removesuffix("index.html") for page in found if page != "404.html")
 
 
 def log(driver: webdriver.Chrome, kind: str) -> list[dict[str, str]]:
-    """Take out what has been logged since the last time."""
+    """Return what has been logged since the last call."""
     entries: list[dict[str, str]] = driver.get_log(kind)  # type: ignore[no-untyped-call]
     return entries
 
 
 def requested(driver: webdriver.Chrome) -> set[str]:
-    """List what has been requested since the last time."""
+    """Return the URLs that have been requested since the last call."""
     messages = (json.loads(each["message"])["message"] for each in log(driver, "performance"))
     return {
         each["params"]["request"]["url"]
@@ -121,13 +122,13 @@ def requested(driver: webdriver.Chrome) -> set[str]:
 
 @pytest.mark.timeout(300)
 def test_every_page_renders(built: Path, address: str, browser: webdriver.Chrome) -> None:
-    """Every page has one heading, logs no error, requests nothing from elsewhere, fits a phone."""
+    """Every page has one heading, logs nothing, loads nothing from elsewhere, and fits a phone."""
     for page in pages(built):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.get(address + page)
         assert len(browser.find_elements(By.TAG_NAME, "h1")) == 1, page
         assert [each["message"] for each in log(browser, "browser")] == [], page
-        own = ("data:", "chrome:")  # of the page itself, and of the browser's first tab
+        own = ("data:", "chrome:")  # the page's own data, and the browser's first tab
         found = {each for each in requested(browser) if not each.startswith(own)}
         assert {each for each in found if not each.startswith(address)} == set(), page
         assert address + page in found
@@ -140,7 +141,7 @@ def test_every_page_renders(built: Path, address: str, browser: webdriver.Chrome
 def test_light_and_dark(
     preferred: str, scheme: str, address: str, browser: webdriver.Chrome
 ) -> None:
-    """The page is as light or dark as the system, until the reader chooses otherwise."""
+    """The page follows the system's light or dark mode until the reader chooses the other."""
     features = [{"name": "prefers-color-scheme", "value": preferred}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(address)
@@ -166,14 +167,14 @@ def test_light_and_dark(
     ],
 )
 def test_search_finds(words: str, page: str, address: str, browser: webdriver.Chrome) -> None:
-    """Search leads to the page that explains the words."""
+    """Search finds the page that explains the words."""
     browser.get(address)
     field = browser.find_element(By.CSS_SELECTOR, "[data-md-component=search-query]")
     browser.execute_script("arguments[0].focus()", field)
     field.send_keys(words)
 
     def is_found(_: Any) -> bool:
-        # In one call: the results change with every letter.
+        # In one call, because the results change with every letter.
         hrefs: list[str] = browser.execute_script(
             "return [...document.querySelectorAll('.md-search-result__link')].map(e => e.href)"
         )
@@ -186,7 +187,7 @@ def test_search_finds(words: str, page: str, address: str, browser: webdriver.Ch
 
 
 class Document(HTMLParser):
-    """Collect where a page can be linked to, and where it leads."""
+    """The anchors and links of a page."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class Document(HTMLParser):
 
 
 def test_links_and_anchors_hold(built: Path) -> None:
-    """A link inside the site leads to a file that is there, and to an anchor in it."""
+    """Every link inside the site leads to an existing file, and to an existing anchor in it."""
     documents = {page: Document(built / page / "index.html") for page in pages(built)}
     for page, document in documents.items():
         for link in document.links:
@@ -228,7 +229,7 @@ def test_the_reference_can_be_linked_to(built: Path) -> None:
 
 
 def test_llms_txt_leads_to_every_page(built: Path) -> None:
-    """Language models find every page of the guide in llms.txt."""
+    """llms.txt links every page of the guide once, and every link leads to a page."""
     links = re.findall(
         r"^- \[.+\]\((.+?)\): .+$", (built / "llms.txt").read_text("utf-8"), re.MULTILINE
     )
@@ -244,7 +245,7 @@ def test_llms_txt_leads_to_every_page(built: Path) -> None:
 def test_it_works_with_other_packages(
     postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The snippets about other packages run, in an environment that has them."""
+    """The snippets about other packages run in an environment that has these packages."""
     run_snippets(INTEGRATIONS, postgres, monkeypatch)
 
 
@@ -255,7 +256,7 @@ START = ROOT / "docs" / "start.md"
 
 
 def commands(tool: str) -> list[str]:
-    """List what the tutorial tells users of one tool to type, with the checkout as the package."""
+    """Return the tutorial's commands for one tool, with the checkout in place of the package."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         name = tomllib.load(file)["project"]["name"]
     (lines,) = (
@@ -278,9 +279,9 @@ def commands(tool: str) -> list[str]:
 def test_the_tutorial_from_an_empty_folder(
     tool: str, fastapi: list[str], tested: str, tmp_path: Path
 ) -> None:
-    """Whoever types what the tutorial says gets the answers that it shows."""
+    """From an empty folder, the tutorial's commands and code produce the answers that it shows."""
     tools = Path(sys.executable).parent
-    own = {"DATABASE_URL", "PYTHONPATH", "VIRTUAL_ENV"}  # a reader has none of them
+    own = {"DATABASE_URL", "PYTHONPATH", "VIRTUAL_ENV"}  # a reader has none of these
     environment = {name: value for name, value in os.environ.items() if name not in own}
     environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "UV_PYTHON": sys.executable}
     for command in commands(tool):
@@ -307,8 +308,8 @@ def test_the_tutorial_from_an_empty_folder(
                     for line in block.content.splitlines():
                         send(address, line)
         finally:
-            # One signal, to this process alone, which passes it on: a second one that interrupts
-            # the handler of uvicorn's reloader waits forever for the lock that the first holds.
+            # Signal only this process, which passes the signal on. A second signal that interrupted
+            # the handler of uvicorn's reloader would wait forever for the lock of the first.
             server.terminate()
     subprocess.run(tested, shell=True, cwd=tmp_path, env=environment, check=True)
 

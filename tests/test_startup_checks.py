@@ -1,4 +1,4 @@
-"""Rule 11: functions and routes that cannot work, found before a request."""
+"""Rule 11: functions and routes that cannot work are found before they serve a request."""
 
 import functools
 import inspect
@@ -47,7 +47,7 @@ class Base(DeclarativeBase):
 
 
 class Visit(Base):
-    """Be a row."""
+    """A row."""
 
     __table__ = Table("visit", Base.metadata, Column("id", Integer, primary_key=True))
 
@@ -63,7 +63,7 @@ def with_database(*, asynchronous: bool = True, **options: Any) -> FastAPI:
 
 @pytest.mark.parametrize("ours", [get_db, transactional, reader])
 async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., Any]) -> None:
-    """A `def` endpoint with an AsyncSession fails start-up: nothing that it asks for happens."""
+    """A `def` endpoint with an AsyncSession fails start-up, because it cannot await anything."""
     app = with_database()
 
     @app.post("/items")
@@ -127,7 +127,7 @@ def returns(session: Db) -> Any:
 
 
 class Repository:
-    """Be a class that keeps the session, for others to await."""
+    """A class that keeps the session, so that others can await its methods."""
 
     def __init__(self, session: Db) -> None:
         self.session = session
@@ -141,7 +141,7 @@ class Repository:
     [executes, commits, commits_and_rebinds, commits_if, iterates, gives_a_reader],
 )
 async def test_a_plain_dependency_that_uses_an_async_session(dependency: Any) -> None:
-    """A `def` dependency that calls what must be awaited fails start-up."""
+    """A `def` dependency that calls an awaitable method of the session fails start-up."""
     app = with_database()
 
     @app.get("/items")
@@ -157,7 +157,7 @@ def gives_a_report(session: Db) -> Any:
         session.execute(text("SELECT 1")).close()
         return session
 
-    report.session = session  # type: ignore[attr-defined] # a function may have it
+    report.session = session  # type: ignore[attr-defined] # functions may have attributes
     return report
 
 
@@ -172,7 +172,7 @@ def of_both_colours(session: Annotated[Any, Depends(get_db())]) -> Any:
 
 
 class Facade(Repository):
-    """Be a class with a method like a session's."""
+    """A class with methods like a session's."""
 
     def execute(self, statement: object) -> "Facade":
         return self
@@ -195,7 +195,7 @@ def wraps(session: Annotated[Any, Depends(get_db())]) -> Any:
     ],
 )
 async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None:
-    """One that only hands the session on starts, and whoever gets it can use it."""
+    """A `def` dependency may pass the session on, and the endpoint that receives it can use it."""
     app = with_database()
 
     @app.get("/items")
@@ -208,7 +208,7 @@ async def test_a_plain_dependency_may_pass_a_session_on(dependency: Any) -> None
 
 
 def decorated(ours: Callable[..., Any], **others: Any) -> Any:
-    """Make of a dependency of ours one that gives plain data and needs others, too."""
+    """Decorate one of the package's dependencies to return plain data and to need others."""
 
     @functools.wraps(ours)
     async def counts(connection: Any, **_: object) -> int:
@@ -226,7 +226,7 @@ def decorated(ours: Callable[..., Any], **others: Any) -> Any:
 
 @pytest.mark.parametrize("ours", [get_db(), reader()])
 async def test_a_decorator_may_make_something_else_of_the_session(ours: Any) -> None:
-    """What a decorator around a dependency of ours gives may suit where a session would not."""
+    """A `def` endpoint may use a decorated dependency that returns data instead of the session."""
     app = with_database()
 
     @app.get("/items")
@@ -238,7 +238,7 @@ async def test_a_decorator_may_make_something_else_of_the_session(ours: Any) -> 
 
 
 async def test_what_a_decorator_needs_is_checked_too() -> None:
-    """A decorator may add a dependency, whose database must be installed like any other."""
+    """If a decorator adds a dependency, the database of that dependency must be installed."""
     app = with_database()
     app.get("/items", dependencies=[Depends(decorated(get_db(), other=get_db("gone")))])(print)
     with pytest.raises(DatabaseNotInstalledError, match="gone"):
@@ -258,7 +258,7 @@ async def yields_async(session: Db) -> AsyncGenerator[str]:
 
 @pytest.mark.parametrize("endpoint", [yields, yields_async])
 async def test_an_endpoint_that_yields_outlives_its_session(endpoint: Any) -> None:
-    """An endpoint that yields its response over the request's session fails start-up."""
+    """An endpoint that yields its response and uses the request's session fails start-up."""
     app = with_database(asynchronous=endpoint is yields_async)
     app.add_api_route("/items", endpoint, response_model=None)
     with pytest.raises(DatabaseDependencyError, match=r"get_database_handle\('default'\)"):
@@ -266,7 +266,7 @@ async def test_an_endpoint_that_yields_outlives_its_session(endpoint: Any) -> No
 
 
 async def library(session: Db) -> AsyncGenerator[AsyncSession]:
-    """Be a library's dependency, which cannot be given another scope."""
+    """Yield the session, as a library's dependency whose scope cannot be changed."""
     yield session
 
 
@@ -275,7 +275,7 @@ async def of_the_application(session: Db) -> AsyncSession:
 
 
 async def test_the_advice_for_a_generator_works_as_written() -> None:
-    """In place of a library's generator, a dependency that returns the session serves it."""
+    """A dependency that returns the session can replace a library's generator, as advised."""
     app = with_database()
 
     @app.get("/items")
@@ -290,7 +290,7 @@ async def test_the_advice_for_a_generator_works_as_written() -> None:
 
 
 async def test_the_advice_for_data_works_as_written() -> None:
-    """Where only the returned value shows that it is data, a return annotation lets it start."""
+    """A generator starts once its dependency has a return annotation for the data, as advised."""
     app = with_database()
 
     async def read(session: Db):  # type: ignore[no-untyped-def] # as in FastAPI's tutorial
@@ -307,13 +307,13 @@ async def test_the_advice_for_data_works_as_written() -> None:
 
 
 class Visitor(BaseModel):
-    """Be what a request is about, which holds no session."""
+    """Data about a request, which holds no session."""
 
     name: str = "Ada"
 
 
 class Member(DeferredReflection, Base):
-    """Be a row whose table is not reflected yet."""
+    """A row whose table is not reflected yet."""
 
     __tablename__ = "member"
 
@@ -338,13 +338,13 @@ async def logs_row(member: Annotated[Member | None, Depends(visitor)]) -> AsyncG
 
 
 class Role(Enum):
-    """Be what a visitor may be."""
+    """The role of a visitor."""
 
     READER = 1
 
 
 class Found(TypedDict):
-    """Be what was read of a visitor."""
+    """Data that was read about a visitor."""
 
     id: int
 
@@ -359,7 +359,7 @@ def given(value: Any) -> Callable[..., AsyncGenerator[None]]:
 
 
 class Alias:
-    """Be a `type` alias of Python 3.12, whose value is evaluated when somebody asks for it."""
+    """A `type` alias of Python 3.12, whose value is evaluated on access."""
 
     def __init__(self, evaluate: Callable[[], object]) -> None:
         self.evaluate = evaluate
@@ -433,7 +433,7 @@ def typed(session: Db) -> Repository:
 
 
 class Service:
-    """Be a service that holds a repository, and another of its kind."""
+    """A service that holds a repository, and takes another service."""
 
     def __init__(self, repository: Repository, next_one: "Service | None" = None) -> None:
         self.repository = repository
@@ -444,7 +444,7 @@ def service(repository: Annotated[Repository, Depends(typed)]) -> Service:
 
 
 class Make(Generic[Kind]):
-    """Make any kind of repository, as a dependency."""
+    """A dependency that makes any kind of repository."""
 
     def __init__(self, kind: type[Kind]) -> None:
         self.kind = kind
@@ -471,7 +471,7 @@ async def saves_made(
 
 
 class Caller:
-    """Be what was read of a request, in a class of the application's own."""
+    """Data that was read for a request, in a class of the application."""
 
     def __init__(self, name: str, origin: "Caller | None" = None) -> None:
         self.name = name
@@ -482,7 +482,7 @@ async def caller(session: Db) -> Caller:
 
 
 class Report:
-    """Be what was read, and write it later in sessions of its own."""
+    """Data that was read and is written later, in separate sessions."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], kind: type[Repository]) -> None:
         self.sessions = sessions
@@ -502,13 +502,13 @@ async def logs_caller(caller: Annotated[Caller, Depends(caller)]) -> AsyncGenera
     logging.getLogger(__name__).info("%s has left", caller.name)
 
 
-# As with a name that is imported under TYPE_CHECKING.
+# As for a name that is imported only under TYPE_CHECKING.
 saves_hidden.__annotations__["repository"] = hidden.__annotations__["return"] = "Hidden"
 hidden_row.__annotations__["return"] = "Hidden"
 
 
 class Streams(Repository):
-    """Be a repository that the endpoint may call to stream; FastAPI calls only the class."""
+    """A repository whose instances may be called to stream, while FastAPI calls only the class."""
 
     async def __call__(self) -> AsyncGenerator[int]:
         yield 7
@@ -555,7 +555,7 @@ if hasattr(routing, "iter_route_contexts"):
     [(each, True) for each in WITH_DATA] + [(each, False) for each in WITH_SESSION],
 )
 async def test_a_generator_may_outlive_the_session_with_data(generator: Any, works: bool) -> None:
-    """A generator may outlive the session with data, but not with what was made with it."""
+    """A generator may outlive the session with data, but not with objects made from the session."""
     app = with_database()
     app.add_api_route("/items", lambda: 7, dependencies=[Depends(generator)])
     if not works:
@@ -576,7 +576,7 @@ async def test_a_generator_may_outlive_the_session_with_data(generator: Any, wor
 async def test_an_override_of_the_maker_can_never_match(
     maker: Callable[..., Any], arguments: str
 ) -> None:
-    """`dependency_overrides[get_db]`, without the call, fails start-up and names the call."""
+    """An override of `get_db`, without the call, fails start-up, and the error names the call."""
     app = with_database()
     app.dependency_overrides[maker] = of_the_application
     call = rf"{maker.__name__}\({arguments}\)"
@@ -585,7 +585,10 @@ async def test_an_override_of_the_maker_can_never_match(
 
 
 async def test_an_override_that_can_never_match_is_refused_by_the_next_request() -> None:
-    """Tests set overrides after start-up, too, and must not go on with the installed database."""
+    """An override that can never match fails the next request if it is set after start-up.
+
+    Tests do that, too, and must not go on with the installed database.
+    """
     app = with_database()
 
     @app.get("/items")
@@ -601,9 +604,9 @@ async def test_an_override_that_can_never_match_is_refused_by_the_next_request()
 
 
 class Unhashable:
-    """Be an endpoint that cannot be the key of anything."""
+    """An endpoint object without a hash."""
 
-    __hash__ = None  # type: ignore[assignment] # as a dataclass has it
+    __hash__ = None  # type: ignore[assignment] # as in a dataclass
     __name__ = "unhashable"
 
     async def __call__(self, session: Db) -> int:
@@ -611,7 +614,7 @@ class Unhashable:
 
 
 async def test_an_endpoint_needs_no_hash() -> None:
-    """A callable object without a hash is an endpoint like any other."""
+    """A callable object without a hash can be an endpoint."""
     app = with_database()
     app.add_api_route("/items", Unhashable())
     async with running(app) as client:
@@ -622,7 +625,7 @@ def counted(session: Db) -> None: ...
 
 
 class Method:
-    """Be what a decorator makes of a function: it can be awaited, and may stand in a class."""
+    """An async callable that a decorator makes of a function, and that also works in a class."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -635,25 +638,25 @@ class Method:
 
 
 async def test_a_decorators_object_may_be_an_endpoint() -> None:
-    """What counts is whether the object can be awaited, not the function that it wraps."""
+    """An async callable object can be an endpoint even if it wraps a function that is not async."""
     app = with_database()
     app.add_api_route("/items", Method(counted))
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
 
 
-# -- what is handed out --------------------------------------------------------------------------
+# -- what dependencies return --------------------------------------------------------------------
 
 
 class AuditedSession(AsyncSession):
-    """Be a session class of an application's own."""
+    """An application's own session class."""
 
     async def audit(self) -> int:
         return int(await self.scalar(text("SELECT 7")) or 0)
 
 
 class AuditedSyncSession(Session):
-    """Be the same for an Engine."""
+    """An application's own session class for an Engine."""
 
 
 def audited(annotation: Any, *, asynchronous: bool = True, **options: Any) -> FastAPI:
@@ -672,7 +675,7 @@ def audited(annotation: Any, *, asynchronous: bool = True, **options: Any) -> Fa
     ("annotation", "asynchronous"), [(AuditedSession, True), (AuditedSyncSession, False)]
 )
 async def test_an_annotation_narrower_than_the_session(annotation: Any, asynchronous: bool) -> None:
-    """A session class in an annotation only fails start-up, and the advice serves it."""
+    """An annotation narrower than the session class fails start-up, and the suggested fix works."""
     app = audited(annotation, asynchronous=asynchronous)
     advice = rf"session_options=\{{\"class_\": {annotation.__name__}\}}"
     with pytest.raises(DatabaseDependencyError, match=advice):
@@ -683,21 +686,24 @@ async def test_an_annotation_narrower_than_the_session(annotation: Any, asynchro
 
 
 async def test_an_annotation_may_be_wider_than_the_session() -> None:
-    """SQLAlchemy's own class in an annotation fits a session class of the application's own."""
+    """An annotation with SQLAlchemy's class fits the application's own session class."""
     async with running(audited(AsyncSession, class_=AuditedSession)) as client:
         assert (await client.get("/items")).json() == 7
 
 
 @pytest.mark.parametrize("dependency", [get_db(), transactional(), reader(), get_database_handle()])
 async def test_a_dependency_without_a_request_says_what_to_do(dependency: Any) -> None:
-    """A dependency that a unit test calls by hand raises an error that names the way out."""
+    """A dependency called directly, as in a unit test, raises an error that names another way."""
     with pytest.raises(DatabaseDependencyError, match=r"called directly.* isolated\(app\)"):
         await dependency()
 
 
 @pytest.mark.parametrize("dependency", [get_db(), reader()])
 async def test_a_dependency_called_in_a_middleware_says_what_to_do(dependency: Any) -> None:
-    """A middleware has a request, but nothing would end a session that it opened there."""
+    """A dependency called in a middleware raises an error that names another way.
+
+    A middleware has a request, but nothing would end a session that it opened.
+    """
     app = with_database()
 
     @app.middleware("http")
@@ -716,7 +722,10 @@ async def test_a_dependency_called_in_a_middleware_says_what_to_do(dependency: A
 
 @pytest.mark.parametrize("dependency", [get_db(), transactional(), reader()])
 async def test_a_dependency_called_after_the_request_says_what_to_do(dependency: Any) -> None:
-    """Nothing would end a session opened by hand after the request's own has ended."""
+    """A dependency called after the request raises an error that names another way.
+
+    Nothing would end a session that was opened after the request's own has ended.
+    """
     app = with_database()
     called: list[str] = []
 
@@ -781,7 +790,7 @@ async def unknown(session: Annotated[AsyncSession, Depends(get_db("elsewhere"))]
 
 
 async def test_a_late_route_that_cannot_work_fails_the_start() -> None:
-    """A mistake of scope in a route that the lifespan adds is found before it is served."""
+    """A route that the lifespan adds with a wrong scope fails start-up."""
     with pytest.raises(DatabaseDependencyError, match="'/late'"):
         await start_and_stop(adding(outlives))
 
@@ -789,7 +798,7 @@ async def test_a_late_route_that_cannot_work_fails_the_start() -> None:
 async def test_a_late_route_with_an_unknown_name_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An unknown name in such a route is logged, and refused at the route's first request."""
+    """A route that the lifespan adds with an unknown name is logged, and its requests fail."""
     app = adding(unknown)
     with caplog.at_level(logging.ERROR, "fastapi_sqlnative"):
         async with running(app) as client:
@@ -800,7 +809,7 @@ async def test_a_late_route_with_an_unknown_name_is_logged(
 
 
 async def test_a_late_route_that_is_right_serves() -> None:
-    """One that is right is served like any other."""
+    """A correct route that the lifespan adds is served like any other."""
 
     async def endpoint(session: Db) -> int:
         return int(await session.scalar(text("SELECT 7")) or 0)
@@ -813,7 +822,7 @@ async def test_a_late_route_that_is_right_serves() -> None:
 async def test_a_route_added_while_requests_run_is_checked_by_its_first_request(
     mounted: bool,
 ) -> None:
-    """A route of a running application is refused like one that was there at the start."""
+    """A wrong route that is added to a running application fails its first request."""
     app, below = with_database(), FastAPI()
     app.mount("/below", below)
     async with running(app) as client:
@@ -826,7 +835,7 @@ async def test_a_route_added_while_requests_run_is_checked_by_its_first_request(
 
 
 class Answering(APIRoute):
-    """Be a route that answers what its endpoint raises."""
+    """A route that turns an exception of its endpoint into a response."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         original = super().get_route_handler()
@@ -844,7 +853,10 @@ class Answering(APIRoute):
 async def test_a_route_class_of_its_own_is_warned_of(
     caplog: pytest.LogCaptureFixture, uses_a_database: bool
 ) -> None:
-    """A class that runs around the commit is reported once, and only where there is a commit."""
+    """A custom route class is reported once, and only for a route that uses a database.
+
+    Such a class runs around the commit.
+    """
     app, router = with_database(), APIRouter(route_class=Answering)
 
     async def with_session(session: Db) -> None: ...
@@ -859,7 +871,7 @@ async def test_a_route_class_of_its_own_is_warned_of(
 
 
 async def test_what_a_route_class_answers_is_a_success() -> None:
-    """As the warning says, a class that answers an exception commits what was written before."""
+    """If a route class answers an exception, what was written is stored, as the warning says."""
     app, router = with_database(), APIRouter(route_class=Answering)
 
     @router.post("/items")

@@ -1,4 +1,4 @@
-"""Section 4: `startup_wait` waits for a database that is not there yet, and not for ever."""
+"""Section 4: `startup_wait` waits for a database that is not available yet, up to a limit."""
 
 import asyncio
 import contextlib
@@ -29,19 +29,19 @@ from tests.serving import KINDS, Kind, Rows, hold_connects, holding, named, unti
 
 pytestmark = pytest.mark.anyio
 
-# --- a database that is not there yet ---
+# --- a database that is not available yet ---
 
 CANNOT_CONNECT_NOW = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 
 class LatePort:
-    """Be a port that first does something else, and from `come_up` on passes on to PostgreSQL."""
+    """A port that misbehaves at first, and forwards to PostgreSQL after `come_up`."""
 
     def __init__(self, before: str, target: tuple[str, int]) -> None:
         self.before = before
         self.target = target
         self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))  # nobody else gets it, and it refuses until it listens
+        self.socket.bind(("127.0.0.1", 0))  # the port is reserved, and refuses until it listens
         self.silent: list[asyncio.StreamWriter] = []
         self.server: asyncio.Server | None = None
 
@@ -116,7 +116,7 @@ def engine_at(port: LatePort, kind: Kind, postgres: WorkerPostgres) -> Engine | 
 
 
 class Warnings(logging.Handler):
-    """Collect what the package logs, and wake whoever waits for it."""
+    """A handler that collects what the package logs, and sets an event when something arrives."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -137,7 +137,7 @@ def warnings() -> Iterator[Warnings]:
     logger.removeHandler(handler)
 
 
-# --- the promises ---
+# --- starting with such a database ---
 
 
 @pytest.mark.parametrize("before", ["refuses", "hangs up", "is starting", "stays silent"])
@@ -148,7 +148,7 @@ async def test_a_start_waits_for_a_database_that_comes_up_late(
     warnings: Warnings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A start with `startup_wait` tries again until the database answers, one log line a time."""
+    """With `startup_wait`, a start tries again until the database answers, and logs failures."""
     monkeypatch.setattr(lifespan, "_ATTEMPT", 0.3)
     async with late_port(before, postgres) as port:
         engine = engine_at(port, kind, postgres)
@@ -170,7 +170,7 @@ async def test_a_start_waits_for_a_database_that_comes_up_late(
 async def test_a_start_does_not_wait_for_ever(
     kind: Kind, postgres: WorkerPostgres, before: str, warnings: Warnings
 ) -> None:
-    """When the time is up, the start fails with the driver's error, and names the database."""
+    """When the time is up, the start fails with an error that names the database."""
     async with late_port(before, postgres) as port:
         engine = engine_at(port, kind, postgres)
         app = FastAPI()
@@ -180,17 +180,20 @@ async def test_a_start_does_not_wait_for_ever(
             engine=engine,
             shutdown=engine.dispose,
             startup_wait=0.5,
-            shutdown_timeout=0.1,  # a thread that still connects is not waited for
+            shutdown_timeout=0.1,  # does not wait for a thread that still connects
         )
         with pytest.raises(Exception, match=r"Database 'late' did not answer in 0\.5 s"):
             await start_and_stop(app)
-    assert len(warnings.messages) < 8  # with pauses
+    assert len(warnings.messages) < 8  # there are pauses between attempts
 
 
 async def test_without_startup_wait_nothing_connects(
     kind: Kind, postgres: WorkerPostgres, warnings: Warnings
 ) -> None:
-    """An application starts while its database is away: nothing connects that was not asked to."""
+    """Without `startup_wait`, an application starts even if its database is unavailable.
+
+    Nothing connects at start-up.
+    """
     async with late_port("refuses", postgres) as port:
         engine = engine_at(port, kind, postgres)
         app = FastAPI()
@@ -201,7 +204,7 @@ async def test_without_startup_wait_nothing_connects(
 
 
 async def test_a_database_that_answers_is_asked_once(warnings: Warnings) -> None:
-    """A database that is there costs one round trip, however slow, and no log line."""
+    """A database that answers at the first attempt, however slowly, causes no log message."""
     app, engine = FastAPI(), sqlite()
     event.listen(engine, "do_connect", lambda *_: time.sleep(0.2))
     install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=5)
@@ -210,7 +213,7 @@ async def test_a_database_that_answers_is_asked_once(warnings: Warnings) -> None
 
 
 async def test_a_mistake_fails_the_start_at_once(warnings: Warnings) -> None:
-    """What is no failure of the database is raised as it is, with the note that tells whose."""
+    """An error that is not a database error is raised unchanged, with a note about the database."""
     app, engine = FastAPI(), sqlite()
 
     def fail(*_: object) -> None:
@@ -226,7 +229,7 @@ async def test_a_mistake_fails_the_start_at_once(warnings: Warnings) -> None:
 
 
 async def test_a_wait_can_be_cancelled(kind: Kind, postgres: WorkerPostgres) -> None:
-    """A server that gives up starting need not wait for the database, however it cancels."""
+    """A start that waits for its database can be cancelled, by anyio or by asyncio."""
     async with late_port("stays silent", postgres) as port:
         engine = engine_at(port, kind, postgres)
         app = FastAPI()
@@ -248,7 +251,10 @@ async def test_a_wait_can_be_cancelled(kind: Kind, postgres: WorkerPostgres) -> 
 async def test_a_wait_that_is_cancelled_leaves_no_connection(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """What a cancelled start has connected by then is closed; a sync driver is left behind."""
+    """A cancelled start closes what it has connected by then.
+
+    A synchronous driver is not interrupted, so it is not tested.
+    """
     name = f"cancelled start {kind.id}"
     engine = make_engine(connect_args=named(kind.driver, name))
     hold_connects(engine)
@@ -265,7 +271,7 @@ async def test_a_wait_that_is_cancelled_leaves_no_connection(
         await until(lambda: rows.backends(application=name) == 0)
 
 
-# --- a database that says no, or that is full ---
+# --- a database that refuses, or that is full ---
 
 RULES = """
 host  all  clerk     127.0.0.1/32  scram-sha-256
@@ -281,14 +287,14 @@ CREATE ROLE retired;
 CREATE DATABASE closed;
 REVOKE CONNECT ON DATABASE closed FROM PUBLIC;
 """
-CONNECTIONS = 12  # more than tests leave that the server has not noticed to be closed
+CONNECTIONS = 12  # more than the closed connections that the server may not have noticed yet
 DRIVERS = (*KINDS, Kind("psycopg2", "psycopg2", False))
 each_driver = pytest.mark.parametrize("driver", DRIVERS, ids=lambda kind: kind.id)
 
 
 @pytest.fixture(scope="module")
 def strict_server() -> Iterator[PostgresServer]:
-    """Run a server that lets few in, and not everybody."""
+    """Run a server with few connections, which does not accept every user."""
     settings = {"max_connections": str(CONNECTIONS), "superuser_reserved_connections": "0"}
     with PostgresServer(settings=settings) as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
@@ -353,7 +359,7 @@ async def test_a_refusal_fails_the_start_at_once(
 async def test_a_right_password_starts(
     strict_server: PostgresServer, driver: Kind, warnings: Warnings
 ) -> None:
-    """The same server lets in whoever has the password."""
+    """A start with the right password succeeds on the same server."""
     engine = strict_engine(strict_server, driver, username="clerk", password="right")
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=60)
@@ -365,7 +371,7 @@ async def test_a_right_password_starts(
 async def test_a_start_waits_for_a_full_server(
     strict_server: PostgresServer, driver: Kind, warnings: Warnings
 ) -> None:
-    """A server that has no connection to give may have one soon: that is worth the wait."""
+    """A start waits for a full server, because a connection may be free soon."""
     engine = strict_engine(strict_server, driver)
     app = FastAPI()
     install_database(app, name="desk", engine=engine, shutdown=engine.dispose, startup_wait=60)
@@ -380,7 +386,7 @@ async def test_a_start_waits_for_a_full_server(
 async def test_a_start_waits_for_a_busy_pool(
     kind: Kind, make_engine: MakeEngine, warnings: Warnings
 ) -> None:
-    """A ready engine whose connections other code has in use may have one soon, too."""
+    """A start waits for an engine whose connections are in use, because one may be free soon."""
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.05)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, startup_wait=60)

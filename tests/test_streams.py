@@ -1,4 +1,4 @@
-"""Rules 11 and 12: work that outlives the response gets a clear error, or uses the handle."""
+"""Rules 11 and 12: work that outlives the response raises a clear error, or uses the handle."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -42,7 +42,7 @@ class Base(DeclarativeBase):
 
 
 class Node(Base):
-    """Map the tests' table once more, with something to load lazily."""
+    """The tests' table, mapped once more with attributes that are loaded lazily."""
 
     __tablename__ = "item"
 
@@ -75,12 +75,12 @@ DETACHED: dict[str, Callable[[Session, Node], Any]] = {
 
 
 def errors_of(session: Session, row: Node) -> dict[str, list[str]]:
-    """Try everything with a finished session, and note what it says."""
+    """Try every operation with a finished session, and return the errors by operation."""
     found: dict[str, list[str]] = {}
     for name, attempt in (LATE | DETACHED).items():
         try:
             attempt(session, row)
-        except Exception as error:  # noqa: BLE001 - looked at by the test
+        except Exception as error:  # noqa: BLE001 - the test looks at it
             found[name] = [type(error).__name__, str(error)]
         else:
             found[name] = ["nothing", ""]
@@ -92,7 +92,7 @@ Answer = Callable[[Session, Node, "list[Found]"], Any]
 
 
 def by_stream(session: Session, row: Node, found: list[Found]) -> Any:
-    """Try it in the generator of a StreamingResponse, which runs in a thread."""
+    """Use the session in the generator of a StreamingResponse, which runs in a thread."""
 
     def body() -> Iterator[bytes]:
         found.append(errors_of(session, row))
@@ -102,7 +102,7 @@ def by_stream(session: Session, row: Node, found: list[Found]) -> Any:
 
 
 def by_async_stream(session: Session, row: Node, found: list[Found]) -> Any:
-    """Try it in an async generator."""
+    """Use the session in the async generator of a StreamingResponse."""
 
     async def body() -> AsyncIterator[bytes]:
         found.append(errors_of(session, row))
@@ -112,13 +112,13 @@ def by_async_stream(session: Session, row: Node, found: list[Found]) -> Any:
 
 
 def by_background_task(session: Session, row: Node, found: list[Found]) -> Any:
-    """Try it in a task that runs after the response, in a thread."""
+    """Use the session in a background task that runs after the response, in a thread."""
     task = BackgroundTask(lambda: found.append(errors_of(session, row)))
     return JSONResponse({}, background=task)
 
 
 def by_async_background_task(session: Session, row: Node, found: list[Found]) -> Any:
-    """Try it in a task on the event loop."""
+    """Use the session in a background task on the event loop."""
 
     async def task() -> None:
         found.append(errors_of(session, row))
@@ -126,7 +126,7 @@ def by_async_background_task(session: Session, row: Node, found: list[Found]) ->
     return JSONResponse({}, background=BackgroundTask(task))
 
 
-# A session that has ended does not know how.
+# The errors do not depend on how the session ended, so not every pair is needed.
 @pytest.mark.parametrize(
     ("answer", "dependency"),
     [
@@ -141,7 +141,7 @@ def by_async_background_task(session: Session, row: Node, found: list[Found]) ->
 def test_a_finished_session_says_what_to_use(
     kind: Kind, engine: Engine, rows: Rows, answer: Answer, dependency: Callable[..., Any]
 ) -> None:
-    """Whatever is tried with a finished session fails, names the handle, and leaks nothing."""
+    """Using a finished session raises an error that names the handle, and leaks nothing."""
     rows.add("there")
     app = make_app(engine)
     found: list[Found] = []
@@ -158,7 +158,7 @@ def test_a_finished_session_says_what_to_use(
     for name in LATE:
         assert found[0][name][0] == "SessionFinishedError"
         assert "get_database_handle('default')" in found[0][name][1]
-    # The objects are detached: SQLAlchemy's own error, with its link, and no session behind it.
+    # The objects are detached and have no session, so they raise SQLAlchemy's error, with its link.
     assert {name: found[0][name][0] for name in DETACHED} == dict.fromkeys(
         DETACHED, "DetachedInstanceError"
     )
@@ -168,7 +168,7 @@ def test_a_finished_session_says_what_to_use(
 def test_a_session_that_was_never_used_is_finished_too(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A session that the request did not touch is as finished as any other after it."""
+    """A session that the request did not use is finished after the request like any other."""
     app = make_app(engine)
     found: list[Found] = []
 
@@ -183,7 +183,7 @@ def test_a_session_that_was_never_used_is_finished_too(
 
 
 def add_generator_endpoints(app: FastAPI, kind: Kind, tell: Callable[[Any], Any]) -> None:
-    """Add endpoints that are generators themselves: as JSON lines and as server-sent events."""
+    """Add generator endpoints, for JSON lines and for server-sent events."""
 
     async def asynchronous(session: Annotated[AsyncSession, Depends(get_db())]) -> Any:
         yield await session.run_sync(tell)
@@ -201,7 +201,10 @@ def add_generator_endpoints(app: FastAPI, kind: Kind, tell: Callable[[Any], Any]
 async def test_an_endpoint_that_yields_over_a_session_fails_the_start(
     kind: Kind, engine: Engine
 ) -> None:
-    """An endpoint that yields runs after its session: start-up refuses it, and names the fix."""
+    """A generator endpoint with a session fails start-up, and the error names the handle.
+
+    Such an endpoint runs after its session has ended.
+    """
     app = make_app(engine)
     add_generator_endpoints(app, kind, lambda _session: {})
     with pytest.raises(DatabaseDependencyError, match=r"get_database_handle\('default'\)"):
@@ -214,7 +217,7 @@ SERIES = text("SELECT * FROM generate_series(1, 5000)")
 
 @pytest.mark.driver_decides
 def test_a_result_does_not_outlive_its_session(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Rows fetched after the end touch no connection: another request's transaction is safe."""
+    """Fetching rows after the session has ended fails and does not touch another transaction."""
     app = make_app(engine)
     told: list[str] = []
 
@@ -232,7 +235,7 @@ def test_a_result_does_not_outlive_its_session(kind: Kind, engine: Engine, rows:
         session.flush()
         try:
             next(late[0])
-        except Exception as error:  # noqa: BLE001 - looked at by the test
+        except Exception as error:  # noqa: BLE001 - the test looks at it
             told.append(f"{type(error).__name__}: {error}")
         session.add(Item(name="b"))
 
@@ -248,7 +251,7 @@ def test_a_result_does_not_outlive_its_session(kind: Kind, engine: Engine, rows:
 
 @pytest.mark.driver_decides
 def test_an_error_in_the_middle_of_a_stream_aborts(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A server error while rows are fetched, if swallowed, is no success either (rule 5)."""
+    """A server error during a fetch fails the request, even if it is swallowed (rule 5)."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
 
@@ -268,7 +271,7 @@ def test_an_error_in_the_middle_of_a_stream_aborts(kind: Kind, engine: Engine, r
 
 @pytest.mark.driver_decides
 def test_a_stream_inside_the_request_commits(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A result that is read, or left half read, before the end is no hindrance to the commit."""
+    """A result that is left half read does not prevent the commit."""
     app = make_app(engine)
 
     def half(session: Session) -> int:
@@ -317,7 +320,7 @@ def fail_in_a_block(session: Session, stream: Stream) -> Any:
 async def test_a_stream_ends_with_its_transaction(
     kind: Kind, engine: Engine, rows: Rows, end: Callable[[Session, Stream], Any]
 ) -> None:
-    """However it is rolled back: closing what is left of it cannot abort the next transaction."""
+    """Closing a stream after a rollback, of any kind, does not abort the next transaction."""
     rows.clear("a", "b", "c")
 
     def body(session: Session) -> None:
@@ -337,12 +340,15 @@ async def test_a_stream_ends_with_its_transaction(
 
 @pytest.mark.anyio
 @pytest.mark.driver_decides
-# psycopg's own, as with SQLAlchemy alone: nobody can close a cursor that the server has closed.
+# psycopg warns as with SQLAlchemy alone: a cursor that the server has closed cannot be closed.
 @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
 async def test_a_stream_in_an_undone_savepoint_hides_no_write(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """PostgreSQL has closed it, and closing it again would abort the transaction around it."""
+    """A stream in a savepoint that was rolled back does not hide a write.
+
+    PostgreSQL has closed its cursor, and closing it again would abort the transaction around it.
+    """
 
     def body(session: Session) -> None:
         session.add(Item(name="a"))
@@ -360,7 +366,10 @@ async def test_a_stream_in_an_undone_savepoint_hides_no_write(
 @pytest.mark.driver_decides
 @pytest.mark.parametrize("end", ["close", "invalidate"])
 async def test_a_stream_may_lose_its_connection(kind: Kind, engine: Engine, end: str) -> None:
-    """Nothing is left to close if the application has given up the connection itself."""
+    """A request may close or invalidate the connection of a stream.
+
+    Nothing is left to close then.
+    """
 
     def body(session: Session) -> None:
         session.execute(SERIES, execution_options={"yield_per": 1}).fetchone()
@@ -373,7 +382,7 @@ async def test_a_stream_may_lose_its_connection(kind: Kind, engine: Engine, end:
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 async def test_a_stream_on_sqlite_goes_on_after_each_batch(kind: Kind, end: str) -> None:
-    """SQLite's rows can be read beyond a COMMIT or ROLLBACK, so they can be here too."""
+    """A stream on SQLite can be read beyond a COMMIT or ROLLBACK, as in SQLite itself."""
     engine = async_sqlite() if kind.asynchronous else sqlite()
     read: list[str] = []
 
@@ -397,7 +406,7 @@ Handle = Annotated[Any, Depends(get_database_handle())]
 
 
 def names_by_handle(kind: Kind, database: Any) -> Any:
-    """Stream the names stored, from a session of the handle's."""
+    """Stream the stored names from a session of the handle."""
 
     async def asynchronous(database: AsyncDatabase) -> AsyncIterator[str]:
         async with database.session() as session:
@@ -413,7 +422,7 @@ def names_by_handle(kind: Kind, database: Any) -> Any:
 
 
 def test_the_handle_serves_streams(kind: Kind, make_engine: MakeEngine, rows: Rows) -> None:
-    """With the handle a stream reads what the request has committed before it."""
+    """A stream that uses the handle reads what the request has committed before it."""
     app = make_app(make_engine(pool_size=1, max_overflow=0))
 
     @app.post("/stream")
@@ -433,7 +442,7 @@ def test_the_handle_serves_streams(kind: Kind, make_engine: MakeEngine, rows: Ro
 def test_the_handle_serves_generator_endpoints(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """With the handle a generator endpoint and server-sent events read what is stored."""
+    """Generator endpoints and server-sent events can read what is stored with the handle."""
     app = make_app(make_engine(pool_size=1, max_overflow=0))
 
     async def asynchronous(database: Handle) -> Any:
@@ -455,7 +464,7 @@ def test_the_handle_serves_generator_endpoints(
 
 
 def test_the_handle_serves_background_tasks(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A background task sees the committed row, and stores more in a transaction of its own."""
+    """A background task reads the committed row, and stores another in its own transaction."""
     app = make_app(engine)
 
     async def asynchronous(database: AsyncDatabase) -> None:
@@ -489,7 +498,7 @@ def test_the_handle_serves_background_tasks(kind: Kind, engine: Engine, rows: Ro
 def test_a_task_of_the_response_waits_for_the_commit(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A task that a returned response carries runs after the commit, and not when that fails."""
+    """The background task of a response runs after the commit, and not if the commit fails."""
     rows.add("taken", position=1)
     app = make_app(engine)
     seen: list[list[str]] = []
@@ -512,12 +521,15 @@ def test_a_task_of_the_response_waits_for_the_commit(
 def test_a_cursor_that_the_server_has_closed_is_not_closed_again(
     postgres: WorkerPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failure would abort the transaction; pg8000's cursor has its name as `ident`."""
+    """A cursor that the server has closed is not closed again.
+
+    That would fail and abort the transaction. The name of pg8000's cursor is its `ident`.
+    """
     closed: list[str] = []
     engine = create_engine(postgres.url("psycopg"))
     with engine.connect() as connection:
         engine.dialect.driver = "pg8000"
-        monkeypatch.setattr(results, "status_of", lambda _connection: None)  # it doesn't know
+        monkeypatch.setattr(results, "status_of", lambda _connection: None)  # it is unknown
         connection.execute(text("DECLARE there CURSOR FOR SELECT 1"))
         for name in "there", "gone":
             cursor = SimpleNamespace(ident=name, close=partial(closed.append, name))

@@ -1,4 +1,4 @@
-"""The fixtures of the usual plugins, in suites as their authors write them."""
+"""The testing fixtures with the usual plugins, in suites as application authors write them."""
 
 import subprocess
 import sys
@@ -277,9 +277,9 @@ def test_suites_of_applications(
     (tmp_path / "conftest.py").write_text(CONFTEST)
     for name, module in modules.items():
         (tmp_path / f"test_with_{name}.py").write_text(module)
-    # What this run is told of warnings: the lowest versions have some of their own.
+    # This run's own options for warnings: the lowest versions raise further ones.
     warnings = [f"-W{each}" for each in pytestconfig.known_args_namespace.pythonwarnings or ()]
-    # Of the plugins that are installed here, an application has those that it uses.
+    # An application has only those of the plugins installed here that it uses.
     without = (
         f"-pno:{each}" for each in ("cacheprovider", "faker", "hypothesispytest", "schemathesis")
     )

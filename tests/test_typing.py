@@ -1,6 +1,6 @@
-"""The package is typed for its users: what is right passes, what is wrong is complained about.
+"""The types of the package: a type checker accepts correct uses and reports wrong ones.
 
-The snippets of the documentation are users, too.
+The documentation's snippets are correct uses, too.
 """
 
 import re
@@ -12,17 +12,17 @@ import pytest
 
 from tests.test_docs import PAGES, README, code, module_name
 
-# An application under the strictest rules, and what each public name is to a type checker.
+# An application under the strictest rules, and the type of each public name.
 RIGHT = [Path(__file__).with_name(f"typing_{name}.py") for name in ("app", "types")]
 ROOT = Path(__file__).parents[1]
-# Without the project's own configuration: a user has not got it.
+# Without the project's own configuration, which users do not have.
 MYPY = [
     *("-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"),
     f"--cache-dir={ROOT / '.mypy_cache' / 'users'}",
 ]
 PYRIGHT = ["-m", "pyright", "--pythonpath", sys.executable]
 
-# Each line with a comment is one that must be complained about.
+# A type checker must report each line that has a comment.
 WRONG = """\
 from typing import Annotated, Any
 from fastapi import Depends, FastAPI
@@ -87,7 +87,7 @@ LINES = [
 
 
 def complaints(checker: list[str], *files: Path) -> dict[str, list[str]]:
-    """Run a type checker on files, from where the package is found; give its lines by file."""
+    """Run a type checker where the package can be imported, and return its messages by file."""
     done = subprocess.run(
         [sys.executable, *checker, *files], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -97,7 +97,7 @@ def complaints(checker: list[str], *files: Path) -> dict[str, list[str]]:
 
 
 def check_users(checker: list[str], folder: Path, *others: Path) -> None:
-    """Insist on no complaint about right uses, and on one about each wrong line."""
+    """Fail if a correct use is reported, or if a wrong line is not."""
     wrong = folder / "wrong.py"
     wrong.write_text(WRONG)
     found = complaints(checker, wrong, *RIGHT, *others)
@@ -107,7 +107,7 @@ def check_users(checker: list[str], folder: Path, *others: Path) -> None:
 
 
 def snippets(folder: Path) -> list[Path]:
-    """Write the python of each page into a module."""
+    """Write the Python code of each page into a module."""
     found = []
     for page in PAGES:
         module = folder / f"{module_name(page)}.py"
@@ -119,7 +119,7 @@ def snippets(folder: Path) -> list[Path]:
     return found
 
 
-# Without a cache a type checker reads all of FastAPI and SQLAlchemy first.
+# Without a cache, a type checker reads all of FastAPI and SQLAlchemy first.
 pytestmark = [
     pytest.mark.slow("each takes 15 s, and `make types` finds most of it"),
     pytest.mark.timeout(300),
@@ -127,10 +127,10 @@ pytestmark = [
 
 
 def test_mypy_finds_what_is_wrong_and_nothing_else(tmp_path: Path) -> None:
-    """An application and the documentation's are clean; a wrong colour, level or name is found."""
+    """mypy accepts an application and the documentation's snippets, and reports each wrong use."""
     check_users(MYPY, tmp_path, *snippets(tmp_path))
 
 
 def test_pyright_finds_what_is_wrong_and_nothing_else(tmp_path: Path) -> None:
-    """An application is clean with pyright, too; a wrong colour, level or name is found."""
+    """pyright accepts an application, and reports each wrong use."""
     check_users(PYRIGHT, tmp_path)

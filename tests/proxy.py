@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback, to lose, delay or hold back what a driver and its server say."""
+"""A TCP proxy on loopback that loses, delays or holds back what a driver and its server send."""
 
 import contextlib
 import socket
@@ -14,7 +14,7 @@ DELAY = 0.02  # seconds, each way
 
 
 class Fault(Enum):
-    """Name what happens to a COMMIT, or to what `at` names instead, or to everything."""
+    """What the proxy does to a COMMIT, to what `Proxy.at` contains instead, or to all traffic."""
 
     NONE = "pass it on"
     DROPPED = "cut the connection before the server sees it"
@@ -28,24 +28,24 @@ class Fault(Enum):
 
 @dataclass
 class Proxy:
-    """Forward connections to one server, and do to them what `fault` says.
+    """A proxy that forwards connections to one server and applies `fault` to them.
 
-    What is held back goes on when `go_on` is set.
+    Data that is held back is passed on when `go_on` is set.
     """
 
     host: str
     port: int
     fault: Fault = Fault.NONE
-    at: bytes = b"COMMIT"  # drivers send it as text, and nothing else in these tests says it
+    at: bytes = b"COMMIT"  # drivers send it as text, and nothing else in these tests contains it
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
-    left: threading.Event = field(default_factory=threading.Event)  # a client has hung up
+    left: threading.Event = field(default_factory=threading.Event)  # a client has disconnected
     own_port: int = 0
     _pairs: list["_Pair"] = field(default_factory=list)
 
     @contextlib.contextmanager
     def listening(self) -> Generator["Proxy"]:
-        """Accept connections on a port of its own, each with two threads."""
+        """Accept connections on a free port, with two threads for each."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.own_port = listener.getsockname()[1]
             thread = threading.Thread(target=self._accept, args=(listener,), daemon=True)
@@ -60,7 +60,7 @@ class Proxy:
                 self.reset()
 
     def reset(self, age: float = 0.0) -> None:
-        """Cut every connection that is at least so many seconds old."""
+        """Cut every connection that is at least this many seconds old."""
         for each in tuple(self._pairs):
             if time.monotonic() - each.since >= age:
                 self._pairs.remove(each)
@@ -88,7 +88,7 @@ class Proxy:
 
 @dataclass(eq=False)
 class _Pair:
-    """Join a client's connection to one of the server's."""
+    """A client's connection and the connection to the server that belongs to it."""
 
     proxy: Proxy
     client: socket.socket
@@ -133,7 +133,7 @@ class _Pair:
             self.cut()
 
     def cut(self) -> None:
-        """Close both ends with a reset; whoever forwards next finds them closed."""
+        """Close both ends with a reset, so that the threads that forward find them closed."""
         _cut(self.client)
         _cut(self.server)
 

@@ -1,4 +1,4 @@
-"""docs/background.md: what a background task that fails does to the client's connection."""
+"""docs/background.md: the effect of a failing background task on the client's connection."""
 
 import contextlib
 import socket
@@ -19,7 +19,7 @@ POST = b"POST /items HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"
 
 @contextlib.contextmanager
 def served(kind: Kind, engine: Engine | AsyncEngine, *, caught: bool) -> Generator[Served]:
-    """Serve an endpoint whose task fails in the database, caught or not."""
+    """Serve an endpoint whose background task fails in the database and may catch the error."""
 
     async def task(database: Any) -> None:
         def fail(session: Any) -> None:
@@ -48,7 +48,7 @@ def served(kind: Kind, engine: Engine | AsyncEngine, *, caught: bool) -> Generat
 
 
 def read_answer(connection: socket.socket) -> bytes:
-    """Read one answer, whose body is `null`."""
+    """Read one response with the body `null`."""
     answer = b""
     while not answer.endswith(b"\r\n\r\nnull"):
         answer += connection.recv(65536)
@@ -59,7 +59,10 @@ def read_answer(connection: socket.socket) -> bytes:
 def test_a_task_that_fails_costs_the_connection(
     kind: Kind, engine: Engine | AsyncEngine, rows: Rows, caught: bool
 ) -> None:
-    """After a task that raises uvicorn hangs up unannounced; one that is caught costs nothing."""
+    """After a background task that raises, uvicorn closes the client's connection without notice.
+
+    A task that catches its error leaves the connection open.
+    """
     with served(kind, engine, caught=caught) as running:
         port = int(running.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), 20) as connection:
@@ -71,5 +74,5 @@ def test_a_task_that_fails_costs_the_connection(
                 connection.sendall(POST.replace(b"items", b"next"))
                 assert connection.recv(65536).startswith(b"HTTP/1.1 201")
             else:
-                assert connection.recv(1) == b""  # it has ended, and nothing said that it would
+                assert connection.recv(1) == b""  # closed, although no header announced it
     assert rows.names == ["x"]

@@ -49,7 +49,7 @@ CANCELS: dict[str, Cancel] = {
 async def running(
     engine: Engine | AsyncEngine, kind: Kind, body: Callable[[Session], Any], **options: Any
 ) -> AsyncGenerator[httpx.AsyncClient]:
-    """Start an application in this event loop, with one transactional endpoint."""
+    """Run an application with one transactional endpoint in this event loop, and yield its client."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, **options)
     route(app, kind, "/", transactional(), body)
@@ -64,7 +64,7 @@ async def running(
 async def cancelled_request(
     client: httpx.AsyncClient, reached: Callable[[], bool], cancel: Cancel
 ) -> "asyncio.Task[Any]":
-    """Send a request, and cancel it when it has reached a point."""
+    """Send a request, and cancel it when `reached` returns true."""
     scope = anyio.CancelScope()
 
     async def request() -> None:
@@ -78,7 +78,10 @@ async def cancelled_request(
 
 
 async def ended(task: "asyncio.Task[Any]") -> None:
-    """Wait for a cancelled task; an anyio scope swallows its own cancellation."""
+    """Wait for a cancelled task to end.
+
+    The task of an anyio scope ends normally, because the scope swallows its own cancellation.
+    """
     await asyncio.wait({task}, timeout=30)
     assert task.done()
     assert task.cancelled() or task.exception() is None
@@ -122,7 +125,7 @@ async def test_a_commit_is_awaited(
     cancel: Cancel,
     body: Callable[[Session], None],
 ) -> None:
-    """A request cancelled while its COMMIT is on the way ends after it, and it is stored."""
+    """A request that is cancelled during its COMMIT ends after the COMMIT, which is stored."""
     proxy.fault = Fault.STALLED
     async with running(behind_proxy, kind, body) as client:
         task = await cancelled_request(client, proxy.reached.is_set, cancel)
@@ -138,7 +141,7 @@ async def test_a_commit_is_awaited(
 async def test_a_flush_without_a_change_may_be_stored(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A mapper's listener may write for an unchanged object: its COMMIT has a task of its own."""
+    """The COMMIT runs in its own task if a mapper's listener may write for an unchanged object."""
     rows.add("there")
     tasks: list[object] = []
 
@@ -160,8 +163,8 @@ async def test_a_flush_without_a_change_may_be_stored(
     assert rows.names == ["a"]
 
 
-# FastAPI shields the exit of a dependency from anyio: a cancellation that it does not let through
-# starts no deadline.
+# Not with anyio, from which FastAPI shields the exit of a dependency: without a cancellation that
+# arrives, no deadline starts.
 @pytest.mark.driver_decides
 @OURS_AND_OWN
 @pytest.mark.parametrize("cancel", [CANCELS["asyncio-twice"]], ids=["asyncio-twice"])
@@ -174,9 +177,12 @@ async def test_a_commit_that_hangs_is_given_up(
     body: Callable[[Session], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Past the deadline an async connection is discarded, and the unknown outcome is logged."""
+    """An async connection whose COMMIT hangs past the deadline is discarded.
+
+    The log says that the outcome is unknown.
+    """
     if not kind.asynchronous:
-        proxy.go_on.set()  # a sync COMMIT is waited for: its driver's timeouts bound it
+        proxy.go_on.set()  # a sync COMMIT is awaited, bounded only by its driver's timeouts
     proxy.fault = Fault.STALLED
     async with running(behind_proxy, kind, body, shutdown_timeout=0.2) as client:
         task = await cancelled_request(client, proxy.reached.is_set, cancel)
@@ -193,7 +199,7 @@ async def test_a_server_that_hangs_is_asked_nothing_more(
     rows: Rows,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A query right before COMMIT that is given up is not followed by a question of ours."""
+    """After a query right before COMMIT is given up, the package sends no query of its own."""
 
     def freeze(connection: Connection) -> None:
         proxy.fault = Fault.FROZEN
@@ -203,7 +209,7 @@ async def test_a_server_that_hangs_is_asked_nothing_more(
     async with running(behind_proxy, kind, add_a, shutdown_timeout=0.2) as client:
         task = await cancelled_request(client, proxy.reached.is_set, CANCELS["asyncio"])
         await ended(task)
-    # One for the query, one for SQLAlchemy's own attempt to close the connection in order.
+    # One for the query, and one for SQLAlchemy's attempt to close the connection properly.
     assert caplog.text.count("did not finish within") == 2
 
 
@@ -212,7 +218,7 @@ async def test_a_server_that_hangs_is_asked_nothing_more(
 async def test_a_query_is_interrupted(
     kind: Kind, make_engine: MakeEngine, rows: Rows, cancel: Cancel
 ) -> None:
-    """A request cancelled in the middle of a query rolls back and frees its connection."""
+    """A request that is cancelled during a query rolls back and frees its connection."""
     engine = make_engine(pool_size=1, max_overflow=0)
 
     def body(session: Session) -> None:
@@ -248,7 +254,10 @@ async def test_a_query_is_interrupted(
 async def test_a_reader_may_be_cancelled_as_its_connection_is_switched(
     kind: Kind, engine: Engine, rows: Rows, switched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pool keeps its place, and gets back no connection that stores each statement at once."""
+    """A reader that is cancelled while its connection is switched does not use up the pool.
+
+    The pool gets no connection back that is still in AUTOCOMMIT.
+    """
     switch = psycopg.AsyncConnection.set_autocommit
     requests: list[asyncio.Task[Any]] = []
 
@@ -272,7 +281,7 @@ async def test_a_reader_may_be_cancelled_as_its_connection_is_switched(
 
 
 async def test_only_what_waits_can_be_cancelled() -> None:
-    """Work that is kept from yielding is cancelled where it waits, and may handle that."""
+    """Work that is kept from yielding is cancelled only where it waits, and may handle that."""
     passed: list[str] = []
 
     async def work() -> str:
@@ -303,7 +312,7 @@ async def test_only_what_waits_can_be_cancelled() -> None:
 async def test_a_handles_commit_is_awaited_until_the_deadline(
     behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows, cancel: Cancel, hangs: bool
 ) -> None:
-    """Outside a request, too, a cancelled transaction() ends its COMMIT, or gives it up in time."""
+    """A cancelled `transaction()` of a handle finishes its COMMIT, or gives up at the deadline."""
     database = AsyncDatabase(behind_proxy, shutdown_timeout=0.2 if hangs else 10)
     proxy.fault = Fault.STALLED
     scope = anyio.CancelScope()
@@ -327,7 +336,7 @@ async def test_a_handles_commit_is_awaited_until_the_deadline(
 async def test_waiting_for_a_commit_does_not_spin(
     behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Anyio cancels again at every await: the wait for the COMMIT is shielded from that."""
+    """The wait for a COMMIT is shielded from anyio, which cancels again at every await."""
     database = AsyncDatabase(behind_proxy)
     proxy.fault = Fault.STALLED
     waits = counted_waits(monkeypatch)
@@ -359,7 +368,7 @@ async def test_a_database_that_hangs_holds_no_other(
     rows: Rows,
     second: str,
 ) -> None:
-    """When one database of a cancelled request hangs in COMMIT, the others get theirs back."""
+    """If one database of a cancelled request hangs in COMMIT, the other's connection is released."""
     app = FastAPI()
     other: Any = make_engine()
     if second == "synchronous":
@@ -406,7 +415,7 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) 
     """Build an application with a slow query, a slow commit and a slow stream.
 
     A paged stream holds no session while it is suspended. A generator that is abandoned there is
-    closed when it is collected: some day for a sync one, and under BaseHTTPMiddleware.
+    closed only when it is garbage-collected, if it is sync or runs under BaseHTTPMiddleware.
     """
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -452,13 +461,16 @@ def disconnecting_app(engine: Engine | AsyncEngine, kind: Kind, *, paged: bool) 
 
 
 async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Response:
-    """Be a middleware that does nothing: BaseHTTPMiddleware cancels what is inside it."""
+    """Pass a request on and return its response unchanged.
+
+    It is used as a middleware because BaseHTTPMiddleware cancels what it wraps.
+    """
     response: Response = await call_next(request)
     return response
 
 
 async def disconnect(url: str, path: str, started: bool) -> None:
-    """Send a request and go away: at once, or when the answer has begun."""
+    """Send a request and disconnect, at once or when the response has started."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n".encode())
@@ -466,7 +478,7 @@ async def disconnect(url: str, path: str, started: bool) -> None:
     if started:
         await reader.read(100)
     else:
-        await asyncio.sleep(0.01)  # nothing tells a client that its query runs
+        await asyncio.sleep(0.01)  # a client cannot find out that its query is running
     writer.transport.abort()
 
 
@@ -485,7 +497,7 @@ nobody_cancels = pytest.mark.slow("2 s: without the middleware, such a request g
 async def test_clients_that_disconnect_leave_nothing(
     kind: Kind, make_engine: MakeEngine, rows: Rows, path: str, middleware: bool
 ) -> None:
-    """Many clients go away in the middle; then nothing is in use or in a transaction."""
+    """After many clients have disconnected early, no connection is in use or in a transaction."""
     rows.make_commits_slow(0.05)
     engine = make_engine(pool_size=5, max_overflow=10)
     app = disconnecting_app(engine, kind, paged=middleware)
@@ -506,6 +518,6 @@ async def test_clients_that_disconnect_leave_nothing(
             error.add_note(f"{pool.status()}; in a transaction: {rows.at_work}")
             raise
         assert served.client.post("/query").status_code == 201
-    # asyncpg leaves futures whose error nobody asks for. Have asyncio log that here, instead of in
-    # a later test that looks at its log.
+    # asyncpg leaves futures whose errors are never retrieved. Make asyncio log them here, instead
+    # of in a later test that checks its log.
     gc.collect()

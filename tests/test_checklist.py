@@ -219,7 +219,7 @@ def test_an_engine_in_autocommit_is_found(kind: Kind, server: Badly) -> None:
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_a_connection_without_tls_is_found(driver: str, server: Badly) -> None:
     """An unencrypted connection to another machine gets a warning."""
-    # 0.0.0.0 leads to this machine, but does not look like it.
+    # 0.0.0.0 leads to this machine, but does not look like a local address.
     url = make_url(url_of(server, driver)).set(host="0.0.0.0")
     assert row(check(create_async_engine(url)), "TLS") == ("warning", "off")
     assert row(check(create_async_engine(url_of(server, driver))), "TLS")[0] == "ok"
@@ -260,7 +260,7 @@ def test_pools_on_one_server_are_added_up(server: Badly) -> None:
 
 
 def test_an_engine_under_two_names_is_asked_twice(server: Badly) -> None:
-    """Two concurrent checks of a new engine get all answers, although only one initializes it."""
+    """Two concurrent checks of a new engine get all answers, although it is initialized once."""
     other_done = asyncio.Event()
     queries: list[object] = []
 
@@ -422,10 +422,7 @@ ANYBODY = "server not verified"
 
 @pytest.mark.pgbouncer
 def test_a_pooler_that_no_url_names_is_not_this_machine(pgbouncer: PgBouncer) -> None:
-    """A pooler that only a creator names is not mistaken for this machine.
-
-    The server behind it shares its machine, but does not know where the application runs.
-    """
+    """A pooler whose address only a creator has is not mistaken for this machine."""
 
     def create() -> Any:
         where = {"host": "127.0.0.1", "port": pgbouncer.port}
@@ -850,7 +847,7 @@ def test_the_command_prints_json(application: Path, capsys: pytest.CaptureFixtur
 def test_what_cannot_be_asked_is_said_in_a_line(
     application: Path, target: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An application that cannot be imported, or has no database, is a one-line error, status 2."""
+    """A failed import, or an application without a database, is a one-line error with status 2."""
     (application / "failing.py").write_text("import os; os.environ['SHOP_DATABASE_URL']")
     (application / "leaving.py").write_text("raise SystemExit")
     (application / "empty.py").write_text("from fastapi import FastAPI; app = FastAPI()")

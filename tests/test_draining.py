@@ -106,7 +106,7 @@ async def test_a_process_that_is_told_to_end_drains_first(processes: Processes, 
     """After SIGTERM a process is not ready but still serves, and a second SIGTERM makes it end.
 
     It finishes its work before it ends. The second signal stands for the end of the drain time,
-    because nobody can know how long the test takes on this machine.
+    because the duration of the test on this machine is unknown.
     """
     process = await processes.start(600)
     url = f"http://127.0.0.1:{process.port}"
@@ -183,7 +183,7 @@ def test_a_negative_time_is_refused() -> None:
 
 
 async def test_it_comes_too_late_once_the_application_runs() -> None:
-    """`drain_on_sigterm` raises an error once the application runs, because it has no effect."""
+    """`drain_on_sigterm` raises an error once the application runs, when it would be too late."""
     app = FastAPI()
     install_database(app, engine=create_engine("sqlite://"))
     async with async_client(app):

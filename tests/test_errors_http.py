@@ -65,7 +65,7 @@ Work = Callable[[Session], Any]
 
 
 def make_app(engine: Engine | AsyncEngine, **handlers: Any) -> FastAPI:
-    """Build an application with one database, and error handlers unless it is `handlers=None`."""
+    """Build an application with one database, and error handlers unless `handlers` is False."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     if handlers.pop("handlers", True):
@@ -74,7 +74,7 @@ def make_app(engine: Engine | AsyncEngine, **handlers: Any) -> FastAPI:
 
 
 def call(app: FastAPI, kind: Kind, body: Work, dependency: Any = None) -> Any:
-    """Run a body in a route of its own."""
+    """Run a body in a new route and return the response."""
     route(app, kind, "/", dependency or transactional(), body)
     with TestClient(app, raise_server_exceptions=False) as client:
         return client.post("/")
@@ -89,7 +89,7 @@ def add_and_flush(session: Session) -> None:
 
 
 def test_a_block_answers_in_the_applications_words(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """What fails inside is an HTTPException with the block's message; the failure is its cause."""
+    """A failure in a block becomes an HTTPException with the block's message and that cause."""
     rows.add("a")
     causes: list[BaseException | None] = []
 
@@ -107,7 +107,7 @@ def test_a_block_answers_in_the_applications_words(kind: Kind, engine: Engine, r
 
 
 def test_a_block_lets_everything_else_through(kind: Kind, engine: Engine) -> None:
-    """An error that is no failure leaves the block as the object it was."""
+    """An error that is no database failure leaves the block as the same, unchanged object."""
     mistake = LookupError()
 
     def body(_session: Session) -> None:
@@ -123,13 +123,13 @@ def test_a_block_lets_everything_else_through(kind: Kind, engine: Engine) -> Non
 
 
 class TakenError(Exception):
-    """Be an error of the application's own."""
+    """An application's own error."""
 
 
 def test_an_error_that_the_application_has_made_of_one_is_its_own(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a block raises `from` a failure reaches the application's handler, unmapped."""
+    """An exception that a block raises `from` a failure reaches the application's own handler."""
     rows.add("a")
 
     def body(session: Session) -> None:
@@ -149,7 +149,10 @@ Handle = Annotated[AsyncDatabase, Depends(get_database_handle())]
 
 
 def test_a_task_group_with_one_failure_is_answered(postgres: WorkerPostgres, rows: Rows) -> None:
-    """One failure in a group is that failure, in a block and app-wide; two stay a group."""
+    """A group with one failure is answered like that failure, in a block and app-wide.
+
+    A group with two errors stays a group.
+    """
     rows.add("a")
     app = make_app(create_async_engine(postgres.url("psycopg")))
 
@@ -178,7 +181,7 @@ def test_a_task_group_with_one_failure_is_answered(postgres: WorkerPostgres, row
 
 
 def test_a_block_can_stand_where_it_is_imported() -> None:
-    """Without a session it keeps no state: one object serves any number of blocks at once."""
+    """`http_errors` without a session keeps no state, so one object serves many blocks at once."""
     block = http_errors(unique="Taken.")
     with block, block:
         pass
@@ -192,7 +195,7 @@ def in_a_savepoint(session: Session, work: Work, **rules: Any) -> None:
 
 
 def test_an_addition_fails_at_the_end_of_its_block(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Nobody has to flush: what a block has added fails there, and not at COMMIT."""
+    """An object that a block adds fails at the block's end, without a flush, and not at COMMIT."""
     rows.add("a")
     reached: list[str] = []
 
@@ -209,7 +212,7 @@ def test_an_addition_fails_at_the_end_of_its_block(kind: Kind, engine: Engine, r
 def test_a_transaction_goes_on_after_a_block_that_failed(
     kind: Kind, engine: Engine, rows: Rows, failing: Work
 ) -> None:
-    """The savepoint takes back what the block did, and the rest of the request is stored."""
+    """The savepoint undoes what a failed block did, and the rest of the request is stored."""
     rows.add("a")
 
     def body(session: Session) -> None:
@@ -226,7 +229,7 @@ def test_a_transaction_goes_on_after_a_block_that_failed(
 def test_a_block_is_not_blamed_for_what_was_added_before(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """What waits for a flush when the block begins fails with the default words."""
+    """Changes that are pending when a block begins fail with the default message."""
     rows.add("a")
 
     def body(session: Session) -> None:
@@ -247,7 +250,7 @@ def of(colour: bool) -> pytest.MarkDecorator:
 
 @of(True)
 def test_a_block_of_an_async_session_is_async(kind: Kind, engine: AsyncEngine, rows: Rows) -> None:
-    """`async with` flushes, maps and goes on, as `with` does for a Session."""
+    """For an AsyncSession, `async with` flushes, maps and goes on, as `with` does for a Session."""
     rows.add("a")
     app = make_app(engine, handlers=False)
 
@@ -275,7 +278,7 @@ def test_a_block_of_an_async_session_is_async(kind: Kind, engine: AsyncEngine, r
 
 @of(True)
 def test_a_block_of_the_other_colour_is_refused(kind: Kind, engine: AsyncEngine) -> None:
-    """Neither `with` an AsyncSession nor `async with` a Session nor anything else begins."""
+    """`with` raises TypeError for an AsyncSession, and so does `http_errors` for other objects."""
     session = AsyncSession(engine)
     with pytest.raises(TypeError, match="context manager"), http_errors(session):  # type: ignore[attr-defined] # what is tested
         pass
@@ -289,7 +292,7 @@ def test_a_block_of_the_other_colour_is_refused(kind: Kind, engine: AsyncEngine)
 
 @pytest.mark.driver_decides
 def test_a_failed_commit_is_answered(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A constraint that waits for COMMIT is answered as if it had failed at once."""
+    """A deferred constraint that fails at COMMIT is answered like an immediate constraint."""
     rows.add("a", position=1)
     response = call(make_app(engine), kind, add("b", position=1))
     assert response.status_code == 409
@@ -300,7 +303,7 @@ def test_a_failed_commit_is_answered(kind: Kind, engine: Engine, rows: Rows) -> 
 def test_a_connection_that_asyncpg_cannot_make_is_a_503(
     kind: Kind, make_engine: MakeEngine
 ) -> None:
-    """Away is away: the driver's bare OSError is answered as the others' errors are."""
+    """A bare OSError of a driver that cannot connect is a 503 like other connection errors."""
     engine = make_engine(connect_args={"host": "127.0.0.1", "port": 1})
     response = call(make_app(engine), kind, lambda session: session.execute(select(items)))
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
@@ -308,7 +311,7 @@ def test_a_connection_that_asyncpg_cannot_make_is_a_503(
 
 @of(True)
 def test_a_failure_in_a_stream_from_the_server_is_answered(kind: Kind, engine: AsyncEngine) -> None:
-    """SQLAlchemy lets asyncpg's errors through while rows are fetched: they are answered too."""
+    """An asyncpg error that SQLAlchemy does not wrap while it fetches rows is answered too."""
     app = make_app(engine)
 
     @app.get("/")
@@ -327,7 +330,7 @@ def test_a_failure_in_a_stream_from_the_server_is_answered(kind: Kind, engine: A
 def test_a_forgotten_commit_is_a_500(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Our own errors are answered and logged too; what to do about it is for the log alone."""
+    """The package's own errors are answered and logged, and only the log says how to fix them."""
     response = call(make_app(engine), kind, add("b"), get_db())
     assert (response.status_code, "get_db" in response.text) == (500, False)
     assert "get_db" in caplog.text
@@ -336,7 +339,7 @@ def test_a_forgotten_commit_is_a_500(
 def test_a_swallowed_failure_is_a_500_and_no_conflict(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """The nearest error counts: not the conflict that the application has ignored."""
+    """A swallowed failure is answered as the nearest error, not as the ignored conflict."""
     rows.add("a")
 
     def body(session: Session) -> None:
@@ -351,7 +354,7 @@ def test_a_swallowed_failure_is_a_500_and_no_conflict(
 def test_an_unknown_outcome_tells_nobody_to_repeat(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, fault: Fault
 ) -> None:
-    """A connection lost during COMMIT is a 500 without Retry-After, stored or not."""
+    """A connection that is lost during COMMIT is a 500 without Retry-After, stored or not."""
     proxy.fault = fault
     response = call(make_app(behind_proxy), kind, add("a"))
     assert (response.status_code, "retry-after" in response.headers) == (500, False)
@@ -390,7 +393,7 @@ def add_over_connection(session: Session) -> None:
 def test_a_refused_commit_may_be_repeated(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Any
 ) -> None:
-    """A COMMIT that the server has refused stored nothing: a failure that passes stays a 503."""
+    """A transient failure that refuses a COMMIT stays a 503, because nothing was stored."""
     rows.connection.execute(REFUSING)
     try:
         response = call(make_app(engine), kind, body, dependency)
@@ -400,7 +403,7 @@ def test_a_refused_commit_may_be_repeated(
     assert rows.names == []
 
 
-# Handlers and blocks ask the same function whether something is stored.
+# Handlers and blocks use the same function to find out whether something is stored.
 @pytest.mark.parametrize(
     ("mapped", "autocommit"),
     [("handlers", False), ("handlers", True), ("block", False)],
@@ -410,7 +413,7 @@ def test_a_refused_commit_may_be_repeated(
 def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, autocommit: bool, failure: str, mapped: str
 ) -> None:
-    """A failure that would pass is a 500 without Retry-After where repeating stores it twice."""
+    """A transient failure is a 500 without Retry-After if a retry would store something twice."""
 
     def fail(session: Session) -> None:
         if failure == "lost":
@@ -447,7 +450,7 @@ def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
 def test_a_handles_failure_after_the_requests_commit_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, grouped: bool
 ) -> None:
-    """What the request has stored is not repeated because a handle's session fails after it."""
+    """A handle's failure after the request's own commit is a 500 without Retry-After."""
     engine = make_engine()
     app = make_app(engine)
 
@@ -477,7 +480,11 @@ def test_a_handles_failure_after_the_requests_commit_tells_nobody_to_repeat(
 async def test_no_place_in_the_gate_after_a_commit_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a dependency has stored, before its request waits for a place again, is not repeated."""
+    """A request that gets no place in the gate after a commit is a 500 without Retry-After.
+
+    A retry would store again what a dependency has stored before its request waits for a place
+    again.
+    """
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
     # Enough for one request at a time that needs two connections.
     app = make_app(make_engine(pool_size=2, max_overflow=0, pool_timeout=0.3))
@@ -515,12 +522,12 @@ async def test_no_place_in_the_gate_after_a_commit_tells_nobody_to_repeat(
     [("INSERT INTO item (name) VALUES ('a') /* COMMIT */", 500), ("SELECT 1 /* COMMIT */", 503)],
     ids=["write", "read"],
 )
-# asyncpg sends the text, by which the proxy knows its moment, before it executes.
+# Not asyncpg, which sends the text that triggers the proxy before it executes the statement.
 @pytest.mark.parametrize("kind", KINDS[::2], indirect=True, ids=lambda kind: kind.id)
 def test_a_lost_answer_in_autocommit_tells_nobody_to_repeat_a_write(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, statement: str, status: int
 ) -> None:
-    """In AUTOCOMMIT a write is stored before its answer is lost: that is no 503, as of a read."""
+    """In AUTOCOMMIT, a lost answer is a 500 for a write, which is stored, and a 503 for a read."""
     autocommit = behind_proxy.execution_options(isolation_level="AUTOCOMMIT")
 
     def body(session: Session) -> None:
@@ -536,7 +543,7 @@ def test_a_lost_answer_in_autocommit_tells_nobody_to_repeat_a_write(
 def test_a_refused_write_in_autocommit_may_be_repeated(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A write that the server has refused is not stored: a failure that passes stays a 503."""
+    """A transient failure of a write in AUTOCOMMIT stays a 503, because nothing was stored."""
 
     def body(session: Session) -> None:
         session.execute(text("SET lock_timeout = 1"))
@@ -553,7 +560,7 @@ def test_a_refused_write_in_autocommit_may_be_repeated(
 def test_a_partial_commit_tells_nobody_to_repeat(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """What is half stored is a 500 without Retry-After, whatever the second COMMIT failed with."""
+    """A partial commit is a 500 without Retry-After, although the second COMMIT had a conflict."""
     second_rows.add("a", position=1)
     app = make_app(make_engine())
     second = make_engine(second=True)
@@ -578,7 +585,7 @@ def test_a_partial_commit_tells_nobody_to_repeat(
 def test_what_is_no_failure_is_raised_again(
     kind: Kind, engine: Engine, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An OSError of the application's, or a bug, still reaches the server as the same object."""
+    """An application's OSError, or a bug, reaches the server as the same object, unlogged."""
 
     def body(_session: Session) -> None:
         raise error
@@ -595,7 +602,7 @@ def test_what_is_no_failure_is_raised_again(
 def test_handlers_of_the_application_stay(
     kind: Kind, engine: Engine, rows: Rows, first: bool
 ) -> None:
-    """A handler for the same class or a more particular one goes first, whenever registered."""
+    """The application's handler for the same or a more specific class wins, whenever added."""
     rows.add("a")
     app = make_app(engine, handlers=False)
 
@@ -632,7 +639,7 @@ def test_handlers_of_the_application_stay(
 def test_failures_look_like_the_applications_other_errors(
     kind: Kind, engine: Engine, rows: Rows, key: Any
 ) -> None:
-    """An application that words its HTTPExceptions itself has failures worded so, too."""
+    """The application's own handler of HTTPExceptions formats database failures as well."""
     rows.add("a")
     app = make_app(engine)
 
@@ -647,7 +654,7 @@ def test_failures_look_like_the_applications_other_errors(
 
 @of(True)
 def test_a_websocket_is_left_alone(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """There is nothing to answer there: the failure goes on as if there were no handlers."""
+    """A failure in a websocket, which has no response, is raised as if there were no handlers."""
     rows.add("a")
     app = make_app(engine)
 
@@ -667,7 +674,7 @@ def test_a_websocket_is_left_alone(kind: Kind, engine: Engine, rows: Rows) -> No
 
 
 def test_handlers_are_installed_once_and_before_the_start(kind: Kind, engine: Engine) -> None:
-    """Too late, or twice, they would silently do nothing."""
+    """Installing the handlers twice or after the start raises an error instead of doing nothing."""
     app = make_app(engine)
     with pytest.raises(RuntimeError, match="once"):
         install_error_handlers(app)
@@ -677,7 +684,7 @@ def test_handlers_are_installed_once_and_before_the_start(kind: Kind, engine: En
 
 
 def test_what_fails_after_the_response_is_nobody_elses(kind: Kind, engine: Engine) -> None:
-    """An OSError of a background task or a stream reaches the server as itself."""
+    """An OSError from a background task or a stream reaches the server unchanged."""
     app = make_app(engine)
 
     @app.get("/task")
@@ -695,7 +702,7 @@ def test_what_fails_after_the_response_is_nobody_elses(kind: Kind, engine: Engin
     with TestClient(app) as client:
         with pytest.raises(FileNotFoundError):
             client.get("/task")
-        # Older versions of Starlette put what fails in a stream in a group.
+        # Older versions of Starlette wrap an error from a stream in a group.
         with pytest.raises((TimeoutError, ExceptionGroup)):
             client.get("/stream")
 
@@ -713,7 +720,7 @@ async def plain(_request: Request) -> Response:
 
 
 def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """One call is for all that are mounted by then, at any depth; handlers that they have stay."""
+    """One call covers applications mounted by then at any depth, except for their own handlers."""
     rows.add("a")
     app = make_app(engine, handlers=False)
     deep = mount(mount(app, kind, "/one"), kind, "/two")
@@ -728,7 +735,7 @@ def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows
         assert client.post("/one/two/").json() == {"detail": "Taken in two."}
         assert client.post("/one/two/three/").json() == "own"
         assert client.get("/plain/").json()["title"] == "Conflict"
-        # Starlette's word for what the mounted application has let through as a 500.
+        # Starlette's error for an exception that was already answered with a 500.
         with pytest.raises(RuntimeError, match="already started"):
             client.post("/late/")
 
@@ -736,7 +743,7 @@ def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows
 def test_a_read_only_server_is_away_if_the_application_says_so(
     kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Writes that a standby refuses are answered as an outage by one option, and pass."""
+    """With one option, writes that a standby refuses are answered and logged as an outage."""
 
     def body(session: Session) -> None:
         session.execute(text("SET TRANSACTION READ ONLY"))
@@ -754,7 +761,10 @@ def test_a_read_only_server_is_away_if_the_application_says_so(
 def test_what_passes_is_one_line_in_the_log(
     kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However often it comes: kind, code, database, answer and route, and no traceback."""
+    """A transient failure is one line in the log, however often it comes, without a traceback.
+
+    The line has its kind, code, database, status and route.
+    """
 
     def body(session: Session) -> None:
         try:
@@ -778,7 +788,7 @@ def test_what_passes_is_one_line_in_the_log(
 def test_the_log_names_the_route_in_full(
     kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With its prefixes, also where a router is included twice, and with the mount it is behind."""
+    """The log names a route with its mount and prefixes, also if a router is included twice."""
 
     def fail(session: Session) -> None:
         session.execute(text("SELECT nothing"))
@@ -814,7 +824,7 @@ def test_what_a_developer_must_see_is_an_error_in_the_log(
     statement: str,
     status: int,
 ) -> None:
-    """A bug has its traceback each time, even if answered otherwise; so has whatever is a 500."""
+    """A bug, whatever its status, and any 500 are logged with a traceback each time."""
     app = make_app(engine, **rules)
     route(app, kind, "/", transactional(), lambda session: session.execute(text(statement)))
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -826,7 +836,7 @@ def test_what_a_developer_must_see_is_an_error_in_the_log(
 def test_repeats_are_told_at_the_end_of_their_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of those that were left out comes once, and then all begins anew."""
+    """The number of suppressed repeats is logged once, and then logging starts anew."""
     due: list[Callable[[], None]] = []
 
     async def main() -> None:
@@ -856,7 +866,7 @@ E_MAIL = ErrorRule("E-mail already registered.", pointer="#/email")
 def test_problem_details_name_the_field_that_the_application_has_named(
     kind: Kind, engine: Engine, rows: Rows, where: str
 ) -> None:
-    """A constraint that is mapped to a field has a pointer, where it is mapped and app-wide."""
+    """A constraint that is mapped to a field has a pointer, in a block and app-wide."""
     rows.add("a")
     constraints = {UNIQUE_NAME: E_MAIL}
 
@@ -878,14 +888,14 @@ def test_problem_details_name_the_field_that_the_application_has_named(
 
 
 def test_problem_details_guess_no_field(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Without the application's word there is no `errors`, even where the columns are known."""
+    """Problem details have no `errors` unless the application names a field, even with metadata."""
     rows.add("a")
     app = make_app(engine, problem_details=True, metadata=Item.metadata)
     assert "errors" not in call(app, kind, add_and_flush).json()
 
 
 def test_other_errors_are_no_problem_details(kind: Kind, engine: Engine) -> None:
-    """An HTTPException that no failure was mapped to stays FastAPI's."""
+    """An HTTPException that does not come from a database failure keeps FastAPI's format."""
 
     def body(_session: Session) -> None:
         raise HTTPException(404, "nowhere")
@@ -902,7 +912,7 @@ class Body(BaseModel):
 
 
 def problems(app: FastAPI) -> FastAPI:
-    """Add routes that refuse a request in FastAPI's ways."""
+    """Add routes that fail in the ways that FastAPI answers."""
 
     @app.post("/invalid")
     def invalid(body: Body, page: int = 1) -> None: ...
@@ -923,7 +933,7 @@ def problems(app: FastAPI) -> FastAPI:
 
 
 def test_every_error_can_be_a_problem() -> None:
-    """The application's other errors have the same format, with what they have said, on request."""
+    """With `every_error`, the application's other errors use this format and keep their texts."""
     app = problems(FastAPI())
     install_error_handlers(app, problem_details=True, every_error=True)
     validate_openapi(app.openapi())
@@ -960,7 +970,7 @@ def test_every_error_can_be_a_problem() -> None:
 def test_an_invalid_request_of_the_application_s_own_is_a_problem(
     errors: list[Any], said: dict[str, str]
 ) -> None:
-    """Whatever the application puts into a RequestValidationError, the answer is a 422."""
+    """A RequestValidationError of the application is answered with a 422, whatever it contains."""
     app = FastAPI()
     install_error_handlers(app, problem_details=True, every_error=True)
 
@@ -974,7 +984,7 @@ def test_an_invalid_request_of_the_application_s_own_is_a_problem(
 
 
 def test_every_error_leaves_handlers_of_the_application() -> None:
-    """Where the application has worded an error itself, nothing is changed."""
+    """`every_error` leaves the application's own handlers alone and requires problem details."""
     app = problems(FastAPI())
     app.add_exception_handler(StarletteHTTPException, lambda *_: JSONResponse("own", 418))
     install_error_handlers(app, problem_details=True, every_error=True)
@@ -987,7 +997,7 @@ def test_every_error_leaves_handlers_of_the_application() -> None:
 def test_a_failure_that_is_mapped_at_a_route_is_logged_once(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Blocks within blocks, and handlers around them, log it where it is mapped."""
+    """A failure is logged once, where it is mapped, although blocks and handlers surround it."""
     rows.add("a")
 
     def body(session: Session) -> None:
@@ -1007,7 +1017,7 @@ def test_a_failure_that_is_mapped_at_a_route_is_logged_once(
 
 @pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
 def test_the_document_with_error_responses_is_valid(problem_details: bool) -> None:
-    """Every status, with its media type, its header and both kinds of 422, is valid OpenAPI."""
+    """`error_responses` documents every status validly, with media types, header and both 422s."""
     app = FastAPI()
 
     @app.post("/", responses=error_responses(problem_details=problem_details))
@@ -1031,7 +1041,10 @@ def test_the_document_with_error_responses_is_valid(problem_details: bool) -> No
 
 @pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
 def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_details: bool) -> None:
-    """Whenever they were added: 503 on all, 409 where something is written; own words stay."""
+    """Routes with a database document a 503 and, if they write, a 409, even if added later.
+
+    Their own descriptions of these statuses are kept.
+    """
     app = FastAPI()
     router = APIRouter(prefix="/in", dependencies=[Depends(get_db())])
     install_error_handlers(app, problem_details=problem_details)
@@ -1069,7 +1082,7 @@ def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_detail
 
 
 def test_error_responses_are_those_asked_for() -> None:
-    """Only the statuses that these kinds have here are documented, replaced rows too."""
+    """`error_responses` documents only the statuses of the given kinds, also of replaced rules."""
     rule = ErrorRule("Later.", 429, retry_after=3)
     found = error_responses(DatabaseErrorKind.CHECK, "unique", deadlock=rule)
     assert list(found) == [409, 422, 429]
@@ -1080,7 +1093,7 @@ def test_error_responses_are_those_asked_for() -> None:
 
 
 def test_every_kind_has_a_rule_and_a_keyword() -> None:
-    """No kind can be forgotten in the table or in the signature."""
+    """Every kind has a rule in the table and a keyword in the signature."""
     for kind in DatabaseErrorKind:
         assert len(error_responses(kind)) == 1
     assert set(ErrorRules.__annotations__) == set(DatabaseErrorKind)
@@ -1089,7 +1102,7 @@ def test_every_kind_has_a_rule_and_a_keyword() -> None:
 def test_a_handler_of_the_application_s_that_may_wait_gets_a_thread(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A `def` handler for HTTPException runs where Starlette would run it."""
+    """A `def` handler for HTTPException runs in a thread, as it does in Starlette."""
     rows.add("a")
     app = make_app(engine)
     threads: list[int] = []
@@ -1105,7 +1118,7 @@ def test_a_handler_of_the_application_s_that_may_wait_gets_a_thread(
 
 
 def test_only_routes_with_a_database_document_its_failures(engine: Engine) -> None:
-    """A deadline, or a document of the application's own, changes nothing."""
+    """A route with only a deadline, and the application's own OpenAPI document, stay unchanged."""
     app = make_app(engine)
     app.router.dependencies.append(Depends(deadline(30)))
 

@@ -1,4 +1,4 @@
-"""`run_in_transaction`: what is repeated, how often, and what never is."""
+"""`run_in_transaction`: what is retried, how often, and what is never retried."""
 
 import asyncio
 import functools
@@ -39,7 +39,7 @@ Work = Callable[[Session], Any]
 
 
 def run(engine: Engine | AsyncEngine, work: Work, **options: Any) -> Any:
-    """Run plain work through the handle of either colour."""
+    """Run work that takes a `Session` through a handle of the engine's colour."""
     if isinstance(engine, Engine):
         with disposing(engine):
             return Database(engine).run_in_transaction(work, **options)
@@ -58,12 +58,12 @@ def run(engine: Engine | AsyncEngine, work: Work, **options: Any) -> Any:
 
 
 def fail_with(sqlstate: str) -> str:
-    """Make a statement that the server answers with this code."""
+    """Return a statement that fails with this SQLSTATE."""
     return f"DO $$ BEGIN RAISE SQLSTATE '{sqlstate}'; END $$"
 
 
 class Failing:
-    """Add a row, and fail with a server's code the first so many times."""
+    """Work that adds a row and fails with a server's code the first `times` times."""
 
     def __init__(self, sqlstate: str, times: int) -> None:
         self.sqlstate = sqlstate
@@ -84,7 +84,7 @@ class Failing:
 def test_work_is_repeated_until_it_succeeds(
     kind: Kind, engine: Engine, rows: Rows, sqlstate: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each attempt has a fresh session, only the last one's work is stored and returned."""
+    """Each attempt has a new session, and only the last attempt's work is stored and returned."""
     work = Failing(sqlstate, times=2)
     with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
         assert run(engine, work) == "after 3"
@@ -101,7 +101,7 @@ def test_work_is_repeated_until_it_succeeds(
 def test_the_last_error_is_kept(
     kind: Kind, engine: Engine, rows: Rows, options: dict[str, Any], made: int
 ) -> None:
-    """When no attempt is left the last failure is raised as it is, and nothing is stored."""
+    """When no attempt is left, the last failure is raised unchanged and nothing is stored."""
     work = Failing("40001", times=9)
     with pytest.raises(DBAPIError) as raised:
         run(engine, work, **options)
@@ -116,7 +116,7 @@ def test_the_last_error_is_kept(
     "sqlstate", ["23505", "55P03", "57014", "53300", "08007", "40003", "25P02", "P0001", "22012"]
 )
 def test_nothing_else_is_repeated(kind: Kind, engine: Engine, rows: Rows, sqlstate: str) -> None:
-    """A conflict, overload, a bug or an unknown outcome ends it at the first attempt."""
+    """A conflict, an overload, a bug or an unknown outcome ends the work at the first attempt."""
     work = Failing(sqlstate, times=9)
     with pytest.raises(DBAPIError):
         run(engine, work)
@@ -124,7 +124,7 @@ def test_nothing_else_is_repeated(kind: Kind, engine: Engine, rows: Rows, sqlsta
 
 
 def test_an_exhausted_pool_is_not_tried_again(kind: Kind, make_engine: MakeEngine) -> None:
-    """A task that waits for a connection in vain makes room, and does not wait again."""
+    """Work that waits for a connection in vain is not retried, which leaves room for other work."""
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
     calls = 0
 
@@ -156,7 +156,7 @@ def lose_and_go_on(session: Session, rows: Rows) -> None:
 
 
 def idle(session: Session, rows: Rows) -> None:
-    """Have the server end the transaction before the driver looks again."""
+    """Make the server end the connection before the driver uses it again."""
     session.execute(text("SET idle_in_transaction_session_timeout = 1"))
     wait_until(lambda: rows.backends() == 0)
 
@@ -166,7 +166,7 @@ def idle(session: Session, rows: Rows) -> None:
 def test_a_connection_lost_before_commit_is_replaced(
     kind: Kind, engine: Engine, rows: Rows, end: Callable[[Session, Rows], None]
 ) -> None:
-    """Nothing can have been stored, so the work runs again on another connection."""
+    """Work that loses its connection before COMMIT, and stored nothing, runs again on another."""
     calls = 0
 
     def work(session: Session) -> None:
@@ -186,7 +186,7 @@ def test_a_connection_lost_before_commit_is_replaced(
 def test_what_a_connection_commits_is_not_repeated(
     kind: Kind, engine: Engine, rows: Rows, writes: bool
 ) -> None:
-    """Work that commits on the session's connection is repeated only if that has stored nothing."""
+    """Work that commits on the session's connection is retried only if that stored nothing."""
     calls = 0
 
     def work(session: Session) -> None:
@@ -207,7 +207,7 @@ def test_what_a_connection_commits_is_not_repeated(
 def test_a_commit_that_asyncpg_does_not_send_is_repeated(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Over a connection that it knows to be closed it sends no COMMIT, so nothing is stored."""
+    """Work is retried if asyncpg does not send its COMMIT because the connection is closed."""
     lost: list[object] = []
 
     def lose_once(connection: Connection) -> None:
@@ -225,7 +225,7 @@ def test_a_commit_that_asyncpg_does_not_send_is_repeated(
 
 
 class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
-    """Be a connection that has read the first part of what ends it, when a statement comes."""
+    """A connection that has read only the first part of what ends it when a statement comes."""
 
     async def prepare(self, query: str, *args: Any, **options: Any) -> Any:
         if query == "SELECT 'lost'":
@@ -239,7 +239,7 @@ class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no type
 def test_a_connection_that_asyncpg_finds_half_ended_is_replaced(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """What asyncpg cannot send, because the server is ending the connection, runs on another."""
+    """A statement that asyncpg cannot send while the server ends the connection runs on another."""
     pids: list[int] = []
 
     def work(session: Session) -> None:
@@ -258,7 +258,7 @@ def test_a_connection_that_asyncpg_finds_half_ended_is_replaced(
 def test_an_unknown_outcome_is_never_repeated(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, fault: Fault
 ) -> None:
-    """A connection lost during COMMIT may have stored the work: it runs once."""
+    """Work that may be stored, because its connection was lost during COMMIT, is not retried."""
     calls = 0
 
     def work(session: Session) -> None:
@@ -274,7 +274,7 @@ def test_an_unknown_outcome_is_never_repeated(
 
 
 def test_a_cause_that_may_pass_is_enough(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Work that turns its failures into other errors is repeated for what caused them."""
+    """Work that raises another error because of a transient failure is retried."""
     work = Failing("40001", times=1)
 
     def mapping(session: Session) -> str:
@@ -285,7 +285,7 @@ def test_a_cause_that_may_pass_is_enough(kind: Kind, engine: Engine, rows: Rows)
 
 
 def test_options_apply_to_every_attempt(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """The second attempt has the isolation level and the read-only of the first."""
+    """The second attempt has the isolation level and the read-only mode of the first."""
     seen: list[tuple[str, str]] = []
 
     def work(session: Session) -> None:
@@ -301,7 +301,7 @@ def test_options_apply_to_every_attempt(kind: Kind, engine: Engine, rows: Rows) 
 def test_pauses_grow_up_to_a_limit_and_jitter(
     monkeypatch: pytest.MonkeyPatch, postgres: WorkerPostgres, rows: Rows
 ) -> None:
-    """A pause is any part of a limit that doubles, and never more than two seconds."""
+    """A pause is a random part of a limit that doubles up to two seconds."""
     limits: list[float] = []
     slept: list[float] = []
 
@@ -322,9 +322,9 @@ def test_pauses_grow_up_to_a_limit_and_jitter(
 def test_no_attempt_is_begun_after_the_deadline(
     kind: Kind, engine: Engine, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pause that would end too late is not begun either: the failure is raised at once."""
+    """A pause that would end after the deadline is not started, and the failure is raised."""
     monkeypatch.setattr(random, "uniform", lambda _low, high: high)
-    stopped = SimpleNamespace(monotonic=lambda: 0.0)  # the pauses are all that counts
+    stopped = SimpleNamespace(monotonic=lambda: 0.0)  # so that only the pauses count
     monkeypatch.setattr(_retries, "time", stopped)
     work = Failing("40001", times=9)
     with pytest.raises(DBAPIError):
@@ -335,7 +335,7 @@ def test_no_attempt_is_begun_after_the_deadline(
 def test_a_cancelled_pause_ends_the_work(
     postgres: WorkerPostgres, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task that is cancelled between two attempts makes no second one."""
+    """A task that is cancelled during the pause makes no second attempt."""
     monkeypatch.setattr(random, "uniform", lambda _low, high: high)
     work = Failing("40001", times=9)
 
@@ -370,7 +370,7 @@ def test_a_cancelled_pause_ends_the_work(
 def test_bad_options_are_refused_before_the_work(
     kind: Kind, engine: Engine, options: dict[str, Any], error: type[Exception]
 ) -> None:
-    """A wrong option is named at the call, and nothing runs."""
+    """An invalid option raises an error that names its value, and the work does not run."""
     work = Failing("40001", times=0)
     with pytest.raises(error, match=str(next(iter(options.values())))):
         run(engine, work, **options)
@@ -378,7 +378,10 @@ def test_bad_options_are_refused_before_the_work(
 
 
 def test_a_synchronous_handle_refuses_a_coroutine(postgres: WorkerPostgres) -> None:
-    """An `async def` would do nothing and be committed: the error says what to write."""
+    """A sync handle raises TypeError for an `async def`, and the error names AsyncDatabase.
+
+    The `async def` would do nothing and be committed.
+    """
     engine = create_engine(postgres.url("psycopg"))
 
     async def work(session: Session) -> None:
@@ -391,7 +394,10 @@ def test_a_synchronous_handle_refuses_a_coroutine(postgres: WorkerPostgres) -> N
 
 @pytest.mark.anyio
 async def test_an_asynchronous_handle_refuses_a_def(postgres: WorkerPostgres) -> None:
-    """A `def` cannot wait for an AsyncSession: the error says what to write."""
+    """An async handle raises TypeError for a `def`, and the error says that it needs `async def`.
+
+    A `def` cannot await an AsyncSession.
+    """
     engine = create_async_engine(postgres.url("psycopg"))
 
     def work(session: AsyncSession) -> None:
@@ -412,7 +418,7 @@ WRITERS = 20
 
 
 def take_if_two_are_left(number: int) -> Work:
-    """Make work that is right alone: it leaves one of the items, whoever else takes one."""
+    """Return work that takes an item if two are left, and so always leaves an item if run alone."""
 
     def work(session: Session) -> bool:
         left = session.scalars(select(Item.name).where(Item.position > 0)).all()
@@ -425,7 +431,7 @@ def take_if_two_are_left(number: int) -> Work:
 
 
 def run_all(engine: Engine | AsyncEngine, works: list[Work], **options: Any) -> list[Any]:
-    """Run all at once: tasks on one event loop, or threads."""
+    """Run all works at once, as tasks on one event loop or in threads."""
     if isinstance(engine, Engine):
         database = Database(engine)
         with disposing(engine), ThreadPoolExecutor(len(works)) as threads:
@@ -449,7 +455,7 @@ def run_all(engine: Engine | AsyncEngine, works: list[Work], **options: Any) -> 
 def test_write_skew_ends_right(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Twenty that each leave one item behind do leave one, and every one of them succeeds."""
+    """Twenty concurrent works that may not take the last item leave it, and all of them succeed."""
     for number in range(WRITERS):
         rows.add(f"item-{number}", number + 1)
     engine = make_engine(pool_size=WRITERS)
@@ -465,7 +471,7 @@ def test_write_skew_ends_right(
 
 
 class Crossing:
-    """Change two rows, each of two works in an order of its own, so that they meet in between."""
+    """Two works that change the same two rows in opposite order, so that they collide."""
 
     def __init__(self) -> None:
         self.halfway = {"a": Future[None](), "b": Future[None]()}
@@ -477,7 +483,7 @@ class Crossing:
             session.execute(text(f"UPDATE crossing SET n = n + 1 WHERE name = '{first}'"))
             if not self.halfway[first].done():
                 self.halfway[first].set_result(None)
-            # By then each has its row, and waits for the other's.
+            # Wait until each work has its first row and needs the other's.
             if session.get_bind().dialect.is_async:
                 await_only(asyncio.wrap_future(self.halfway[second]))
             else:
@@ -502,7 +508,7 @@ def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: En
         for statement in CROSSING:
             connection.execute(text(statement))
     run_all(engine, crossing.works(), attempts=20)
-    assert crossing.attempts >= 3  # they meet again where the one that is to go on wakes up late
+    assert crossing.attempts >= 3  # more if the survivor wakes up late and they collide again
     with outside.connect() as connection:
         assert connection.execute(text("SELECT n FROM crossing")).scalars().all() == [2, 2]
     outside.dispose()
@@ -512,7 +518,7 @@ def check_crossing(engine: Engine | AsyncEngine, crossing: Crossing, outside: En
 def test_a_deadlock_ends_right(
     kind: Kind, make_engine: MakeEngine, postgres: WorkerPostgres
 ) -> None:
-    """Two that lock the same rows the other way round both succeed, one when it is repeated."""
+    """Two works that lock the same rows in opposite order both succeed, one of them on a retry."""
     outside = create_engine(postgres.url("psycopg"))
     check_crossing(make_engine(), Crossing(), outside)
 
@@ -520,7 +526,7 @@ def test_a_deadlock_ends_right(
 @pytest.mark.mariadb
 @pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
 def test_a_deadlock_on_mariadb_ends_right(mariadb: str, driver: str) -> None:
-    """The same on MariaDB, whose code is another."""
+    """On MariaDB, which has another error code for it, two works in a deadlock both succeed."""
     admin = make_url(mariadb).set(drivername="mysql+pymysql")
     server = create_engine(admin)
     with server.begin() as connection:
@@ -535,7 +541,10 @@ def test_a_deadlock_on_mariadb_ends_right(mariadb: str, driver: str) -> None:
 @pytest.mark.mariadb
 @pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
 def test_an_unknown_second_phase_is_never_repeated(mariadb: str, driver: str) -> None:
-    """A connection lost in MariaDB's second phase, which is a statement, may have stored it."""
+    """Work whose connection is lost in MariaDB's second phase, and may be stored, is not retried.
+
+    The second phase is a statement there.
+    """
     url = make_url(mariadb).set(drivername="mysql+pymysql", database=f"sqlnative_phases_{driver}")
     server = create_engine(url.set(database=""))
     with server.begin() as connection:

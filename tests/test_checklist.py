@@ -260,7 +260,7 @@ def test_pools_on_one_server_are_added_up(server: Badly) -> None:
 
 
 def test_an_engine_under_two_names_is_asked_twice(server: Badly) -> None:
-    """Two concurrent checks of a new engine get all answers, although it is initialized once."""
+    """Two checks of a new engine get all answers, although only one initializes the dialect."""
     other_done = asyncio.Event()
     queries: list[object] = []
 

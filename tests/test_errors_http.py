@@ -129,7 +129,7 @@ class TakenError(Exception):
 def test_an_error_that_the_application_has_made_of_one_is_its_own(
     kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An exception that a block raises `from` a failure reaches the application's own handler."""
+    """A block's exception raised `from` a failure reaches the application's handler unmapped."""
     rows.add("a")
 
     def body(session: Session) -> None:
@@ -482,7 +482,7 @@ async def test_no_place_in_the_gate_after_a_commit_tells_nobody_to_repeat(
 ) -> None:
     """A request that gets no place in the gate after a commit is a 500 without Retry-After.
 
-    A retry would store again what a dependency has stored before its request waits for a place
+    A client must not repeat what a dependency has stored before its request waits for a place
     again.
     """
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
@@ -720,7 +720,7 @@ async def plain(_request: Request) -> Response:
 
 
 def test_mounted_applications_are_covered(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """One call covers applications mounted by then at any depth, except for their own handlers."""
+    """One call covers the applications mounted by then at any depth, and keeps their handlers."""
     rows.add("a")
     app = make_app(engine, handlers=False)
     deep = mount(mount(app, kind, "/one"), kind, "/two")
@@ -836,7 +836,7 @@ def test_what_a_developer_must_see_is_an_error_in_the_log(
 def test_repeats_are_told_at_the_end_of_their_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of suppressed repeats is logged once, and then logging starts anew."""
+    """The number of suppressed repeats is logged once, at the end of the time for repeats."""
     due: list[Callable[[], None]] = []
 
     async def main() -> None:
@@ -912,7 +912,7 @@ class Body(BaseModel):
 
 
 def problems(app: FastAPI) -> FastAPI:
-    """Add routes that fail in the ways that FastAPI answers."""
+    """Add routes that fail with FastAPI's own kinds of error."""
 
     @app.post("/invalid")
     def invalid(body: Body, page: int = 1) -> None: ...
@@ -1017,7 +1017,7 @@ def test_a_failure_that_is_mapped_at_a_route_is_logged_once(
 
 @pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
 def test_the_document_with_error_responses_is_valid(problem_details: bool) -> None:
-    """`error_responses` documents every status validly, with media types, header and both 422s."""
+    """With `error_responses`, every status, media type, header and kind of 422 is valid OpenAPI."""
     app = FastAPI()
 
     @app.post("/", responses=error_responses(problem_details=problem_details))

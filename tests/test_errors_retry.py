@@ -166,7 +166,7 @@ def idle(session: Session, rows: Rows) -> None:
 def test_a_connection_lost_before_commit_is_replaced(
     kind: Kind, engine: Engine, rows: Rows, end: Callable[[Session, Rows], None]
 ) -> None:
-    """Work that loses its connection before COMMIT, and stored nothing, runs again on another."""
+    """Work that loses its connection before COMMIT has stored nothing and runs again on another."""
     calls = 0
 
     def work(session: Session) -> None:
@@ -225,7 +225,7 @@ def test_a_commit_that_asyncpg_does_not_send_is_repeated(
 
 
 class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
-    """A connection that has read only the first part of what ends it when a statement comes."""
+    """A connection that fails like one that has read only the first part of what ends it."""
 
     async def prepare(self, query: str, *args: Any, **options: Any) -> Any:
         if query == "SELECT 'lost'":
@@ -239,7 +239,7 @@ class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no type
 def test_a_connection_that_asyncpg_finds_half_ended_is_replaced(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A statement that asyncpg cannot send while the server ends the connection runs on another."""
+    """Work that asyncpg cannot send, because the server is ending the connection, runs again."""
     pids: list[int] = []
 
     def work(session: Session) -> None:
@@ -455,7 +455,7 @@ def run_all(engine: Engine | AsyncEngine, works: list[Work], **options: Any) -> 
 def test_write_skew_ends_right(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Twenty concurrent works that may not take the last item leave it, and all of them succeed."""
+    """Twenty concurrent works that must leave one item leave exactly one, and all succeed."""
     for number in range(WRITERS):
         rows.add(f"item-{number}", number + 1)
     engine = make_engine(pool_size=WRITERS)
@@ -526,7 +526,7 @@ def test_a_deadlock_ends_right(
 @pytest.mark.mariadb
 @pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
 def test_a_deadlock_on_mariadb_ends_right(mariadb: str, driver: str) -> None:
-    """On MariaDB, which has another error code for it, two works in a deadlock both succeed."""
+    """On MariaDB, whose deadlocks have another error code, both works succeed as well."""
     admin = make_url(mariadb).set(drivername="mysql+pymysql")
     server = create_engine(admin)
     with server.begin() as connection:

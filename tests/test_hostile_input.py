@@ -1,4 +1,4 @@
-"""What nobody means to send, give or write: requests, names, options and constraints."""
+"""Hostile input: generated requests, names, options and constraint names."""
 
 import math
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ shortly = settings(
 
 @pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
 def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterator[FastAPI]:
-    """Build the showcase on two databases, and leave nothing in them."""
+    """Yield the showcase on two databases, and drop its tables at the end."""
     first, second = (make_url(each.url(request.param)) for each in (postgres, postgres.second))
     yield create_app(Settings(first, second))
     for base, url in (Base, first), (AnalyticsBase, second):
@@ -56,12 +56,12 @@ def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterat
 def test_the_showcase_has_an_answer_to_any_request(
     showcase: FastAPI, pytestconfig: pytest.Config
 ) -> None:
-    """Whatever fits its OpenAPI document, or just not, is answered as that says, never by a 500."""
-    import schemathesis  # a third of a second, which the other workers need not spend
+    """Requests that fit the OpenAPI document, or do not, are answered as it says, without a 5xx."""
+    import schemathesis  # takes a third of a second, which other workers save
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import response_schema_conformance
 
-    # Each is a request of several milliseconds.
+    # Each example is a request that takes several milliseconds.
     examples = 50 if pytestconfig.option.drivers == "all" else 8
     schema = schemathesis.openapi.from_dict(showcase.openapi())
     with serve(showcase) as served:
@@ -84,7 +84,7 @@ def test_the_showcase_has_an_answer_to_any_request(
 
 # --- names and options --------------------------------------------------------------------------
 
-# What Hypothesis knows without encoding every character, which takes a second.
+# An alphabet that Hypothesis knows without encoding every character, which takes a second.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 ANYTHING = st.one_of(
     st.none(),
@@ -100,7 +100,7 @@ ANYTHING = st.one_of(
 @shortly
 @given(TEXT)
 def test_any_text_is_a_name(name: str) -> None:
-    """However it is spelt, a name is one database and one dependency; a blank one is `default`."""
+    """Any text names one database and one dependency, and a blank name is `default`."""
     app = FastAPI()
     engine = create_engine("sqlite://")
     install_database(app, name=name, engine=engine, shutdown=engine.dispose)
@@ -113,7 +113,7 @@ def test_any_text_is_a_name(name: str) -> None:
 @shortly
 @given(ANYTHING)
 def test_a_time_is_one_or_is_refused_at_once(seconds: Any) -> None:
-    """No value is taken for a time and found not to be one when it is waited for."""
+    """A value that is no valid time raises an error at once, and not when the time is used."""
     is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     is_time = is_number and 0 < seconds < math.inf
     engine = create_engine("sqlite://")
@@ -134,7 +134,7 @@ def test_a_time_is_one_or_is_refused_at_once(seconds: Any) -> None:
 def test_a_rule_can_be_answered_or_is_refused_at_once(
     detail: Any, status: Any, retry_after: Any, pointer: Any
 ) -> None:
-    """A rule that was made makes an answer."""
+    """Every `ErrorRule` that can be created can also be answered."""
     try:
         rule = ErrorRule(detail, status, retry_after, pointer)
     except (TypeError, ValueError):
@@ -146,7 +146,7 @@ def test_a_rule_can_be_answered_or_is_refused_at_once(
 @shortly
 @given(ANYTHING)
 def test_an_isolation_level_is_one_or_is_refused_at_once(level: Any) -> None:
-    """No text of a stranger's gets to the server as an isolation level."""
+    """A value that is no isolation level raises an error, so that it never reaches the server."""
     if level is None:
         transactional(isolation_level=level)
         return
@@ -156,7 +156,7 @@ def test_an_isolation_level_is_one_or_is_refused_at_once(level: Any) -> None:
 
 # --- constraints --------------------------------------------------------------------------------
 
-# What PostgreSQL takes for a name; 63 bytes of it.
+# Names that PostgreSQL accepts, of at most 63 bytes.
 CONSTRAINT_NAMES = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=15
 ).filter(str.strip)
@@ -164,7 +164,7 @@ CONSTRAINT_NAMES = st.text(
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_a_constraint_is_found_whatever_its_name(postgres: WorkerPostgres, driver: str) -> None:
-    """Quotes, dots, percent signs, line ends: the name is the server's, and its rule is found."""
+    """A constraint's rule is found even if its name has quotes, dots, percent signs or newlines."""
     engine = create_engine(postgres.url(driver))
 
     @shortly
@@ -172,7 +172,7 @@ def test_a_constraint_is_found_whatever_its_name(postgres: WorkerPostgres, drive
     def violate(name: str, value: str) -> None:
         define = sql.SQL("CREATE TEMPORARY TABLE odd (v text, CONSTRAINT {} CHECK (v IS NULL))")
         with engine.connect() as connection:
-            # Not through SQLAlchemy: there a percent sign would want a parameter.
+            # Not through SQLAlchemy, where a percent sign would stand for a parameter.
             cursor = connection.connection.cursor()
             cursor.execute(define.format(sql.Identifier(name)).as_string())
             with pytest.raises(IntegrityError) as raised:

@@ -1,4 +1,4 @@
-"""What a release promises, as far as it shows before one is made; the rest is `release-check`."""
+"""The parts of a release that can be tested before it is built. `release-check` tests the rest."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_release_notes_are_the_changelogs() -> None:
-    """The notes of a version are its section of the changelog; without one there is no release."""
+    """A version's release notes are its section of the changelog, and fail without a section."""
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     headings = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", changelog, re.MULTILINE)
     assert len(headings) == changelog.count("\n## ")
@@ -41,7 +41,7 @@ def test_release_notes_are_the_changelogs() -> None:
 
 
 def test_links_of_the_readme_become_absolute() -> None:
-    """What PyPI shows leads to the files of this release's tag."""
+    """In the README on PyPI, links to files lead to this release's tag."""
     (rule,) = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]
     replacement = re.sub(r"\$HFPR_VERSION", "1.2.3", rule["replacement"])
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -52,7 +52,7 @@ def test_links_of_the_readme_become_absolute() -> None:
 
 
 def test_supported_pythons_are_said_and_tried() -> None:
-    """Each minor version of Python that is named is one that CI runs the tests on."""
+    """CI runs the tests on every minor version of Python that the classifiers name."""
     said = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["project"]["classifiers"]))
     jobs = read(GITHUB / "workflows" / "ci.yml")["jobs"]
     (first,) = (
@@ -66,7 +66,7 @@ def test_supported_pythons_are_said_and_tried() -> None:
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_run_what_there_is(workflow: Path) -> None:
-    """A workflow calls targets of the Makefile, may do no more than it must, and has no secret."""
+    """A workflow runs targets of the Makefile, with read-only permissions and no secrets."""
     content, loaded = workflow.read_text("utf-8"), read(workflow)
     runs = [
         step["run"] for job in loaded["jobs"].values() for step in job["steps"] if "run" in step
@@ -87,18 +87,18 @@ def test_workflows_run_what_there_is(workflow: Path) -> None:
 
 
 def test_a_release_is_published_without_a_token() -> None:
-    """PyPI trusts the workflow itself, and what is built is attested where it was built."""
+    """PyPI trusts the workflow itself, and the packages are attested where they are built."""
     jobs = read(GITHUB / "workflows" / "release.yml")["jobs"]
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     assert jobs["publish"]["environment"] == "pypi"
     assert jobs["publish"]["needs"] == "build"
     assert jobs["build"]["permissions"]["attestations"] == "write"
-    assert not [step for step in jobs["publish"]["steps"] if "run" in step]  # nothing of ours
+    assert not [step for step in jobs["publish"]["steps"] if "run" in step]  # no commands of ours
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
 def test_issue_forms_are_forms(form: Path) -> None:
-    """A form asks for something, and nothing is asked under the same name twice."""
+    """An issue form requires an answer, and its fields have labels and unique names."""
     loaded = read(form)
     if form.stem == "config":
         assert loaded["contact_links"]

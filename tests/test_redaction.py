@@ -1,4 +1,4 @@
-"""A database's password is in no message, no log record and no repr, however it was given."""
+"""The password of a database appears in no message, log record or repr, however it was given."""
 
 import asyncio
 import functools
@@ -46,13 +46,13 @@ from tests.serving import Item, Kind, Rows, route
 pytestmark = pytest.mark.anyio
 
 CANARY = "canary7h3n"
-NOBODY = 1  # a port that no server of ours has
+NOBODY = 1  # a port on which no server listens
 ROOT = Path(__file__).parents[1]
 MIGRATIONS = ROOT / "migrations_example" / "alembic.ini"
 
 
 class Heard(logging.Handler):
-    """Collect every log record as a handler would print it, and whatever else is shown."""
+    """A handler that collects all log records as they are printed, and other output."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -68,13 +68,13 @@ class Heard(logging.Handler):
         self.texts.append(repr(error))
 
     def answered(self, response: httpx.Response) -> None:
-        """Add what a client reads."""
+        """Add a response as a client sees it."""
         self.texts.append(f"{response.status_code} {dict(response.headers)} {response.text}")
 
 
 @pytest.fixture
 def heard() -> Iterator[Heard]:
-    """Listen to every logger, and in the end find the password nowhere."""
+    """Yield a handler of all loggers, and assert at the end that it found no password."""
     handler = Heard()
     root = logging.getLogger()
     level = root.level
@@ -92,7 +92,10 @@ Build = Callable[..., Engine | AsyncEngine]
 
 @pytest.fixture
 def build(kind: Kind, postgres: WorkerPostgres) -> Build:
-    """Build engines with the password wherever it can be given; the tests' server wants none."""
+    """Return a function that builds engines with the password wherever it can be given.
+
+    The server of the tests needs no password.
+    """
 
     def make(port: int | None = None, **options: Any) -> Engine | AsyncEngine:
         url = make_url(postgres.url(kind.driver))
@@ -117,7 +120,7 @@ def application(kind: Kind, engine: Engine | AsyncEngine, **options: Any) -> Fas
 
 
 async def test_what_is_printed_of_a_database(build: Build, kind: Kind, heard: Heard) -> None:
-    """A handle, its pool and an application's installations can be printed; a driver is named."""
+    """A printed handle, pool status or installation shows no password, and a handle its driver."""
     app = application(kind, build())
     async with running(app):
         database = installed_databases(app)["default"]
@@ -130,7 +133,7 @@ async def test_what_is_printed_of_a_database(build: Build, kind: Kind, heard: He
 async def test_a_database_that_is_away(
     build: Build, kind: Kind, heard: Heard, problem_details: bool
 ) -> None:
-    """A failed request, readiness and a ping say nothing of the address that they failed at."""
+    """A failed request, readiness check or ping shows no password."""
     app = application(kind, build(NOBODY))
     app.include_router(health_router(checks={"migrations": alembic_check(MIGRATIONS)}))
     install_error_handlers(app, problem_details=problem_details)
@@ -151,7 +154,7 @@ async def ping(database: Database | AsyncDatabase) -> None:
 
 
 async def test_an_unanswered_failure(build: Build, kind: Kind, heard: Heard) -> None:
-    """What the server logs of a request that nobody answers is without the address."""
+    """The server's log of an unhandled failure shows no password."""
     app = application(kind, build(NOBODY))
     async with running(app) as client:
         with pytest.raises(Exception) as raised:  # noqa: PT011 # the driver's own
@@ -160,14 +163,14 @@ async def test_an_unanswered_failure(build: Build, kind: Kind, heard: Heard) -> 
 
 
 async def test_a_start_that_fails(build: Build, kind: Kind, heard: Heard) -> None:
-    """A start that waits in vain raises and logs, and names the database only."""
+    """A start that waits in vain names the database in its error, and shows no password."""
     with pytest.raises(Exception, match="Database 'default' did not answer") as raised:
         await start_and_stop(application(kind, build(NOBODY), startup_wait=0.2))
     heard.raised(raised.value)
 
 
 async def test_a_shutdown_that_fails(build: Build, kind: Kind, heard: Heard) -> None:
-    """A hook that fails, over a connection that is still in use, is told by the database's name."""
+    """A failing shutdown hook and a connection still in use are reported without a password."""
 
     async def fail() -> None:
         raise OSError("the hook has failed")
@@ -192,7 +195,7 @@ async def test_a_shutdown_that_fails(build: Build, kind: Kind, heard: Heard) -> 
 async def test_a_commit_whose_answer_is_lost(
     build: Build, kind: Kind, heard: Heard, proxy: Proxy, rows: Rows
 ) -> None:
-    """An unknown outcome is told without saying where."""
+    """An unknown outcome of a COMMIT is reported without a password."""
     proxy.fault = Fault.ANSWER_LOST
     async with running(application(kind, build(proxy.own_port))) as client:
         with pytest.raises(CommitOutcomeUnknownError) as raised:
@@ -202,7 +205,7 @@ async def test_a_commit_whose_answer_is_lost(
 
 
 async def test_metrics(build: Build, kind: Kind, heard: Heard, rows: Rows) -> None:
-    """The metrics of a pool have its database's name, and no address."""
+    """The metrics of a pool have the name of its database, and no password."""
     app = application(kind, build())
     reader = InMemoryMetricReader()
     instrument_pools(app, meter_provider=MeterProvider([reader]))
@@ -215,7 +218,7 @@ async def test_metrics(build: Build, kind: Kind, heard: Heard, rows: Rows) -> No
 
 
 async def test_the_toolkit(build: Build, kind: Kind, heard: Heard, rows: Rows) -> None:
-    """Clones, overrides and captures work on such a database, and do not print it."""
+    """Clones, overrides and captures work on a database with a password and do not show it."""
     app = application(kind, build())
     with Templates(lambda _engine: None) as templates, cloned(app, templates=templates):
         async with running(app):
@@ -234,7 +237,7 @@ async def test_the_toolkit(build: Build, kind: Kind, heard: Heard, rows: Rows) -
     assert rows.names == ["x"]
 
 
-# A password in the query is one that SQLAlchemy prints.
+# In the query as well, because SQLAlchemy prints such a password.
 ADDRESS = f"postgresql+psycopg://ada:{CANARY}@127.0.0.1:{NOBODY}/shop?password={CANARY}"
 
 
@@ -246,7 +249,7 @@ def check_with(app: FastAPI, settings: object, url: str = ADDRESS) -> bool:
     raise NotImplementedError
 
 
-# The mistakes are those that a type checker would find.
+# Untyped, because a type checker would find these mistakes.
 install: Any = install_database
 sync: Any = Database
 asynchronous: Any = AsyncDatabase
@@ -279,14 +282,14 @@ block: Any = http_errors
     ],
 )
 def test_mistakes(mistake: Callable[[], object], heard: Heard) -> None:
-    """An argument that is refused is named by its type, or by its parameters without defaults."""
+    """The TypeError for a wrong argument shows neither its value nor its parameters' defaults."""
     with pytest.raises(TypeError) as raised:
         mistake()
     heard.texts += [str(raised.value), repr(raised.value)]
 
 
 async def test_a_factory_of_something_else(heard: Heard) -> None:
-    """A factory that gives the address instead of an engine is told what it should give."""
+    """A factory that returns a URL raises an error that names the returned type and not the URL."""
     app = FastAPI()
     install_database(app, engine=lambda: ADDRESS)  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match="it returned str") as raised:
@@ -295,7 +298,7 @@ async def test_a_factory_of_something_else(heard: Heard) -> None:
 
 
 async def test_two_databases_that_are_dependencies(heard: Heard) -> None:
-    """A dependency is printed with its database's name."""
+    """A printed dependency shows no password."""
     heard.texts += [repr(transactional("x")), repr(Annotated[object, Depends(transactional())])]
 
 
@@ -319,7 +322,7 @@ def test_commands(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """What the examples and migrations print when they cannot connect has no password in it."""
+    """Examples and migrations that cannot connect print no password."""
     monkeypatch.setenv("PORT", "0")
     monkeypatch.setenv("DATABASE_URL", address)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers

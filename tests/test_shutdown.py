@@ -1,4 +1,4 @@
-"""Section 4, the end: what a shutdown closes, in which order, and how long it may take."""
+"""Section 4, shutdown: what is closed, in which order, and how long it may take."""
 
 import asyncio
 import functools
@@ -50,14 +50,14 @@ pytestmark = pytest.mark.anyio
 
 
 class HookError(Exception):
-    """Be what a hook fails with."""
+    """The error of a failing hook."""
 
 
-# --- order, and every one of them ---
+# --- order and failures ---
 
 
 async def test_databases_close_in_reverse_order() -> None:
-    """The last installed is closed first, each with its hook and then its engine."""
+    """Databases close in reverse order of installation, each with its hook and then its engine."""
     log: list[str] = []
     app = FastAPI()
     for name in "first", "second", "third":
@@ -105,9 +105,9 @@ FAILURES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 async def test_a_hook_that_fails_does_not_stop_the_others(
     hook: Callable[[], object], kind: type[Exception], message: str
 ) -> None:
-    """Every database is closed, whatever happens to the others, and the failure names its own.
+    """If a hook fails, all other databases still close, and the error names the hook's database.
 
-    The engine that a factory built is disposed of, though the hook before it has failed.
+    The engine that a factory built is disposed of even if the hook before it has failed.
     """
     log: list[str] = []
     app = FastAPI()
@@ -126,7 +126,7 @@ async def test_a_hook_that_fails_does_not_stop_the_others(
 
 
 async def test_all_failures_are_raised_together() -> None:
-    """Several failures come as one group, in the order in which they happened."""
+    """Several failures are raised as one group, in the order in which they happened."""
     app = FastAPI()
     for name, hook in ("first", fail), ("second", fail_later), ("third", fail):
         install_database(app, name=name, engine=sqlite(), shutdown=hook)
@@ -136,7 +136,7 @@ async def test_all_failures_are_raised_together() -> None:
 
 
 async def test_an_application_starts_again_after_a_failed_shutdown() -> None:
-    """A hook that failed once leaves nothing behind that stops the next start."""
+    """An application whose shutdown hook failed once can start again."""
     failures = [fail]
     app = FastAPI()
     install_database(
@@ -150,7 +150,7 @@ async def test_an_application_starts_again_after_a_failed_shutdown() -> None:
 
 
 async def test_an_error_of_the_application_is_not_lost() -> None:
-    """When both the application's lifespan and a hook fail, both can be read."""
+    """If the application's lifespan and a hook both fail, both errors can be read."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -168,7 +168,7 @@ async def test_an_error_of_the_application_is_not_lost() -> None:
 
 
 class Hanging:
-    """Be a hook that does not end by itself."""
+    """A hook that does not end by itself."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
@@ -210,7 +210,7 @@ HANGING: dict[str, Callable[[Hanging], Callable[[], object]]] = {
 async def test_a_hook_that_hangs_ends_at_its_deadline(
     chosen: Callable[[Hanging], Callable[[], object]],
 ) -> None:
-    """At the deadline a hook is given up, named, and the others still run."""
+    """A hook that hangs is given up at its deadline and named, and the other hooks still run."""
     log: list[str] = []
     hook = Hanging()
     app = FastAPI()
@@ -231,7 +231,7 @@ async def test_a_hook_that_hangs_ends_at_its_deadline(
 
 
 async def test_a_hook_within_its_deadline_is_awaited() -> None:
-    """A hook that takes its time within the deadline ends."""
+    """The shutdown waits for a slow hook that ends within its deadline."""
     slow = Slow()
     app = FastAPI()
     install_database(app, engine=sqlite(), shutdown=slow)
@@ -245,7 +245,7 @@ async def test_a_hook_within_its_deadline_is_awaited() -> None:
 
 
 class Slow:
-    """Be a hook that ends when it may."""
+    """A hook that ends when `go_on` is set."""
 
     def __init__(self) -> None:
         self.started, self.go_on = asyncio.Event(), asyncio.Event()
@@ -258,7 +258,7 @@ class Slow:
 
 
 async def test_the_time_for_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hanging hooks share one time, the longest of all; those beyond it get a little each."""
+    """Hanging hooks share the longest of their timeouts, and later hooks get a short minimum."""
     monkeypatch.setattr(lifespan, "_LEAST", 0.1)
     hook = Hanging()
     app = FastAPI()
@@ -270,11 +270,11 @@ async def test_the_time_for_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         await start_and_stop(app)
     first, *others = (re.findall(r"[\d.]+\d", str(each))[0] for each in raised.value.exceptions)
     assert 0.1 < float(first) <= 0.5
-    assert others == ["0.1", "0.1"]  # what the first has left of 0.6, and the least
+    assert others == ["0.1", "0.1"]  # what the first has left of 0.6, and the minimum
 
 
 def test_a_hook_that_hangs_does_not_keep_the_process() -> None:
-    """A blocking hook that never returns is left behind, and the process ends."""
+    """A blocking hook that never returns does not keep the process from ending."""
     program = """
         import asyncio, threading
         from fastapi import FastAPI
@@ -303,11 +303,11 @@ def test_a_hook_that_hangs_does_not_keep_the_process() -> None:
     assert ended.stdout == "given up\n"
 
 
-# --- what is still in use ---
+# --- connections still in use ---
 
 
 class Held:
-    """Hold a connection in a task of the application's own, across the end of the lifespan."""
+    """A task of the application that holds a connection across the end of the lifespan."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
@@ -328,7 +328,7 @@ class Held:
 
 @asynccontextmanager
 async def shutting_down(app: FastAPI) -> AsyncGenerator[AsyncDatabase]:
-    """Run the application, whose shutdown waits for work that goes on when the block ends."""
+    """Hold an application in its shutdown, which waits for a session until the block ends."""
     held = Held()
 
     async def run() -> None:
@@ -339,7 +339,7 @@ async def shutting_down(app: FastAPI) -> AsyncGenerator[AsyncDatabase]:
     await held.entered.wait()
     kept = installed_databases(app)["default"]
     assert isinstance(kept, AsyncDatabase)
-    await until(lambda: is_refusing(kept))  # the shutdown announces itself nowhere
+    await until(lambda: is_refusing(kept))  # there is no event for the start of a shutdown
     yield kept
     held.go_on.set()
     await stopping
@@ -355,7 +355,7 @@ def is_refusing(database: AsyncDatabase) -> bool:
 
 
 async def test_a_shutdown_waits_for_connections_in_use(postgres: WorkerPostgres) -> None:
-    """While a connection is in use the hook waits, and the work that uses it goes on."""
+    """A shutdown calls no hook while a connection is in use, and the work that uses it goes on."""
     engine = create_async_engine(postgres.url("psycopg"))
     called = asyncio.Event()
 
@@ -375,7 +375,7 @@ async def test_a_shutdown_waits_for_connections_in_use(postgres: WorkerPostgres)
 async def test_a_stranded_connection_is_logged(
     postgres: WorkerPostgres, rows: Rows, caplog: pytest.LogCaptureFixture, driver: str
 ) -> None:
-    """Past the deadline a session in use is counted in the log, refuses to go on, and is closed."""
+    """After the deadline, a session in use is logged, runs no more statements and is closed."""
     name = f"stranded-{driver}-{threading.get_native_id()}"
     engine = create_async_engine(postgres.url(driver), connect_args=named(driver, name))
     held = Held()
@@ -394,7 +394,7 @@ async def test_a_stranded_connection_is_logged(
 async def test_a_session_that_connects_after_the_shutdown_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A session whose first connection is made when the hook has run sends nothing over it."""
+    """A session that first connects after the shutdown raises an error, and is closed."""
     name = f"late {kind.id}"
     engine = make_engine(connect_args=named(kind.driver, name))
     hold_connects(engine)
@@ -412,7 +412,7 @@ async def test_a_session_that_connects_after_the_shutdown_is_refused(
 
 
 async def executing(database: AnyDatabase, statement: str) -> None:
-    """Execute and commit a statement in a session of a handle, in a thread if it would block."""
+    """Execute and commit a statement through a handle, in a thread if the handle is sync."""
     if isinstance(database, AsyncDatabase):
         async with database.transaction() as session:
             await session.execute(text(statement))
@@ -428,23 +428,23 @@ async def executing(database: AnyDatabase, statement: str) -> None:
 async def test_the_longest_time_counts_for_all(
     postgres: WorkerPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A database that gets little time takes none from another one, whose sessions may end."""
+    """A database's short timeout does not shorten the time that the sessions of others have."""
     engine = create_async_engine(postgres.url("psycopg"))
     app = FastAPI()
     install_database(app, name="short", engine=sqlite, shutdown_timeout=0.01)
     install_database(app, engine=engine, shutdown=engine.dispose)
     async with shutting_down(app):
-        await asyncio.sleep(0.1)  # longer than the short one's time
+        await asyncio.sleep(0.1)  # longer than the short timeout
     assert "still in use" not in caplog.text
 
 
 async def test_a_shutdown_does_not_wait_for_another_application(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sessions of another application on the same engine are none of ours to wait for."""
+    """A shutdown does not wait for another application's sessions on the same engine."""
     engine, ours, other = make_engine(), FastAPI(), FastAPI()
     install_database(other, engine=engine, shutdown=engine.dispose)
-    install_database(ours, engine=engine, shutdown_timeout=600)  # past the end of the test
+    install_database(ours, engine=engine, shutdown_timeout=600)  # longer than the test
     async with running(other):
         database = installed_databases(other)["default"]
         if isinstance(database, AsyncDatabase):
@@ -461,9 +461,9 @@ async def test_a_shutdown_does_not_wait_for_another_application(
 
 
 async def test_a_session_asked_for_during_a_shutdown_is_refused(postgres: WorkerPostgres) -> None:
-    """From the first moment of a shutdown nothing new is handed out, by request or handle.
+    """From the start of a shutdown, neither requests nor handles get a new session.
 
-    A mounted application hears of it, and not of a missing name; readiness fails.
+    A mounted application raises the same error, not that of a missing name. Readiness fails.
     """
     engine = create_async_engine(postgres.url("psycopg"))
     app, sub = FastAPI(), FastAPI()
@@ -493,12 +493,12 @@ async def reading(session: Annotated[AsyncSession, Depends(get_db())]) -> int:
     return 1
 
 
-# --- cancelled while it shuts down ---
+# --- a cancelled shutdown ---
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again-and-again"])
 async def test_a_cancelled_shutdown_still_closes(again: bool) -> None:
-    """A cancellation during the shutdown is passed on after everything is closed."""
+    """A shutdown that is cancelled closes everything before it passes the cancellation on."""
     slow = Slow()
     app = FastAPI()
     install_database(app, name="first", engine=sqlite(), shutdown=lambda: slow.log.append("first"))
@@ -519,7 +519,7 @@ async def test_a_cancelled_shutdown_still_closes(again: bool) -> None:
 
 
 async def test_a_cancelled_scope_still_closes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An anyio scope that ends during the shutdown lets everything be closed, without spinning."""
+    """A shutdown in a cancelled anyio scope closes everything, without spinning."""
     log: list[str] = []
     app = FastAPI()
 
@@ -539,7 +539,7 @@ async def test_a_cancelled_scope_still_closes(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("when", ["factory", "lifespan", "running"])
 async def test_a_cancelled_lifespan_closes_what_was_open(when: str) -> None:
-    """A server that gives up at start-up, or while it runs, leaves no database open."""
+    """A lifespan that is cancelled at start-up or while it runs leaves no database open."""
     log: list[str] = []
     reached = asyncio.Event()
 
@@ -580,7 +580,7 @@ async def test_a_cancelled_lifespan_closes_what_was_open(when: str) -> None:
 def test_a_server_that_cancels_strands_no_connection(
     kind: Kind, make_engine: MakeEngine, rows: Rows, clients: int, handle: bool
 ) -> None:
-    """uvicorn cancels its requests and shuts down at once: no server-side connection stays."""
+    """If uvicorn cancels its requests and shuts down at once, no server-side connection stays."""
     name = f"stranded-{kind.id}-{threading.get_native_id()}"
     connect_args = named(kind.driver, name)
     engine = make_engine(pool_size=20, max_overflow=0, connect_args=connect_args)
@@ -616,7 +616,7 @@ def test_a_server_that_cancels_strands_no_connection(
 
 
 def add_waiting_route(app: FastAPI, kind: Kind, handle: bool) -> None:
-    """Add a route that waits in the database for a lock that is not given."""
+    """Add a route that waits in the database for a lock that it does not get."""
     lock = text("SELECT pg_advisory_xact_lock_shared(:key)")
     if kind.asynchronous and handle:
 

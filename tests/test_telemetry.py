@@ -1,4 +1,4 @@
-"""The pools' metrics say what the pools and the server say."""
+"""The metrics of connection pools."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ PREFIX = "db.client.connection"
 
 
 class Reader:
-    """Read the metrics of one application."""
+    """A reader of one application's metrics."""
 
     def __init__(self, app: FastAPI) -> None:
         self._reader = InMemoryMetricReader()
@@ -53,7 +53,7 @@ class Reader:
         instrument_pools(app, meter_provider=self.provider)
 
     def points(self, metric: str) -> dict[tuple[str, ...], Any]:
-        """Give the data points of a metric by pool, and by state where there is one."""
+        """Return the data points of a metric by pool, and by state or route if they have one."""
         data = self._reader.get_metrics_data()
         found = [
             each
@@ -69,17 +69,17 @@ class Reader:
         }
 
     def values(self, metric: str) -> dict[tuple[str, ...], int]:
-        """Give what is counted."""
+        """Return the values of a metric."""
         return {key: point.value for key, point in self.points(metric).items()}
 
     def recorded(self, metric: str) -> dict[tuple[str, ...], int]:
-        """Give how often a duration was recorded."""
+        """Return how often a duration was recorded."""
         return {key: point.count for key, point in self.points(metric).items()}
 
 
 @contextlib.asynccontextmanager
 async def held(app: FastAPI, name: str = "default", *, lose: bool = False) -> AsyncGenerator[None]:
-    """Hold one connection of a database, whichever its colour; in the end it may be lost."""
+    """Hold a connection of a database of either colour, invalidated if `lose` is true."""
     database: Any = installed_databases(app)[name]
 
     def work(session: Session) -> None:
@@ -98,12 +98,12 @@ async def held(app: FastAPI, name: str = "default", *, lose: bool = False) -> As
 
 
 def sqlite_file() -> Engine:
-    """Build an engine with a pool that keeps figures."""
+    """Build an engine whose pool reports figures."""
     return create_engine("sqlite://", poolclass=QueuePool)
 
 
 def sqlite_created(connect: Callable[[str], Any]) -> Engine:
-    """Build one whose connections a function of the application makes."""
+    """Build an engine whose connections are made by a function of the application."""
     return create_engine("sqlite://", poolclass=QueuePool, creator=lambda: connect(":memory:"))
 
 
@@ -117,7 +117,7 @@ def instrumented(engine: Engine | AsyncEngine, name: str = "default") -> tuple[F
 
 
 async def test_connections_are_counted_by_state(make_engine: MakeEngine) -> None:
-    """`count` has the pool's connections in use and its idle ones, whenever it is collected."""
+    """`count` reports the used and idle connections of a pool at the time of collection."""
     app, reader = instrumented(make_engine(), "books")
     used, idle = ("books", "used"), ("books", "idle")
     async with running(app):
@@ -131,14 +131,14 @@ async def test_connections_are_counted_by_state(make_engine: MakeEngine) -> None
 
 
 async def test_the_limit_is_size_and_overflow(make_engine: MakeEngine) -> None:
-    """`max` is the number of connections that the pool opens at the most."""
+    """`max` is the largest number of connections that the pool opens."""
     app, reader = instrumented(make_engine(pool_size=2, max_overflow=3))
     async with running(app):
         assert reader.values("max") == {("default",): 5}
 
 
 async def test_what_is_unknown_is_not_reported(make_engine: MakeEngine) -> None:
-    """A pool without a limit has no `max`, NullPool no `count`: never a wrong zero."""
+    """A pool without a limit has no `max`, and a NullPool no `count`, instead of a wrong zero."""
     app = FastAPI()
     for name, engine in (
         ("unlimited", make_engine(max_overflow=-1)),
@@ -154,7 +154,7 @@ async def test_what_is_unknown_is_not_reported(make_engine: MakeEngine) -> None:
 
 
 async def test_an_engine_under_two_names_is_one_pool(make_engine: MakeEngine) -> None:
-    """An engine that is installed twice is reported once, under the first of its names."""
+    """An engine that is installed twice is reported once, under its first name."""
     app = FastAPI()
     engine = make_engine()
     for name in "first", "second":
@@ -167,7 +167,7 @@ async def test_an_engine_under_two_names_is_one_pool(make_engine: MakeEngine) ->
 
 
 async def test_mounted_applications_are_reported(make_engine: MakeEngine) -> None:
-    """Databases of an application mounted below count with those of the instrumented one."""
+    """Databases of a mounted application are reported with those of the instrumented one."""
     app, below = FastAPI(), FastAPI()
     install_database(app, name="above", engine=async_sqlite)
     engine = make_engine()
@@ -181,7 +181,7 @@ async def test_mounted_applications_are_reported(make_engine: MakeEngine) -> Non
 
 
 async def test_a_stand_in_for_a_mounted_database_is_reported() -> None:
-    """An instrumented application around it measures the pool of the stand-in as well."""
+    """An instrumented application measures the pool of a stand-in for a mounted database."""
     app, below = FastAPI(), FastAPI()
     install_database(app, name="above", engine=async_sqlite)
     install_database(below, name="below", engine=async_sqlite)
@@ -196,7 +196,7 @@ async def test_a_stand_in_for_a_mounted_database_is_reported() -> None:
 
 
 async def test_pools_of_one_name_are_told_apart(make_engine: MakeEngine) -> None:
-    """A database of a mounted application is another one, though it has the same name."""
+    """Pools of two databases with the same name are reported under different names."""
     app, below = FastAPI(), FastAPI()
     for each in app, below:
         engine = make_engine()
@@ -212,7 +212,10 @@ async def test_pools_of_one_name_are_told_apart(make_engine: MakeEngine) -> None
 
 
 async def test_applications_with_one_provider_all_report() -> None:
-    """The SDK hands the second one the first one's instruments: both are read all the same."""
+    """All applications with one meter provider are reported.
+
+    The SDK returns the first application's instruments to the others.
+    """
     first, second, namesake = FastAPI(), FastAPI(), FastAPI()
     reader = Reader(first)
     for app, name in (first, "public"), (second, "admin"), (namesake, "admin"):
@@ -234,7 +237,7 @@ async def test_applications_with_one_provider_all_report() -> None:
 
 
 async def test_two_that_instrument_one_engine_record_it_once() -> None:
-    """A mounted application that is instrumented too, or one of the same engine, adds nothing."""
+    """An engine is measured once even if its mounted application is instrumented too."""
     app, below = FastAPI(), FastAPI()
     engine = sqlite_file()
     install_database(below, engine=engine)
@@ -250,7 +253,7 @@ async def test_two_that_instrument_one_engine_record_it_once() -> None:
 
 @needs_fastapis_telemetry
 async def test_the_provider_is_fastapis_where_it_has_one() -> None:
-    """What `FastAPI(telemetry=...)` was given need not be given again."""
+    """`instrument_pools` uses the meter provider that was passed to `FastAPI(telemetry=...)`."""
     reader = Reader(FastAPI())
     app = FastAPI(telemetry={"meter_provider": reader.provider})
     install_database(app, engine=sqlite_file)
@@ -262,7 +265,7 @@ async def test_the_provider_is_fastapis_where_it_has_one() -> None:
 async def test_the_global_provider_is_looked_up_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without a provider of its own an application has OpenTelemetry's, which is set by then."""
+    """An application without a provider uses OpenTelemetry's, looked up when it starts."""
     app = FastAPI()
     install_database(app, engine=sqlite_file)
     instrument_pools(app)
@@ -273,7 +276,7 @@ async def test_the_global_provider_is_looked_up_at_the_start(
 
 
 async def test_no_application_is_kept_alive_by_its_metrics() -> None:
-    """Instruments live as long as their provider, applications do not."""
+    """Instruments live as long as their provider, but do not keep an application alive."""
     reader = Reader(FastAPI())
 
     async def use(app: FastAPI) -> None:
@@ -292,7 +295,7 @@ async def test_no_application_is_kept_alive_by_its_metrics() -> None:
 async def test_waits_are_measured_by_route(
     make_engine: MakeEngine, kind: Kind, given_up: bool
 ) -> None:
-    """A session that waits for a connection is counted; then its wait, or that it was in vain."""
+    """A waiting session is counted, and its wait or its timeout is then recorded by route."""
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.2 if given_up else 20)
     reader = Reader(FastAPI())
     app = FastAPI(telemetry={"meter_provider": reader.provider})
@@ -320,7 +323,7 @@ async def test_waits_are_measured_by_route(
 
 
 async def test_a_flush_waits_too() -> None:
-    """What is added waits for its connection when it is flushed, and not from when it was added."""
+    """The wait for a connection begins with the flush of an object, not when it is added."""
     app, reader = instrumented(sqlite_file())
     async with running(app):
         with installed_databases(app)["default"].session() as session:  # type: ignore[union-attr]
@@ -333,7 +336,7 @@ async def test_a_flush_waits_too() -> None:
 
 
 async def test_a_session_with_a_connection_waits_no_more() -> None:
-    """Later statements of its transaction are no pending requests."""
+    """Later statements of a transaction with a connection are not counted as pending requests."""
     app, reader = instrumented(sqlite_file())
     async with running(app):
         with installed_databases(app, Database)["default"].session() as session:
@@ -344,7 +347,10 @@ async def test_a_session_with_a_connection_waits_no_more() -> None:
 
 
 async def test_what_no_event_began_is_not_measured() -> None:
-    """An engine with a `creator`, and a session that asks only for its connection, work."""
+    """Without an event for their start, no create time and no wait time are recorded.
+
+    An engine with a `creator` and a session that only asks for its connection work nevertheless.
+    """
     app, reader = instrumented(sqlite_created(sqlite3.connect))
     async with running(app):
         with installed_databases(app, Database)["default"].session() as session:
@@ -354,7 +360,7 @@ async def test_what_no_event_began_is_not_measured() -> None:
 
 
 async def test_a_connection_that_cannot_be_made_is_no_timeout() -> None:
-    """`timeouts` counts waits that lasted as long as the pool allows, and no other failure."""
+    """`timeouts` counts waits as long as the pool allows, but not connections that fail."""
 
     def refuse(_path: str) -> Any:
         raise sqlite3.OperationalError("unable to open database file")
@@ -372,7 +378,7 @@ async def test_a_connection_that_cannot_be_made_is_no_timeout() -> None:
 
 
 async def test_every_connection_and_every_use_is_recorded(make_engine: MakeEngine) -> None:
-    """`create_time` has one record a connection made, `use_time` one a return to the pool."""
+    """`create_time` has one record per connection made, and `use_time` one per return."""
     app, reader = instrumented(make_engine())
     async with running(app):
         async with held(app):
@@ -387,7 +393,7 @@ async def test_every_connection_and_every_use_is_recorded(make_engine: MakeEngin
 
 
 async def test_a_use_lasts_from_taking_to_giving_back(make_engine: MakeEngine) -> None:
-    """What one connection is used for lies within the use of another that began sooner."""
+    """`use_time` lasts from checkout to return, so a nested use is shorter than the outer one."""
     app = FastAPI()
     for name in "outer", "inner":
         engine = make_engine()
@@ -402,7 +408,7 @@ async def test_a_use_lasts_from_taking_to_giving_back(make_engine: MakeEngine) -
 
 
 async def test_a_lost_connection_was_used_too(make_engine: MakeEngine) -> None:
-    """A use that ends with the connection is recorded, and so is the connection made anew."""
+    """The use of a lost connection is recorded, and so is the creation of its replacement."""
     app, reader = instrumented(make_engine(pool_size=1, max_overflow=0))
     async with running(app):
         async with held(app, lose=True):
@@ -415,7 +421,7 @@ async def test_a_lost_connection_was_used_too(make_engine: MakeEngine) -> None:
 
 
 async def test_no_use_is_forgotten() -> None:
-    """However many connections come back between two collections, none is forgotten."""
+    """Every use is recorded, however many connections are returned between two collections."""
     app, reader = instrumented(sqlite())
     async with running(app):
         database = installed_databases(app)["default"]
@@ -426,7 +432,7 @@ async def test_no_use_is_forgotten() -> None:
 
 
 async def test_readiness_is_not_counted(make_engine: MakeEngine) -> None:
-    """A connection that readiness opens outside the pool is no connection of the pool."""
+    """A connection that readiness opens outside the pool is not counted in the pool's metrics."""
     app, reader = instrumented(make_engine(pool_size=1, max_overflow=0))
     app.include_router(health_router(max_age=0.001, timeout=20))
     async with running(app) as client:
@@ -441,7 +447,7 @@ async def test_readiness_is_not_counted(make_engine: MakeEngine) -> None:
 
 
 async def test_a_second_start_records_nothing_twice(make_engine: MakeEngine) -> None:
-    """A ready engine that is started again is heard once."""
+    """A ready engine that starts a second time is measured only once."""
     app, reader = instrumented(make_engine())
     await start_and_stop(app)
     async with running(app):
@@ -451,7 +457,7 @@ async def test_a_second_start_records_nothing_twice(make_engine: MakeEngine) -> 
 
 
 async def test_an_engine_of_a_factory_is_heard(build: Callable[[], Engine | AsyncEngine]) -> None:
-    """The engine that a factory makes at start-up is instrumented like a ready one."""
+    """An engine that a factory builds at start-up is measured like a ready engine."""
     app = FastAPI()
     reader = Reader(app)
     install_database(app, engine=build)
@@ -468,7 +474,7 @@ def build(request: pytest.FixtureRequest) -> Callable[[], Engine | AsyncEngine]:
 
 
 async def test_a_running_application_is_not_instrumented() -> None:
-    """Instrumenting an application that has started is an error, and not a silence."""
+    """Instrumenting an application that has started raises ApplicationAlreadyStartedError."""
     app = FastAPI()
     install_database(app, engine=async_sqlite)
     async with running(app):
@@ -476,11 +482,11 @@ async def test_a_running_application_is_not_instrumented() -> None:
             instrument_pools(app)
 
 
-# --- what is imported ---
+# --- imports ---
 
 
 def test_nothing_is_imported_unless_asked_for() -> None:
-    """The package imports no extra and no testing, and describing an error imports no driver."""
+    """The package imports no extras or test tools, and describing an error imports no driver."""
     ours = {f"fastapi_sqlnative.{each}" for each in ("telemetry", "migrations", "testing")}
     drivers = {"asyncmy", "asyncpg", "psycopg", "psycopg2", "pymysql", "sqlite3"}
     code = (
@@ -495,7 +501,7 @@ def test_nothing_is_imported_unless_asked_for() -> None:
 def test_without_opentelemetry_the_import_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where OpenTelemetry's API is missing, the error names the extra."""
+    """Without OpenTelemetry's API, the ImportError names the extra to install."""
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.delitem(sys.modules, "fastapi_sqlnative.telemetry")
     with pytest.raises(ImportError, match=r'pip install "fastapi-sqlnative\[telemetry\]"'):

@@ -836,7 +836,7 @@ def test_what_a_developer_must_see_is_an_error_in_the_log(
 def test_repeats_are_told_at_the_end_of_their_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of suppressed repeats is logged once, at the end of the time for repeats."""
+    """At the end of the window, the number of repeats is logged once and logging starts anew."""
     due: list[Callable[[], None]] = []
 
     async def main() -> None:

@@ -56,7 +56,7 @@ def showcase(request: pytest.FixtureRequest, postgres: WorkerPostgres) -> Iterat
 def test_the_showcase_has_an_answer_to_any_request(
     showcase: FastAPI, pytestconfig: pytest.Config
 ) -> None:
-    """Requests that fit the OpenAPI document, or do not, are answered as it says, without a 5xx."""
+    """The showcase answers any request as its OpenAPI document says, without a server error."""
     import schemathesis  # takes a third of a second, which other workers save
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import response_schema_conformance
@@ -134,7 +134,7 @@ def test_a_time_is_one_or_is_refused_at_once(seconds: Any) -> None:
 def test_a_rule_can_be_answered_or_is_refused_at_once(
     detail: Any, status: Any, retry_after: Any, pointer: Any
 ) -> None:
-    """Every `ErrorRule` that can be created can also be answered."""
+    """Any `ErrorRule` that can be created maps a failure to its status."""
     try:
         rule = ErrorRule(detail, status, retry_after, pointer)
     except (TypeError, ValueError):

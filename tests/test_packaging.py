@@ -28,7 +28,7 @@ def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_release_notes_are_the_changelogs() -> None:
-    """A version's release notes are its section of the changelog, and fail without a section."""
+    """Release notes are the version's section of the changelog, and cannot be made without it."""
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     headings = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", changelog, re.MULTILINE)
     assert len(headings) == changelog.count("\n## ")

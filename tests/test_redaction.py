@@ -120,7 +120,10 @@ def application(kind: Kind, engine: Engine | AsyncEngine, **options: Any) -> Fas
 
 
 async def test_what_is_printed_of_a_database(build: Build, kind: Kind, heard: Heard) -> None:
-    """A printed handle, pool status or installation shows no password, and a handle its driver."""
+    """A handle, its pool status and an application's installations are printed without a password.
+
+    A handle is printed with its driver.
+    """
     app = application(kind, build())
     async with running(app):
         database = installed_databases(app)["default"]

@@ -212,7 +212,7 @@ async def test_pools_of_one_name_are_told_apart(make_engine: MakeEngine) -> None
 
 
 async def test_applications_with_one_provider_all_report() -> None:
-    """All applications with one meter provider are reported.
+    """All applications that share a meter provider are reported.
 
     The SDK returns the first application's instruments to the others.
     """
@@ -265,7 +265,7 @@ async def test_the_provider_is_fastapis_where_it_has_one() -> None:
 async def test_the_global_provider_is_looked_up_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An application without a provider uses OpenTelemetry's, looked up when it starts."""
+    """Without a provider, OpenTelemetry's global one at the time of the start is used."""
     app = FastAPI()
     install_database(app, engine=sqlite_file)
     instrument_pools(app)

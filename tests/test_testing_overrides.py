@@ -1,4 +1,4 @@
-"""`override_database`: another engine, wherever the name is looked up."""
+"""`override_database`: another engine wherever a database is looked up by name."""
 
 import asyncio
 from collections.abc import Callable
@@ -84,14 +84,14 @@ def use_all(client: TestClient) -> None:
     assert client.post("/add").status_code == 201
     assert client.post("/background").status_code == 201
     with client.websocket_connect("/socket") as socket:
-        assert socket.receive()["type"] == "websocket.close"  # a client that leaves cancels it
+        assert socket.receive()["type"] == "websocket.close"  # a disconnect would cancel it
     everything = {"added", "background", "socket"}
     assert set(client.post("/names").json()) == everything
     assert set(client.post("/mounted/names").json()) == everything
 
 
 def test_everything_follows(app: FastAPI, build: Any, rows: Rows, second_rows: Rows) -> None:
-    """Routes, handles, background work, websockets and mounted applications use the engine."""
+    """An override applies to routes, handles, background tasks, websockets and mounted apps."""
     rows.add("own")
     with override_database(app, "default", build), TestClient(app) as client:
         use_all(client)
@@ -103,7 +103,10 @@ def test_everything_follows(app: FastAPI, build: Any, rows: Rows, second_rows: R
 def test_everything_follows_while_the_application_runs(
     app: FastAPI, build: Any, kind: Kind, rows: Rows, second_rows: Rows
 ) -> None:
-    """A ready engine may stand in then, for an isolated database too; a factory is refused."""
+    """A ready engine can override a database of a running application, even an isolated one.
+
+    A factory raises IsolationError then.
+    """
     rows.add("own")
     engine = build()
     with TestClient(app) as client:
@@ -126,7 +129,10 @@ def test_everything_follows_while_the_application_runs(
 def test_who_builds_closes(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """The test's engine is left alone, a factory's is disposed of, the hook runs once."""
+    """An override leaves a ready engine open, but disposes of an engine that a factory built.
+
+    The application's shutdown hook runs once.
+    """
     log: list[str] = []
     own, ready = make_engine(), make_engine(second=True)
     note_disposal(own, log, "own")
@@ -153,7 +159,7 @@ def test_who_builds_closes(
 def test_a_factory_of_the_application_is_not_called(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """An application that starts overridden builds no engine of its own; later it does."""
+    """An application that starts with an override calls its own factory only at a later start."""
     built: list[str] = []
 
     def own() -> Any:
@@ -174,7 +180,7 @@ def test_a_factory_of_the_application_is_not_called(
 def test_the_same_database_is_refused(
     app: FastAPI, kind: Kind, make_engine: MakeEngine, own: Any, rows: Rows
 ) -> None:
-    """Tests never write to the installed database, however it is spelt."""
+    """An override with the installed database raises ValueError, however its engine is given."""
     for engine in own, make_engine(pool_size=1), lambda: make_engine(pool_size=1):
         refused = pytest.raises(ValueError, match="the very database")
         with refused, override_database(app, "default", engine), TestClient(app):
@@ -182,7 +188,7 @@ def test_the_same_database_is_refused(
 
 
 def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
-    """An unknown name, a URL, and an engine of the other kind are refused."""
+    """An unknown name, a URL or an engine of the other colour raises an error."""
     other: Any = (
         create_engine("sqlite://")
         if kind.asynchronous
@@ -199,7 +205,7 @@ def test_mistakes_are_named(app: FastAPI, kind: Kind) -> None:
 
 @pytest.mark.anyio
 async def test_on_an_event_loop(app: FastAPI, build: Any, rows: Rows, second_rows: Rows) -> None:
-    """The application awaits a factory that is `async def`."""
+    """The application awaits an override's factory that is `async def`."""
     second_rows.add("second")
 
     async def build_slowly() -> Any:
@@ -214,7 +220,7 @@ async def test_on_an_event_loop(app: FastAPI, build: Any, rows: Rows, second_row
 def test_a_mounted_application_has_its_own(
     kind: Kind, make_engine: MakeEngine, build: Any, rows: Rows, second_rows: Rows
 ) -> None:
-    """A name that is installed on a mounted application is found through the outer one."""
+    """A database of a mounted application can be overridden through the outer application."""
     outer, inner = FastAPI(), FastAPI()
     engine = make_engine()
     install_database(inner, name="inner", engine=engine, shutdown=engine.dispose)
@@ -228,7 +234,7 @@ def test_a_mounted_application_has_its_own(
 
 
 def test_health_follows(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """Readiness asks the engine that stands in."""
+    """Readiness checks the overriding engine."""
     app.include_router(health_router(max_age=0.001, timeout=20))
 
     make: Any = create_async_engine if kind.asynchronous else create_engine
@@ -242,7 +248,7 @@ def test_health_follows(kind: Kind, app: FastAPI, rows: Rows) -> None:
 
 @pytest.mark.anyio
 async def test_a_ready_engine_is_left_to_the_test() -> None:
-    """One that the session options do not fit fails the start, and stays open for its owner."""
+    """A ready engine that does not fit the session options fails the start and stays open."""
     app, log, engine = FastAPI(), list[str](), sqlite()
     install_database(app, engine=async_sqlite, session_options={"class_": AsyncSession})
     note_disposal(engine, log)

@@ -1,6 +1,6 @@
-"""The small tools: captured statements, the async client and the fixtures."""
+"""The small test tools: captured statements, the async client and the fixtures."""
 
-# ruff: noqa: F811 - a parameter is called as the fixture that stands for it
+# ruff: noqa: F811 - a parameter has the name of the fixture that it stands for
 
 import contextlib
 import sys
@@ -59,10 +59,10 @@ def app(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_statements_of_a_route(app: FastAPI, isolate: bool, rows: Rows) -> None:
-    """They stand in order, with those of transactions, whether isolated or not."""
+    """A route's statements are captured in order, with those of transactions, isolated or not."""
     block: Any = isolated(app) if isolate else contextlib.nullcontext()
     with TestClient(app) as client, block:
-        client.post("/names")  # SQLAlchemy's own questions at the first connect
+        client.post("/names")  # SQLAlchemy's own queries on the first connection
         with capture_statements(app) as captured:
             client.post("/add")
         assert [each.split()[0] for each in captured.texts] == ["BEGIN", "INSERT", "COMMIT"]
@@ -85,7 +85,7 @@ def test_statements_of_a_route(app: FastAPI, isolate: bool, rows: Rows) -> None:
 
 
 def test_statements_of_one_engine(engine: Engine | AsyncEngine, app: FastAPI, rows: Rows) -> None:
-    """An engine or a handle may be meant as well; an application without an engine is refused."""
+    """`capture_statements` also takes an engine or a handle, and raises without a database."""
     with TestClient(app) as client:
         database = installed_databases(app)["default"]
         with capture_statements(engine) as one, capture_statements(database) as other:
@@ -96,7 +96,7 @@ def test_statements_of_one_engine(engine: Engine | AsyncEngine, app: FastAPI, ro
 
 
 def test_statements_around_an_isolated_block(app: FastAPI, rows: Rows) -> None:
-    """A block that is entered later is not captured itself, and what is inside looks the same."""
+    """An inner isolated block is not captured itself, and its statements look the same."""
     with capture_statements(app) as captured:
         with isolated(app), TestClient(app) as client:
             client.post("/names")
@@ -106,7 +106,7 @@ def test_statements_around_an_isolated_block(app: FastAPI, rows: Rows) -> None:
 
 
 def test_statements_before_the_start() -> None:
-    """A ready engine's are there even if the application has not started."""
+    """A ready engine's statements are captured even if the application has not started."""
     app, engine = FastAPI(), sqlite()
     install_database(app, engine=engine, shutdown=engine.dispose)
     with capture_statements(app) as captured, engine.connect() as connection:
@@ -118,7 +118,7 @@ def test_statements_before_the_start() -> None:
 def test_the_fixtures(
     isolated_client: TestClient, statements: CapturedStatements, rows: Rows
 ) -> None:
-    """A client of the running, isolated application, and what is sent during the test."""
+    """`isolated_client` calls the running, isolated app, and `statements` has what it sends."""
     assert isolated_client.post("/add").status_code == 201
     assert isolated_client.post("/names").json() == ["added"]
     assert rows.names == []
@@ -129,7 +129,7 @@ def test_the_fixtures(
 async def test_the_asynchronous_fixture(
     isolated_async_client: httpx.AsyncClient, rows: Rows
 ) -> None:
-    """The same on the event loop."""
+    """On the event loop, `isolated_async_client` calls the running, isolated application."""
     assert (await isolated_async_client.post("/add")).status_code == 201
     assert (await isolated_async_client.post("/names")).json() == ["added"]
     assert rows.names == []
@@ -137,7 +137,7 @@ async def test_the_asynchronous_fixture(
 
 @pytest.mark.anyio
 async def test_the_async_client_runs_the_lifespan() -> None:
-    """It is up before the first request and down after the block, and its state arrives."""
+    """`async_client` runs the lifespan around its block and passes the lifespan's state on."""
     log: list[str] = []
 
     @asynccontextmanager
@@ -172,7 +172,7 @@ async def test_the_async_client_runs_the_lifespan() -> None:
 
 @pytest.mark.anyio
 async def test_a_lifespan_that_fails_fails_the_client() -> None:
-    """What the start, the block or the end raises is raised in the test."""
+    """An error at the start, in the block or at the end of `async_client` is raised in the test."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -197,7 +197,7 @@ async def test_a_lifespan_that_fails_fails_the_client() -> None:
 
 @pytest.mark.anyio
 async def test_httpx2_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where httpx is not installed, its successor is taken."""
+    """Without httpx, `async_client` uses its successor, httpx2."""
     monkeypatch.setitem(sys.modules, "httpx", None)
     app = FastAPI()
     app.get("/")(lambda: "hello")

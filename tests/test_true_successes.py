@@ -1,4 +1,4 @@
-"""Rules 5 and 6, the other side: what is stored, unsent or harmless needs no commit."""
+"""Rules 5 and 6, the reverse: work that is stored, unsent or harmless needs no commit."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.anyio
 Body = Callable[[Session], Any]
 
 
-# -- what is stored already --------------------------------------------------------------------
+# -- work that is stored already ---------------------------------------------------------------
 
 
 def commit_the_connection(session: Session) -> None:
@@ -69,7 +69,7 @@ def commit_in_a_block(session: Session) -> None:
 async def test_what_the_application_has_stored_is_not_forgotten(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body
 ) -> None:
-    """A commit by any of SQLAlchemy's means is a commit."""
+    """A commit of the connection, of the transaction or by a block counts as a commit."""
     assert await ask(engine, kind, dependency, body) == 201
     assert rows.names == ["stored"]
 
@@ -77,7 +77,7 @@ async def test_what_the_application_has_stored_is_not_forgotten(
 async def test_an_ended_transaction_hands_out_no_connection(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """It raises SQLAlchemy's own error, and begins nothing that somebody would have to end."""
+    """An ended transaction raises SQLAlchemy's own error and begins no new transaction."""
 
     def body(session: Session) -> None:
         transaction = session.begin()
@@ -90,7 +90,10 @@ async def test_an_ended_transaction_hands_out_no_connection(
 
 
 def detach(session: Session) -> None:
-    """Take the connection out of its pool, which then no longer knows the driver's own."""
+    """Write before and after detaching the connection from its pool.
+
+    The pool then no longer has the driver's connection.
+    """
     session.execute(text("INSERT INTO item (name) VALUES ('stored')"))
     session.connection().detach()
     with session.begin_nested():
@@ -100,9 +103,9 @@ def detach(session: Session) -> None:
 @pytest.mark.driver_decides
 @pytest.mark.parametrize("kind", [ASYNCPG, PSYCOPG], ids=lambda kind: kind.id, indirect=True)
 async def test_a_detached_connection_is_committed(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A connection that was detached from its pool is like any other.
+    """A connection that was detached from its pool is committed like any other.
 
-    With psycopg, SQLAlchemy leaves an asynchronous one open.
+    Psycopg is tested as a sync driver only, because SQLAlchemy leaves an async connection open.
     """
     assert await ask(engine, kind, transactional(), detach) == 201
     assert rows.names == ["stored", "too"]
@@ -110,7 +113,10 @@ async def test_a_detached_connection_is_committed(kind: Kind, engine: Engine, ro
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_detached_connection_is_committed_on_sqlite(kind: Kind, tmp_path: Path) -> None:
-    """So is one to SQLite, which is asked what it has changed, and whether it has begun."""
+    """A detached connection to SQLite is committed like any other.
+
+    It is asked what it has changed, and whether it has begun a transaction.
+    """
     file = tmp_path / "db"
     make = create_async_engine if kind.asynchronous else create_engine
     with contextlib.closing(sqlite3.connect(file)) as other:
@@ -120,11 +126,11 @@ async def test_a_detached_connection_is_committed_on_sqlite(kind: Kind, tmp_path
         assert other.execute("SELECT name FROM item").fetchall() == [("stored",), ("too",)]
 
 
-# -- attributes that no table keeps ------------------------------------------------------------
+# -- attributes that are not stored in a table -------------------------------------------------
 
 
 class Shown:
-    """Be a row with attributes that no flush sends."""
+    """A row with attributes that no flush sends."""
 
     id: Mapped[int]
     name: Mapped[str]
@@ -188,7 +194,7 @@ def set_to(attribute: str, value: Callable[[Any], Any]) -> Body:
 async def test_what_no_flush_sends_is_not_forgotten(
     kind: Kind, engine: Engine, rows: Rows, body: Body
 ) -> None:
-    """A change to an attribute that no table keeps waits for no commit."""
+    """A change to an attribute that is not stored in a table needs no commit."""
     rows.add("there")
     assert await ask(engine, kind, get_db(), body) == 201
 
@@ -196,14 +202,17 @@ async def test_what_no_flush_sends_is_not_forgotten(
 async def test_what_a_flush_sends_for_a_relationship_is_forgotten(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A row of the session that is related to another one waits for a commit."""
+    """A changed relationship to another row of the session needs a commit."""
     rows.add("there")
     with pytest.raises(UncommittedChangesError):
         await ask(engine, kind, get_db(), set_to("parts", lambda row: [row]))
 
 
 async def test_an_unchanged_object_after_a_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A flush connects even for an object without a change, so the end may have to wait."""
+    """An unchanged object after a commit does not fail the request.
+
+    A flush connects even for such an object, so the end of the request may have to wait.
+    """
 
     def body(session: Session) -> None:
         row = Item(name="stored")
@@ -215,7 +224,7 @@ async def test_an_unchanged_object_after_a_commit(kind: Kind, engine: Engine, ro
     assert rows.names == ["stored"]
 
 
-# -- what failed, was handled and changes nothing ----------------------------------------------
+# -- handled failures that change nothing ------------------------------------------------------
 
 
 def failing(statement: Any) -> Body:
@@ -242,7 +251,7 @@ def failing(statement: Any) -> Body:
 async def test_a_failure_where_nothing_was_written_is_no_failure(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, statement: Any
 ) -> None:
-    """A handled failure in a transaction that has only read does not stop the answer."""
+    """A handled failure in a transaction that has only read does not fail the request."""
     rows.add("there")
     with rows.connection.transaction():
         rows.connection.execute("SELECT * FROM item FOR UPDATE")
@@ -254,7 +263,7 @@ KNOWN = [
     "random()",
     "set_config('app.tenant', 'acme', true)",
     "tstzrange(now(), NULL)",
-    "st_asewkb('point')",  # around each column of GeoAlchemy2
+    "st_asewkb('point')",  # GeoAlchemy2 puts it around each column
 ]
 POSTGIS = "CREATE OR REPLACE FUNCTION st_asewkb(text) RETURNS text LANGUAGE sql AS 'SELECT $1'"
 
@@ -263,7 +272,7 @@ POSTGIS = "CREATE OR REPLACE FUNCTION st_asewkb(text) RETURNS text LANGUAGE sql 
 async def test_functions_of_the_server_s_own_are_reads(
     kind: Kind, engine: Engine, rows: Rows, read: str
 ) -> None:
-    """A refused insert after them was the first write: it may be answered."""
+    """Known server functions are reads, so a failed insert after them may still be answered."""
     rows.add("there")
 
     def body(session: Session) -> None:
@@ -297,7 +306,7 @@ async def time_out_in_a_savepoint(session: AsyncSession) -> None:
 async def test_a_read_that_takes_too_long_has_another_answer(
     kind: Kind, engine: AsyncEngine, read: Callable[[AsyncSession], Any], read_only: bool
 ) -> None:
-    """A cancelled read costs its connection, and not the request that can do without."""
+    """A cancelled read costs its connection, but not the request or transaction around it."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     dependency = transactional(read_only=read_only)
@@ -314,7 +323,7 @@ async def test_a_read_that_takes_too_long_has_another_answer(
 
 
 async def test_a_read_that_is_lost_may_be_answered(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A connection that is lost while a transaction reads takes nothing with it."""
+    """A transaction that has only read does not fail the request when its connection is lost."""
 
     def body(session: Session) -> None:
         rows.lose(session)
@@ -324,7 +333,7 @@ async def test_a_read_that_is_lost_may_be_answered(kind: Kind, engine: Engine, r
     assert await ask(engine, kind, transactional(), body) == 201
 
 
-# -- what SQLAlchemy alone allows --------------------------------------------------------------
+# -- what SQLAlchemy allows without this package -----------------------------------------------
 
 
 def set_the_level(session: Session) -> None:
@@ -340,5 +349,5 @@ def set_the_level(session: Session) -> None:
 async def test_the_first_thing_that_a_transaction_does(
     kind: Kind, engine: Engine, rows: Rows, body: Body
 ) -> None:
-    """Nothing of ours is sent before it that would keep the server from doing it."""
+    """The package sends nothing that would keep a transaction's first statement from working."""
     assert await ask(engine, kind, transactional(), body) == 201

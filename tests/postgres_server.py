@@ -256,8 +256,8 @@ class PostgresServer:
     def _launch(self) -> bool:
         """Start the process, wait until it is ready, and return False if it ends before that."""
         if self._fixed_port is None:
-            # Until the server has been ready on a port, another process may take it. Then the port
-            # is kept.
+            # Until the server has been ready on a port, another process may take it. After that,
+            # the port is kept.
             self._port = _free_port()
         settings = {
             "listen_addresses": "127.0.0.1",

@@ -163,8 +163,8 @@ async def test_a_flush_without_a_change_may_be_stored(
     assert rows.names == ["a"]
 
 
-# Not with anyio, from which FastAPI shields the exit of a dependency: without a cancellation that
-# arrives, no deadline starts.
+# anyio is left out because FastAPI shields the exit of a dependency from it, and a cancellation
+# that does not get through starts no deadline.
 @pytest.mark.driver_decides
 @OURS_AND_OWN
 @pytest.mark.parametrize("cancel", [CANCELS["asyncio-twice"]], ids=["asyncio-twice"])

@@ -252,7 +252,7 @@ def check_with(app: FastAPI, settings: object, url: str = ADDRESS) -> bool:
     raise NotImplementedError
 
 
-# Untyped, because a type checker would find these mistakes.
+# `Any`, because a type checker would find these mistakes.
 install: Any = install_database
 sync: Any = Database
 asynchronous: Any = AsyncDatabase

@@ -150,7 +150,7 @@ async def test_an_application_starts_again_after_a_failed_shutdown() -> None:
 
 
 async def test_an_error_of_the_application_is_not_lost() -> None:
-    """If the application's lifespan and a hook both fail, both errors can be read."""
+    """If the application's lifespan and a hook both fail, the errors of both can be read."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

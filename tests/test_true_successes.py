@@ -272,7 +272,7 @@ POSTGIS = "CREATE OR REPLACE FUNCTION st_asewkb(text) RETURNS text LANGUAGE sql 
 async def test_functions_of_the_server_s_own_are_reads(
     kind: Kind, engine: Engine, rows: Rows, read: str
 ) -> None:
-    """Known server functions are reads, so a failed insert after them may still be answered."""
+    """Known server functions are reads, so a failed insert after them does not fail the request."""
     rows.add("there")
 
     def body(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""What a request costs in CPU time: calls of an application in this process, without a server."""
+"""The CPU time of a request, measured by calling an application in process, without a server."""
 
 import gc
 import random
@@ -10,12 +10,12 @@ from fastapi import FastAPI
 
 Request = Callable[[], Awaitable[None]]
 Name = TypeVar("Name")
-# The first call of a turn costs a third more than the last one; after so many, the cost is steady.
+# The first call of a turn costs a third more than the last. After this many, the cost is steady.
 WARM_UP = 15
 
 
 def request(app: FastAPI, path: str = "/") -> Request:
-    """Make a call of the application as a server would make it."""
+    """Return a function that calls the application as a server would."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -35,14 +35,14 @@ def request(app: FastAPI, path: str = "/") -> Request:
         assert message.get("status", 200) == 200
 
     async def call() -> None:
-        # A state of its own: some packages keep the request's session there.
+        # A new state for each call, because some packages keep the request's session there.
         await app(scope | {"state": {}}, receive, send)
 
     return call
 
 
 async def cpu(call: Request, times: int) -> float:
-    """Return the CPU seconds of one call, among many."""
+    """Return the CPU seconds of one call, averaged over many."""
     before = time.process_time()
     for _ in range(times):
         await call()
@@ -56,11 +56,12 @@ async def alternate(
     times: int,
     after_each: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
-    """Measure the calls in rounds, each in an order of its own.
+    """Measure the calls in rounds, each round in a random order.
 
-    A turn begins with calls that do not count: the processor has forgotten the code since the last
-    one, and whoever has more of it would pay for what no server does. Nobody always follows the
-    same one, who may have left more or less of the code that both use.
+    Each turn begins with calls that are not counted. The processor no longer has the code of the
+    last turn in its caches, so a call with more code would be charged for a cost that does not
+    occur on a server. The order changes so that no call always follows the same other call, which
+    may have left more or less of their common code in the caches.
 
     Returns:
         The CPU seconds of one call, by name and round.

@@ -1,6 +1,6 @@
-"""Provoke every kind of database failure, for real, on every driver.
+"""Functions that provoke every kind of database failure on every driver, against real databases.
 
-What must not leak is called `canary`: tables, constraints, values, roles and passwords.
+Everything that must not leak is called `canary`: tables, constraints, values, roles and passwords.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ PASSWORD = "canary-password"
 
 @dataclass(frozen=True)
 class Driver:
-    """Name a driver and its colour."""
+    """A driver and its colour."""
 
     id: str
     dialect: str
@@ -63,7 +63,8 @@ SQLITE3 = Driver("sqlite3", "sqlite", "pysqlite", False)
 AIOSQLITE = Driver("aiosqlite", "sqlite", "aiosqlite", True)
 PYMYSQL = Driver("pymysql", "mysql", "pymysql", False)
 ASYNCMY = Driver("asyncmy", "mysql", "asyncmy", True)
-# One of each family meets everything; of the others only what a driver has a hand in.
+# One driver of each family runs every provocation. The others run only those whose outcome depends
+# on the driver.
 LEADERS = (PSYCOPG, ASYNCPG, SQLITE3, PYMYSQL)
 FOLLOWERS = (PSYCOPG2, AIOSQLITE, ASYNCMY)
 DRIVERS = (PSYCOPG_ASYNC, *LEADERS, *FOLLOWERS)
@@ -74,7 +75,7 @@ class Base(DeclarativeBase):
 
 
 class Versioned(Base):
-    """Map a table whose rows are versioned by SQLAlchemy."""
+    """A table whose rows SQLAlchemy versions."""
 
     __tablename__ = "canary_versioned"
 
@@ -129,12 +130,12 @@ CREATE VIEW canary_adult AS SELECT * FROM canary_parent WHERE id > 10 WITH CHECK
 
 @dataclass(frozen=True)
 class Server:
-    """Hold one database and a way into it that no test's application shares.
+    """A database, with an engine that no test's application shares.
 
     Args:
-        url: with the role of an application, without a driver.
-        limited: with a role that may not connect; the same for SQLite.
-        outside: an engine of an administrator's.
+        url: URL without a driver, with the role of an application.
+        limited: the same, with a role that may not connect or a SQLite path that cannot be opened.
+        outside: an administrator's engine.
     """
 
     dialect: str
@@ -143,7 +144,7 @@ class Server:
     outside: Engine
 
     def reset(self) -> None:
-        """Store the same few rows before each test."""
+        """Replace all rows with the few that each test starts with."""
         with self.outside.begin() as connection:
             for table in self.tables:
                 connection.execute(delete(table))
@@ -152,13 +153,13 @@ class Server:
             connection.execute(insert(versioned).values(id=1, name="canary", version=1))
 
     def create(self) -> None:
-        """Create the tables, over those that an interrupted run has left behind."""
+        """Drop the tables that an interrupted run left behind, and create all tables."""
         Base.metadata.drop_all(self.outside)
         Base.metadata.create_all(self.outside, self.tables)
 
     @property
     def tables(self) -> list[Table]:
-        """List the tables that this database can have, children first."""
+        """List the tables that this database supports, children first."""
         cannot_defer = self.dialect == "mysql"
         return [table for table in TABLES if not (cannot_defer and table is late_children)]
 
@@ -167,7 +168,7 @@ CHILD = {"id": 1, "parent_id": 1, "name": "canary-value", "amount": 1}
 
 
 def engine_for(driver: Driver, url: str, **options: Any) -> Engine | AsyncEngine:
-    """Build an engine for a URL without a driver."""
+    """Build an engine from a URL that names no driver."""
     full = make_url(url).set(drivername=f"{driver.dialect}+{driver.name}")
     engine = (create_async_engine if driver.asynchronous else create_engine)(full, **options)
     if driver.dialect == "sqlite":
@@ -192,7 +193,7 @@ def canary_on_postgres(dsn: str) -> Generator[Server]:
     role, limited = f"canary_{url.database}", f"canary_limited_{url.database}"
     outside = create_engine(
         url.set(drivername="postgresql+psycopg"),
-        # A test that has left a transaction behind is not to stop the rest.
+        # A transaction that a test leaves open must not block the other tests.
         connect_args={"options": "-c lock_timeout=10s"},
     )
     with disposing(outside):
@@ -208,7 +209,7 @@ def canary_on_postgres(dsn: str) -> Generator[Server]:
                 POSTGRES_ONLY,
                 f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'",
                 f"CREATE ROLE {limited} LOGIN PASSWORD '{PASSWORD}' CONNECTION LIMIT 0",
-                # The test's own transaction is to notice a deadlock, and soon.
+                # The test's own transaction must be the one that detects a deadlock, and quickly.
                 f"ALTER ROLE {role} SET deadlock_timeout = '20ms'",
                 f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}",
                 f"REVOKE ALL ON canary_locked FROM {role}",
@@ -252,13 +253,13 @@ def canary_on_mariadb(url: str, name: str) -> Generator[Server]:
                     connection.execute(text(statement))
         spent = create_engine(make_url(server.limited).set(drivername="mysql+pymysql"))
         with disposing(spent), contextlib.suppress(SQLAlchemyError):
-            spent.connect().close()  # its only one this hour
+            spent.connect().close()  # the only connection that this role has per hour
         yield server
 
 
 @contextlib.contextmanager
 def canary_on_sqlite(path: str) -> Generator[Server]:
-    """Create a file with the tables."""
+    """Create a SQLite file with the tables."""
     outside = create_engine(f"sqlite:///{path}")
     with disposing(outside):
         server = Server("sqlite", f"sqlite:///{path}", f"sqlite:///{path}-canary/none", outside)
@@ -317,7 +318,7 @@ def still_referenced_by_update(session: Session, _server: Server) -> None:
 
 
 def missing_parent_behind_a_cte(session: Session, _server: Server) -> None:
-    """Have a comment, and a statement in front of the one that fails."""
+    """Violate a foreign key in an INSERT that follows a comment and a CTE."""
     session.execute(
         text(
             "/* DELETE */ WITH canary AS (DELETE FROM canary_late_child RETURNING parent_id)"
@@ -428,7 +429,7 @@ def no_such_zone(session: Session, _server: Server) -> None:
 
 
 def lost_beyond(session: Session, _server: Server) -> None:
-    """Fail as a foreign table does whose own server is away."""
+    """Fail like a foreign table whose own server is unavailable."""
     session.execute(text("DO $$BEGIN RAISE EXCEPTION 'canary' USING ERRCODE = '08006'; END$$"))
 
 
@@ -451,7 +452,7 @@ def infinity(session: Session, _server: Server) -> None:
 
 
 def wrong_type(session: Session, _server: Server) -> None:
-    """Bind what the service should not have bound; asyncpg alone refuses all of these itself."""
+    """Bind a value of a wrong type, a bug in the service that only asyncpg rejects itself."""
     moment = datetime.datetime.now(datetime.UTC)
     session.execute(select(cast(literal(moment, DateTime()), DateTime()))).all()
 
@@ -506,7 +507,10 @@ def serialization(session: Session, server: Server) -> None:
 
 @contextlib.contextmanager
 def in_a_thread(run: Callable[[], object]) -> Generator[None]:
-    """Run beside the block, and wait for it; what it raises is the block's to provoke."""
+    """Run a function in a thread during the block, and wait for it at the end.
+
+    SQLAlchemy's errors in the thread are ignored, because the block provokes the one that counts.
+    """
 
     def attempt() -> None:
         with contextlib.suppress(SQLAlchemyError):
@@ -530,7 +534,7 @@ PROCESS = {"postgresql": "SELECT pg_backend_pid()", "mysql": "SELECT connection_
 
 
 def deadlock(session: Session, server: Server) -> None:
-    """Be the one that the server gives up: the last to wait, with the least done."""
+    """Provoke a deadlock whose victim is this session: it waits last and has changed the least."""
     with server.outside.connect() as other, server.outside.connect() as watching:
         pid = other.scalar(text(PROCESS[server.dialect]))
         if server.dialect == "postgresql":
@@ -542,8 +546,8 @@ def deadlock(session: Session, server: Server) -> None:
         with in_a_thread(lambda: other.execute(delete(parents).where(parents.c.id == 2))):
 
             def waits() -> bool:
-                # InnoDB shows the same picture throughout a transaction, and for 0.1 s after
-                # anybody has looked: others may be looking, too.
+                # InnoDB shows the same snapshot throughout a transaction, and for 0.1 s after
+                # any connection has read it. Other tests may read it, too.
                 watching.rollback()
                 time.sleep(random.uniform(0.11, 0.5) * (server.dialect == "mysql"))
                 return bool(watching.scalar(text(WAITING[server.dialect]), {"pid": pid}))
@@ -563,11 +567,11 @@ def lock_not_available(session: Session, server: Server) -> None:
         session.execute(select(children).with_for_update(nowait=True))
 
 
-# --- the server and the way to it ---------------------------------------------------------------
+# --- the server and the connection to it --------------------------------------------------------
 
 
 def on_driver(session: Session, run: Callable[[Any], object]) -> None:
-    """Call the driver's own connection, whose methods are coroutines on aiosqlite."""
+    """Call `run` with the driver's own connection, whose methods are coroutines on aiosqlite."""
     connection: Any = session.connection().connection.dbapi_connection
     if hasattr(connection, "run_async"):
         connection.run_async(run)
@@ -619,7 +623,7 @@ def pool_timeout(session: Session, _server: Server) -> None:
     session.execute(select(parents)).all()
     engine = session.get_bind()
     assert isinstance(engine, Engine)
-    engine.connect()  # the pool has one
+    engine.connect()  # the pool has only one connection
 
 
 def connect(session: Session, _server: Server) -> None:
@@ -676,7 +680,7 @@ def division_by_zero(session: Session, server: Server) -> None:
 
 
 def of_driver(module: str, *args: object, name: str = "Error", **stated: object) -> Exception:
-    """Make an error as such a driver does: with these `args`, and stating the rest."""
+    """Make an error like the driver's, with these `args` and the other values as attributes."""
     base = type("Error", (Exception,), {"__module__": module})
     error: Exception = type(name, (base,), {"__module__": module})(*args)
     error.__dict__.update(stated)

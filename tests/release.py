@@ -1,12 +1,13 @@
-"""Try what was built as its users get it: in empty environments, without this checkout.
+"""Checks of the built distributions as users install them: in empty environments, no checkout.
 
-`python -m tests.release dist`, by `make release-check`. Nothing is published. In this order:
+`make release-check` runs `python -m tests.release dist`. Nothing is published. In this order:
 
-1. The wheel and the sdist hold what they are to hold, and the sdist builds the same wheel.
-2. Installed without extras, with each of them and with all, by uv and by pip, the package serves
-   an application, and the environment has nothing that was not asked for.
-3. All that is public has a type, for whoever has only the wheel.
-4. The core's tests pass on the installed wheel, with what the sdist has beside it.
+1. The wheel and the sdist contain the files that they should, and the sdist builds the same wheel.
+2. The package serves an application when it is installed without extras and with all of them, by
+   uv and by pip, and with each extra, by uv. The environment contains no package of an extra
+   that was not asked for.
+3. Everything public has a type, with only the wheel installed.
+4. The core's tests pass on the installed wheel, with the other files of the sdist.
 """
 
 import json
@@ -24,9 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-# Of the extras' packages those that FastAPI 0.165 needs as well.
+# Packages of the extras that FastAPI 0.165 requires as well.
 BROUGHT = {"opentelemetry-api"}
-# What stands for the whole: requests, transactions, handles, start-up, errors and health.
+# Tests that represent the whole: requests, transactions, handles, start-up, errors and health.
 CORE = (
     *("tests/test_sessions.py", "tests/test_transactions.py", "tests/test_handles.py"),
     *(
@@ -36,7 +37,7 @@ CORE = (
     ),
     *("tests/test_forgotten_work.py", "tests/test_websockets.py"),
 )
-# A user's first application, and what an extra brings. It runs where nothing else is installed.
+# A user's first application, and the modules of the extras. It runs with nothing else installed.
 SMOKE = """
 import asyncio
 import importlib
@@ -122,7 +123,7 @@ def members(archive: Path) -> set[str]:
 
 
 def check_archives(wheel: Path, sdist: Path, folder: Path) -> None:
-    """Look into both, and build the wheel again from the sdist alone."""
+    """Check the files in both archives, and build the wheel again from the sdist alone."""
     tracked = set(run("git", "ls-files", cwd=ROOT).split())
     package = {name for name in tracked if name.startswith("fastapi_sqlnative/")}
     in_wheel, in_sdist = members(wheel), members(sdist)
@@ -142,7 +143,7 @@ def check_archives(wheel: Path, sdist: Path, folder: Path) -> None:
 
 
 def environment(folder: Path, installer: str, *requirements: str) -> Path:
-    """Make an empty environment, install into it, and return its Python."""
+    """Make an empty environment, install the requirements, and return its Python."""
     python = folder / "bin" / "python"
     if installer == "uv":
         run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, folder)
@@ -164,12 +165,12 @@ def environment(folder: Path, installer: str, *requirements: str) -> Path:
 
 
 def names(requirements: list[str]) -> set[str]:
-    """Return the packages that requirements name."""
+    """Return the names of the packages in a list of requirements."""
     return {re.split(r"[^\w-]", each)[0] for each in requirements}
 
 
 def check_installation(folder: Path, installer: str, wheel: Path, *extras: str) -> None:
-    """Install the wheel where nothing is, and serve the application of `SMOKE`."""
+    """Install the wheel in an empty environment, and serve the application of `SMOKE`."""
     suffix = f"[{','.join(extras)}]" if extras else ""
     python = environment(folder / "env", installer, f"{wheel}{suffix}")
     (folder / "smoke.py").write_text(SMOKE)
@@ -178,7 +179,7 @@ def check_installation(folder: Path, installer: str, wheel: Path, *extras: str) 
     assert {each["status"] for each in json.loads(checked)} <= {"ok", "warning"}
     listed = run(sys.executable, "-m", "uv", "pip", "list", "--format=json", "--python", python)
     found = {each["name"] for each in json.loads(listed)}
-    # FastAPI may bring one of them by itself.
+    # FastAPI itself may require a package of an extra.
     wanted = names([each for extra in extras for each in EXTRAS[extra]])
     unwanted = names([each for needs in EXTRAS.values() for each in needs]) - wanted - BROUGHT
     assert wanted <= found, f"{wanted} of {found}"
@@ -187,11 +188,11 @@ def check_installation(folder: Path, installer: str, wheel: Path, *extras: str) 
 
 
 def check_types(folder: Path, wheel: Path) -> None:
-    """Run pyright on everything public, with nothing but the wheel installed."""
+    """Run pyright on everything public, against the installed wheel, without the checkout."""
     extras = ",".join(EXTRAS)
     python = environment(folder / "env", "uv", f"{wheel}[{extras}]", "pytest", "pyright[nodejs]")
     command = ["pyright", "--verifytypes", "fastapi_sqlnative", "--ignoreexternal"]
-    # It looks at no other Python than the first on the PATH, and fails below 100 %.
+    # Pyright uses only the first Python on the PATH, and fails below 100 %.
     path = f"PATH={python.parent}:{os.environ['PATH']}"
     said = run("env", path, *command, cwd=folder)
     (score,) = re.findall(r"Type completeness score: (.+)", said)
@@ -200,7 +201,7 @@ def check_types(folder: Path, wheel: Path) -> None:
 
 
 def check_tests(folder: Path, wheel: Path, sdist: Path) -> None:
-    """Run the core's tests on the wheel, out of an sdist that has no package in it any more."""
+    """Run the core's tests on the wheel, from an unpacked sdist whose package was moved aside."""
     with tarfile.open(sdist) as opened:
         opened.extractall(folder, filter="data")
     (unpacked,) = folder.glob("fastapi_sqlnative-*")
@@ -215,7 +216,7 @@ def check_tests(folder: Path, wheel: Path, sdist: Path) -> None:
 
 
 def main() -> None:
-    """Try what is in the folder of the first argument."""
+    """Check the distributions in the folder that the first argument names."""
     dist = Path(sys.argv[1]).resolve()
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     with tempfile.TemporaryDirectory(prefix="sqlnative-release-") as name:

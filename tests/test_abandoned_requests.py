@@ -1,4 +1,4 @@
-"""`cancel_on_disconnect`: the work of a request ends when its client has gone away."""
+"""`cancel_on_disconnect`: the work of a request ends when its client disconnects."""
 
 import asyncio
 import logging
@@ -45,7 +45,7 @@ def make_app(engine: Engine | AsyncEngine) -> FastAPI:
 
 @pytest.fixture
 def app(engine: Engine | AsyncEngine) -> FastAPI:
-    """Make an application whose database has one connection for everybody."""
+    """Make an application whose requests share one database connection."""
     return make_app(engine)
 
 
@@ -56,7 +56,7 @@ async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Any:
 async def leave(
     served: Served, when: Callable[[], bool], request: str = "GET /", body: bytes = b""
 ) -> None:
-    """Send a request, and go away when something has happened."""
+    """Send a request, and disconnect when a condition is met."""
     host, port = served.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     head = f"{request} HTTP/1.1\r\nHost: {host}\r\n"
@@ -75,9 +75,9 @@ async def leave(
 async def test_an_abandoned_query_ends(
     kind: Kind, app: FastAPI, rows: Rows, scope: Any, middleware: bool
 ) -> None:
-    """The query ends on the server when the client has gone; nothing is stored, all is given back.
+    """When the client disconnects, its query ends on the server and nothing is stored.
 
-    The pool of one serves the next request at once.
+    The connection returns to the pool of one, which serves the next request at once.
     """
     options: Any = {"dependencies": [Depends(cancel_on_disconnect(), scope=scope)]}
     app.get("/", **options)(using(kind, Depends(transactional()), slow))
@@ -85,7 +85,7 @@ async def test_an_abandoned_query_ends(
     if middleware:
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     with serve(app) as served:
-        served.client.get("/next")  # what first connects asks something of the server, too
+        served.client.get("/next")  # the first connect sends queries, too
         await leave(served, rows.sleeps)
         await quiet(rows)
         assert served.client.get("/next").status_code == 200
@@ -96,7 +96,7 @@ async def test_an_abandoned_query_ends(
 async def test_the_log_says_nothing(
     kind: Kind, app: FastAPI, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a client that has gone the log has a line at DEBUG, and none above."""
+    """A disconnected client leaves one log line at DEBUG, and none at a higher level."""
     options: Any = {"dependencies": [Depends(cancel_on_disconnect())]}
     app.get("/things/{id}", **options)(using(kind, Depends(get_db()), slow))
     with caplog.at_level(logging.DEBUG), serve(app, access_log=True) as served:
@@ -110,7 +110,7 @@ async def test_the_log_says_nothing(
 
 @asynchronous
 async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """A POST is finished though its client has gone; where `methods` names it, it is cancelled."""
+    """A POST whose client disconnects runs to its end, but is cancelled if `methods` names POST."""
     reached = threading.Event()
 
     @app.post("/default", dependencies=[Depends(cancel_on_disconnect())])
@@ -122,7 +122,7 @@ async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, 
         reached.set()
         while not await request.is_disconnected():  # noqa: ASYNC110 - Starlette has no event
             await anyio.sleep(0.01)
-        await anyio.sleep(0.05)  # in which a cancellation would reach it
+        await anyio.sleep(0.05)  # enough for a cancellation to arrive
 
     @app.post("/named", dependencies=[Depends(EVERY)])
     async def named(session: Annotated[AsyncSession, Depends(transactional())]) -> None:
@@ -139,14 +139,14 @@ async def test_a_write_goes_on_unless_it_is_asked_for(kind: Kind, app: FastAPI, 
 
 
 class Thing(BaseModel):
-    """Map a body."""
+    """A request body."""
 
     name: str
 
 
 @asynchronous
 async def test_a_body_is_not_taken_from_the_endpoint(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """Whatever reads the body, FastAPI or the endpoint, gets all of it, also an empty one."""
+    """FastAPI or the endpoint, whichever reads the body, receives all of it, even an empty one."""
     options: Any = {"dependencies": [Depends(EVERY)]}
 
     @app.post("/model", **options)
@@ -179,7 +179,7 @@ async def test_a_body_is_not_taken_from_the_endpoint(kind: Kind, app: FastAPI, r
 
 
 async def test_a_body_that_is_still_sent_is_not_collected() -> None:
-    """An endpoint that streams a body gets each part as it comes: an upload may be large."""
+    """An endpoint that streams a body receives each part as it arrives, as uploads may be large."""
     app, sent = FastAPI(), list[int]()
 
     async def parts() -> AsyncGenerator[bytes]:
@@ -199,7 +199,7 @@ async def test_a_body_that_is_still_sent_is_not_collected() -> None:
 
 
 async def test_a_client_that_has_gone_before_is_noticed() -> None:
-    """A client that goes away before the endpoint begins ends the request like any other."""
+    """A client that disconnects before the endpoint begins ends the request with a 499."""
     app, sent = FastAPI(), list[Any]()
 
     @app.get("/", dependencies=[Depends(cancel_on_disconnect())])
@@ -219,7 +219,7 @@ async def test_a_client_that_has_gone_before_is_noticed() -> None:
 
 @asynchronous
 async def test_a_read_body_is_no_hindrance(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """A request with a body that FastAPI has read is cancelled as well."""
+    """A request whose body FastAPI has already read is cancelled, too."""
 
     @app.post("/", dependencies=[Depends(EVERY)])
     async def endpoint(thing: Thing, session: Db) -> None:
@@ -233,7 +233,7 @@ async def test_a_read_body_is_no_hindrance(kind: Kind, app: FastAPI, rows: Rows)
 async def test_no_commit_is_interrupted(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
 ) -> None:
-    """A COMMIT on its way when the client goes away is not interrupted."""
+    """A COMMIT that is in progress when the client disconnects is not interrupted."""
     app = make_app(behind_proxy)
     options: Any = {"dependencies": [Depends(EVERY)]}
     app.post("/", **options)(using(kind, Depends(transactional()), add))
@@ -242,12 +242,12 @@ async def test_no_commit_is_interrupted(
         await leave(served, proxy.reached.is_set, "POST /")
         state = served.server.server_state
         await until(lambda: not state.connections)
-        nothing = asyncio.run_coroutine_threadsafe(turns(), served.server.loop)  # is done about it
+        nothing = asyncio.run_coroutine_threadsafe(turns(), served.server.loop)  # time to cancel it
         await asyncio.wrap_future(nothing)
         proxy.go_on.set()
         await until(lambda: not state.tasks)
         assert rows.names == ["a"]
-        assert rows.backends("idle") == 1  # the connection is as good as before
+        assert rows.backends("idle") == 1  # the connection is intact
 
 
 def add(session: Session) -> None:
@@ -256,7 +256,7 @@ def add(session: Session) -> None:
 
 @asynchronous
 async def test_a_swallowed_cancellation_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """An endpoint that answers although it was cancelled is rolled back."""
+    """An endpoint that swallows its cancellation and returns is rolled back."""
     reached, swallowed = threading.Event(), threading.Event()
 
     @app.get("/", dependencies=[Depends(cancel_on_disconnect())])
@@ -278,7 +278,7 @@ async def test_a_swallowed_cancellation_is_no_success(kind: Kind, app: FastAPI, 
 
 @asynchronous
 async def test_a_request_beside_a_deadline(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """With a deadline as well the first of the two ends the request, once."""
+    """Beside `cancel_on_disconnect`, an expired `deadline` ends the request with a 504."""
     dependencies = [Depends(deadline(0.2)), Depends(cancel_on_disconnect())]
     options: Any = {"dependencies": dependencies}
     app.get("/", **options)(using(kind, Depends(transactional()), slow))
@@ -290,7 +290,7 @@ async def test_a_request_beside_a_deadline(kind: Kind, app: FastAPI, rows: Rows)
 
 @asynchronous
 async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """A handler for ClientDisconnectedError is called, and the request's dependencies see it."""
+    """A dependency with `yield` receives ClientDisconnectedError, whose status code is 499."""
     seen: list[object] = []
 
     async def outer() -> Any:
@@ -309,7 +309,7 @@ async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -
 
 
 async def test_a_client_that_stays_is_served(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """In process too, where nobody can go away, a request is as it is without."""
+    """In process, where no client can disconnect, a request is answered normally."""
     options: Any = {"dependencies": [Depends(cancel_on_disconnect())]}
     app.get("/", **options)(using(kind, Depends(get_db()), lambda s: s.scalar(SELECT_1)))
     async with running(app) as client:
@@ -320,15 +320,15 @@ async def test_a_client_that_stays_is_served(kind: Kind, app: FastAPI, rows: Row
 async def test_a_storm_leaves_the_pool_whole(
     kind: Kind, make_engine: MakeEngine, rows: Rows, middleware: bool
 ) -> None:
-    """Forty clients go away from five connections; then nothing is in use or runs."""
-    # SQLAlchemy wakes no waiter of its pool when a connection that was being made is given up: a
-    # waiter looks again after the timeout.
+    """After forty clients of five connections leave, no connection is in use and no query runs."""
+    # When an attempt to connect is abandoned, SQLAlchemy's pool wakes none of its waiters. A waiter
+    # looks again only after its timeout.
     engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=5 if kind.asynchronous else 50)
     app = make_app(engine)
     options: Any = {"dependencies": [Depends(deadline(50)), Depends(cancel_on_disconnect())]}
 
-    # Forty of ten seconds would take more than a minute. Where a busy machine needs a second to
-    # tell the server to stop one, its connection is given up and it runs on.
+    # Forty queries of ten seconds would take more than a minute. If a busy machine needs a second
+    # to cancel a query on the server, its connection is abandoned and the query runs on.
     seconds = 10 if kind.asynchronous else 0.2
 
     def body(session: Session) -> None:

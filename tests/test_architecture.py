@@ -1,4 +1,4 @@
-"""Section 5: how the house is laid out, as far as a machine can see it."""
+"""Section 5: the layout of the package, as far as tests can check it."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ import fastapi_sqlnative
 
 PACKAGE = Path(fastapi_sqlnative.__file__).parent
 
-# A module may import those of the rows above its own. Whatever a later issue adds finds its row.
+# A module may import those of the rows above its own. A new module must be added to a row.
 ORDER = (
     {"exceptions"},
     {
@@ -69,7 +69,7 @@ FRAMEWORKS = ("fastapi", "starlette", "sqlalchemy", "anyio", "asyncio")
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """Read the package's modules."""
+    """Return the syntax trees of the package's modules, by name."""
     return {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
         for path in sorted(PACKAGE.glob("**/*.py"))
@@ -77,7 +77,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield (module, name) for whatever a module imports, at any depth; ours begin with a dot."""
+    """Yield (module, name) for each import at any depth, with the dots of a relative import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -107,7 +107,7 @@ def is_private(dotted: str) -> bool:
 
 
 def test_imports_point_downward_only() -> None:
-    """A module imports only what stands below it in the house."""
+    """A module imports only from modules in the rows above its own in `ORDER`."""
     assert RANK.keys() >= modules().keys(), "a module has no place in ORDER yet"
     assert not {
         f"{module} imports {each}"
@@ -118,7 +118,7 @@ def test_imports_point_downward_only() -> None:
 
 
 def test_nobody_imports_what_is_for_tests() -> None:
-    """The testing toolkit is imported by nobody here."""
+    """No module outside the testing toolkit imports it."""
     assert not {
         module
         for module in modules()
@@ -128,7 +128,7 @@ def test_nobody_imports_what_is_for_tests() -> None:
 
 
 def test_no_private_name_of_a_framework_is_imported() -> None:
-    """What the frameworks keep private is not imported."""
+    """No module imports a private name of FastAPI, Starlette, SQLAlchemy, AnyIO or asyncio."""
     assert not {
         f"{module}: {origin}.{name}"
         for module, tree in modules().items()
@@ -138,7 +138,10 @@ def test_no_private_name_of_a_framework_is_imported() -> None:
 
 
 def test_no_private_attribute_of_another_object_is_used() -> None:
-    """Private attributes are read where they are written: on `self`, or in the class's module."""
+    """A private attribute is used only on `self` or `cls`, or in a module that sets it on `self`.
+
+    Access by name, as with `getattr`, is limited to the cases listed here.
+    """
     assert not {
         f"{module}: {ast.unparse(node)}"
         for module, tree in modules().items()
@@ -155,7 +158,7 @@ def test_no_private_attribute_of_another_object_is_used() -> None:
         and is_private(str(node.args[1].value))
         and not str(node.args[1].value).startswith("__")
     }
-    # DESIGN, constitution 9: in one named place, with a reason and a fallback.
+    # DESIGN, constitution 9, allows each in one named place, with a reason and a fallback.
     assert by_name <= {
         "getattr(pool, '_max_overflow', None)",
         "getattr(pool, '_pre_ping', None)",
@@ -165,7 +168,7 @@ def test_no_private_attribute_of_another_object_is_used() -> None:
 
 
 def foreign_private_attributes(tree: ast.Module) -> list[ast.Attribute]:
-    """List the uses of private attributes that the module does not write on `self`."""
+    """List the uses of other objects' private attributes that the module does not set on `self`."""
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     own = {
         node.attr
@@ -185,7 +188,7 @@ def foreign_private_attributes(tree: ast.Module) -> list[ast.Attribute]:
 
 
 def test_nothing_at_module_level_is_written_to() -> None:
-    """No function of the package rebinds a global or fills a container at module level."""
+    """No module of the package rebinds a global or writes to a container at module level."""
     trees = modules()
     assert not {
         name
@@ -196,7 +199,7 @@ def test_nothing_at_module_level_is_written_to() -> None:
 
 
 def written_to(tree: ast.Module) -> set[str]:
-    """Name the containers at module level that the module writes to."""
+    """Return the names of the containers at module level that the module writes to."""
     mutable = {
         target.id
         for node in tree.body
@@ -225,14 +228,14 @@ def written_to(tree: ast.Module) -> set[str]:
 
 
 def test_the_face_is_sorted_and_complete() -> None:
-    """`__all__` is sorted, and is what the package imports for its users."""
+    """`__all__` is sorted and lists exactly the names that the package imports for its users."""
     exported = fastapi_sqlnative.__all__
     assert exported == sorted(exported)
     assert set(exported) == {name for _, name in imports(modules()["__init__"])}
 
 
 def test_exceptions_are_all_exported() -> None:
-    """Every error stands in the sorted `__all__` of `exceptions`."""
+    """The `__all__` of `exceptions` is sorted and lists every class of the module."""
     from fastapi_sqlnative import exceptions
 
     classes = [node.name for node in modules()["exceptions"].body if isinstance(node, ast.ClassDef)]
@@ -240,14 +243,17 @@ def test_exceptions_are_all_exported() -> None:
 
 
 def test_there_are_two_hard_dependencies() -> None:
-    """An application gets FastAPI and SQLAlchemy with the package, and chooses the rest itself."""
+    """The package requires only FastAPI and SQLAlchemy, and the application chooses the rest."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     names = [each.partition(">")[0] for each in project["dependencies"]]
     assert names == ["fastapi", "sqlalchemy[asyncio]"]
 
 
 def test_the_picture_shows_this_order() -> None:
-    """The page shows the modules as they are: `python -m tests.architecture_picture`."""
+    """The picture in the documentation shows the modules in this order.
+
+    `python -m tests.architecture_picture` draws it again.
+    """
     from tests.architecture_picture import PICTURE, draw
 
     assert PICTURE.read_text("utf-8") == draw(ORDER)

@@ -1,4 +1,4 @@
-"""AUTOCOMMIT engines: get_db is right at once, and a transaction is refused with the fix."""
+"""AUTOCOMMIT engines: `get_db` works, and a transaction raises an error that names the fix."""
 
 import itertools
 import sqlite3
@@ -39,7 +39,7 @@ BODIES: dict[str, Body] = {
 
 
 def autocommit(make_engine: MakeEngine, how: str) -> Any:
-    """Build an engine in AUTOCOMMIT, by each of SQLAlchemy's means."""
+    """Build an engine in AUTOCOMMIT, in one of SQLAlchemy's ways."""
     if how == "create_engine":
         return make_engine(isolation_level="AUTOCOMMIT")
     if how == "engine's options":
@@ -54,7 +54,7 @@ HOW = ["create_engine", "engine's options", "execution_options()"]
 async def test_what_is_stored_at_once_is_not_forgotten(
     kind: Kind, make_engine: MakeEngine, rows: Rows, how: str, subtests: pytest.Subtests
 ) -> None:
-    """Through get_db each statement is stored by itself, and nothing waits for a commit."""
+    """Through get_db, an AUTOCOMMIT engine stores each statement at once, without a commit."""
 
     def ended(statement: str, end: str | None) -> Body:
         def body(session: Session) -> None:
@@ -80,7 +80,7 @@ def in_a_savepoint(session: Session) -> None:
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("body", [*BODIES.values(), in_a_savepoint], ids=[*BODIES, "savepoint"])
 async def test_so_it_is_on_sqlite(kind: Kind, body: Body, tmp_path: Path) -> None:
-    """SQLite in AUTOCOMMIT forgets nothing either."""
+    """On SQLite in AUTOCOMMIT, writes through get_db are stored without a commit."""
     create = create_async_engine if kind.asynchronous else create_engine
     url = f"sqlite+{kind.driver}:///{tmp_path}/file.db"
     outside = create_engine(f"sqlite:///{tmp_path}/file.db")
@@ -94,13 +94,16 @@ async def test_so_it_is_on_sqlite(kind: Kind, body: Body, tmp_path: Path) -> Non
 
 
 class Autocommitting(sqlite3.Connection):
-    """Be a connection made with `autocommit=True`, which Python's driver takes from 3.12 on."""
+    """A connection made with `autocommit=True`, which Python's driver accepts from 3.12 on."""
 
     autocommit = True
 
 
 async def test_a_sqlite_driver_that_autocommits_is_refused() -> None:
-    """The commit of such a driver does nothing, so a savepoint would be a success without rows."""
+    """A transaction over a SQLite driver with `autocommit=True` raises TransactionOptionsError.
+
+    The driver's commit does nothing, so a savepoint would seem to succeed and store no rows.
+    """
     options = {"factory": Autocommitting, "check_same_thread": False}
     engine = create_engine("sqlite://", connect_args=options, poolclass=StaticPool)
     with pytest.raises(TransactionOptionsError):
@@ -111,7 +114,11 @@ async def test_a_sqlite_driver_that_autocommits_is_refused() -> None:
 async def test_a_transaction_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows, how: str
 ) -> None:
-    """`transactional` fails start-up where it can be known, else at the first use, unstored."""
+    """`transactional` on an AUTOCOMMIT engine raises an error that points to `get_db`.
+
+    Start-up fails if AUTOCOMMIT can be detected then. Otherwise the first use fails and stores
+    nothing.
+    """
     app = application(autocommit(make_engine, how), kind, transactional(), BODIES["core"])
     with pytest.raises((DatabaseDependencyError, TransactionOptionsError)) as caught:
         async with running(app) as client:
@@ -125,19 +132,22 @@ async def test_a_transaction_is_refused(
 
 @pytest.mark.parametrize("how", HOW)
 async def test_a_reader_is_not_refused(kind: Kind, make_engine: MakeEngine, how: str) -> None:
-    """A reader is in AUTOCOMMIT itself, so it starts and reads on such an engine, too."""
+    """A reader works on an AUTOCOMMIT engine, because it is in AUTOCOMMIT itself."""
     read: Body = lambda session: session.execute(text("SELECT 1")).close()  # noqa: E731
     assert await ask(autocommit(make_engine, how), kind, reader(), read) == 201
 
 
 async def test_a_reader_has_no_two_phases(kind: Kind, engine: Any) -> None:
-    """The sessions that commit may do so in two phases: a reader has no transaction."""
+    """A reader works with `twophase=True`, because it has no transaction.
+
+    Only the sessions that commit do so in two phases.
+    """
     read: Body = lambda session: session.execute(text("SELECT 1")).close()  # noqa: E731
     assert await ask(engine, kind, reader(), read, session_options={"twophase": True}) == 201
 
 
 async def test_a_connection_of_its_own_choice_is_named(kind: Kind, engine: Any, rows: Rows) -> None:
-    """A session that asks for an AUTOCOMMIT connection is told so, and get_db's may have one."""
+    """A session that takes an AUTOCOMMIT connection fails under transactional, not under get_db."""
 
     def body(session: Session) -> None:
         session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
@@ -153,7 +163,7 @@ async def test_a_connection_of_its_own_choice_is_named(kind: Kind, engine: Any, 
 async def test_the_handle_s_transaction_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Neither transaction() nor run_in_transaction runs work that nothing could undo."""
+    """On an AUTOCOMMIT engine, run_in_transaction raises instead of running work it cannot undo."""
     engine = make_engine(isolation_level="AUTOCOMMIT")
     with pytest.raises(TransactionOptionsError, match="is in AUTOCOMMIT"):
         await run_in_transaction(engine, BODIES["core"])
@@ -163,7 +173,7 @@ async def test_the_handle_s_transaction_is_refused(
 async def test_a_session_that_was_read_with_is_refused_where_it_is_enlisted(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """`transactional` after a read through get_db is refused before anything can be written."""
+    """On an AUTOCOMMIT engine, `transactional` after a get_db read fails before any write."""
     app, engine = FastAPI(), make_engine(isolation_level="AUTOCOMMIT")
     install_database(app, engine=engine, shutdown=engine.dispose)
     reading = using(kind, Depends(get_db()), lambda s: s.execute(text("SELECT 1")).close())

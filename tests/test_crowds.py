@@ -43,7 +43,7 @@ CROWD = 40
 
 @pytest.fixture
 def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
-    """Make an application that has three connections for everybody."""
+    """Make an application whose requests share three connections."""
     app = FastAPI()
     engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=30)
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -51,7 +51,7 @@ def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
 
 
 async def crowd(client: httpx.AsyncClient) -> set[int]:
-    """Send many requests at once; return the statuses seen."""
+    """Send many requests at once, and return the set of their statuses."""
     answers = await asyncio.gather(*(client.post("/") for _ in range(CROWD)))
     return {answer.status_code for answer in answers}
 
@@ -65,13 +65,13 @@ def using_in_thread(session: Annotated[Session, Depends(get_db("sync"))]) -> Non
 
 
 def add_with_a_reader(app: FastAPI, kind: Kind, read: Callable[..., Any] = reader()) -> None:
-    """Let each request hold a connection and wait for a second one."""
+    """Add a route whose requests hold a connection and need a second one, for a reader."""
     first = Depends(using(kind, Depends(get_db()), ask))
     route(app, kind, "/", read, ask, dependencies=[first])
 
 
 def add_with_a_handle(app: FastAPI, kind: Kind) -> None:
-    """Let each request open a session of the handle's while it holds one."""
+    """Add a route whose requests hold a connection and open a session of the handle."""
 
     async def asynchronous(database: Annotated[Any, Depends(get_database_handle())]) -> None:
         async with database.session() as session:
@@ -87,7 +87,7 @@ def add_with_a_handle(app: FastAPI, kind: Kind) -> None:
 
 
 def add_wrapped(app: FastAPI, kind: Kind) -> None:
-    """Replace the endpoint once it is registered, as Sentry does."""
+    """Add a route and then replace its endpoint with a wrapper, as Sentry does."""
     add_with_a_reader(app, kind)
     found = app.routes[-1]
     assert isinstance(found, APIRoute)
@@ -106,7 +106,7 @@ def add_wrapped(app: FastAPI, kind: Kind) -> None:
 
 
 def add_decorated(app: FastAPI, kind: Kind) -> None:
-    """Declare the reader behind a decorator, as a library that converts versions does."""
+    """Add a route whose reader is decorated, as by a library that converts API versions."""
     read = reader()
 
     @functools.wraps(read)
@@ -117,12 +117,12 @@ def add_decorated(app: FastAPI, kind: Kind) -> None:
 
 
 def add_partial(app: FastAPI, kind: Kind) -> None:
-    """Declare the reader as a partial."""
+    """Add a route whose reader is a partial."""
     add_with_a_reader(app, kind, functools.partial(reader()))
 
 
 def add_unlisted(app: FastAPI, kind: Kind) -> None:
-    """Serve the route by a router that is not among the application's routes, as one by version."""
+    """Serve the route from a router outside the application's routes, such as an API version's."""
     behind = FastAPI()
     add_with_a_reader(behind, kind)
 
@@ -132,8 +132,8 @@ def add_unlisted(app: FastAPI, kind: Kind) -> None:
     app.mount("/", chosen)
 
 
-# How many connections a request needs is read from a route's dependencies, whenever it was added;
-# the wrapped one is read in another way.
+# The connections that a request needs are counted from its route's dependencies, whenever the route
+# was added. For the wrapped endpoint, they are counted in another way.
 @pytest.mark.parametrize(
     ("add", "late"),
     [
@@ -147,7 +147,7 @@ def add_unlisted(app: FastAPI, kind: Kind) -> None:
     ],
 )
 async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bool) -> None:
-    """Requests that hold a connection and need another all succeed, on a route added any time."""
+    """Requests that hold a connection and need another all succeed, even on a route added late."""
     if not late:
         add(app, kind)
     async with running(app) as client:
@@ -157,7 +157,7 @@ async def test_a_crowd_is_served(kind: Kind, app: FastAPI, add: Adding, late: bo
 
 
 async def test_a_crowd_of_a_mounted_application_is_served_too(kind: Kind, app: FastAPI) -> None:
-    """Requests of both applications that hold a connection and need another share one gate."""
+    """Requests of a root and a mounted application share one gate, and all of them succeed."""
     below = FastAPI()
     for each in app, below:
         add_with_a_reader(each, kind)
@@ -169,7 +169,7 @@ async def test_a_crowd_of_a_mounted_application_is_served_too(kind: Kind, app: F
 
 
 async def test_requests_with_one_session_wait_for_no_place(kind: Kind, app: FastAPI) -> None:
-    """Three requests hold the three connections at once, also beside a route that holds two."""
+    """Three requests use all three connections at once, even beside a route that needs two each."""
     add_with_a_reader(app, kind)
     together = asyncio.Barrier(3)
 
@@ -181,19 +181,19 @@ async def test_requests_with_one_session_wait_for_no_place(kind: Kind, app: Fast
     app.post("/one", status_code=201)(endpoint)
     async with running(app) as client:
         if kind.asynchronous:
-            running_of(app).gate._threads.total_tokens = 1  # which these do not need
+            running_of(app).gate._threads.total_tokens = 1  # these need no thread
         answers = await asyncio.gather(*(client.post("/one") for _ in range(3)))
     assert {answer.status_code for answer in answers} == {201}
 
 
-# -- places that nobody needs ------------------------------------------------------------------
+# -- places of idle requests -------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def idling(
     app: FastAPI, client: httpx.AsyncClient, times: int, *, used: bool
 ) -> AsyncGenerator[None]:
-    """Send requests that wait for something else until the block ends, and then go on."""
+    """Send requests that hold no connection until the block ends, and then go on."""
     arrived, leave = asyncio.Semaphore(0), asyncio.Event()
 
     async def work(*sessions: Any) -> None:
@@ -202,7 +202,7 @@ async def idling(
                 if isinstance(session, AsyncSession):
                     await session.run_sync(step)
                 else:
-                    await run_sync(step, session)  # gives its thread back, not its connection
+                    await run_sync(step, session)  # releases its thread, not its connection
 
     async def endpoint(
         first: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
@@ -223,7 +223,7 @@ async def idling(
 
 
 async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None:
-    """Await one thing, or the failure of another."""
+    """Await `wanted`, and raise the error of any other task that ends first."""
     task = asyncio.ensure_future(wanted)
     done, _ = await asyncio.wait([task, *others], return_when=asyncio.FIRST_COMPLETED)
     for each in done:
@@ -235,7 +235,7 @@ async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None
 async def test_idle_requests_keep_nobody_out(
     kind: Kind, app: FastAPI, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixty requests without a connection leave room for one, and come back together."""
+    """Sixty requests without a connection leave room for another, and then resume together."""
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0.005)
     add_with_a_reader(app, kind)
     async with running(app) as client, idling(app, client, 60, used=used):
@@ -245,7 +245,7 @@ async def test_idle_requests_keep_nobody_out(
 async def test_two_sessions_come_back_together(
     kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both sessions of an idle request, used at once, wait for its one place and get it."""
+    """Two sessions of an idle request, used at once, wait for their request's place and get it."""
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
     idle, leave = asyncio.Event(), asyncio.Event()
 
@@ -264,7 +264,7 @@ async def test_two_sessions_come_back_together(
     async with running(app) as client:
         request = asyncio.create_task(client.post("/"))
         await first_of(idle.wait(), request)
-        await turns()  # what opening the sessions has scheduled on the event loop
+        await turns()  # run what opening the sessions has scheduled
         places = running_of(app).gate._connections
         assert places.borrowed_tokens == 0
         places.total_tokens = 1
@@ -280,7 +280,7 @@ async def test_two_sessions_come_back_together(
 async def test_an_idle_request_stands_in_nobodys_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that waits for a thread and one that holds a connection both go on.
+    """A request that waits for a thread and one that also holds a connection both complete.
 
     Each has an asynchronous session and a synchronous one, for which it needs a thread.
     """
@@ -326,7 +326,7 @@ async def test_an_idle_request_stands_in_nobodys_way(
             requests.append(asyncio.create_task(client.get("/", params={"uses": uses})))
             await until(lambda: waiting() == len(requests) - 1)
             await turns()
-            monkeypatch.setattr(_unit_of_work, "_IDLE", 60)  # from now on all are busy
+            monkeypatch.setattr(_unit_of_work, "_IDLE", 60)  # from now on no request counts as idle
         leave.set()
         assert [(await each).status_code for each in requests] == [200] * 3
 
@@ -335,11 +335,11 @@ async def test_an_idle_request_stands_in_nobodys_way(
 async def test_an_idle_request_comes_back_in_any_thread(
     kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that has been idle works in threads that are not AnyIO's."""
+    """A session of an idle request works in a thread that is not AnyIO's."""
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
 
     async def endpoint(session: Annotated[Any, Depends(get_db())]) -> None:
-        await turns()  # what opening the session has scheduled on the event loop
+        await turns()  # run what opening the session has scheduled
         assert running_of(app).gate._threads.borrowed_tokens == 0
         await asyncio.to_thread(ask, session)
         assert running_of(app).gate._threads.borrowed_tokens == 1
@@ -353,7 +353,7 @@ async def test_an_idle_request_comes_back_in_any_thread(
 async def test_a_thread_that_waits_keeps_its_place(
     kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A `def` endpoint that waits after its commit holds a thread: nobody else may have it."""
+    """A `def` endpoint that waits after its commit keeps its place, because it holds a thread."""
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
     committed, leave = threading.Event(), threading.Event()
 
@@ -367,7 +367,7 @@ async def test_a_thread_that_waits_keeps_its_place(
     async with running(app) as client:
         request = asyncio.create_task(client.post("/"))
         assert await run_sync(committed.wait, 30)
-        await turns()  # what the commit has scheduled on the event loop
+        await turns()  # run what the commit has scheduled
         assert running_of(app).gate._threads.borrowed_tokens == 1
         leave.set()
         assert (await request).status_code == 201
@@ -378,9 +378,10 @@ async def test_a_thread_that_waits_keeps_its_place(
 async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
     kind: Kind, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, in_time: bool
 ) -> None:
-    """A request that is cancelled while its thread waits to come back holds no place for ever.
+    """A request that is cancelled while its thread waits for places keeps none of them.
 
-    It needs two, and gets the first when the request has ended; the second perhaps never.
+    The thread needs two places. It gets the first after the request has ended, and the second in
+    time or never.
     """
     app, engine = FastAPI(), make_engine(pool_size=2, pool_timeout=30 if in_time else 0.2)
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -389,7 +390,7 @@ async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
     enter = Running.admit
 
     async def admit(*args: Any) -> bool:
-        waits.set()  # seen when this waits for a place
+        waits.set()  # the test goes on once this waits for a place
         return await enter(*args)
 
     def come_back(session: Session) -> None:
@@ -409,7 +410,7 @@ async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
     async with running(app) as client:
         request = asyncio.create_task(client.post("/"))
         await first_of(idle.wait(), request)
-        await turns()  # what opening the sessions has scheduled on the event loop
+        await turns()  # run what opening the sessions has scheduled
         gate = running_of(app).gate
         places = gate._connections, gate._threads
         for each in places:
@@ -428,7 +429,7 @@ async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
 
 
 async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:
-    """A request that lets go of one place while it waits for the next loses neither."""
+    """A request that gives up its first place while it waits for the second loses neither place."""
     gate, database = Gate(), Database(sqlite())
 
     async def endpoint() -> None: ...

@@ -1,4 +1,4 @@
-"""Every kind of failure, provoked on the drivers' real servers: described, mapped, no leak."""
+"""Every kind of failure on real servers: its description, its HTTP answer, and no leaks."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ Kind = DatabaseErrorKind
 
 
 class Cell(NamedTuple):
-    """Say what a driver states about a failure."""
+    """The facts that a driver states about a failure."""
 
     kind: Kind
     code: str | None
@@ -53,12 +53,12 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Say what each dialect, or a driver that differs, states about a provocation."""
+    """A provocation, with what each dialect, or a driver that differs, states about it."""
 
     provoke: Provocation
     cells: dict[str, Cell | None]
     limited: bool = False  # with the role that cannot connect
-    everywhere: bool = False  # on every driver: the driver has a hand in it
+    everywhere: bool = False  # on every driver, because the result depends on it
 
 
 CHILD = "canary_child"
@@ -272,7 +272,7 @@ TABLE = (
         failing.connect,
         everywhere=True,
         cells={
-            # libpq hands on words, and no code.
+            # libpq passes on a message, but no code.
             POSTGRES: Cell(Kind.TOO_MANY_CONNECTIONS, None),
             ASYNCPG.id: Cell(Kind.TOO_MANY_CONNECTIONS, "53300"),
             SQLITE: Cell(Kind.UNAVAILABLE, "SQLITE_CANTOPEN"),
@@ -323,7 +323,7 @@ TABLE = (
     Row(failing.beyond_python, {PSYCOPG.id: Cell(Kind.OTHER, None)}),
 )
 
-# What the issue promises, written down once more.
+# The statuses that the issue specifies, repeated here.
 STATUS = {
     409: (Kind.UNIQUE, Kind.EXCLUSION, Kind.STILL_REFERENCED, Kind.STALE, Kind.FOREIGN_KEY),
     403: (Kind.ROW_SECURITY,),
@@ -343,7 +343,10 @@ STATUS_OF = {kind: status for status, kinds in STATUS.items() for kind in kinds}
 
 
 def cells() -> list[Any]:
-    """List what is provoked: a driver without a cell has no such failure."""
+    """Return the parameters of the test, one for each row and driver with a cell.
+
+    A driver without a cell has no such failure.
+    """
     found = []
     for row in TABLE:
         for driver in (*LEADERS, *(FOLLOWERS if row.everywhere else ())):
@@ -384,7 +387,7 @@ def on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(driver: Driver, request: pytest.FixtureRequest) -> Server:
-    """Give the driver's server, its rows reset."""
+    """Return the driver's server, with its rows reset."""
     fixture = {POSTGRES: "on_postgres", SQLITE: "on_sqlite", MYSQL: "on_mariadb"}[driver.dialect]
     found: Server = request.getfixturevalue(fixture)
     found.reset()
@@ -400,7 +403,10 @@ def engine(driver: Driver, server: Server, row: Row) -> Engine | AsyncEngine:
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[asyncio.Runner]:
-    """Keep one event loop: aiosqlite's threads have something to say after a failed connect."""
+    """Yield a runner, which keeps one event loop for the module.
+
+    The threads of aiosqlite still use the event loop after a failed connect.
+    """
     with asyncio.Runner() as runner:
         yield runner
 
@@ -408,7 +414,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def failure_of(
     engine: Engine | AsyncEngine, server: Server, provoke: Provocation, runner: asyncio.Runner
 ) -> Exception:
-    """Provoke it in a transaction of a handle's."""
+    """Return the error that a provocation raises in a transaction of a handle."""
 
     async def provoke_and_dispose(engine: AsyncEngine) -> None:
         try:
@@ -441,7 +447,10 @@ def test_a_failure_is_described_by_its_code(
     runner: asyncio.Runner,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Kind, code and names are what the driver states; the answer has its status and no leak."""
+    """A failure has the kind, code and names that the driver states, and the answer has its status.
+
+    The answer contains nothing of the database, and one log line is written.
+    """
     error = failure_of(engine, server, row.provoke, runner)
     found = describe_database_error(error)
     if cell is None:
@@ -463,18 +472,21 @@ LEVEL_OF = {403: "INFO", 409: "INFO", 422: "INFO", 500: "ERROR", 503: "WARNING",
 
 
 def assert_logged(caplog: pytest.LogCaptureFixture, status: int) -> None:
-    """Look for one line, with a traceback only for what a developer must see."""
+    """Assert that there is one log line, with a traceback only for what a developer must see.
+
+    The line must not contain the stored value.
+    """
     (record,) = caplog.records
     assert record.levelname == LEVEL_OF[status]
     assert bool(record.exc_info) == (status == 500)
     assert "canary-value" not in record.getMessage()
 
 
-# --- what drivers raise that SQLAlchemy does not wrap -------------------------------------------
+# --- errors of drivers that SQLAlchemy does not wrap --------------------------------------------
 
 
 def wrap_values(context: ExceptionContext) -> BaseException | None:
-    """Wrap what a driver's cursor has raised that is no error of its class."""
+    """Wrap a ValueError or OverflowError of a driver's cursor, which SQLAlchemy does not wrap."""
     error = context.original_exception
     if context.sqlalchemy_exception is None and isinstance(error, ValueError | OverflowError):
         return DBAPIError(context.statement, context.parameters, error)
@@ -503,7 +515,7 @@ def test_a_value_that_the_driver_cannot_send_is_a_bad_value(
     server: Server,
     runner: asyncio.Runner,
 ) -> None:
-    """A lone surrogate, a NUL or too big a number is the client's, on whichever driver."""
+    """A lone surrogate, a NUL or too big a number is a bad value of the client, on any driver."""
     inner = sync_engine(engine)
     event.listen(inner, "handle_error", wrap_values)
     found = describe_database_error(failure_of(engine, server, provoke, runner))

@@ -1,4 +1,4 @@
-"""Rules 5 and 6, the other side: correct code is never refused."""
+"""Rules 5 and 6 never raise an error for correct code."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,7 +25,7 @@ again = insert(items).values(name="there")
 
 
 def run(statement: Any) -> Body:
-    """Make a body that sends one statement, as text where it is a string."""
+    """Make a body that executes one statement, as text if it is a string."""
 
     def body(session: Session) -> None:
         session.execute(text(statement) if isinstance(statement, str) else statement).close()
@@ -33,7 +33,7 @@ def run(statement: Any) -> Body:
     return body
 
 
-# -- what stores nothing -----------------------------------------------------------------------
+# -- work that stores nothing ------------------------------------------------------------------
 
 
 def refused(statement: Any) -> Body:
@@ -114,7 +114,7 @@ def undone_savepoint(session: Session) -> None:
 
 def undone_before_an_unknown_function(session: Session) -> None:
     savepoint = session.begin_nested()
-    session.execute(delete(items))  # an insert would lock the sequence, which explains as much
+    session.execute(delete(items))  # an insert would also lock the sequence, which explains the id
     savepoint.rollback()
     session.execute(text("SELECT quote_nullable('x')"))
 
@@ -144,7 +144,7 @@ def returning_nothing(session: Session) -> None:
 
 
 def newer(table: Any, *returning: Any) -> Body:
-    """Make an upsert whose condition is not met."""
+    """Make a body with an upsert whose condition is not met."""
     statement = upsert(table).values(name="there", position=2)
     statement = statement.on_conflict_do_update(
         index_elements=["name"], set_={"position": 2}, where=items.c.position > 7
@@ -178,7 +178,8 @@ def commit_with_connection(session: Session) -> None:
 
 
 STORES_NOTHING: dict[str, Body] = {
-    # First, because the temporary tables below would pass for DDL here until they are reported.
+    # First, because the catalog writes of the temporary tables below would look like DDL here until
+    # they are reported to the statistics.
     "undone in a function": run(
         "DO $$ BEGIN DELETE FROM item; RAISE 'undone'; EXCEPTION WHEN raise_exception THEN END $$"
     ),
@@ -241,7 +242,7 @@ STORES_NOTHING: dict[str, Body] = {
 async def test_what_stores_nothing_is_not_forgotten(
     kind: Kind, engine: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """Through get_db, what a COMMIT would not store needs none."""
+    """Through get_db, work that leaves nothing for a COMMIT to store needs no commit."""
     async with asking(engine, kind, get_db()) as request:
         for name, body in STORES_NOTHING.items():
             rows.clear()
@@ -252,7 +253,7 @@ async def test_what_stores_nothing_is_not_forgotten(
 
 
 def test_a_doubtful_read_does_not_list_the_locks_of_the_server(rows: Rows) -> None:
-    """PostgreSQL lists the locks of all sessions only after something was written."""
+    """The query for unstored changes lists all sessions' locks only after a write."""
 
     def lists_locks() -> bool:
         plan = rows.connection.execute(f"EXPLAIN ANALYZE {transactions._UNSTORED}")
@@ -276,7 +277,7 @@ def test_a_doubtful_read_does_not_list_the_locks_of_the_server(rows: Rows) -> No
 async def test_a_race_that_is_lost_needs_no_commit(
     kind: Kind, engine: Engine, rows: Rows, lose: Any
 ) -> None:
-    """A statement that waits for a row, and meets it no more, has stored nothing."""
+    """A statement that waits for a row, which then no longer matches, needs no commit."""
     rows.add("there", position=1)
 
     def body(session: Session) -> None:

@@ -1,5 +1,5 @@
 # pyright: strict
-"""What each public name is to a type checker, said in `assert_type`: it must find nothing here."""
+"""The type of each public name, asserted with `assert_type`: type checkers must find no error."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, assert_type
@@ -32,7 +32,7 @@ from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, PartialCommi
 
 
 def dependencies() -> None:
-    """A dependency gives a session of either colour; the annotation at its use says which."""
+    """Assert that a dependency returns a session of either colour, which an annotation narrows."""
     for dependency in get_db(), transactional("a", read_only=True), reader("a"):
         assert_type(dependency, Callable[..., Awaitable[AsyncSession | Session]])
     handle = get_database_handle("a")
@@ -40,7 +40,7 @@ def dependencies() -> None:
 
 
 def handles(app: FastAPI) -> None:
-    """A handle knows its engine; looked up by name, it is of the kind that was asked for."""
+    """Assert the types of a handle's attributes, and of handles that are looked up by name."""
     either = installed_databases(app)
     assert_type(either, Mapping[str, Database | AsyncDatabase])
     assert_type(installed_databases(app, AsyncDatabase)["a"], AsyncDatabase)
@@ -54,18 +54,18 @@ def handles(app: FastAPI) -> None:
 
 
 def count(session: Session) -> int:
-    """Work for a transaction that may run again."""
+    """Count rows, as the work of a transaction that may run again."""
     assert_type(session, Session)
     return session.scalars(select(literal(1))).one()
 
 
 async def count_later(session: AsyncSession) -> int:
-    """The same for the other colour."""
+    """Count rows with an AsyncSession, as work that may run again."""
     return (await session.scalars(select(literal(1)))).one()
 
 
 async def transactions(sync: Database, database: AsyncDatabase) -> None:
-    """Sessions have the handle's colour, and work gives back what it returns."""
+    """Assert that sessions have the handle's colour, and that the work's result is returned."""
     with sync.session() as reading, sync.transaction(isolation_level="SERIALIZABLE") as writing:
         assert_type(reading, Session)
         assert_type(writing, Session)
@@ -77,7 +77,7 @@ async def transactions(sync: Database, database: AsyncDatabase) -> None:
 
 
 async def failures(session: AsyncSession, sync: Session, error: Exception) -> None:
-    """A failure is described, or it is none; mapping gives what is to be raised."""
+    """Assert that a failure has a description or None, and assert the type of a mapped error."""
     found = describe_database_error(error)
     assert_type(found, DatabaseErrorDescription | None)
     if found is not None:
@@ -99,7 +99,7 @@ async def failures(session: AsyncSession, sync: Session, error: Exception) -> No
 
 
 async def operation(app: FastAPI) -> None:
-    """What looks after an application in production."""
+    """Assert the types of what monitors an application in production."""
     assert_type(health_router(databases={"default": "writable"}), APIRouter)
     findings = await check_databases(app, processes=8)
     assert_type(findings, list[Finding])

@@ -1,4 +1,4 @@
-"""Section 4, the start: what `install_database` takes, and when databases are up and down."""
+"""Section 4, the start: what `install_database` accepts, and when databases start and stop."""
 
 import asyncio
 import functools
@@ -61,13 +61,13 @@ BUILDERS: dict[str, Callable[[], Engine | AsyncEngine]] = {
 
 @pytest.fixture(params=BUILDERS.values(), ids=list(BUILDERS))
 def build(request: pytest.FixtureRequest) -> Callable[[], Engine | AsyncEngine]:
-    """Build an engine, of each colour in turn."""
+    """Return a function that builds an engine, for each colour in turn."""
     found: Callable[[], Engine | AsyncEngine] = request.param
     return found
 
 
 async def ask(database: object) -> None:
-    """Send a statement through a handle of either colour, inside the application."""
+    """Send a statement through a handle of either colour, while its application runs."""
     if isinstance(database, AsyncDatabase):
         async with database.session() as session:
             await session.execute(text("SELECT 1"))
@@ -81,7 +81,7 @@ async def ask(database: object) -> None:
 
 
 class CallableFactory:
-    """Be a factory that is an object."""
+    """A factory that is an object."""
 
     def __init__(self, build: Callable[[], Engine | AsyncEngine]) -> None:
         self.build = build
@@ -112,7 +112,7 @@ FACTORIES: dict[str, Callable[[Callable[[], Engine | AsyncEngine]], Callable[[],
 async def test_a_factory_is_called_once_per_start(
     build: Callable[[], Engine | AsyncEngine], factory: Callable[..., Callable[[], Any]]
 ) -> None:
-    """A factory, sync or async, makes one engine a start, and it is disposed of at the end."""
+    """A factory, sync or async, makes one engine per start, which is disposed of at the end."""
     log: list[str] = []
 
     def noted() -> Engine | AsyncEngine:
@@ -136,7 +136,7 @@ async def test_a_factory_is_called_once_per_start(
 async def test_an_engine_gives_sessions_of_its_colour(
     build: Callable[[], Engine | AsyncEngine],
 ) -> None:
-    """An Engine gives a Session, an AsyncEngine an AsyncSession, on that very engine."""
+    """`get_db` yields a session of the engine's colour, and the handle has that very engine."""
     engine = build()
     app = FastAPI()
     install_database(app, engine=engine)
@@ -154,7 +154,7 @@ async def test_an_engine_gives_sessions_of_its_colour(
 
 
 async def test_a_ready_engine_is_not_closed(build: Callable[[], Engine | AsyncEngine]) -> None:
-    """Who built the engine closes it: without a hook a ready one is left as it is."""
+    """A ready engine without a hook is not disposed of, because whoever built it closes it."""
     log: list[str] = []
     engine = build()
     note_disposal(engine, log)
@@ -167,7 +167,7 @@ async def test_a_ready_engine_is_not_closed(build: Callable[[], Engine | AsyncEn
 
 
 class CallableHook:
-    """Be a hook that is an object."""
+    """A hook that is an object."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -177,7 +177,7 @@ class CallableHook:
 
 
 class AsyncCallableHook(CallableHook):
-    """Be an asynchronous one."""
+    """An asynchronous hook that is an object."""
 
     async def __call__(self) -> None:  # type: ignore[override] # either is a hook
         await asyncio.sleep(0)
@@ -209,7 +209,7 @@ HOOKS: dict[str, tuple[Callable[[list[str]], Callable[[], object]], str]] = {
 async def test_a_hook_runs_once_per_stop(
     hook: Callable[[list[str]], Callable[[], object]], where: str
 ) -> None:
-    """A hook of any kind runs once at each end; a sync one in a thread, not on the event loop."""
+    """A hook of any kind runs once per stop, and a sync hook runs in a thread, not on the loop."""
     log: list[str] = []
     app = FastAPI()
     install_database(app, engine=async_sqlite(), shutdown=hook(log))
@@ -235,7 +235,7 @@ async def test_the_engines_own_dispose_is_a_hook(
 
 
 async def test_a_function_without_a_signature_is_a_hook() -> None:
-    """Functions written in C may have none that Python can read, and are called all the same."""
+    """A hook without a signature that Python can read, such as a C function, is called as well."""
     cache = {"key": "value"}
     app = FastAPI()
     install_database(app, engine=async_sqlite(), shutdown=cache.clear)
@@ -251,7 +251,7 @@ def with_router(app: FastAPI, body: Callable[..., AsyncGenerator[Any]]) -> None:
 
 
 class Handlers:
-    """Turn a lifespan body into a start-up and a shutdown handler."""
+    """A start-up and a shutdown handler that run a lifespan body."""
 
     def __init__(self, app: FastAPI, body: Callable[..., AsyncGenerator[Any]]) -> None:
         self.app = app
@@ -281,7 +281,7 @@ DECLARATIONS = (
 def declared(
     how: str, install: Callable[[FastAPI], None], body: Callable[..., AsyncGenerator[Any]]
 ) -> FastAPI:
-    """Make an application that declares a lifespan in this way, and install a database."""
+    """Make an application that declares a lifespan in the given way, and install a database."""
     lifespans: dict[str, Any] = {"lifespan": asynccontextmanager(body), "async-generator": body}
     app = FastAPI(lifespan=lifespans.get(how))
     if how == "router-before":
@@ -308,7 +308,7 @@ def declared(
 
 @pytest.mark.parametrize("how", DECLARATIONS)
 def test_databases_are_up_around_the_application(how: str) -> None:
-    """Databases answer in the application's own lifespan, from its first line to its last."""
+    """Databases can be used from the first line of the application's own lifespan to the last."""
     log: list[str] = []
 
     def factory() -> AsyncEngine:
@@ -334,7 +334,7 @@ def test_databases_are_up_around_the_application(how: str) -> None:
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_a_routers_startup_handlers_find_the_databases(before: bool) -> None:
-    """Handlers of a router, included before the install or after it, run between up and down."""
+    """The handlers of a router, included before or after the install, can use the databases."""
     log: list[str] = []
 
     async def note_answer(when: str) -> None:
@@ -358,7 +358,7 @@ def test_a_routers_startup_handlers_find_the_databases(before: bool) -> None:
 
 @pytest.mark.parametrize("how", ["lifespan", "async-generator", "router-before", "router-after"])
 def test_the_applications_state_passes_through(how: str) -> None:
-    """What the application's lifespan yields is in `request.state`, and nothing else is."""
+    """`request.state` contains what the application's lifespan yields, and nothing else."""
     given = {"answer": 42}
 
     async def body(app: FastAPI) -> AsyncGenerator[dict[str, int]]:
@@ -389,7 +389,7 @@ async def test_the_applications_state_is_its_own_object() -> None:
 
 
 async def told_by(app: FastAPI) -> list[tuple[str, str]]:
-    """Start and stop an application as a server does that knows of no lifespan state."""
+    """Start and stop an application as a server without lifespan state, and return its messages."""
     messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
     sent: list[tuple[str, str]] = []
 
@@ -405,18 +405,18 @@ async def told_by(app: FastAPI) -> list[tuple[str, str]]:
 
 
 async def test_a_server_without_lifespan_state_will_do() -> None:
-    """An application that yields no state starts on a server that knows of none."""
+    """An application that yields no state starts and stops on a server without lifespan state."""
     app = FastAPI()
     install_database(app, engine=async_sqlite())
     told = await told_by(app)
     assert told == [("lifespan.startup.complete", ""), ("lifespan.shutdown.complete", "")]
 
 
-# --- again, and on another event loop ---
+# --- later starts, also on another event loop ---
 
 
 def reading_app(engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
-    """Make an application that sends one statement in a request."""
+    """Make an application whose route sends one statement."""
     app = FastAPI()
     install_database(app, engine=engine, **options)
     statement = text("SELECT 1")
@@ -448,7 +448,7 @@ async def read_twice(app: FastAPI) -> None:
 
 
 def read_once(app: FastAPI) -> None:
-    """Start the application on an event loop of its own, and send one request."""
+    """Start the application on a new event loop, and send one request."""
     with TestClient(app) as client:
         assert client.get("/").json() == 1
 
@@ -457,7 +457,7 @@ def read_once(app: FastAPI) -> None:
 def test_an_application_starts_again_on_another_event_loop(
     kind: Kind, postgres: WorkerPostgres
 ) -> None:
-    """With `shutdown=engine.dispose` an application runs again, wherever its new event loop is."""
+    """With `shutdown=engine.dispose`, an application can run again on another event loop."""
     engine = engine_of(kind, postgres)
     app = reading_app(engine, shutdown=engine.dispose)
     read_once(app)
@@ -470,7 +470,7 @@ def test_a_driver_that_knows_no_event_loop_needs_no_hook(
 ) -> None:
     """psycopg, aiosqlite and sync drivers start again on another event loop without a hook.
 
-    asyncpg does with a pool that keeps nothing.
+    asyncpg does so with a pool that keeps no connections.
     """
     engine: Engine | AsyncEngine
     if driver == "aiosqlite":
@@ -493,7 +493,11 @@ def test_a_driver_that_knows_no_event_loop_needs_no_hook(
 def test_an_engine_bound_to_another_event_loop_is_refused(
     postgres: WorkerPostgres, new: bool
 ) -> None:
-    """A ready asyncpg engine that was not disposed of fails the second start, and it says why."""
+    """A ready asyncpg engine that was not disposed of cannot start on another event loop.
+
+    The error says why. The engine can still start on its own event loop, and on another one after
+    it was disposed of.
+    """
     engine = create_async_engine(postgres.url("asyncpg"))
     app = reading_app(engine)
     with asyncio.Runner() as first:
@@ -515,14 +519,14 @@ def test_an_engine_bound_to_another_event_loop_is_refused(
 async def test_an_engine_may_start_again_on_the_same_event_loop(
     kind: Kind, postgres: WorkerPostgres
 ) -> None:
-    """On one event loop a ready engine needs no hook: an application may stop and start."""
+    """An application with a ready engine and no hook can start again on the same event loop."""
     engine = engine_of(kind, postgres)
     await read_twice(reading_app(engine))
     await dispose(engine)
 
 
 def test_an_application_runs_on_one_event_loop_at_a_time() -> None:
-    """A second event loop for a running application is refused, and the first goes on."""
+    """A running application cannot start on a second event loop, and its first run goes on."""
     engine = async_sqlite()
     app = reading_app(engine, shutdown=engine.dispose)
     with TestClient(app) as client:
@@ -548,9 +552,9 @@ async def test_a_lifespan_may_be_entered_twice_on_one_event_loop() -> None:
 
 @pytest.mark.parametrize("first", ["fails", "is cancelled", "shuts down"])
 async def test_a_start_beside_one_that_ends_has_its_databases(first: str) -> None:
-    """Starts that overlap one that fails, is cancelled or shuts down make what it leaves undone.
+    """Starts that overlap one that fails, is cancelled or shuts down still start all databases.
 
-    Each engine that was built is disposed of once, when the last of them ends.
+    Each engine that was built is disposed of once, when the last run that uses it ends.
     """
     log: list[str] = []
     held, others_wait = asyncio.Event(), asyncio.Event()
@@ -602,7 +606,7 @@ async def make_engine_later() -> AsyncEngine:
 
 
 class Wrong(Exception):  # noqa: N818
-    """Stand for whatever fails."""
+    """An arbitrary failure."""
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -670,7 +674,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 async def test_a_wrong_argument_is_refused_at_once(
     options: dict[str, Any], kind: type[Exception], match: str
 ) -> None:
-    """A wrong argument names the database, the argument and what belongs there, at the call."""
+    """A wrong argument fails at the call, and nothing is installed.
+
+    The error names the database, the argument and what belongs there.
+    """
     app = FastAPI()
     with pytest.raises(kind, match=match):
         install_database(app, **{"engine": async_sqlite(), **options})
@@ -678,7 +685,7 @@ async def test_a_wrong_argument_is_refused_at_once(
     await start_and_stop(app)
 
 
-# Names that only a type checker sees: from Python 3.14 on, such a module needs no future import.
+# The names are for type checkers only. From Python 3.14 on, such a module needs no future import.
 HIDDEN = f"""{"" if sys.version_info >= (3, 14) else "from __future__ import annotations"}
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.in_process import async_sqlite
@@ -701,7 +708,7 @@ class Audited(AsyncSession):
 
 
 async def test_an_annotation_may_name_what_is_imported_for_type_checkers() -> None:
-    """Of a factory, hook, check or override only the parameters count, not their annotations."""
+    """A factory, hook, check or override may have annotations that do not exist at run time."""
     names: dict[str, Any] = {"log": []}
     exec(compile(HIDDEN, "hidden.py", "exec", dont_inherit=True), names)
     app = FastAPI()
@@ -718,7 +725,7 @@ async def test_an_annotation_may_name_what_is_imported_for_type_checkers() -> No
 
 
 async def test_a_hook_that_has_been_called_is_refused() -> None:
-    """`shutdown=engine.dispose()` is a coroutine, no hook, and the error names the parentheses."""
+    """`shutdown=engine.dispose()` passes a coroutine, and the TypeError names the parentheses."""
     engine = async_sqlite()
     called = engine.dispose()
     with pytest.raises(TypeError, match=r"shutdown of .*\(no parentheses\), not coroutine"):
@@ -727,7 +734,7 @@ async def test_a_hook_that_has_been_called_is_refused() -> None:
 
 
 async def test_a_factory_that_has_been_called_is_refused() -> None:
-    """`engine=make_engine()` of an async factory is a coroutine; the error says what to give."""
+    """`engine=make_engine()` passes an async factory's coroutine, and the TypeError says so."""
     called = make_engine_later()
     with pytest.raises(TypeError, match="It is a coroutine: pass the function itself"):
         install_database(FastAPI(), engine=called)  # type: ignore[arg-type] # the mistake
@@ -735,7 +742,7 @@ async def test_a_factory_that_has_been_called_is_refused() -> None:
 
 
 def test_only_an_application_takes_a_database() -> None:
-    """A router is no application, and the error says what is one."""
+    """A router raises a TypeError that asks for a FastAPI application."""
     with pytest.raises(TypeError, match="takes a FastAPI application, not APIRouter"):
         install_database(APIRouter(), engine=sqlite())  # type: ignore[arg-type] # the mistake
 
@@ -745,7 +752,7 @@ def test_only_an_application_takes_a_database() -> None:
     [("default", ""), ("default", " default "), ("  ", "default"), ("a", " a"), ("a", "a")],
 )
 async def test_a_name_is_taken_once(first: str, second: str) -> None:
-    """A second database of one name is refused, however the name is spelt, and the first stays."""
+    """A second install under the same name raises, however it is spelt, and the first one stays."""
     app = FastAPI()
     engine = async_sqlite()
     install_database(app, name=first, engine=engine)
@@ -757,7 +764,7 @@ async def test_a_name_is_taken_once(first: str, second: str) -> None:
 
 
 def test_an_install_into_a_served_application_is_refused() -> None:
-    """Once an application has started, an install is refused, during its run and after it."""
+    """An install raises ApplicationAlreadyStartedError while an application runs and after that."""
     app = FastAPI()
     late = pytest.raises(ApplicationAlreadyStartedError, match=r"started.*before it is served")
     with TestClient(app), late:
@@ -767,7 +774,7 @@ def test_an_install_into_a_served_application_is_refused() -> None:
 
 
 async def test_an_install_in_the_lifespan_is_refused() -> None:
-    """An install in the application's own lifespan body comes too late, and fails start-up."""
+    """An install in the application's own lifespan body is too late and fails start-up."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -781,7 +788,7 @@ async def test_an_install_in_the_lifespan_is_refused() -> None:
 
 
 async def test_a_server_is_told_what_fails_the_start() -> None:
-    """What a check refuses stands in the message that the server logs."""
+    """The message that the server logs contains the error of a failed start-up check."""
     app = FastAPI()
     app.get("/", dependencies=[Depends(get_db("oders"))])(lambda: None)
     install_database(app, name="orders", engine=async_sqlite())
@@ -793,7 +800,7 @@ async def test_a_server_is_told_what_fails_the_start() -> None:
 
 @pytest.mark.parametrize("mounted", [False, True], ids=["the-application", "a-mounted-one"])
 async def test_an_install_beside_running_databases_is_refused(mounted: bool) -> None:
-    """While a lifespan runs nothing can be installed, here or on what is mounted here."""
+    """While a lifespan runs, an install on the application or on a mounted one raises."""
     app, sub = FastAPI(), FastAPI()
     app.mount("/sub", sub)
     install_database(app, engine=async_sqlite())
@@ -812,7 +819,7 @@ NOT_STARTED = pytest.raises(
 
 
 async def test_a_request_without_a_lifespan_says_what_is_missing() -> None:
-    """A bare ASGITransport never ran the lifespan: the error names what does, and that works."""
+    """A request through a bare ASGITransport fails, and the client that the error names works."""
     engine = async_sqlite()
     app = reading_app(engine, shutdown=engine.dispose)
     async with client_of(app) as bare:
@@ -825,7 +832,7 @@ async def test_a_request_without_a_lifespan_says_what_is_missing() -> None:
 
 
 def test_a_test_client_outside_of_a_block_says_what_is_missing() -> None:
-    """A TestClient runs the lifespan as a block only: the error says so, and that works."""
+    """A request of a TestClient outside a block fails, and the block that the error names works."""
     engine = sqlite()
     app = reading_app(engine, shutdown=engine.dispose)
     with NOT_STARTED:
@@ -835,7 +842,7 @@ def test_a_test_client_outside_of_a_block_says_what_is_missing() -> None:
 
 
 async def test_a_request_without_an_install_says_so() -> None:
-    """An application on which nothing was installed answers with the call that is missing."""
+    """A request to an application without an install raises an error with the missing call."""
     app = FastAPI()
     app.get("/", dependencies=[Depends(get_db("orders"))])(lambda: None)
     async with running(app) as client:
@@ -870,7 +877,7 @@ BAD_FACTORIES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 async def test_a_factory_that_fails_unwinds_the_start(
     factory: Callable[[], Any], kind: type[Exception], match: str
 ) -> None:
-    """What was started before a factory that fails is closed, and nothing after it is touched."""
+    """If a factory fails, the databases before it are closed and those after it are not touched."""
     log: list[str] = []
 
     def build() -> AsyncEngine:
@@ -890,7 +897,7 @@ async def test_a_factory_that_fails_unwinds_the_start(
 
 
 async def test_an_engine_that_its_options_do_not_fit_is_disposed_of() -> None:
-    """A factory's engine of the wrong colour for `class_` fails start-up, and is not left open."""
+    """A factory's engine of the wrong colour for `class_` fails start-up and is disposed of."""
     log: list[str] = []
     app = FastAPI()
     install_database(app, engine=noting(log), session_options={"class_": Session})
@@ -900,7 +907,7 @@ async def test_an_engine_that_its_options_do_not_fit_is_disposed_of() -> None:
 
 
 async def test_a_start_may_fail_and_then_succeed() -> None:
-    """A start that failed leaves nothing behind that stops the next one."""
+    """A start can succeed after an earlier one has failed."""
     failing = [True]
 
     async def factory() -> AsyncEngine:
@@ -919,7 +926,7 @@ async def test_a_start_may_fail_and_then_succeed() -> None:
 
 @pytest.mark.parametrize("when", ["startup", "shutdown"])
 async def test_a_lifespan_that_raises_closes_the_databases(when: str) -> None:
-    """An error in the application's own lifespan reaches the server; the databases are closed."""
+    """An error in an application's lifespan reaches the server, and the databases are closed."""
     log: list[str] = []
     engine = async_sqlite()
     note_disposal(engine, log)
@@ -942,7 +949,7 @@ async def test_a_lifespan_that_raises_closes_the_databases(when: str) -> None:
 
 
 async def test_installed_databases_is_a_mapping() -> None:
-    """Names are there from the install on, in order; handles while the lifespan runs."""
+    """The mapping has names, in order, from the install on, and handles while the lifespan runs."""
     app = FastAPI()
     databases = installed_databases(app)
     assert (list(databases), len(databases)) == ([], 0)
@@ -967,7 +974,7 @@ async def test_installed_databases_is_a_mapping() -> None:
 
 
 async def test_an_unknown_name_is_a_key_error_that_lists_the_known() -> None:
-    """A mapping raises KeyError; its message lists the names that exist."""
+    """An unknown name raises a KeyError whose message lists the names that exist."""
     app = FastAPI()
     install_database(app, name="orders", engine=async_sqlite())
     with pytest.raises(KeyError, match=r"'oders'.*'orders'"):
@@ -975,14 +982,14 @@ async def test_an_unknown_name_is_a_key_error_that_lists_the_known() -> None:
 
 
 def test_installed_databases_is_read_only() -> None:
-    """Nothing is installed or removed through the mapping."""
+    """`installed_databases` returns a mapping that supports no item assignment."""
     databases: Any = installed_databases(FastAPI())
     with pytest.raises(TypeError, match="does not support item assignment"):
         databases["default"] = None
 
 
 async def test_a_handle_belongs_to_one_run() -> None:
-    """A handle kept from an earlier run refuses, though the application runs again."""
+    """A handle kept from an earlier run raises an error, even while the application runs again."""
     app = FastAPI()
     install_database(app, engine=async_sqlite)
     async with running(app):
@@ -993,11 +1000,11 @@ async def test_a_handle_belongs_to_one_run() -> None:
         await ask(installed_databases(app)["default"])
 
 
-# --- several ---
+# --- several applications and names ---
 
 
 async def test_several_applications_in_one_process() -> None:
-    """Two applications with a database of one name each see their own, and only their own."""
+    """Two applications with a database of the same name each use only their own database."""
     engines = [async_sqlite(), async_sqlite()]
     apps = [FastAPI(), FastAPI()]
     for app, engine in zip(apps, engines, strict=True):
@@ -1017,7 +1024,7 @@ async def test_several_applications_in_one_process() -> None:
 
 
 async def test_one_engine_under_two_names(kind: Kind, postgres: WorkerPostgres, rows: Rows) -> None:
-    """One engine under two names gives two sessions in one request, and both commit."""
+    """One engine under two names has two sessions in one request, and both commit."""
     engine = engine_of(kind, postgres)
     app = FastAPI()
     for name in "one", "two":

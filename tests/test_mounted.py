@@ -1,4 +1,4 @@
-"""Rule 15: mounted applications, where the nearest installation wins."""
+"""Rule 15: mounted applications, which use the nearest installation."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.anyio
 
 
 def install(app: Starlette, place: str, name: str = "default") -> None:
-    """Install a database in memory that knows where it was installed."""
+    """Install a database in memory that stores the place where it was installed."""
 
     async def build() -> AsyncEngine:
         engine = async_sqlite()
@@ -62,12 +62,12 @@ def install(app: Starlette, place: str, name: str = "default") -> None:
 
 
 async def place_of(session: AsyncSession) -> str:
-    """Ask a session where its database was installed."""
+    """Return the place where a session's database was installed."""
     return str(await session.scalar(text("SELECT name FROM place")))
 
 
 def showing(*names: str) -> FastAPI:
-    """Make an application with a route for each database that shows where it was installed."""
+    """Make an application whose routes return the places where databases were installed."""
     app = FastAPI()
     for name in names or ("default",):
 
@@ -86,13 +86,13 @@ def showing(*names: str) -> FastAPI:
 
 
 async def ask(app: FastAPI, *paths: str) -> list[Any]:
-    """Send requests to a running application."""
+    """Send requests to a running application, and return the JSON answers."""
     async with client_of(app) as client:
         return [(await client.get(path)).json() for path in paths]
 
 
 async def test_a_mounted_application_sees_its_parents_database() -> None:
-    """Without an installation of its own a mounted application uses the one it is mounted in."""
+    """A mounted application without its own installation uses that of the application around it."""
     app, sub = showing(), showing()
     app.mount("/sub", sub)
     install(app, "root")
@@ -101,7 +101,7 @@ async def test_a_mounted_application_sees_its_parents_database() -> None:
 
 
 async def test_the_nearest_installation_wins() -> None:
-    """A name that both have is the mounted application's there, and the root's at the root."""
+    """If a root and a mounted application install the same name, each uses its own database."""
     app, sub = showing("a", "b"), showing("a", "b")
     app.mount("/sub", sub)
     install(app, "root", "a")
@@ -113,7 +113,7 @@ async def test_the_nearest_installation_wins() -> None:
 
 
 async def test_nested_mounts_look_upwards_one_by_one() -> None:
-    """From the innermost application the search goes to the next one out, to the root."""
+    """A nested application looks for a database outwards, one application at a time."""
     apps = [showing("a", "b", "c") for _ in range(3)]
     apps[0].mount("/one", apps[1])
     apps[1].mount("/two", apps[2])
@@ -130,7 +130,7 @@ async def test_nested_mounts_look_upwards_one_by_one() -> None:
 
 
 async def test_a_mounted_application_starts_and_stops_with_its_root() -> None:
-    """A mounted application's own database is up while the root runs: after it, before its end."""
+    """A mounted application's own database starts after the root's and stops before it."""
     log: list[str] = []
 
     def building(name: str) -> Any:
@@ -161,7 +161,7 @@ async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Respo
 
 
 def behind(app: FastAPI, how: str) -> FastAPI:
-    """Mount an application in another, in this way."""
+    """Mount an application in a new root in the given way, and return the root."""
     root = FastAPI()
     if how == "middleware":
         root.mount("/sub", BaseHTTPMiddleware(app, pass_on))
@@ -180,7 +180,7 @@ def behind(app: FastAPI, how: str) -> FastAPI:
     return root
 
 
-# Older versions of FastAPI leave mounts in included routers out.
+# Older versions of FastAPI ignore mounts in included routers.
 WAYS = ["middleware", "mounted-router", "starlette"]
 if hasattr(routing, "iter_route_contexts"):
     WAYS.append("included-router")
@@ -188,7 +188,7 @@ if hasattr(routing, "iter_route_contexts"):
 
 @pytest.mark.parametrize("how", WAYS)
 async def test_a_mount_is_found_wherever_it_is(how: str) -> None:
-    """Databases are shared with an application that is mounted in a less direct way."""
+    """An application that is mounted indirectly uses the root's databases and its own."""
     sub = showing("root", "own")
     app = behind(sub, how)
     install(app, "root", "root")
@@ -198,7 +198,7 @@ async def test_a_mount_is_found_wherever_it_is(how: str) -> None:
 
 
 async def test_a_mock_may_be_mounted() -> None:
-    """A mock in place of static files, which has an attribute of every name, doesn't stop it."""
+    """A mounted mock of static files, which has every attribute, does not break an application."""
     app = showing("own")
     install(app, "root", "own")
     app.mount("/static", MagicMock())
@@ -207,7 +207,7 @@ async def test_a_mock_may_be_mounted() -> None:
 
 
 async def test_middleware_at_the_root_changes_nothing() -> None:
-    """Middleware of the root application does not come between."""
+    """Behind middleware of the root, a mounted application still uses the root's database."""
     app, sub = FastAPI(), showing()
     app.mount("/sub", sub)
     app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
@@ -217,7 +217,7 @@ async def test_middleware_at_the_root_changes_nothing() -> None:
 
 
 def test_a_websocket_of_a_mounted_application_finds_the_parents_database() -> None:
-    """A websocket route of a mounted application is no different from others."""
+    """A websocket route of a mounted application uses the root's database."""
     app, sub = FastAPI(), FastAPI()
     app.mount("/sub", sub)
     install(app, "root")
@@ -233,7 +233,7 @@ def test_a_websocket_of_a_mounted_application_finds_the_parents_database() -> No
 
 
 async def test_an_application_may_be_mounted_twice() -> None:
-    """One application under two paths of a root is the same application under both."""
+    """An application that is mounted under two paths of a root uses its own database under both."""
     app, sub = FastAPI(), showing()
     app.mount("/one", sub)
     app.mount("/two", sub)
@@ -247,7 +247,7 @@ async def test_an_application_may_be_mounted_twice() -> None:
 
 
 async def test_a_mounted_application_may_also_be_served_by_itself() -> None:
-    """Served alone it has its own databases; what it borrows from a root is not there."""
+    """Served alone, a mounted application cannot use the root's database, and its start fails."""
     app, sub = FastAPI(), showing("own")
     app.mount("/sub", sub)
     install(app, "root", "shared")
@@ -267,7 +267,7 @@ async def test_a_mounted_application_may_also_be_served_by_itself() -> None:
 
 
 async def test_a_database_stays_up_for_all_who_serve_it() -> None:
-    """Served alone and mounted at a time, its database is up until the last one ends."""
+    """The database of an application served alone and mounted at once is up until both end."""
     app, sub = FastAPI(), showing()
     app.mount("/sub", sub)
     install(app, "root", "other")
@@ -286,7 +286,7 @@ async def test_a_database_stays_up_for_all_who_serve_it() -> None:
 
 
 async def test_two_roots_with_one_mounted_application() -> None:
-    """An application mounted in two running roots sees, through each, that root's databases."""
+    """An application mounted in two running roots uses the database of the root that is called."""
     roots = [FastAPI(), FastAPI()]
     sub = showing()
     for number, root in enumerate(roots):
@@ -300,7 +300,7 @@ async def test_two_roots_with_one_mounted_application() -> None:
 
 
 async def test_two_roots_that_start_at_the_same_time() -> None:
-    """The second waits for the databases that the first is starting."""
+    """The second of two roots waits for a mounted database that the first root is starting."""
     building, may_go_on = asyncio.Event(), asyncio.Event()
 
     async def build() -> AsyncEngine:
@@ -317,7 +317,7 @@ async def test_two_roots_that_start_at_the_same_time() -> None:
     async with AsyncExitStack() as lifespans, asyncio.TaskGroup() as starting:
         for _ in range(2):
             root = FastAPI()
-            engine = async_sqlite()  # a ready one: nothing is waited for until the mounted one
+            engine = async_sqlite()  # ready, so the mounted one is the first to be waited for
             install_database(root, name="own", engine=engine, shutdown=engine.dispose)
             root.mount("/sub", sub)
             lifespan = root.router.lifespan_context(root)
@@ -328,7 +328,10 @@ async def test_two_roots_that_start_at_the_same_time() -> None:
 
 
 def test_two_roots_that_start_at_the_same_time_once_more() -> None:
-    """They may do so again on another event loop, as in a second test."""
+    """Two roots of one mounted application can start at the same time again on another event loop.
+
+    The other event loop is like that of a second test.
+    """
 
     async def build() -> AsyncEngine:
         await anyio.wait_all_tasks_blocked()  # until the other root waits, too
@@ -351,7 +354,7 @@ def test_two_roots_that_start_at_the_same_time_once_more() -> None:
 
 
 async def test_two_roots_that_end_at_the_same_time() -> None:
-    """The database of an application mounted in both is closed, once."""
+    """If two roots end at the same time, the database of their mounted application closes once."""
     log: list[str] = []
     sub = FastAPI()
     install_database(sub, engine=noting(log, "sub"), shutdown=lambda: log.append("hook"))
@@ -365,7 +368,7 @@ async def test_two_roots_that_end_at_the_same_time() -> None:
 
 
 def test_two_event_loops_with_one_mounted_application() -> None:
-    """One without databases of its own may be mounted in roots on several event loops."""
+    """An application without its own databases may be mounted in roots on several event loops."""
     sub = showing()
     roots = [FastAPI(), FastAPI()]
     for number, root in enumerate(roots):
@@ -377,7 +380,7 @@ def test_two_event_loops_with_one_mounted_application() -> None:
 
 
 def test_an_event_loop_does_not_wait_for_one_that_ends() -> None:
-    """One without databases of its own starts on an event loop while it ends on another one."""
+    """An application without databases can start on one event loop while it ends on another."""
     sub, roots = FastAPI(), [FastAPI(), FastAPI()]
     for root in roots:
         root.mount("/sub", sub)
@@ -393,7 +396,7 @@ def test_an_event_loop_does_not_wait_for_one_that_ends() -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 async def test_a_second_root_does_not_end_the_draining(own: bool) -> None:
-    """A mounted application drains until all its roots have ended, with databases or without."""
+    """A mounted application, with or without its own database, drains until all its roots end."""
     sub, roots = FastAPI(), [FastAPI(), FastAPI()]
     if own:
         install(sub, "sub")
@@ -409,7 +412,7 @@ async def test_a_second_root_does_not_end_the_draining(own: bool) -> None:
 
 
 def test_a_mounted_database_belongs_to_one_event_loop() -> None:
-    """One with a database of its own cannot run on two event loops, and the error says so."""
+    """An application with its own database cannot run on two event loops, and the error says so."""
     sub = showing()
     install(sub, "sub")
     roots = [FastAPI(), FastAPI()]
@@ -423,7 +426,10 @@ def test_a_mounted_database_belongs_to_one_event_loop() -> None:
 
 
 async def test_a_root_without_installations_does_not_start_what_is_mounted() -> None:
-    """The error names the database, and that the root's lifespan does not start it."""
+    """A root without installations does not start the database of a mounted application.
+
+    The error names the database and says what starts it.
+    """
     app, sub = FastAPI(), showing()
     app.mount("/sub", sub)
     install(sub, "sub")
@@ -436,7 +442,10 @@ async def test_a_root_without_installations_does_not_start_what_is_mounted() -> 
 
 
 async def test_a_lifespan_that_another_package_replaced_is_named() -> None:
-    """If another package replaces the lifespan, the error says so; installed later, all starts."""
+    """If another package replaces the lifespan after the install, the error says so.
+
+    Databases that are installed later than that start.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -455,7 +464,7 @@ async def test_a_lifespan_that_another_package_replaced_is_named() -> None:
 
 
 async def test_a_root_without_installations_may_run_the_mounted_lifespan() -> None:
-    """A root that runs the mounted application's lifespan in its own starts its databases."""
+    """A root that runs a mounted application's lifespan in its own starts the mounted databases."""
     sub = showing()
     install(sub, "sub")
 
@@ -471,7 +480,7 @@ async def test_a_root_without_installations_may_run_the_mounted_lifespan() -> No
 
 
 async def test_a_mounted_application_of_a_root_that_is_not_running() -> None:
-    """Where nobody's lifespan runs, the error tells a mounted application where to look."""
+    """If no lifespan runs, a mounted application's error points to the application around it."""
     app, sub = FastAPI(), showing()
     app.mount("/sub", sub)
     install(app, "root")
@@ -489,7 +498,7 @@ ORDERS = [("root", "sub", "deep"), ("deep", "sub", "root"), ("sub", "root", "dee
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 async def test_a_parents_database_commits_first(order: tuple[str, str, str]) -> None:
-    """In a request to a mounted application the databases around it commit before its own."""
+    """In a request to a mounted application, the databases around it commit before its own."""
     log: list[str] = []
 
     def building(name: str) -> Any:
@@ -521,7 +530,7 @@ async def test_a_parents_database_commits_first(order: tuple[str, str, str]) -> 
 
 
 async def test_the_roots_gate_stands_before_what_is_mounted(tmp_path: Path) -> None:
-    """Requests to a root and to what is mounted do not starve its synchronous pool (rule 14)."""
+    """Requests to a root and to a mounted application do not starve the sync pool (rule 14)."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -553,7 +562,7 @@ async def test_the_roots_gate_stands_before_what_is_mounted(tmp_path: Path) -> N
 
 
 async def test_a_mounted_applications_own_overrides_apply() -> None:
-    """`sub.dependency_overrides[get_db()]` reaches the mounted application's routes only."""
+    """`sub.dependency_overrides[get_db()]` applies only to the mounted application's routes."""
     app, sub = showing(), FastAPI()
     app.mount("/sub", sub)
     install(app, "root")
@@ -568,7 +577,7 @@ async def test_a_mounted_applications_own_overrides_apply() -> None:
 
 
 async def test_a_mounted_applications_annotation_is_checked_against_the_parents_engine() -> None:
-    """What a mounted application annotates must fit the engine that it finds at the root."""
+    """A mounted application's annotation must match the root's engine, or the start fails."""
     app, sub = FastAPI(), showing()
     app.mount("/sub", sub)
     install_database(app, engine=sqlite())
@@ -577,7 +586,7 @@ async def test_a_mounted_applications_annotation_is_checked_against_the_parents_
 
 
 async def test_a_mounted_applications_exception_handler_finds_its_databases() -> None:
-    """`installed_databases(request.app)` serves the handlers of the application and its parent."""
+    """`installed_databases(request.app)` works in handlers of a root and a mounted application."""
     root, child = FastAPI(), FastAPI()
     install(root, "root")
     install(child, "child", "own")

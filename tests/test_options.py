@@ -1,4 +1,4 @@
-"""Rules 3 and 10: isolation level, read-only and reader, as the server itself sees them."""
+"""Rules 3 and 10: isolation level, read-only and reader, as the server itself reports them."""
 
 import functools
 import inspect
@@ -58,7 +58,7 @@ LEVELS: tuple[Any, ...] = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
 def make_app(engine: Any, **options: Any) -> FastAPI:
-    """Build an application that answers our errors by class and message."""
+    """Build an application that answers the package's errors with their class and message."""
     app = FastAPI(**options)
     install_database(app, engine=engine, shutdown=engine.dispose)
 
@@ -77,12 +77,12 @@ SETTINGS = text(
 
 
 def settings(session: Session) -> list[Any]:
-    """Tell isolation level and read-only of the transaction, and the server process."""
+    """Return the transaction's isolation level and read-only setting, and the server process."""
     return list(session.execute(SETTINGS).one())
 
 
 def raw_settings(engine: Any) -> Callable[[Any], Any]:
-    """Make a handler that asks the same through the application's own engine."""
+    """Return an endpoint that asks for the same through the application's own engine."""
     if isinstance(engine, AsyncEngine):
 
         async def asynchronous() -> list[Any]:
@@ -102,7 +102,7 @@ def raw_settings(engine: Any) -> Callable[[Any], Any]:
 
 
 @pytest.mark.driver_decides
-# One level beside read_only shows that neither undoes the other.
+# One level together with read_only shows that neither undoes the other.
 @pytest.mark.parametrize(
     ("level", "read_only"),
     [*((level, False) for level in (None, *LEVELS)), (None, True), ("SERIALIZABLE", True)],
@@ -110,7 +110,7 @@ def raw_settings(engine: Any) -> Callable[[Any], Any]:
 def test_options_hold_for_one_transaction(
     kind: Kind, engine: Engine, rows: Rows, level: Any, read_only: bool
 ) -> None:
-    """The server shows them during the request, and the same connection none of them after it."""
+    """Options apply during the request, and the same connection has none of them afterwards."""
     app = make_app(engine)
     route(app, kind, "/", transactional(isolation_level=level, read_only=read_only), settings)
     route(app, kind, "/plain", transactional(), settings)
@@ -129,7 +129,7 @@ needs_options_of_sessions = pytest.mark.skipif(
 )
 
 
-@needs_options_of_sessions  # before, SQLAlchemy warns of such a listener
+@needs_options_of_sessions  # older versions of SQLAlchemy warn about such a listener
 @pytest.mark.parametrize(
     ("dependency", "expected"),
     [
@@ -141,7 +141,10 @@ needs_options_of_sessions = pytest.mark.skipif(
 async def test_options_hold_where_a_listener_asks_the_server_first(
     kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any], expected: list[str]
 ) -> None:
-    """SQLAlchemy's recipe for a ping begins the transaction before the session can."""
+    """Options apply even if a listener begins the transaction before the session can.
+
+    SQLAlchemy's recipe for a ping is such a listener.
+    """
     found: list[list[Any]] = []
     event.listen(sync_engine(engine), "engine_connect", lambda each: each.scalar(select(1)))
     await ask(engine, kind, dependency, lambda session: found.append(settings(session)[:2]))
@@ -171,7 +174,10 @@ async def test_options_hold_where_a_savepoint_comes_first(
 async def test_options_replace_those_that_the_application_gives(
     kind: Kind, engine: Engine, rows: Rows, of: str
 ) -> None:
-    """A transaction's own hold, whatever `session_options` or the engine give to all sessions."""
+    """A transaction's own options replace those that `session_options` or the engine set.
+
+    A session of get_db keeps the application's options.
+    """
     found: list[list[Any]] = []
     given: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
     options: dict[str, Any] = {"session_options": {"execution_options": given}}
@@ -183,12 +189,12 @@ async def test_options_replace_those_that_the_application_gives(
         )
     assert [each[:2] for each in found] == [["serializable", "on"], ["repeatable read", "off"]]
     await ask(engine, kind, reader(), lambda session: found.append(settings(session)), **options)
-    assert found[-1][0] == "read committed"  # AUTOCOMMIT
+    assert found[-1][0] == "read committed"  # a reader is in AUTOCOMMIT
 
 
 @pytest.mark.driver_decides
 def test_options_are_gone_after_a_failure(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A transaction that was rolled back leaves as little behind as one that was committed."""
+    """After a transaction with options was rolled back, its connection has none of them."""
     app = make_app(engine)
     backends: list[int] = []
 
@@ -204,7 +210,7 @@ def test_options_are_gone_after_a_failure(kind: Kind, engine: Engine, rows: Rows
 
 
 def test_options_hold_after_an_explicit_commit(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """What follows a commit or a rollback inside the request is a transaction of the same kind."""
+    """The transaction after a commit or a rollback inside the request has the same options."""
     app = make_app(engine)
 
     def body(session: Session) -> list[Any]:
@@ -222,7 +228,7 @@ def test_options_hold_after_an_explicit_commit(kind: Kind, engine: Engine, rows:
 
 @pytest.mark.driver_decides
 def test_options_of_the_engine_come_back(kind: Kind, make_engine: MakeEngine) -> None:
-    """An engine with an isolation level of its own has it again when the transaction is over."""
+    """After a transaction with options or a reader, the engine's own level applies again."""
     engine = make_engine(pool_size=1, max_overflow=0, isolation_level="REPEATABLE READ")
     app = make_app(engine)
     route(app, kind, "/", transactional(isolation_level="SERIALIZABLE"), settings)
@@ -238,7 +244,10 @@ def test_options_of_the_engine_come_back(kind: Kind, make_engine: MakeEngine) ->
 
 @pytest.mark.driver_decides
 def test_the_server_refuses_a_write_in_read_only(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """In a read-only transaction the server answers a write, even a textual one, with 25006."""
+    """A write in a read-only transaction fails the request and stores nothing.
+
+    The server reports 25006 for a textual one.
+    """
     app = make_app(engine)
     states: list[str] = []
 
@@ -288,12 +297,12 @@ STRICT = transactional(isolation_level="SERIALIZABLE")
 def test_options_after_the_first_statement_are_refused(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Asked for too late, they fail the request and say where to declare the transaction."""
+    """Options after the first statement raise an error that says where to declare them."""
     app = make_app(engine)
     user = Depends(using(kind, Depends(get_db()), settings))
     reached: list[object] = []
     route(app, kind, "/late", STRICT, reached.append, dependencies=[user])
-    # The router's dependencies come first, the route's follow in their order.
+    # The router's dependencies come first, and the route's follow in their order.
     route(app, kind, "/first", get_db(), settings, dependencies=[Depends(STRICT), user])
     with serve(app) as served:
         late = served.post("/late").json()
@@ -307,7 +316,7 @@ def test_options_after_the_first_statement_are_refused(
 def test_options_declared_by_the_application_come_first(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Declared for the whole application they hold in every route, whatever reads there first."""
+    """Options that the application declares apply in its routes, whatever reads there first."""
     app = make_app(engine, dependencies=[Depends(READ_ONLY)])
     user = Depends(using(kind, Depends(get_db()), settings))
     route(app, kind, "/", transactional(), settings, dependencies=[user])
@@ -316,7 +325,7 @@ def test_options_declared_by_the_application_come_first(
 
 
 def test_options_after_a_commit_are_in_time(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A dependency that has read and ended its transaction leaves room for options."""
+    """Options apply after a dependency that has read and ended its transaction."""
     app = make_app(engine)
 
     def read(session: Session) -> None:
@@ -348,7 +357,10 @@ def test_a_request_has_one_set_of_options(
     second: Callable[..., Any],
     joins: bool,
 ) -> None:
-    """A plain transactional joins one with options; options that differ are refused, by name."""
+    """A plain transactional joins one with options, and so does one with the same options.
+
+    Different options raise an error that names the dependency.
+    """
     app = make_app(engine)
     route(app, kind, "/", second, settings, dependencies=[Depends(first)])
     with serve(app) as served:
@@ -362,13 +374,16 @@ def test_a_request_has_one_set_of_options(
 
 @pytest.mark.parametrize("level", ["serializable", "SNAPSHOT", "", 3])
 def test_a_wrong_isolation_level_fails_where_it_is_written(level: Any) -> None:
-    """What is no isolation level is a ValueError at import, which lists those there are."""
+    """A wrong isolation level raises a ValueError at its declaration, which lists valid ones."""
     with pytest.raises(ValueError, match=r"READ COMMITTED, REPEATABLE READ, SERIALIZABLE"):
         transactional(isolation_level=level)
 
 
 def test_autocommit_is_no_isolation_level_of_a_transaction() -> None:
-    """AUTOCOMMIT would be a transaction that commits nothing: the error names reader."""
+    """AUTOCOMMIT as an isolation level raises a ValueError that names reader.
+
+    It would be a transaction that commits nothing.
+    """
     autocommit: Any = "AUTOCOMMIT"
     with pytest.raises(ValueError, match=r"depend on reader\(name\)"):
         transactional(isolation_level=autocommit)
@@ -386,7 +401,7 @@ def state_of(rows: Rows, pid: int) -> str:
 
 @pytest.mark.driver_decides
 def test_a_reader_is_in_no_transaction(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Between its queries the server calls the connection idle, and each query sees what is new."""
+    """A reader's connection is idle between its queries, and each query reads what is new."""
     app = make_app(engine)
     states: list[str] = []
     counts: list[int] = []
@@ -415,7 +430,7 @@ def test_a_reader_is_in_no_transaction(kind: Kind, engine: Engine, rows: Rows) -
 def test_a_reader_is_beside_the_transaction(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """It has a session and a connection of its own, and does not see what is not committed."""
+    """A reader has its own session and connection, and does not read what is not committed."""
     app = make_app(make_engine(pool_size=2, max_overflow=0))
     seen: list[Any] = []
 
@@ -447,7 +462,7 @@ async def by_hand(request: Request) -> Any:
 
 
 def test_dependencies_that_are_called_by_hand(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Given the request alone, transactional() commits its session and reader() reads."""
+    """Called with the request alone, transactional() commits its session and reader() reads."""
     app = make_app(engine)
     called: Any = transactional(), reader()
 
@@ -493,7 +508,7 @@ def read(session: Session) -> list[str]:
 def test_a_reader_leaves_get_db_to_what_start_up_cannot_see(
     kind: Kind, make_engine: MakeEngine, rows: Rows, unseen: Any, first: bool
 ) -> None:
-    """A get_db that is called by hand or through a partial can be written to beside a reader."""
+    """A get_db session, opened by hand or through a partial, can write beside a reader."""
     app = make_app(make_engine(pool_size=2, max_overflow=0))
 
     def write(session: Session) -> None:
@@ -567,7 +582,7 @@ TEXT = text("INSERT INTO item (name) VALUES ('never') RETURNING id, name")
 
 
 class InsertFromSelect(Executable, ClauseElement):
-    """The construct of SQLAlchemy's documentation."""
+    """The custom construct of SQLAlchemy's documentation."""
 
     inherit_cache = False
 
@@ -624,7 +639,7 @@ WRITES |= {
 
 
 def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """What can be recognised as a write fails the request, names transactional, and is undone."""
+    """A recognisable write in a reader raises an error that names transactional, and is undone."""
     rows.add("there")
     app = make_app(engine)
     for name, body in WRITES.items():
@@ -654,7 +669,7 @@ def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> No
 def test_a_reader_reads_what_looks_like_a_write(
     kind: Kind, engine: Engine, rows: Rows, sql: str
 ) -> None:
-    """Words that name columns, lock or are data do not write."""
+    """A reader accepts SQL words for writes that name columns, lock rows or are data."""
     app = make_app(engine)
     route(app, kind, "/", reader(), lambda session: len(session.execute(text(sql)).all()))
     with serve(app) as served:
@@ -662,7 +677,7 @@ def test_a_reader_reads_what_looks_like_a_write(
 
 
 def test_a_reader_executes_what_is_no_statement(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A function whose name is a keyword, and a sequence, are executed by the reader too."""
+    """A reader executes a function whose name is a keyword, and a sequence."""
     app = make_app(engine)
 
     def body(session: Session) -> Any:
@@ -678,7 +693,7 @@ def test_a_reader_executes_what_is_no_statement(kind: Kind, engine: Engine, rows
 
 
 def test_an_error_in_a_reader_ends_nothing(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Outside a transaction a failed query aborts nothing: the next one works, and so does all."""
+    """A failed query in a reader aborts nothing: the next query works, and the request succeeds."""
     rows.add("there")
     app = make_app(engine)
 
@@ -698,7 +713,7 @@ def test_an_error_in_a_reader_ends_nothing(kind: Kind, engine: Engine, rows: Row
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Engine]:
-    """Build a file with a pool of one, and a table in it."""
+    """Yield an engine with a pool of one, for a SQLite file with a table."""
     engine = create_engine(f"sqlite:///{tmp_path}/file.db", pool_size=1, max_overflow=0)
     Item.metadata.create_all(engine)
     yield engine
@@ -755,7 +770,7 @@ ENDS: dict[str, tuple[Callable[[Session], None], type[Exception] | None]] = {
 def test_sqlite_is_read_only_for_one_transaction(
     sqlite: Engine, body: Callable[[Session], None], error: type[Exception] | None
 ) -> None:
-    """On SQLite query_only refuses writes, and ends with the transaction, however that ends."""
+    """On SQLite, `query_only` rejects writes in one transaction and is reset however it ends."""
     database = Database(sqlite)
 
     def run() -> None:
@@ -777,7 +792,7 @@ def test_sqlite_is_read_only_for_one_transaction(
 async def test_async_sqlite_is_read_only_for_one_transaction(
     async_sqlite: AsyncEngine, body: Callable[[Session], None], error: type[Exception] | None
 ) -> None:
-    """With aiosqlite it is the same."""
+    """On aiosqlite, `query_only` rejects writes in one transaction and is reset however it ends."""
     database = AsyncDatabase(async_sqlite)
 
     async def run() -> None:
@@ -795,7 +810,7 @@ async def test_async_sqlite_is_read_only_for_one_transaction(
 
 
 def test_a_reader_on_sqlite_refuses_to_write(sqlite: Engine) -> None:
-    """The reader's promise does not depend on the server."""
+    """On SQLite, too, a write in a reader raises ReadOnlySessionError and stores nothing."""
     app = make_app(sqlite)
 
     @app.get("/")
@@ -812,7 +827,7 @@ def test_a_reader_on_sqlite_refuses_to_write(sqlite: Engine) -> None:
 
 
 def test_a_level_that_the_database_lacks_is_told(sqlite: Engine) -> None:
-    """SQLite has no REPEATABLE READ: the error says which levels there are, before connecting."""
+    """On SQLite, REPEATABLE READ raises an error that lists the levels, before the block runs."""
     with (
         pytest.raises(
             TransactionOptionsError,
@@ -826,7 +841,10 @@ def test_a_level_that_the_database_lacks_is_told(sqlite: Engine) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.driver == "asyncpg"])
 def test_a_level_that_the_driver_lacks_is_told(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """asyncpg has no READ UNCOMMITTED: the request fails, and its connection is not lost."""
+    """On asyncpg, READ UNCOMMITTED fails the request with an error that lists the levels.
+
+    The connection is not lost.
+    """
     app = make_app(engine)
     route(app, kind, "/", transactional(isolation_level="READ UNCOMMITTED"), settings)
     route(app, kind, "/next", transactional(), settings)
@@ -838,7 +856,7 @@ def test_a_level_that_the_driver_lacks_is_told(kind: Kind, engine: Engine, rows:
 
 
 def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
-    """When a transaction cannot be made read-only, the connection goes back all the same."""
+    """If a transaction cannot be made read-only, its connection still returns to the pool."""
 
     def refuse(_connection: Any, _cursor: Any, statement: str, *_: object) -> None:
         if "query_only = ON" in statement:
@@ -853,7 +871,7 @@ def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
     assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
 
 
-# -- MariaDB, which is sent an isolation level before the first statement ----------------------
+# -- MariaDB, where the isolation level is sent before the first statement ---------------------
 
 
 @pytest.mark.mariadb
@@ -865,9 +883,9 @@ def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
 def test_a_connection_that_died_in_mariadbs_pool_is_sqlalchemys_error(
     mariadb: str, dependency: Any
 ) -> None:
-    """A 503, also where the level is sent to it first."""
-    # Only this driver: of an asynchronous one, SQLAlchemy leaves the connection to the garbage
-    # collector, with a warning.
+    """A dead connection in the pool results in a 503, even if the level is sent to it first."""
+    # Only this driver, because SQLAlchemy leaves the connection of an asynchronous one to the
+    # garbage collector, with a warning.
     kind, app = Kind("pymysql", "pymysql", False), FastAPI()
     engine = create_engine(make_url(mariadb).set(drivername="mysql+pymysql"))
     install_database(app, engine=engine, shutdown=engine.dispose)

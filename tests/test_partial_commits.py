@@ -1,4 +1,4 @@
-"""Rule 8: what is said when one of a request's databases commits and another does not."""
+"""Rule 8: what is raised when one of a request's databases commits and another does not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ CREATE OR REPLACE FUNCTION store(name text) RETURNS int LANGUAGE sql AS
 
 @pytest.fixture
 def stores(rows: Rows, second_rows: Rows) -> tuple[Rows, Rows]:
-    """Look into both databases, the second with a row that takes a position."""
+    """Return the rows of both databases, of which the second has a row that takes a position."""
     rows.connection.execute(STORE)
     second_rows.add("there", position=7)
     return rows, second_rows
@@ -64,12 +64,12 @@ async def ask(app: FastAPI) -> int:
 
 
 def taken(session: Session) -> None:
-    """Write what COMMIT will refuse."""
+    """Write a row that fails at COMMIT."""
     session.add(Item(name="refused", position=7))
 
 
 def commit_and_read(session: Session) -> None:
-    """Store something, and leave the request's COMMIT nothing to store."""
+    """Commit a row and then read, so that the request's COMMIT has nothing to store."""
     session.add(Item(name="a"))
     session.commit()
     session.execute(select(items)).close()
@@ -89,7 +89,7 @@ WRITES: dict[str, Body] = {
 async def test_a_first_half_that_is_stored_is_named(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], first: Body
 ) -> None:
-    """Whatever wrote the first database, its half is named when the second refuses to commit."""
+    """If the second database fails to commit, the error names the first, whatever wrote to it."""
     with pytest.raises(PartialCommitError) as caught:
         await ask(two(kind, make_engine, first, taken))
     assert (caught.value.committed, caught.value.failed) == (("default",), "second")
@@ -114,14 +114,14 @@ async def test_a_first_half_that_stores_nothing_is_not_named(
     first: Body,
     class_: type[Session],
 ) -> None:
-    """Where only the failing database was to store something, its own error is the answer."""
+    """If only the failing database had something to store, its own error is raised."""
     with pytest.raises(IntegrityError):
         await ask(two(kind, make_engine, first, taken, (class_, Session)))
     assert [each.names for each in stores] == [[], ["there"]]
 
 
 class Listening(Session):
-    """Be a class whose listener fails before the COMMIT."""
+    """A session class whose listener fails before the COMMIT."""
 
 
 @event.listens_for(Listening, "before_commit")
@@ -132,7 +132,10 @@ def _fail(_session: Session) -> None:
 async def test_a_listener_that_fails_hides_no_half(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """A before_commit listener of the second database that fails leaves the first half stored."""
+    """A before_commit listener of the second database that fails raises a PartialCommitError.
+
+    The first database keeps what it has committed.
+    """
 
     def second(session: Session) -> None:
         session.add(Item(name="b"))
@@ -144,7 +147,7 @@ async def test_a_listener_that_fails_hides_no_half(
 
 
 class Publishing(Session):
-    """Be a class whose listener fails after the COMMIT."""
+    """A session class whose listener fails after the COMMIT."""
 
 
 event.listen(Publishing, "after_commit", _fail)
@@ -153,7 +156,10 @@ event.listen(Publishing, "after_commit", _fail)
 async def test_a_failure_after_the_first_commit_hides_no_half(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """An after_commit listener of the first database that fails keeps the second from storing."""
+    """An after_commit listener of the first database that fails keeps the second from storing.
+
+    The error is a PartialCommitError, because the first has committed.
+    """
 
     def second(session: Session) -> None:
         session.add(Item(name="b"))
@@ -179,7 +185,7 @@ STORED_ON_SQLITE = {
 async def test_sqlite_names_a_half_that_is_stored_and_no_other(
     kind: Kind, statement: str, own: bool
 ) -> None:
-    """On SQLite as well, a statement that has changed no row leaves no half behind."""
+    """On SQLite, PartialCommitError is raised only if the first database has changed a row."""
 
     def first(session: Session) -> None:
         session.execute(text(statement)).close()
@@ -200,27 +206,27 @@ def _create(driver: Any, _record: object) -> None:
     driver.execute("CREATE TABLE item (id integer PRIMARY KEY, name text, position integer)")
 
 
-# -- a second half with nothing to store -------------------------------------------------------
+# -- a second database with nothing to store ---------------------------------------------------
 
 
 async def test_a_second_half_that_has_only_read_fails_nobody(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """A database that had nothing to store and is lost by then does not fail the others."""
+    """A second database that has only read does not fail the first if its connection is lost."""
 
     assert await ask(two(kind, make_engine, WRITES["flush"], stores[1].lose)) == 201
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 
 class Archiving(Session):
-    """Be a class whose listener writes before the COMMIT."""
+    """A session class whose listener writes before the COMMIT."""
 
 
 event.listen(Archiving, "before_commit", lambda session: session.add(Item(name="archived")))
 
 
 class Sealing(Session):
-    """Be a class whose commit() writes first."""
+    """A session class whose commit() writes first."""
 
     def commit(self) -> None:
         self.add(Item(name="sealed"))
@@ -231,7 +237,10 @@ class Sealing(Session):
 async def test_a_second_half_that_its_class_writes_is_missed(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], class_: type[Session]
 ) -> None:
-    """Where a listener or override was to write, a database lost by then did not only read."""
+    """A second database whose connection is lost before its class can write fails the request.
+
+    It did not only read, because a listener or an override was to write.
+    """
     classes = Session, class_
     with pytest.raises(PartialCommitError) as caught:
         await ask(two(kind, make_engine, WRITES["flush"], stores[1].lose, classes))
@@ -242,7 +251,7 @@ async def test_a_second_half_that_its_class_writes_is_missed(
 async def test_a_second_half_that_hangs_fails_nobody(
     kind: Kind, make_engine: MakeEngine, proxy: Proxy, stores: tuple[Rows, Rows]
 ) -> None:
-    """A COMMIT of nothing that asyncpg gives up waiting for does not fail the others."""
+    """A COMMIT of nothing that times out in asyncpg does not fail the other database."""
 
     def second(session: Session) -> None:
         session.scalar(select(1))
@@ -262,7 +271,7 @@ async def test_a_second_half_that_hangs_fails_nobody(
 async def test_a_second_half_with_a_handled_failure_is_a_success(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """A database that has only read, and failed in it, never fails the others."""
+    """A second database that has only read, and failed in that, does not fail the first."""
 
     def second(session: Session) -> None:
         session.execute(select(items)).close()
@@ -276,7 +285,7 @@ async def test_a_second_half_with_a_handled_failure_is_a_success(
 async def test_a_swallowed_error_in_the_second_half_stores_nothing(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """What cannot be committed is found before the first COMMIT: neither database keeps any."""
+    """A swallowed error in the second database is found before any COMMIT: nothing is stored."""
 
     def second(session: Session) -> None:
         session.execute(insert(items).values(name="b"))
@@ -288,7 +297,7 @@ async def test_a_swallowed_error_in_the_second_half_stores_nothing(
     assert [each.names for each in stores] == [[], ["there"]]
 
 
-# -- writes that nobody has seen ---------------------------------------------------------------
+# -- unobserved writes -------------------------------------------------------------------------
 
 LOG = """
 CREATE TABLE IF NOT EXISTS gone (name text);
@@ -300,7 +309,7 @@ CREATE OR REPLACE TRIGGER remember BEFORE DELETE ON item FOR EACH ROW EXECUTE FU
 
 
 class Auditing(Session):
-    """Be a class whose listener writes on the connection as soon as there is one."""
+    """A session class whose listener writes on the connection as soon as there is one."""
 
 
 @event.listens_for(Auditing, "after_begin")
@@ -312,7 +321,7 @@ def _audit(session: Session, _transaction: Any, connection: Connection) -> None:
 async def test_a_half_that_was_written_unseen_is_stored(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """What a listener or a trigger has written is committed, as SQLAlchemy alone would do it."""
+    """Rows that a listener or a trigger has written are committed, as with SQLAlchemy alone."""
 
     def second(session: Session) -> None:
         session.execute(delete(items).where(items.c.name == "there"))
@@ -351,7 +360,10 @@ async def test_a_half_that_the_other_s_listener_writes_is_stored(
 async def test_a_half_that_is_lost_before_its_commit_keeps_the_other_from_storing(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], first: str
 ) -> None:
-    """Where nobody can be asked any more whether something is to be stored, it may be."""
+    """If the first database is lost before its COMMIT, the second stores nothing, either.
+
+    The first can no longer be asked whether it has something to store, so it may have.
+    """
 
     def write(session: Session) -> None:
         WRITES[first](session)
@@ -365,7 +377,7 @@ async def test_a_half_that_is_lost_before_its_commit_keeps_the_other_from_storin
 async def test_a_half_that_the_endpoint_has_committed_is_named(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
 ) -> None:
-    """A commit of the endpoint's own counts when the other database refuses to commit."""
+    """A database that the endpoint itself has committed is named when the other fails to commit."""
 
     def first(session: Session) -> None:
         session.add(Item(name="a"))
@@ -393,7 +405,7 @@ FAILING: dict[str, Body] = {
 async def test_whoever_has_committed_a_half_it_is_named(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], dependency: Any, fail: Body
 ) -> None:
-    """The endpoint's own commit counts through any dependency, and whenever the other fails."""
+    """An explicitly committed database is named, whatever the dependency and the later failure."""
     app = two(kind, make_engine, add_first, fail)
     app.router.routes.pop()
     beside = Depends(using(kind, Depends(dependency), add_first))
@@ -427,7 +439,7 @@ def flush_twice(session: Session) -> None:
 async def test_a_failed_flush_is_refused_beside_another_session(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], beside: Any, body: Body
 ) -> None:
-    """SQLAlchemy's refusal to commit after a failed flush stays, and comes before any COMMIT."""
+    """After a failed flush, SQLAlchemy's PendingRollbackError is raised, before any COMMIT."""
     stores[0].add("there")
     app = FastAPI()
     for name in "second", "default":
@@ -444,7 +456,10 @@ async def test_a_failed_flush_is_refused_beside_another_session(
 async def test_a_failure_after_the_only_commit_names_no_half(
     kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows], beside: Any
 ) -> None:
-    """A session beside it that nobody commits is no half, whatever it may have written."""
+    """A failure after the only commit raises an AfterCommitError, not a PartialCommitError.
+
+    A session that is not to be committed does not count, whatever it may have written.
+    """
     app = FastAPI()
     for name, class_ in ("default", Publishing), ("second", Session):
         engine = make_engine(second=name == "second", pool_size=2)
@@ -462,7 +477,7 @@ async def test_a_failure_after_the_only_commit_names_no_half(
 async def test_a_flush_that_dies_with_its_connection_is_refused(
     kind: Kind, engine: Engine, stores: tuple[Rows, Rows]
 ) -> None:
-    """A connection that is lost under a flush takes rows with it: that is no read that was lost."""
+    """A connection that is lost in a flush raises TransactionAbortedError, as rows are lost."""
 
     def body(session: Session) -> None:
         stores[0].lose(session)

@@ -1,4 +1,4 @@
-"""`cloned`: a real database for each test, from a template made once."""
+"""`cloned`: a real database for each test, from a template that is made once."""
 
 import asyncio
 import sqlite3
@@ -54,7 +54,7 @@ def make_app(kind: Kind, engine: Any) -> FastAPI:
 
 
 def databases(rows: Rows) -> int:
-    """Count those made of this worker's database: others clone at the same time."""
+    """Count the databases made of this worker's, because other workers clone at the same time."""
     asked = "SELECT count(*) FROM pg_database WHERE datname ~ ('^' || %s || '_[0-9]+_')"
     found = rows.connection.execute(asked, [rows.connection.info.dbname]).fetchone()
     assert found is not None
@@ -64,7 +64,7 @@ def databases(rows: Rows) -> int:
 def test_templates_that_nobody_would_drop_are_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """They are made within their block only, not without it and not after it, and dropped."""
+    """`cloned` makes templates only within their block, which drops them, and raises outside it."""
     app = make_app(kind, make_engine())
     templates = Templates(prepare)
     before = databases(rows)
@@ -80,7 +80,7 @@ def test_templates_that_nobody_would_drop_are_refused(
 def test_each_block_has_a_database_of_its_own(
     kind: Kind, make_engine: MakeEngine, rows: Rows, templates: Templates, given: str
 ) -> None:
-    """It begins as the template, stores what is committed, and is gone afterwards."""
+    """Each block's database starts as the template, keeps what is committed, and is dropped."""
     app = make_app(kind, make_engine() if given == "engine" else make_engine)
     for _ in range(2):
         with cloned(app, templates=templates):
@@ -98,7 +98,10 @@ def test_each_block_has_a_database_of_its_own(
 def test_a_template_that_could_not_be_prepared_leaves_no_connection(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """After a migration has failed, say, the engine leads to the installed database again."""
+    """If a template cannot be prepared, the engine connects to the installed database again.
+
+    Its migration may have failed, for example.
+    """
 
     def migrate(connection: Connection) -> None:
         connection.execute(text("SELECT 1/0"))
@@ -115,7 +118,10 @@ def test_a_template_that_could_not_be_prepared_leaves_no_connection(
 def test_a_clone_inside_another_hides_it(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """A clone for the whole run and one for a test: each has its own rows, of its own template."""
+    """A clone inside another has its own rows, of its own template, until its block ends.
+
+    One may be for the whole run and the other for a test.
+    """
     engine = make_engine()
     app = make_app(kind, engine)
 
@@ -141,7 +147,7 @@ def test_a_clone_inside_another_hides_it(
 def test_an_engine_that_has_connections_already(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """Those that wait in its pool lead to one database, and are never used for another one."""
+    """Connections that wait in an engine's pool are never used for another database."""
     engine: Any = make_engine()
     app = make_app(kind, make_engine())
     install_database(app, name="second", engine=engine)  # shares the first one's clone
@@ -156,7 +162,7 @@ def test_an_engine_that_has_connections_already(
 def test_two_names_of_one_database_share_its_clone(
     kind: Kind, make_engine: MakeEngine, templates: Templates
 ) -> None:
-    """What is stored under one name is read under the other."""
+    """Two names of one database share its clone: rows stored under one are read under the other."""
     app = make_app(kind, make_engine())
     engine = make_engine()
     install_database(app, name="other", engine=engine, shutdown=engine.dispose)
@@ -170,7 +176,7 @@ def test_two_names_of_one_database_share_its_clone(
 def test_clones_of_one_database_are_isolated_apart(
     kind: Kind, make_engine: MakeEngine, given: str
 ) -> None:
-    """Two names with contents of their own: each is isolated on its own clone."""
+    """Two names with different templates are isolated from each other, each on its own clone."""
     app = FastAPI()
     for name in ("default", "other"):
         engine = make_engine() if given == "engine" else make_engine
@@ -191,7 +197,7 @@ def test_clones_of_one_database_are_isolated_apart(
 def test_a_block_that_could_not_be_entered_leaves_nothing_behind(
     kind: Kind, make_engine: MakeEngine
 ) -> None:
-    """On another event loop than the outer block's it is refused, and the outer one can end."""
+    """A block on another event loop than the outer block's raises, and the outer one can end."""
     app = FastAPI()
     for name in ("default", "other"):
         engine = make_engine()
@@ -233,7 +239,7 @@ async def prepare_later(connection: Connection) -> None:
 def test_what_cannot_prepare_a_template_is_refused(
     kind: Kind, make_engine: MakeEngine, prepare: Any, error: type[Exception], message: str
 ) -> None:
-    """By the name of the database, and before one is made."""
+    """A missing or asynchronous `prepare` raises an error that names the database."""
     app = make_app(kind, make_engine())
     refused = pytest.raises(error, match=message)
     with Templates(prepare) as templates, refused, cloned(app, templates=templates):
@@ -244,7 +250,7 @@ def test_what_cannot_prepare_a_template_is_refused(
 async def test_on_an_event_loop(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """It is made beside the loop, and sessions, Core and listeners all are led there."""
+    """On an event loop, sessions use the clone, and the engine's listeners are called."""
     engine = make_engine()
     app = make_app(kind, engine)
     heard: list[object] = []
@@ -258,7 +264,7 @@ async def test_on_an_event_loop(
 
 
 def test_alembic_makes_a_template(kind: Kind, make_engine: MakeEngine) -> None:
-    """It migrates over the connection that it is given, of either kind."""
+    """Alembic migrates a template over the connection that it receives, of either colour."""
 
     def migrate(connection: Connection) -> None:
         config = Config(Path(__file__).parents[1] / "migrations_example" / "alembic.ini")
@@ -277,7 +283,7 @@ def test_alembic_makes_a_template(kind: Kind, make_engine: MakeEngine) -> None:
 def test_what_cannot_be_cloned_is_named(
     kind: Kind, make_engine: MakeEngine, templates: Templates
 ) -> None:
-    """A running application, an engine that connects its own way, and SQLite in memory."""
+    """A running application and SQLite in memory raise errors that name the problem."""
     app = make_app(kind, make_engine())
     with TestClient(app), pytest.raises(IsolationError, match=r"enter cloned\(\) first"):
         cloned(app, templates=templates).__enter__()
@@ -287,7 +293,7 @@ def test_what_cannot_be_cloned_is_named(
 
 
 def test_an_engine_with_a_creator_is_refused(tmp_path: Path, templates: Templates) -> None:
-    """It would use the database that is installed."""
+    """An engine with `creator=` cannot be cloned, because it would use the installed database."""
     creator: Callable[[], Any] = lambda: sqlite3.connect(tmp_path / "installed.db")  # noqa: E731
     app = make_app(
         Kind("", "", False), create_engine(f"sqlite:///{tmp_path}/a.db", creator=creator)
@@ -298,7 +304,7 @@ def test_an_engine_with_a_creator_is_refused(tmp_path: Path, templates: Template
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sqlite3", "aiosqlite"])
 def test_sqlite(asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is copied, and removed at the end."""
+    """On SQLite, the template's file is copied, and all files are removed at the end."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     engine: Engine | AsyncEngine = (
         create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/a.db")

@@ -1,4 +1,4 @@
-"""Checks of the built distributions as users install them: in empty environments, no checkout.
+"""Checks of the built distributions as users get them: in empty environments, without a checkout.
 
 `make release-check` runs `python -m tests.release dist`. Nothing is published. In this order:
 

@@ -140,7 +140,7 @@ async def test_a_reader_is_not_refused(kind: Kind, make_engine: MakeEngine, how:
 async def test_a_reader_has_no_two_phases(kind: Kind, engine: Any) -> None:
     """A reader works with `twophase=True`, because it has no transaction.
 
-    Only the sessions that commit do so in two phases.
+    Two phases are for the sessions that commit.
     """
     read: Body = lambda session: session.execute(text("SELECT 1")).close()  # noqa: E731
     assert await ask(engine, kind, reader(), read, session_options={"twophase": True}) == 201

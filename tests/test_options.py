@@ -89,7 +89,7 @@ def raw_settings(engine: Any) -> Callable[[Any], Any]:
             async with engine.connect() as connection:
                 return list((await connection.execute(SETTINGS)).one())
 
-        return asynchronous  # type: ignore[return-value] # FastAPI takes both
+        return asynchronous  # type: ignore[return-value] # FastAPI accepts both
 
     def synchronous() -> list[Any]:
         with engine.connect() as connection:
@@ -401,7 +401,7 @@ def state_of(rows: Rows, pid: int) -> str:
 
 @pytest.mark.driver_decides
 def test_a_reader_is_in_no_transaction(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A reader's connection is idle between its queries, and each query reads what is new."""
+    """A reader's connection is idle between queries, and each query reads newly committed rows."""
     app = make_app(engine)
     states: list[str] = []
     counts: list[int] = []
@@ -430,7 +430,7 @@ def test_a_reader_is_in_no_transaction(kind: Kind, engine: Engine, rows: Rows) -
 def test_a_reader_is_beside_the_transaction(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A reader has its own session and connection, and does not read what is not committed."""
+    """A reader has its own session and connection, and does not read uncommitted rows."""
     app = make_app(make_engine(pool_size=2, max_overflow=0))
     seen: list[Any] = []
 
@@ -868,7 +868,7 @@ def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
         Database(sqlite).transaction(read_only=True) as session,
     ):
         look(session)
-    assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+    assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool has it
 
 
 # -- MariaDB, where the isolation level is sent before the first statement ---------------------

@@ -1,6 +1,6 @@
-"""Draw docs/architecture.svg out of the order that tests/test_architecture.py enforces.
+"""The picture docs/architecture.svg, drawn from the order in tests/test_architecture.py.
 
-`python -m tests.architecture_picture` writes it anew; a test compares.
+`python -m tests.architecture_picture` rewrites it. A test checks that it is up to date.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ Band = dict[str, list[str]]
 
 
 def bands(order: Sequence[set[str]]) -> list[Band]:
-    """Fold rows that follow each other and are of one package; the lowest first."""
+    """Merge consecutive rows of the same package, and return the bands from the lowest up."""
     found: list[Band] = []
     for row in order:
         fresh: Band = {}
@@ -54,7 +54,7 @@ def _face(module: str) -> str:
 
 
 def wrapped(parts: list[str], room: float) -> Iterator[str]:
-    """Break a list of modules into lines of so many pixels."""
+    """Break a list of modules into lines that fit into `room` pixels."""
     line = ""
     for part in filter(lambda each: each and each != "__init__", parts):
         longer = f"{line}, {part}" if line else part
@@ -67,7 +67,7 @@ def wrapped(parts: list[str], room: float) -> Iterator[str]:
 
 
 def draw(order: Sequence[set[str]]) -> str:
-    """Return the picture: whoever stands higher may import what stands below."""
+    """Return the picture, in which a module may import the modules below it."""
     shapes: list[str] = []
     y = MARGIN
     for band in reversed(bands(order)):

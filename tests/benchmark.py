@@ -1,8 +1,8 @@
-"""Compare the cost of a request with hand-written dependencies, side by side in one run.
+"""A comparison of the package's cost per request with that of hand-written dependencies.
 
-The variants run in one process, without HTTP parsing, and are measured in CPU time: their rounds
-alternate, and the median of the per-round ratios counts. Each row is compared with the
-cheapest hand-written spelling. Only ratios are promised.
+The variants run in one process, without HTTP parsing, and are measured in CPU time. Their rounds
+alternate, and the result is the median of the per-round ratios. Each row is compared with the
+cheapest hand-written variant. Only ratios are promised.
 """
 
 import asyncio
@@ -32,25 +32,26 @@ from tests.cpu import alternate, request
 from tests.postgres_choice import start_postgres
 
 ROUNDS, CALLS = 25, 60
-# The most that a request may cost, to the cheapest hand-written dependency: row by row, for
-# asynchronous and synchronous engines. What tasks, threads and system calls cost beside Python's
-# own work depends on the machine, and three rows with it: an untouched session is 0.27 on one and
-# 0.44 on another, a synchronous read 0.88 and 0.95, an asynchronous reader 0.75 and 0.82. The
-# least that a read can cost, on an engine that is always in AUTOCOMMIT, is 0.69 and 0.74 there.
-# `autocommit` hardly depends on it: the reader again, to sessions that set AUTOCOMMIT by hand.
+# The limits of a request's cost relative to the cheapest hand-written dependency, for each row,
+# with asynchronous and synchronous engines. The cost of tasks, threads and system calls relative
+# to Python's own work depends on the machine. Three rows therefore vary: an untouched session costs
+# 0.27 on one machine and 0.44 on another, a synchronous read 0.88 and 0.95, an asynchronous reader
+# 0.75 and 0.82. The lowest possible cost of a read, on an engine that is always in AUTOCOMMIT, is
+# 0.69 and 0.74 on these machines. The row `autocommit` hardly depends on the machine: it compares
+# the same reader with sessions that set AUTOCOMMIT by hand.
 PROMISED = {
     "async": {"untouched": 0.50, "read": 0.99, "write": 1.05, "reader": 0.86, "autocommit": 0.95},
     "sync": {"untouched": 0.25, "read": 0.98, "write": 1.08, "reader": 0.92, "autocommit": 0.95},
 }
-# And what a read may cost with the pools' metrics, to the same without.
+# The limit of a read's cost with the pools' metrics, relative to a read without them.
 METRICS = {"metrics": 1.13}
-# The most processes that are tried until one keeps what is promised.
+# The largest number of processes that are tried to meet the limits.
 PROCESSES = 12
 COLOURS = {"psycopg async": "async", "asyncpg": "async", "psycopg sync": "sync"}
 
 
 class Base(DeclarativeBase):
-    """The benchmark's one table."""
+    """The declarative base of the benchmark's one table."""
 
 
 class Note(Base):
@@ -98,7 +99,7 @@ Applications = dict[str, FastAPI]
 
 
 def asynchronous(engine: AsyncEngine) -> Applications:
-    """Build an application for each row and spelling, so that all have one route to match."""
+    """Build an application for each row and variant, each with one route to match."""
     maker = async_sessionmaker(engine, expire_on_commit=False)
     autocommit = async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"))
 
@@ -129,7 +130,7 @@ def asynchronous(engine: AsyncEngine) -> Applications:
 
 
 def synchronous(engine: Engine) -> Applications:
-    """Build the same for a sync engine."""
+    """Build the same applications for a synchronous engine."""
     maker = sessionmaker(engine, expire_on_commit=False)
     autocommit = sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"))
 
@@ -163,7 +164,7 @@ def synchronous(engine: Engine) -> Applications:
 def rows_of(
     endpoint: Any, hands: tuple[Any, Any, Any], works: tuple[Any, Any, Any, Any]
 ) -> dict[str, Any]:
-    """Give the endpoints: ours, and every spelling that people write by hand."""
+    """Return the endpoints: the package's own and every variant that people write by hand."""
     plain, switched, begun = hands
     leave, look, add, add_and_commit = works
     rows: dict[str, Any] = {
@@ -187,7 +188,7 @@ def rows_of(
 
 
 def applications(engine: AsyncEngine | Engine, endpoints: dict[str, Any]) -> Applications:
-    """Make the applications, all on one engine."""
+    """Build the applications, all on one engine."""
     result: Applications = {}
     for name, endpoint in endpoints.items():
         app = result[name] = FastAPI()
@@ -210,7 +211,10 @@ ROWS = ("untouched", "read", "write", "reader", "autocommit")
 
 
 def ratios(found: dict[str, list[float]]) -> dict[str, float]:
-    """Return each row's cost to the cheapest hand-written one; of an untouched session, its own."""
+    """Return each row's cost relative to the cheapest hand-written variant.
+
+    For an untouched session, the cost of a bare route is subtracted first.
+    """
     bare = statistics.median(found["bare"])
     costs = {path: statistics.median(times) for path, times in found.items()}
     result: dict[str, float] = {}
@@ -230,7 +234,7 @@ def of_spellings(name: str, url: str) -> dict[str, float]:
 
 
 def of_metrics(name: str, url: str) -> dict[str, float]:
-    """Return the cost of a read with the pools' metrics, to the same without."""
+    """Return the cost of a read with the pools' metrics, relative to one without them."""
     plain, metered = build(name, url)["read/ours"], build(name, url)["read/ours"]
     instrument_pools(metered, meter_provider=MeterProvider([InMemoryMetricReader()]))
     found = asyncio.run(compare({"plain": plain, "metered": metered}))
@@ -244,10 +248,10 @@ def best(
     url: str,
     promised: dict[str, float],
 ) -> dict[str, float]:
-    """Return the best ratios of a few processes, as few as the promised ones need.
+    """Return the best ratios of several processes, as few as are needed to meet the limits.
 
-    Whatever else the machine does adds to a ratio, and so does an unlucky layout of a process's
-    memory, which stays as it is until the process ends.
+    Other work on the machine raises a ratio, and so does an unlucky layout of a process's memory,
+    which stays the same until the process ends.
     """
     found: dict[str, float] = {}
     for _ in range(PROCESSES):
@@ -265,14 +269,14 @@ def kept(found: dict[str, float], promised: dict[str, float]) -> bool:
 
 
 def build(name: str, url: str) -> Applications:
-    """Build the applications of a driver."""
+    """Build the applications for a driver."""
     if COLOURS[name] == "sync":
         return synchronous(create_engine(url))
     return asynchronous(create_async_engine(url))
 
 
 def main() -> int:
-    """Print a table; return 1 when a promised ratio is missed."""
+    """Print a table, and return 1 if a ratio is higher than promised."""
     good = True
     with contextlib.ExitStack() as closing:
         url = start_postgres(None, closing).url.removeprefix("postgresql://")

@@ -1,7 +1,8 @@
-"""Hold what a page gives to Docker, Kubernetes and systemd against the application beside it.
+"""Checks of a page's Docker, Kubernetes and systemd files against the page's application.
 
-None of them is there to try it. So each file is read as they read it, its commands are parsed by
-the programs that they start, and what must agree is compared: ports, paths, names, seconds.
+None of these programs is available to the tests. So each file is parsed as they parse it, its
+commands are parsed by the programs that they start, and values that must agree are compared: ports,
+paths, names, seconds.
 """
 
 import configparser
@@ -49,16 +50,16 @@ GUNICORN = {"--worker-class", "--workers", "--bind", "--graceful-timeout"}
 
 
 class Deployments:
-    """Check the files and commands of one page.
+    """The checks of one page's files and commands.
 
     Args:
-        names: what its python blocks have defined; the application is `app`.
+        names: The names that the page's Python blocks define. The application is `app`.
     """
 
     def __init__(self, names: Mapping[str, Any]) -> None:
         self.names = names
-        self.command: list[str] = []  # the container's
-        self.objects: dict[str, dict[str, Any]] = {}  # Kubernetes', by kind and name
+        self.command: list[str] = []  # the container's command
+        self.objects: dict[str, dict[str, Any]] = {}  # Kubernetes objects, by kind and name
         self.units: dict[str, configparser.ConfigParser] = {}
 
     # --- files ---
@@ -71,7 +72,7 @@ class Deployments:
         assert {instruction for instruction, _ in lines} <= INSTRUCTIONS
         assert found["USER"].isdecimal(), "Kubernetes cannot tell whether a name is root's"
         assert int(found["USER"]) > 0
-        self.command = json.loads(found["CMD"])  # no list: a shell would get the signal
+        self.command = json.loads(found["CMD"])  # with a string, a shell would get the signal
         served = self.uvicorn(self.command)
         assert served["host"] == "0.0.0.0", "nobody outside the container would reach it"
         assert str(served["port"]) == found["EXPOSE"]
@@ -129,7 +130,7 @@ class Deployments:
     def systemd(self, content: str) -> None:
         title, _, rest = content.partition("\n")
         unit = configparser.ConfigParser(interpolation=None, delimiters="=")
-        unit.optionxform = str  # type: ignore[assignment,method-assign] # as configparser tells to
+        unit.optionxform = str  # type: ignore[assignment,method-assign] # configparser's documented way
         unit.read_string(rest)
         for section in unit.sections():
             assert unit[section].keys() <= UNIT[section]
@@ -153,7 +154,7 @@ class Deployments:
     # --- commands ---
 
     def run(self, words: Sequence[str]) -> None:
-        """Check one line of a console."""
+        """Check one command line."""
         match words:
             case ["uvicorn", *_]:
                 self.uvicorn(words)
@@ -183,7 +184,7 @@ class Deployments:
                 raise AssertionError(f"nothing here checks {' '.join(words)!r}")
 
     def checklist(self, arguments: Sequence[str]) -> None:
-        """Run the checklist on the page's application, whose databases answer."""
+        """Run the checklist on the page's application, whose databases are available."""
         module = ModuleType("main")
         module.__dict__.update(self.names)
         nowhere = io.StringIO()
@@ -195,7 +196,7 @@ class Deployments:
             assert checklist.main(list(arguments)) == ("--strict" in arguments)
 
     def uvicorn(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return what uvicorn makes of its arguments."""
+        """Return the parameters that uvicorn parses from its arguments."""
         program, *arguments = words
         assert program == "uvicorn"
         served = uvicorn.main.make_context(program, arguments).params
@@ -215,7 +216,7 @@ class Deployments:
         assert options["--publish"].split(":")[1] == str(served["port"])
         assert int(options["--stop-timeout"]) > self.ending(served, self.names["DRAIN_SECONDS"])
 
-    # --- the application beside them ---
+    # --- the page's application ---
 
     def application(self, name: str) -> None:
         module, _, attribute = name.partition(":")
@@ -230,7 +231,7 @@ class Deployments:
         return list(installations_of(self.names["app"]).by_name.values())
 
     def ending(self, served: Mapping[str, Any], drain: float) -> float:
-        """Add up the seconds that a process may take to end."""
+        """Return the number of seconds that a process may take to end."""
         databases: float = max(each.shutdown_timeout for each in self.installations())
         requests: float = served["timeout_graceful_shutdown"]
         return drain + requests + databases

@@ -1,20 +1,21 @@
-"""Measure what importing the package adds to importing FastAPI and SQLAlchemy.
+"""A measurement of the time that our import adds to importing FastAPI and SQLAlchemy.
 
-`python -m tests.import_time`. One process imports all three in turn, and Python itself says how
-long each took; only their ratio is promised.
+Run it with `python -m tests.import_time`. One process imports all three in turn, and Python itself
+reports the time of each. Only a ratio of these times is promised.
 """
 
 import re
 import subprocess
 import sys
 
-# The most that our import may take, to FastAPI's own. The best of so many processes counts.
+# The limit of our import time relative to FastAPI's, and the number of processes, of which the
+# best counts.
 PROMISED, PROCESSES = 0.15, 5
 IMPORTS = "import fastapi, sqlalchemy.ext.asyncio, sqlalchemy.orm; import fastapi_sqlnative"
 
 
 def ratio() -> float:
-    """Return what our import takes, once the frameworks are there, to what FastAPI's takes."""
+    """Return our import time, without that of the frameworks, divided by FastAPI's."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", IMPORTS],
         capture_output=True,
@@ -28,7 +29,7 @@ def ratio() -> float:
 
 
 def main() -> int:
-    """Print the ratio; return 1 when it is more than promised."""
+    """Print the ratio, and return 1 if it is higher than promised."""
     found = min(ratio() for _ in range(PROCESSES))
     print(f"import {found:.2f} (promised {PROMISED:.2f}; fastapi = 1.00)")
     return int(found > PROMISED)

@@ -1,4 +1,4 @@
-"""Say where a test run is, so that it is never silent for long."""
+"""Progress reports of a test run, which prevent long silences."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ SILENCE = 5.0  # seconds
 
 
 class Progress:
-    """Print a line whenever nothing else was printed for a while, from a thread of its own.
+    """A pytest plugin whose thread prints a line after a few seconds without output.
 
-    It belongs to the process that prints: of xdist's, the controller.
+    It runs in the process that prints, which with xdist is the controller.
     """
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class Progress:
         self.running: dict[str, float] = {}
         self.last = self.begun = time.monotonic()
         self.over = threading.Event()
-        # While a test runs pytest captures what is written to sys.stdout.
-        self.terminal = os.fdopen(os.dup(sys.__stdout__.fileno()), "w", buffering=1)  # type: ignore[union-attr] # there is one
+        # While a test runs, pytest captures what is written to sys.stdout.
+        self.terminal = os.fdopen(os.dup(sys.__stdout__.fileno()), "w", buffering=1)  # type: ignore[union-attr] # it is not None here
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
     def says(self, phase: str) -> None:
-        """Print what begins now, and repeat it while it goes on."""
+        """Print the phase that begins now, which is printed again while it lasts."""
         self.phase = phase
         self._print(f"{phase} ...")
 
@@ -52,11 +52,11 @@ class Progress:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> Generator[None]:
         self.running.pop(nodeid, None)
-        self.phase = "stopping"  # when no test is running
+        self.phase = "stopping"  # printed when no test is running
         self.last = time.monotonic()
         return (yield)
 
-    @pytest.hookimpl(tryfirst=True)  # xdist's controller ends this hook
+    @pytest.hookimpl(tryfirst=True)  # after xdist's hook, it would not be called
     def pytest_collection(self) -> None:
         self.says("Collecting the tests")
 

@@ -37,7 +37,7 @@ only_asyncpg = pytest.mark.parametrize("kind", [ASYNCPG], indirect=True, ids=lam
 
 @pytest.fixture
 def other(postgres: WorkerPostgres) -> Iterator[Engine]:
-    """Give another database, which a listener may use."""
+    """Yield an engine on another database, which a listener may use."""
     engine = create_engine(postgres.second.url("psycopg"))
     yield engine
     engine.dispose()
@@ -47,12 +47,12 @@ add_once = add("once")
 
 
 def serialization_failure(connection: Any) -> None:
-    """Have the server raise what is worth another attempt."""
+    """Make the server raise an error that is worth another attempt."""
     connection.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
 
 
 def failing_after_commit(other: Engine | None) -> type[Session]:
-    """Make a session class whose listener fails when the COMMIT is through."""
+    """Return a session class whose listener fails after the COMMIT."""
 
     class Outbox(Session): ...
 
@@ -67,7 +67,7 @@ def failing_after_commit(other: Engine | None) -> type[Session]:
 
 
 def failing_commit(other: Engine | None) -> type[Session]:
-    """Make a session class whose commit() goes on after SQLAlchemy's, and fails."""
+    """Return a session class whose commit() fails after SQLAlchemy's own commit()."""
 
     class Outbox(Session):
         def commit(self) -> None:
@@ -111,7 +111,7 @@ async def test_what_fails_after_the_commit_is_an_error_of_its_own(
     make: Callable[[Engine | None], type[Session]],
     foreign: bool,
 ) -> None:
-    """A failure after COMMIT says that the transaction is stored, and keeps its cause."""
+    """A failure after COMMIT raises AfterCommitError with its cause, and the row is stored."""
     options = session_class(kind, make(other if foreign else None))
     with pytest.raises(AfterCommitError) as caught:
         await ask(engine, kind, dependency, body, session_options=options)
@@ -123,7 +123,7 @@ async def test_what_fails_after_the_commit_is_an_error_of_its_own(
 async def test_what_is_stored_is_not_repeated(
     kind: Kind, engine: Engine, rows: Rows, other: Engine, make: Callable[[Engine], type[Session]]
 ) -> None:
-    """run_in_transaction does not run work again because of what failed after its COMMIT."""
+    """run_in_transaction does not repeat work because of a failure after its COMMIT."""
     rows.connection.execute("ALTER TABLE item DROP CONSTRAINT item_name_key")
     try:
         with pytest.raises(AfterCommitError):
@@ -139,7 +139,7 @@ async def test_what_is_stored_is_not_repeated(
 async def test_work_that_committed_by_itself_is_not_repeated(
     kind: Kind, engine: Engine, rows: Rows, commit: Body
 ) -> None:
-    """Work that has stored a part is not run again, however passing its failure is."""
+    """Work that has committed a part is not repeated, even after a retryable failure."""
     runs: list[Session] = []
 
     def work(session: Session) -> None:
@@ -167,7 +167,7 @@ async def async_generator(session: AsyncSession) -> AsyncGenerator[None]:
 
 @pytest.mark.parametrize("work", [generator, async_generator])
 async def test_a_generator_is_no_work(kind: Kind, engine: Engine, rows: Rows, work: Any) -> None:
-    """A generator given to run_in_transaction would do nothing, and is refused."""
+    """run_in_transaction raises TypeError for a generator, which would do nothing."""
     with pytest.raises(TypeError, match="generator"):
         await run_work(engine, work)
     assert rows.names == []
@@ -177,7 +177,7 @@ async def test_a_generator_is_no_work(kind: Kind, engine: Engine, rows: Rows, wo
 
 
 def fail_in_a_savepoint(session: Session) -> None:
-    """Let a savepoint fail, and go on."""
+    """Run a failing statement in a savepoint, and ignore the error."""
     with suppress(DBAPIError), session.begin_nested():
         session.execute(text("SELECT 1 / 0"))
 
@@ -188,19 +188,19 @@ def add_after_a_savepoint(session: Session) -> None:
 
 
 class Auditing(Session):
-    """Be a class whose listener uses a savepoint before each COMMIT."""
+    """A session class whose listener rolls back a savepoint before each COMMIT."""
 
 
 event.listen(Auditing, "before_commit", fail_in_a_savepoint)
 
 
 class Noting(Session):
-    """Be a class whose listener uses a savepoint that it releases."""
+    """A session class whose listener releases a savepoint before each COMMIT."""
 
 
 @event.listens_for(Noting, "before_commit")
 def use_a_savepoint(session: Session) -> None:
-    if not session.in_nested_transaction():  # its release is told as a commit, too
+    if not session.in_nested_transaction():  # releasing it calls this listener again
         with session.begin_nested():
             read_text(session)
 
@@ -208,7 +208,7 @@ def use_a_savepoint(session: Session) -> None:
 async def test_a_refused_commit_is_not_stored_because_a_savepoint_is(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """COMMIT has its own outcome, although a listener has released a savepoint before it."""
+    """A COMMIT that fails stores nothing, even if a listener has released a savepoint before it."""
     rows.add("there", 1)
     options = session_class(kind, Noting)
     with pytest.raises(IntegrityError):
@@ -219,7 +219,11 @@ async def test_a_refused_commit_is_not_stored_because_a_savepoint_is(
 async def test_a_connection_that_a_listener_has_lost_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A listener that loses the connection after a savepoint of its own keeps COMMIT away."""
+    """If a listener loses the connection before COMMIT, the driver's error is raised.
+
+    The listener has released a savepoint before that. No COMMIT is sent, so the outcome is not
+    unknown.
+    """
 
     class Losing(Noting): ...
 
@@ -235,7 +239,7 @@ async def test_a_connection_that_a_listener_has_lost_is_not_unknown(
 
 
 class Numbering(Session):
-    """Be a class that changes a row after its flush, so that COMMIT flushes once more."""
+    """A session class that changes a row after its flush, so that COMMIT flushes again."""
 
 
 def add_and_keep(session: Session) -> None:
@@ -287,7 +291,10 @@ async def test_a_connection_lost_in_commit_is_unknown_wherever(
     body: Body,
     class_: type[Session],
 ) -> None:
-    """The outcome is unknown, in a block or after a savepoint too, and here it is stored."""
+    """A connection lost in COMMIT is an unknown outcome, also in a block or after a savepoint.
+
+    The server has committed here, so the row is stored.
+    """
     proxy.fault = Fault.ANSWER_LOST
     options = session_class(kind, class_)
     with pytest.raises(CommitOutcomeUnknownError):
@@ -310,7 +317,7 @@ CREATE CONSTRAINT TRIGGER unknown AFTER INSERT ON item DEFERRABLE INITIALLY DEFE
 async def test_a_server_that_does_not_know_is_believed(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """If the server itself says at COMMIT that the outcome is unknown, it is."""
+    """A server error at COMMIT that reports an unknown outcome raises CommitOutcomeUnknownError."""
     rows.connection.execute(UNKNOWN)
     try:
         with pytest.raises(CommitOutcomeUnknownError):
@@ -328,7 +335,7 @@ def pid_of(session: Session) -> int:
 
 
 def terminate(rows: Rows, pid: int) -> None:
-    """End a backend from outside, and wait until the server has let go of it."""
+    """Terminate a backend from outside, and wait until it has ended."""
     rows.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
 
@@ -353,7 +360,7 @@ def undo_a_savepoint(session: Session) -> None:
 async def test_a_connection_lost_while_reading_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows, dependency: Any, body: Body
 ) -> None:
-    """Where nothing could have been stored, the error of the COMMIT is the driver's own."""
+    """A COMMIT on a lost connection raises the driver's error if nothing could have been stored."""
 
     def reading(session: Session) -> None:
         body(session)
@@ -364,12 +371,12 @@ async def test_a_connection_lost_while_reading_is_not_unknown(
 
 
 def ended_by_the_server(session: Session, rows: Rows) -> None:
-    """Wait until the server has ended a transaction that idles."""
+    """Make the server end the idle transaction, and wait until it has done so."""
     pid = pid_of(session)
     session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '1ms'"))
     gone = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
     wait_until(lambda: rows.connection.execute(gone, (pid,)).fetchone() is None)
-    # On a busy machine its last words may still be on the way.
+    # On a busy machine, the server's last message may still be on its way.
     for connection in sync_session(session).sqlnative.connections:
         driver: Any = connection.connection.driver_connection
         if hasattr(driver, "fileno"):
@@ -379,7 +386,10 @@ def ended_by_the_server(session: Session, rows: Rows) -> None:
 async def test_a_transaction_that_the_server_has_ended_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """idle_in_transaction_session_timeout (25P03) ends it before the COMMIT comes."""
+    """A transaction that the server ended before COMMIT raises the driver's error.
+
+    Here, idle_in_transaction_session_timeout ends it (25P03).
+    """
 
     def body(session: Session) -> None:
         add_once(session)
@@ -392,7 +402,7 @@ async def test_a_transaction_that_the_server_has_ended_is_not_unknown(
 
 
 class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
-    """Be a connection that has read the first part of what ends it, when COMMIT comes."""
+    """A connection that has read only the first part of its end when COMMIT is sent."""
 
     async def execute(self, query: str, *args: Any, **options: Any) -> Any:
         if query == "COMMIT;":
@@ -406,7 +416,10 @@ class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no type
 async def test_a_commit_that_asyncpg_refuses_to_send_is_not_unknown(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """While the end of a connection is still being read asyncpg sends nothing."""
+    """A COMMIT that asyncpg refuses to send raises the driver's error and stores nothing.
+
+    asyncpg sends nothing while it is still reading the end of a connection.
+    """
     engine = make_engine(connect_args={"connection_class": HalfEnded})
     with pytest.raises(DBAPIError):
         await ask(engine, kind, transactional(), add_once)
@@ -417,7 +430,10 @@ async def test_a_commit_that_asyncpg_refuses_to_send_is_not_unknown(
 async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Over a connection that asyncpg knows to be closed no COMMIT is sent."""
+    """A COMMIT on a connection that asyncpg has closed raises the driver's error.
+
+    asyncpg does not send it, so nothing is stored.
+    """
 
     def body(session: Session) -> None:
         add_once(session)
@@ -437,7 +453,10 @@ async def test_a_commit_that_asyncpg_did_not_send_is_not_unknown(
 def failing_before_commit(
     engine: Engine | AsyncEngine, other: Engine, proxy: Proxy | None = None
 ) -> Generator[None]:
-    """Expect the failure of a `commit` listener on another database; then the server is silent."""
+    """Expect the failure of a `commit` listener on another database.
+
+    With a proxy, the server does not answer from then on.
+    """
 
     def publish(_connection: Connection) -> None:
         if proxy is not None:
@@ -453,7 +472,7 @@ def failing_before_commit(
 async def test_what_a_listener_has_kept_from_commit_is_not_stored_later(
     kind: Kind, engine: Engine, rows: Rows, other: Engine
 ) -> None:
-    """An engine's `commit` listener that fails on another database ends this transaction."""
+    """A transaction whose `commit` listener fails on another database is not stored later."""
 
     async with asking(engine, kind, transactional()) as request:
         with failing_before_commit(engine, other):
@@ -466,9 +485,10 @@ async def test_what_a_listener_has_kept_from_commit_is_not_stored_later(
 async def test_a_connection_that_cannot_roll_back_is_not_used_again(
     kind: Kind, make_engine: MakeEngine, proxy: Proxy, rows: Rows, other: Engine
 ) -> None:
-    """If the rollback after a listener's failure times out, that failure counts and it is closed.
+    """If the rollback after a listener's failure times out, the listener's error is raised.
 
-    SQLAlchemy passes on asyncpg's timeout as it is.
+    The connection is closed, and the next request uses a new one. SQLAlchemy passes on asyncpg's
+    timeout unchanged.
     """
     plain = {"ssl": False, "host": "127.0.0.1", "port": proxy.own_port, "command_timeout": 1}
     engine = make_engine(pool_size=1, max_overflow=0, connect_args=plain)
@@ -483,7 +503,10 @@ async def test_a_connection_that_cannot_roll_back_is_not_used_again(
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_what_a_locked_sqlite_refuses_is_not_stored_later(kind: Kind, tmp_path: Path) -> None:
-    """SQLite keeps the transaction if COMMIT finds the database locked, but its request fails."""
+    """A request whose COMMIT finds SQLite locked fails, and its changes are not stored later.
+
+    SQLite itself keeps the transaction open after such a COMMIT.
+    """
     make = create_async_engine if kind.asynchronous else create_engine
     url = f"sqlite+{kind.driver}:///{tmp_path / 'items.db'}"
     engine = make(url, connect_args={"timeout": 0}, pool_size=1, max_overflow=0)
@@ -498,14 +521,17 @@ async def test_what_a_locked_sqlite_refuses_is_not_stored_later(kind: Kind, tmp_
         assert reader.execute("SELECT name FROM item").fetchall() == [("kept",)]
 
 
-# -- beside another task -----------------------------------------------------------------------
+# -- another task that uses the session --------------------------------------------------------
 
 
 @only_asyncpg
 async def test_a_commit_beside_another_tasks_statement_says_so(
     kind: Kind, engine: Any, rows: Rows
 ) -> None:
-    """A task that still uses the session at COMMIT is not called an error that was ignored."""
+    """A COMMIT while another task uses the session raises the driver's error about that.
+
+    It is not reported as an error that was ignored.
+    """
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     left: list[asyncio.Task[Any]] = []

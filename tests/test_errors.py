@@ -1,4 +1,4 @@
-"""What is a database failure and what is not, and what the mapping makes of it."""
+"""The recognition of database failures, and their mapping to HTTP errors."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ Kind = DatabaseErrorKind
 
 
 def raised(from_: BaseException | None, error: Exception) -> Exception:
-    """Raise and catch, so that cause and traceback are real."""
+    """Raise and catch an error, so that its cause and traceback are real."""
     try:
         raise error from from_
     except type(error) as caught:
@@ -69,12 +69,12 @@ def raised(from_: BaseException | None, error: Exception) -> Exception:
 
 
 def wrapped(error: Exception, statement: str | None = None) -> exc.DBAPIError:
-    """Wrap a driver's error as SQLAlchemy does; its class says nothing on purpose."""
+    """Wrap a driver's error as SQLAlchemy does, on purpose in a class that is not specific."""
     return exc.DBAPIError(statement, None, error)
 
 
 class Stating(psycopg.Error):
-    """Be a driver's error with a code and a text that contradict each other."""
+    """A driver's error with a code and a text that contradict each other."""
 
     def __init__(self, sqlstate: str, said: str) -> None:
         super().__init__(said)
@@ -93,11 +93,11 @@ OWN: dict[Kind, Exception] = {
 }
 
 
-# --- what it is ---------------------------------------------------------------------------------
+# --- recognition --------------------------------------------------------------------------------
 
 
 class CodedError(Exception):
-    """Have whatever an error may be mistaken for."""
+    """An error of no driver that has the attributes of drivers' errors."""
 
     code = sqlstate = pgcode = "23505"
     errno = 1062
@@ -121,20 +121,20 @@ class CodedError(Exception):
     ids=lambda error: type(error).__name__,
 )
 def test_what_is_no_database_failure_is_not_described(error: BaseException) -> None:
-    """Not the look of an error counts, but whose it is."""
+    """An error that is no database failure is not described, even if it resembles one."""
     assert describe_database_error(error) is None
 
 
 @pytest.mark.parametrize(("kind", "error"), OWN.items(), ids=OWN)
 def test_failures_without_a_code_are_described_by_their_class(kind: Kind, error: Exception) -> None:
-    """SQLAlchemy's own and ours mean one thing each, whatever caused them."""
+    """SQLAlchemy's own errors and ours are described by their class, whatever caused them."""
     found = describe_database_error(raised(wrapped(UNIQUE), error))
     assert found is not None
     assert (found.kind, found.code, found.retryable) == (kind, None, False)
 
 
 def test_the_nearest_failure_of_the_chain_counts() -> None:
-    """An error of the application's is described by its cause, the nearest of several."""
+    """An application's error is described by the nearest database failure among its causes."""
     near = raised(raised(OWN[Kind.STALE], wrapped(UNIQUE)), LookupError())
     found = describe_database_error(near)
     assert found is not None
@@ -142,21 +142,21 @@ def test_the_nearest_failure_of_the_chain_counts() -> None:
 
 
 def test_a_context_is_no_cause() -> None:
-    """An error that merely happened while a failure was handled is not that failure."""
+    """An error that was only raised during the handling of a failure is not described."""
     error = KeyError()
     error.__context__ = wrapped(UNIQUE)
     assert describe_database_error(error) is None
 
 
 def test_a_cycle_of_causes_ends() -> None:
-    """Errors that are each other's cause are looked at once."""
+    """Errors that are each other's cause are examined only once."""
     first, second = ValueError(), ValueError()
     first.__cause__, second.__cause__ = second, first
     assert describe_database_error(first) is None
 
 
 def test_the_code_decides_and_not_the_text_or_class() -> None:
-    """A text that names another failure changes nothing, nor does SQLAlchemy's class."""
+    """The code decides the kind, whatever the text or SQLAlchemy's class indicates."""
     said = 'duplicate key value violates unique constraint "uq_canary" (23505)'
     found = describe_database_error(exc.IntegrityError("", None, Stating("40001", said)))
     assert found is not None
@@ -191,14 +191,17 @@ def test_the_code_decides_and_not_the_text_or_class() -> None:
     ],
 )
 def test_an_exact_code_goes_before_its_class(code: str, kind: Kind) -> None:
-    """Codes that no test can provoke are read as the rest of their class, unless they differ."""
+    """An exact code takes precedence over its class.
+
+    A code that no test can provoke has the kind of its class, unless the table lists it.
+    """
     found = describe_database_error(wrapped(Stating(code, "")))
     assert found is not None
     assert (found.kind, found.code) == (kind, code)
 
 
 def test_an_error_of_a_driver_is_described_without_sqlalchemy(postgres: WorkerPostgres) -> None:
-    """Errors of code that calls a driver directly are described too, without their SQL."""
+    """An error of a driver that is called directly is described too, without its SQL."""
     with psycopg.connect(postgres.dsn) as connection, pytest.raises(psycopg.Error) as of_psycopg:
         connection.execute("SELECT 'canary'::int")
     with contextlib.closing(sqlite3.connect(":memory:")) as memory:
@@ -210,18 +213,21 @@ def test_an_error_of_a_driver_is_described_without_sqlalchemy(postgres: WorkerPo
         describe_database_error(each) for each in (of_psycopg.value, of_sqlite.value, of_mysql)
     ]
     assert [each and each.code for each in found] == ["22P02", "SQLITE_CONSTRAINT_UNIQUE", "1062"]
-    # What a value says is not taken for a name.
+    # A part of a value is not taken for a name.
     assert found[2] is not None
     assert found[2].constraint == "uq"
 
 
 def connecting(error: Exception) -> exc.DBAPIError:
-    """Wrap an error of a driver's that has come before there was a connection."""
+    """Wrap a driver's error that was raised before there was a connection."""
     return exc.OperationalError(None, None, error)
 
 
 def failure_to_connect(driver: str) -> exc.DBAPIError:
-    """Ask where nobody listens; what a driver raises by itself is wrapped by hand."""
+    """Connect to a port without a listener, and return the error.
+
+    An error that the driver raises by itself is wrapped here.
+    """
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
     url = f"postgresql+{driver}://canary@127.0.0.1:{port}/canary"
@@ -243,7 +249,7 @@ def failure_to_connect(driver: str) -> exc.DBAPIError:
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "asyncpg"])
 def test_a_server_that_nobody_reaches_is_away(driver: str) -> None:
-    """Where there was no connection yet, a driver's error without a code means an outage."""
+    """A driver's error without a code means an outage if there was no connection yet."""
     found = describe_database_error(failure_to_connect(driver))
     assert found is not None
     assert (found.kind, found.code, found.transient, found.retryable) == (
@@ -279,7 +285,7 @@ CLOSED = asyncpg.InterfaceError("connection is closed")
     ids=repr,
 )
 def test_an_error_without_a_statement_is_of_connecting(error: Exception, kind: Kind) -> None:
-    """What a driver raises before or instead of an error with a code is told by when it came."""
+    """The kind of an error without a code depends on whether it was raised while connecting."""
     found = describe_database_error(error)
     assert found is not None
     assert found.kind is kind
@@ -297,20 +303,20 @@ def test_an_error_without_a_statement_is_of_connecting(error: Exception, kind: K
     ],
 )
 def test_a_refusal_that_libpq_only_words_is_read(said: str, kind: Kind) -> None:
-    """Its English words tell a refused role or database from a server that is away."""
+    """libpq's English texts distinguish a refused role or database from an unavailable server."""
     found = describe_database_error(connecting(psycopg.OperationalError(f"failed\n{said}\n")))
     assert found is not None
     assert found.kind is kind
 
 
 class UnknownDriverError(Exception):
-    """Be of a driver that nobody here knows, with the number and text of MySQL's."""
+    """An error of an unknown driver, raised with the number and text of a MySQL error."""
 
     sqlstate = "23505"
 
 
 def test_a_driver_that_is_not_known_is_not_read_as_another() -> None:
-    """Codes belong to a driver: of an unknown one only SQLAlchemy's word about the loss counts."""
+    """An unknown driver's codes are ignored, but SQLAlchemy's mark of a lost connection counts."""
     error = UnknownDriverError(1062, "Duplicate entry 'a' for key 'b'")
     found = describe_database_error(exc.IntegrityError("INSERT", None, error))
     assert (found and found.kind, found and found.code) == (Kind.OTHER, None)
@@ -334,21 +340,25 @@ FIELDS = {"S": "ERROR", "C": "23505", "M": "taken", "D": "Key (b)=(x)", "t": "t"
     ids=["pg8000", "mysql.connector", "mariadb"],
 )
 def test_a_driver_that_keeps_its_code_elsewhere_is_read(error: Exception, code: str) -> None:
-    """The same code has the same kind, wherever a driver's error keeps it."""
+    """A code is read wherever a driver's error keeps it, and has the same kind everywhere."""
     found = describe_database_error(wrapped(error))
     assert found is not None
     assert (found.kind, found.code, found.constraint) == (Kind.UNIQUE, code, "uq")
 
 
 def test_a_number_without_a_text_is_enough() -> None:
-    """An error that a pool or a test makes of a connector's class may have no text at all."""
+    """A connector's error is described by its number alone, as a pool or a test may raise it."""
     found = describe_database_error(wrapped(of_driver("mariadb", errno=1062)))
     assert found is not None
     assert (found.kind, found.constraint) == (Kind.UNIQUE, None)
 
 
 def test_a_commit_that_pg8000_finds_rolled_back_is_not_unknown() -> None:
-    """The server has said so, in no error of its own; other words of pg8000's are its own."""
+    """pg8000's own error about a failed transaction block counts as reported by the server.
+
+    The server has reported the rollback, although not as an error. pg8000's other texts do not come
+    from the server.
+    """
     engine = create_engine("sqlite://")
     engine.dialect.driver = "pg8000"
     said = FIELDS, "in failed transaction block", "network error"
@@ -358,7 +368,10 @@ def test_a_commit_that_pg8000_finds_rolled_back_is_not_unknown() -> None:
 
 
 def test_a_commit_that_mysql_connector_has_not_sent_is_not_unknown() -> None:
-    """It says so, once it has closed its socket; its other errors may have met a COMMIT."""
+    """mysql.connector's error about a closed socket means that no COMMIT was sent.
+
+    Its other errors may concern a COMMIT that was sent.
+    """
     said = "MySQL Connection not available.", "Lost connection to MySQL server during query"
     module = "mysql.connector.errors"
     found = [ended_before_commit(of_driver(module, each, name="OperationalError")) for each in said]
@@ -366,7 +379,7 @@ def test_a_commit_that_mysql_connector_has_not_sent_is_not_unknown() -> None:
 
 
 def test_a_lost_connection_that_only_pg8000_words_is_read() -> None:
-    """It is away, as with drivers that have a class or a code for that."""
+    """pg8000's "network error" is an outage, as the other drivers' classes and codes for it are."""
     error = of_driver("pg8000.exceptions", "network error", name="InterfaceError")
     found = describe_database_error(wrapped(error))
     assert found is not None
@@ -374,7 +387,7 @@ def test_a_lost_connection_that_only_pg8000_words_is_read() -> None:
 
 
 def test_a_code_of_another_database_is_none() -> None:
-    """A PostgreSQL driver's SQLSTATE is not looked up among the numbers of MySQL's."""
+    """A PostgreSQL driver's SQLSTATE is not looked up among MySQL's numbers."""
     found = describe_database_error(wrapped(Stating("1062", "")))
     assert found is not None
     assert found.kind is Kind.OTHER
@@ -383,7 +396,10 @@ def test_a_code_of_another_database_is_none() -> None:
 @pytest.mark.parametrize("own", sorted(OWN.keys() - {Kind.ABORTED_TRANSACTION}))
 @pytest.mark.parametrize("inside", ["57P01", "40001"])
 def test_the_cause_of_an_error_of_ours_decides_nothing(own: Kind, inside: str) -> None:
-    """What may be stored is never told to be tried again, whatever it was caused by."""
+    """SQLAlchemy's own errors and ours keep their kind and are not retryable, whatever caused them.
+
+    Something may have been stored.
+    """
     lost = exc.OperationalError("UPDATE t", None, Stating(inside, ""), connection_invalidated=True)
     found = describe_database_error(raised(lost, OWN[own]))
     assert found is not None
@@ -396,7 +412,10 @@ def test_the_cause_of_an_error_of_ours_decides_nothing(own: Kind, inside: str) -
 def test_a_commit_refused_for_a_lost_connection_is_a_lost_connection(
     lost: bool, kind: Kind
 ) -> None:
-    """Nothing can be stored, so that may be tried again; not so what failed for another reason."""
+    """A commit that fails because of an earlier lost connection is an outage and retryable.
+
+    Nothing can be stored then. A commit that fails for another reason is not retryable.
+    """
     cause = exc.OperationalError("UPDATE t", None, Stating("x", ""), connection_invalidated=lost)
     found = describe_database_error(raised(cause, TransactionAbortedError()))
     assert found is not None
@@ -404,7 +423,7 @@ def test_a_commit_refused_for_a_lost_connection_is_a_lost_connection(
 
 
 def test_a_group_of_one_failure_is_that_failure() -> None:
-    """A task group with one that failed is described by it, and one with several by none."""
+    """An exception group is described by its failure if it contains exactly one."""
     one = ExceptionGroup("tasks", [ExceptionGroup("tasks", [wrapped(UNIQUE)])])
     found = describe_database_error(one)
     assert found is not None
@@ -414,7 +433,7 @@ def test_a_group_of_one_failure_is_that_failure() -> None:
 
 
 def test_a_connection_that_may_have_been_lost_in_commit_is_not_retryable() -> None:
-    """Without a statement on its way it may have been a COMMIT: nobody is told to repeat it."""
+    """A connection lost outside a statement is not retryable, as it may have been in COMMIT."""
     lost = Stating("57P01", "")
     in_statement = exc.OperationalError("UPDATE t", None, lost, connection_invalidated=True)
     in_commit = exc.OperationalError(None, None, lost, connection_invalidated=True)
@@ -423,7 +442,7 @@ def test_a_connection_that_may_have_been_lost_in_commit_is_not_retryable() -> No
 
 
 def test_a_description_cannot_be_changed() -> None:
-    """It is a value: frozen, and equal to another of the same failure."""
+    """A description is frozen, and equal to another description of the same failure."""
     found = describe_database_error(wrapped(UNIQUE))
     assert found == describe_database_error(wrapped(UNIQUE))
     with pytest.raises(FrozenInstanceError):
@@ -447,7 +466,11 @@ def test_a_description_cannot_be_changed() -> None:
 def test_which_way_a_foreign_key_failed_is_told_by_the_statement(
     statement: str | None, kind: Kind
 ) -> None:
-    """SQLite says only that one failed; where the statement does not tell, nobody guesses."""
+    """On SQLite, the statement decides in which direction a foreign key failed.
+
+    SQLite reports only that one failed. If the statement does not decide it, the kind is
+    `foreign_key`.
+    """
     with contextlib.closing(sqlite3.connect(":memory:")) as memory:
         memory.executescript(
             "PRAGMA foreign_keys = ON; CREATE TABLE parent (id INTEGER PRIMARY KEY);"
@@ -477,7 +500,10 @@ class ForeignKey(asyncpg.ForeignKeyViolationError):  # type: ignore[misc] # asyn
     ],
 )
 def test_postgresql_tells_the_way_by_the_number_of_names(said: str, kind: Kind) -> None:
-    """Its sentence names one table or two in any language, whatever statement has run."""
+    """On PostgreSQL, the number of tables in the message decides the direction of a foreign key.
+
+    The message names one table or two in any language, whatever statement was executed.
+    """
     error: Any = ForeignKey(said)
     error.message = said
     found = describe_database_error(wrapped(error, "SELECT a_function()"))
@@ -506,7 +532,7 @@ def test_postgresql_tells_the_way_by_the_number_of_names(said: str, kind: Kind) 
 def test_names_of_mysql_may_hold_anything(
     code: int, said: str, statement: str, constraint: str, table: str | None
 ) -> None:
-    """Dashes, dots and backticks belong to a name, and what a value says does not."""
+    """MySQL's names may contain dashes, dots and backticks, and values are not taken for names."""
     found = describe_database_error(wrapped(pymysql.err.IntegrityError(code, said), statement))
     assert found is not None
     assert (found.constraint, found.table) == (constraint, table)
@@ -558,7 +584,7 @@ class Named(asyncpg.UniqueViolationError):  # type: ignore[misc] # asyncpg has n
 def test_metadata_names_a_constraints_columns_exactly_or_not_at_all(
     constraint: str, table: str | None, columns: tuple[str, ...]
 ) -> None:
-    """A constraint that the metadata has once gets its columns, in order; any other gets none."""
+    """A constraint gets its columns, in order, only if the metadata identifies them exactly."""
     error = wrapped(Named(constraint, table))
     found = describe_database_error(error, metadata=METADATA)
     assert found is not None
@@ -590,7 +616,7 @@ def refused_by_sqlite(table: str, rows: str) -> sqlite3.Error:
 def test_metadata_names_the_constraint_of_what_sqlite_states(
     paths: str, constraint: str | None
 ) -> None:
-    """SQLite states columns: a key that is on exactly these is the one that was violated."""
+    """The key on exactly the columns that SQLite reports is the constraint that was violated."""
     table = paths.partition(".")[0]
     names = [path.partition(".")[2] for path in paths.split(", ")]
     columns, row = ", ".join(names), ", ".join("1" for _ in names)
@@ -604,7 +630,7 @@ def test_metadata_names_the_constraint_of_what_sqlite_states(
     ("table", "rows"), [("account (email NOT NULL)", "(NULL)"), ('"a.b" (c UNIQUE)', "(1), (1)")]
 )
 def test_metadata_names_no_constraint_of_which_nothing_is_said(table: str, rows: str) -> None:
-    """A key on a column that must not be null is not violated, nor is one on no columns at all."""
+    """No constraint is named for a NOT NULL failure, or if SQLite's message yields no columns."""
     found = describe_database_error(refused_by_sqlite(table, rows), metadata=METADATA)
     assert found is not None
     assert found.constraint is None
@@ -629,7 +655,7 @@ Index("uq_parted", parted.c.id, parted.c.year, unique=True)
 
 
 def postgres_failure(postgres: WorkerPostgres, *statements: str) -> exc.DBAPIError:
-    """Run statements beside the table with long names, and give what the last one fails with."""
+    """Create the table with long names, run statements, and return the error of the last one."""
     engine = create_engine(postgres.url("psycopg"))
     *before, last = statements
     with engine.connect() as connection:
@@ -643,7 +669,10 @@ def postgres_failure(postgres: WorkerPostgres, *statements: str) -> exc.DBAPIErr
 
 
 def test_metadata_knows_a_name_that_was_too_long(postgres: WorkerPostgres) -> None:
-    """What SQLAlchemy has shortened for the database is found by the name in the metadata."""
+    """A constraint name that SQLAlchemy shortened is described by its full name in the metadata.
+
+    A rule applies under either name.
+    """
     insert = "INSERT INTO a_table_with_a_name_of_some_length VALUES ('a', '{}')"
     error = postgres_failure(postgres, insert.format(1), insert.format(2))
     stated = describe_database_error(error)
@@ -659,7 +688,10 @@ def test_metadata_knows_a_name_that_was_too_long(postgres: WorkerPostgres) -> No
 
 @pytest.mark.parametrize(("kept", "known"), [(63, True), (10, False)])
 def test_metadata_knows_a_name_that_the_server_has_cut(kept: int, known: bool) -> None:
-    """A name that SQLAlchemy doesn't shorten is found by what PostgreSQL keeps, and by no less."""
+    """A name that SQLAlchemy does not shorten is found by the part that PostgreSQL keeps.
+
+    A shorter part is not enough.
+    """
     stated = OF_ITS_OWN[:kept]
     found = describe_database_error(wrapped(Named(stated)), metadata=CUT)
     assert found is not None
@@ -703,7 +735,10 @@ PARTITIONS = (
 def test_metadata_knows_the_key_of_a_partitioned_table(
     postgres: WorkerPostgres, statements: list[str], constraint: str
 ) -> None:
-    """The statement names the table, and the error a partition's key; nobody else's is taken."""
+    """A partition's key is described as that of the partitioned table that the statement names.
+
+    The keys of other tables and other constraints keep their names.
+    """
     found = describe_database_error(
         postgres_failure(postgres, *PARTITIONS, *statements), metadata=CUT
     )
@@ -720,7 +755,7 @@ class Hostile:
         raise RuntimeError(name)
 
 
-# What Hypothesis knows without encoding every character, which takes a second.
+# Hypothesis knows these characters without encoding each of them, which takes a second.
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 VALUES = st.one_of(
     st.none(),
@@ -737,11 +772,11 @@ NAMES = "sqlstate pgcode diag constraint_name table_name detail context sqlite_e
 
 @st.composite
 def errors(draw: st.DrawFn) -> object:
-    """Draw an error of a driver's with odd attributes, wrapped or in a group or as a cause."""
+    """Draw a driver's error with odd attributes, plain, wrapped, in a group or as a cause."""
     known = [psycopg.OperationalError, sqlite3.Error, pymysql.err.MySQLError, ValueError, OSError]
     error = draw(st.sampled_from([*known, asyncpg.PostgresError]))(*draw(st.lists(VALUES)))
     for name, value in draw(st.dictionaries(st.sampled_from(NAMES.split()), VALUES)).items():
-        with contextlib.suppress(AttributeError, TypeError):  # one that a class keeps for itself
+        with contextlib.suppress(AttributeError, TypeError):  # the class does not let it be set
             setattr(error, name, value)
     odd: Any = draw(VALUES)
     wrappers: list[Callable[[], object]] = [
@@ -758,7 +793,7 @@ def errors(draw: st.DrawFn) -> object:
 @given(errors())
 @settings(max_examples=100, deadline=None)
 def test_describing_never_fails(error: Any) -> None:
-    """Whatever object is given: in an exception handler there is nobody left to catch more."""
+    """Describing an object never raises, because an exception handler may call it."""
     describe_database_error(error)
     describe_database_error(error, metadata=METADATA)
 
@@ -770,7 +805,10 @@ def test_describing_never_fails(error: Any) -> None:
      "Duplicate entry '' for key '", "/*", "'", "Cannot a: a foreign key constraint fails (`a`.`"],
 )  # fmt: skip
 def test_describing_takes_time_in_proportion_to_the_message(said: str) -> None:
-    """A message of a megabyte does not hold up the process: its parts are looked at once."""
+    """The time to describe a failure is proportional to the length of its message.
+
+    A message of a megabyte does not block the process, because its parts are examined once.
+    """
     long = said * (1_000_000 // len(said))
     describe_database_error(connecting(psycopg.OperationalError(long)))
     describe_database_error(connecting(sqlite3.IntegrityError(long)))
@@ -789,14 +827,14 @@ def mapped(error: Exception, **options: Any) -> HTTPException:
 
 
 def test_a_block_answers_a_drivers_own_error() -> None:
-    """What a driver raises outside of SQLAlchemy is a failure as well."""
+    """http_errors() also maps an error that a driver raises outside of SQLAlchemy."""
     with pytest.raises(HTTPException) as caught, http_errors(unique="Taken."):
         raise UNIQUE
     assert (caught.value.status_code, caught.value.detail) == (409, "Taken.")
 
 
 def test_a_mapped_failure_keeps_its_cause(caplog: pytest.LogCaptureFixture) -> None:
-    """What is raised in its place names the failure as its cause, and the log has it once."""
+    """The mapped HTTPException has the failure as its cause, and the failure is logged once."""
     error = raised(wrapped(UNIQUE), LookupError("canary"))
     with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
         found = mapped(error)
@@ -817,7 +855,10 @@ HTTP_ERRORS = [HTTPException(418), StarletteHTTPException(418)]
 def test_what_is_no_failure_comes_back_itself(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The very same object, so that raising it hides nothing; an HTTPException with any cause."""
+    """An error that is no failure is returned as the same object, so that raising it hides nothing.
+
+    The same applies to an HTTPException with any cause.
+    """
     if error in HTTP_ERRORS:
         error = raised(wrapped(UNIQUE), error)
     assert map_database_error(error) is error
@@ -837,7 +878,7 @@ def test_what_is_no_failure_comes_back_itself(
     ],
 )
 def test_our_own_errors_are_mapped(kind: Kind, status: int) -> None:
-    """What nobody should repeat is no 503 and has no Retry-After, whatever it was caused by."""
+    """A failure that must not be repeated gets neither 503 nor Retry-After, whatever caused it."""
     found = mapped(raised(wrapped(Stating("40001", "")), OWN[kind]))
     assert found.status_code == status
     assert bool(found.headers) == (status == 503)
@@ -861,7 +902,7 @@ def test_a_message_changes_the_words_and_a_rule_the_row() -> None:
 
 
 def test_a_constraint_goes_before_its_kind() -> None:
-    """The message for a constraint by name is the one for it, and no other constraint's."""
+    """The message for a constraint takes precedence over its kind's, for this constraint only."""
     options: dict[str, Any] = {
         "unique": "Taken.",
         "constraints": {"uq_email": "E-mail already registered."},
@@ -875,7 +916,7 @@ def test_a_constraint_goes_before_its_kind() -> None:
 
 
 def test_a_rule_for_foreign_keys_is_one_for_both_ways() -> None:
-    """A rule for both ways needs one name; a rule for one of them goes before it."""
+    """The rule `foreign_key` applies to both directions, but a rule for one takes precedence."""
     missing, referenced = (
         wrapped(asyncpg.ForeignKeyViolationError(), statement)
         for statement in ("INSERT INTO t VALUES (1)", "DELETE FROM t")
@@ -904,14 +945,14 @@ ENTRANCES: tuple[Callable[..., object], ...] = (
 def test_a_rule_that_is_none_is_refused_where_it_is_written(
     entrance: Callable[..., object], options: dict[str, Any], named: str
 ) -> None:
-    """A kind that does not exist, or a rule that is none, does not wait for the failure."""
+    """An unknown kind or an invalid rule raises TypeError immediately, before any failure."""
     with pytest.raises(TypeError, match=named):
         entrance(**options)
 
 
 @pytest.mark.parametrize("constraints", [{"uq": 409}, {1: "Taken."}, ["uq"], "uq"], ids=str)
 def test_constraints_that_are_none_are_refused(constraints: Any) -> None:
-    """A constraint maps to a message or rule."""
+    """`constraints` that do not map names to messages or rules raise TypeError."""
     with pytest.raises(TypeError):
         http_errors(constraints=constraints)
 
@@ -932,13 +973,16 @@ def test_constraints_that_are_none_are_refused(constraints: Any) -> None:
     ids=str,
 )
 def test_a_rule_checks_itself(options: dict[str, Any], error: type[Exception]) -> None:
-    """No status below 400 or above 599, and no pointer that is none."""
+    """ErrorRule raises an error that names the invalid argument.
+
+    A status below 400 or above 599 is invalid, and so is a `pointer` that is no JSON pointer.
+    """
     with pytest.raises(error, match=next(reversed(options))):
         ErrorRule(**options)
 
 
 def test_a_rule_may_be_at_its_limits() -> None:
-    """400, 599 and an immediate repetition are an application's to choose."""
+    """An ErrorRule may have the status 400 or 599 and a Retry-After of 0."""
     for status in 400, 599:
         assert mapped(wrapped(UNIQUE), unique=ErrorRule(status=status)).status_code == status
     found = mapped(wrapped(UNIQUE), unique=ErrorRule(status=503, retry_after=0))
@@ -949,17 +993,20 @@ def test_a_rule_may_be_at_its_limits() -> None:
     "rule", [ErrorRule(status=503), ErrorRule(status=504), ErrorRule(status=429, retry_after=1)]
 )
 def test_no_rule_tells_to_repeat_what_is_stored(rule: ErrorRule) -> None:
-    """A failure after something was stored is an unknown outcome, however its kind is answered."""
+    """If something was stored, a failure gets 500 without Retry-After, whatever its rule says.
+
+    Its outcome is unknown.
+    """
     error: Any = wrapped(UNIQUE)
     assert mapped(error, unique=rule).status_code == rule.status
-    error.database_stored = True  # as our session notes it
+    error.database_stored = True  # as our session records it
     found = mapped(error, unique=rule)
     assert (found.status_code, found.headers) == (500, None)
 
 
 @pytest.mark.parametrize("kind", ["outcome_unknown", "partial_commit", "after_commit"])
 def test_nobody_is_told_to_repeat_what_is_half_stored(kind: str) -> None:
-    """Not even an application can answer an unknown outcome with Retry-After."""
+    """A rule that answers an unknown outcome with 503 or Retry-After raises ValueError."""
     for status, later in (503, None), (503, 1), (500, 1):
         rules: dict[str, Any] = {kind: ErrorRule("Again.", status, retry_after=later)}
         with pytest.raises(ValueError, match=kind):
@@ -969,6 +1016,6 @@ def test_nobody_is_told_to_repeat_what_is_half_stored(kind: str) -> None:
 
 
 def test_an_error_without_a_drivers_error_is_none() -> None:
-    """An error that somebody made by hand, with nothing in it, is no failure of a database."""
+    """A DBAPIError that was made by hand, without a driver's error, is no database failure."""
     made = exc.DBAPIError("", None, None)  # type: ignore[arg-type] # by hand
     assert describe_database_error(made) is None

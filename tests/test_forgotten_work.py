@@ -1,4 +1,4 @@
-"""Rule 6: what a request leaves unstored is no success, whatever wrote it and however it ends."""
+"""Rule 6: a request with uncommitted work fails, whatever wrote it and however it ends."""
 
 import contextlib
 import itertools
@@ -45,14 +45,14 @@ CREATE OR REPLACE PROCEDURE store_it(name text) LANGUAGE sql AS
 
 @pytest.fixture
 def there(rows: Rows) -> Rows:
-    """Store one row, and make what writes without looking like it."""
+    """Store one row, and create a function and a procedure whose calls do not look like writes."""
     rows.connection.execute(STORE)
     rows.add("there")
     return rows
 
 
 def run(statement: Any) -> Body:
-    """Make a body that sends one statement, as text where it is a string."""
+    """Return a body that executes one statement, which may be a string."""
 
     def body(session: Session) -> None:
         session.execute(text(statement) if isinstance(statement, str) else statement).close()
@@ -61,7 +61,7 @@ def run(statement: Any) -> Body:
 
 
 def silent(body: Body) -> Body:
-    """Keep a body's result from becoming the response."""
+    """Return a body without its result, which would otherwise become the response."""
 
     def run(session: Session) -> None:
         body(session)
@@ -127,13 +127,13 @@ def delete_an_attribute(session: Session) -> None:
 
 
 def expression(session: Session) -> None:
-    """Change a row by SQL, which leaves nothing of it in the object once it is flushed."""
+    """Set an attribute to an SQL expression, of which the object keeps nothing after the flush."""
     session.scalars(select(Item)).one().position = func.coalesce(items.c.position, 0) + 1
     session.flush()
 
 
 class Part:
-    """Be a row of a subquery, which SQLAlchemy stores all the same."""
+    """A row of a subquery, whose changes SQLAlchemy stores anyway."""
 
     id: Mapped[int]
     name: Mapped[str]
@@ -211,7 +211,7 @@ WRITES: dict[str, Body] = {
 }
 
 
-# What goes past the session's methods, over the driver's own cursor or connection.
+# Writes that bypass the session's methods and use the driver's own cursor or connection.
 PAST_THE_SESSION = ["copy", "raw cursor"]
 OTHERS = [each for each in WRITES if each not in PAST_THE_SESSION]
 
@@ -226,7 +226,7 @@ OTHERS = [each for each in WRITES if each not in PAST_THE_SESSION]
 async def test_no_forgotten_work_is_a_success(
     kind: Kind, engine: Engine, there: Rows, writes: list[str], subtests: pytest.Subtests
 ) -> None:
-    """Through get_db, whatever a COMMIT would have stored fails the request without one."""
+    """With get_db, a request fails if it has not committed what a COMMIT would have stored."""
     async with asking(engine, kind, get_db()) as request:
         for write in writes:
             there.clear("there")
@@ -243,7 +243,10 @@ async def test_no_forgotten_work_is_a_success(
 async def test_a_forgotten_write_to_a_foreign_table_is_no_success(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """PostgreSQL gives no transaction id for it, and stores it on the other server."""
+    """An uncommitted write to a foreign table raises UncommittedChangesError.
+
+    PostgreSQL assigns no transaction id to it, and stores it on the other server.
+    """
     rows.connection.execute("""
         CREATE EXTENSION postgres_fdw;
         DO $$BEGIN EXECUTE format(
@@ -271,14 +274,14 @@ async def test_a_forgotten_write_to_a_foreign_table_is_no_success(
 async def test_what_a_listener_writes_for_an_unchanged_row_is_no_success(
     kind: Kind, engine: Engine, there: Rows, dependency: Any, refused: type[Exception], again: bool
 ) -> None:
-    """A mapper's listener writes in a flush that has nothing else to send, and that counts."""
+    """A mapper listener's write fails the request, even in a flush that sends nothing else."""
 
     def write(_mapper: object, connection: Connection, _row: Item) -> None:
         connection.execute(insert(items).values(name="lost"))
 
     def body(session: Session) -> None:
         row = session.scalars(select(Item)).one()
-        if again:  # the flush is what connects
+        if again:  # so that the flush opens the connection
             session.commit()
         row.name = str(row.name)
         session.flush()
@@ -315,7 +318,7 @@ def committed(body: Body) -> Body:
 async def test_prepared_work_needs_its_commit(
     kind: Kind, engine: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """In a two-phase commit, a session that is prepared and closed has stored nothing."""
+    """A two-phase session that is prepared and not committed raises UncommittedChangesError."""
     async with asking(engine, kind, get_db(), session_options={"twophase": True}) as request:
         for body in (prepared, prepared_by_the_transaction):
             rows.clear()
@@ -328,7 +331,7 @@ async def test_prepared_work_needs_its_commit(
             assert await request(lambda session: session.prepare()) == 201  # nothing to store
 
 
-# -- closing over it ---------------------------------------------------------------------------
+# -- closing a session with uncommitted work ---------------------------------------------------
 
 
 def with_block(session: Session) -> None:
@@ -349,7 +352,7 @@ CLOSED_OVER = ["text", "function in text", "copy", "create table"]
 async def test_closing_over_work_is_no_success(
     kind: Kind, engine: Engine, there: Rows, dependency: Any, subtests: pytest.Subtests
 ) -> None:
-    """close(), reset(), invalidate() and `with session` over unstored work fail the request."""
+    """close(), reset(), invalidate() and `with session` fail the request if work is uncommitted."""
 
     def closing(write: str, end: str) -> Body:
         def body(session: Session) -> None:
@@ -371,7 +374,7 @@ async def test_closing_over_work_is_no_success(
 async def test_a_read_of_another_session_hides_no_closed_one(
     kind: Kind, engine: Engine, there: Rows, end: Body
 ) -> None:
-    """A request that closes one session over unstored work and reads through another fails."""
+    """A request that closes one session with uncommitted work and reads with another one fails."""
 
     def closing(session: Session) -> None:
         WRITES["text"](session)
@@ -394,7 +397,7 @@ async def test_a_read_of_another_session_hides_no_closed_one(
 async def test_closing_after_a_decision_is_a_success(
     kind: Kind, engine: Engine, there: Rows, end: Body, decide: str
 ) -> None:
-    """Whoever has committed or rolled back may close the session as they like."""
+    """After a commit or a rollback, the application may close the session in any way."""
 
     def body(session: Session) -> None:
         WRITES["text"](session)
@@ -411,7 +414,7 @@ async def test_closing_after_a_decision_is_a_success(
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("end", [lambda _: None, *ENDS.values()], ids=["left open", *ENDS])
 async def test_forgotten_text_on_sqlite_is_no_success(kind: Kind, end: Body) -> None:
-    """SQLite knows which text has changed a row, and which has not."""
+    """On SQLite, an uncommitted text statement fails the request only if it has changed a row."""
     engine = async_sqlite() if kind.asynchronous else sqlite()
 
     def unchanged(session: Session) -> None:
@@ -433,7 +436,10 @@ async def test_forgotten_text_on_sqlite_is_no_success(kind: Kind, end: Body) -> 
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_forgotten_trigger_on_sqlite_is_no_success(kind: Kind) -> None:
-    """DDL changes no row, and is a write, also where its text contains a semicolon."""
+    """On SQLite, uncommitted DDL fails the request, even if its text contains a semicolon.
+
+    DDL changes no row, but it is a write.
+    """
     engine = async_sqlite() if kind.asynchronous else sqlite()
 
     def body(session: Session) -> None:
@@ -454,7 +460,10 @@ async def test_a_forgotten_trigger_on_sqlite_is_no_success(kind: Kind) -> None:
 async def test_a_forgotten_update_that_returns_its_rows_is_no_success(
     kind: Kind, read: str
 ) -> None:
-    """SQLite counts the rows of RETURNING at the end, and none when the statement was sent."""
+    """On SQLite, an uncommitted UPDATE with RETURNING fails the request.
+
+    SQLite counts its rows only at the end, and not yet when the statement is sent.
+    """
     engine = async_sqlite() if kind.asynchronous else sqlite()
     changed = update(items).values(position=7).returning(items.c.position)
 
@@ -472,7 +481,10 @@ async def test_a_forgotten_update_that_returns_its_rows_is_no_success(
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("names", [["lost", "there"], ["there", "lost"]], ids=["kept", "none"])
 async def test_rows_before_one_that_failed_are_forgotten(kind: Kind, names: list[str]) -> None:
-    """SQLite keeps the rows before one that is refused: code that handles the error must commit."""
+    """On SQLite, rows that were inserted before a row that failed need a commit.
+
+    SQLite keeps them, so code that handles the error must commit.
+    """
     engine = async_sqlite() if kind.asynchronous else sqlite()
 
     def body(session: Session) -> None:
@@ -492,7 +504,7 @@ async def test_rows_before_one_that_failed_are_forgotten(kind: Kind, names: list
 
 
 class Uncounted(sqlite3.Connection):
-    """Be the connection of a driver for SQLite's dialect that doesn't count changes, as libsql."""
+    """The connection of an SQLite driver that does not count changes, such as libsql."""
 
     @property
     def total_changes(self) -> int:
@@ -501,7 +513,7 @@ class Uncounted(sqlite3.Connection):
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_driver_for_sqlite_need_not_count(kind: Kind) -> None:
-    """A session works where nobody counts the changed rows, and forgotten writes are found."""
+    """If an SQLite driver does not count changes, sessions still work and forgotten writes fail."""
     options: dict[str, Any] = {"connect_args": {"factory": Uncounted, "check_same_thread": False}}
     made = create_async_engine if kind.asynchronous else create_engine
     engine: Any = made(f"sqlite+{kind.driver}://", poolclass=StaticPool, **options)
@@ -546,7 +558,7 @@ def nested_on_the_connection(session: Session) -> None:
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 @pytest.mark.parametrize("nested", [nested_first, nested_after_a_read, nested_on_the_connection])
 async def test_the_end_of_a_savepoint_stores_nothing_on_sqlite(kind: Kind, nested: Body) -> None:
-    """What comes after a savepoint and fails takes it back, with Python's driver as it is."""
+    """On SQLite, a rollback undoes a released savepoint, with Python's driver unmodified."""
     engine = async_sqlite() if kind.asynchronous else sqlite()
     found: list[Any] = []
 
@@ -591,7 +603,7 @@ def undo_by_a_flush(session: Session) -> None:
 async def test_undone_savepoints_and_forgotten_work_on_sqlite(
     kind: Kind, undo: Body, forgets: bool
 ) -> None:
-    """What savepoints took back hides no write before them, and is none itself."""
+    """On SQLite, writes undone by a savepoint do not count, and writes before it still do."""
     engine = async_sqlite() if kind.asynchronous else sqlite()
 
     def body(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Who holds the connections: named where a pool times out, in `pool_status()`, and in the log."""
+"""The holders of connections, in a pool's timeout error, `pool_status()` and the log."""
 
 import asyncio
 import logging
@@ -40,7 +40,11 @@ def wait(session: Session) -> None:
 
 @pytest.mark.parametrize(("isolation_level", "idle"), [("SERIALIZABLE", 1), ("AUTOCOMMIT", 0)])
 def test_the_status_asks_no_driver(isolation_level: Any, idle: int) -> None:
-    """A driver that asks its server (mysql.connector's) would disturb a statement of another."""
+    """`pool_status()` does not read the driver's `autocommit`.
+
+    A driver that asks its server for it, as mysql.connector does, would disturb a statement that is
+    running.
+    """
     asked: list[str] = []
 
     class Asking(sqlite3.Connection):
@@ -65,7 +69,7 @@ def test_the_status_asks_no_driver(isolation_level: Any, idle: int) -> None:
 async def held(
     app: FastAPI, rows: Rows, client: httpx.AsyncClient, *paths: str
 ) -> AsyncGenerator[None]:
-    """Have requests wait for a lock, each with a connection, until the block ends."""
+    """Make requests wait for a lock, each with a connection, until the block ends."""
     with rows.locked(7):
         requests = [asyncio.create_task(client.post(path)) for path in paths]
         await until(lambda: len(requests) == rows.backends("active"))
@@ -76,12 +80,12 @@ async def held(
 
 @pytest.fixture
 def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
-    """Make an application with three connections, and a route under two prefixes that waits."""
+    """Return an application with three connections, and a waiting route under two prefixes."""
     app = FastAPI()
     engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=0.1)
     install_database(app, engine=engine, shutdown=engine.dispose)
     router = APIRouter(prefix="/orders")
-    route(router, kind, "/{id}", transactional(), wait)  # type: ignore[arg-type] # it has post(), too
+    route(router, kind, "/{id}", transactional(), wait)  # type: ignore[arg-type] # it has post() too
     for prefix in "/api", "/api/v2":
         app.include_router(router, prefix=prefix)
     route(app, kind, "/waiting", get_db(), wait)
@@ -89,7 +93,7 @@ def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
 
 
 async def test_the_pool_says_who_has_its_connections(app: FastAPI, rows: Rows) -> None:
-    """`pool_status()` has the routes that hold connections, how many and how long."""
+    """`pool_status()` lists the routes that hold connections, how many and for how long."""
     async with running(app) as client:
         assert status_of(app).holders == ()
         async with held(app, rows, client, "/api/orders/1", "/api/orders/2", "/api/v2/orders/3"):
@@ -104,7 +108,7 @@ async def test_the_pool_says_who_has_its_connections(app: FastAPI, rows: Rows) -
 
 
 async def test_an_idle_transaction_shows(kind: Kind, engine: Engine | AsyncEngine) -> None:
-    """A transaction that is open while nothing is asked counts as idle in transaction."""
+    """A transaction that is open while no statement runs counts as idle in transaction."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     seen: list[Any] = []
@@ -124,7 +128,7 @@ async def test_an_idle_transaction_shows(kind: Kind, engine: Engine | AsyncEngin
 
 
 async def test_a_handles_session_has_no_route(kind: Kind, engine: Engine | AsyncEngine) -> None:
-    """A session of the handle's holds a connection for nobody that is known."""
+    """A connection that a handle's session holds is listed without a route."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     async with running(app):
@@ -143,7 +147,7 @@ async def test_a_handles_session_has_no_route(kind: Kind, engine: Engine | Async
 async def test_a_pool_that_times_out_says_who(
     kind: Kind, app: FastAPI, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The error's note and one line of the log name the holders, however many wait in vain."""
+    """The error's note and one log line name the holders, however many requests time out."""
     errors: list[PoolTimeoutError] = []
 
     async def note(_request: Any, error: PoolTimeoutError) -> Response:
@@ -169,7 +173,7 @@ async def test_a_pool_that_times_out_says_who(
 
 
 def autoflush(session: Session) -> None:
-    """Have the flush within a query wait for the pool."""
+    """Make the flush within a query wait for the pool."""
     session.add(Item(name="a"))
     wait(session)
 
@@ -177,7 +181,7 @@ def autoflush(session: Session) -> None:
 async def test_connections_of_others_are_counted(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """What the application has taken from the engine itself is told as well, without a route."""
+    """The note also counts, without a route, connections that the application itself has taken."""
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -204,7 +208,7 @@ async def test_a_connection_held_for_long_is_logged(
     limit: float | None,
     warned: bool,
 ) -> None:
-    """With `warn_held_after` the log names the route, when the connection comes back."""
+    """With `warn_held_after`, the log names the route when the connection is returned."""
     app = FastAPI()
     install_database(
         app, engine=engine, shutdown=engine.dispose, name="books", warn_held_after=limit
@@ -221,6 +225,6 @@ async def test_a_connection_held_for_long_is_logged(
 
 @pytest.mark.parametrize(("value", "error"), [("1", TypeError), (-1, ValueError)])
 def test_a_time_that_is_none_is_refused(value: Any, error: type[Exception]) -> None:
-    """A wrong `warn_held_after` is refused where it is written."""
+    """install_database() raises TypeError or ValueError for an invalid `warn_held_after`."""
     with pytest.raises(error, match="warn_held_after of database 'default'"):
         install_database(FastAPI(), engine=lambda: None, warn_held_after=value)  # type: ignore[arg-type,return-value] # never called

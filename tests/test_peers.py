@@ -1,4 +1,4 @@
-"""The benchmark beside the peers: everybody does the same work, and is counted alike."""
+"""The comparison with other packages: all do the same work and are measured the same way."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def database(postgres: WorkerPostgres) -> Iterator[Engine]:
-    """Give a database with the comparison's tables, from outside."""
+    """Yield a separate engine on a database with the comparison's tables."""
     engine = create_engine(postgres.url("psycopg"))
     create_tables(engine)
     yield engine
@@ -62,7 +62,7 @@ async def test_contestants_do_the_same_work(
 async def test_the_wire_counts_questions_that_wait_for_an_answer(
     kind: Kind, postgres: WorkerPostgres, database: Engine
 ) -> None:
-    """A transaction with one statement is three round trips, whatever the driver."""
+    """A transaction with one statement is counted as three round trips, whatever the driver."""
     address = make_url(postgres.dsn)
     wire = Wire(address.host or "", address.port or 5432)
     (by_hand,) = (each for each in CONTESTANTS if each.name == BY_HAND[0])
@@ -81,7 +81,7 @@ async def test_the_wire_counts_questions_that_wait_for_an_answer(
 async def test_an_open_loop_counts_what_was_answered(
     postgres: WorkerPostgres, database: Engine
 ) -> None:
-    """All that was due is answered or failed, over as many connections as are asked for."""
+    """An open loop counts every request that was due as answered or failed."""
     (by_hand,) = (each for each in CONTESTANTS if each.name == BY_HAND[0])
     app = by_hand.application([postgres.url("psycopg")], asynchronous=True)
     with serve(app) as served:
@@ -95,7 +95,7 @@ async def test_an_open_loop_counts_what_was_answered(
 
 
 def test_ratios_are_to_the_best_by_hand() -> None:
-    """A figure is divided by the best hand-written one of its round, and who leads is named."""
+    """A figure is divided by the best hand-written figure of its round, and leaders are listed."""
     results = Results("cpu")
     row = Row("cpu", "psycopg", "", "one read")
     results.add(row, OURS, 2.0, 2.0, 2.0, 2.0)
@@ -116,7 +116,7 @@ def test_ratios_are_to_the_best_by_hand() -> None:
 
 @pytest.mark.parametrize("measure", ["failed", "failed, calm"])
 def test_failures_are_numbers(measure: str) -> None:
-    """Failed requests are counted and not compared: there may be none."""
+    """Failed requests are counted, but not compared as ratios, because there may be none."""
     results = Results("load")
     row = Row(measure, "asyncpg", "one read", "64 at 0 ms")
     results.add(row, OURS, 0, 0)
@@ -125,7 +125,7 @@ def test_failures_are_numbers(measure: str) -> None:
 
 
 def test_the_page_says_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page has a table and a chart of what was measured, and names whoever is ahead."""
+    """The page has a table and a chart of the saved results, and names the leading contestant."""
     monkeypatch.chdir(tmp_path)
     Path("docs").mkdir()
     results = Results("cpu", {"date": "2026-11-26", "cores": "2", "load": "9", "rounds": "2"})

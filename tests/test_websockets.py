@@ -1,4 +1,4 @@
-"""Rule 15: in a websocket a session lives as long as the endpoint; the handle serves messages."""
+"""Rule 15: a websocket's session, for the whole endpoint or, with the handle, for each message."""
 
 import socket
 from collections.abc import Callable, Generator
@@ -19,7 +19,7 @@ from tests.serving import Item, Kind, Rows, serve, wait_until
 
 
 class Ended:
-    """Be a middleware that tells when the application is done with a websocket, and how."""
+    """A middleware that records when and how the application finishes a websocket."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -37,7 +37,7 @@ class Ended:
                 self.errors.append(error)
 
     def error(self) -> BaseException | None:
-        """Wait for the end, and return what the application raised."""
+        """Wait for a websocket's end, and return what the application raised."""
         wait_until(lambda: bool(self.errors))
         return self.errors.pop()
 
@@ -58,14 +58,14 @@ def make_app(engine: Engine) -> FastAPI:
 
 
 async def run(session: Any, body: Callable[[Session], Any]) -> Any:
-    """Work with a session of either colour from the event loop."""
+    """Run work with a session of either colour from the event loop."""
     if isinstance(session, AsyncSession):
         return await session.run_sync(body)
     return await run_in_threadpool(body, session)
 
 
 def keep(app: FastAPI, dependency: Callable[..., Any], until: Callable[[WebSocket], Any]) -> None:
-    """Add a websocket that stores each message, in one session, until something ends it."""
+    """Add a websocket that stores messages in one session, and calls `until` after "end"."""
 
     @app.websocket("/")
     async def endpoint(websocket: WebSocket, session: Annotated[Any, Depends(dependency)]) -> None:
@@ -95,7 +95,7 @@ async def wait_for_more(websocket: WebSocket) -> None:
 def test_a_transaction_commits_when_the_endpoint_returns(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """All messages are one transaction, which is committed when the endpoint has returned."""
+    """A websocket's messages are one transaction, which commits when the endpoint has returned."""
     app = make_app(engine)
     keep(app, transactional(), close)
     with connected(app) as (client, ended):
@@ -115,7 +115,7 @@ def test_a_transaction_commits_when_the_endpoint_returns(
 def test_a_failure_or_a_disconnect_rolls_back(
     kind: Kind, engine: Engine, rows: Rows, until: Callable[[WebSocket], Any], error: str
 ) -> None:
-    """When the endpoint raises, as it does for a client that went away, nothing is stored."""
+    """Nothing is stored if the endpoint raises, as it does when the client disconnects."""
     app = make_app(engine)
     keep(app, transactional(), until)
     with connected(app) as (client, ended):
@@ -126,12 +126,12 @@ def test_a_failure_or_a_disconnect_rolls_back(
             client.socket.shutdown(socket.SHUT_RDWR)
         assert type(ended.error()).__name__ == error
         assert rows.backends("idle in transaction%") == 0
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # it is a QueuePool
     assert rows.names == []
 
 
 def test_a_forgotten_commit_is_told(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """get_db without a commit fails the websocket as it fails a request."""
+    """With get_db, a missing commit fails a websocket as it fails a request."""
     app = make_app(engine)
     keep(app, get_db(), close)
     with connected(app) as (client, ended):
@@ -145,7 +145,7 @@ def test_a_forgotten_commit_is_told(kind: Kind, engine: Engine, rows: Rows) -> N
 def test_the_handle_has_a_transaction_for_each_message(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """With the handle each message is stored at once, and nothing is held between messages."""
+    """With the handle, each message is stored immediately, and no connection is held in between."""
     app = make_app(engine)
 
     def store(database: Any, name: str) -> None:
@@ -170,6 +170,6 @@ def test_the_handle_has_a_transaction_for_each_message(
             client.send(name)
             client.recv(10)
             assert len(rows.names) == count
-            assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+            assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # it is a QueuePool
         client.close()
         assert ended.error() is None

@@ -234,7 +234,7 @@ def of_spellings(name: str, url: str) -> dict[str, float]:
 
 
 def of_metrics(name: str, url: str) -> dict[str, float]:
-    """Return the cost of a read with the pools' metrics, relative to one without them."""
+    """Return the cost of a read with the pools' metrics, relative to a read without them."""
     plain, metered = build(name, url)["read/ours"], build(name, url)["read/ours"]
     instrument_pools(metered, meter_provider=MeterProvider([InMemoryMetricReader()]))
     found = asyncio.run(compare({"plain": plain, "metered": metered}))

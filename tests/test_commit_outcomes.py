@@ -402,7 +402,7 @@ async def test_a_transaction_that_the_server_has_ended_is_not_unknown(
 
 
 class HalfEnded(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
-    """A connection that has read only the first part of its end when COMMIT is sent."""
+    """A connection that, at COMMIT, has read only the first part of the data that ends it."""
 
     async def execute(self, query: str, *args: Any, **options: Any) -> Any:
         if query == "COMMIT;":

@@ -793,7 +793,7 @@ def errors(draw: st.DrawFn) -> object:
 @given(errors())
 @settings(max_examples=100, deadline=None)
 def test_describing_never_fails(error: Any) -> None:
-    """Describing an object never raises, because an exception handler may call it."""
+    """describe_database_error() raises for no object, because exception handlers call it."""
     describe_database_error(error)
     describe_database_error(error, metadata=METADATA)
 

@@ -374,7 +374,7 @@ async def test_closing_over_work_is_no_success(
 async def test_a_read_of_another_session_hides_no_closed_one(
     kind: Kind, engine: Engine, there: Rows, end: Body
 ) -> None:
-    """A request that closes one session with uncommitted work and reads with another one fails."""
+    """A request that closes one session with uncommitted work and reads through another fails."""
 
     def closing(session: Session) -> None:
         WRITES["text"](session)
@@ -513,7 +513,7 @@ class Uncounted(sqlite3.Connection):
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 async def test_a_driver_for_sqlite_need_not_count(kind: Kind) -> None:
-    """If an SQLite driver does not count changes, sessions still work and forgotten writes fail."""
+    """If an SQLite driver does not count changes, sessions work and forgotten writes are found."""
     options: dict[str, Any] = {"connect_args": {"factory": Uncounted, "check_same_thread": False}}
     made = create_async_engine if kind.asynchronous else create_engine
     engine: Any = made(f"sqlite+{kind.driver}://", poolclass=StaticPool, **options)

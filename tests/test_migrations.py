@@ -1,4 +1,4 @@
-"""Readiness by Alembic's revisions: `alembic_check`, on real databases."""
+"""Readiness by Alembic's revisions, with `alembic_check` on real databases."""
 
 import importlib
 import logging
@@ -39,7 +39,7 @@ BEHIND = CheckResult(ready=False, state="behind")
 
 
 class Scripts:
-    """Write a script directory, whose revisions do nothing."""
+    """A script directory whose revisions do nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,7 +71,7 @@ class Scripts:
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Scripts:
-    """Give a script directory with one line of two revisions."""
+    """Return a script directory with two consecutive revisions."""
     scripts = Scripts(tmp_path / "migrations")
     scripts.add("one")
     scripts.add("two", "one")
@@ -79,7 +79,7 @@ def scripts(tmp_path: Path) -> Scripts:
 
 
 class Version:
-    """Write a version table as Alembic leaves it, and look at the catalog, from outside."""
+    """A version table as Alembic leaves it, and the catalog, from a separate connection."""
 
     def __init__(self, connection: psycopg.Connection) -> None:
         self.connection = connection
@@ -103,7 +103,7 @@ class Version:
 
 @pytest.fixture
 def version(postgres: WorkerPostgres) -> Iterator[Version]:
-    """Give a database without a version table."""
+    """Yield access to a database without a version table."""
     with psycopg.connect(postgres.dsn, autocommit=True) as connection:
         drop = "DROP TABLE IF EXISTS alembic_version"
         connection.execute(drop)
@@ -118,7 +118,7 @@ def installed(engine: Engine | AsyncEngine, name: str = "default") -> FastAPI:
 
 
 def note_statements(engine: Engine | AsyncEngine) -> list[str]:
-    """List what is sent from now on."""
+    """Return a list that every statement sent from now on is added to."""
     sent: list[str] = []
     inner = sync_engine(engine)
 
@@ -134,7 +134,7 @@ def note_statements(engine: Engine | AsyncEngine) -> list[str]:
 
 @pytest.mark.anyio
 async def test_ready_once_migrated(scripts: Scripts, version: Version, engine: Engine) -> None:
-    """A database is behind until it has the head, on every driver; then nothing more is sent."""
+    """On every driver, a database is behind until it has the head, and then no query is sent."""
     check = alembic_check(scripts.config)
     app = installed(engine)
     async with running(app):
@@ -174,7 +174,7 @@ async def test_two_heads(
     found: list[str],
     state: CheckResult,
 ) -> None:
-    """All heads are wanted; an unknown revision is ahead unless an old one stands beside it."""
+    """All heads are required, and an unknown revision means ahead unless an old one is present."""
     scripts.add("side")
     version.set(*found)
     app = installed(create_async_engine(postgres.url("psycopg")))
@@ -187,7 +187,7 @@ async def test_two_heads(
 async def test_heads_that_depend_on_each_other(
     scripts: Scripts, version: Version, postgres: WorkerPostgres, alembic: Callable[..., Any]
 ) -> None:
-    """A head that another branch depends on is not in the version table, and is not missed."""
+    """A head that another branch depends on may be missing from the version table."""
     scripts.add("side", depends_on="two")
     check = alembic_check(scripts.config)
     app = installed(create_async_engine(postgres.url("psycopg")))
@@ -202,7 +202,7 @@ async def test_heads_that_depend_on_each_other(
 async def test_heads_are_read_once(
     scripts: Scripts, version: Version, postgres: WorkerPostgres
 ) -> None:
-    """A revision file that appears beside a running application changes nothing for it."""
+    """A revision file that is added after alembic_check() was called does not change the result."""
     check = alembic_check(scripts.config)
     scripts.add("three", "two")
     version.set("two")
@@ -215,11 +215,11 @@ async def test_heads_are_read_once(
 async def test_the_next_run_asks_again(
     scripts: Scripts, version: Version, postgres: WorkerPostgres
 ) -> None:
-    """What has passed is known for one run of the application."""
+    """A passed check is remembered for one run of the application only."""
     check = alembic_check(scripts.config)
     app = FastAPI()
     install_database(app, engine=lambda: create_async_engine(postgres.url("psycopg")))
-    handles: list[object] = []  # kept, so that none is forgotten because it is gone
+    handles: list[object] = []  # kept alive, so that no result is forgotten with its handle
     for revision, state in ("two", CURRENT), ("one", BEHIND), ("newer", AHEAD):
         version.set(revision)
         async with running(app):
@@ -234,7 +234,7 @@ async def test_the_next_run_asks_again(
 async def test_a_version_table_of_another_name(
     scripts: Scripts, version: Version, postgres: WorkerPostgres
 ) -> None:
-    """The version table may have another name, and stand in another schema."""
+    """The version table may have another name and be in another schema."""
     version.connection.execute("CREATE SCHEMA versions")
     version.set("two", table="versions.release")
     where = {"version_table": "release", "version_table_schema": "versions"}
@@ -250,7 +250,7 @@ async def test_a_version_table_of_another_name(
 async def test_several_databases(
     scripts: Scripts, version: Version, postgres: WorkerPostgres, tmp_path: Path
 ) -> None:
-    """Each database has a check and a script directory of its own, the name as it is spelt."""
+    """Each database has its own check and script directory, and spaces around names are ignored."""
     others = Scripts(tmp_path / "analytics")
     others.add("first")
     app = installed(create_async_engine(postgres.url("psycopg")))
@@ -266,7 +266,7 @@ async def test_several_databases(
 async def test_a_mounted_application(
     scripts: Scripts, version: Version, postgres: WorkerPostgres
 ) -> None:
-    """A mounted application's check looks at the database of the one it is mounted in."""
+    """A mounted application's check uses the database of the application that it is mounted in."""
     version.set("two")
     check = alembic_check(scripts.config)
     app = installed(create_async_engine(postgres.url("psycopg")))
@@ -282,7 +282,7 @@ async def test_a_mounted_application(
 @pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
 @pytest.mark.anyio
 async def test_on_mariadb(scripts: Scripts, mariadb: str, driver: str) -> None:
-    """It is the same on MariaDB."""
+    """On MariaDB, too, a database is behind until it has the head."""
     url = make_url(mariadb)
     outside = create_engine(url.set(drivername="mysql+pymysql"), poolclass=NullPool)
     url = url.set(drivername=f"mysql+{driver}", database="migrated")
@@ -308,7 +308,7 @@ async def test_on_mariadb(scripts: Scripts, mariadb: str, driver: str) -> None:
 async def test_nothing_is_written(
     scripts: Scripts, version: Version, postgres: WorkerPostgres
 ) -> None:
-    """A role that may only read the version table is enough, and nothing is created."""
+    """A role that may only read the version table can run the check, which creates nothing."""
     connection = version.connection
     connection.execute("CREATE ROLE sqlnative_reader LOGIN")
     try:
@@ -331,7 +331,7 @@ async def test_nothing_is_written(
 async def test_a_failure_leaves_the_connection_clean(
     scripts: Scripts, version: Version, engine: Engine | AsyncEngine
 ) -> None:
-    """A table that cannot be read fails the check, and the pooled connection works on."""
+    """An unreadable version table fails the check, but the pooled connection remains usable."""
     version.connection.execute("CREATE TABLE alembic_version (other int)")
     check = alembic_check(scripts.config)
     app = installed(engine)
@@ -345,7 +345,7 @@ async def test_a_failure_leaves_the_connection_clean(
         assert await check(app) == CURRENT
 
 
-# --- the router, and what is said ---
+# --- the router and the log ---
 
 
 def test_ready_over_http(
@@ -354,7 +354,10 @@ def test_ready_over_http(
     make_engine: MakeEngine,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An application that starts too early is ready once it is migrated; the log says why not."""
+    """An application that starts before the migration becomes ready after it.
+
+    The log says why it was not ready.
+    """
     app = installed(make_engine())
     checks = {"migrations": alembic_check(scripts.config)}
     app.include_router(health_router(checks=checks, timeout=20, max_age=0.001))
@@ -373,7 +376,7 @@ def test_ready_over_http(
     ]
 
 
-# --- what fails at once ---
+# --- immediate errors ---
 
 
 @pytest.mark.parametrize("spelt", [Path, str])
@@ -385,7 +388,7 @@ async def test_a_path(
     tmp_path: Path,
     spelt: Callable[[Path], Path | str],
 ) -> None:
-    """The configuration may be given as the path of an ini file."""
+    """The configuration may be the path of an ini file."""
     ini = tmp_path / "alembic.ini"
     ini.write_text(f"[alembic]\nscript_location = {scripts.folder}\npath_separator = os\n")
     version.set("two")
@@ -395,13 +398,13 @@ async def test_a_path(
 
 
 def test_a_missing_file_fails_at_once(tmp_path: Path) -> None:
-    """A wrong path fails where the check is made, and says where it was looked for."""
+    """A wrong path raises FileNotFoundError when the check is made, and the error names it."""
     with pytest.raises(FileNotFoundError, match=r"no Alembic configuration 'nowhere\.ini'"):
         alembic_check("nowhere.ini")
 
 
 def test_a_missing_script_directory_fails_at_once(scripts: Scripts) -> None:
-    """A wrong script location is Alembic's own error."""
+    """A wrong script location raises Alembic's own error when the check is made."""
     config = scripts.config
     config.set_main_option("script_location", "nowhere")
     with pytest.raises(CommandError, match="nowhere"):
@@ -409,13 +412,13 @@ def test_a_missing_script_directory_fails_at_once(scripts: Scripts) -> None:
 
 
 def test_no_revisions_fail_at_once(tmp_path: Path) -> None:
-    """A script directory without revisions would always be behind, so it is refused."""
+    """A script directory without revisions raises ValueError, because it would always be behind."""
     with pytest.raises(ValueError, match="has no revisions"):
         alembic_check(Scripts(tmp_path / "empty").config)
 
 
 def test_a_database_that_is_not_installed(scripts: Scripts) -> None:
-    """A name that is not installed is down, and the log has the names that are."""
+    """A check of a database that is not installed is reported as down, with 503."""
     app = installed(sqlite())
     checks = {"migrations": alembic_check(scripts.config, database="analitics")}
     app.include_router(health_router(checks=checks))
@@ -428,7 +431,7 @@ def test_a_database_that_is_not_installed(scripts: Scripts) -> None:
 
 
 def test_without_alembic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra, the import says what to install."""
+    """Without the extra, the import raises ImportError with the command that installs it."""
     for each in [name for name in sys.modules if name.partition(".")[0] == "alembic"]:
         monkeypatch.setitem(sys.modules, each, None)
     monkeypatch.delitem(sys.modules, "fastapi_sqlnative.migrations")

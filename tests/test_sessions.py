@@ -1,4 +1,4 @@
-"""Rules 2, 3 and 10: a request has one session for a database, and holds only what it uses."""
+"""Rules 2, 3 and 10: a request has one session per database, and holds only what it uses."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,10 @@ from tests.serving import (
 
 
 def test_whoever_asks_gets_the_same_session(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Sub-dependencies, repositories and security dependencies, however declared, share one."""
+    """Sub-dependencies, repositories and security dependencies share one session.
+
+    It makes no difference how they are declared.
+    """
     seen: list[Session] = []
     app = make_app(engine)
 
@@ -84,7 +87,7 @@ def test_whoever_asks_gets_the_same_session(kind: Kind, engine: Engine, rows: Ro
 
 @pytest.mark.parametrize("dependency", [get_db, transactional, reader, get_database_handle])
 def test_a_name_has_one_spelling(dependency: Callable[..., Any]) -> None:
-    """Names are trimmed and blank is `default`, so that every spelling is one object."""
+    """Names are trimmed and a blank name is `default`, so all spellings return one dependency."""
     assert dependency() is dependency("") is dependency(" \t") is dependency(" default ")
     assert dependency("sales ") is dependency("sales")
     assert dependency("sales") is not dependency("Sales")
@@ -93,7 +96,10 @@ def test_a_name_has_one_spelling(dependency: Callable[..., Any]) -> None:
 
 
 def test_options_make_another_dependency() -> None:
-    """The same options are one object, others are another: an override names what it replaces."""
+    """Equal options return the same dependency, and different options return another.
+
+    An override therefore names exactly what it replaces.
+    """
     assert transactional("a", read_only=True) is transactional(" a", read_only=True)
     assert transactional("a", read_only=False) is transactional("a")
     assert transactional("a", read_only=True) is not transactional("a")
@@ -103,7 +109,7 @@ def test_options_make_another_dependency() -> None:
 def test_a_session_that_was_read_with_becomes_transactional(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A current-user dependency reads through get_db, and the endpoint commits all in one."""
+    """A transactional endpoint also commits what a dependency with get_db has read and changed."""
     rows.add("user")
     app = make_app(engine)
     users: list[str] = []
@@ -127,7 +133,7 @@ def test_a_session_that_was_read_with_becomes_transactional(
 def test_what_a_repository_writes_belongs_to_the_service(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A repository's get_db alone is refused; where the service is transactional, it commits."""
+    """A repository's write through get_db fails alone, but commits in a transactional service."""
     app = make_app(engine)
     repository = Depends(using(kind, Depends(get_db()), add("a")))
     route(app, kind, "/alone", get_db(), lambda _: None, dependencies=[repository])
@@ -142,7 +148,7 @@ def test_what_a_repository_writes_belongs_to_the_service(
 def test_requests_at_the_same_time_have_sessions_of_their_own(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Requests that overlap share neither session nor connection, and each commits its own."""
+    """Overlapping requests share neither session nor connection, and each commits its own work."""
     engine = make_engine(pool_size=5, max_overflow=0)
     app = make_app(engine)
     seen: list[tuple[Session, int]] = []
@@ -160,12 +166,12 @@ def test_requests_at_the_same_time_have_sessions_of_their_own(
             answers = [clients.submit(served.client.post, "/") for _ in range(5)]
             wait_until(lambda: rows.backends("active") == 5)
         assert [answer.result().status_code for answer in answers] == [201] * 5
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # it is a QueuePool
     assert len({id(session) for session, _ in seen}) == 5
     assert rows.names == sorted(str(pid) for _, pid in seen)
 
 
-# -- nothing is held that is not used --------------------------------------------------------
+# -- only what is used is held ---------------------------------------------------------------
 
 
 def begin(session: Session) -> None:
@@ -180,7 +186,7 @@ def select_one(session: Session) -> None:
 def test_an_untouched_session_connects_to_nothing(
     kind: Kind, make_engine: MakeEngine, dependency: Callable[..., Any]
 ) -> None:
-    """A session that is only declared, or begun, opens no connection at all."""
+    """A session that is only declared or begun opens no connection."""
     engine: Any = make_engine()
     app = make_app(engine)
     route(app, kind, "/", dependency, lambda _: None)
@@ -196,7 +202,7 @@ def test_an_untouched_session_connects_to_nothing(
 async def test_an_untouched_session_costs_neither_task_nor_thread(
     kind: Kind, make_engine: MakeEngine, begun: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that does not use its sessions runs on the event loop, in the request's task."""
+    """A request that does not use its sessions starts no task and no thread."""
     app = make_app(make_engine())
 
     @app.get("/")
@@ -218,7 +224,7 @@ async def test_an_untouched_session_costs_neither_task_nor_thread(
 
     async with running(app) as client:
         threads = set(threading.enumerate())
-        monkeypatch.setattr(asyncio, "Task", Noted)  # of those that the factory does not make
+        monkeypatch.setattr(asyncio, "Task", Noted)  # for tasks that the factory does not make
         loop.set_task_factory(lambda loop, work, **options: Noted(work, loop=loop, **options))
         try:
             assert (await client.get("/")).status_code == 200
@@ -231,7 +237,7 @@ async def test_an_untouched_session_costs_neither_task_nor_thread(
 def test_a_connection_is_taken_at_the_first_statement(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Until something is sent to the database the request holds nothing, even with work pending."""
+    """A request holds no connection before its first statement, even with pending changes."""
     app = make_app(engine)
     held: list[int] = []
     pool: Any = engine.pool
@@ -251,7 +257,7 @@ def test_a_connection_is_taken_at_the_first_statement(
 
 
 class Shop:
-    """Be a dependency with an attribute that ours have too."""
+    """A dependency with an attribute that the package's dependencies have too."""
 
     opens = "09:00"
 
@@ -264,7 +270,7 @@ class Shop:
 def test_a_route_that_only_reads_opens_one_session(
     kind: Kind, make_engine: MakeEngine, beside: list[Any], opened: int
 ) -> None:
-    """The session of get_db is not opened for the reader's sake; beside get_db it is another."""
+    """A route with reader() opens one session, and a second one only if it also uses get_db()."""
     sessions: list[object] = []
     base: Any = AsyncSession if kind.asynchronous else Session
 
@@ -284,7 +290,7 @@ def test_a_route_that_only_reads_opens_one_session(
 def test_an_inclusion_may_add_a_transaction(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A route that only reads commits what the dependency of a later inclusion writes."""
+    """A route that only reads commits the writes of a dependency that a later inclusion adds."""
     app, router = make_app(make_engine()), APIRouter()
     endpoint = using(kind, Depends(reader()), select_one)
     router.post("/read", response_model=None)(endpoint)
@@ -314,7 +320,7 @@ def test_a_read_costs_what_it_must(
     dependency: Callable[..., Any],
     expected: list[str],
 ) -> None:
-    """The server sees the query and the transaction around it, and nothing else."""
+    """The server receives the query and the transaction around it, and nothing else."""
     if server_log is None:
         pytest.skip("TEST_DATABASE_URL has no log to read")
     name = f"costs {kind.id} {'-'.join(expected)}"
@@ -342,7 +348,7 @@ def test_a_read_costs_what_it_must(
 
 
 def test_nothing_is_held_while_the_body_streams(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """After COMMIT the response streams and background tasks run with the connection returned."""
+    """The response streams and background tasks run after COMMIT, without holding a connection."""
     app = make_app(engine)
     held: list[tuple[int, int, list[str]]] = []
     pool: Any = engine.pool
@@ -371,13 +377,13 @@ def test_nothing_is_held_while_the_body_streams(kind: Kind, engine: Engine, rows
 
 
 def in_a_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Run work in a thread that nobody waits for."""
+    """Start work in a thread without waiting for it, and return its future."""
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except Exception as error:  # noqa: BLE001 - looked at by the test
+        except Exception as error:  # noqa: BLE001 - the test examines it
             future.set_exception(error)
 
     threading.Thread(target=run).start()
@@ -387,7 +393,7 @@ def in_a_thread(work: Callable[[], Any]) -> Future[Any]:
 def leave_behind(
     app: FastAPI, kind: Kind, statement: Any, sent: Callable[[Any], bool], left: list[Any]
 ) -> None:
-    """Add `GET /`, which fails while a statement that nobody waits for is on its way."""
+    """Add `GET /`, which fails while a statement that it does not wait for is pending."""
     marker = Depends(get_db())
 
     async def asynchronous(session: Annotated[AsyncSession, marker]) -> None:
@@ -407,7 +413,7 @@ def leave_behind(
 def test_a_statement_left_behind_in_the_queue_of_the_pool(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A request that ends while its session waits for the pool gives back what comes too late."""
+    """If a request ends while its session waits for the pool, a late connection is returned."""
     engine: Any = make_engine(pool_size=1, max_overflow=0, pool_timeout=20)
     app = make_app(engine)
     left: list[Any] = []
@@ -435,11 +441,11 @@ def test_a_statement_left_behind_in_the_queue_of_the_pool(
 def test_a_statement_left_behind_on_the_server(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """A request that ends while its session is busy elsewhere stores nothing, and holds nothing."""
+    """A request that ends during a statement of its session stores nothing and holds nothing."""
     engine: Any = make_engine(pool_size=1, max_overflow=0)
     app = make_app(engine)
     left: list[Any] = []
-    # It ends by itself: psycopg waits for it to roll back, and so does the request.
+    # The statement is short, because psycopg and the request wait for it before they roll back.
     statement = text("WITH new AS (INSERT INTO item (name) VALUES ('never')) SELECT pg_sleep(0.5)")
     leave_behind(app, kind, statement, lambda _: rows.backends("active") == 1, left)
     route(app, kind, "/next", transactional(), add("next"))
@@ -456,7 +462,7 @@ def test_a_statement_left_behind_on_the_server(
 def test_two_databases_at_once(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """Where `gather` asks two databases and one fails, the other's connection is not lost."""
+    """If `gather` queries two databases and one query fails, the other's connection is not lost."""
     engines: list[Any] = [make_engine(pool_size=1), make_engine(second=True, pool_size=1)]
     app = make_app(engines[0])
     install_database(app, name="second", engine=engines[1], shutdown=engines[1].dispose)
@@ -467,7 +473,7 @@ def test_two_databases_at_once(
         second: Annotated[AsyncSession, Depends(transactional("second"))],
     ) -> None:
         await second.execute(insert(items).values(name="never"))
-        await asyncio.gather(  # the second ends by itself, as above
+        await asyncio.gather(  # the second statement is short, as above
             first.execute(text("SELECT 1 / 0")), second.execute(text("SELECT pg_sleep(0.3)"))
         )
 
@@ -479,11 +485,11 @@ def test_two_databases_at_once(
     assert second_rows.names == []
 
 
-# -- in whatever surroundings ----------------------------------------------------------------
+# -- middleware ------------------------------------------------------------------------------
 
 
 class Passing:
-    """Be a pure ASGI middleware."""
+    """A pure ASGI middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -498,7 +504,7 @@ class Passing:
 
 
 class Awaiting(BaseHTTPMiddleware):
-    """Run the application in a task of its own, as Starlette's base class does."""
+    """A middleware that runs the application in its own task, as Starlette's base class does."""
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)
@@ -508,7 +514,7 @@ class Awaiting(BaseHTTPMiddleware):
 def test_middleware_changes_nothing(
     kind: Kind, engine: Engine, rows: Rows, middleware: Any
 ) -> None:
-    """Behind pure ASGI middleware and BaseHTTPMiddleware a request commits, or fails, as ever."""
+    """A request commits or fails as usual behind pure ASGI middleware and BaseHTTPMiddleware."""
     rows.add("taken", position=1)
     app = make_app(engine)
     app.add_middleware(middleware)
@@ -527,7 +533,7 @@ def test_middleware_changes_nothing(
 
 
 def test_the_connection_is_the_transactions(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """`connection()` gives the transaction's own connection: its writes commit with the rest."""
+    """`connection()` returns the transaction's connection, whose writes commit with the rest."""
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -570,7 +576,7 @@ def test_a_block_of_the_applications_own_commits(
 def test_without_autobegin_the_application_begins(
     kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any], class_: type[Session]
 ) -> None:
-    """With autobegin=False nothing begins by itself, and an untouched session ends in peace."""
+    """With autobegin=False, nothing begins by itself, and an untouched session ends normally."""
     options = session_class(kind, class_) | {"autobegin": False}
     app = make_app(engine, session_options=options)
 
@@ -599,7 +605,7 @@ def test_without_autobegin_the_application_begins(
 def test_a_session_closed_by_the_application_is_no_failure(
     kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any], class_: type[Session]
 ) -> None:
-    """A handler that commits and closes its session, as `with session` does, has succeeded."""
+    """A handler that commits and then closes its session, as `with session` does, succeeds."""
     app = make_app(engine, session_options=session_class(kind, class_))
 
     def body(session: Session) -> None:
@@ -617,7 +623,7 @@ def test_a_session_closed_by_the_application_is_no_failure(
 def test_a_savepoint_that_cannot_be_released_costs_no_connection(
     kind: Kind, engine: Engine, rows: Rows, alone: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error that is swallowed in a savepoint fails its request, and nothing after it."""
+    """An error swallowed in a savepoint fails its request, but not the next request."""
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -640,7 +646,10 @@ def test_a_savepoint_that_cannot_be_released_costs_no_connection(
 def test_a_session_closed_by_the_application_can_be_used_again(
     kind: Kind, engine: Engine, rows: Rows, dependency: Callable[..., Any]
 ) -> None:
-    """Two functions that each close the session they share work, as with SQLAlchemy alone."""
+    """A session that the application closed can be used again, as with SQLAlchemy alone.
+
+    Here, two `with session` blocks close it in turn.
+    """
     app = make_app(engine)
     used: list[Session] = []
 
@@ -696,7 +705,7 @@ def test_a_session_closed_over_changes_is_no_success(
     dependency: Callable[..., Any],
     body: Callable[[Session], None],
 ) -> None:
-    """`with session`, close() and reset() throw changes away, which nobody means: no 2xx."""
+    """`with session`, close() and reset() fail the request if they discard changes."""
     app = make_app(engine)
     route(app, kind, "/", dependency, body)
     with serve(app) as served:

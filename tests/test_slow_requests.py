@@ -1,4 +1,4 @@
-"""`deadline`: a request that is too slow is answered with 504, and nothing of it is stored."""
+"""`deadline`: a request that is too slow is answered with 504, and none of its work is stored."""
 
 import asyncio
 import gc
@@ -45,7 +45,7 @@ from tests.serving import KINDS, NO_TLS, Item, Kind, Rows, route, serve
 
 pytestmark = pytest.mark.anyio
 synchronous = pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
-# Waits that only a cancellation ends in the time of a test.
+# A wait that only a cancellation can end within a test's duration.
 SLOW = text("SELECT pg_sleep(60)")
 SOON = 0.2
 Transaction = Annotated[AsyncSession, Depends(transactional())]
@@ -59,21 +59,21 @@ def slow(session: Session) -> None:
 
 @pytest.fixture
 def app(engine: Engine | AsyncEngine) -> FastAPI:
-    """Make an application whose database has one connection for everybody."""
+    """Return an application whose database has only one connection."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     return app
 
 
 async def assert_clean(app: FastAPI, rows: Rows) -> None:
-    """Look on the server and in the pool: nothing runs, nothing is open, nothing is stored."""
+    """Assert that no connection is in use, no statement runs and nothing is stored."""
     pool: Any = installed_databases(app)["default"].engine.pool
     assert pool.checkedout() == 0
     await quiet(rows)
     assert rows.names == []
 
 
-# -- wherever it is declared, and however ----------------------------------------------------
+# -- where and how it is declared ------------------------------------------------------------
 
 
 def on_the_route(app: FastAPI, kind: Kind, dependency: Any) -> None:
@@ -82,7 +82,7 @@ def on_the_route(app: FastAPI, kind: Kind, dependency: Any) -> None:
 
 def on_a_router(app: FastAPI, kind: Kind, dependency: Any) -> None:
     router = APIRouter(dependencies=[dependency])
-    route(router, kind, "/", transactional(), slow)  # type: ignore[arg-type] # it has post(), too
+    route(router, kind, "/", transactional(), slow)  # type: ignore[arg-type] # it has post() too
     app.include_router(router)
 
 
@@ -92,7 +92,7 @@ def on_the_app(app: FastAPI, kind: Kind, dependency: Any) -> None:
 
 
 def after_the_session(app: FastAPI, kind: Kind, dependency: Any) -> None:
-    """Let the session be opened, and used, before the deadline begins."""
+    """Add a route whose session is opened and used before the deadline begins."""
 
     async def look(session: Annotated[Any, Depends(get_db())]) -> None:
         if kind.asynchronous:
@@ -101,7 +101,7 @@ def after_the_session(app: FastAPI, kind: Kind, dependency: Any) -> None:
     route(app, kind, "/", transactional(), slow, dependencies=[Depends(look), dependency])
 
 
-# Where a route gets the dependency from does not change what its scope does.
+# The place of the declaration does not change the effect of the scope.
 @pytest.mark.parametrize(
     ("add", "scope"),
     [
@@ -113,7 +113,7 @@ def after_the_session(app: FastAPI, kind: Kind, dependency: Any) -> None:
 async def test_a_slow_query_is_ended(
     kind: Kind, app: FastAPI, rows: Rows, add: Callable[..., None], scope: Any
 ) -> None:
-    """The query ends on the server, the connection comes back, the client reads 504."""
+    """A slow query is ended on the server, its connection is returned, and the client gets 504."""
     add(app, kind, Depends(deadline(SOON), scope=scope))
     async with running(app) as client:
         answer = await client.post("/")
@@ -131,10 +131,13 @@ async def test_a_fastapi_without_a_stack_of_its_own(
     rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the session is ended by a generator, the deadline is over before that as well."""
+    """If a generator ends the session, the deadline is over before that as well.
+
+    That is the case with a FastAPI that has no function stack.
+    """
     monkeypatch.setattr(dependencies, "HAS_FUNCTION_STACK", False)
-    soon = SOON * 1.001  # a dependency is made once for each time
-    name = f"without a stack {kind.id}"  # and name
+    soon = SOON * 1.001  # a dependency is created once for each time
+    name = f"without a stack {kind.id}"  # and for each name
     install_database(app, name=name, engine=engine)
     options = {"dependencies": [Depends(deadline(soon), scope="request")]}
     route(app, kind, "/", transactional(name), slow, **options)
@@ -162,12 +165,12 @@ async def test_a_request_in_time_is_untouched(kind: Kind, app: FastAPI, rows: Ro
     assert rows.names == ["a"]
 
 
-# -- whatever it waits for -------------------------------------------------------------------
+# -- what a request waits for ----------------------------------------------------------------
 
 
 @asynchronous
 async def test_a_full_pool_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """A request that waits for a connection stops waiting."""
+    """A request that waits for a connection stops waiting at its deadline."""
     route(app, kind, "/", get_db(), slow, dependencies=[Depends(deadline(SOON))])
     async with running(app) as client:
         database: Any = installed_databases(app)["default"]
@@ -177,15 +180,15 @@ async def test_a_full_pool_is_not_waited_for(kind: Kind, app: FastAPI, rows: Row
         await assert_clean(app, rows)
 
 
-# SQLAlchemy 2.0 may close asyncpg's connection before asyncpg has told the server to stop: then the
-# server notices when it has the lock.
+# SQLAlchemy 2.0 may close asyncpg's connection before asyncpg has sent the cancel request. Then the
+# server notices this only when it gets the lock.
 DROPS_CANCELS = sqlalchemy.__version__.startswith("2.0.")
 
 
 @pytest.mark.driver_decides
 @asynchronous
 async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """A request that waits for a row that somebody else has locked stops waiting."""
+    """A request that waits for a row that another transaction has locked stops at its deadline."""
     rows.add("locked")
 
     def take(session: Session) -> None:
@@ -208,20 +211,20 @@ async def test_a_lock_is_not_waited_for(kind: Kind, app: FastAPI, rows: Rows) ->
 async def test_a_network_that_swallows_is_given_up(
     kind: Kind, behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows
 ) -> None:
-    """Where the server cannot even be told to stop, the connection is discarded."""
+    """If not even a cancel request reaches the server, the connection is discarded."""
     app = FastAPI()
     install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
 
     def body(session: Session) -> None:
         session.add(Item(name="a"))
         session.flush()
-        session.execute(text("SELECT 'COMMIT'"))  # by which the proxy knows what to swallow
+        session.execute(text("SELECT 'COMMIT'"))  # the proxy holds back what says COMMIT
 
     proxy.fault = Fault.STALLED
     route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(SOON))])
     async with running(app) as client:
         assert (await client.post("/")).status_code == 504
-        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # it is a QueuePool
         proxy.fault = Fault.NONE
         proxy.go_on.set()
         await assert_clean(app, rows)
@@ -232,7 +235,7 @@ async def test_a_network_that_swallows_is_given_up(
 async def test_a_connection_that_is_being_made_is_closed(
     kind: Kind, behind_proxy: AsyncEngine, proxy: Proxy, rows: Rows
 ) -> None:
-    """A request that ends while it connects leaves nothing for the garbage collector to close."""
+    """A request that ends while it connects leaves no connection to the garbage collector."""
     app = FastAPI()
     install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
     proxy.fault = Fault.SWALLOWED
@@ -255,7 +258,10 @@ async def test_a_rollback_that_is_swallowed_is_given_up(
     rows: Rows,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Nor is a ROLLBACK waited for that gets no answer; no COMMIT is told of that nobody sent."""
+    """A request does not wait for a ROLLBACK that gets no answer, and the log names no COMMIT.
+
+    No COMMIT was sent.
+    """
     app = FastAPI()
     install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose, shutdown_timeout=60)
 
@@ -268,7 +274,7 @@ async def test_a_rollback_that_is_swallowed_is_given_up(
 
     async with running(app) as client:
         assert (await client.post("/")).status_code == 504
-        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        assert behind_proxy.pool.checkedout() == 0  # type: ignore[attr-defined] # it is a QueuePool
         proxy.fault = Fault.NONE
         proxy.go_on.set()
         await assert_clean(app, rows)
@@ -276,7 +282,10 @@ async def test_a_rollback_that_is_swallowed_is_given_up(
 
 
 async def connect(app: FastAPI) -> None:
-    """Connect before the deadline begins: on a busy machine that may take as long."""
+    """Open the connection before the deadline begins.
+
+    On a busy machine, connecting may take as long as the deadline.
+    """
     database: Any = installed_databases(app)["default"]
     async with database.session() as session:
         await session.execute(text("SELECT 1"))
@@ -285,7 +294,10 @@ async def connect(app: FastAPI) -> None:
 async def status_after(
     app: FastAPI, rows: Rows, work: Callable[[AsyncSession], Awaitable[None]]
 ) -> int:
-    """Ask a route with a deadline that writes, and then does this work; it leaves nothing."""
+    """Return the status of a route with a deadline that writes and then does this work.
+
+    Assert that the request leaves nothing behind.
+    """
 
     @app.post("/", dependencies=[Depends(deadline(SOON))])
     async def endpoint(session: Transaction) -> None:
@@ -329,7 +341,7 @@ async def in_a_shield() -> None:
 async def test_other_waits_are_ended(
     app: FastAPI, rows: Rows, wait: Callable[[], Awaitable[None]], middleware: bool
 ) -> None:
-    """A wait for something else is ended as well, inside whatever scopes and groups it is."""
+    """A wait for anything else is ended as well, inside any timeout, shield or task group."""
 
     async def pass_on(request: Request, call_next: Any) -> Any:
         return await call_next(request)
@@ -339,12 +351,12 @@ async def test_other_waits_are_ended(
     assert await status_after(app, rows, lambda _session: wait()) == 504
 
 
-# -- what the endpoint makes of it -----------------------------------------------------------
+# -- how the endpoint reacts -----------------------------------------------------------------
 
 
 @asynchronous
 async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) -> None:
-    """An endpoint that answers although it was cancelled is rolled back and answered with 504."""
+    """An endpoint that returns although it was cancelled is rolled back and answered with 504."""
 
     async def swallow(session: AsyncSession) -> None:
         try:
@@ -358,7 +370,7 @@ async def test_a_swallowed_cancellation_is_no_success(app: FastAPI, rows: Rows) 
 
 @asynchronous
 async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
-    """What waits once more when it is cancelled is cancelled once more."""
+    """An endpoint that waits again after it was cancelled is cancelled again."""
 
     async def wait_twice(_session: AsyncSession) -> None:
         try:
@@ -370,7 +382,7 @@ async def test_a_wait_that_goes_on_is_ended(app: FastAPI, rows: Rows) -> None:
 
 
 async def test_an_answer_that_is_late_is_no_success(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """Work that no cancellation reaches ends by itself, and then is rolled back."""
+    """Work that cannot be cancelled runs to its end, and is then rolled back."""
 
     def body(session: Session) -> None:
         session.add(Item(name="a"))
@@ -384,7 +396,7 @@ async def test_an_answer_that_is_late_is_no_success(kind: Kind, app: FastAPI, ro
 
 @asynchronous
 async def test_an_error_of_the_endpoints_own_stays(app: FastAPI, rows: Rows) -> None:
-    """An endpoint that raises when it is cancelled is answered with what it raises."""
+    """If an endpoint raises an HTTPException when it is cancelled, the client gets its status."""
 
     async def fail(_session: AsyncSession) -> None:
         try:
@@ -418,7 +430,10 @@ async def test_a_database_error_of_the_endpoints_own_stays(
     body: Callable[[Session], None],
     error: type[Exception],
 ) -> None:
-    """A failure that is not the deadline's timeout stays, however late or alike it is."""
+    """A database error that is not the deadline's timeout is raised unchanged.
+
+    It may be late, or a timeout of the application's own.
+    """
     route(app, kind, "/", transactional(), body, dependencies=[Depends(deadline(seconds))])
     async with running(app) as client:
         with pytest.raises(error):
@@ -427,7 +442,7 @@ async def test_a_database_error_of_the_endpoints_own_stays(
 
 @asynchronous
 async def test_what_a_cancelled_endpoint_commits_is_left_alone(app: FastAPI, rows: Rows) -> None:
-    """What a cancelled endpoint has stored by its own commit is not answered with a 504."""
+    """A cancelled endpoint that has stored its work by its own commit is not answered with 504."""
 
     @app.post("/", dependencies=[Depends(deadline(SOON))])
     async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
@@ -437,7 +452,7 @@ async def test_what_a_cancelled_endpoint_commits_is_left_alone(app: FastAPI, row
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             await session.commit()
-        # What still waits then would be cancelled once more.
+        # After the grace period, an endpoint that still waits would be cancelled again.
         await asyncio.sleep(cancellation._GRACE + SOON)
 
     async with running(app) as client:
@@ -450,7 +465,7 @@ async def test_what_a_cancelled_endpoint_commits_is_left_alone(app: FastAPI, row
 async def test_what_a_cancelled_endpoint_commits_and_raises_over_may_be_stored(
     app: FastAPI, rows: Rows
 ) -> None:
-    """An endpoint that commits as it is cancelled, and raises again, is not answered with a 504."""
+    """An endpoint that commits when cancelled and re-raises causes CommitOutcomeUnknownError."""
 
     @app.post("/", dependencies=[Depends(deadline(SOON))])
     async def endpoint(session: Annotated[AsyncSession, Depends(get_db())]) -> None:
@@ -469,7 +484,7 @@ async def test_what_a_cancelled_endpoint_commits_and_raises_over_may_be_stored(
 
 @asynchronous
 async def test_a_timeout_of_the_endpoints_own_is_not_ours(app: FastAPI, rows: Rows) -> None:
-    """What the endpoint's own timeout raises, or it handles, is no deadline."""
+    """The endpoint's own timeout, whether raised or handled, is not taken for the deadline."""
 
     @app.post("/", dependencies=[Depends(deadline(60))])
     async def endpoint(session: Transaction, handled: bool) -> bool:
@@ -497,7 +512,10 @@ async def test_a_timeout_of_the_endpoints_own_is_not_ours(app: FastAPI, rows: Ro
 async def test_the_earliest_counts(
     kind: Kind, app: FastAPI, rows: Rows, outer: float, inner: float
 ) -> None:
-    """Of the deadlines of an application, a router and a route the earliest ends the request."""
+    """Of an application's and a route's deadlines, the earlier one ends the request.
+
+    The error names the route and this deadline.
+    """
     messages: list[str] = []
 
     async def note(_request: Request, error: DeadlineExceededError) -> JSONResponse:
@@ -526,7 +544,7 @@ async def test_the_earliest_counts(
 async def test_no_commit_is_interrupted(
     kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows, own: bool
 ) -> None:
-    """A COMMIT on its way when the time is over ends, and the client reads that it is stored."""
+    """A COMMIT that is running at the deadline ends normally, and the client gets a success."""
     app = FastAPI()
     install_database(app, engine=behind_proxy, shutdown=behind_proxy.dispose)
 
@@ -539,7 +557,7 @@ async def test_no_commit_is_interrupted(
     route(app, kind, "/", dependency, body, dependencies=[Depends(deadline(2))])
     route(app, kind, "/before", get_db(), lambda session: session.scalar(text("SELECT 1")))
     async with running(app) as client:
-        assert (await client.post("/before")).status_code == 201  # to connect is not in the time
+        assert (await client.post("/before")).status_code == 201  # connects before the deadline
         proxy.fault = Fault.STALLED
         request = asyncio.create_task(client.post("/"))
         assert await anyio.to_thread.run_sync(proxy.reached.wait, 30)
@@ -554,11 +572,11 @@ async def test_no_commit_is_interrupted(
 @pytest.mark.driver_decides
 @asynchronous
 async def test_a_commit_that_is_about_to_begin_is_cancelled(app: FastAPI, rows: Rows) -> None:
-    """What is ready to go on when its time is over does not reach its own commit()."""
+    """An endpoint that becomes ready when its time is over does not reach its own commit()."""
 
     async def commit_late(session: AsyncSession) -> None:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        # Both are due when the loop has a moment: first this, and then the deadline.
+        # When the loop runs again, both are due: first this call, and then the deadline.
         loop.call_later(SOON / 10, ready.set)
         loop.call_soon(time.sleep, 2 * SOON)
         await ready.wait()
@@ -571,7 +589,7 @@ async def test_a_commit_that_is_about_to_begin_is_cancelled(app: FastAPI, rows: 
 async def test_a_reader_of_a_function_has_stored_nothing(
     kind: Kind, app: FastAPI, rows: Rows
 ) -> None:
-    """A reader is in AUTOCOMMIT, and does not switch the deadline off."""
+    """A reader is in AUTOCOMMIT, but its function call does not switch the deadline off."""
 
     def body(session: Session) -> None:
         session.execute(text("SELECT quote_nullable('x')")).close()
@@ -584,7 +602,7 @@ async def test_a_reader_of_a_function_has_stored_nothing(
 
 
 async def test_a_thread_is_waited_for(postgres: WorkerPostgres, rows: Rows) -> None:
-    """A `def` endpoint goes on to its end: what its handle stores is there when 504 is read."""
+    """A `def` endpoint runs to its end, so its handle's work is stored when the 504 is sent."""
     app = FastAPI()
     engine = create_engine(postgres.url("psycopg"))
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -604,7 +622,7 @@ async def test_a_thread_is_waited_for(postgres: WorkerPostgres, rows: Rows) -> N
 async def test_what_is_stored_at_once_is_left_alone(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """On an engine in AUTOCOMMIT a write is stored when the time is over: no 504 denies it."""
+    """On an engine in AUTOCOMMIT, a request that has already stored a write does not get 504."""
     engine = make_engine(isolation_level="AUTOCOMMIT")
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -622,7 +640,7 @@ async def test_what_is_stored_at_once_is_left_alone(
 
 @synchronous
 async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """PostgreSQL's statement timeout is no limit for what it does at COMMIT."""
+    """PostgreSQL's statement timeout does not limit the work that it does at COMMIT."""
     rows.make_commits_slow(2.2)
 
     def body(session: Session) -> None:
@@ -641,7 +659,7 @@ async def test_the_servers_timeout_spares_commit(kind: Kind, app: FastAPI, rows:
 async def test_the_servers_timeout_ends_with_the_first_commit(
     kind: Kind, app: FastAPI, rows: Rows
 ) -> None:
-    """What follows the endpoint's own COMMIT has no limit: a 504 would be false."""
+    """Statements after the endpoint's own COMMIT have no limit, because a 504 would be false."""
 
     def body(session: Session) -> None:
         session.add(Item(name="stored"))
@@ -664,7 +682,10 @@ async def test_the_server_keeps_the_time_of_a_transaction(
     set_by_the_application: str,
     expected: Any,
 ) -> None:
-    """A synchronous transaction has what is left as its statement timeout, and no longer one."""
+    """A synchronous transaction's statement timeout is the time left until the deadline.
+
+    A shorter timeout of the application's own is kept.
+    """
     options = f"-cstatement_timeout={set_by_the_application}"
     engine = make_engine(pool_size=1, max_overflow=0, connect_args={"options": options})
     app = FastAPI()
@@ -688,7 +709,10 @@ async def test_the_server_keeps_the_time_of_a_transaction(
 async def test_a_reader_beside_a_deadline_sends_its_queries_alone(
     kind: Kind, engine: Engine | AsyncEngine, app: FastAPI, rows: Rows
 ) -> None:
-    """In AUTOCOMMIT there is no transaction for which to set a timeout, or to begin."""
+    """A reader with a deadline sends only its queries.
+
+    In AUTOCOMMIT there is no transaction to begin or to set a timeout for.
+    """
     sent: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -707,7 +731,7 @@ async def test_a_reader_beside_a_deadline_sends_its_queries_alone(
     assert sent == ["SELECT pg_backend_pid()"] * 2
 
 
-# -- what the client reads, and the log ------------------------------------------------------
+# -- the response and the log ----------------------------------------------------------------
 
 
 def answer_504(app: FastAPI) -> None:
@@ -744,7 +768,7 @@ HANDLERS: dict[str, tuple[Callable[[FastAPI], None], str]] = {
 async def test_the_applications_handlers_answer(
     kind: Kind, app: FastAPI, rows: Rows, install: Callable[[FastAPI], None], expected: str
 ) -> None:
-    """The 504 passes through the application's handlers as any other HTTPException."""
+    """The 504 passes through the application's handlers like any other HTTPException."""
     route(app, kind, "/", transactional(), slow, dependencies=[Depends(deadline(SOON))])
     install(app)
     async with running(app) as client:
@@ -755,7 +779,7 @@ async def test_the_applications_handlers_answer(
 async def test_the_log_has_one_line(
     kind: Kind, app: FastAPI, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With install_error_handlers the log has one line for it, and no traceback."""
+    """With install_error_handlers, the log has one line for a missed deadline, and no traceback."""
     route(app, kind, "/slow", transactional(), slow, dependencies=[Depends(deadline(SOON))])
     install_error_handlers(app)
     with caplog.at_level(logging.INFO, logger="fastapi_sqlnative"):
@@ -772,7 +796,7 @@ async def test_the_log_has_one_line(
 
 @asynchronous
 async def test_a_body_that_is_sent_is_not_cut(app: FastAPI, rows: Rows) -> None:
-    """The response has begun: a stream goes on past the deadline."""
+    """A stream whose response has begun continues after the deadline."""
 
     async def numbers() -> AsyncGenerator[str]:
         for number in range(3):
@@ -792,7 +816,7 @@ async def test_a_body_that_is_sent_is_not_cut(app: FastAPI, rows: Rows) -> None:
 
 @asynchronous
 def test_a_websocket_has_no_deadline(app: FastAPI, rows: Rows) -> None:
-    """An application's deadline leaves its websockets alone."""
+    """An application's deadline does not apply to its websockets."""
     app.router.dependencies.append(Depends(deadline(SOON)))
 
     @app.websocket("/")
@@ -810,13 +834,16 @@ def test_a_websocket_has_no_deadline(app: FastAPI, rows: Rows) -> None:
 
 @pytest.mark.parametrize(("seconds", "error"), [(0, ValueError), ("2", TypeError)])
 def test_a_time_that_is_none_is_refused(seconds: Any, error: type[Exception]) -> None:
-    """What is no time above zero is refused where it is written."""
+    """deadline() raises ValueError or TypeError if its argument is not a time above zero."""
     with pytest.raises(error, match="deadline must be"):
         deadline(seconds)
 
 
 async def test_a_cancellation_by_another_beside_its_own_is_passed_on() -> None:
-    """Whoever else cancels the request, such as a server that ends, is not answered with a 504."""
+    """A request cancelled from outside, as by a stopping server, is not answered with 504.
+
+    Here, the deadline is due at the same time.
+    """
     app = FastAPI()
 
     @app.get("/", dependencies=[Depends(deadline(0.01))])
@@ -832,7 +859,7 @@ async def test_a_cancellation_by_another_beside_its_own_is_passed_on() -> None:
 
 
 async def test_a_task_of_the_endpoints_own_is_passed_on() -> None:
-    """An endpoint that waits for a task that was cancelled has missed no deadline."""
+    """An endpoint that awaits a cancelled task raises CancelledError and has missed no deadline."""
     app = FastAPI()
 
     @app.get("/", dependencies=[Depends(deadline(60))])
@@ -847,7 +874,7 @@ async def test_a_task_of_the_endpoints_own_is_passed_on() -> None:
 
 
 async def test_a_clean_up_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two deadlines that are missed one cancels, and nothing more once the request has ended."""
+    """Only one of two missed deadlines cancels a request, and none does after the request's end."""
     monkeypatch.setattr(cancellation, "_GRACE", 0.3)
     app, cleaned = FastAPI(), asyncio.Event()
 
@@ -863,17 +890,20 @@ async def test_a_clean_up_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) ->
         assert (await client.get("/")).status_code == 504
         assert cleaned.is_set()
         await asyncio.sleep(0.3)
-    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr] # this is one
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr] # this is a task
 
 
 def test_methods_in_one_string_are_refused() -> None:
-    """They would be letters, and no request would ever be cancelled."""
+    """cancel_on_disconnect() raises TypeError if its methods are one string.
+
+    Each letter would be a method, and no request would ever be cancelled.
+    """
     with pytest.raises(TypeError, match=r"pass methods=\('POST',\)"):
         cancel_on_disconnect(methods="POST")
 
 
 def test_one_deadline_can_be_overridden() -> None:
-    """There is one object for one time, which `dependency_overrides` finds."""
+    """deadline() returns one object for equal times, so that `dependency_overrides` finds it."""
     assert deadline(2) is deadline(2.0)
 
 
@@ -883,7 +913,7 @@ def test_one_deadline_can_be_overridden() -> None:
 async def test_a_storm_leaves_the_pool_whole(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Forty requests on five connections run into their deadlines; the next one is served."""
+    """After forty requests on five connections, most of them too slow, a request succeeds."""
     engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=50)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -906,6 +936,6 @@ async def test_a_storm_leaves_the_pool_whole(
         found = {(path, each.status_code) for path, each in zip(paths, answers, strict=True)}
         assert found == {("/slow", 504), ("/quick", 201)}
         await quiet(rows)
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool's
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined] # it is a QueuePool
         assert rows.names == []
         assert served.post("/quick").status_code == 201

@@ -35,7 +35,7 @@ class User(BaseModel):
 
 
 def current_user(session: Db) -> User:
-    """Read before the endpoint does, as a login would."""
+    """Read from the database before the endpoint does, as a login would."""
     return User(name=session.scalars(text("SELECT 'ada' FROM pg_sleep(0.005)")).one())
 
 
@@ -48,7 +48,7 @@ def installed(engine: Engine | AsyncEngine) -> FastAPI:
 async def test_many_requests_on_a_small_pool_all_succeed(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Many requests with a response model and a querying sub-dependency are all answered."""
+    """Many requests with a response model and a querying sub-dependency succeed on a small pool."""
     app = installed(make_engine(pool_size=5, max_overflow=10, pool_timeout=30))
 
     @app.post("/", status_code=201)
@@ -64,7 +64,7 @@ async def test_many_requests_on_a_small_pool_all_succeed(
 
 @asynccontextmanager
 async def pool_held(engine: Engine) -> AsyncGenerator[None]:
-    """Hold every connection of a pool of one, as others would."""
+    """Hold the only connection of a pool, as code outside the package might."""
     connection = await run_in_threadpool(engine.connect)
     try:
         yield
@@ -75,7 +75,10 @@ async def pool_held(engine: Engine) -> AsyncGenerator[None]:
 async def test_a_wait_for_the_pool_ends_as_the_pools_own_error(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """With the pool held by others, every request gets the pool's timeout error, gate or not."""
+    """If other code holds the pool, every request gets the pool's own timeout error.
+
+    It makes no difference whether the request waits at the gate.
+    """
     engine = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.2)
     assert isinstance(engine, Engine)
     app = installed(engine)
@@ -121,7 +124,10 @@ def advance(session: Session) -> None:
 async def test_the_event_loop_is_not_blocked(
     make_engine: MakeEngine, rows: Rows, use: Callable[[Session], None]
 ) -> None:
-    """A sync session used in an async endpoint is refused before it waits, and says what to do."""
+    """A sync session in an async endpoint raises BlockingSessionError before it waits.
+
+    The error says what to do.
+    """
     app = installed(make_engine())
     messages: list[str] = []
 
@@ -143,7 +149,7 @@ async def test_the_event_loop_is_not_blocked(
 
 
 async def after_a_query(session: Session, end: str) -> None:
-    """Use the session rightly, then end its transaction on the event loop."""
+    """Run a query in a thread, then end the transaction on the event loop."""
     await run_in_threadpool(session.execute, text("SELECT 1"))
     getattr(session, end)()
 
@@ -152,7 +158,7 @@ async def after_a_query(session: Session, end: str) -> None:
 async def test_a_transaction_is_not_ended_on_the_event_loop(
     make_engine: MakeEngine, rows: Rows, end: str
 ) -> None:
-    """commit(), rollback() and close() of a session with a connection are refused there too."""
+    """Ending a connected session's transaction on the event loop raises BlockingSessionError."""
     app = installed(make_engine())
     errors: list[Exception] = []
 
@@ -175,7 +181,7 @@ async def test_a_transaction_is_not_ended_on_the_event_loop(
 async def test_a_sync_session_works_in_an_async_endpoint_through_threads(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """run_in_threadpool() is the way, and the transaction commits at the end as always."""
+    """Through run_in_threadpool(), a sync session works in an async endpoint and commits."""
     app = installed(make_engine())
 
     @app.post("/", status_code=201)
@@ -191,7 +197,10 @@ async def test_a_sync_session_works_in_an_async_endpoint_through_threads(
 async def test_the_applications_own_use_of_its_engine_is_untouched(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Only sessions of ours are watched: the engine itself works on the event loop as ever."""
+    """The engine and the application's own sessions still work on the event loop.
+
+    Only the package's sessions are watched.
+    """
     engine = make_engine()
     assert isinstance(engine, Engine)
     app = installed(engine)
@@ -209,7 +218,7 @@ async def test_the_applications_own_use_of_its_engine_is_untouched(
 async def test_an_untouched_sync_session_costs_no_thread(
     make_engine: MakeEngine, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that is not used is opened and finished on the event loop, without a hop."""
+    """An unused session is opened and finished on the event loop, without a thread."""
     app = installed(make_engine())
     hops: list[object] = []
 
@@ -233,7 +242,10 @@ async def test_an_untouched_sync_session_costs_no_thread(
 async def test_beside_an_asynchronous_session_the_commit_runs_in_a_thread(
     make_engine: MakeEngine, postgres: WorkerPostgres, rows: Rows, second_rows: Rows, first: str
 ) -> None:
-    """Both are committed, the synchronous one off the loop, with its listeners in one context."""
+    """Beside an asynchronous session, a synchronous session commits outside of the event loop.
+
+    Both are committed, and the synchronous session's listeners run in one context.
+    """
     engine = make_engine()
     other = create_async_engine(postgres.second.url("psycopg"))
     app = FastAPI()
@@ -265,7 +277,7 @@ async def test_beside_an_asynchronous_session_the_commit_runs_in_a_thread(
 async def test_a_pool_that_lets_nobody_wait_admits_who_need_not(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """With pool_timeout=0 a request is served while there is a place for it."""
+    """With pool_timeout=0, a request is served as long as the pool has a connection for it."""
     app = installed(make_engine(pool_timeout=0))
 
     @app.post("/")

@@ -1,4 +1,4 @@
-"""Failures that a test asks for: those of the driver in use, once, and never silently missed."""
+"""Failures that a test injects: the driver's own, raised once, and never missed silently."""
 
 import contextlib
 import functools
@@ -67,9 +67,10 @@ registry().map_imperatively(Note, notes)
 
 
 def _params() -> Iterator[Any]:
-    """Yield each driver, and once for each database an isolated one.
+    """Yield each driver, and for each database one driver with isolation.
 
-    The driver decides which error is raised; how it is handled, one driver per database shows.
+    The driver decides which error is raised. One driver per database shows how the error is
+    handled.
     """
     databases: set[str] = set()
     for driver in DRIVERS:
@@ -105,7 +106,7 @@ def _mariadb_database(server: str, worker: str) -> str:
 def outsides(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Engine]]:
-    """Make the table once in a database of each dialect."""
+    """Yield a function that returns a dialect's engine, whose table is created only once."""
     with contextlib.ExitStack() as closing:
 
         @functools.cache
@@ -131,7 +132,7 @@ def outsides(
 
 @pytest.fixture
 def url(driver: Driver, outsides: Callable[[str], Engine]) -> Iterator[str]:
-    """Give a database with the table in it, and nothing in that, without a driver."""
+    """Yield the URL, without a driver, of a database that contains the empty table."""
     outside = outsides(driver.dialect)
     yield outside.url.set(drivername=driver.dialect).render_as_string(hide_password=False)
     with outside.begin() as connection:
@@ -140,7 +141,7 @@ def url(driver: Driver, outsides: Callable[[str], Engine]) -> Iterator[str]:
 
 @pytest.fixture
 def app(driver: Driver, url: str) -> FastAPI:
-    """Make an application that adds notes: with retries, and without."""
+    """Return an application that adds notes, with and without retries."""
     engine = engine_for(driver, url, pool_size=1, max_overflow=0, pool_timeout=1)
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -232,7 +233,10 @@ FAILS: list[Fail] = [fail_next_statement, fail_next_commit]
 def test_a_failure_that_passes(
     app: FastAPI, client: TestClient, driver: Driver, subtests: pytest.Subtests
 ) -> None:
-    """It is what the driver reports, nothing is stored, and running it again succeeds."""
+    """An injected serialization failure or deadlock stores nothing, and a retry succeeds.
+
+    It is the error that the driver reports.
+    """
     for fail, failure in itertools.product(FAILS, ["serialization", "deadlock"]):
         with subtests.test(f"{fail.__name__}, {failure}"):
             check_a_failure_that_passes(app, client, driver, fail, failure)
@@ -261,7 +265,7 @@ def check_a_failure_that_passes(
 def test_a_connection_lost_in_a_statement(
     app: FastAPI, client: TestClient, setting: tuple[Driver, bool], subtests: pytest.Subtests
 ) -> None:
-    """The transaction is gone, and the next request has another connection, if not isolated."""
+    """A connection lost in a statement ends the transaction and, unless isolated, is replaced."""
     discarded: list[object] = []
     engine = sync_engine(installed_databases(app)["default"].engine)
     event.listen(engine, "invalidate", lambda *args: discarded.append(args))
@@ -288,18 +292,21 @@ def check_a_connection_lost_in_a_statement(app: FastAPI, client: TestClient, pat
 def test_a_connection_lost_in_commit(
     app: FastAPI, client: TestClient, subtests: pytest.Subtests
 ) -> None:
-    """Before COMMIT nothing is stored, after it all is, and the application cannot know."""
+    """A connection lost in COMMIT raises CommitOutcomeUnknownError.
+
+    If it is lost before COMMIT, nothing is stored. If it is lost after COMMIT, all is stored.
+    """
     failures: Any = {"connection_lost_before": [], "connection_lost_after": ["note"]}
     for failure, stored in failures.items():
         with subtests.test(failure), fail_next_commit(app, failure):
             with pytest.raises(CommitOutcomeUnknownError):
                 client.post("/add")
-            assert client.post("/names").json() == stored  # a COMMIT as well
+            assert client.post("/names").json() == stored  # this request commits as well
 
 
 @pytest.mark.parametrize("failure", ["serialization", *LOST])
 def test_a_handler_that_rolls_back(app: FastAPI, client: TestClient, failure: Any) -> None:
-    """Its rollback() after a commit() that failed works, and the failure is what is raised."""
+    """A handler's rollback() after a failed commit() works, and the failure is raised."""
     error = CommitOutcomeUnknownError if failure in LOST else exc.DBAPIError
     with pytest.raises(error), fail_next_commit(app, failure):
         client.post("/roll-back")
@@ -310,7 +317,10 @@ def test_a_handler_that_rolls_back(app: FastAPI, client: TestClient, failure: An
 
 
 def test_a_failure_that_is_swallowed(app: FastAPI, client: TestClient, driver: Driver) -> None:
-    """Where the server gives the transaction up, the commit is refused; with SQLite it is not."""
+    """After a swallowed failure, the commit fails only if the server has aborted the transaction.
+
+    PostgreSQL aborts it. SQLite and MariaDB do not.
+    """
     gives_up = driver.dialect == "postgresql"
     failing: Any = pytest.raises(TransactionAbortedError) if gives_up else nullcontext()
     with fail_next_statement(app, "serialization", containing="swallowed"), failing:
@@ -319,7 +329,7 @@ def test_a_failure_that_is_swallowed(app: FastAPI, client: TestClient, driver: D
 
 
 def test_a_lost_connection_that_is_swallowed(app: FastAPI, client: TestClient) -> None:
-    """What was written before it is lost with it, and no success is answered."""
+    """After a swallowed connection loss, the request fails and its earlier writes are lost."""
     lost = fail_next_statement(app, "connection_lost", containing="swallowed")
     with lost, pytest.raises((TransactionAbortedError, exc.PendingRollbackError)):
         client.post("/swallow")
@@ -327,7 +337,7 @@ def test_a_lost_connection_that_is_swallowed(app: FastAPI, client: TestClient) -
 
 
 def test_an_exhausted_pool(app: FastAPI, client: TestClient) -> None:
-    """It is SQLAlchemy's own error, at once and once."""
+    """fail_next_checkout() raises SQLAlchemy's own pool timeout once."""
     with pytest.raises(exc.TimeoutError) as raised, fail_next_checkout(app):
         client.post("/add")
     description = describe_database_error(raised.value)
@@ -337,7 +347,7 @@ def test_an_exhausted_pool(app: FastAPI, client: TestClient) -> None:
 
 
 def test_what_was_never_hit_fails_the_test(app: FastAPI, client: TestClient) -> None:
-    """A failure that nothing ran into is an error of the test's, and is gone after its block."""
+    """A failure that was never hit raises AssertionError, and is gone after its block."""
     missed = pytest.raises(AssertionError, match="never hit")
     with missed, fail_next_commit(app, "serialization"):
         pass
@@ -355,7 +365,7 @@ def test_what_was_never_hit_fails_the_test(app: FastAPI, client: TestClient) -> 
 
 
 def test_a_commit_is_one_that_stores(app: FastAPI, client: TestClient) -> None:
-    """Neither a commit of nothing nor the release of a savepoint meets what fails a COMMIT."""
+    """A failure for COMMIT affects neither an empty commit nor the release of a savepoint."""
     with fail_next_commit(app, "serialization"):
         assert client.post("/nothing").status_code == 201
         with pytest.raises(exc.DBAPIError):
@@ -364,7 +374,7 @@ def test_a_commit_is_one_that_stores(app: FastAPI, client: TestClient) -> None:
 
 
 def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient) -> None:
-    """Work elsewhere, in the background say, does not meet it."""
+    """A failure for a route does not affect work outside that route."""
     for fail in fail_next_statement, fail_next_commit:
         aimed: Any = fail
         with aimed(app, "serialization", route="/retried"):
@@ -378,7 +388,7 @@ def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient) -> None
 
 
 def test_the_route_is_the_one_that_was_included(app: FastAPI, client: TestClient) -> None:
-    """A failure for the declared path of an included router hits no other inclusion of it."""
+    """A failure for the path of an included router does not affect its other inclusions."""
     router = APIRouter(routes=app.routes)
     app.include_router(router, prefix="/{tenant}")
     with fail_next_checkout(app, route="/{tenant}/names"):

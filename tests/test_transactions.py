@@ -34,7 +34,7 @@ from tests.serving import KINDS, Item, Kind, Rows, add, items, make_app, route, 
 
 @pytest.mark.driver_decides
 def test_a_success_is_stored(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """What a transactional endpoint adds is committed when the client reads its 201."""
+    """A transactional endpoint's changes are committed before the client receives its 201."""
     app = make_app(engine)
     route(app, kind, "/", transactional(), add("a"))
     with serve(app) as served:
@@ -43,7 +43,7 @@ def test_a_success_is_stored(kind: Kind, engine: Engine, rows: Rows) -> None:
 
 
 def test_a_commit_that_fails_is_no_success(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A constraint that fails at COMMIT reaches the application's handler, before any 2xx."""
+    """A constraint that fails at COMMIT reaches the application's handler instead of a 2xx."""
     rows.add("first", position=1)
     app = make_app(engine)
     route(app, kind, "/taken", transactional(), add("second", position=1))
@@ -84,7 +84,7 @@ def test_any_exception_rolls_back(
     options: dict[str, Any],
     status: int,
 ) -> None:
-    """Whatever is raised until the response is serialized, nothing of the request is stored."""
+    """Any exception up to the serialization of the response rolls the whole request back."""
     app = make_app(engine)
 
     def body(session: Session) -> Any:
@@ -118,7 +118,7 @@ def test_an_invalid_request_rolls_back(kind: Kind, engine: Engine, rows: Rows) -
 
 
 def test_a_returned_error_response_commits(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """A 4xx that is returned, not raised, is a success for the transaction."""
+    """A 4xx response that is returned, not raised, commits the transaction."""
     app = make_app(engine)
 
     def body(session: Session) -> JSONResponse:
@@ -132,7 +132,7 @@ def test_a_returned_error_response_commits(kind: Kind, engine: Engine, rows: Row
 
 
 def test_explicit_commit_and_rollback_are_allowed(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """Inside `transactional`, commit() stores at once and rollback() forgets, and both go on."""
+    """With `transactional`, commit() stores, rollback() discards, and more work may follow each."""
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -150,7 +150,7 @@ def test_explicit_commit_and_rollback_are_allowed(kind: Kind, engine: Engine, ro
 
 
 def swallow(session: Session) -> None:
-    """Insert a row twice and ignore that the second one fails."""
+    """Insert a row twice, and ignore the failure of the second insert."""
     session.execute(insert(items).values(name="twice"))
     try:
         session.execute(insert(items).values(name="twice"))
@@ -160,7 +160,7 @@ def swallow(session: Session) -> None:
 
 
 def swallow_in_savepoint(session: Session) -> None:
-    """Do the same with the second insert in a savepoint."""
+    """Insert a row twice, the second time in a savepoint, and ignore the failure."""
     session.execute(insert(items).values(name="twice"))
     try:
         with session.begin_nested():
@@ -171,7 +171,7 @@ def swallow_in_savepoint(session: Session) -> None:
 
 
 def roll_back_in_sql(session: Session) -> None:
-    """Do the same with the application's own savepoint statements."""
+    """Roll a swallowed failure back by SQL to the application's savepoint, and insert the row."""
     session.execute(text("SAVEPOINT mine"))
     swallow(session)
     session.execute(text("ROLLBACK TO SAVEPOINT mine"))
@@ -199,7 +199,7 @@ def test_a_swallowed_error_is_no_success(kind: Kind, engine: Engine, rows: Rows)
 def test_an_explicit_commit_of_a_swallowed_error_is_refused(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """session.commit() in a handler is refused just the same, with get_db too."""
+    """With get_db, session.commit() after a swallowed error raises TransactionAbortedError."""
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -226,7 +226,7 @@ def test_an_error_in_a_savepoint_may_be_ignored(
 
 
 def swallow_client_error(session: Session) -> None:
-    """Send an argument that the driver refuses by itself, and ignore it."""
+    """Pass an argument that the driver itself rejects, and ignore the error."""
     session.execute(insert(items).values(name="kept"))
     with pytest.raises((DBAPIError, TypeError)):
         session.execute(text("SELECT CAST(:number AS integer)"), {"number": object()})
@@ -236,7 +236,7 @@ def swallow_client_error(session: Session) -> None:
 def test_an_error_of_the_client_alone_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """An error that never reached the server leaves the transaction alive, and it commits."""
+    """A transaction with an error that never reached the server remains usable and commits."""
     app = make_app(engine)
     route(app, kind, "/", transactional(), swallow_client_error)
     with serve(app) as served:
@@ -250,7 +250,7 @@ def flush_change(session: Session) -> None:
 
 
 def run(statement: Executable) -> Callable[[Session], None]:
-    """Make a handler's body that sends one statement."""
+    """Return a handler's body that sends one statement."""
 
     def body(session: Session) -> None:
         session.execute(statement).close()
@@ -276,7 +276,7 @@ FORGOTTEN: dict[str, Callable[[Session], Any]] = {
 def test_a_forgotten_commit_is_no_success(
     kind: Kind, engine: Engine, rows: Rows, subtests: pytest.Subtests
 ) -> None:
-    """What was written through get_db and not committed fails the request."""
+    """Changes that were made through get_db and not committed fail the request."""
     app = make_app(engine)
     for name, body in FORGOTTEN.items():
         route(app, kind, f"/{name}", get_db(), body)
@@ -294,7 +294,7 @@ def test_a_forgotten_commit_is_no_success(
 def test_get_db_with_an_explicit_end_is_a_success(
     kind: Kind, engine: Engine, rows: Rows, end: str, subtests: pytest.Subtests
 ) -> None:
-    """With commit() or rollback() the application has decided, and the answer is its own."""
+    """With get_db, a request that ends its transaction by commit() or rollback() succeeds."""
     app = make_app(engine)
 
     def decided(body: Callable[[Session], Any]) -> Callable[[Session], None]:
@@ -317,7 +317,7 @@ def test_get_db_with_an_explicit_end_is_a_success(
 def test_a_write_undone_by_a_savepoint_is_not_forgotten(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Nothing waits for a commit when the savepoint around the write was rolled back."""
+    """A write needs no commit if the savepoint around it was rolled back."""
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -350,7 +350,7 @@ def test_background_tasks_see_the_commit(kind: Kind, engine: Engine, rows: Rows)
 
 
 def two_databases(kind: Kind, make_engine: MakeEngine, positions: tuple[int, int]) -> FastAPI:
-    """Build an application whose endpoint writes to two databases, the second asked for first."""
+    """Build an application whose endpoint writes to two databases, to the second database first."""
     app = make_app(make_engine())
     second = make_engine(second=True)
     install_database(app, name="second", engine=second, shutdown=second.dispose)
@@ -364,7 +364,7 @@ def two_databases(kind: Kind, make_engine: MakeEngine, positions: tuple[int, int
 def test_two_databases_commit_in_the_order_of_installation(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """When the second database fails at COMMIT, the first has committed, and the error says so."""
+    """If the second database fails at COMMIT, the first has committed, and the error says so."""
     second_rows.add("there", position=7)
     with serve(two_databases(kind, make_engine, (1, 7))) as served:
         response = served.post("/")
@@ -375,7 +375,7 @@ def test_two_databases_commit_in_the_order_of_installation(
 def test_a_first_database_that_fails_leaves_nothing(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """When the database installed first fails at COMMIT, neither keeps anything."""
+    """If the database installed first fails at COMMIT, neither database stores anything."""
     rows.add("there", position=7)
     with serve(two_databases(kind, make_engine, (7, 1))) as served:
         assert served.post("/").json() == {"error": "IntegrityError"}
@@ -385,7 +385,7 @@ def test_a_first_database_that_fails_leaves_nothing(
 def test_a_flush_that_fails_leaves_nothing_anywhere(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """All flushes come before the first COMMIT: one that fails leaves both databases as before."""
+    """All flushes precede the first COMMIT, so a failed flush leaves both databases unchanged."""
     second_rows.add("b")
     with serve(two_databases(kind, make_engine, (1, 1))) as served:
         assert served.post("/").json() == {"error": "IntegrityError"}
@@ -393,7 +393,7 @@ def test_a_flush_that_fails_leaves_nothing_anywhere(
 
 
 def fail_before_sending(session: Session) -> None:
-    """Have SQLAlchemy refuse a statement by itself: a parameter is missing."""
+    """Make SQLAlchemy itself reject a statement, by omitting a parameter."""
     with pytest.raises(StatementError):
         session.execute(text("SELECT :number"), {})
 
@@ -421,7 +421,7 @@ def swallow_in_a_listener(session: Session) -> None:
 def test_a_swallowed_error_is_remembered(
     kind: Kind, engine: Engine, rows: Rows, body: Callable[[Session], None]
 ) -> None:
-    """Neither a later error that was never sent nor a listener's silence hides the first."""
+    """A swallowed error still counts if a listener hides it or an unsent statement fails later."""
     app = make_app(engine)
     route(app, kind, "/", transactional(), body)
     with serve(app) as served:
@@ -433,7 +433,10 @@ def test_a_swallowed_error_is_remembered(
 def test_an_error_that_was_never_sent_does_not_count(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """After a savepoint has saved the transaction, SQLAlchemy's own refusal does not abort it."""
+    """A statement that SQLAlchemy itself rejects does not abort the transaction.
+
+    Here, a savepoint has saved the transaction from an earlier error.
+    """
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -450,7 +453,10 @@ def test_an_error_that_was_never_sent_does_not_count(
 def test_an_error_on_the_drivers_own_connection_counts(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """Psycopg tells that its transaction is lost, whoever sent the statement that failed."""
+    """With psycopg, a failed statement on the driver's own cursor fails the request, too.
+
+    Psycopg reports a lost transaction, whatever sent the statement.
+    """
     app = make_app(engine)
 
     def body(session: Session) -> None:
@@ -466,7 +472,7 @@ def test_an_error_on_the_drivers_own_connection_counts(
 
 
 def write_unseen(engine: Engine) -> None:
-    """Write with Core and close the session over it: only a listener can know of the write."""
+    """Write with Core and close the session, so that only a listener can notice the write."""
     with Database(engine).transaction() as session:
         session.execute(text("CREATE TABLE item (id integer PRIMARY KEY, name text)"))
         session.execute(insert(items).values(name="a"))
@@ -474,7 +480,7 @@ def write_unseen(engine: Engine) -> None:
 
 
 def test_every_new_engine_is_watched() -> None:
-    """A new engine is watched, though its address may be that of one that has gone."""
+    """A new engine is watched, even if it has the address of an engine that no longer exists."""
     dialects: list[object] = []  # SQLAlchemy's caches may keep them longer than their engine
     for _ in range(30):
         engine = create_engine("sqlite://", poolclass=StaticPool)
@@ -483,4 +489,4 @@ def test_every_new_engine_is_watched() -> None:
             write_unseen(engine)
         engine.dispose()
         del engine
-        gc.collect(1)  # it is young; everything else there is takes a hundred times as long
+        gc.collect(1)  # the engine is young, and a full collection takes 100 times as long

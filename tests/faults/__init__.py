@@ -1,1 +1,1 @@
-"""Break what is below a running application, and compare its answers with what is stored."""
+"""Faults below a running application, and a comparison of its answers with what is stored."""

@@ -1,4 +1,7 @@
-"""Run the faults: `python -m tests.faults`, or for MINUTES with every driver and deployment."""
+"""The command line of the fault suite: `python -m tests.faults`.
+
+It runs each fault once. With `--minutes` it repeats all faults with every driver and deployment.
+"""
 
 import argparse
 import itertools
@@ -18,7 +21,7 @@ from tests.faults.scenarios import SCENARIOS, Scenario
 
 
 def main() -> int:
-    """Run what is asked for, write the report; return 1 when a promise was not kept."""
+    """Run the selected faults, write the report, and return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, help="repeat everything for so long")
     parser.add_argument("--only", default="", help="a part of a fault's name")
@@ -40,7 +43,10 @@ def main() -> int:
 
 
 def chosen(part: str) -> Iterator[Scenario]:
-    """Give the faults with this in their name, but for one that only root can do."""
+    """Yield the faults whose name contains `part`.
+
+    The fault that fills the disk needs root. Without root it is left out, except in CI.
+    """
     for each in SCENARIOS:
         if part not in each.name:
             continue
@@ -51,12 +57,12 @@ def chosen(part: str) -> Iterator[Scenario]:
 
 
 def perform(runs: Iterable[Run], seconds: float, report: Path) -> list[Finding]:
-    """Do one fault after the other for so long, and write the report after each."""
+    """Perform one run after another until the time is up, and write the report after each."""
     findings: list[Finding] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sqlnative-faults-") as name:
         folder = Path(name)
-        folder.chmod(0o755)  # the server's account and PgBouncer's look into it
+        folder.chmod(0o755)  # the accounts of the server and of PgBouncer need access
         certificate = make_certificate(folder)
         with running_cluster(folder, with_disk=os.geteuid() == 0) as cluster:
             (postgres,) = cluster.execute("SHOW server_version")[0]
@@ -73,7 +79,7 @@ def perform(runs: Iterable[Run], seconds: float, report: Path) -> list[Finding]:
 
 
 def _keep_logs(folder: Path, report: Path | None, number: int) -> None:
-    """Keep what the application has logged beside the report, or throw it away."""
+    """Move the application's logs beside the report, or delete them without a report."""
     for log in folder.glob("application*.log"):
         if report is not None:
             (report / "logs").mkdir(exist_ok=True)
@@ -82,7 +88,7 @@ def _keep_logs(folder: Path, report: Path | None, number: int) -> None:
 
 
 def every_run(scenarios: Sequence[Scenario]) -> Iterator[Run]:
-    """Give every fault with every driver and deployment, again and again."""
+    """Yield every fault with every driver and deployment, endlessly."""
     for pre_ping in itertools.cycle((False, True)):
         for turn in range(9):
             for each in scenarios:

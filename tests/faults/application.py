@@ -1,4 +1,4 @@
-"""The application that is served while things break: writes in three ways, and registers."""
+"""The application that runs during the faults, with three ways to write and with registers."""
 
 import functools
 import gc
@@ -30,7 +30,7 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.health import drain_on_sigterm
 from tests.serving import KINDS, Kind
 
-# Seconds. They are short so that a fault has time to outlast them.
+# Seconds. They are short so that a fault outlasts them.
 CONNECT_TIMEOUT, POOL_TIMEOUT, COMMAND_TIMEOUT, DRAIN = 2, 2, 3, 1.5
 MAX_AGE, PROBE_TIMEOUT, DOWN_AFTER = 0.5, 0.5, 1.5
 POOL = {"pool_size": 3, "max_overflow": 2, "pool_timeout": POOL_TIMEOUT}
@@ -41,12 +41,12 @@ class Base(DeclarativeBase):
 
 
 class Entry(Base):
-    """A write, under the name that its client gave it."""
+    """A write, under the name that its client chose."""
 
     __tablename__ = "entry"
 
     name: Mapped[str] = mapped_column(primary_key=True)
-    padding: Mapped[str] = mapped_column(default="." * 500)  # a full disk shows soon
+    padding: Mapped[str] = mapped_column(default="." * 500)  # large, so that the disk fills up soon
 
 
 class Register(Base):
@@ -59,7 +59,7 @@ class Register(Base):
 
 
 def connect_args(kind: Kind, certificate: str, *, pooled: bool) -> dict[str, Any]:
-    """Return the driver's timeouts, and what it has to know of PgBouncer and TLS."""
+    """Return the driver's timeouts and its settings for PgBouncer and TLS."""
     arguments: dict[str, Any]
     if kind.driver == "asyncpg":
         arguments = {"timeout": CONNECT_TIMEOUT, "command_timeout": COMMAND_TIMEOUT}
@@ -86,7 +86,7 @@ def build_engine(kind: Kind) -> Any:
 def endpoint(
     kind: Kind, dependency: Callable[..., Any], body: Callable[[Session, str, str], Any]
 ) -> Callable[..., Any]:
-    """Make an endpoint of a name and a value with one session, in the kind's colour."""
+    """Make an endpoint in the kind's colour that passes its session and parameters to `body`."""
     marker = Depends(dependency)
 
     async def asynchronous(
@@ -101,7 +101,7 @@ def endpoint(
 
 
 def add(session: Session, name: str, _value: str = "") -> None:
-    """Look and add, so that a fault finds the transaction in more places than one."""
+    """Look for an entry and add it, so that a fault can hit the transaction at several points."""
     if session.get(Entry, name) is None:
         session.add(Entry(name=name))
 
@@ -139,9 +139,9 @@ def write(session: Session, name: str, value: str) -> None:
 
 
 def exchange(session: Session, name: str, value: str) -> str:
-    """Set `expected:new` where the value is the expected one; return what was found."""
+    """Set the new value of `expected:new` if the old one is expected, and return the old one."""
     expected, _, new = value.partition(":")
-    # Under SERIALIZABLE the server finds out who was faster, under READ COMMITTED a lock does.
+    # Under SERIALIZABLE the server detects conflicts. Under READ COMMITTED a lock prevents them.
     locks = session.connection().get_isolation_level() != "SERIALIZABLE"
     register = session.get_one(Register, name, with_for_update=locks or None)
     found = register.value
@@ -151,9 +151,9 @@ def exchange(session: Session, name: str, value: str) -> str:
 
 
 def read_pool(request: Request) -> dict[str, Any]:
-    """Return which process this is, and what its pool holds."""
-    # psycopg's synchronous connect() leaves an attempt that has timed out to the garbage collector,
-    # and a server that was frozen then completes the connection.
+    """Return this process's id and the state of its pool."""
+    # psycopg's synchronous connect() leaves a timed-out attempt to the garbage collector, and a
+    # server that was frozen then completes that connection.
     gc.collect()
     (database,) = installed_databases(request.app).values()
     return {"process": os.getpid(), **asdict(database.pool_status())}

@@ -1,4 +1,4 @@
-"""The auditing client: it writes all the time, and keeps a ledger of what it was told."""
+"""The auditing client, which writes continuously and records every answer in a ledger."""
 
 import asyncio
 import contextlib
@@ -20,11 +20,11 @@ PAUSE = 0.01
 
 
 class State(Enum):
-    """What a client knows of its write."""
+    """What a client knows about its write."""
 
     ACKNOWLEDGED = "acknowledged"
-    REFUSED = "refused"  # it was told that nothing is stored
-    UNKNOWN = "unknown"  # it was told that nobody knows, or was told nothing
+    REFUSED = "refused"  # the answer says that nothing is stored
+    UNKNOWN = "unknown"  # the answer leaves the outcome open, or there is no answer
 
 
 @dataclass
@@ -36,12 +36,12 @@ class Entry:
     path: str
     sent: float = 0.0
     answered: float = 0.0
-    status: int = 0  # 0 is no answer
+    status: int = 0  # 0 if there was no answer
     answer: Any = None
 
     @property
     def state(self) -> State:
-        """Return what the status promises: only a 500 leaves open what is stored."""
+        """Return what the status promises. Only a 500 or no answer leaves open what is stored."""
         if 200 <= self.status < 300:
             return State.ACKNOWLEDGED
         return State.REFUSED if self.status not in (0, 500) else State.UNKNOWN
@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def said(self) -> str:
-        """Return the status and, of an error, its words."""
+        """Return the status and, for an error, its detail."""
         if self.state is State.ACKNOWLEDGED:
             return str(self.status)
         detail = self.answer.get("detail") if isinstance(self.answer, dict) else self.answer
@@ -61,7 +61,7 @@ class Entry:
 
 
 async def ask(port: int, method: str, path: str) -> tuple[int, Any]:
-    """Send one request on a connection of its own; without a whole answer the status is 0."""
+    """Send a request on its own connection, and return status 0 if the answer is incomplete."""
     request = (
         f"{method} {path} HTTP/1.1\r\nHost: app\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     )
@@ -72,14 +72,14 @@ async def ask(port: int, method: str, path: str) -> tuple[int, Any]:
     head, _, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head.lower())
     if length is None or len(body) < int(length[1]):
-        return 0, None  # a worker that is killed may have said half of it
+        return 0, None  # a killed worker may have sent only part of the answer
     is_json = b"content-type: application/json" in head.lower()
     said = json.loads(body) if is_json else body.decode(errors="replace")
     return int(head.split(b" ", 2)[1]), said
 
 
 class Load:
-    """Clients that write one entry after the other, each in the ways given, by turns."""
+    """Clients that write one entry after another and cycle through the given ways to write."""
 
     def __init__(self, port: int, ways: Sequence[str], clients: int) -> None:
         self.port = port
@@ -91,7 +91,7 @@ class Load:
 
     @contextlib.contextmanager
     def writing(self, portal: BlockingPortal) -> Generator["Load"]:
-        """Write until the block ends; then wait for the last answers."""
+        """Write until the block ends, and then wait for the last answers."""
         clients = [portal.start_task_soon(self._write_for_ever) for _ in range(self._clients)]
         try:
             yield self
@@ -101,7 +101,7 @@ class Load:
                 client.result()
 
     def next_entry(self, number: int) -> Entry:
-        """Choose what is written next."""
+        """Return the entry to write next."""
         name = f"entry-{number}"
         return Entry(name, "POST", f"/{next(self._ways)}/{name}")
 
@@ -115,7 +115,7 @@ class Load:
             await asyncio.sleep(PAUSE)
 
     def failures(self, since: float) -> list[Entry]:
-        """List what was not acknowledged, of the writes that were answered since then."""
+        """List the unacknowledged writes that were answered at or after `since`."""
         return [
             each
             for each in tuple(self.ledger)
@@ -123,14 +123,14 @@ class Load:
         ]
 
     def acknowledged(self, since: float) -> int:
-        """Count the writes that were sent and acknowledged since then."""
+        """Count the acknowledged writes that were sent at or after `since`."""
         return sum(
             each.sent >= since and each.state is State.ACKNOWLEDGED for each in tuple(self.ledger)
         )
 
 
 async def vanish(port: int, name: str, after: float) -> None:
-    """Ask for a slow write, and hang up before it is answered."""
+    """Request a slow write, and abort the connection after `after` seconds."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"POST /slow/{name} HTTP/1.1\r\nHost: app\r\nContent-Length: 0\r\n\r\n".encode())
     await asyncio.sleep(after)
@@ -139,7 +139,7 @@ async def vanish(port: int, name: str, after: float) -> None:
 
 @dataclass(frozen=True)
 class Probe:
-    """What readiness has answered, and when it was asked."""
+    """A readiness answer, with the times of the request and of the answer."""
 
     sent: float
     answered: float
@@ -149,7 +149,7 @@ class Probe:
 
 @dataclass
 class Prober:
-    """A client that asks for readiness ten times a second."""
+    """A client that polls readiness ten times a second."""
 
     port: int
     probes: list[Probe] = field(default_factory=list)
@@ -157,7 +157,7 @@ class Prober:
 
     @contextlib.contextmanager
     def asking(self, portal: BlockingPortal) -> Generator["Prober"]:
-        """Ask until the block ends."""
+        """Poll until the block ends."""
         task = portal.start_task_soon(self._ask_for_ever)
         try:
             yield self
@@ -173,5 +173,5 @@ class Prober:
             await asyncio.sleep(0.1)
 
     def between(self, start: float, end: float) -> list[Probe]:
-        """List the probes that were sent and answered in this time."""
+        """List the probes that were sent and answered between `start` and `end`."""
         return [each for each in self.probes if start <= each.sent and each.answered <= end]

@@ -1,6 +1,6 @@
-"""What is broken, and how it is repaired: each fault is a context manager around the broken time.
+"""The faults: each is a context manager that breaks something and repairs it at the end.
 
-A fault is handed the stage: everything that it can break.
+A fault receives the stage, which holds everything that it can break.
 """
 
 import contextlib
@@ -24,14 +24,15 @@ from tests.faults.cluster import OF_THE_APPLICATION, ROLE, Cluster
 from tests.faults.processes import Deployed, Fleet, PgBouncer
 from tests.proxy import Fault, Proxy
 
-EVERY = 0.3  # seconds between the blows of a fault that strikes again and again
-# Seconds: what strikes again and again spares the connection that readiness opens and closes.
+EVERY = 0.3  # seconds between the strikes of a repeating fault
+# Seconds. Repeating faults spare younger connections, such as the one that readiness opens and
+# closes.
 YOUNGEST = 1.0
 
 
 @dataclass
 class Stage:
-    """All that a fault can break."""
+    """Everything that a fault can break."""
 
     cluster: Cluster
     proxy: Proxy
@@ -45,7 +46,7 @@ Break = Callable[[Stage], AbstractContextManager[None]]
 
 @contextlib.contextmanager
 def repeating(strike: Callable[[], Any]) -> Generator[None]:
-    """Strike again and again, in a thread, until the block ends."""
+    """Call `strike` repeatedly in a thread until the block ends."""
     ended = threading.Event()
 
     def strike_until_it_ends() -> None:
@@ -85,13 +86,13 @@ def freeze_server(stage: Stage) -> Generator[None]:
     stage.cluster.server.freeze()
     try:
         yield
-    finally:  # what is frozen would outlive us
+    finally:  # a frozen server would outlive this process
         stage.cluster.server.thaw()
 
 
 @contextlib.contextmanager
 def fill_server(stage: Stage) -> Generator[None]:
-    """Take every connection that an ordinary role may have, those of the application too."""
+    """Take every connection that an ordinary role may have, including the application's."""
     address = stage.cluster.admin.replace("postgres@", f"{ROLE}@")
     address += "?application_name=crowd"
     with contextlib.ExitStack() as crowd, psycopg.connect(stage.cluster.admin) as admin:
@@ -132,7 +133,7 @@ def _terminate(stage: Stage) -> None:
 
 @contextlib.contextmanager
 def fill_disk(stage: Stage) -> Generator[None]:
-    """Fill the disk of the table, and the room that is left in the table's own file."""
+    """Fill the disk that holds the table."""
     assert stage.cluster.disk is not None
     ballast = stage.cluster.disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -177,7 +178,7 @@ def slow_network(stage: Stage) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def swallow_packets(stage: Stage) -> Generator[None]:
-    """Lose everything, as a firewall does that has forgotten its connections, then reset them."""
+    """Drop all data, like a firewall that has forgotten its connections, and then reset them."""
     with _faulty(stage, Fault.SWALLOWED):
         yield
         stage.proxy.reset()
@@ -193,7 +194,7 @@ def lose_answers_to_commits(stage: Stage) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def lose_some(stage: Stage) -> Generator[None]:
-    """Terminate backends, and lose the answers to COMMIT for a third of the time."""
+    """Terminate backends repeatedly, and lose the answers to COMMIT a third of the time."""
     kinds = itertools.cycle((Fault.ANSWER_LOST, Fault.NONE, Fault.NONE))
 
     def strike() -> None:
@@ -218,7 +219,7 @@ def kill_pgbouncer(stage: Stage) -> Generator[None]:
 
 @contextlib.contextmanager
 def clients_vanish(stage: Stage) -> Generator[None]:
-    """Have twenty clients hang up in the middle of a write, at moments that differ."""
+    """Have twenty clients at a time abort their connections at random moments of a slow write."""
     chance = random.Random(13)
 
     def strike() -> None:
@@ -234,14 +235,14 @@ def clients_vanish(stage: Stage) -> Generator[None]:
 
 @contextlib.contextmanager
 def kill_worker(stage: Stage) -> Generator[None]:
-    """Kill one of the workers; whoever started it starts another."""
+    """Kill one of the workers, which its parent process then replaces."""
     os.kill(min(stage.deployed.pools()), signal.SIGKILL)
     yield
 
 
 @contextlib.contextmanager
 def stop_application(stage: Stage) -> Generator[None]:
-    """Tell the application to end."""
+    """Send SIGTERM to the application, and wait for its end."""
     assert isinstance(stage.deployed, Deployed)
     stage.deployed.process.send_signal(signal.SIGTERM)
     stage.deployed.ends()
@@ -250,7 +251,7 @@ def stop_application(stage: Stage) -> Generator[None]:
 
 @contextlib.contextmanager
 def restart_one_by_one(stage: Stage) -> Generator[None]:
-    """Replace every process behind the balancer by a new one."""
+    """Replace the processes behind the balancer with new ones, one after another."""
     assert isinstance(stage.deployed, Fleet)
     for each in tuple(stage.deployed.members):
         stage.deployed.add()

@@ -1,8 +1,9 @@
-"""Whether what clients saw of a register could have happened one operation after the other.
+"""A check that a register's operations could have happened one after another.
 
-The search is Wing's and Gong's, with Lowe's memory of states that lead nowhere: take any operation
-that nothing before it in real time is still missing, and go on with the value that it leaves.
-It wants every value to be written once. Then a write that nobody has seen need not be considered.
+The search is Wing and Gong's, with Lowe's cache of states that lead nowhere. It takes any pending
+operation that no other pending one precedes in real time, and continues with the value that this
+operation leaves. Each value must be written only once. Then a write of unknown outcome whose value
+no client has found can be ignored.
 """
 
 import math
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Operation:
-    """What a client did and saw.
+    """An operation of a client, and its result.
 
     Attributes:
-        called, returned: when; what has no known outcome never returned, and may not have happened.
-        found: the value before, or None if the client was not told.
+        called, returned: when it began and ended. Without a known outcome the end is infinite, and
+            the operation may not have happened.
+        found: the value before, or None if the client does not know it.
         left: the value afterwards, or None if the operation changed nothing.
     """
 
@@ -27,12 +29,12 @@ class Operation:
 
     @property
     def is_known(self) -> bool:
-        """Tell whether it has certainly happened."""
+        """Return whether the operation has certainly happened."""
         return self.returned < math.inf
 
 
 def is_linearizable(history: Sequence[Operation], initial: str) -> bool:
-    """Tell whether there is an order, within real time, in which all of it makes sense."""
+    """Return whether an order that respects real time explains all operations."""
     seen_values = {each.found for each in history}
     operations = [each for each in history if each.is_known or each.left in seen_values]
     wanted = sum(1 << index for index, each in enumerate(operations) if each.is_known)
@@ -51,8 +53,8 @@ def _next(operations: Sequence[Operation], done: int, value: str) -> list[tuple[
     pending = [each for each in enumerate(operations) if not done >> each[0] & 1]
     horizon = min(each.returned for _, each in pending)
     concurrent = [each for each in pending if each[1].called <= horizon]
-    # An operation that may never have happened can wait until right before its reader: nothing
-    # comes between a write and its first reader. Without this it would double the search each.
+    # An operation that may not have happened is tried only right before its reader, because nothing
+    # comes between a write and its first reader. Otherwise each of them would double the search.
     wanted = {each.found for _, each in concurrent}
     possible = [
         (index, each)
@@ -61,6 +63,6 @@ def _next(operations: Sequence[Operation], done: int, value: str) -> list[tuple[
     ]
     possible.sort(key=lambda each: each[1].returned, reverse=True)  # the last is tried first
     for index, each in possible:
-        if each.left is None:  # a read that fits changes nothing: no other order is better
+        if each.left is None:  # a matching read changes nothing, so no other order is better
             return [(done | 1 << index, value)]
     return [(done | 1 << index, each.left or value) for index, each in possible]

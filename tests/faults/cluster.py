@@ -1,4 +1,4 @@
-"""The server that is broken: durable, with few connections, and a disk that is soon full."""
+"""The server that the faults break, with durable settings, few connections and a small disk."""
 
 import contextlib
 import subprocess
@@ -13,7 +13,7 @@ from sqlalchemy import create_engine
 from tests.faults.application import Base
 from tests.postgres_server import PostgresServer
 
-# As it is in production: what is acknowledged has reached the disk.
+# As in production, a commit is acknowledged only when it has reached the disk.
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
 CONNECTIONS = 40
 DATABASE, ROLE, TABLESPACE = "faults", "app", "small"
@@ -23,7 +23,7 @@ OF_THE_APPLICATION = f"usename = '{ROLE}'"
 
 @dataclass
 class Cluster:
-    """The server, its database, and a disk of its own that is small enough to be filled."""
+    """The server, its database, and a separate disk that is small enough to fill."""
 
     server: PostgresServer
     disk: Path | None = None
@@ -34,7 +34,7 @@ class Cluster:
         return f"postgresql://postgres@127.0.0.1:{self.server.port}/{DATABASE}"
 
     def execute(self, statement: str, *parameters: Any) -> list[Any]:
-        """Run one statement as a superuser, on a connection of its own."""
+        """Run one statement as a superuser on its own connection."""
         with psycopg.connect(self.admin, autocommit=True) as connection:
             cursor = connection.execute(statement.encode(), parameters)
             return cursor.fetchall() if cursor.description else []
@@ -42,7 +42,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(folder: Path, *, with_disk: bool) -> Generator[Cluster]:
-    """Start the server, with the tables of the application and a role of its own."""
+    """Start the server with the application's tables and role."""
     with contextlib.ExitStack() as stack:
         settings = DURABLE | {"max_connections": str(CONNECTIONS)}
         server = stack.enter_context(PostgresServer(settings=settings))
@@ -63,7 +63,7 @@ def running_cluster(folder: Path, *, with_disk: bool) -> Generator[Cluster]:
 
 @contextlib.contextmanager
 def mounted_disk(folder: Path, owner: int) -> Generator[Path]:
-    """Mount a small file system for one tablespace; only root may."""
+    """Mount a small file system for one tablespace, which only root may do."""
     folder.mkdir()
     options = f"size={TABLESPACE_SIZE},uid={owner},mode=700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder], check=True)
@@ -74,7 +74,7 @@ def mounted_disk(folder: Path, owner: int) -> Generator[Path]:
 
 
 def make_certificate(folder: Path) -> Path:
-    """Make a certificate for 127.0.0.1 that is its own authority; its key lies beside it."""
+    """Make a self-signed certificate for 127.0.0.1, with its key beside it."""
     certificate = folder / "server.pem"
     key = certificate.with_suffix(".key")
     subprocess.run(
@@ -86,5 +86,5 @@ def make_certificate(folder: Path) -> Path:
         check=True,
         capture_output=True,
     )
-    key.chmod(0o644)  # PgBouncer reads it as nobody; it is worth nothing to anybody
+    key.chmod(0o644)  # PgBouncer reads it as user nobody, and it protects nothing
     return certificate

@@ -1,4 +1,4 @@
-"""The processes that serve the application, and PgBouncer, each with a log of its own."""
+"""The processes that serve the application, and PgBouncer, each with its own log."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ SERVERS: Mapping[str, tuple[int, Sequence[str]]] = {
 
 @dataclass
 class Deployed:
-    """An application that is served, by one process or by several."""
+    """An application served by one or more processes."""
 
     workers: int
     process: "subprocess.Popen[bytes]"
@@ -51,23 +51,26 @@ class Deployed:
 
     @property
     def said(self) -> str:
-        """Return all that it has logged."""
+        """Return the whole log."""
         return self.log.read_text(errors="replace")
 
     @property
     def logged(self) -> int:
-        """Count the bytes of that."""
+        """Return the size of the log in bytes."""
         return self.log.stat().st_size
 
     def listens(self) -> bool:
-        """Tell whether it has found its port, and whether its application has started."""
+        """Read the port from the log, and return whether all workers have started."""
         assert self.process.poll() is None, self.said
         found = LISTENS.search(self.said)
         self.port = int(found[1]) if found else 0
         return self.said.count("Application startup complete") >= self.workers and self.port > 0
 
     def pools(self) -> dict[int, dict[str, Any]]:
-        """Ask every worker for its pool; a worker answers to whoever happens to reach it."""
+        """Return the pool of every worker, by process id.
+
+        Any worker may answer a request, so requests are repeated until all workers have answered.
+        """
         found: dict[int, dict[str, Any]] = {}
         give_up = time.monotonic() + 5
         while len(found) < self.workers and time.monotonic() < give_up:
@@ -77,13 +80,13 @@ class Deployed:
         return found
 
     def ends(self) -> int:
-        """Wait for its end, and return its exit status."""
+        """Wait for the process to end, and return its exit status."""
         return self.process.wait(30)
 
 
 @contextlib.contextmanager
 def deployed(server: str, log: Path, environment: Mapping[str, str]) -> Generator[Deployed]:
-    """Serve the application, and leave no process of it behind."""
+    """Serve the application, and kill all its processes at the end."""
     workers, command = SERVERS[server]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -92,7 +95,7 @@ def deployed(server: str, log: Path, environment: Mapping[str, str]) -> Generato
             env=os.environ | environment,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # so that its workers can be ended with it
+            start_new_session=True,  # so that its workers can be killed with it
         )
     try:
         found = Deployed(workers, process, log)
@@ -105,7 +108,7 @@ def deployed(server: str, log: Path, environment: Mapping[str, str]) -> Generato
 
 
 class Fleet:
-    """Processes behind a load balancer, each of which can be replaced by another."""
+    """Processes behind a load balancer, each of which can be replaced."""
 
     def __init__(
         self, folder: Path, environment: Mapping[str, str], portal: BlockingPortal
@@ -119,17 +122,17 @@ class Fleet:
 
     @property
     def port(self) -> int:
-        """Return where the balancer listens."""
+        """Return the balancer's port."""
         return self._balancer.port
 
     @property
     def logged(self) -> int:
-        """Count the bytes that all of them have logged, ended ones too."""
+        """Return the size of all logs in bytes, including those of ended processes."""
         return sum(log.stat().st_size for log in self._folder.glob("application-*.log"))
 
     @contextlib.contextmanager
     def serving(self, size: int) -> Generator["Fleet"]:
-        """Start so many processes and the balancer, and leave none of them behind."""
+        """Start `size` processes and the balancer, and end all of them with the block."""
         listening = self._portal.wrap_async_context_manager(self._balancer.listening())
         with self._running, listening:
             for _ in range(size):
@@ -137,25 +140,25 @@ class Fleet:
             yield self
 
     def add(self) -> None:
-        """Start one more, and wait until the balancer sends it requests."""
+        """Start another process, and wait until the balancer sends it requests."""
         log = self._folder / f"application-{time.monotonic_ns()}.log"
         member = self._running.enter_context(deployed("uvicorn", log, self._environment))
         self.members.append(member)
         self._portal.call(self._balancer.add, member.port)
 
     def remove(self, member: Deployed) -> None:
-        """Tell one to end; it drains until the balancer has noticed, and longer."""
+        """Stop a process, which drains for longer than the balancer needs to notice."""
         member.process.send_signal(signal.SIGTERM)
         member.ends()
         self.members.remove(member)
 
     def pools(self) -> dict[int, dict[str, Any]]:
-        """Ask every process for its pool."""
+        """Return the pool of every process, by process id."""
         return {number: pool for each in self.members for number, pool in each.pools().items()}
 
 
 class PgBouncer:
-    """Debian's PgBouncer in transaction mode in front of one server, on a port of its own."""
+    """Debian's PgBouncer in transaction mode in front of one server, on its own port."""
 
     def __init__(self, folder: Path, server_port: int, user: str, certificate: Path | None) -> None:
         self.port = _free_port()
@@ -167,7 +170,7 @@ class PgBouncer:
             "[pgbouncer]",
             f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =",
             "auth_type = any\npool_mode = transaction\ndefault_pool_size = 4",
-            # What a client waits for at most while there is no server, and how soon the next try.
+            # The longest wait of a client while there is no server, and the time between retries.
             "query_wait_timeout = 3\nserver_login_retry = 1\nserver_connect_timeout = 2",
             "ignore_startup_parameters = extra_float_digits",
         ]
@@ -179,11 +182,11 @@ class PgBouncer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it listens."""
+        """Start PgBouncer, and wait until it listens."""
         found = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
         if found is None:
             raise RuntimeError("PgBouncer was not found: apt-get install pgbouncer")
-        # It refuses to run as root.
+        # PgBouncer refuses to run as root.
         user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -200,7 +203,7 @@ class PgBouncer:
         return False
 
     def kill(self) -> None:
-        """End it without a goodbye."""
+        """Kill PgBouncer, without a graceful shutdown."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()

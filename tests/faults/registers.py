@@ -1,4 +1,4 @@
-"""Clients that read, write and compare-and-set registers, and a check of what they saw."""
+"""Clients that read, write, and compare and set registers, and a check of the results."""
 
 import math
 import random
@@ -22,7 +22,7 @@ class RegisterLoad(Load):
         self._latest = dict.fromkeys(NAMES, INITIAL)
 
     def next_entry(self, number: int) -> Entry:
-        """Choose an operation; an exchange expects what was written last, for all that is known."""
+        """Choose an operation at random. An exchange expects the value that was sent last."""
         name = self._chance.choice(NAMES)
         match self._chance.choice(("read", "write", "exchange", "exchange")):
             case "read":
@@ -36,11 +36,11 @@ class RegisterLoad(Load):
         return Entry(name, "POST", f"/{self._level}/{kind}/{name}?value={value}")
 
     def failures(self, since: float) -> list[Entry]:
-        """List the same, but for what is as it should be: one of two that meet has to give way."""
+        """List the unacknowledged operations, except those that had to give way to another."""
         return [each for each in super().failures(since) if each.said != GIVES_WAY]
 
     def inconsistent(self, stored: dict[str, str], now: float) -> list[str]:
-        """Name the registers whose history no order explains, what is stored now included."""
+        """List the registers whose history, including the value stored now, no order explains."""
         return [
             name
             for name in NAMES
@@ -50,7 +50,7 @@ class RegisterLoad(Load):
         ]
 
     def history(self, name: str) -> Iterator[Operation]:
-        """Give what happened, or may have happened, to one register; what was refused did not."""
+        """Yield what happened or may have happened to a register, without refused operations."""
         for each in self.ledger:
             if each.name == name and each.state is not State.REFUSED:
                 yield _operation(each)
@@ -61,7 +61,7 @@ def _operation(entry: Entry) -> Operation:
     expected, colon, new = value.rpartition(":")
     is_known = entry.state is State.ACKNOWLEDGED
     returned = entry.answered if is_known else math.inf
-    if not value:  # of a read without an answer nothing is known, and nothing follows
+    if not value:  # a read without an answer reveals and changes nothing
         return Operation(entry.sent, returned, found=entry.answer if is_known else None)
     if not colon:
         return Operation(entry.sent, returned, left=new)

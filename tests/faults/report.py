@@ -1,4 +1,4 @@
-"""Write what was found as JSON for machines and as Markdown for people."""
+"""The report of the findings, as JSON for machines and as Markdown for people."""
 
 import importlib.metadata
 import json
@@ -41,7 +41,7 @@ def write_report(
 
 
 def promises(findings: Sequence[Finding]) -> dict[str, str]:
-    """Sum up over all faults."""
+    """Return a figure for each promise, over all faults."""
     acknowledged = sum(each.acknowledged for each in findings)
     refused = sum(each.refused for each in findings)
     recoveries = [each.recovery for each in findings if each.recovery is not None]
@@ -58,7 +58,7 @@ def promises(findings: Sequence[Finding]) -> dict[str, str]:
 
 
 def row(found: Finding) -> Iterator[str]:
-    """Give what one fault has shown, column by column."""
+    """Yield the results of one fault, column by column."""
     yield from (found.scenario, found.driver, found.server)
     yield from (str(found.acknowledged), str(found.refused))
     yield f"{found.unknown} ({found.unknown_stored})"
@@ -68,14 +68,14 @@ def row(found: Finding) -> Iterator[str]:
 
 
 def broken(findings: Sequence[Finding]) -> Iterator[str]:
-    """List the promises that were not kept."""
+    """Yield a line for each broken promise."""
     for each in findings:
         for sentence in each.broken:
             yield f"- **{each.scenario}**, {each.driver}, {each.server}: {sentence}"
 
 
 def answers(findings: Sequence[Finding]) -> str:
-    """Count the answers to every fault."""
+    """Return a table of the answers during each fault, with their counts."""
     rows = (
         (each.scenario, "; ".join(f"{count} x {said}" for said, count in each.statuses.items()))
         for each in findings
@@ -84,7 +84,7 @@ def answers(findings: Sequence[Finding]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    """Make a table of Markdown."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Do one fault to a running application, and find out what is true afterwards."""
+"""One run of a fault against a running application, and the audit that follows."""
 
 import contextlib
 import time
@@ -26,23 +26,25 @@ CALM = 0.7  # seconds of load before the fault
 CLIENTS = 8
 GIVE_UP = 15.0  # seconds in which an application has to recover by itself
 HEALTHY = 1.0  # seconds without a failure that count as recovered
-SETTLE = 5.0  # seconds in which nothing may be left of the last requests
+SETTLE = 5.0  # seconds within which the last requests have to release everything
 
 
 @dataclass
 class Finding:
-    """What a fault has shown. Times are seconds.
+    """The results of a fault. Times are in seconds.
 
     Attributes:
-        statuses: how often each answer was given, with its words where it is an error.
+        statuses: how often each status was answered, with the detail of an error.
         lost: writes that were acknowledged and are not stored.
         lies: writes that were refused and are stored.
         unknown_stored: writes of unknown outcome that are stored.
         inconsistent: registers whose history no order of operations explains.
-        leaks: what was still in use when nobody used anything.
-        recovery: from the repair to the last failure, or None where it was not to recover.
-        noticed, back: from the fault, and from its repair, to readiness that says so.
-        wrong: probes that said the contrary of the truth after the time to notice.
+        leaks: what was still in use after all requests had ended.
+        recovery: from the repair to the last failure, or None if the application ended or did not
+            recover.
+        noticed, back: from the fault to readiness that fails, and from the repair to readiness that
+            succeeds.
+        wrong: probes whose answer was wrong after the time to notice.
         logged: bytes that the application has logged since the fault began.
         broken: the promises that were not kept, as sentences.
     """
@@ -80,7 +82,7 @@ class Run:
     pre_ping: bool = False
 
     def perform(self, cluster: Cluster, folder: Path, certificate: Path) -> Finding:
-        """Break, repair, and audit."""
+        """Cause the fault, repair it, and audit the application."""
         found = Finding(self.scenario.name, self.driver, self.server, self.scenario.path)
         cluster.execute("TRUNCATE entry, register")
         for name in registers.NAMES:
@@ -136,7 +138,7 @@ class Run:
                 found.recovery = _recover(load, repaired)
                 if found.recovery is None:
                     found.broken.append(f"It did not recover within {GIVE_UP:g} s.")
-                # A probe that comes after the time to notice has to be asked in that time.
+                # At least one probe has to be sent and answered after the time to notice.
                 time.sleep(max(0.0, repaired + self.scenario.notice + 0.5 - time.monotonic()))
             if self.scenario.unbroken and (failed := load.failures(began)):
                 found.broken.append(f"{len(failed)} requests failed: {failed[0].said}")
@@ -147,7 +149,7 @@ class Run:
 
 
 def _recover(load: Load, repaired: float) -> float | None:
-    """Wait for a second without a failure; return how long after the repair the last one came."""
+    """Wait for a second without failures, and return when the last one came after the repair."""
     while time.monotonic() < repaired + GIVE_UP:
         time.sleep(0.1)
         now = time.monotonic()
@@ -160,7 +162,7 @@ def _recover(load: Load, repaired: float) -> float | None:
 def _judge(
     prober: Prober, scenario: Scenario, broken: float, repaired: float, found: Finding
 ) -> None:
-    """Compare what readiness has said with the truth, after the time it has to notice."""
+    """Compare the answers of readiness after the time to notice with the actual state."""
     ended = repaired + scenario.notice
     said_down = [each for each in prober.probes if each.status == 503]
     if scenario.ready:
@@ -200,7 +202,7 @@ def _audit(load: Load, cluster: Cluster, found: Finding) -> None:
 
 
 def _leaks(stage: Stage, *, ends: bool) -> list[str]:
-    """Wait until nothing is in use any more; return what still is."""
+    """Wait until nothing is in use, and return what still is when the time is up."""
     give_up = time.monotonic() + SETTLE
     while leaks := _in_use(stage, ends=ends):
         if time.monotonic() > give_up:
@@ -229,7 +231,7 @@ def _in_use(stage: Stage, *, ends: bool) -> list[str]:
 
 
 def _broken(found: Finding) -> list[str]:
-    """Say which promises were not kept."""
+    """Return a description of each broken promise."""
     said_500 = [each for each in found.statuses if each.startswith("500 ")]
     said: dict[str, Collection[str]] = {
         "acknowledged and not stored": found.lost,

@@ -1,4 +1,4 @@
-"""Which faults there are: what breaks, for how long, and who decides whether that matters."""
+"""The scenarios: what breaks, for how long, and what has to hold meanwhile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 from tests.faults import application, breaking
 from tests.faults.breaking import Break
 
-# Seconds. A machine with other things to do takes one more (docs/health.md).
+# Seconds. A busy machine takes one more (docs/health.md).
 BUSY = 1.0
 REFUSED = application.MAX_AGE + application.PROBE_TIMEOUT + BUSY
 SILENT = application.DOWN_AFTER + REFUSED
@@ -19,18 +19,18 @@ Path = Literal["direct", "proxy", "pgbouncer", "pgbouncer over TLS"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """One fault, and what it is done to.
+    """One fault, and the setup that it affects.
 
     Attributes:
-        seconds: how long it lasts.
+        seconds: how long the fault lasts.
         path: what lies between the application and the server.
-        ready: what readiness has to say meanwhile: `False` from `notice` seconds on, `True` all
-            the time, `None` where nothing is promised.
-        notice: seconds in which readiness has to notice, and to notice the repair.
-        unbroken: every request has to succeed.
-        ends: the application is not to be there afterwards.
-        level: the clients use registers under this isolation level, instead of adding entries.
-        drivers, servers: those of the long form, the first of which the short form takes.
+        ready: what readiness has to report meanwhile: `False` from `notice` seconds on, `True` all
+            the time, `None` if nothing is promised.
+        notice: seconds within which readiness has to notice the fault, and later the repair.
+        unbroken: whether every request has to succeed.
+        ends: whether the fault ends the application.
+        level: the isolation level under which clients use registers, instead of adding entries.
+        drivers, servers: all that the long form uses. The short form uses the first of each.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Scenario:
 
 
 def beginning(first: str, names: Sequence[str]) -> Sequence[str]:
-    """Put one of the names first."""
+    """Return the names with one of them moved to the front."""
     return (first, *(each for each in names if each != first))
 
 
@@ -64,8 +64,8 @@ SCENARIOS = (
         notice=SILENT,
         drivers=SYNC,
     ),
-    # While requests try to connect, their places in the pool look as if they had connections,
-    # and readiness may say `saturated`.
+    # While requests try to connect, their places in the pool count as connections, and readiness
+    # may report `saturated`.
     Scenario("server full", breaking.fill_server, ready=None, servers=GUNICORN),
     Scenario("server read-only", breaking.refuse_writes, ready=False, drivers=ASYNCPG),
     Scenario("backends terminated", breaking.terminate_backends, servers=TWO),
@@ -106,7 +106,7 @@ SCENARIOS = (
     Scenario(
         *("rolling restart", breaking.restart_one_by_one),
         seconds=0.0,
-        ready=None,  # the balancer may still ask the one that drains
+        ready=None,  # the balancer may still probe the process that drains
         unbroken=True,
         servers=("uvicorn, behind a balancer",),
     ),

@@ -86,5 +86,5 @@ def make_certificate(folder: Path) -> Path:
         check=True,
         capture_output=True,
     )
-    key.chmod(0o644)  # PgBouncer reads it as user nobody, and it protects nothing
+    key.chmod(0o644)  # PgBouncer reads the key as user nobody, and it protects nothing
     return certificate

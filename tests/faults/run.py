@@ -149,7 +149,7 @@ class Run:
 
 
 def _recover(load: Load, repaired: float) -> float | None:
-    """Wait for a second without failures, and return when the last one came after the repair."""
+    """Wait for a second without failures, and return the time from the repair to the last one."""
     while time.monotonic() < repaired + GIVE_UP:
         time.sleep(0.1)
         now = time.monotonic()

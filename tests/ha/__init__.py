@@ -1,1 +1,1 @@
-"""What needs more servers than one: `make test-ha`, which `make test` leaves out."""
+"""Tests that need more than one server: `make test-ha` runs them, and `make test` does not."""

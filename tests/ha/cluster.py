@@ -1,4 +1,4 @@
-"""A primary with a standby that streams from it, of Debian's PostgreSQL."""
+"""A primary and a standby that streams from it, with Debian's PostgreSQL."""
 
 import subprocess
 from collections.abc import Generator
@@ -17,12 +17,12 @@ from tests.serving import Kind, wait_until
 
 Attributes = Literal["read-write", "read-only", "prefer-standby", "any"]
 SCHEMA = "CREATE TABLE item (id serial PRIMARY KEY, name text NOT NULL UNIQUE, position int)"
-# The launcher's own are for databases that nobody misses.
+# The launcher's defaults are for databases whose loss does not matter.
 DURABLE = {"synchronous_commit": "on", "full_page_writes": "on", "wal_keep_size": "256MB"}
 
 
 def address(ports: list[int], driver: str, attributes: Attributes | None = None) -> URL:
-    """Return the URL of several servers, in this order."""
+    """Return a URL that lists several servers in this order."""
     query: dict[str, Any] = {"host": [f"127.0.0.1:{port}" for port in ports]}
     if attributes:
         query["target_session_attrs"] = attributes
@@ -42,14 +42,14 @@ def engine_at(kind: Kind, url: URL, **options: Any) -> Engine | AsyncEngine:
 
 @dataclass
 class Replication:
-    """Hold both servers; which one is the primary changes."""
+    """Two servers, named by the roles in which they start."""
 
     primary: PostgresServer
     standby: PostgresServer
 
     @property
     def ports(self) -> list[int]:
-        """Return the ports, the first primary's first."""
+        """Return both ports, with the original primary's first."""
         return [self.primary.port, self.standby.port]
 
     def names(self, server: PostgresServer) -> set[str]:
@@ -58,23 +58,23 @@ class Replication:
             return {name for (name,) in connection.execute("SELECT name FROM item").fetchall()}
 
     def ask(self, server: PostgresServer, query: str) -> Any:
-        """Return one value."""
+        """Run a query on a server, and return one value."""
         with psycopg.connect(server.url, autocommit=True) as connection:
             row = connection.execute(query.encode()).fetchone()
             return row[0] if row else None
 
     def promote(self) -> None:
-        """Make the standby a primary, and return when it is one."""
+        """Promote the standby, and return when it is a primary."""
         assert self.ask(self.standby, "SELECT pg_promote()") is True
 
     def stop_receiving(self) -> None:
-        """Have the standby receive nothing any more, as where the network is down."""
+        """Cut the standby off from the primary, like a network failure."""
         configure(self.standby, "primary_conninfo", "")
         receiving = "SELECT count(*) FROM pg_stat_wal_receiver"
         wait_until(lambda: self.ask(self.standby, receiving) == 0)
 
     def caught_up(self) -> bool:
-        """Tell whether the standby shows all that the primary has."""
+        """Return whether the standby has replayed everything that the primary has written."""
         written = self.ask(self.primary, "SELECT pg_current_wal_lsn()::text")
         query = f"SELECT pg_last_wal_replay_lsn() >= '{written}'::pg_lsn"
         return self.ask(self.standby, query) is True
@@ -82,7 +82,7 @@ class Replication:
 
 @contextmanager
 def replication(*, synchronous: bool) -> Generator[Replication]:
-    """Start both, with an empty table, and return when the standby streams."""
+    """Start both servers with an empty table, and yield them when the standby streams."""
     settings = DURABLE | {"hot_standby_feedback": "on"}
     with (
         PostgresServer(settings=settings, source="system") as primary,
@@ -109,7 +109,7 @@ def configure(server: PostgresServer, setting: str, value: str) -> None:
 
 
 def copy(primary: PostgresServer, folder: Path, binaries: Path) -> None:
-    """Copy a running server into `data`, as the standby's beginning."""
+    """Copy a running server into the folder's `data`, from which the standby starts."""
     port = make_url(primary.url).port
     command: list[str | Path] = [
         binaries / "pg_basebackup",

@@ -1,7 +1,7 @@
-"""Run tests on PostgreSQL in a container, without a registry: `make test-docker`.
+"""A test run on PostgreSQL in a container, without a registry: `make test-docker`.
 
-An engine is started for this run alone; its image is made of the PostgreSQL that is installed. So
-what is tried is the path of the tests through testcontainers, not the image of Docker Hub.
+The run starts its own engine, with an image made from the installed PostgreSQL. Therefore it covers
+the suite's use of testcontainers, but not the image on Docker Hub.
 """
 
 import os
@@ -41,7 +41,7 @@ PASSWD = f"root:x:0:0::/:/bin/sh\npostgres:x:{USER}:{USER}::/data:/bin/sh\n"
 
 
 class EngineError(RuntimeError):
-    """Say why there is no engine."""
+    """The error that says why there is no engine."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     ):
         docker(address, *imported(pack(Path(folder))))
         environment = {"DOCKER_HOST": address, "TEST_POSTGRES_IMAGE": IMAGE}
-        # Ryuk is an image of its own; the engine ends with this run, and its containers too.
+        # Ryuk would need another image. The engine and its containers end with this run anyway.
         environment["TESTCONTAINERS_RYUK_DISABLED"] = "true"
         command = [sys.executable, "-m", "pytest", "--postgres=docker", *(arguments or TESTS)]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def engine(folder: Path) -> Generator[str]:
-    """Start dockerd with everything of its own, and no rules in the machine's firewall."""
+    """Start dockerd with its own files, and without rules in the machine's firewall."""
     program = shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         raise EngineError("dockerd is not installed: apt-get install docker.io iptables")
@@ -90,7 +90,7 @@ def engine(folder: Path) -> Generator[str]:
 
 
 def pack(folder: Path) -> Path:
-    """Put the installed PostgreSQL, and the libraries that it needs, into an archive."""
+    """Pack the installed PostgreSQL and the libraries that it needs into an archive."""
     binaries = find_binaries("system")
     shell = shutil.which("sh")
     assert shell is not None
@@ -120,14 +120,14 @@ def pack(folder: Path) -> Path:
 
 
 def libraries(programs: Sequence[Path]) -> set[Path]:
-    """List the libraries that programs are linked with, the loader too."""
+    """List the libraries that programs are linked with, including the loader."""
     said = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=False)
     words = said.stdout.replace("=>", " ").split()
     return {Path(word) for word in words if word.startswith("/") and not word.endswith(":")}
 
 
 def imported(archive: Path) -> list[str]:
-    """Return the words of `docker import`."""
+    """Return the arguments for `docker import`."""
     binaries = find_binaries("system")
     changes = [
         'ENTRYPOINT ["/entry"]',
@@ -140,7 +140,7 @@ def imported(archive: Path) -> list[str]:
 
 
 def docker(address: str, *words: str) -> None:
-    """Run the engine's own client."""
+    """Run the Docker client on this engine."""
     subprocess.run(["docker", "--host", address, *words], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -1,4 +1,4 @@
-"""Write through an application while its servers change, and remember what it has answered."""
+"""A load on an application whose servers change, and a ledger of the answers."""
 
 import itertools
 import threading
@@ -21,7 +21,7 @@ CLIENTS = 4
 
 
 def application(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
-    """Store one row for each request, and say of each failure what is known of it."""
+    """Build an application that stores a row per request and reports unknown outcomes as such."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     app.include_router(health_router(databases={"default": "writable"}, max_age=0.05))
@@ -49,7 +49,7 @@ def application(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
 
 @dataclass
 class Ledger:
-    """Hold what clients were told: stored, unknown, or not stored."""
+    """The answers that clients received: stored, unknown, or not stored."""
 
     stored: set[str] = field(default_factory=set)
     unknown: int = 0
@@ -58,7 +58,7 @@ class Ledger:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, response: httpx.Response) -> None:
-        """Enter one answer."""
+        """Record one answer."""
         with self.lock:
             if response.status_code == 201:
                 self.stored.add(response.json())
@@ -72,7 +72,7 @@ class Ledger:
 
 @contextmanager
 def load(served: Served, clients: int = CLIENTS) -> Generator[Ledger]:
-    """Send requests from several clients until the block ends; each sends one after the other."""
+    """Send requests from several clients, each one after another, until the block ends."""
     ledger, ended = Ledger(), threading.Event()
 
     def send() -> None:

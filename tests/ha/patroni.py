@@ -1,4 +1,4 @@
-"""Two nodes of Patroni, with etcd to agree on who leads: Debian's packages."""
+"""Two Patroni nodes that agree on a leader through etcd, from Debian's packages."""
 
 import json
 import signal
@@ -17,12 +17,12 @@ from tests.ha.services import Home, ServiceError, end, home, program, running
 from tests.postgres_server import _free_port, find_binaries
 from tests.serving import wait_until
 
-# Seconds for which a leader that says nothing stays one: Patroni takes no fewer.
+# Seconds for which a silent leader keeps its role. Patroni accepts no fewer.
 TTL = 20
 
 
 def answer(url: str) -> tuple[int, Any]:
-    """Ask for JSON; what does not answer is 0."""
+    """Return the status and the JSON at a URL, with status 0 if there is no answer."""
     try:
         with urllib.request.urlopen(url, timeout=5) as found:
             return found.status, json.load(found)
@@ -35,7 +35,7 @@ def answer(url: str) -> tuple[int, Any]:
 
 @dataclass
 class Node:
-    """Hold one Patroni with its PostgreSQL."""
+    """A Patroni process with its PostgreSQL."""
 
     name: str
     port: int
@@ -49,16 +49,16 @@ class Node:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def is_leader(self) -> bool:
-        """Tell whether it is the primary."""
+        """Return whether the node is the primary."""
         return answer(f"http://127.0.0.1:{self.control}/primary")[0] == 200
 
     def streams(self, *, synchronous: bool) -> bool:
-        """Tell whether it is a standby that is good for a failover."""
+        """Return whether the node is a standby that can take over."""
         role = "synchronous" if synchronous else "replica"
         return answer(f"http://127.0.0.1:{self.control}/{role}")[0] == 200
 
     def kill(self) -> None:
-        """Lose the machine: Patroni and the server are gone, without a goodbye to anybody."""
+        """Kill Patroni and the server with SIGKILL, as if the machine were lost."""
         server = int((self.home.path / "data" / "postmaster.pid").read_text().splitlines()[0])
         for pid in self.process.pid, server:
             subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
@@ -67,7 +67,7 @@ class Node:
 
 @dataclass
 class Cluster:
-    """Hold all nodes."""
+    """All nodes of a cluster."""
 
     nodes: list[Node]
 
@@ -86,7 +86,7 @@ class Cluster:
 
 @contextmanager
 def etcd() -> Generator[int]:
-    """Run one etcd, and give its port. Three of them, on machines of their own, are for real."""
+    """Run a single etcd, and yield its port. Production needs three, on separate machines."""
     client, peer = _free_port(), _free_port()
     urls = [f"http://127.0.0.1:{port}" for port in (client, peer)]
     with home("etcd") as place:
@@ -102,7 +102,7 @@ def etcd() -> Generator[int]:
 
 @contextmanager
 def node(name: str, store: int, *, synchronous: bool) -> Generator[Node]:
-    """Run one node; the first one makes the cluster, the second copies it."""
+    """Run a node. The first node creates the cluster, and the second one copies it."""
     port, control = _free_port(), _free_port()
     with home(f"patroni-{name}") as place:
         access = "host all all 127.0.0.1/32 trust"
@@ -147,7 +147,7 @@ def node(name: str, store: int, *, synchronous: bool) -> Generator[Node]:
             try:
                 yield found[0]
             finally:
-                # Which ends its server first; one that was lost is started by nobody.
+                # Patroni ends its server first. A node that a test has killed is not running.
                 if process.poll() is None:
                     end(process)
 
@@ -158,7 +158,7 @@ def _at(port: int) -> dict[str, str]:
 
 @contextmanager
 def patroni(*, synchronous: bool, schema: str) -> Generator[Cluster]:
-    """Run a cluster of two, with a table, and return when the second one streams."""
+    """Run a cluster of two nodes with a table, and yield it when the second node streams."""
     with ExitStack() as closing:
         store = closing.enter_context(etcd())
         first = closing.enter_context(node("one", store, synchronous=synchronous))

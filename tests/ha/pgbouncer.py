@@ -1,4 +1,4 @@
-"""Run PgBouncer in transaction mode, in front of one server."""
+"""PgBouncer in transaction mode, in front of one server."""
 
 import subprocess
 from collections.abc import Generator, Mapping
@@ -12,7 +12,7 @@ from sqlalchemy import URL, make_url
 from tests.ha.services import home, program, running
 from tests.postgres_server import _free_port
 
-ROLE = "sqlnative_bounced"  # one more that may log in through it, if the server has it
+ROLE = "sqlnative_bounced"  # may also log in through PgBouncer, if the server has it
 
 
 def version() -> str:
@@ -25,24 +25,24 @@ def version() -> str:
 
 @dataclass(frozen=True)
 class PgBouncer:
-    """Give the address of a running PgBouncer, and its own commands."""
+    """A running PgBouncer, with its addresses and its admin commands."""
 
     server: URL
     port: int
 
     def dsn(self, url: str) -> str:
-        """Lead an address of the server's through this."""
+        """Return an address of the server, changed to go through PgBouncer."""
         return self.through(make_url(url)).render_as_string(hide_password=False)
 
     def through(self, url: URL) -> URL:
-        """Lead a URL of the server's through this."""
+        """Return a URL of the server, changed to go through PgBouncer."""
         return url.set(host="127.0.0.1", port=self.port)
 
     def command(self, command: str) -> list[tuple[object, ...]]:
         """Run one of PgBouncer's commands, such as `PAUSE`, `RESUME` and `SHOW POOLS`."""
         address = f"host=127.0.0.1 port={self.port} user=postgres dbname=pgbouncer"
         with psycopg.connect(address, autocommit=True) as admin:
-            # The console knows the simple protocol alone.
+            # The admin console supports only the simple protocol.
             cursor = psycopg.ClientCursor(admin).execute(command.encode())
             return cursor.fetchall() if cursor.description else []
 
@@ -51,7 +51,7 @@ class PgBouncer:
 def pgbouncer(
     url: str, *, connections: int, options: Mapping[str, str] | None = None
 ) -> Generator[PgBouncer]:
-    """Start one in front of the server at `url`, with so many connections for each database."""
+    """Run PgBouncer in front of the server at `url`, with `connections` for each database."""
     server, port = make_url(url), _free_port()
     settings = {
         "listen_addr": "127.0.0.1",
@@ -62,7 +62,7 @@ def pgbouncer(
         "pool_mode": "transaction",
         "default_pool_size": str(connections),
         "max_client_conn": "500",
-        # A connection after the other, so that a client hardly ever has the same one twice.
+        # Rotate the connections, so that a client hardly ever gets the same one twice.
         "server_round_robin": "1",
         **(options or {}),
     }

@@ -1,4 +1,4 @@
-"""Run a server out of a Debian package on loopback, as an account that is not root."""
+"""Servers from Debian packages, run on loopback by an account that is not root."""
 
 import os
 import shutil
@@ -25,12 +25,12 @@ STOP_TIMEOUT = 20.0
 
 
 class ServiceError(RuntimeError):
-    """Say which service is not there, and why."""
+    """The error that says which service is unavailable, and why."""
 
 
 @dataclass
 class Home:
-    """Hold a folder for one service, and the account that it runs as."""
+    """A folder for one service, and the account that the service runs as."""
 
     path: Path
     account: Account
@@ -43,7 +43,7 @@ class Home:
         return path
 
     def folder(self, name: str) -> Path:
-        """Make a folder of the account's own."""
+        """Make a folder that only the account can use."""
         path = self.path / name
         path.mkdir(mode=0o700)
         _give(path, self.account)
@@ -52,7 +52,7 @@ class Home:
 
 @contextmanager
 def home(service: str) -> Generator[Home]:
-    """Make a temporary folder, removed at the end."""
+    """Make a temporary folder for a service, and remove it at the end."""
     account = _unprivileged_account() if os.geteuid() == 0 else Account()
     parent = tempfile.gettempdir()
     if account.user is not None and not _can_reach(Path(parent), account):
@@ -65,7 +65,7 @@ def home(service: str) -> Generator[Home]:
 
 
 def program(name: str, package: str) -> str:
-    """Find a program, which distributions may keep out of a user's PATH."""
+    """Find a program, even if the distribution keeps it out of a user's PATH."""
     places = [os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"]
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
@@ -77,9 +77,10 @@ def program(name: str, package: str) -> str:
 def running(
     home: Home, command: Sequence[str | Path], ready: Callable[[], bool], **environment: str
 ) -> Generator["subprocess.Popen[bytes]"]:
-    """Run a server until the block ends, which begins when it is ready.
+    """Run a server until the block ends. The block begins when the server is ready.
 
-    It never outlives this process. What it says is in `log`, and in the error where it fails.
+    The server never outlives this process. Its output goes to a log file, and the error quotes the
+    last of it if the server does not start.
     """
     name, log = Path(command[0]).name, home.path / f"{Path(command[0]).name}.log"
     surroundings = _surroundings(home.account)
@@ -106,7 +107,7 @@ def running(
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a server to end, and kill one that does not."""
+    """Terminate a server, and kill it if it does not end in time."""
     process.send_signal(signal.SIGCONT)
     process.terminate()
     try:

@@ -1,4 +1,4 @@
-"""A pytest plugin: every engine of the run has the arguments that PgBouncer wants."""
+"""A pytest plugin that adds the arguments for PgBouncer to every engine of the run."""
 
 from typing import Any
 
@@ -11,5 +11,5 @@ from tests.ha.test_pgbouncer import SETTINGS
 def add_settings(
     dialect: Any, record: object, arguments: object, parameters: dict[str, Any]
 ) -> None:
-    """Do what an application does with connect_args, for engines that somebody else builds."""
+    """Add what an application would pass as connect_args, for engines that are built elsewhere."""
     parameters.update(SETTINGS.get(dialect.driver, {}))

@@ -1,4 +1,4 @@
-"""`make audit`: what it says of the pinned versions, and when it fails."""
+"""`make audit`: what it reports about the pinned versions, and when it fails."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ FOUND: dict[str, Any] = {
 
 
 class Service(ThreadingHTTPServer):
-    """Answer as OSV does, over HTTP; every package but those named is well."""
+    """An HTTP server that answers like OSV, with only the vulnerabilities that a test sets."""
 
     vulnerable: Mapping[str, Any]
     asked: set[str]
@@ -41,13 +41,13 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # its name
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # the base class's name
         """Print nothing."""
 
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    """Serve vulnerabilities on loopback."""
+    """Run the vulnerability service on loopback."""
     with Service(("127.0.0.1", 0), Answer) as server:
         server.vulnerable, server.asked = {}, set()
         thread = threading.Thread(target=server.serve_forever)
@@ -68,13 +68,13 @@ def accepting(folder: Path, until: str) -> Path:
 
 
 def test_every_pinned_version_is_asked_for(service: Service) -> None:
-    """Without a vulnerability the audit passes, and it has asked about what the users get."""
+    """Without a vulnerability the audit passes, and it has queried the packages that users get."""
     assert audit(at(service), today=TODAY) == 0
     assert {"fastapi", "sqlalchemy", "starlette", "psycopg", "asyncpg"} <= service.asked
 
 
 def test_a_vulnerability_fails(service: Service, capfd: pytest.CaptureFixture[str]) -> None:
-    """A known vulnerability fails the audit, and is named."""
+    """A known vulnerability fails the audit, and the output names it."""
     service.vulnerable = {"fastapi": FOUND}
     assert audit(at(service), today=TODAY) == 1
     assert FOUND["id"] in capfd.readouterr().out
@@ -83,7 +83,7 @@ def test_a_vulnerability_fails(service: Service, capfd: pytest.CaptureFixture[st
 def test_an_exception_is_accepted(
     service: Service, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One that is noted passes, with its reason, and no other does."""
+    """A listed exception passes and its reason is printed, while any other vulnerability fails."""
     service.vulnerable = {"fastapi": FOUND}
     noted = accepting(tmp_path, "2026-12-01")
     assert audit(at(service), exceptions=noted, today=TODAY) == 0
@@ -95,13 +95,13 @@ def test_an_exception_is_accepted(
 def test_an_exception_has_its_day(
     service: Service, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One whose day has come fails the audit, whatever is known."""
+    """An exception whose date has come fails the audit, even without a vulnerability."""
     noted = accepting(tmp_path, "2026-11-26")
     assert audit(at(service), exceptions=noted, today=TODAY) == 1
     assert "look again at GHSA-test-test-test" in capfd.readouterr().out
 
 
 def test_a_service_that_is_away_is_said(capfd: pytest.CaptureFixture[str]) -> None:
-    """Where nobody can be asked the audit fails nothing, and does not pretend to know."""
+    """If OSV is unreachable, the audit passes and reports that nothing is known."""
     assert audit("http://127.0.0.1:1/v1/query", today=TODAY) == 0
     assert "OSV could not be asked, so nothing is known" in capfd.readouterr().out

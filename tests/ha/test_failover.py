@@ -1,4 +1,4 @@
-"""A primary with a standby: which one is found, what a promotion costs, and what is lost."""
+"""A primary with a standby: which server is found, what a promotion costs, and what is lost."""
 
 import asyncio
 import socket
@@ -36,27 +36,27 @@ IN_RECOVERY = text("SELECT pg_is_in_recovery()")
 
 @pytest.fixture
 def pair() -> Iterator[Replication]:
-    """Start a primary and a standby that may be a little behind."""
+    """Start a primary and an asynchronous standby, which may be a little behind."""
     with replication(synchronous=False) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def steady_pair() -> Iterator[Replication]:
-    """Start a pair to which nothing happens."""
+    """Start a pair for tests that neither stop nor promote its servers."""
     with replication(synchronous=False) as found:
         yield found
 
 
 @pytest.fixture
 def synchronous_pair() -> Iterator[Replication]:
-    """Start a primary that acknowledges what its standby has."""
+    """Start a primary that acknowledges only what its standby has received."""
     with replication(synchronous=True) as found:
         yield found
 
 
 def is_on_standby(kind: Kind, ports: list[int], attributes: Attributes) -> bool:
-    """Connect, and tell to which of both."""
+    """Connect, and return whether the server is the standby."""
     engine = engine_at(kind, address(ports, kind.driver, attributes))
     if not isinstance(engine, AsyncEngine):
         with engine.connect() as connection:
@@ -74,7 +74,7 @@ def is_on_standby(kind: Kind, ports: list[int], attributes: Attributes) -> bool:
 
 
 def test_a_url_with_several_hosts_finds_its_server(pair: Replication, kind: Kind) -> None:
-    """The attributes decide on the server, in whichever order the hosts stand."""
+    """`target_session_attrs` decides which server is used, whatever the order of the hosts."""
     for ports in pair.ports, pair.ports[::-1]:
         assert not is_on_standby(kind, ports, "read-write")
         assert is_on_standby(kind, ports, "read-only")
@@ -86,7 +86,7 @@ def test_a_url_with_several_hosts_finds_its_server(pair: Replication, kind: Kind
 
 
 def replicated(kind: Kind, pair: Replication, policy: Any) -> FastAPI:
-    """Install the primary, and by name the standby."""
+    """Build an application with the primary as default database and the standby as `replica`."""
     app = FastAPI()
     for name, attributes in ("default", "read-write"), ("replica", "prefer-standby"):
         wanted: Any = attributes
@@ -116,7 +116,7 @@ def replicated(kind: Kind, pair: Replication, policy: Any) -> FastAPI:
 
 
 def test_a_standby_is_read_by_name(steady_pair: Replication, kind: Kind) -> None:
-    """What the primary has committed is read from the standby a little later, and not written."""
+    """Soon after a commit on the primary, the standby can be read by name, but not written."""
     with serve(replicated(kind, steady_pair, "required")) as served:
         assert served.client.post("/write").status_code == 201
         wait_until(steady_pair.caught_up)
@@ -132,7 +132,7 @@ def test_a_standby_is_read_by_name(steady_pair: Replication, kind: Kind) -> None
 def test_readiness_on_a_standby(
     steady_pair: Replication, kind: Kind, policy: str, status: str, state: str
 ) -> None:
-    """A standby is up for a service that reads, and `read_only` for one that has to write."""
+    """A standby is `up` if it is required for reading, and `read_only` if it has to be writable."""
     with serve(replicated(kind, steady_pair, policy)) as served:
         report = served.client.get("/health/ready").json()
     assert (report["status"], report["databases"]["replica"]) == (status, state)
@@ -141,7 +141,7 @@ def test_readiness_on_a_standby(
 def test_no_acknowledged_write_is_lost_with_a_synchronous_standby(
     synchronous_pair: Replication, kind: Kind
 ) -> None:
-    """The primary is killed under load: what was answered with 201 is on the new one."""
+    """When the primary is killed under load, every write answered with 201 is on the new one."""
     pair = synchronous_pair
     engine = engine_at(kind, address(pair.ports, kind.driver, "read-write"))
     with serve(application(kind, engine)) as served:
@@ -162,14 +162,14 @@ def test_no_acknowledged_write_is_lost_with_a_synchronous_standby(
     assert ledger.failed
     found = pair.names(pair.standby)
     assert ledger.stored <= found
-    # What is there and was not acknowledged is what nobody could know of.
+    # A stored row that was not acknowledged comes from a request with an unknown outcome.
     assert len(found - ledger.stored) <= ledger.unknown
 
 
 def test_an_asynchronous_standby_lacks_what_it_had_not_received(
     pair: Replication, kind: Kind
 ) -> None:
-    """What was answered with 201 while the standby was behind is lost with the primary."""
+    """Writes answered with 201 while an asynchronous standby lags are lost with the primary."""
     engine = engine_at(kind, address(pair.ports, kind.driver, "read-write"))
     with serve(application(kind, engine)) as served:
         kept = {served.client.post("/items").json() for _ in range(5)}
@@ -188,13 +188,13 @@ def test_an_asynchronous_standby_lacks_what_it_had_not_received(
 def test_a_synchronous_standby_that_is_behind_delays_the_answer(
     synchronous_pair: Replication, kind: Kind
 ) -> None:
-    """What the standby has not received is not acknowledged, and its outcome is unknown."""
+    """A commit waits for a synchronous standby, and is unknown if the primary is lost meanwhile."""
     pair = synchronous_pair
     engine = engine_at(kind, address(pair.ports, kind.driver, "read-write"))
     with serve(application(kind, engine)) as served, ThreadPoolExecutor(1) as thread:
         assert served.client.post("/items").status_code == 201
         pair.stop_receiving()
-        configure(pair.primary, "statement_timeout", "200ms")  # which does not end the COMMIT
+        configure(pair.primary, "statement_timeout", "200ms")  # does not end the COMMIT
         waiting = thread.submit(served.client.post, "/items")
         asked = "SELECT now() - query_start > '1 s' FROM pg_stat_activity"
         asked += " WHERE wait_event = 'SyncRep'"
@@ -206,7 +206,7 @@ def test_a_synchronous_standby_that_is_behind_delays_the_answer(
 
 
 def test_a_host_that_is_silent_stands_in_front(steady_pair: Replication, kind: Kind) -> None:
-    """libpq gives each host its own time; asyncpg gives all of them one, and gets no further."""
+    """A silent first host takes only its own timeout in libpq, but that of all hosts in asyncpg."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ports = [silent.getsockname()[1], steady_pair.primary.port]
         if kind.driver == "asyncpg":
@@ -220,7 +220,7 @@ def test_a_host_that_is_silent_stands_in_front(steady_pair: Replication, kind: K
 def test_a_command_timeout_leaves_the_outcome_of_a_commit_unknown(
     synchronous_pair: Replication,
 ) -> None:
-    """asyncpg gives up on a COMMIT that waits for the standby, and nobody says that it failed."""
+    """If asyncpg times out on a COMMIT that waits for the standby, the outcome is unknown."""
     pair, kind = synchronous_pair, KINDS[1]
     url = address(pair.ports, kind.driver, "read-write")
     engine = engine_at(kind, url, connect_args={"timeout": 2, "command_timeout": 1})

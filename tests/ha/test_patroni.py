@@ -1,4 +1,4 @@
-"""Patroni does the failover: nobody promotes by hand, and the application finds the new primary."""
+"""Automatic failover by Patroni, after which the application finds the new primary."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,7 +28,7 @@ def names(url: str) -> set[str]:
 
 
 def test_a_lost_primary_is_replaced_and_no_acknowledged_write_is_lost(cluster: Cluster) -> None:
-    """The leader's machine is gone under load: all drivers write on, and lack nothing."""
+    """When the leader is killed under load, all drivers recover and lose no acknowledged write."""
     first, second = cluster.leader, cluster.other
     ports = [first.port, second.port]
     with ExitStack() as closing:

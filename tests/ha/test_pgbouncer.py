@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode: what has to be set, what works then, and what does not."""
+"""PgBouncer in transaction mode: what has to be set, what works then, and what does not work."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ from fastapi_sqlnative import (
 from tests.ha.pgbouncer import ROLE, PgBouncer, version
 from tests.serving import Item, Kind, Rows, copy, route, serve, wait_until
 
-# What docs/pgbouncer.md says that a driver takes.
+# The settings for each driver in docs/pgbouncer.md.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "psycopg": {"prepare_threshold": None},
     "asyncpg": {"statement_cache_size": 0, "prepared_statement_cache_size": 0},
@@ -46,7 +46,7 @@ def engine_through(
 
 
 def application(kind: Kind, engine: Engine | AsyncEngine) -> FastAPI:
-    """Write and read in every way that the package has."""
+    """Build an application that writes and reads in every way that the package offers."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     install_error_handlers(app)
@@ -99,14 +99,14 @@ ANSWERS = {
 
 
 def test_it_is_the_version_that_the_guide_names() -> None:
-    """What the guide says was tried with the version that is tried here."""
+    """The installed PgBouncer has the version that docs/pgbouncer.md names."""
     assert f"PgBouncer {version()}" in (ROOT / "docs" / "pgbouncer.md").read_text("utf-8")
 
 
 def test_every_kind_of_session_works(
     bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, rows: Rows
 ) -> None:
-    """Eight clients at once on three connections: each request is answered right, and stored."""
+    """With eight clients on three connections, every answer is right and every write is stored."""
     paths = [*ANSWERS] * 40
     with (
         serve(application(kind, engine_through(bouncer, kind, postgres))) as served,
@@ -117,7 +117,7 @@ def test_every_kind_of_session_works(
         status, body = ANSWERS[path]
         assert answer.status_code == status, f"{path} {answer.text}"
         assert body is None or answer.json() == body
-    assert len(rows.names) == 3 * 40  # of three paths that write
+    assert len(rows.names) == 3 * 40  # three paths write
 
 
 FAILING = [
@@ -136,7 +136,7 @@ def test_without_the_settings_statements_get_lost(
     settings: Mapping[str, Any],
     expected: type[Exception] | None,
 ) -> None:
-    """With a driver's defaults, prepared statements are looked for where they are not."""
+    """Without all of a driver's settings, requests fail with errors about prepared statements."""
     kind = Kind(driver, driver, True)
     engine = engine_through(bouncer, kind, postgres, connect_args=settings)
     app = FastAPI()
@@ -161,7 +161,7 @@ def test_without_the_settings_statements_get_lost(
 def test_parameters_at_the_start_are_refused(
     bouncer: PgBouncer, postgres: WorkerPostgres, how: str
 ) -> None:
-    """`options` and `server_settings` do not get through, with an error that names them."""
+    """Connecting with `options` or `server_settings` raises an error that names the parameter."""
     setting = {"statement_timeout": "1s"}
     drivers: dict[str, tuple[str, dict[str, Any]]] = {
         "options": ("psycopg", {"options": "-c statement_timeout=1s"}),
@@ -184,7 +184,7 @@ def test_parameters_at_the_start_are_refused(
 
 @pytest.fixture
 def role(postgres: WorkerPostgres) -> Iterator[str]:
-    """Create a role with a setting of its own."""
+    """Create a role with its own `statement_timeout`."""
     with psycopg.connect(postgres.dsn, autocommit=True) as owner:
         owner.execute(f"DROP ROLE IF EXISTS {ROLE}")
         owner.execute(f"CREATE ROLE {ROLE} LOGIN")
@@ -196,7 +196,7 @@ def role(postgres: WorkerPostgres) -> Iterator[str]:
 def test_settings_of_the_role_get_through(
     bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, role: str
 ) -> None:
-    """What is set on the role holds on every connection that PgBouncer makes for it."""
+    """A setting of the role applies to a connection that PgBouncer makes for it."""
     url = bouncer.through(make_url(postgres.url(kind.driver))).set(username=role, password=None)
     create = create_async_engine if kind.asynchronous else create_engine
     engine = create(url, connect_args=SETTINGS[kind.driver])
@@ -211,13 +211,13 @@ def test_settings_of_the_role_get_through(
 def test_what_belongs_to_a_connection_is_somebody_elses(
     bouncer: PgBouncer, postgres: WorkerPostgres
 ) -> None:
-    """What one client SETs without LOCAL another client finds, and the first one may not."""
+    """After a `SET` without `LOCAL`, another client has the setting, and the first one may not."""
     dsn = bouncer.dsn(postgres.dsn)
     asked = "SELECT current_setting('bookshop.tenant', true)"
     with psycopg.connect(dsn, autocommit=True) as one, psycopg.connect(dsn, autocommit=True) as two:
         one.execute("SET bookshop.tenant = 'acme'")
         with two.transaction():
-            # The one connection there is, which the other client has left so.
+            # This is the only server connection so far, and the other client has changed it.
             assert two.execute(asked).fetchone() == ("acme",)
             assert one.execute(asked).fetchone() == (None,)
 
@@ -225,7 +225,7 @@ def test_what_belongs_to_a_connection_is_somebody_elses(
 def test_readiness_while_it_is_paused(
     bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres
 ) -> None:
-    """A pause shorter than `down_after` takes nobody away, a longer one does until it ends."""
+    """A pause makes an application unready only if it exceeds `down_after`, and until it ends."""
     app = FastAPI()
     engine = engine_through(bouncer, kind, postgres)
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -251,7 +251,7 @@ def test_readiness_while_it_is_paused(
 def test_readiness_while_it_queues(
     bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres, rows: Rows
 ) -> None:
-    """Requests that queue in PgBouncer keep readiness at its last answer, and are all answered."""
+    """Requests that queue in PgBouncer succeed, and readiness meanwhile keeps its last answer."""
     app = application(kind, engine_through(bouncer, kind, postgres))
     lock = select(func.pg_advisory_xact_lock(7))
     route(app, kind, "/wait", transactional(), lambda session: session.execute(lock).scalar())
@@ -278,13 +278,13 @@ def clients_waiting(bouncer: PgBouncer, postgres: WorkerPostgres) -> int:
     return sum(int(str(each[3])) for each in pools if each[0] == database_of(postgres))
 
 
-# It tells the server's backends apart by the pid that libpq knows, and PgBouncer makes one up.
+# This test identifies the server's backends by libpq's pid, which PgBouncer makes up.
 BY_PID = "examples/showcase/test_showcase.py::test_the_user_is_read_in_the_transaction"
 
 
 @pytest.mark.timeout(300)
 def test_the_showcase_passes_through_it(bouncer: PgBouncer, pytestconfig: pytest.Config) -> None:
-    """The showcase's own tests pass through PgBouncer, with nothing but its settings added."""
+    """The showcase's tests except `BY_PID` pass through PgBouncer with only its settings added."""
     passed = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "examples/showcase", "--postgres=url"),

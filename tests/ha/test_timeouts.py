@@ -1,4 +1,4 @@
-"""docs/timeouts.md: each limit ends what it is there for, and the request is answered so."""
+"""docs/timeouts.md: each limit ends the wait that it is meant for, with the status of the guide."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,20 +17,20 @@ each_case = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """Start a server to which things may happen."""
+    """Start a server that the cases may break."""
     with measured_server() as found:
         yield found
 
 
 @each_case
 def test_a_limit_ends_what_it_is_for(case: Case, kind: Kind, server: PostgresServer) -> None:
-    """With this limit the request is answered, in this way; without one that fits it is not."""
+    """The limit ends the request with the expected status, or not at all where none is expected."""
     assert measure(case, kind, server).status == case.answers[kind.id]
 
 
 @each_case
 def test_the_guide_has_it(case: Case) -> None:
-    """The table of the guide has a row for each limit, with the answers that are tested here."""
+    """The guide's table has a row for each limit, with the statuses that are tested here."""
     (row,) = (
         line.strip("| ").split(" | ")
         for line in PAGE.read_text("utf-8").splitlines()

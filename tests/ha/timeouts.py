@@ -1,7 +1,7 @@
-"""Measure how long a request waits at worst, limit by limit: `python -m tests.ha.timeouts`.
+"""The longest wait of a request, measured limit by limit: `python -m tests.ha.timeouts`.
 
-It prints the rows of docs/timeouts.md. Each case has one limit set, and meets the one fault against
-which it is there.
+It prints the rows of docs/timeouts.md. Each case sets one limit, and causes the one fault that the
+limit is meant for.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tests.ha.services import program
 from tests.postgres_server import PostgresServer
 from tests.serving import KINDS, Kind, Served, route, serve, wait_until
 
-# Seconds for which a case is watched that no limit may end.
+# Seconds without an answer after which a request counts as not ended.
 WATCHED = 12.0
 ADVISORY = 5
 
@@ -40,17 +40,17 @@ Fault: TypeAlias = Callable[[PostgresServer, Served], AbstractContextManager[Any
 
 
 def lock_the_row(session: Session) -> None:
-    """Want a row for itself."""
+    """Lock a row for the transaction."""
     session.execute(text("SELECT FROM item WHERE id = 1 FOR UPDATE"))
 
 
 def compute(session: Session) -> None:
-    """Send a statement that takes long."""
+    """Run a slow statement."""
     session.execute(text("SELECT pg_sleep(30)"))
 
 
 def pause(session: Session) -> None:
-    """Do something else in mid-transaction, as a call to another service."""
+    """Pause in the middle of a transaction, as if for a call to another service."""
     lock_the_row(session)
     # Blocks the event loop of an asynchronous application, which has nothing else to do here.
     time.sleep(2)
@@ -58,7 +58,7 @@ def pause(session: Session) -> None:
 
 
 def wait_for_the_advisory_lock(session: Session) -> None:
-    """Keep the connection for as long as somebody else has the lock."""
+    """Keep the connection for as long as another session holds the lock."""
     session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY})"))
 
 
@@ -66,13 +66,13 @@ def wait_for_the_advisory_lock(session: Session) -> None:
 
 
 def nothing(_server: PostgresServer, _served: Served) -> AbstractContextManager[None]:
-    """Let the request be its own fault."""
+    """Cause no fault apart from the request itself."""
     return nullcontext()
 
 
 @contextmanager
 def locked(server: PostgresServer, _served: Served) -> Generator[None]:
-    """Lock the row that the request wants."""
+    """Lock the row that the request needs."""
     with psycopg.connect(server.url) as connection:
         connection.execute("SELECT FROM item WHERE id = 1 FOR UPDATE")
         yield
@@ -80,7 +80,7 @@ def locked(server: PostgresServer, _served: Served) -> Generator[None]:
 
 @contextmanager
 def pool_in_use(server: PostgresServer, served: Served) -> Generator[None]:
-    """Have another request keep the only connection."""
+    """Have another request occupy the only connection."""
     with psycopg.connect(server.url, autocommit=True) as holder, ThreadPoolExecutor(1) as thread:
         holder.execute(f"SELECT pg_advisory_lock({ADVISORY})".encode())
         thread.submit(httpx.post, f"{served.url}/hold", timeout=60)
@@ -92,7 +92,7 @@ def pool_in_use(server: PostgresServer, served: Served) -> Generator[None]:
 
 @contextmanager
 def packets_lost(server: PostgresServer, _served: Served) -> Generator[None]:
-    """Have the kernel lose what goes to the server and comes from it, and tell nobody."""
+    """Have the kernel silently drop all packets to and from the server."""
     tables = program("iptables", "iptables")
     with ExitStack() as closing:
         for end in "--dport", "--sport":
@@ -104,7 +104,7 @@ def packets_lost(server: PostgresServer, _served: Served) -> Generator[None]:
 
 @contextmanager
 def frozen(server: PostgresServer, _served: Served) -> Generator[None]:
-    """Freeze the processes behind the application's connections; the kernel acknowledges."""
+    """Freeze the application's backends, while the kernel still acknowledges packets."""
     query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
     with psycopg.connect(server.url) as connection:
         found = connection.execute(query.encode()).fetchall()
@@ -124,7 +124,10 @@ def frozen(server: PostgresServer, _served: Served) -> Generator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """Say what is set, against what, and how the request is answered; None: not by this limit."""
+    """A limit, the fault that it is meant for, and the expected status for each driver.
+
+    The status is None where the limit does not end the request.
+    """
 
     limit: str
     against: str
@@ -139,7 +142,7 @@ class Case:
 
 
 def of_the_server(name: str, value: str) -> dict[str, Any]:
-    """Set a setting of the server for the connection, as each driver has it."""
+    """Return each driver's arguments that set a server setting for the connection."""
     return {
         "psycopg": {"options": f"-c {name}={value}"},
         "asyncpg": {"server_settings": {name: value}},
@@ -147,7 +150,7 @@ def of_the_server(name: str, value: str) -> dict[str, Any]:
 
 
 def all_alike(status: int) -> dict[str, int | None]:
-    """Expect one answer of every driver."""
+    """Return the same status for every driver."""
     return {kind.id: status for kind in KINDS}
 
 
@@ -239,7 +242,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the seconds that an answer took, and its status; None where none came in `WATCHED`."""
+    """The seconds that a request took, and its status, or None without an answer in `WATCHED`."""
 
     seconds: float
     status: int | None
@@ -270,7 +273,7 @@ def measure(case: Case, kind: Kind, server: PostgresServer) -> Measured:
 
 
 def application(case: Case, kind: Kind, ports: list[int]) -> FastAPI:
-    """Build it with one connection, and with this one limit."""
+    """Build an application with one connection and the limit of this case."""
     hosts = [f"127.0.0.1:{port}" for port in ports]
     driver = f"postgresql+{kind.driver}"
     url = URL.create(driver, "postgres", database="postgres", query={"host": hosts})
@@ -295,7 +298,7 @@ def application(case: Case, kind: Kind, ports: list[int]) -> FastAPI:
 
 @contextmanager
 def measured_server() -> Generator[PostgresServer]:
-    """Start a server with the row that everybody wants."""
+    """Start a server with the row that the requests lock."""
     with PostgresServer() as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute("CREATE TABLE item (id int PRIMARY KEY)")

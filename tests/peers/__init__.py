@@ -1,1 +1,1 @@
-"""This package beside hand-written dependencies and others of its kind: `python -m tests.peers`."""
+"""A comparison with hand-written dependencies and similar packages: `python -m tests.peers`."""

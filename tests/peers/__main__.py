@@ -1,4 +1,4 @@
-"""Run the comparison: measure, print, keep as JSON, and write the page."""
+"""The command line of the comparison: measure, print, save as JSON, and write the page."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from tests.peers.results import Part, Results, about
 from tests.peers.workloads import create_tables
 from tests.postgres_server import PostgresServer
 
-# Each part, and its rounds.
+# The function of each part, and its usual number of rounds.
 PARTS: Mapping[Part, tuple[Callable[..., None], int]] = {
     "cpu": (measures.measure_cpu, 41),
     "wire": (measures.measure_wire, 1),
@@ -26,7 +26,7 @@ PARTS: Mapping[Part, tuple[Callable[..., None], int]] = {
 
 
 def measure(part: Part, *, rounds: int | None, quick: bool) -> Results:
-    """Run one part on a PostgreSQL of its own, with a progress bar."""
+    """Run one part on its own PostgreSQL, with a progress bar."""
     function, usual = PARTS[part]
     rounds = rounds or (1 if quick else usual)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -50,7 +50,7 @@ def measure(part: Part, *, rounds: int | None, quick: bool) -> Results:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the tables of the page."""
+    """Print the same tables as on the page."""
     for key, rows in results.tables().items():
         names, *lines = table(results, rows)
         shown = Table(title=title_of(key), title_justify="left")
@@ -62,7 +62,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def main() -> None:
-    """Run the parts that are asked for, or all."""
+    """Run the selected parts, or all, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*get_args(Part), []], help="default: all")
     parser.add_argument("--quick", action="store_true", help="try it out; the page stays as it is")

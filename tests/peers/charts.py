@@ -6,7 +6,7 @@ from html import escape
 from tests.peers.results import Spread
 
 LINE, PANEL, LABELS, TOP = 22, 230, 230, 44
-MOST = 2.2  # a longer bar is cut off, and its number tells
+MOST = 2.2  # longer bars are cut off, and the number beside them shows the ratio
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600 }
 .ours { fill: #0b7a75 } .hand { fill: #8a8f98 } .other { fill: #c4c8ce }
@@ -23,7 +23,7 @@ def bar_chart(
 
     Args:
         title: what is compared.
-        panels: by column the ratio of each contestant.
+        panels: the ratio of each contestant, by column.
         kinds: the contestants from top to bottom, each `ours`, `hand` or `other`.
     """
     names = [name for name in kinds if any(name in ratios for ratios in panels.values())]

@@ -1,7 +1,8 @@
-"""What is compared: applications with the same routes, each built as its documentation says.
+"""The contestants: applications with the same routes, each built as its documentation says.
 
-Every one has engines with the same options, given or made; whatever else a documentation
-recommends for the engine (a ping before each use, for one) would compare that instead.
+All engines have the same options, whether a package receives or creates them. With the other
+options that a documentation recommends (such as a ping before each use), the comparison would
+measure those options instead.
 """
 
 import importlib
@@ -32,7 +33,7 @@ Way = Callable[[Workload], Endpoint]
 
 
 def declared(dependency: Any, *, asynchronous: bool = True, commit: bool = False) -> Way:
-    """Declare the session as a dependency; the endpoint commits a write where nobody else does."""
+    """Declare the session as a dependency. With `commit`, the endpoint commits writes itself."""
 
     def endpoint(workload: Workload) -> Endpoint:
         commits = commit and workload.writes
@@ -92,14 +93,14 @@ def found(find_session: Callable[[], Any]) -> Way:
 
 @dataclass(frozen=True)
 class Built:
-    """An application without routes, and how they get their sessions of its last database."""
+    """An application without routes, and how routes get sessions of its last database."""
 
     app: FastAPI
     read: Way
     write: Way
 
 
-# From the URLs of the databases, and whether the engines are asynchronous.
+# The arguments are the URLs of the databases, and whether the engines are asynchronous.
 Build = Callable[[Sequence[str], bool], Built]
 
 
@@ -108,11 +109,11 @@ class Contestant:
     """An application that is compared.
 
     Attributes:
-        name: as the page says it.
-        build: makes the application.
-        package: the distribution that it comes from; none for what is written by hand.
-        only_asynchronous: it has no synchronous sessions.
-        only_reads: it has no way to write.
+        name: its name on the page.
+        build: builds the application.
+        package: its distribution, or empty for this package and for hand-written code.
+        only_asynchronous: whether it lacks synchronous sessions.
+        only_reads: whether it lacks a way to write.
     """
 
     name: str
@@ -123,7 +124,7 @@ class Contestant:
 
     @property
     def version(self) -> str | None:
-        """Tell which version is installed; `None` where none is."""
+        """Return the installed version, or `None` if the package is not installed."""
         if not self.package:
             return ""
         try:
@@ -132,7 +133,7 @@ class Contestant:
             return None
 
     def serves(self, workload: Workload, *, asynchronous: bool) -> bool:
-        """Tell whether it takes part in a row."""
+        """Return whether the contestant can run a workload."""
         if workload.writes and self.only_reads:
             return False
         return asynchronous or not (self.only_asynchronous or workload.work_sync is None)
@@ -175,7 +176,7 @@ def closing(of_urls: Sequence[AsyncEngine | Engine]) -> FastAPI:
     return FastAPI(lifespan=lifespan)
 
 
-# By hand: a generator, as FastAPI's tutorial has one.
+# By hand: a generator, as in FastAPI's tutorial.
 
 
 def generator(open_session: Callable[[], Any], asynchronous: bool) -> Callable[[], Any]:
@@ -214,11 +215,12 @@ def inline(urls: Sequence[str], asynchronous: bool) -> Built:
     return Built(closing(of_urls), read, opened(maker.begin, asynchronous=asynchronous))
 
 
-# Every package is imported late: some are not installed, and nobody's memory is to hold another.
+# Every package is imported late: some are not installed, and the memory of one contestant must not
+# include the others.
 
 
 def sqlnative(read: str, write: str) -> Build:
-    """Have reads and writes depend on functions of this package."""
+    """Return a `Build` whose reads and writes depend on functions of this package."""
 
     def build(urls: Sequence[str], asynchronous: bool) -> Built:
         package: Any = importlib.import_module("fastapi_sqlnative")
@@ -332,7 +334,7 @@ CONTESTANTS = (
 )
 BY_HAND = tuple(each.name for each in CONTESTANTS if each.name.startswith("by hand"))
 
-# Who cannot be installed beside the others, and why.
+# The packages that cannot be installed beside the others, and why.
 LEFT_OUT = {
     "fastapi-sqla": "4.0.1 caps FastAPI below 0.142, and fastapi-toolsets requires 0.142 or newer",
     "dbwarden-fastapi": "0.2.0 needs dbwarden, which caps SQLAlchemy below 2.1, and Python 3.12.7",
@@ -345,5 +347,5 @@ def contestant(name: str) -> Contestant:
 
 
 def installed() -> list[Contestant]:
-    """List those whose package is there."""
+    """List the contestants whose package is installed."""
     return [each for each in CONTESTANTS if each.version is not None]

@@ -1,6 +1,6 @@
-"""An open loop: requests are sent when they are due, whether or not others were answered.
+"""An open loop: requests are sent when they are due, whether or not earlier ones were answered.
 
-Latency counts from when a request was due, so that a server which falls behind shows it.
+Latency counts from when a request was due, so that it rises when a server falls behind.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Load:
-    """What came of requests sent to one path.
+    """The results of the requests sent to one path.
 
     Attributes:
         latencies: seconds from when a request was due to its answer.
@@ -26,16 +26,16 @@ class Load:
 
     @property
     def throughput(self) -> float:
-        """Answers a second."""
+        """Return the number of answers per second."""
         return len(self.latencies) / self.seconds
 
     def percentile(self, percent: int) -> float:
-        """Seconds within which so many of a hundred were answered."""
+        """Return a percentile of the latencies, in seconds."""
         return statistics.quantiles(self.latencies, n=100, method="inclusive")[percent - 1]
 
 
 class _Client(asyncio.Protocol):
-    """One keep-alive connection, which has one request under way at most."""
+    """A keep-alive connection with at most one request under way."""
 
     def __init__(self, generator: "_Generator") -> None:
         self.generator = generator
@@ -67,7 +67,7 @@ class _Client(asyncio.Protocol):
 
 
 class _Generator:
-    """Hands requests that are due to connections that are free."""
+    """A scheduler that assigns due requests to free connections."""
 
     def __init__(self, path: str) -> None:
         self.request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
@@ -126,9 +126,9 @@ class _Generator:
 
 
 async def open_loop(port: int, path: str, *, connections: int, rate: float, seconds: float) -> Load:
-    """Send so many requests a second over so many connections, for so many seconds.
+    """Send requests at a fixed rate per second over a number of connections, for some seconds.
 
-    Returns when the last of them is answered.
+    Return when the last request is answered.
     """
     loop = asyncio.get_running_loop()
     generator = _Generator(path)
@@ -146,7 +146,7 @@ async def open_loop(port: int, path: str, *, connections: int, rate: float, seco
 
 
 async def capacity(port: int, path: str, *, connections: int, seconds: float) -> float:
-    """Tell how many requests a second are answered, when more are always due."""
+    """Return how many requests per second are answered when more are always due."""
     rate, found = 100.0, 100.0
     while found > 0.8 * rate:
         rate *= 2

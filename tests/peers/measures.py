@@ -1,7 +1,7 @@
-"""The four parts of the comparison, each a function that fills its results.
+"""The parts of the comparison, each a function that fills its results.
 
-The contestants take turns within each round, in an order of its own, so that whatever else the
-machine does, and whatever drifts, hits all of them alike.
+The contestants take turns within each round, and each round has a different order. Therefore other
+work on the machine and any drift affect all of them alike.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from tests.peers.workloads import WORKLOADS, Workload, workload
 class Engine:
     """A driver, the colour of its engine, and the client connections under load.
 
-    The last but one of `connections` stands for an ordinary load.
+    The second to last of `connections` represents an ordinary load.
     """
 
     name: str
@@ -35,17 +35,17 @@ class Engine:
 
     @property
     def colour(self) -> str:
-        """What `tests.peers.server` calls it."""
+        """Return the colour's name in the arguments of `tests.peers.server`."""
         return "async" if self.asynchronous else "sync"
 
     def url(self, address: str, port: int | None = None) -> str:
-        """Give the address of the database, as this driver wants it."""
+        """Return the URL of the database for this driver."""
         url = make_url(address).set(drivername=f"postgresql+{self.driver}")
         url = url if port is None else url.set(host="127.0.0.1", port=port)
         return url.render_as_string(hide_password=False)
 
     def contestants(self, each: Workload) -> list[Contestant]:
-        """List who takes part in a row."""
+        """List the contestants that can run a workload."""
         return [one for one in installed() if one.serves(each, asynchronous=self.asynchronous)]
 
 
@@ -57,7 +57,7 @@ ASYNCPG = Engine("asyncpg", "asyncpg", True)
 SYNC = Engine("psycopg, sync `def`", "psycopg", False, (8, 24, 40))
 ENGINES = (PSYCOPG, ASYNCPG, SYNC)
 
-# Called after each step, with how many there are in all.
+# Takes a label and the number of steps, and returns a function to call after each step.
 Progress = Callable[[str, int], Callable[[], None]]
 
 
@@ -73,7 +73,7 @@ async def started(engine: Engine, url: str) -> AsyncGenerator[dict[str, FastAPI]
 
 
 def calls_of(engine: Engine, apps: dict[str, FastAPI]) -> dict[tuple[str, str], Request]:
-    """Give a call for each workload and contestant."""
+    """Return a call for each workload and contestant."""
     return {
         (each.name, one.name): request(apps[one.name], each.path)
         for each in WORKLOADS
@@ -87,7 +87,7 @@ def calls_of(engine: Engine, apps: dict[str, FastAPI]) -> dict[tuple[str, str], 
 def measure_cpu(
     address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
 ) -> None:
-    """Measure the CPU of a request: the application's alone, without HTTP."""
+    """Measure the CPU time of a request in the application alone, without HTTP."""
     times = 5 if quick else 15
     for engine in ENGINES:
         asyncio.run(_cpu(engine, engine.url(address), results, progress, rounds, times))
@@ -111,7 +111,7 @@ def measure_wire(
     address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
 ) -> None:
     """Count the round trips of a request between its application and the database."""
-    del rounds, quick  # it is the same every time
+    del rounds, quick  # the count is the same every time
     for engine in ENGINES:
         asyncio.run(_wire(engine, address, results, progress))
 
@@ -123,7 +123,7 @@ async def _wire(engine: Engine, address: str, results: Results, progress: Progre
         calls = calls_of(engine, apps)
         step = progress(f"round trips, {engine.name}", len(calls))
         for (name, contestant), call in calls.items():
-            await cpu(call, 3)  # connected, and its statements prepared
+            await cpu(call, 3)  # connects and prepares the statements
             before = wire.round_trips
             await call()
             results.add(Row("trips", engine.name, "", name), contestant, wire.round_trips - before)
@@ -132,21 +132,22 @@ async def _wire(engine: Engine, address: str, results: Results, progress: Progre
 
 # -- under uvicorn, in an open loop ---------------------------------------------------------------
 
-# Twice what the hand-written dependency can do, so that everybody falls behind; and half of it.
+# Twice the capacity of the hand-written dependency, so that every contestant falls behind, and half
+# of it.
 OVERLOAD, CALM = 2.0, 0.5
 MILLISECONDS = (0, 1, 5)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row under load: what is asked for, and how much of it."""
+    """One row under load: the workload, the connections, and the rate relative to the capacity."""
 
     workload: Workload
     connections: int
     of_capacity: float
 
     def row(self, engine: Engine, milliseconds: int, measure: str) -> Row:
-        """Name the row."""
+        """Return the row for a measure of this cell."""
         calm = self.of_capacity == CALM
         name = f"{milliseconds} ms" if calm else f"{self.connections} at {milliseconds} ms"
         measure = f"{measure}, calm" if calm else measure
@@ -154,7 +155,7 @@ class Cell:
 
 
 def cells(engine: Engine, *, quick: bool) -> Iterator[Cell]:
-    """List what is measured for each engine and distance."""
+    """Yield the cells that are measured for an engine at each delay."""
     usual = engine.connections[-2]
     for path in ("/read", "/write"):
         yield Cell(workload(path), usual, CALM)
@@ -165,14 +166,14 @@ def cells(engine: Engine, *, quick: bool) -> Iterator[Cell]:
 def measure_load(
     address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
 ) -> None:
-    """Measure throughput and latency of asynchronous servers, each in a process of its own."""
+    """Measure throughput and latency of asynchronous servers, each in its own process."""
     _measure_load(ASYNCPG, address, results, progress, rounds=rounds, quick=quick)
 
 
 def measure_load_sync(
     address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
 ) -> None:
-    """Measure the same of synchronous ones."""
+    """Measure throughput and latency of synchronous servers, each in its own process."""
     _measure_load(SYNC, address, results, progress, rounds=rounds, quick=quick)
 
 
@@ -214,7 +215,7 @@ async def _load(
 ) -> None:
     path = cell.workload.path
     order = [each.name for each in engine.contestants(cell.workload)]
-    for name in order:  # every connection of the pool is there before anything counts
+    for name in order:  # opens every connection of the pool before anything counts
         await open_loop(servers[name].port, path, connections=32, rate=400, seconds=0.2)
     by_hand, usual = servers[BY_HAND[0]], engine.connections[-2]
     most = await capacity(by_hand.port, path, connections=usual, seconds=0.3)
@@ -228,7 +229,7 @@ async def _load(
                 path,
                 connections=cell.connections,
                 rate=most * cell.of_capacity,
-                # Those that fall behind take twice as long as they are due, or more.
+                # A server that falls behind needs twice that time or more to answer.
                 seconds=1.0 if cell.of_capacity == CALM else 0.5,
             )
             cpu = servers[name].used()["cpu"] - before["cpu"]
@@ -252,7 +253,7 @@ DATABASES = (1, 10, 100)
 def measure_databases(
     address: str, results: Results, progress: Progress, *, rounds: int, quick: bool
 ) -> None:
-    """Measure memory, start-up and the CPU of a read where several databases are installed."""
+    """Measure memory, start-up and the CPU time of a read for each number of databases."""
     times = 50 if quick else 300
     names = [each.name for each in ASYNCPG.contestants(workload("/read"))]
     step = progress("databases", rounds * len(names) * len(DATABASES))

@@ -1,4 +1,4 @@
-"""Writing `docs/performance-compared.md` and its charts from the kept results."""
+"""The page `docs/performance-compared.md` and its charts, written from the saved results."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +62,7 @@ HEADINGS: dict[Part, tuple[str, str]] = {
         "server's peak.",
     ),
 }
-# Only what is worth a chart: ratios of tiny values mean little, and more charts hide the others.
+# Only the rows worth a chart: ratios of tiny values mean little, and more charts would hide these.
 DRAWN = {
     "cpu": ("one read", "three reads", "a committed write"),
     "throughput": ("64 at 0 ms", "64 at 1 ms", "64 at 5 ms", "24 at 0 ms", "24 at 5 ms"),
@@ -140,7 +140,7 @@ def title_of(key: TableKey) -> str:
 
 
 def is_dull(results: Results, rows: list[Row]) -> bool:
-    """Check whether a table of failures contains none."""
+    """Return whether a table is about failures and contains none."""
     return all(
         "failed" in row.measure and not any(map(sum, results.figures[row].values())) for row in rows
     )
@@ -161,7 +161,7 @@ def _shown(results: Results) -> Iterator[tuple[TableKey, list[Row]]]:
 
 
 def _ahead(results: Results) -> Iterator[str]:
-    """List the contestants ahead of this package by row, except its own `reader`."""
+    """Yield a line per row with the contestants ahead of this package, except its `reader`."""
     for key, rows in _shown(results):
         for row in rows:
             named = [

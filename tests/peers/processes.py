@@ -1,4 +1,4 @@
-"""Processes of a measurement, which end with it."""
+"""The processes of a measurement, which end with it."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 
 class Used(TypedDict):
-    """What a server has used so far: seconds of CPU, and bytes at its peak."""
+    """What a server has used so far: CPU seconds, and its peak memory in bytes."""
 
     cpu: float
     memory: int
@@ -18,13 +18,13 @@ class Used(TypedDict):
 
 @dataclass(frozen=True)
 class Process:
-    """A module of this package that listens on a port, in a process of its own."""
+    """A module of this package that listens on a port in its own process."""
 
     popen: "subprocess.Popen[str]"
     port: int
 
     def used(self) -> Used:
-        """Ask a server."""
+        """Return what the server has used so far."""
         assert self.popen.stdin is not None
         print(file=self.popen.stdin, flush=True)
         answer: Used = json.loads(self._line())

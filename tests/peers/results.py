@@ -1,4 +1,4 @@
-"""What was measured: figures by row and contestant, kept as JSON, one file for each part."""
+"""The results: figures by row and contestant, saved as JSON, with one file for each part."""
 
 import importlib.metadata
 import json
@@ -26,13 +26,13 @@ class TableKey(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is compared between contestants: one row of figures, and a column of a table.
+    """A row of figures to compare contestants by, which a table shows as a column.
 
     Attributes:
         measure: what was measured.
-        engine: the driver, and the colour.
-        workload: what the whole table is about; nothing where each column has one of its own.
-        name: the column's.
+        engine: the driver and the colour.
+        workload: the workload of the whole table, or empty if each column has its own.
+        name: the name of the column.
     """
 
     measure: str
@@ -42,12 +42,12 @@ class Row(NamedTuple):
 
     @property
     def table(self) -> TableKey:
-        """Name the table that it belongs to."""
+        """Return the key of the table that the row belongs to."""
         return TableKey(*self[:3])
 
     @property
     def counted(self) -> bool:
-        """Tell whether the figures are numbers, often none: there is nothing to divide by."""
+        """Return whether the figures are counts, which have no ratios because many are zero."""
         return self.measure.partition(",")[0] in {"trips", "failed"}
 
 
@@ -71,10 +71,10 @@ class Results:
     """The figures of one part's run, in the order in which they were measured.
 
     Attributes:
-        part: which.
-        about: when and on what it ran.
-        figures: by row and contestant one value for each round: seconds, answers a second, bytes
-            or round trips.
+        part: the name of the part.
+        about: when and on what the part ran.
+        figures: one value for each round, by row and contestant: seconds, answers per second,
+            bytes or counts.
     """
 
     part: Part
@@ -82,21 +82,21 @@ class Results:
     figures: dict[Row, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, row: Row, contestant: str, *values: float) -> None:
-        """Note the values of another round, or of several."""
+        """Add the values of one or more rounds."""
         self.figures.setdefault(row, {}).setdefault(contestant, []).extend(values)
 
     def median(self, row: Row, contestant: str) -> float:
-        """Give the middle of a contestant's rounds."""
+        """Return the median of a contestant's rounds."""
         return statistics.median(self.figures[row][contestant])
 
     def reference(self, row: Row) -> str | None:
-        """Name the best of the hand-written dependencies in a row."""
+        """Return the name of the best hand-written dependency in a row."""
         medians = {name: self.median(row, name) for name in self.figures[row] if name in BY_HAND}
         best = max if row.measure in HIGHER_IS_BETTER else min
         return best(medians, key=medians.__getitem__) if medians else None
 
     def ratios(self, row: Row) -> dict[str, Spread]:
-        """Compare everybody with the reference, round by round."""
+        """Return the ratios of all contestants to the reference, round by round."""
         by_hand = self.reference(row)
         if by_hand is None or row.counted:
             return {}
@@ -107,16 +107,16 @@ class Results:
         }
 
     def tables(self) -> dict[TableKey, list[Row]]:
-        """Give the columns of each table."""
+        """Return the columns of each table."""
         found: dict[TableKey, list[Row]] = {}
         for row in self.figures:
             found.setdefault(row.table, []).append(row)
         return found
 
     def ahead(self, row: Row) -> dict[str, bool]:
-        """List what is ahead of this package in a row, and whether in most rounds.
+        """Return the contestants ahead of this package in a row, and whether in most rounds.
 
-        Most are three of four: where they are fewer, another run may well say otherwise.
+        Most means three of four. With fewer, another run may well have a different result.
         """
         found: dict[str, bool] = {}
         for name, values in self.figures[row].items():
@@ -150,7 +150,7 @@ def load_results(part: Part) -> Results | None:
 
 
 def about(postgres: str) -> dict[str, str]:
-    """Say when and on what a part runs."""
+    """Return when and on what a part runs."""
     packages = ("fastapi", "starlette", "sqlalchemy", "uvicorn", "psycopg", "asyncpg")
     peers = [each.package for each in installed() if each.package]
     versions = {each: importlib.metadata.version(each) for each in (*packages, *peers)}

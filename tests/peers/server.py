@@ -1,7 +1,8 @@
-"""A contestant under uvicorn, in a process of its own.
+"""A contestant under uvicorn, in its own process.
 
-`python -m tests.peers.server NAME async|sync URL DATABASES` prints its port; then, for each line
-that it reads, what it has used so far, as JSON: `cpu` in seconds, `memory` (its peak) in bytes.
+`python -m tests.peers.server NAME async|sync URL DATABASES` prints its port. Then, for each line
+that it reads, it prints what it has used so far as JSON: `cpu` in seconds, and `memory` (its peak)
+in bytes.
 """
 
 import json
@@ -17,7 +18,7 @@ from tests.peers.contestants import contestant
 
 
 class _Server(uvicorn.Server):
-    """Tell the port, and end when the standard input does."""
+    """A server that prints its port, and ends when its standard input does."""
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -29,7 +30,7 @@ class _Server(uvicorn.Server):
             used = resource.getrusage(resource.RUSAGE_SELF)
             # Linux counts in kilobytes, macOS in bytes.
             unit = 1 if sys.platform == "darwin" else 1024
-            # Of getrusage() two figures can be the same, though the server has worked meanwhile.
+            # getrusage() can return the same CPU time twice although the server has worked.
             told = {"cpu": time.process_time(), "memory": used.ru_maxrss * unit}
             print(json.dumps(told), flush=True)
         self.should_exit = True

@@ -1,6 +1,6 @@
-"""The way to the database: counts what goes back and forth on it, and makes it longer.
+"""A proxy in front of the database that counts round trips and adds a delay.
 
-`python -m tests.peers.wire HOST PORT MILLISECONDS` prints the port that it listens at.
+`python -m tests.peers.wire HOST PORT MILLISECONDS` prints the port that it listens on.
 """
 
 import asyncio
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 @dataclass
 class Wire:
-    """Forward connections to one server, on the event loop that it was opened on.
+    """A proxy to one server, on the event loop that it was opened on.
 
     Attributes:
-        host: the server's.
-        port: the server's.
-        delay: seconds that a question takes longer; so does its answer, then.
-        round_trips: questions so far. What follows without an answer in between belongs to the
-            same question.
-        own_port: where to connect instead.
+        host: the server's host.
+        port: the server's port.
+        delay: seconds by which a question, and therefore its answer, arrives later.
+        round_trips: questions so far. Data that follows without an answer in between belongs to
+            the same question.
+        own_port: the port to connect to instead.
     """
 
     host: str
@@ -32,7 +32,7 @@ class Wire:
 
     @asynccontextmanager
     async def listening(self) -> AsyncGenerator["Wire"]:
-        """Accept connections on a port of its own."""
+        """Accept connections on the proxy's own port."""
         server = await asyncio.get_running_loop().create_server(
             lambda: _Client(self), "127.0.0.1", 0
         )
@@ -44,7 +44,7 @@ class Wire:
 
 
 class _End(asyncio.Protocol):
-    """One end of a connection; what comes before the other end is there waits."""
+    """One end of a connection, which queues data until it is connected."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire

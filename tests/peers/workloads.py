@@ -19,7 +19,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """A row to read and to update; there are a hundred."""
+    """One of a hundred rows to read and to update."""
 
     __tablename__ = "peers_note"
 
@@ -38,7 +38,7 @@ class Entry(Base):
 
 
 class NoteOut(BaseModel):
-    """A note as it is answered."""
+    """A note in a response."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -48,7 +48,7 @@ class NoteOut(BaseModel):
 
 
 def create_tables(engine: Engine) -> None:
-    """Create the tables, and the notes."""
+    """Create the tables and the notes, and replace existing ones."""
     with engine.begin() as connection:
         Base.metadata.drop_all(connection)
         Base.metadata.create_all(connection)
@@ -56,12 +56,12 @@ def create_tables(engine: Engine) -> None:
         connection.execute(insert(Note), rows)
 
 
-# One row after the other, so that requests at the same time seldom meet at one.
+# Requests take the rows in turn, so that concurrent ones seldom use the same row.
 _turns = count()
 
 
 def a_note() -> int:
-    """Choose the note of a request."""
+    """Return the id of the next request's note."""
     return next(_turns) % NOTES + 1
 
 
@@ -119,12 +119,12 @@ class Workload:
     """One kind of request.
 
     Attributes:
-        name: as the page says it.
-        path: its route.
+        name: its name on the page.
+        path: the path of its route.
         work: what it does with an asynchronous session.
-        work_sync: the same with a synchronous one, where that is measured.
+        work_sync: what it does with a synchronous session, if that is measured.
         writes: whether there is something to commit.
-        response_model: what the answer is serialized through.
+        response_model: the model that serializes the answer.
     """
 
     name: str

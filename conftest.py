@@ -1,6 +1,6 @@
-"""Serve tests/ and examples/ alike: one PostgreSQL for a run, a database pair per worker; MariaDB.
+"""Shared setup of tests/ and examples/: a PostgreSQL per run, two databases per worker, MariaDB.
 
-It stands here because pytest shows a conftest's fixtures only to the folders below it.
+This file is in the root folder because pytest offers a conftest's fixtures only to folders below.
 """
 
 import gc
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # processors busy, because tests also wait for databases and for servers to stop: a run of 112 s
 # took 139 s with three, and 117 s with seven.
 WORKERS = 5
-# Hypothesis would import trio in each, and then ask about every object who refers to it.
+# Otherwise Hypothesis would import trio in each worker, and then look up every object's referrers.
 os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
 SERVER = pytest.StashKey[RunningPostgres]()
 CLOSING = pytest.StashKey[ExitStack]()
@@ -71,28 +71,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Start no workers for a few tests: they would only collect the same once more each."""
+    """Start no workers for selected tests, because each worker would only collect them again."""
     return 0 if _selects(config) else int(os.environ.get("WORKERS") or WORKERS)
 
 
 def _selects(config: pytest.Config) -> bool:
-    """Tell whether this run is of tests that somebody has selected."""
+    """Return whether the command line selects files, or tests by name, marker or last failure."""
     option = config.option
     files = config.args_source is config.ArgsSource.ARGS and all(".py" in e for e in config.args)
     return bool(files or option.keyword or option.markexpr or getattr(option, "lf", False))
 
 
 ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
-# The files that take longest, mostly because they wait: begun last, they would be waited for.
+# The files that take longest, mostly because they wait. Started last, they would prolong the run.
 LONG = {"test_health_servers.py", "test_slow_requests.py", "test_testing_isolation.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Give a file's tests to one worker, which so makes once what they share, and MariaDB's to one.
+    """Assign the tests of a file to one worker, and all MariaDB tests to one worker.
 
-    For the next file it asks as it begins this one's last test; for single tests it would have to
-    be told of each, which costs as much as a test that does nothing.
+    A worker then sets up once what the tests of a file share. It requests its next file when it
+    begins the last test of the current file. Single tests would have to be assigned one by one,
+    which costs as much as a test that does nothing.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -100,7 +101,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
         def _split_scope(self, nodeid: str) -> str:
             return "mariadb" if ON_MARIADB.search(nodeid) else nodeid.partition("::")[0]
 
-    config.option.loadscopereorder = False  # they are in order: the longest first
+    config.option.loadscopereorder = False  # the tests are already in order, the longest first
     return ByFile(config, log)
 
 
@@ -123,7 +124,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @dataclass(frozen=True)
 class PostgresDatabase:
-    """Give the address of one database, without a driver or for one."""
+    """The address of one database, without a driver or for one."""
 
     dsn: str
 
@@ -135,14 +136,14 @@ class PostgresDatabase:
 
 @dataclass(frozen=True)
 class WorkerPostgres(PostgresDatabase):
-    """Hold the worker's own database and a second one, for tests with two."""
+    """The worker's own database, and a second one for tests that need two."""
 
     second: PostgresDatabase
 
 
 @pytest.fixture(scope="session")
 def postgres(pytestconfig: pytest.Config) -> Iterator[WorkerPostgres]:
-    """Create this worker's databases afresh, and drop them at the end."""
+    """Create this worker's databases, and drop them at the end."""
     worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
     server = pytestconfig.stash[SERVER].url
     first, second = f"sqlnative_{worker}", f"sqlnative_{worker}_second"
@@ -152,7 +153,7 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[WorkerPostgres]:
 
 @contextmanager
 def fresh_database(server: str, name: str) -> Generator[str]:
-    """Create an empty database, over one that an interrupted run may have left behind."""
+    """Create an empty database, and replace one that an interrupted run may have left behind."""
     drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
     create = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
     with psycopg.connect(server, autocommit=True) as connection:
@@ -164,7 +165,7 @@ def fresh_database(server: str, name: str) -> Generator[str]:
 
 @pytest.fixture(scope="session")
 def _spare_databases(pytestconfig: pytest.Config, postgres: WorkerPostgres) -> Iterator[list[str]]:
-    """Create two more databases for this worker, for tests that want them empty."""
+    """Create two more databases for this worker, for tests that need empty ones."""
     server, name = pytestconfig.stash[SERVER].url, str(make_url(postgres.dsn).database)
     with (
         fresh_database(server, f"{name}_spare") as first,
@@ -175,7 +176,7 @@ def _spare_databases(pytestconfig: pytest.Config, postgres: WorkerPostgres) -> I
 
 @pytest.fixture(scope="session")
 def _beside_databases(pytestconfig: pytest.Config) -> Iterator[psycopg.Connection]:
-    """Connect to none of the databases that tests have."""
+    """Connect to the server, but to none of the databases that tests use."""
     with psycopg.connect(pytestconfig.stash[SERVER].url, autocommit=True) as connection:
         yield connection
 
@@ -184,7 +185,7 @@ def _beside_databases(pytestconfig: pytest.Config) -> Iterator[psycopg.Connectio
 def empty_databases(
     _beside_databases: psycopg.Connection, _spare_databases: list[str]
 ) -> Iterator[WorkerPostgres]:
-    """Give two databases with nothing in them; they are emptied again at the end."""
+    """Yield two empty databases, and empty them again at the end."""
     first, second = _spare_databases
     yield WorkerPostgres(first, PostgresDatabase(second))
     for dsn in first, second:
@@ -192,7 +193,7 @@ def empty_databases(
 
 
 def empty_database(beside: psycopg.Connection, dsn: str) -> None:
-    """Drop all that is in a database, which takes a fraction of what a new one does."""
+    """Drop everything in a database, which takes a fraction of the time for a new one."""
     name = str(make_url(dsn).database)
     for change in "ALTER DATABASE {} ALLOW_CONNECTIONS true", "ALTER DATABASE {} RESET ALL":
         beside.execute(sql.SQL(change).format(sql.Identifier(name)))
@@ -210,14 +211,14 @@ def empty_database(beside: psycopg.Connection, dsn: str) -> None:
             connection.execute(drop)
         connection.execute("CREATE SCHEMA public AUTHORIZATION pg_database_owner")
         connection.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
-        # That of an example: a role is the server's, and would outlive what it owns here.
+        # An example's role: a role belongs to the server, and would outlive what it owns here.
         role = sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(f"{name}_app"))
         connection.execute(role)
 
 
 @pytest.fixture
 def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a router that a page or an example makes wait for longer: this machine may be busy."""
+    """Raise the timeout of health routers in pages and examples: the machine may be busy."""
     from fastapi_sqlnative import health_router
 
     assert health_router.__kwdefaults__ is not None
@@ -229,7 +230,7 @@ def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Look for no garbage while the tests are collected: a tenth of each worker's time for that."""
+    """Disable garbage collection while tests are collected, of which it takes a tenth."""
     gc.disable()
     try:
         return (yield)
@@ -240,7 +241,7 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_collection_finish() -> None:
     """Exempt what all tests share from garbage collection: traversing it is slow and pointless.
 
-    And look for it less often from now on, which saves 3 % of the tests' time.
+    Garbage is also collected less often from here on, which saves 3 % of the tests' time.
     """
     gc.freeze()
     gc.set_threshold(5_000)
@@ -248,7 +249,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module")
 def collecting() -> None:
-    """Exempt what earlier modules left as well, for tests that collect their own garbage."""
+    """Also exempt what earlier modules left, for tests that collect their own garbage."""
     gc.collect()
     gc.freeze()
 
@@ -258,10 +259,10 @@ def collecting() -> None:
 
 @pytest.fixture
 def server_log(pytestconfig: pytest.Config) -> Callable[[], str] | None:
-    """Return a callable giving what the server has logged since this test began.
+    """Return a callable that returns what the server has logged since this test began.
 
-    There is none with TEST_DATABASE_URL; then ask ``pg_settings`` and ``pg_stat_activity``.
-    All workers share the log: tell your lines by an ``application_name`` of your own.
+    With TEST_DATABASE_URL this is None: query ``pg_settings`` and ``pg_stat_activity`` instead.
+    All workers share the log: identify a test's lines by its own ``application_name``.
     """
     server = pytestconfig.stash[SERVER]
     if not server.log:
@@ -274,7 +275,7 @@ def server_log(pytestconfig: pytest.Config) -> Callable[[], str] | None:
 
 
 def _leaves_mariadb_out() -> bool:
-    """Tell whether there is no server, and nobody has said that there has to be one."""
+    """Return whether there is no server and neither CI nor TEST_MARIADB_URL requires one."""
     if os.environ.get("TEST_MARIADB_URL") or os.environ.get("CI"):
         return False
     try:
@@ -316,7 +317,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def mariadb() -> Iterator[str]:
-    """Give the URL of a MariaDB server, without a driver; one is started unless it is given."""
+    """Yield TEST_MARIADB_URL, or the URL of a server that is started here, without a driver."""
     given = os.environ.get("TEST_MARIADB_URL")
     if given:
         yield given
@@ -328,8 +329,8 @@ def mariadb() -> Iterator[str]:
 
 
 def _without_tls(dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
-    """Read none of the system's certificates, which takes longer than all else of connecting."""
-    if not dialect.is_async:  # that of asyncmy is a subclass
+    """Skip the system's certificates, which take longer to read than the rest of connecting."""
+    if not dialect.is_async:  # asyncmy's dialect is a subclass
         options["ssl_disabled"] = True
 
 
@@ -338,5 +339,5 @@ def _without_tls(dialect: Any, _record: Any, _arguments: Any, options: dict[str,
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Run tests marked ``anyio`` on asyncio, the only loop SQLAlchemy's asyncio knows."""
+    """Run tests marked ``anyio`` on asyncio, the only library that SQLAlchemy's async API uses."""
     return "asyncio"

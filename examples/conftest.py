@@ -1,4 +1,4 @@
-"""Provide what the launcher provides for an example: empty databases and their addresses."""
+"""Fixtures that provide an example with what the launcher does: empty databases and addresses."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def databases(
 
 @pytest.fixture(params=["psycopg", pytest.param("asyncpg", marks=pytest.mark.other_driver)])
 def driver(request: pytest.FixtureRequest) -> str:
-    """Give each asynchronous driver in turn."""
+    """Return each asynchronous driver in turn."""
     found: str = request.param
     return found
 
@@ -44,7 +44,7 @@ def database(
 
 @pytest.fixture
 def owner(database: WorkerPostgres) -> Iterator[psycopg.Connection]:
-    """Connect to that database as its owner."""
+    """Connect to the example's database as its owner."""
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         yield connection
 

@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def state(self) -> State:
-        """Return what the status promises. Only a 500 or no answer leaves open what is stored."""
+        """Return what the status promises: only a 500 or no answer leaves the outcome open."""
         if 200 <= self.status < 300:
             return State.ACKNOWLEDGED
         return State.REFUSED if self.status not in (0, 500) else State.UNKNOWN

@@ -13,7 +13,7 @@ GIVES_WAY = "503 The service is busy. Try again."
 
 
 class RegisterLoad(Load):
-    """A load on a few registers, under one isolation level. Every value is written once."""
+    """A load on a few registers under one isolation level, which writes every value once."""
 
     def __init__(self, port: int, level: str, clients: int) -> None:
         super().__init__(port, (level,), clients)
@@ -22,7 +22,7 @@ class RegisterLoad(Load):
         self._latest = dict.fromkeys(NAMES, INITIAL)
 
     def next_entry(self, number: int) -> Entry:
-        """Choose an operation at random. An exchange expects the value that was sent last."""
+        """Choose an operation at random, where an exchange expects the value that was sent last."""
         name = self._chance.choice(NAMES)
         match self._chance.choice(("read", "write", "exchange", "exchange")):
             case "read":

@@ -86,7 +86,10 @@ class Cluster:
 
 @contextmanager
 def etcd() -> Generator[int]:
-    """Run a single etcd, and yield its port. Production needs three, on separate machines."""
+    """Run a single etcd, and yield its port.
+
+    Production needs three of them, on separate machines.
+    """
     client, peer = _free_port(), _free_port()
     urls = [f"http://127.0.0.1:{port}" for port in (client, peer)]
     with home("etcd") as place:
@@ -102,7 +105,7 @@ def etcd() -> Generator[int]:
 
 @contextmanager
 def node(name: str, store: int, *, synchronous: bool) -> Generator[Node]:
-    """Run a node. The first node creates the cluster, and the second one copies it."""
+    """Run a node, which creates the cluster if it is the first, and otherwise copies it."""
     port, control = _free_port(), _free_port()
     with home(f"patroni-{name}") as place:
         access = "host all all 127.0.0.1/32 trust"

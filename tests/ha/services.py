@@ -77,7 +77,7 @@ def program(name: str, package: str) -> str:
 def running(
     home: Home, command: Sequence[str | Path], ready: Callable[[], bool], **environment: str
 ) -> Generator["subprocess.Popen[bytes]"]:
-    """Run a server until the block ends. The block begins when the server is ready.
+    """Run a server until the block ends, and begin the block when the server is ready.
 
     The server never outlives this process. Its output goes to a log file, and the error quotes the
     last of it if the server does not start.

@@ -188,7 +188,7 @@ def test_an_asynchronous_standby_lacks_what_it_had_not_received(
 def test_a_synchronous_standby_that_is_behind_delays_the_answer(
     synchronous_pair: Replication, kind: Kind
 ) -> None:
-    """A commit waits for a synchronous standby, and is unknown if the primary is lost meanwhile."""
+    """If the primary dies while a commit waits for the standby, the outcome is unknown."""
     pair = synchronous_pair
     engine = engine_at(kind, address(pair.ports, kind.driver, "read-write"))
     with serve(application(kind, engine)) as served, ThreadPoolExecutor(1) as thread:

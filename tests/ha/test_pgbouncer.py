@@ -136,7 +136,7 @@ def test_without_the_settings_statements_get_lost(
     settings: Mapping[str, Any],
     expected: type[Exception] | None,
 ) -> None:
-    """Without all of a driver's settings, requests fail with errors about prepared statements."""
+    """Unless a driver has all of its settings, requests fail because of prepared statements."""
     kind = Kind(driver, driver, True)
     engine = engine_through(bouncer, kind, postgres, connect_args=settings)
     app = FastAPI()
@@ -211,7 +211,7 @@ def test_settings_of_the_role_get_through(
 def test_what_belongs_to_a_connection_is_somebody_elses(
     bouncer: PgBouncer, postgres: WorkerPostgres
 ) -> None:
-    """After a `SET` without `LOCAL`, another client has the setting, and the first one may not."""
+    """After `SET` without `LOCAL`, another client has the setting and the first client may not."""
     dsn = bouncer.dsn(postgres.dsn)
     asked = "SELECT current_setting('bookshop.tenant', true)"
     with psycopg.connect(dsn, autocommit=True) as one, psycopg.connect(dsn, autocommit=True) as two:
@@ -225,7 +225,7 @@ def test_what_belongs_to_a_connection_is_somebody_elses(
 def test_readiness_while_it_is_paused(
     bouncer: PgBouncer, kind: Kind, postgres: WorkerPostgres
 ) -> None:
-    """A pause makes an application unready only if it exceeds `down_after`, and until it ends."""
+    """Readiness fails only during a pause longer than `down_after`, and recovers when it ends."""
     app = FastAPI()
     engine = engine_through(bouncer, kind, postgres)
     install_database(app, engine=engine, shutdown=engine.dispose)
@@ -284,7 +284,7 @@ BY_PID = "examples/showcase/test_showcase.py::test_the_user_is_read_in_the_trans
 
 @pytest.mark.timeout(300)
 def test_the_showcase_passes_through_it(bouncer: PgBouncer, pytestconfig: pytest.Config) -> None:
-    """The showcase's tests except `BY_PID` pass through PgBouncer with only its settings added."""
+    """All showcase tests but `BY_PID` pass through PgBouncer, with only `SETTINGS` added."""
     passed = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "examples/showcase", "--postgres=url"),

@@ -33,7 +33,7 @@ Way = Callable[[Workload], Endpoint]
 
 
 def declared(dependency: Any, *, asynchronous: bool = True, commit: bool = False) -> Way:
-    """Declare the session as a dependency. With `commit`, the endpoint commits writes itself."""
+    """Declare the session as a dependency, and with `commit` have the endpoint commit writes."""
 
     def endpoint(workload: Workload) -> Endpoint:
         commits = commit and workload.writes

@@ -38,7 +38,7 @@ TO_TRY = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Server(uvicorn.Server):
-    """Print what to try once the server accepts requests."""
+    """A server that prints what to try once it accepts requests."""
 
     readme: str
     empty: bool

@@ -1,4 +1,4 @@
-"""Section 5: the layout of the package, as far as tests can check it."""
+"""The layout of the package, as far as tests can check it."""
 
 import ast
 import functools
@@ -158,7 +158,7 @@ def test_no_private_attribute_of_another_object_is_used() -> None:
         and is_private(str(node.args[1].value))
         and not str(node.args[1].value).startswith("__")
     }
-    # DESIGN, constitution 9, allows each in one named place, with a reason and a fallback.
+    # Each is allowed in one named place, with a reason and a fallback.
     assert by_name <= {
         "getattr(pool, '_max_overflow', None)",
         "getattr(pool, '_pre_ping', None)",

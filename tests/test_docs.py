@@ -88,7 +88,6 @@ ANSWER = re.compile(r'(?P<status>\d{3})?(?P<body> ?["\[{\dntf].*?)?(?P<error> ?[
 
 
 @functools.cache
-@functools.cache
 def parse(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8"))
 

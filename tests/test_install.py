@@ -1,4 +1,4 @@
-"""Section 4, the start: what `install_database` accepts, and when databases start and stop."""
+"""What `install_database` accepts, and when databases start and stop."""
 
 import asyncio
 import functools

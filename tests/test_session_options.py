@@ -1,4 +1,4 @@
-"""Constitution 2: a session is a `Session` with the class and options that were installed."""
+"""A session is a `Session` with the class and options that were installed."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Section 4, shutdown: what is closed, in which order, and how long it may take."""
+"""What a shutdown closes, in which order, and how long it may take."""
 
 import asyncio
 import functools

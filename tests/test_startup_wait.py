@@ -1,4 +1,4 @@
-"""Section 4: `startup_wait` waits for a database that is not available yet, up to a limit."""
+"""`startup_wait` waits for a database that is not available yet, up to a limit."""
 
 import asyncio
 import contextlib

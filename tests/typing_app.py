@@ -1,5 +1,5 @@
 # pyright: strict
-"""A user's application in the style of DESIGN.md, in which type checkers must find no error."""
+"""A user's application in which type checkers must find no error."""
 
 from collections.abc import AsyncGenerator, Generator
 from typing import Annotated, assert_type

@@ -18,7 +18,7 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 
 class Client:
-    """Provide a client for the example."""
+    """A client for the example."""
 
     def __init__(self, served: Served) -> None:
         self.served = served

@@ -12,7 +12,7 @@ from fastapi_sqlnative import AsyncDatabase, get_database_handle, install_databa
 
 
 class DatabaseSettings(BaseSettings):
-    """Read DATABASE_URL, DATABASE_POOL_SIZE and so on from the environment."""
+    """The settings from DATABASE_URL, DATABASE_POOL_SIZE and so on in the environment."""
 
     # An invalid value may contain a password: the error names the setting without its value.
     model_config = SettingsConfigDict(

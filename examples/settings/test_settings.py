@@ -11,7 +11,7 @@ from tests.serving import serve
 
 
 class Counted(DatabaseSettings):
-    """Count the engines that are built from these settings and disposed of."""
+    """Settings that count the engines built from them and disposed of."""
 
     _built: int = 0
     _disposed: int = 0

@@ -71,7 +71,7 @@ def served(settings: Settings) -> Generator["Bank"]:
 
 
 class Bank:
-    """Provide a client for the showcase."""
+    """A client for the showcase."""
 
     def __init__(self, client: httpx.Client | TestClient) -> None:
         self.client = client

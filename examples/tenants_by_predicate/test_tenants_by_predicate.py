@@ -50,7 +50,7 @@ def stored(owner: psycopg.Connection) -> list[tuple[Any, ...]]:
 
 
 class Tenant:
-    """Provide a client that sends a user's token."""
+    """A client that sends a user's token."""
 
     def __init__(self, client: httpx.Client, token: str) -> None:
         self.client = client

@@ -77,7 +77,7 @@ def add_attacks(app: FastAPI) -> None:
 
 
 class Tenant:
-    """Provide a client that sends a user's token."""
+    """A client that sends a user's token."""
 
     def __init__(self, client: httpx.Client, token: str) -> None:
         self.client = client

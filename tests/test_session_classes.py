@@ -167,6 +167,24 @@ async def test_an_async_override_that_fails_after_the_commit(
     assert rows.names == ["a"]
 
 
+@asynchronous
+async def test_a_commit_calls_no_override_of_run_sync(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """The end of a request doesn't call the class's own run_sync(), as in SQLAlchemy."""
+    called: list[Any] = []
+
+    class Counting(AsyncSession):
+        async def run_sync(self, function: Any, *args: Any, **options: Any) -> Any:
+            called.append(function)
+            return await super().run_sync(function, *args, **options)
+
+    options = {"class_": Counting}
+    assert await ask(engine, kind, transactional(), add_a, session_options=options) == 201
+    assert called == [add_a]
+    assert rows.names == ["a"]
+
+
 class Flushing(Session):
     """A session class whose commit() only flushes."""
 

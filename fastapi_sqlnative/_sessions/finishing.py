@@ -192,7 +192,7 @@ def _run_for(sessions: Sequence[AnySession], work: Callable[[], T]) -> Coroutine
     """Run plain code in a greenlet, or in a thread if all sessions are synchronous."""
     for session in sessions:
         if isinstance(session, AsyncSession):
-            return session.run_sync(lambda _: work())
+            return AsyncSession.run_sync(session, lambda _: work())  # not an override
     # A limiter of its own: threads that wait for a connection may have used up the default one,
     # and this work is about to release connections.
     return anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel
 from sqlalchemy import Engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -18,7 +18,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fastapi_sqlnative import get_db, install_database, transactional
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
-from fastapi_sqlnative.exceptions import ClientDisconnectedError
+from fastapi_sqlnative.exceptions import (
+    ClientDisconnectedError,
+    DeadlineExceededError,
+    RequestCancelledError,
+)
 from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import quiet, running, turns
 from tests.proxy import Fault, Proxy
@@ -278,20 +282,39 @@ async def test_a_swallowed_cancellation_is_no_success(kind: Kind, app: FastAPI, 
 
 @asynchronous
 async def test_a_request_beside_a_deadline(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """Beside `cancel_on_disconnect`, an expired `deadline` ends the request with a 504."""
-    dependencies = [Depends(deadline(0.2)), Depends(cancel_on_disconnect())]
-    options: Any = {"dependencies": dependencies}
-    app.get("/", **options)(using(kind, Depends(transactional()), slow))
+    """A disconnect or a deadline, whichever comes first, ends a request that depends on both."""
+    ended: list[type[Exception]] = []
+
+    async def answer(_request: Request, error: Exception) -> Response:
+        ended.append(type(error))
+        return Response(status_code=getattr(error, "status_code", 500))
+
+    app.add_exception_handler(Exception, answer)
+    app.add_exception_handler(RequestCancelledError, answer)
+    for path, seconds in ("/short", 0.2), ("/long", 60):
+        dependencies = [Depends(deadline(seconds)), Depends(cancel_on_disconnect())]
+        options: Any = {"dependencies": dependencies}
+        app.get(path, **options)(using(kind, Depends(transactional()), slow))
     with serve(app) as served:
-        assert served.client.get("/").status_code == 504
+        assert served.client.get("/short").status_code == 504
         await quiet(rows)
+        await leave(served, rows.sleeps, "GET /long")
+        await until(lambda: len(ended) == 2)
+        await quiet(rows)
+    assert ended == [DeadlineExceededError, ClientDisconnectedError]
     assert rows.names == []
 
 
 @asynchronous
 async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -> None:
-    """A dependency with `yield` receives ClientDisconnectedError, whose status code is 499."""
+    """A dependency with `yield` and a handler receive ClientDisconnectedError, of status 499."""
     seen: list[object] = []
+
+    async def handle(_request: Request, error: Exception) -> Response:
+        seen.append(type(error))
+        return Response(status_code=499)
+
+    app.add_exception_handler(ClientDisconnectedError, handle)
 
     async def outer() -> Any:
         try:
@@ -304,7 +327,7 @@ async def test_what_the_application_sees(kind: Kind, app: FastAPI, rows: Rows) -
     app.get("/", **options)(using(kind, Depends(get_db()), slow))
     with serve(app) as served:
         await leave(served, rows.sleeps)
-        await until(lambda: seen == [499])
+        await until(lambda: seen == [499, ClientDisconnectedError])
         await quiet(rows)
 
 

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, insert, text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from fastapi_sqlnative import get_db, install_database, reader, transactional
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    Database,
+    get_db,
+    install_database,
+    reader,
+    transactional,
+)
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, TransactionOptionsError
 from tests.conftest import MakeEngine
 from tests.in_process import application, ask, asking, run_in_transaction, running
@@ -163,8 +170,16 @@ async def test_a_connection_of_its_own_choice_is_named(kind: Kind, engine: Any, 
 async def test_the_handle_s_transaction_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """On an AUTOCOMMIT engine, run_in_transaction raises instead of running work it cannot undo."""
+    """On an AUTOCOMMIT engine, both transactions of a handle raise, and the work stores nothing."""
     engine = make_engine(isolation_level="AUTOCOMMIT")
+    refused = pytest.raises(TransactionOptionsError, match="is in AUTOCOMMIT")
+    if isinstance(engine, AsyncEngine):
+        with refused:
+            async with AsyncDatabase(engine).transaction() as session:
+                await session.run_sync(BODIES["core"])
+    else:
+        with refused, Database(engine).transaction() as blocking:
+            BODIES["core"](blocking)
     with pytest.raises(TransactionOptionsError, match="is in AUTOCOMMIT"):
         await run_in_transaction(engine, BODIES["core"])
     assert rows.names == []

@@ -276,12 +276,16 @@ def test_a_block_of_an_async_session_is_async(kind: Kind, engine: AsyncEngine, r
     assert rows.names == ["a", "b"]
 
 
+@pytest.mark.anyio
 @of(True)
-def test_a_block_of_the_other_colour_is_refused(kind: Kind, engine: AsyncEngine) -> None:
-    """`with` raises TypeError for an AsyncSession, and so does `http_errors` for other objects."""
+async def test_a_block_of_the_other_colour_is_refused(kind: Kind, engine: AsyncEngine) -> None:
+    """`with` an AsyncSession, `async with` a Session and any other object raise TypeError."""
     session = AsyncSession(engine)
     with pytest.raises(TypeError, match="context manager"), http_errors(session):  # type: ignore[attr-defined] # what is tested
         pass
+    with pytest.raises(TypeError, match="context manager"):
+        async with http_errors(Session()):  # type: ignore[attr-defined] # what is tested
+            pass
     not_a_session: Any = engine
     with pytest.raises(TypeError, match="Session or an AsyncSession"):
         http_errors(not_a_session)
@@ -1041,15 +1045,19 @@ def test_the_document_with_error_responses_is_valid(problem_details: bool) -> No
 
 @pytest.mark.parametrize("problem_details", [False, True], ids=["json", "problem"])
 def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_details: bool) -> None:
-    """Routes with a database document a 503 and, if they write, a 409, even if added later.
+    """Routes with a database document a 503 and, if they write, a 409, whenever they were added.
 
     Their own descriptions of these statuses are kept.
     """
     app = FastAPI()
     router = APIRouter(prefix="/in", dependencies=[Depends(get_db())])
-    install_error_handlers(app, problem_details=problem_details)
 
     async def through(session: Annotated[AsyncSession, Depends(transactional())]) -> None: ...
+
+    @app.post("/early")
+    def early(_: Annotated[None, Depends(through)]) -> None: ...
+
+    install_error_handlers(app, problem_details=problem_details)
 
     @app.get("/without")
     def without() -> None: ...
@@ -1072,6 +1080,7 @@ def test_routes_with_a_database_document_a_conflict_and_an_outage(problem_detail
     paths = document["paths"]
     assert set(paths["/without"]["get"]["responses"]) == {"200"}
     assert list(paths["/number"]["get"]["responses"]["422"]["content"]) == ["application/json"]
+    assert set(paths["/early"]["post"]["responses"]) == {"200", "409", "503"}
     assert set(paths["/deep"]["post"]["responses"]) == {"200", "409", "503"}
     assert set(paths["/in/reading"]["get"]["responses"]) == {"200", "503"}
     assert paths["/in/reading"]["get"]["responses"]["503"]["description"] == "Own words."

@@ -982,10 +982,12 @@ async def test_an_unknown_name_is_a_key_error_that_lists_the_known() -> None:
 
 
 def test_installed_databases_is_read_only() -> None:
-    """`installed_databases` returns a mapping that supports no item assignment."""
+    """`installed_databases` returns a mapping that supports no assignment and no deletion."""
     databases: Any = installed_databases(FastAPI())
     with pytest.raises(TypeError, match="does not support item assignment"):
         databases["default"] = None
+    with pytest.raises(TypeError, match="support item deletion"):
+        del databases["default"]
 
 
 async def test_a_handle_belongs_to_one_run() -> None:

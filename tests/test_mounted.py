@@ -246,7 +246,7 @@ async def test_an_application_may_be_mounted_twice() -> None:
 # --- served in several ways ---
 
 
-async def test_a_mounted_application_may_also_be_served_by_itself() -> None:
+async def test_a_mounted_application_that_needs_its_root_is_not_served_alone() -> None:
     """Served alone, a mounted application cannot use the root's database, and its start fails."""
     app, sub = FastAPI(), showing("own")
     app.mount("/sub", sub)

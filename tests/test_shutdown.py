@@ -16,7 +16,7 @@ import anyio
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -31,6 +31,7 @@ from fastapi_sqlnative import (
     installed_databases,
 )
 from fastapi_sqlnative._lifespan import lifespan
+from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.databases import AnyDatabase, sessions_of
 from fastapi_sqlnative.exceptions import DatabaseNotStartedError
 from tests.conftest import MakeEngine
@@ -394,10 +395,12 @@ async def test_a_stranded_connection_is_logged(
 async def test_a_session_that_connects_after_the_shutdown_is_refused(
     kind: Kind, make_engine: MakeEngine, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A session that first connects after the shutdown raises an error, and is closed."""
+    """A session that first connects after the shutdown raises, sends nothing and is closed."""
     name = f"late {kind.id}"
     engine = make_engine(connect_args=named(kind.driver, name))
     hold_connects(engine)
+    sent: list[object] = []
+    event.listen(sync_engine(engine), "before_cursor_execute", lambda *said: sent.append(said))
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     with rows.locked(3):
@@ -408,6 +411,7 @@ async def test_a_session_that_connects_after_the_shutdown_is_refused(
     with pytest.raises(DatabaseNotStartedError, match="'default' is stopped"):
         await late
     await until(lambda: rows.backends(application=name) == 0)
+    assert sent == []
     assert "fastapi_sqlnative" not in caplog.text
 
 

@@ -237,16 +237,22 @@ async def test_applications_with_one_provider_all_report() -> None:
 
 
 async def test_two_that_instrument_one_engine_record_it_once() -> None:
-    """An engine is measured once even if its mounted application is instrumented too."""
-    app, below = FastAPI(), FastAPI()
+    """An engine is measured once even if several applications that use it are instrumented.
+
+    One is mounted in another, and one only has the same engine.
+    """
+    app, below, beside = FastAPI(), FastAPI(), FastAPI()
     engine = sqlite_file()
     install_database(below, engine=engine)
+    install_database(beside, name="beside", engine=engine)
     install_database(app, name="above", engine=sqlite_file)
     app.mount("/below", below)
     reader = Reader(app)
-    instrument_pools(below, meter_provider=reader.provider)
-    async with running(app):
+    for each in below, beside:
+        instrument_pools(each, meter_provider=reader.provider)
+    async with running(app), running(beside):
         async with held(below):
+            assert {name for name, _ in reader.values("count")} == {"default", "above"}
             assert reader.values("count")["default", "used"] == 1
         assert reader.recorded("use_time") == reader.recorded("wait_time") == {("default",): 1}
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from fastapi_sqlnative import install_database, reader, transactional
-from fastapi_sqlnative._sessions.engines import sync_engine
+from fastapi_sqlnative._sessions.engines import run_on_engine, sync_engine
 from fastapi_sqlnative.testing import IsolationError, Templates, async_client, cloned, isolated
 from tests.conftest import MakeEngine, asynchronous
 from tests.serving import KINDS, Base, Item, Kind, Rows, route
@@ -250,7 +250,12 @@ def test_what_cannot_prepare_a_template_is_refused(
 async def test_on_an_event_loop(
     kind: Kind, make_engine: MakeEngine, templates: Templates, rows: Rows
 ) -> None:
-    """On an event loop, sessions use the clone, and the engine's listeners are called."""
+    """On an event loop, sessions and Core use the clone, and the engine's listeners are called."""
+
+    def names_in_core(engine: Engine) -> list[str]:
+        with engine.connect() as connection:
+            return list(connection.scalars(select(Item.name)))
+
     engine = make_engine()
     app = make_app(kind, engine)
     heard: list[object] = []
@@ -260,6 +265,7 @@ async def test_on_an_event_loop(
         async with async_client(app) as client:
             assert (await client.post("/names")).json() == ["seeded"]
             assert heard
+            assert await run_on_engine(engine, names_in_core) == ["seeded"]
     assert rows.names == []
 
 

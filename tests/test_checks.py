@@ -30,7 +30,7 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import DatabaseDependencyError, DatabaseNotInstalledError
-from tests.in_process import async_sqlite, running, sqlite, start_and_stop
+from tests.in_process import async_sqlite, noting, running, sqlite, start_and_stop
 
 pytestmark = pytest.mark.anyio
 
@@ -295,12 +295,13 @@ async def test_each_of_our_dependencies_is_checked(ours: Callable[[str], Depende
 
 
 async def test_a_start_that_is_refused_leaves_nothing_open() -> None:
-    """An application whose start-up a check has failed can be fixed and started again."""
-    app = FastAPI()
+    """A start-up that a check fails closes the databases, and can be fixed and repeated."""
+    app, log = FastAPI(), list[str]()
     route = get_db("oders")
     with_route(app, Depends(route))
     with pytest.raises(DatabaseNotInstalledError):
-        await start(app)
+        await start(app, noting(log))
+    assert log == ["disposed"] * 2
     app.dependency_overrides[route] = nothing
     await start_and_stop(app)
 
@@ -604,7 +605,9 @@ async def test_function_scope_around_ours_is_fine() -> None:
     with_route(
         app,
         Depends(get_db("orders"), scope="function"),
+        Depends(get_database_handle("orders"), scope="function"),
         Depends(get_database_handle("orders"), scope="request"),
+        Depends(get_database_handle("orders")),
     )
     await start(app)
 

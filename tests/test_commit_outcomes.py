@@ -217,7 +217,7 @@ async def test_a_refused_commit_is_not_stored_because_a_savepoint_is(
 
 
 async def test_a_connection_that_a_listener_has_lost_is_not_unknown(
-    kind: Kind, engine: Engine, rows: Rows
+    kind: Kind, behind_proxy: Engine, proxy: Proxy, rows: Rows
 ) -> None:
     """If a listener loses the connection before COMMIT, the driver's error is raised.
 
@@ -235,7 +235,9 @@ async def test_a_connection_that_a_listener_has_lost_is_not_unknown(
 
     options = session_class(kind, Losing)
     with pytest.raises(DBAPIError):
-        await ask(engine, kind, transactional(), add_once, session_options=options)
+        await ask(behind_proxy, kind, transactional(), add_once, session_options=options)
+    assert not proxy.reached.is_set()
+    assert rows.names == []
 
 
 class Numbering(Session):

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.requests import HTTPConnection
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
@@ -36,24 +36,36 @@ Body = Callable[[Session], Any]
 async def test_a_copy_of_the_scope_is_another_request(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
-    """A request that an endpoint makes with a copy of its scope commits independently of it."""
+    """A request made with a copy of an endpoint's scope commits or rolls back by itself."""
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
+
+    def fail(session: Session) -> None:
+        add("lost", flush=True)(session)
+        raise HTTPException(409)
+
+    route(app, kind, "/failing", transactional(), fail)
     route(app, kind, "/inner", transactional(), add("inner"))
     seen: list[list[str]] = []
 
-    @app.post("/", dependencies=[Depends(transactional())])
-    async def outer(request: Request) -> None:
-        async def look(message: Message) -> None:
-            seen.append(rows.names)
+    async def look(message: Message) -> None:
+        seen.append(rows.names)
 
-        await app({**request.scope, "path": "/inner"}, request.receive, look)
-        raise ZeroDivisionError
+    @app.post("/{path}-inside")
+    async def outer(
+        path: str, request: Request, session: Annotated[Any, Depends(transactional())]
+    ) -> None:
+        session.add(Item(name="outer"))
+        await app({**request.scope, "path": f"/{path}"}, request.receive, look)
+        if path == "inner":
+            raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        async with running(app) as client:
-            await client.post("/")
-    assert seen[0] == rows.names == ["inner"]
+    async with running(app) as client:
+        with pytest.raises(ZeroDivisionError):
+            await client.post("/inner-inside")
+        assert seen[0] == rows.names == ["inner"]
+        assert (await client.post("/failing-inside")).status_code == 200
+    assert rows.names == ["inner", "outer"]
 
 
 # -- FastAPI without a stack -------------------------------------------------------------------

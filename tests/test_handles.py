@@ -155,11 +155,12 @@ async def test_a_transaction_refuses_a_swallowed_error(database: Any, rows: Rows
 
 
 async def test_a_block_may_commit_and_roll_back_itself(database: Any, rows: Rows) -> None:
-    """An explicit commit in a block is kept, whatever comes after it in the block."""
+    """An explicit commit in a block stores at once, whatever comes after it in the block."""
 
     def body(session: Session) -> None:
         add_a(session)
         session.commit()
+        assert rows.names == ["a"]
         session.add(Item(name="rolled back"))
         session.flush()
         session.rollback()

@@ -781,7 +781,7 @@ def test_what_cannot_be_meant_is_refused_at_once() -> None:
 
 
 class AsyncObject:
-    """A check that is an object with an async `__call__`."""
+    """A check that is an object with an async `__call__`, and a method that is another."""
 
     def __init__(self, result: object) -> None:
         self.result = result
@@ -789,6 +789,9 @@ class AsyncObject:
     async def __call__(self) -> Any:
         await asyncio.sleep(0)
         return self.result
+
+    async def check(self, app: Starlette) -> Any:
+        return await asynchronous(app) and self.result
 
 
 async def asynchronous(app: Starlette) -> bool:
@@ -815,6 +818,7 @@ async def equal(one: object, other: object) -> bool:
         lambda: not on_the_loop(),
         lambda: asynchronous(FastAPI(title="mine")),
         AsyncObject(True),
+        AsyncObject(True).check,
         functools.partial(equal, 1, 1),
         functools.partial(AsyncObject(True)),
         functools.partial(synchronous),
@@ -827,6 +831,7 @@ async def equal(one: object, other: object) -> bool:
         "of-nothing",
         "coroutine-from-lambda",
         "object",
+        "method",
         "partial",
         "partial-of-object",
         "partial-of-sync",
@@ -835,7 +840,7 @@ async def equal(one: object, other: object) -> bool:
     ],
 )
 async def test_a_check_may_be_any_callable(check: Any) -> None:
-    """A check may be a function, object or partial that takes the application or nothing."""
+    """A check may be a function, method, object or partial; it takes the application or nothing."""
     app = healthy(checks={"mine": check})
     app.title = "mine"
     async with running(app) as client:

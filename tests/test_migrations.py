@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -397,9 +398,14 @@ async def test_a_path(
         assert await alembic_check(spelt(ini))(app) == CURRENT
 
 
-def test_a_missing_file_fails_at_once(tmp_path: Path) -> None:
-    """A wrong path raises FileNotFoundError when the check is made, and the error names it."""
-    with pytest.raises(FileNotFoundError, match=r"no Alembic configuration 'nowhere\.ini'"):
+def test_a_missing_file_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong path raises FileNotFoundError when the check is made.
+
+    The error names the path and the working directory.
+    """
+    monkeypatch.chdir(tmp_path)
+    message = rf"no Alembic configuration 'nowhere\.ini' .*{re.escape(str(Path.cwd()))}"
+    with pytest.raises(FileNotFoundError, match=message):
         alembic_check("nowhere.ini")
 
 
@@ -417,14 +423,17 @@ def test_no_revisions_fail_at_once(tmp_path: Path) -> None:
         alembic_check(Scripts(tmp_path / "empty").config)
 
 
-def test_a_database_that_is_not_installed(scripts: Scripts) -> None:
-    """A check of a database that is not installed is reported as down, with 503."""
+def test_a_database_that_is_not_installed(
+    scripts: Scripts, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A check of a database that is not installed is down, and the log lists those that are."""
     app = installed(sqlite())
     checks = {"migrations": alembic_check(scripts.config, database="analitics")}
     app.include_router(health_router(checks=checks))
     with serve(app) as served:
         response = served.client.get("/health/ready")
         assert (response.status_code, response.json()["checks"]) == (503, {"migrations": "down"})
+    assert "Installed: 'default'." in caplog.text
 
 
 # --- the extra ---

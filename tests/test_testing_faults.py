@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI
 from sqlalchemy import (
     Column,
@@ -201,7 +202,8 @@ def app(driver: Driver, url: str) -> FastAPI:
         transactional(),
         lambda session: session.execute(notes.delete()).close(),
     )
-    app.post("/retried")(retried_async if driver.asynchronous else retried_sync)
+    app.state.retried = retried_async if driver.asynchronous else retried_sync
+    app.post("/retried")(app.state.retried)
     return app
 
 
@@ -373,16 +375,23 @@ def test_a_commit_is_one_that_stores(app: FastAPI, client: TestClient) -> None:
     assert client.post("/names").json() == []
 
 
-def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient) -> None:
-    """A failure for a route does not affect work outside that route."""
+def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient, driver: Driver) -> None:
+    """A failure for a route does not affect other routes or background work."""
+    assert client.portal is not None
+    background = functools.partial(client.portal.call, app.state.retried)
+    if not driver.asynchronous:
+        background = functools.partial(client.portal.call, run_sync, app.state.retried)
     for fail in fail_next_statement, fail_next_commit:
         aimed: Any = fail
-        with aimed(app, "serialization", route="/retried"):
+        with aimed(app, "serialization", route="/add"):
             client.post("/names")
-            assert client.post("/retried").status_code == 200
-        client.post("/clear")
+            background()
+            client.post("/clear")
+            with pytest.raises(exc.DBAPIError):
+                client.post("/add")
     with fail_next_checkout(app, route="/add"):
         client.post("/names")
+        background()
         with pytest.raises(exc.TimeoutError):
             client.post("/add")
 

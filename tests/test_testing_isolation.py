@@ -518,7 +518,10 @@ async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> N
 @asynchronous
 @pytest.mark.anyio
 async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
-    """Session.bind and get_bind() have the dialect, in the test's session and in a request's."""
+    """Session.bind and get_bind() have the dialect and send nothing.
+
+    This holds for the test's session and for a request's.
+    """
 
     def dialects(session: Any) -> list[str]:
         return [session.bind.dialect.name, session.get_bind().dialect.name]
@@ -528,8 +531,10 @@ async def test_whoever_looks_at_the_bind_sends_nothing(app: FastAPI) -> None:
         return dialects(session)
 
     async with async_client(app) as client, isolated(app) as session:
-        assert dialects(session) == ["postgresql"] * 2
-        assert (await client.get("/dialects")).json() == ["postgresql"] * 2
+        with capture_statements(app) as statements:
+            assert dialects(session) == ["postgresql"] * 2
+            assert (await client.get("/dialects")).json() == ["postgresql"] * 2
+        assert statements == []
 
 
 @asynchronous
@@ -1007,10 +1012,10 @@ async def test_changes_that_a_handles_block_cannot_store(
     assert rows.names == []
 
 
-def test_a_refusal_that_is_swallowed_fails_the_block(
+def test_a_refusal_that_is_swallowed_fails_the_request(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """An IsolationError that the application swallows is still raised in the test."""
+    """An IsolationError that the application swallows is raised by the test's client."""
     app = make_app(kind, make_engine())
 
     def swallow_text(session: Session) -> None:
@@ -1019,8 +1024,8 @@ def test_a_refusal_that_is_swallowed_fails_the_block(
 
     route(app, kind, "/text", get_db(), swallow_text)
     with TestClient(app) as client:
-        with pytest.raises(IsolationError, match="COMMIT"), isolated(app):
-            assert client.post("/text").status_code == 201
+        with isolated(app), pytest.raises(IsolationError, match="COMMIT"):
+            client.post("/text")
         with isolated(app):
             client.post("/names")
 
@@ -1418,11 +1423,19 @@ def test_a_turn_is_taken_while_sessions_of_the_test_end() -> None:
 
 
 def test_who_looks_at_the_bind_keeps_nobody_waiting(app: FastAPI, kind: Kind, rows: Rows) -> None:
-    """A session that has only called get_bind() keeps no other request waiting."""
-    route(app, kind, "/dialect", get_db(), lambda session: session.get_bind().dialect.name)
+    """An open session that has only called get_bind() keeps no other request waiting."""
+
+    @app.websocket("/dialect")
+    async def socket(socket: WebSocket, session: Annotated[Any, Depends(get_db())]) -> None:
+        await socket.accept()
+        await socket.send_text(session.get_bind().dialect.name)
+        await socket.receive_text()
+
     with TestClient(app) as client, isolated(app):
-        assert client.post("/dialect").json() == "postgresql"
-        assert client.post("/add").status_code == 201
+        with client.websocket_connect("/dialect") as connected:
+            assert connected.receive_text() == "postgresql"
+            assert client.post("/add").status_code == 201
+            connected.send_text("end")
         assert client.post("/names").json() == ["added"]
 
 

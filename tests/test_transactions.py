@@ -132,12 +132,13 @@ def test_a_returned_error_response_commits(kind: Kind, engine: Engine, rows: Row
 
 
 def test_explicit_commit_and_rollback_are_allowed(kind: Kind, engine: Engine, rows: Rows) -> None:
-    """With `transactional`, commit() stores, rollback() discards, and more work may follow each."""
+    """With `transactional`, commit() stores at once and rollback() discards; both may go on."""
     app = make_app(engine)
 
     def body(session: Session) -> None:
         session.add(Item(name="committed"))
         session.commit()
+        assert rows.names == ["committed"]
         session.add(Item(name="rolled back"))
         session.flush()
         session.rollback()

@@ -336,22 +336,27 @@ def fail_in_a_stream(session: Session) -> None:
 
 @pytest.mark.parametrize("fail", [fail_at_once, fail_in_a_stream])
 @pytest.mark.parametrize("listener", [raise_another, return_another])
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
 async def test_an_error_of_another_name_counts(
     kind: Kind,
     engine: Engine | AsyncEngine,
     rows: Rows,
     listener: Callable[[Any], Any],
     fail: Callable[[Session], None],
+    first: bool,
 ) -> None:
-    """A handle_error listener that replaces a swallowed error does not hide the failure."""
+    """A handle_error listener, earlier or later than ours, does not hide a swallowed failure."""
+    target = sync_engine(engine)
 
     def body(session: Session) -> None:
         write(session)
+        if not first:
+            event.listen(target, "handle_error", listener)
         with pytest.raises(ServiceError):
             fail(session)
 
-    target = sync_engine(engine)
-    event.listen(target, "handle_error", listener)
+    if first:
+        event.listen(target, "handle_error", listener)
     with pytest.raises(TransactionAbortedError):
         await ask(engine, kind, transactional(), body)
     assert rows.names == []

@@ -1,10 +1,12 @@
 """Failures that a test injects: the driver's own, raised once, and never missed silently."""
 
+import asyncio
 import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, copy_context
 from typing import Any
 
 import pytest
@@ -394,6 +396,30 @@ def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient, driver:
         background()
         with pytest.raises(exc.TimeoutError):
             client.post("/add")
+
+
+def test_a_failure_is_not_met_by_what_a_request_has_started(
+    app: FastAPI, client: TestClient, driver: Driver
+) -> None:
+    """A failure for a route does not affect a task that an earlier request to it has started."""
+    assert client.portal is not None
+    work, left = app.state.retried, list[Context]()
+
+    @app.post("/leaving")
+    async def leave() -> None:
+        left.append(copy_context())
+
+    async def in_its_context() -> None:
+        if driver.asynchronous:
+            await asyncio.create_task(work(), context=left[0])
+        else:
+            await run_sync(left[0].run, work)
+
+    client.post("/leaving")
+    missed = pytest.raises(AssertionError, match="never hit")
+    with missed, fail_next_statement(app, "serialization", route="/leaving"):
+        client.portal.call(in_its_context)
+    assert client.post("/names").json() == ["note"]
 
 
 def test_the_route_is_the_one_that_was_included(app: FastAPI, client: TestClient) -> None:

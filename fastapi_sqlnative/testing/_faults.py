@@ -15,7 +15,7 @@ from .._sessions.shared import SharedState
 from ..databases import sessions_of
 from ._connections import isolated_on
 from ._targets import Target, places
-from ._turns import SERVED, marking_requests
+from ._turns import OVER, SERVED, marking_requests
 
 StatementFailure: TypeAlias = Literal["serialization", "deadlock", "connection_lost"]
 CommitFailure: TypeAlias = Literal[
@@ -175,7 +175,8 @@ def _fault(
     def happens() -> bool:
         scope = SERVED.get() or {}
         declared = (name_of_route(scope) or "").partition(" ")[2]
-        if met or route not in (None, scope.get("path"), declared):
+        paths = () if OVER in scope else (scope.get("path"), declared)
+        if met or route not in (None, *paths):
             return False
         met.append(failure)
         return True

@@ -17,8 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from ._targets import IsolationError, running_loop
 
-# The scope of the current request, and the scope's key for an error that it has been given.
+# The scope of the current request, and the scope's keys for its end and for an error that it has
+# been given. A task that it has started keeps the scope.
 SERVED: Final = ContextVar[Scope | None]("fastapi_sqlnative_served", default=None)
+OVER: Final = "fastapi_sqlnative_over"
 REFUSED: Final = "fastapi_sqlnative_refused"
 # Seconds that a session waits for another session's transaction to end.
 _PATIENCE: Final = 10.0
@@ -68,6 +70,7 @@ def marking_requests(app: Starlette) -> Generator[None]:
             raise
         finally:
             SERVED.set(before)  # the request may run in the test's own task
+            scope[OVER] = True
         if REFUSED in scope:
             raise IsolationError(scope[REFUSED])
 

@@ -94,7 +94,6 @@ class UnitOfWork:
             record.on_idle = self._released
             # It may wait for something else before its first statement.
             self._loop.call_later(_IDLE, self._leave_if_idle)
-        self.limit(self.ends_at)
         return session
 
     async def _admit(self, database: AnyDatabase) -> bool:
@@ -110,9 +109,6 @@ class UnitOfWork:
     def limit(self, ends_at: float) -> None:
         """Have the server end synchronous sessions' statements: they can't be cancelled here."""
         self.ends_at = min(self.ends_at, ends_at)
-        for session, record in self._opened:
-            if not isinstance(session, AsyncSession):
-                record.ends_at = self.ends_at
 
     @property
     def has_stored(self) -> bool:

@@ -87,8 +87,9 @@ def _after_begin(
         begin_with(connection, record.options)
     if session.in_nested_transaction():
         begin_before_savepoint(connection)
-    if record.ends_at != math.inf and not record.request_has_stored:
-        limit_statements(connection, record.ends_at - time.monotonic())
+    unit = record.unit
+    if record.loop_thread is not None and unit.ends_at != math.inf and not unit.has_stored:
+        limit_statements(connection, unit.ends_at - time.monotonic())
 
 
 # Before, because a flush leaves no history of SQL expressions; after, because listeners may add.

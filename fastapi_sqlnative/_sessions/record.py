@@ -199,14 +199,14 @@ class Record(Holder):
         return self.stored or (self.may_have_written and (self.committing or self.autocommits))
 
     @property
-    def request_has_stored(self) -> bool:
-        """Return whether a session of the request has stored something, or may have."""
-        return bool(self.request.get(UNIT, self).has_stored)
+    def unit(self) -> Any:
+        """The request's unit of work; without one, the record stands for it."""
+        return self.request.get(UNIT, self)
 
     def _tag(self, error: Any) -> None:
         """Set on a foreign error the database's name, and whether its request has stored work."""
         error.database_name = self.state.name
-        error.database_stored = self.request_has_stored
+        error.database_stored = self.unit.has_stored
 
     def count_unstored(self, *, if_lost: bool | None = None) -> int:
         """Count the connections on which a COMMIT would store something now."""

@@ -106,10 +106,6 @@ class UnitOfWork:
             tagged.database_name, tagged.database_stored = database.name, self.has_stored
             raise
 
-    def limit(self, ends_at: float) -> None:
-        """Have the server end synchronous sessions' statements: they can't be cancelled here."""
-        self.ends_at = min(self.ends_at, ends_at)
-
     @property
     def has_stored(self) -> bool:
         """Return whether the endpoint's own COMMIT has stored something or may be about to."""

@@ -140,7 +140,8 @@ async def _cancellable(
 @asynccontextmanager
 async def _until(seconds: float, request: Request, unit: UnitOfWork) -> AsyncGenerator[None]:
     ends_at = time.monotonic() + seconds
-    unit.limit(ends_at)
+    # For synchronous sessions, which can't be cancelled: the server ends their statements.
+    unit.ends_at = min(unit.ends_at, ends_at)
 
     def is_over() -> bool:
         return time.monotonic() >= ends_at and not unit.has_stored

@@ -9,12 +9,10 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from .details import details_of, sqlstate_of
-from .errors import driver_error, server_of
+from .errors import CODES, driver_error, server_of
 
 # PostgreSQL drivers whose errors carry a severity if, and only if, the server reported them.
 SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg_async", "psycopg2"})
-# transaction_resolution_unknown and statement_completion_unknown.
-_OUTCOME_UNKNOWN: Final = frozenset({"08007", "40003"})
 # The second queries MySQL's server, before the first statement.
 _CONNECTING: Final = (Engine.raw_connection, IsolationLevelCharacteristic.set_characteristic)
 _EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
@@ -31,7 +29,7 @@ def leaves_outcome_unknown(error: BaseException, connection: Connection) -> bool
     by_sqlalchemy = isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError)
     if by_sqlalchemy or ended_before_commit(error):
         return False
-    if not sqlstates(driver_error(error)).isdisjoint(_OUTCOME_UNKNOWN):
+    if not sqlstates(driver_error(error)).isdisjoint(CODES["outcome_unknown"].split()):
         return True
     if isinstance(error, DBAPIError):
         # Without a statement or in the second phase, else a before_commit listener's has failed.

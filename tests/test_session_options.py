@@ -284,6 +284,18 @@ def test_a_listener_may_filter_what_is_read(kind: Kind, engine: Engine, rows: Ro
         assert served.post("/").json() == ["mine"]
 
 
+def test_a_listener_may_send_driver_sql_instead(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A do_orm_execute listener may return the result of SQL that SQLAlchemy has not compiled."""
+    app = make_app(engine, session_options=class_options(kind, Own, OwnAsync))
+
+    def instead(state: ORMExecuteState) -> Any:
+        return state.session.connection().exec_driver_sql("SELECT 'instead'")
+
+    route(app, kind, "/", get_db(), lambda session: list(session.scalars(select(Item.name))))
+    with serve(app) as served, listening(Own, "do_orm_execute", instead):
+        assert served.post("/").json() == ["instead"]
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["after-ours", "before-ours"])
 def test_a_listener_sets_up_the_transaction(
     kind: Kind, engine: Engine, rows: Rows, first: bool

@@ -398,3 +398,24 @@ async def test_forgotten_text_on_mariadb_is_no_success(
     """On MariaDB, text whose first word writes is not forgotten, however quoted or commented."""
     with pytest.raises(UncommittedChangesError):
         await without_commit(kind, server, *map(text, statement.split("; ")))
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize("kind", MARIADB, ids=lambda kind: kind.id)
+async def test_a_forgotten_write_on_a_lost_connection_to_mariadb_is_no_success(
+    kind: Kind, server: Engine
+) -> None:
+    """A connection that MariaDB has closed is no reason to forget what was written over it."""
+    engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
+
+    def body(session: Session) -> None:
+        session.execute(text("INSERT INTO item VALUES ('lost', 0)"))
+        number = session.scalar(text("SELECT connection_id()"))
+        with server.connect() as other:
+            other.execute(text(f"KILL {number}"))
+            open_ones = text("SELECT id FROM information_schema.processlist")
+            while number in other.scalars(open_ones).all():
+                pass
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)

@@ -74,6 +74,15 @@ async def test_what_the_application_has_stored_is_not_forgotten(
     assert rows.names == ["stored"]
 
 
+async def test_a_transaction_is_one_object(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """begin() and get_transaction() return the same object, as SQLAlchemy's do."""
+
+    def body(session: Session) -> None:
+        assert session.begin() is session.get_transaction() is session.get_transaction()
+
+    assert await ask(engine, kind, get_db(), body) == 201
+
+
 async def test_an_ended_transaction_hands_out_no_connection(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

@@ -407,6 +407,25 @@ def test_a_refused_commit_may_be_repeated(
     assert rows.names == []
 
 
+def test_a_refused_second_commit_tells_nobody_to_repeat(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A transient failure that refuses a COMMIT is a 500 if the session has committed before."""
+
+    def body(session: Session) -> None:
+        session.execute(insert(items).values(name="a"))
+        session.commit()
+        rows.connection.execute(REFUSING)
+        session.execute(insert(items).values(name="40001"))
+
+    try:
+        response = call(make_app(engine), kind, body)
+    finally:
+        rows.connection.execute("DROP FUNCTION refuse CASCADE")
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert rows.names == ["a"]
+
+
 # Handlers and blocks use the same function to find out whether something is stored.
 @pytest.mark.parametrize(
     ("mapped", "autocommit"),

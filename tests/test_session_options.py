@@ -182,6 +182,27 @@ def test_the_guards_hold_on_every_engine(
     assert second_rows.names == ["taken"]
 
 
+@pytest.mark.driver_decides
+def test_what_a_listener_swallows_on_another_engine_counts(
+    kind: Kind, routing: FastAPI, rows: Rows, second_rows: Rows
+) -> None:
+    """A mapper listener's swallowed error on an engine from get_bind() fails the request, too."""
+    second_rows.add("taken")
+
+    def swallow(_mapper: object, connection: Connection, _row: object) -> None:
+        with pytest.raises(IntegrityError):
+            connection.execute(insert(items).values(name="taken"))
+
+    def body(session: Session) -> None:
+        session.execute(select(items))
+        session.add(Item(name="lost"))
+
+    route(routing, kind, "/", transactional(), body)
+    with serve(routing) as served, listening(Item, "after_insert", swallow):
+        assert served.post("/").json() == {"error": "TransactionAbortedError"}
+    assert second_rows.names == ["taken"]
+
+
 def test_a_half_that_one_engine_has_stored_is_unknown(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:

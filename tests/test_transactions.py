@@ -150,6 +150,26 @@ def test_explicit_commit_and_rollback_are_allowed(kind: Kind, engine: Engine, ro
     assert rows.names == ["at the end", "committed"]
 
 
+def test_a_rollback_lets_the_session_go_on_after_a_loss(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A session that has lost its connection can be rolled back, written to again and committed."""
+    app = make_app(engine)
+
+    def body(session: Session) -> None:
+        session.execute(insert(items).values(name="lost"))
+        rows.lose(session)
+        with pytest.raises(DBAPIError):
+            session.execute(insert(items).values(name="lost"))
+        session.rollback()
+        session.execute(insert(items).values(name="kept"))
+
+    route(app, kind, "/", transactional(), body)
+    with serve(app) as served:
+        assert served.post("/").status_code == 201
+    assert rows.names == ["kept"]
+
+
 def swallow(session: Session) -> None:
     """Insert a row twice, and ignore the failure of the second insert."""
     session.execute(insert(items).values(name="twice"))

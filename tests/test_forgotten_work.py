@@ -22,6 +22,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Mapped, Session, SessionTransaction, registry
@@ -621,3 +622,22 @@ async def test_undone_savepoints_and_forgotten_work_on_sqlite(
     refused = pytest.raises(UncommittedChangesError) if forgets else contextlib.nullcontext()
     with refused:
         assert await ask(engine, kind, get_db(), body) == 201
+
+
+async def test_the_last_batch_does_not_speak_for_the_others(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """An upsert in batches whose last one inserts no row is forgotten work if an earlier one does.
+
+    With RETURNING, SQLAlchemy splits a long list, and the row count is that of the last part.
+    """
+    rows.add("there")
+    inserting = upsert(items).on_conflict_do_nothing(index_elements=["name"]).returning(items.c.id)
+
+    def body(session: Session) -> None:
+        one_by_one = {"insertmanyvalues_page_size": 1}
+        names = [{"name": "lost"}, {"name": "there"}]
+        session.execute(inserting, names, execution_options=one_by_one).all()
+
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), body)

@@ -1351,6 +1351,39 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
     assert rows.names == []
 
 
+def test_a_block_for_one_database(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """What a request stores in the others stays, also if the application starts in the block."""
+    app = FastAPI()
+    for name in "a", "b":
+        engine = make_engine(second=name == "b")
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+        route(app, kind, f"/{name}", transactional(name), add("added"))
+    with isolated(app, "a"), TestClient(app) as client:
+        assert client.post("/a").status_code == client.post("/b").status_code == 201
+    assert (rows.names, second_rows.names) == ([], ["added"])
+
+
+def test_an_application_that_ends_in_a_block_shuts_down(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """Its `shutdown` function is called each time."""
+    app, engine, ended = FastAPI(), make_engine(), list[str]()
+
+    def shutdown() -> Any:
+        ended.append("ended")
+        return engine.dispose()
+
+    install_database(app, engine=engine, shutdown=shutdown)
+    route(app, kind, "/names", get_db(), names)
+    with isolated(app):
+        for run in 1, 2:
+            with TestClient(app) as client:
+                assert client.post("/names").json() == []
+            assert ended == ["ended"] * run
+
+
 def test_the_block_waits_for_a_transaction_that_a_worker_has_open(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
@@ -1846,6 +1879,18 @@ def test_a_refused_end_in_memory_leaves_nothing() -> None:
         with isolated(app), pytest.raises(IsolationError, match="of the connection itself"):
             client.post("/end")
         assert client.post("/names").json() == []
+
+
+@pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
+def test_a_database_in_memory_ends_with_its_application(kind: Kind) -> None:
+    """A block around two runs of it has an empty database in the second, as without a block."""
+    app, _ = on_sqlite(kind, "")
+    with isolated(app):
+        for _ in range(2):
+            with TestClient(app) as client:
+                client.post("/create")
+                assert client.post("/names").json() == []
+                assert client.post("/add").status_code == 201
 
 
 def _by_hand(connection: Any) -> None:

@@ -74,6 +74,14 @@ async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., 
         await start_and_stop(app)
 
 
+async def test_a_plain_endpoint_that_gets_no_session() -> None:
+    """A `def` endpoint may have a transaction in its `dependencies`: it has nothing to await."""
+    app = with_database()
+    app.add_api_route("/items", lambda: 7, dependencies=[Depends(transactional())])
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
 def executes(session: Db) -> Any:
     session.execute(text("SELECT 1")).close()  # that is the mistake
 
@@ -272,6 +280,20 @@ async def library(session: Db) -> AsyncGenerator[AsyncSession]:
 
 async def of_the_application(session: Db) -> AsyncSession:
     return session
+
+
+async def test_a_generator_that_exits_before_the_response_is_not_refused() -> None:
+    """With `scope="function"`, a library's generator may have the session."""
+    app = with_database()
+
+    @app.get("/items")
+    async def endpoint(
+        session: Annotated[AsyncSession, Depends(library, scope="function")],
+    ) -> int:
+        return int(await session.scalar(text("SELECT 7")) or 0)
+
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
 
 
 async def test_the_advice_for_a_generator_works_as_written() -> None:

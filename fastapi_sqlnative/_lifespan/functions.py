@@ -65,7 +65,7 @@ def _functions(call: Any) -> list[Any]:
         return []
     looked_at = [call, inspect.unwrap(call)]
     if not inspect.isclass(looked_at[1]):
-        methods = [each.__call__ for each in looked_at if not inspect.isfunction(each)]
+        methods = [each.__call__ for each in looked_at]
         looked_at += [*methods, *map(inspect.unwrap, methods)]
     return looked_at
 

@@ -207,6 +207,21 @@ def test_a_refused_commit_is_not_lost(app: FastAPI, rows: Rows, around: Any) -> 
         assert client.post("/names").json() == ["late"]
 
 
+@pytest.mark.parametrize("around", [isolated, nullcontext])
+def test_a_commit_after_a_failed_read(app: FastAPI, kind: Kind, rows: Rows, around: Any) -> None:
+    """It has nothing to store, so the server rolls back and nothing is refused, here as there."""
+
+    def read(session: Session) -> None:
+        with suppress(SQLAlchemyError):
+            session.execute(text("SELECT 1/0"))
+        session.commit()
+
+    route(app, kind, "/read-and-commit", get_db(), read)
+    with TestClient(app) as client, around(app):
+        assert client.post("/read-and-commit").status_code == 201
+        assert client.post("/names").json() == []
+
+
 def test_a_handler_that_rolls_back_after_a_refused_commit(
     block: tuple[TestClient, Session], rows: Rows
 ) -> None:

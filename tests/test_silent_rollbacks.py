@@ -405,7 +405,7 @@ async def test_forgotten_text_on_mariadb_is_no_success(
 async def test_a_forgotten_write_on_a_lost_connection_to_mariadb_is_no_success(
     kind: Kind, server: Engine
 ) -> None:
-    """A connection that MariaDB has closed is no reason to forget what was written over it."""
+    """A forgotten write fails the request even if MariaDB has closed the connection since."""
     engine = engine_at(kind, server.url.set(drivername=f"mysql+{kind.driver}"))
 
     def body(session: Session) -> None:

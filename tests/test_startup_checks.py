@@ -75,7 +75,7 @@ async def test_a_plain_endpoint_cannot_use_an_async_session(ours: Callable[..., 
 
 
 async def test_a_plain_endpoint_that_gets_no_session() -> None:
-    """A `def` endpoint may have a transaction in its `dependencies`: it has nothing to await."""
+    """A `def` endpoint may have an async transaction in `dependencies`: it gets no session."""
     app = with_database()
     app.add_api_route("/items", lambda: 7, dependencies=[Depends(transactional())])
     async with running(app) as client:

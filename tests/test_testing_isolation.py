@@ -209,7 +209,7 @@ def test_a_refused_commit_is_not_lost(app: FastAPI, rows: Rows, around: Any) -> 
 
 @pytest.mark.parametrize("around", [isolated, nullcontext])
 def test_a_commit_after_a_failed_read(app: FastAPI, kind: Kind, rows: Rows, around: Any) -> None:
-    """It has nothing to store, so the server rolls back and nothing is refused, here as there."""
+    """A commit after a failed read stores nothing and succeeds, inside a block and outside."""
 
     def read(session: Session) -> None:
         with suppress(SQLAlchemyError):
@@ -1369,7 +1369,7 @@ def test_what_a_worker_still_holds_is_undone_with_the_block(
 def test_a_block_for_one_database(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
-    """What a request stores in the others stays, also if the application starts in the block."""
+    """A block for one database leaves what a request stores in another database."""
     app = FastAPI()
     for name in "a", "b":
         engine = make_engine(second=name == "b")
@@ -1383,7 +1383,7 @@ def test_a_block_for_one_database(
 def test_an_application_that_ends_in_a_block_shuts_down(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Its `shutdown` function is called each time."""
+    """An application that is started twice in a block calls `shutdown` each time."""
     app, engine, ended = FastAPI(), make_engine(), list[str]()
 
     def shutdown() -> Any:
@@ -1898,7 +1898,7 @@ def test_a_refused_end_in_memory_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("kind", SQLITE, ids=lambda kind: kind.id)
 def test_a_database_in_memory_ends_with_its_application(kind: Kind) -> None:
-    """A block around two runs of it has an empty database in the second, as without a block."""
+    """An in-memory database is empty after a restart of its application, even inside a block."""
     app, _ = on_sqlite(kind, "")
     with isolated(app):
         for _ in range(2):

@@ -161,7 +161,7 @@ def ends_in_one_step(engine: Engine) -> bool:
 def keep_autocommit(engine: Engine) -> None:
     """Have the pool close a connection that comes back with another autocommit than it left with.
 
-    Of the next request, each statement would be stored by itself.
+    Otherwise each statement of the next request would be committed at once.
     """
     # The same functions each time, so that SQLAlchemy adds them once to an engine.
     event.listen(engine, "checkout", _note_autocommit)

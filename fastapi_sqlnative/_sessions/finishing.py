@@ -170,7 +170,7 @@ def has_only_read(session: AnySession) -> bool:
 
 
 def _switches(session: AnySession) -> bool:
-    # Cancelled while it leaves AUTOCOMMIT, a connection would keep its place in the pool for good.
+    # If a cancellation came while it leaves AUTOCOMMIT, the pool would never get it back.
     record = record_of(session)
     return record.options is AUTOCOMMIT and record.state.awaits_autocommit
 

@@ -380,9 +380,9 @@ def test_a_commit_is_one_that_stores(app: FastAPI, client: TestClient) -> None:
 def test_a_failure_is_aimed_at_a_route(app: FastAPI, client: TestClient, driver: Driver) -> None:
     """A failure for a route does not affect other routes or background work."""
     assert client.portal is not None
-    background = functools.partial(client.portal.call, app.state.retried)
-    if not driver.asynchronous:
-        background = functools.partial(client.portal.call, run_sync, app.state.retried)
+    call: Callable[..., Any] = client.portal.call
+    retried = app.state.retried
+    background = functools.partial(call, *([] if driver.asynchronous else [run_sync]), retried)
     for fail in fail_next_statement, fail_next_commit:
         aimed: Any = fail
         with aimed(app, "serialization", route="/add"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Response
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -36,6 +36,24 @@ def status_of(app: FastAPI) -> PoolStatus:
 
 def wait(session: Session) -> None:
     session.execute(text("SELECT pg_advisory_xact_lock(7)"))
+
+
+async def test_a_closed_proxy_disturbs_nobody(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """`pool_status()` counts a session whose connection has been closed behind its back."""
+    served, engine, held = FastAPI(), make_engine(), list[int]()
+    install_database(served, engine=engine, shutdown=engine.dispose)
+
+    def body(session: Session) -> None:
+        session.connection().connection.invalidate()
+        held.extend(each.connections for each in status_of(served).holders)
+        raise HTTPException(409)
+
+    route(served, kind, "/", get_db(), body)
+    async with running(served) as client:
+        assert (await client.post("/")).status_code == 409
+    assert held == [1]
 
 
 @pytest.mark.parametrize(("isolation_level", "idle"), [("SERIALIZABLE", 1), ("AUTOCOMMIT", 0)])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from sqlalchemy import (
     Column,
     Engine,
@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, Session, registry
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import (
     DatabaseErrorKind,
@@ -46,7 +47,8 @@ from fastapi_sqlnative.testing import (
     isolated,
 )
 from tests.failing import ASYNCPG, DRIVERS, FOLLOWERS, Driver, disposing, engine_for
-from tests.serving import Kind, route
+from tests.in_process import sqlite
+from tests.serving import PSYCOPG, Kind, route, using
 
 notes = Table(
     "sqlnative_note",
@@ -420,6 +422,33 @@ def test_a_failure_is_not_met_by_what_a_request_has_started(
     with missed, fail_next_statement(app, "serialization", route="/leaving"):
         client.portal.call(in_its_context)
     assert client.post("/names").json() == ["note"]
+
+
+def test_a_failure_is_met_by_a_request_that_middleware_repeats() -> None:
+    """A failure for a route affects a request whose scope middleware has used before."""
+    app, engine = FastAPI(), sqlite()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    endpoint = using(PSYCOPG, Depends(get_db()), lambda session: session.scalar(text("SELECT 1")))
+    app.get("/names", response_model=None)(endpoint)
+
+    class HeadAsGet:
+        """A middleware that answers HEAD like GET if the route doesn't have it."""
+
+        def __init__(self, inner: ASGIApp) -> None:
+            self.inner = inner
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def drop(_message: Message) -> None: ...
+
+            if scope["type"] == "http":
+                await self.inner(scope, receive, drop)
+                scope["method"] = "GET"
+            await self.inner(scope, receive, send)
+
+    app.add_middleware(HeadAsGet)
+    late = pytest.raises(exc.TimeoutError)
+    with TestClient(app) as client, fail_next_checkout(app, route="/names"), late:
+        client.head("/names")
 
 
 def test_the_route_is_the_one_that_was_included(app: FastAPI, client: TestClient) -> None:

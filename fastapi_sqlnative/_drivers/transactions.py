@@ -22,9 +22,12 @@ _LONGEST: Final = 2**31 - 1  # milliseconds
 
 
 def _driver_of(connection: Connection) -> Any:
-    """Return the driver's own connection, also after a `detach()`: the pool no longer knows it."""
+    """Return the driver's own connection, also after a `detach()`: the pool no longer knows it.
+
+    `None` if the application has closed the pool's proxy, which `connection.closed` doesn't show.
+    """
     dbapi: Any = connection.connection.dbapi_connection
-    return connection.dialect.get_driver_connection(dbapi)
+    return None if dbapi is None else connection.dialect.get_driver_connection(dbapi)
 
 
 def autocommits(connection: Connection) -> bool:

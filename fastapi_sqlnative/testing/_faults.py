@@ -175,7 +175,7 @@ def _fault(
     def happens() -> bool:
         scope = SERVED.get() or {}
         declared = (name_of_route(scope) or "").partition(" ")[2]
-        paths = () if OVER in scope else (scope.get("path"), declared)
+        paths = () if scope.get(OVER) else (scope.get("path"), declared)
         if met or route not in (None, *paths):
             return False
         met.append(failure)

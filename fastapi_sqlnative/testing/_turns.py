@@ -58,6 +58,7 @@ def marking_requests(app: Starlette) -> Generator[None]:
     async def mark(scope: Scope, receive: Receive, send: Send) -> None:
         before = SERVED.get()
         SERVED.set(scope)
+        scope[OVER] = False  # middleware may have called the application with it before
         if scope["type"] == "lifespan":
             FLOW.set(())  # tasks that the application starts are not part of the test
         try:
@@ -70,7 +71,7 @@ def marking_requests(app: Starlette) -> Generator[None]:
             raise
         finally:
             SERVED.set(before)  # the request may run in the test's own task
-            scope[OVER] = True
+            scope[OVER] = scope is not before  # a call within the request does not end it
         if REFUSED in scope:
             raise IsolationError(scope[REFUSED])
 

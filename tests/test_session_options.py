@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, delete, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
 from fastapi_sqlnative import get_db, transactional
@@ -123,17 +123,21 @@ def test_an_async_session_keeps_its_sync_class(
 # -- two engines behind one session ----------------------------------------------------------
 
 
-@pytest.fixture
-def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
-    """Return an application whose sessions read from the first database and write to the second."""
-    reading, writing = make_engine(pool_size=1), make_engine(second=True, pool_size=1)
-    writer = sync_engine(writing)
-    app = make_app(
-        reading,
-        session_options={"info": {"writer": writer}, **class_options(kind, Routing, RoutingAsync)},
-    )
+def routed(
+    kind: Kind, reading: Engine | AsyncEngine, writing: Engine | AsyncEngine, **options: Any
+) -> FastAPI:
+    """Make an application whose sessions read from one engine and write to another."""
+    options |= {"info": {"writer": sync_engine(writing)}}
+    options |= class_options(kind, Routing, RoutingAsync)
+    app = make_app(reading, session_options=options)
     app.router.add_event_handler("shutdown", writing.dispose)
     return app
+
+
+@pytest.fixture
+def routing(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
+    """Return such an application on the first and the second database."""
+    return routed(kind, make_engine(pool_size=1), make_engine(second=True, pool_size=1))
 
 
 def test_a_class_of_the_applications_routes(
@@ -208,9 +212,7 @@ def test_a_half_that_one_engine_has_stored_is_unknown(
 ) -> None:
     """If the second of two engines in a session fails to commit, the outcome is unknown."""
     reading, writing = make_engine(), make_engine(second=True)
-    options = class_options(kind, Routing, RoutingAsync)
-    app = make_app(reading, session_options={"info": {"writer": sync_engine(writing)}, **options})
-    app.router.add_event_handler("shutdown", writing.dispose)
+    app = routed(kind, reading, writing)
     committing: list[Connection] = []
 
     def refuse_the_second(connection: Connection) -> None:
@@ -237,10 +239,7 @@ def test_two_phases_store_all_or_nothing(
 ) -> None:
     """With `twophase`, nothing is stored on either engine if the second one does not prepare."""
     reading, writing = make_engine(), make_engine(second=True)
-    options = {"info": {"writer": sync_engine(writing)}, "twophase": True}
-    options |= class_options(kind, Routing, RoutingAsync)
-    app = make_app(reading, session_options=options)
-    app.router.add_event_handler("shutdown", writing.dispose)
+    app = routed(kind, reading, writing, twophase=True)
     preparing: list[Connection] = []
 
     def refuse_the_second(connection: Connection, _id: object) -> None:

@@ -1083,14 +1083,20 @@ def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) ->
         assert sorted(answers) == list(range(40))
 
 
-def test_requests_on_two_databases_take_turns(
-    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
-) -> None:
-    """Requests that begin with different databases do not wait for each other's second one."""
+def on_two_databases(make_engine: MakeEngine) -> FastAPI:
+    """Make an application with the databases `a` and `b`."""
     app = FastAPI()
     for name in "a", "b":
         engine = make_engine(second=name == "b")
         install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    return app
+
+
+def test_requests_on_two_databases_take_turns(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Requests that begin with different databases do not wait for each other's second one."""
+    app = on_two_databases(make_engine)
     for first, second in (("a", "b"), ("b", "a")):
         one, other = Depends(transactional(first)), Depends(transactional(second))
 
@@ -1370,10 +1376,8 @@ def test_a_block_for_one_database(
     kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
 ) -> None:
     """A block for one database leaves what a request stores in another database."""
-    app = FastAPI()
+    app = on_two_databases(make_engine)
     for name in "a", "b":
-        engine = make_engine(second=name == "b")
-        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
         route(app, kind, f"/{name}", transactional(name), add("added"))
     with isolated(app, "a"), TestClient(app) as client:
         assert client.post("/a").status_code == client.post("/b").status_code == 201

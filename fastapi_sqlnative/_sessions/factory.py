@@ -87,8 +87,9 @@ def _after_begin(
         begin_with(connection, record.options)
     if session.in_nested_transaction():
         begin_before_savepoint(connection)
-    unit = record.unit
-    if record.loop_thread is not None and unit.ends_at != math.inf and not unit.has_stored:
+    # Only a request's synchronous session: an asynchronous one is cancelled at the deadline.
+    unit = None if record.loop_thread is None else record.unit
+    if unit and unit.ends_at != math.inf and not unit.has_stored:
         limit_statements(connection, unit.ends_at - time.monotonic())
 
 

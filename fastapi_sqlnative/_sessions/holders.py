@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +41,6 @@ class Holder:
     executing: bool = False  # a statement is running
     options: TransactionOptions = NO_OPTIONS  # of the session's transactions
     autocommits: bool = False  # each statement commits at once
-    ends_at: float = math.inf  # as the unit of work's: without one there is no deadline
     on_idle: Any = None  # called when the connections are released
     on_wanted: Any = None  # then called with this before the next checkout
     # Results that may not be exhausted: streams, whose cursor on the server has to be closed,

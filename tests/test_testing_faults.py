@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Request
 from sqlalchemy import (
     Column,
     Engine,
@@ -31,6 +31,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_sqlnative import (
+    Database,
     DatabaseErrorKind,
     describe_database_error,
     get_db,
@@ -449,6 +450,30 @@ def test_a_failure_is_met_by_a_request_that_middleware_repeats() -> None:
     late = pytest.raises(exc.TimeoutError)
     with TestClient(app) as client, fail_next_checkout(app, route="/names"), late:
         client.head("/names")
+
+
+def test_a_failure_is_met_after_a_call_within_the_request() -> None:
+    """A failure for a route affects a request that has called the application with its scope."""
+    app, engine = FastAPI(), sqlite()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+
+    @app.get("/inner")
+    async def inner() -> None: ...
+
+    @app.get("/outer")
+    async def outer(request: Request) -> None:
+        async def drop(_message: Message) -> None: ...
+
+        outer_route = {key: request.scope[key] for key in ("path", "route")}
+        request.scope["path"] = "/inner"
+        await app.router(request.scope, request.receive, drop)
+        request.scope.update(outer_route)
+        with installed_databases(app, Database)["default"].session() as session:
+            session.scalar(text("SELECT 1"))
+
+    late = pytest.raises(exc.TimeoutError)
+    with TestClient(app) as client, fail_next_checkout(app, route="/outer"), late:
+        client.get("/outer")
 
 
 def test_the_route_is_the_one_that_was_included(app: FastAPI, client: TestClient) -> None:

@@ -31,6 +31,8 @@ from fastapi_sqlnative import (
 )
 from fastapi_sqlnative._lifespan.gate import Gate
 from fastapi_sqlnative._lifespan.running import Running, running_of
+from fastapi_sqlnative._sessions.record import Record
+from fastapi_sqlnative._unit_of_work import UnitOfWork
 from tests.conftest import MakeEngine
 from tests.in_process import running, sqlite, turns
 from tests.serving import KINDS, Kind, Rows, route, until, using
@@ -343,6 +345,54 @@ async def test_an_idle_request_comes_back_in_any_thread(
         assert running_of(app).gate._threads.borrowed_tokens == 0
         await asyncio.to_thread(ask, session)
         assert running_of(app).gate._threads.borrowed_tokens == 1
+
+    app.post("/", status_code=201)(endpoint)
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+
+
+@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+async def test_a_request_whose_thread_connects_meanwhile_keeps_its_place(
+    kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that seems idle keeps its place if a thread's session connects at that moment."""
+    monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
+    session: Any = None
+    comes_back = UnitOfWork._return
+
+    def ask_meanwhile(self: UnitOfWork) -> Callable[[Record], None]:
+        if not session.in_transaction():
+            thread = threading.Thread(target=ask, args=[session])
+            thread.start()
+            thread.join()
+        return functools.partial(comes_back, self)
+
+    async def endpoint(given: Annotated[Any, Depends(get_db())]) -> None:
+        nonlocal session
+        session = given
+        await turns()  # run what opening the session has scheduled
+        assert session.in_transaction()
+        assert running_of(app).gate._threads.borrowed_tokens == 1
+        await run_sync(ask, session)  # comes back, although it has not left
+
+    app.post("/", status_code=201)(endpoint)
+    monkeypatch.setattr(UnitOfWork, "_return", property(ask_meanwhile))
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+
+
+async def test_a_request_may_leave_as_soon_as_its_session_is_idle(
+    kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request leaves its place after a commit, however soon the loop's thread looks."""
+    monkeypatch.setattr(UnitOfWork, "_released", UnitOfWork._leave_if_idle)
+
+    async def endpoint(
+        session: Annotated[Any, Depends(get_db())], second: Annotated[Any, Depends(reader())]
+    ) -> None:
+        for step, places in (ask, 1), (Session.commit, 0):
+            await (session.run_sync(step) if kind.asynchronous else run_sync(step, session))
+            assert running_of(app).gate._connections.borrowed_tokens == places
 
     app.post("/", status_code=201)(endpoint)
     async with running(app) as client:

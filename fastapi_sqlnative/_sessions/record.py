@@ -113,12 +113,12 @@ class Record(Holder):
 
     def forget(self) -> None:
         """Reset the record after a transaction, when the session holds no connection."""
-        self.release()
         self.begun = self.failed = self.rolled_back = None
         if not self.finished:
             self.work, self.stores_on = Work(), 1
             self.asked = self.autocommits = self.joined = False
             self.committing = self.streamed = False
+        self.release()  # last, because the loop's thread may look at once whether this is idle
 
     # -- may the session be used here and now? ---------------------------------------------
 

@@ -511,6 +511,54 @@ def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> Non
             assert len(list(session.execute(select(items).execution_options(**option)))) == 5
 
 
+def test_the_tests_own_session_without_autoflush(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """Without autoflush, queries leave the test's changes as they are, else they load afresh."""
+    app = FastAPI(routes=routes(kind))
+    options = {"autoflush": False}
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+    with TestClient(app) as client, isolated(app) as session:
+        session.add(item := Item(name="mine"))
+        session.commit()
+        session.refresh(item)
+        assert client.post("/rename").status_code == 201
+        assert session.scalars(select(Item)).one().name == "mine-renamed"
+        item.name = "changed"
+        assert session.scalars(select(Item)).one() is session.get(Item, item.id) is item
+        session.commit()
+        assert client.post("/names").json() == ["changed"]
+    assert rows.names == []
+
+
+class Auditing(Session):
+    """A session class with a listener that looks at the stored rows before each flush."""
+
+
+@event.listens_for(Auditing, "before_flush")
+def audit(session: Session, *_: object) -> None:
+    session.scalars(select(Item)).all()
+
+
+def test_a_listener_that_queries_before_a_flush(
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+) -> None:
+    """The test's changes are stored even if a `before_flush` listener queries the same rows."""
+    app = FastAPI(routes=routes(kind))
+    options = session_class(kind, Auditing)
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+    with TestClient(app) as client, isolated(app) as session:
+        session.add(item := Item(name="mine"))
+        session.commit()
+        item.name = "flushed"
+        assert names(session) == ["flushed"]
+        item.name = "committed"
+        session.commit()
+        item.name = "changed"
+        assert client.post("/names").json() == ["changed"]
+    assert rows.names == []
+
+
 @asynchronous
 @pytest.mark.anyio
 async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> None:

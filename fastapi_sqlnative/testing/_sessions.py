@@ -106,7 +106,7 @@ class OwnSession(Session):
     """The test's own session, which doesn't block the application's.
 
     It takes its turn only for each call. Its pending changes are committed when the application
-    begins a transaction, and its queries always load fresh values. In the MRO it comes after the
+    begins a transaction, and its queries load fresh values. In the MRO it comes after the
     application's own session class, whose `super()` calls arrive here.
     """
 
@@ -121,7 +121,13 @@ class OwnSession(Session):
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Load by primary key, with fresh values."""
-        return super().get(*args, **options | {"populate_existing": True})
+        if _may_load_again(self):
+            options["populate_existing"] = True
+        return super().get(*args, **options)
+
+    def flush(self, objects: Any = None) -> None:
+        """Flush. For queries of its listeners, which flush nothing, turn autoflush off."""
+        self.in_turn(self.no_autoflush(super().flush), objects)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction or savepoint."""
@@ -165,7 +171,7 @@ def _has_turn(name: str) -> Callable[..., Any]:
 
 _LOADS = ("execute", "scalars", "scalar")  # all others call `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
-for _name in (*_LOADS, *_BULK, *_UNDO, "connection", "flush", "commit"):
+for _name in (*_LOADS, *_BULK, *_UNDO, "connection", "commit"):
     setattr(OwnSession, _name, _has_turn(_name))
 
 
@@ -188,9 +194,16 @@ class _Begun:
         self._session.in_turn(self._transaction.__exit__, *error)
 
 
+def _may_load_again(session: Session) -> bool:
+    """Return whether fresh values replace no change of the test that will not be flushed before."""
+    return session.autoflush or not session.dirty
+
+
 @event.listens_for(OwnSession, "do_orm_execute")
 def _load_fresh_values(state: ORMExecuteState) -> None:
-    if cast("OwnSession", state.session).crosses:  # rows can only be fetched during the call
+    session = cast("OwnSession", state.session)
+    if session.crosses:  # rows can only be fetched during the call
         state.update_execution_options(yield_per=None, stream_results=False)
-    if state.is_select and not (state.is_column_load or state.is_relationship_load):
+    loads_more = state.is_column_load or state.is_relationship_load
+    if state.is_select and not loads_more and _may_load_again(session):
         state.update_execution_options(populate_existing=True)

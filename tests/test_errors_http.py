@@ -808,6 +808,24 @@ def test_what_passes_is_one_line_in_the_log(
     )
 
 
+def test_the_log_names_the_constraint(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A conflict is one line of INFO in the log, with the constraint and without the value."""
+    rows.add("Jane")
+    app = make_app(engine)
+    route(app, kind, "/", transactional(), lambda session: session.add(Item(name="Jane")))
+    with TestClient(app) as client, caplog.at_level("INFO", "fastapi_sqlnative"):
+        assert client.post("/").status_code == 409
+    assert [(each.levelname, each.getMessage()) for each in caplog.records] == [
+        (
+            "INFO",
+            "A failure of database 'default' (unique, code 23505, constraint 'item_name_key') is "
+            "answered with 409 on POST /.",
+        )
+    ]
+
+
 def test_the_log_names_the_route_in_full(
     kind: Kind, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -988,6 +1006,7 @@ def test_every_error_can_be_a_problem() -> None:
         ([{"loc": ("a", 0), "msg": "Own."}], {"detail": "Own.", "parameter": "0"}),
         ([{"loc": ("a",), "msg": "Own."}], {"detail": "Own.", "parameter": "a"}),
         ([{"loc": ("body", "a"), "msg": "Own."}], {"detail": "Own.", "pointer": "#/a"}),
+        ([{"loc": ("body", "a", 0), "msg": "Own."}], {"detail": "Own.", "pointer": "#/a/0"}),
     ],
 )
 def test_an_invalid_request_of_the_application_s_own_is_a_problem(

@@ -452,6 +452,22 @@ async def test_readiness_is_not_counted(make_engine: MakeEngine) -> None:
 # --- starts ---
 
 
+async def test_a_second_start_asks_for_no_more_instruments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without OpenTelemetry's SDK, too, starts do not add to what listens to an engine."""
+    app, meters = FastAPI(), list[str]()
+    provider = metrics.NoOpMeterProvider()
+    get = provider.get_meter
+    monkeypatch.setattr(provider, "get_meter", lambda name: (meters.append(name), get(name))[1])
+    install_database(app, engine=sqlite_file)
+    install_database(app, name="other", engine=sqlite_file)
+    instrument_pools(app, meter_provider=provider)
+    for _ in range(2):
+        await start_and_stop(app)
+    assert meters == ["fastapi_sqlnative"]
+
+
 async def test_a_second_start_records_nothing_twice(make_engine: MakeEngine) -> None:
     """A ready engine that starts a second time is measured only once."""
     app, reader = instrumented(make_engine())

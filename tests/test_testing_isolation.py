@@ -531,6 +531,20 @@ def test_the_tests_own_session_without_autoflush(
     assert rows.names == []
 
 
+def test_sessions_of_two_blocks_that_take_turns(app: FastAPI, rows: Rows) -> None:
+    """A session's commit includes what another block's session began inside its transaction."""
+    with TestClient(app), isolated(app) as outer, isolated(app) as inner:
+        inner.add(Item(name="around"))
+        inner.flush()
+        outer.add(Item(name="inside"))
+        outer.flush()
+        inner.commit()
+        outer.commit()
+        assert names(outer) == names(inner) == ["around", "inside"]
+        assert isinstance(inner.bind, Engine)
+    assert rows.names == []
+
+
 class Auditing(Session):
     """A session class with a listener that looks at the stored rows before each flush."""
 
@@ -572,9 +586,12 @@ async def test_the_tests_own_asynchronous_session(app: FastAPI, rows: Rows) -> N
         assert item.name == "mine"
         assert await session.get(Item, item.id) is item
         assert item.name == "mine-renamed"
+        assert (await client.post("/rename")).status_code == 201
+        assert list(await session.scalars(select(Item))) == [item]
+        assert item.name == "mine-renamed-renamed"
         assert (await client.post("/explicit")).status_code == 201
         found = await session.scalars(select(Item.name).order_by(Item.name))
-        assert list(found) == ["kept", "mine-renamed", "nested"]
+        assert list(found) == ["kept", "mine-renamed-renamed", "nested"]
     assert rows.names == []
 
 

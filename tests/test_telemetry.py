@@ -458,8 +458,12 @@ async def test_a_second_start_asks_for_no_more_instruments(
     """Without OpenTelemetry's SDK, too, starts do not add to what listens to an engine."""
     app, meters = FastAPI(), list[str]()
     provider = metrics.NoOpMeterProvider()
-    get = provider.get_meter
-    monkeypatch.setattr(provider, "get_meter", lambda name: (meters.append(name), get(name))[1])
+
+    def get_meter(name: str) -> metrics.Meter:
+        meters.append(name)
+        return metrics.NoOpMeter(name)
+
+    monkeypatch.setattr(provider, "get_meter", get_meter)
     install_database(app, engine=sqlite_file)
     install_database(app, name="other", engine=sqlite_file)
     instrument_pools(app, meter_provider=provider)

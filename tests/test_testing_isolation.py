@@ -293,7 +293,9 @@ def test_each_transaction_has_its_own_execution_options(
     elsewhere |= {"stream_results": True, "yield_per": 2}
 
     def set_options(session: Session) -> int:
-        return len(session.connection(execution_options=elsewhere).get_execution_options())
+        connection = session.connection(execution_options=elsewhere)
+        assert session.connection() is connection
+        return len(connection.get_execution_options())
 
     install_database(app, engine=engine, shutdown=engine.dispose)
     install_database(app, name="mapped", engine=engine.execution_options(**elsewhere))

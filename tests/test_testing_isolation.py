@@ -48,7 +48,7 @@ from fastapi_sqlnative.testing import (
     isolated,
 )
 from tests.conftest import MakeEngine, asynchronous
-from tests.in_process import session_class
+from tests.in_process import session_class, sqlite
 from tests.serving import (
     SQLITE,
     Base,
@@ -1570,6 +1570,14 @@ def test_a_client_on_a_loop_of_its_own_is_refused(app: FastAPI, kind: Kind, rows
 
 
 # --- work that does not use the handle ---
+
+
+def test_a_session_on_another_engine_is_left_alone(block: tuple[TestClient, Session]) -> None:
+    """A session on an engine that is not the application's works as it does outside the block."""
+    engine = sqlite()
+    with Session(engine) as session:
+        assert session.scalar(text("SELECT 1")) == 1
+        assert session.bind is engine
 
 
 def test_a_factorys_session_joins(make_engine: MakeEngine, rows: Rows) -> None:

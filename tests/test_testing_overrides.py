@@ -177,6 +177,23 @@ def test_a_factory_of_the_application_is_not_called(
     assert second_rows.names == ["added"]
 
 
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ("postgresql+psycopg://host/shop", "postgresql+psycopg2://me@host:5432/shop"),
+        ("postgresql+psycopg://host:1/shop", "postgresql+psycopg:///shop?host=host&port=1"),
+        ("mysql+pymysql://host/shop", "mysql+pymysql://host:3306/shop"),
+    ],
+)
+def test_the_same_address_is_refused(own: str, other: str) -> None:
+    """An override with the installed database is refused, however its address is written."""
+    app = FastAPI()
+    install_database(app, engine=create_engine(own))
+    refused = pytest.raises(ValueError, match="the very database")
+    with refused, override_database(app, "default", create_engine(other)):
+        pytest.fail("it was accepted")
+
+
 def test_the_same_database_is_refused(
     app: FastAPI, kind: Kind, make_engine: MakeEngine, own: Any, rows: Rows
 ) -> None:

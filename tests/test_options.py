@@ -872,26 +872,31 @@ def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
 
 
 @pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
 @pytest.mark.parametrize(
     "dependency",
     [transactional(isolation_level="SERIALIZABLE"), reader()],
     ids=["serializable", "reader"],
 )
 def test_a_connection_that_died_in_mariadbs_pool_is_sqlalchemys_error(
-    mariadb: str, dependency: Any
+    mariadb: str, dependency: Any, driver: str
 ) -> None:
-    """A dead connection in the pool results in a 503, even if the level is sent to it first."""
-    # Only this driver, because SQLAlchemy leaves the connection of an asynchronous one to the
-    # garbage collector, with a warning.
-    kind, app = Kind("pymysql", "pymysql", False), FastAPI()
-    engine = create_engine(make_url(mariadb).set(drivername="mysql+pymysql"))
+    """A dead connection in the pool results in a 503, even if the level is sent to it first.
+
+    It does not keep its place in the pool.
+    """
+    kind, app = Kind(driver, driver, driver == "asyncmy"), FastAPI()
+    url = make_url(mariadb).set(drivername=f"mysql+{driver}")
+    create: Any = create_async_engine if kind.asynchronous else create_engine
+    engine = create(url, pool_size=1, max_overflow=0)
     install_database(app, engine=engine, shutdown=engine.dispose)
     install_error_handlers(app)
     route(app, kind, "/plain", get_db(), lambda s: s.scalar(text("SELECT connection_id()")))
     route(app, kind, "/", dependency, lambda s: s.execute(text("SELECT 1")).close())
-    admin = create_engine(engine.url)
+    admin = create_engine(url.set(drivername="mysql+pymysql"))
     with serve(app) as served, admin.connect() as connection:
         connection.execute(text(f"KILL {served.post('/plain').json()}"))
         assert served.post("/").status_code == 503
+        assert engine.pool.checkedout() == 0
         assert served.post("/").status_code == 201
     admin.dispose()

@@ -4,7 +4,7 @@ from traceback import walk_tb
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine.characteristics import IsolationLevelCharacteristic
+from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
@@ -13,8 +13,11 @@ from .errors import CODES, driver_error, server_of
 
 # PostgreSQL drivers whose errors carry a severity if, and only if, the server reported them.
 SEVERITY_DRIVERS: Final = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg_async", "psycopg2"})
-# The second queries MySQL's server, before the first statement.
-_CONNECTING: Final = (Engine.raw_connection, IsolationLevelCharacteristic.set_characteristic)
+# The second queries the server before the first statement: MySQL, and PostgreSQL with pg8000.
+_CONNECTING: Final = (
+    Engine.raw_connection,
+    ConnectionCharacteristic.set_connection_characteristic,
+)
 _EXECUTING: Final = (DefaultDialect.do_execute, DefaultDialect.do_executemany)
 # idle_in_transaction_session_timeout and transaction_timeout end it before COMMIT arrives.
 _ENDED_BEFORE: Final = frozenset({"25P03", "25P04"})

@@ -1,6 +1,8 @@
 """Transaction options, and how each database sets them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 
 from sqlalchemy import Connection, Engine, event
@@ -73,11 +75,24 @@ AUTOCOMMIT: Final = TransactionOptions(isolation_level="AUTOCOMMIT")
 
 def engine_with(engine: Engine, options: TransactionOptions) -> Engine:
     """Return an engine that shares this one's pool and sets the options."""
-    optional = engine.execution_options(**options.given_to(engine.dialect))
+    optional = engine.execution_options()
+    if given := options.given_to(engine.dialect):
+        # Not as the engine's own options: where setting one fails, as on a connection that was
+        # lost, SQLAlchemy keeps the connection in use until Python collects it.
+        event.listen(optional, "engine_connect", partial(_set_options, given))
     if options.read_only and engine.dialect.name == "sqlite":
         event.listen(optional, "commit", _unset_read_only)
         event.listen(optional, "rollback", _unset_read_only)
     return optional
+
+
+def _set_options(given: Mapping[str, Any], connection: Connection) -> None:
+    try:
+        connection.execution_options(**given)
+    except BaseException:
+        connection.invalidate()
+        connection.close()
+        raise
 
 
 def begin_with(connection: Connection, options: TransactionOptions) -> None:

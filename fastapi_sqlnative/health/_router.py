@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -188,4 +189,5 @@ def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
 
 
 def _answer(model: BaseModel, code: int) -> JSONResponse:
-    return JSONResponse(model.model_dump(mode="json"), code, {"Cache-Control": "no-store"})
+    # Not by `model_dump`, which Pydantic 1 lacks: FastAPI 0.123 allows that.
+    return JSONResponse(jsonable_encoder(model), code, {"Cache-Control": "no-store"})

@@ -315,6 +315,13 @@ def test_a_limit_of_the_role_or_the_database_counts(
     assert row(check(*engines), "connections") == ("warning", expected)
 
 
+def test_as_many_connections_as_needed_are_enough(server: Badly) -> None:
+    """Pools that need exactly the connections available, one for readiness included, are ok."""
+    engine = create_engine(url_of(server, "psycopg", "limited"), pool_size=4, max_overflow=5)
+    expected = ("ok", "10 needed by 1 process(es), 10 available")
+    assert row(check(engine), "connections") == expected
+
+
 @pytest.mark.parametrize("options", [{"max_overflow": -1}, {"poolclass": NullPool}], ids=str)
 def test_a_pool_without_a_limit_is_named(server: Badly, options: dict[str, Any]) -> None:
     """A pool without a limit gets its own warning."""
@@ -542,6 +549,16 @@ def test_mariadb_as_it_comes_is_found(driver: str, mariadb: str) -> None:
     assert set(warnings(check(make(url, **options)))) == {"role"}
 
 
+@pytest.mark.mariadb
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_a_connection_to_mariadb_without_tls_is_found(driver: str, mariadb: str) -> None:
+    """An unencrypted connection to a MariaDB server on another machine gets a warning."""
+    # 0.0.0.0 leads to this machine, but does not look like a local address.
+    url = make_url(mariadb).set(drivername=f"mariadb+{driver}", host="0.0.0.0")
+    make = create_async_engine if driver == "asyncmy" else create_engine
+    assert row(check(make(url)), "TLS") == ("warning", "off")
+
+
 # --- databases that do not answer ---------------------------------------------------------------
 
 
@@ -757,7 +774,7 @@ def application(server: Badly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "main.py").write_text(MAIN.format(url=url_of(server, "psycopg")))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in "main", "failing", "leaving", "empty", "away":
+    for name in "main", "failing", "leaving", "empty", "away", "partly":
         sys.modules.pop(name, None)
 
 
@@ -864,9 +881,14 @@ def test_a_database_that_is_away_is_no_success(
     application: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A database that does not answer makes the command's status 2, whatever is accepted."""
-    (application / "away.py").write_text(MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop"))
+    away = MAIN.format(url="postgresql+psycopg://127.0.0.1:1/shop")
+    (application / "away.py").write_text(away)
     assert run("away:app", "--accept", "default:pooler") == 2
     assert "no answer" in capsys.readouterr().out
+    # Another database that answers does not change that.
+    another = "install_database(app, name='other', engine=create_engine('sqlite://'))\n"
+    (application / "partly.py").write_text(away + another)
+    assert run("partly:app") == 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from sqlalchemy import Column, Integer, Table, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Session
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 from fastapi_sqlnative import (
     get_database_handle,
@@ -243,6 +245,26 @@ async def test_a_decorator_may_make_something_else_of_the_session(ours: Any) -> 
 
     async with running(app) as client:
         assert (await client.get("/items")).json() == 7
+
+
+async def test_what_a_decorator_returns_may_have_any_type() -> None:
+    """The annotation of a decorated dependency may name another kind of session than ours."""
+    app, ours = with_database(), get_db()
+
+    @functools.wraps(ours)
+    async def behind(connection: Any) -> Session:
+        session: Session = (await ours(connection=connection)).sync_session
+        return session
+
+    made: Any = behind
+    made.__signature__ = inspect.signature(ours)
+
+    @app.get("/items")
+    async def endpoint(found: Annotated[Session, Depends(made)]) -> bool:
+        return type(found).__name__ != "AsyncSession"
+
+    async with running(app) as client:
+        assert (await client.get("/items")).json() is True
 
 
 async def test_what_a_decorator_needs_is_checked_too() -> None:
@@ -808,6 +830,10 @@ def adding(endpoint: Callable[..., Any]) -> FastAPI:
 async def outlives(session: Annotated[Any, Depends(get_db(), scope="request")]) -> None: ...
 
 
+async def reads(session: Db) -> int:
+    return int(await session.scalar(text("SELECT 7")) or 0)
+
+
 async def unknown(session: Annotated[AsyncSession, Depends(get_db("elsewhere"))]) -> None: ...
 
 
@@ -832,11 +858,7 @@ async def test_a_late_route_with_an_unknown_name_is_logged(
 
 async def test_a_late_route_that_is_right_serves() -> None:
     """A correct route that the lifespan adds is served like any other."""
-
-    async def endpoint(session: Db) -> int:
-        return int(await session.scalar(text("SELECT 7")) or 0)
-
-    async with running(adding(endpoint)) as client:
+    async with running(adding(reads)) as client:
         assert (await client.get("/late")).json() == 7
 
 
@@ -851,6 +873,44 @@ async def test_a_route_added_while_requests_run_is_checked_by_its_first_request(
         (below if mounted else app).add_api_route("/late", outlives)
         with pytest.raises(DatabaseDependencyError, match="'/late'"):
             await client.get("/below/late" if mounted else "/late")
+
+
+async def test_a_router_included_while_requests_run_is_checked_with_its_dependencies() -> None:
+    """The first request of a route checks the dependencies of its router's inclusion, too."""
+    app, router = with_database(), APIRouter()
+    router.add_api_route("/late", lambda: 7)
+    async with running(app) as client:
+        app.include_router(router, prefix="/in", dependencies=[Depends(outlives)])
+        with pytest.raises(DatabaseDependencyError, match="'/in/late'"):
+            await client.get("/in/late")
+
+
+class Versioned(BaseRoute):
+    """A route, without an application of its own, that chooses another one for each request."""
+
+    def __init__(self, chosen: APIRoute) -> None:
+        self.chosen = chosen
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return self.chosen.matches(scope)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.chosen.handle(scope, receive, send)
+
+
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_route_that_only_another_route_knows_is_checked_by_its_first_request(
+    right: bool,
+) -> None:
+    """A route that is not among the application's own is checked by its first request."""
+    app = with_database()
+    app.router.routes.append(Versioned(APIRoute("/items", reads if right else outlives)))
+    async with running(app) as client:
+        if right:
+            assert (await client.get("/items")).json() == 7
+        else:
+            with pytest.raises(DatabaseDependencyError, match="'/items'"):
+                await client.get("/items")
 
 
 # -- route classes -----------------------------------------------------------------------------

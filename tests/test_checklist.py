@@ -891,6 +891,27 @@ def test_a_database_that_is_away_is_no_success(
     assert run("partly:app") == 2
 
 
+def test_the_commands_timeout_is_that_of_each_database(
+    application: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `--timeout`, the command waits that long for each database."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql+psycopg://127.0.0.1:{silent.getsockname()[1]}/shop"
+        (application / "away.py").write_text(MAIN.format(url=url))
+        assert run("away:app", "--timeout", "0.2") == 2
+    assert "no answer within 0.2 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "default="])
+def test_the_command_compares_with_alembics_heads(
+    application: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `--alembic`, the command checks the revision of the named or the default database."""
+    path = ROOT / "migrations_example" / "alembic.ini"
+    assert run("main", "--alembic", f"{name}{path}") == 0
+    assert "migrations" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("accepted", "says"),
     [

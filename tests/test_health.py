@@ -286,6 +286,18 @@ async def test_an_idle_connection_is_used_first(engine: AnyEngine) -> None:
     assert len(opened) == 1
 
 
+async def test_an_idle_connection_of_a_busy_pool_is_used(make_engine: MakeEngine) -> None:
+    """A probe uses an idle connection also while others of the pool are in use."""
+    engine = make_engine()
+    opened: list[object] = []
+    event.listen(sync_engine(engine), "connect", lambda _connection, record: opened.append(record))
+    async with running(healthy(engine)) as client, held(engine):
+        async with held(engine):
+            pass
+        assert await ready(client) == (200, report())
+    assert len(opened) == 2
+
+
 async def test_a_session_that_holds_a_connection_proves_nothing(
     behind_proxy: AnyEngine, proxy: Proxy
 ) -> None:

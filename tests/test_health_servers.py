@@ -286,6 +286,26 @@ async def test_a_full_server_is_down_for_whoever_has_no_connection(
 
 
 @every_driver
+async def test_a_full_server_is_down_if_the_pools_connections_are_lost(
+    server: PostgresServer, kind: Kind
+) -> None:
+    """If the server is full and the pool's idle connections have died, readiness fails."""
+    engine = engine_at(server, kind)
+    async with running(healthy(engine)) as client:
+        async with held(engine):
+            pass
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+        await nobody_is_connected(server)
+        with holding(server.url, CONNECTIONS):
+            assert await ready(client) == DOWN
+    await nobody_is_connected(server)
+
+
+@every_driver
 @pytest.mark.parametrize("role_limit", [True, False], ids=["role", "database"])
 async def test_a_limit_of_the_role_or_database_is_full_too(
     server: PostgresServer, kind: Kind, role_limit: bool

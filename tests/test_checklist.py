@@ -706,6 +706,22 @@ async def test_a_running_application_logs_a_line(
     )
 
 
+def test_findings_that_are_all_well_are_logged_as_information(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """If every row is ok, the log has one line at the level INFO, without a hint."""
+    with caplog.at_level(logging.INFO, "fastapi_sqlnative"):
+        log_findings([finding("default", "TLS", "on", FindingStatus.OK)])
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == ("INFO", "Checklist: 1 ok.")
+
+
+def test_a_pool_that_keeps_no_connections_needs_no_pre_ping(server: Badly) -> None:
+    """With NullPool, there is no row about pre-ping, because each connection is new."""
+    engine = create_engine(url_of(server, "psycopg"), poolclass=NullPool)
+    assert "pre-ping" not in {each.subject for each in check(engine)}
+
+
 def test_mounted_applications_are_asked_too(server: Badly) -> None:
     """Databases of mounted applications have their own rows, numbered if they share a name."""
     app, mounted, between = FastAPI(), FastAPI(), FastAPI()

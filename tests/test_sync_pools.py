@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from conftest import WorkerPostgres
-from fastapi_sqlnative import get_db, install_database, transactional
+from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
 from tests.conftest import MakeEngine
 from tests.serving import KINDS, Item, Rows, flood, serve
@@ -286,3 +286,27 @@ async def test_a_pool_that_lets_nobody_wait_admits_who_need_not(
 
     with serve(app) as served:
         assert served.post("/").status_code == 200
+
+
+@pytest.mark.parametrize("two_databases", [False, True])
+async def test_no_more_wait_at_the_gate_than_could_deadlock(
+    make_engine: MakeEngine, rows: Rows, two_databases: bool
+) -> None:
+    """Four requests with several sessions run at a time, if four cannot hold all connections.
+
+    A small pool of other requests makes no difference.
+    """
+    app = FastAPI()
+    for name, size in ("default", 5), ("second", 2), ("other", 1):
+        engine = make_engine(second=name != "default", pool_size=size, max_overflow=0)
+        install_database(app, name=name, engine=engine, shutdown=engine.dispose)
+    others = [Depends(reader()), *([Depends(get_db("second"))] if two_databases else [])]
+    barrier = threading.Barrier(4, timeout=30)
+    app.post("/other", dependencies=[Depends(get_db("other"))])(lambda: 7)
+
+    @app.post("/", dependencies=others)
+    def endpoint(session: Db) -> None:
+        barrier.wait()
+
+    with serve(app) as served:
+        assert await flood(served, "/", 4) == [200] * 4

@@ -253,8 +253,9 @@ async def test_what_a_decorator_returns_may_have_any_type() -> None:
 
     @functools.wraps(ours)
     async def behind(connection: Any) -> Session:
-        session: Session = (await ours(connection=connection)).sync_session
-        return session
+        session: Any = await ours(connection=connection)
+        found: Session = session.sync_session
+        return found
 
     made: Any = behind
     made.__signature__ = inspect.signature(ours)

@@ -276,6 +276,24 @@ async def test_what_a_decorator_needs_is_checked_too() -> None:
         await start_and_stop(app)
 
 
+async def test_a_database_behind_a_partial_is_checked_too() -> None:
+    """The database of a dependency behind a `functools.partial` must be installed."""
+    app = with_database()
+    app.get("/items", dependencies=[Depends(functools.partial(get_db("gone")))])(print)
+    with pytest.raises(DatabaseNotInstalledError, match="gone"):
+        await start_and_stop(app)
+
+
+@pytest.mark.parametrize("ours", [get_db("gone"), transactional("gone"), reader("gone")])
+async def test_what_is_overridden_is_not_checked(ours: Any) -> None:
+    """An overridden dependency may name a database that is not installed."""
+    app = with_database()
+    app.get("/items", dependencies=[Depends(ours)])(lambda: 7)
+    app.dependency_overrides[ours] = lambda: None
+    async with running(app) as client:
+        assert (await client.get("/items")).json() == 7
+
+
 # -- generators --------------------------------------------------------------------------------
 
 

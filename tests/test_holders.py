@@ -56,6 +56,26 @@ async def test_a_closed_proxy_disturbs_nobody(
     assert held == [1]
 
 
+async def test_a_route_is_named_without_what_a_proxy_adds(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """The name of a route has the path of its mount, but not the server's `root_path`."""
+    app, below = FastAPI(), FastAPI()
+    engine, named = make_engine(), list[str | None]()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    app.mount("/below", below)
+
+    def body(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        named.extend(each.route for each in status_of(app).holders)
+
+    route(below, kind, "/items", get_db(), body)
+    behind = httpx.ASGITransport(app, root_path="/api/v1")
+    async with running(app), httpx.AsyncClient(transport=behind, base_url="http://app") as client:
+        assert (await client.post("/api/v1/below/items")).status_code == 201
+    assert named == ["POST /below/items"]
+
+
 @pytest.mark.parametrize(("isolation_level", "idle"), [("SERIALIZABLE", 1), ("AUTOCOMMIT", 0)])
 def test_the_status_asks_no_driver(isolation_level: Any, idle: int) -> None:
     """`pool_status()` does not read the driver's `autocommit`.

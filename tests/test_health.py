@@ -736,15 +736,13 @@ async def test_a_database_counts_as_the_application_says(
     assert ("Database 'reports' is down." in log.text) == (policy != "ignored")
 
 
-async def test_all_databases_are_required_by_default() -> None:
-    """By default, every database is required."""
+@pytest.mark.parametrize("name", ["reports", "_sales"])
+async def test_all_databases_are_required_by_default(name: str) -> None:
+    """By default, every database is required and reported, whatever its name."""
     app = healthy()
-    install_database(app, name="reports", engine=broken_sqlite)
+    install_database(app, name=name, engine=broken_sqlite)
     async with running(app) as client:
-        assert await ready(client) == (
-            503,
-            report("not_ready", {"default": "up", "reports": "down"}),
-        )
+        assert await ready(client) == (503, report("not_ready", {"default": "up", name: "down"}))
 
 
 async def test_a_saturated_pool_that_is_degraded_stays_ready(make_engine: MakeEngine) -> None:

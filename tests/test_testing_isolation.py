@@ -513,12 +513,14 @@ def test_the_tests_own_session_reads_in_batches(app: FastAPI, rows: Rows) -> Non
             assert len(list(session.execute(select(items).execution_options(**option)))) == 5
 
 
+@pytest.mark.parametrize("whose", ["session", "statement"])
 def test_the_tests_own_session_without_autoflush(
-    kind: Kind, engine: Engine | AsyncEngine, rows: Rows
+    kind: Kind, engine: Engine | AsyncEngine, rows: Rows, whose: str
 ) -> None:
     """Without autoflush, queries leave the test's changes as they are, else they load afresh."""
     app = FastAPI(routes=routes(kind))
-    options = {"autoflush": False}
+    off = {"autoflush": False}
+    options, given = (off, {}) if whose == "session" else ({}, off)
     install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
     with TestClient(app) as client, isolated(app) as session:
         session.add(item := Item(name="mine"))
@@ -527,7 +529,8 @@ def test_the_tests_own_session_without_autoflush(
         assert client.post("/rename").status_code == 201
         assert session.scalars(select(Item)).one().name == "mine-renamed"
         item.name = "changed"
-        assert session.scalars(select(Item)).one() is session.get(Item, item.id) is item
+        assert session.scalars(select(Item), execution_options=given).one() is item
+        assert session.get(Item, item.id, execution_options=given) is item
         session.commit()
         assert client.post("/names").json() == ["changed"]
     assert rows.names == []

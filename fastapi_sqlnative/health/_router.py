@@ -189,5 +189,7 @@ def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
 
 
 def _answer(model: BaseModel, code: int) -> JSONResponse:
-    # Not by `model_dump`, which Pydantic 1 lacks: FastAPI 0.123 allows that.
-    return JSONResponse(jsonable_encoder(model), code, {"Cache-Control": "no-store"})
+    # Not by `model_dump`, which Pydantic 1 lacks: FastAPI 0.123 allows that. By default it would
+    # leave out names that begin with `_sa`, as SQLAlchemy's do.
+    content = jsonable_encoder(model, sqlalchemy_safe=False)
+    return JSONResponse(content, code, {"Cache-Control": "no-store"})

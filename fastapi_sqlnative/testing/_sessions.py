@@ -106,8 +106,9 @@ class OwnSession(Session):
     """The test's own session, which doesn't block the application's.
 
     It takes its turn only for each call. Its pending changes are committed when the application
-    begins a transaction, and its queries load fresh values. In the MRO it comes after the
-    application's own session class, whose `super()` calls arrive here.
+    begins a transaction, and its queries load fresh values, unless it has changes that these would
+    replace. In the MRO it comes after the application's own session class, whose `super()` calls
+    arrive here.
     """
 
     turn: ClassVar[Turn]
@@ -120,13 +121,13 @@ class OwnSession(Session):
         return isolated.opened() if self.turn.holds(self) else isolated.engine
 
     def get(self, *args: Any, **options: Any) -> Any:
-        """Load by primary key, with fresh values."""
-        if _may_load_again(self):
+        """Load by primary key, with fresh values like a query."""
+        if _flushes_first(self, options.get("execution_options") or {}):
             options["populate_existing"] = True
         return super().get(*args, **options)
 
     def flush(self, objects: Any = None) -> None:
-        """Flush. For queries of its listeners, which flush nothing, turn autoflush off."""
+        """Flush with autoflush off, so that queries of listeners keep the changes."""
         self.in_turn(self.no_autoflush(super().flush), objects)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
@@ -194,9 +195,9 @@ class _Begun:
         self._session.in_turn(self._transaction.__exit__, *error)
 
 
-def _may_load_again(session: Session) -> bool:
-    """Return whether fresh values replace no change of the test that will not be flushed before."""
-    return session.autoflush or not session.dirty
+def _flushes_first(session: Session, options: Mapping[str, Any]) -> bool:
+    """Return whether a query flushes all changes, or there are none: then fresh values lose none."""
+    return not session.dirty or (session.autoflush and options.get("autoflush", True))
 
 
 @event.listens_for(OwnSession, "do_orm_execute")
@@ -205,5 +206,5 @@ def _load_fresh_values(state: ORMExecuteState) -> None:
     if session.crosses:  # rows can only be fetched during the call
         state.update_execution_options(yield_per=None, stream_results=False)
     loads_more = state.is_column_load or state.is_relationship_load
-    if state.is_select and not loads_more and _may_load_again(session):
+    if state.is_select and not loads_more and _flushes_first(session, state.execution_options):
         state.update_execution_options(populate_existing=True)

@@ -196,7 +196,7 @@ class _Begun:
 
 
 def _flushes_first(session: Session, options: Mapping[str, Any]) -> bool:
-    """Return whether a query flushes all changes, or there are none: then fresh values lose none."""
+    """Return whether fresh values lose no change: a query flushes all before, or there are none."""
     return not session.dirty or (session.autoflush and options.get("autoflush", True))
 
 

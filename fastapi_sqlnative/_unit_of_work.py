@@ -139,16 +139,13 @@ class UnitOfWork:
 
     def _leave_if_idle(self) -> None:
         # While it waits for its second place, the first stays: taken after that, it could deadlock.
-        if self._entering.locked() or self._is_in_use():
+        if self._entering.locked():
             return
         for _, record in self._opened:
             record.on_wanted = self._return
-        # Again: another thread's session may have missed that, and taken a connection.
-        if not self._is_in_use():
+        # Asked after that: a session in another thread has seen it, or is seen to have asked.
+        if not any(record.asked for _, record in self._opened):
             self._running.gate.leave(self)
-
-    def _is_in_use(self) -> bool:
-        return any(record.asked for _, record in self._opened)
 
     def _return(self, record: Record) -> None:
         """Wait for a place again, in the greenlet or thread that wants a connection."""

@@ -60,8 +60,9 @@ EACH_KIND = [
     pytest.param(each, id=each.id, marks=[pytest.mark.other_driver] * (each is ASYNCPG))
     for each in KINDS
 ]
-# For tests that do not involve a synchronous engine.
+# For tests that involve engines of one colour.
 asynchronous = pytest.mark.parametrize("kind", EACH_KIND[:2], indirect=True)
+synchronous = pytest.mark.parametrize("kind", EACH_KIND[2:], indirect=True)
 
 
 @pytest.fixture(params=EACH_KIND)

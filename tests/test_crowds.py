@@ -33,9 +33,9 @@ from fastapi_sqlnative._lifespan.gate import Gate
 from fastapi_sqlnative._lifespan.running import Running, running_of
 from fastapi_sqlnative._sessions.record import Record
 from fastapi_sqlnative._unit_of_work import UnitOfWork
-from tests.conftest import MakeEngine
+from tests.conftest import MakeEngine, synchronous
 from tests.in_process import running, sqlite, turns
-from tests.serving import KINDS, Kind, Rows, route, until, using
+from tests.serving import Kind, Rows, route, until, using
 
 pytestmark = pytest.mark.anyio
 
@@ -333,7 +333,7 @@ async def test_an_idle_request_stands_in_nobodys_way(
         assert [(await each).status_code for each in requests] == [200] * 3
 
 
-@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+@synchronous
 async def test_an_idle_request_comes_back_in_any_thread(
     kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +351,7 @@ async def test_an_idle_request_comes_back_in_any_thread(
         assert (await client.post("/")).status_code == 201
 
 
-@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+@synchronous
 async def test_a_request_whose_thread_connects_meanwhile_keeps_its_place(
     kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +399,7 @@ async def test_a_request_may_leave_as_soon_as_its_session_is_idle(
         assert (await client.post("/")).status_code == 201
 
 
-@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+@synchronous
 async def test_a_thread_that_waits_keeps_its_place(
     kind: Kind, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,7 +423,7 @@ async def test_a_thread_that_waits_keeps_its_place(
         assert (await request).status_code == 201
 
 
-@pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
+@synchronous
 @pytest.mark.parametrize("in_time", [True, False])
 async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
     kind: Kind, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, in_time: bool

@@ -39,13 +39,12 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, DeadlineExceededError
-from tests.conftest import MakeEngine, asynchronous
+from tests.conftest import MakeEngine, asynchronous, synchronous
 from tests.in_process import quiet, running
 from tests.proxy import Fault, Proxy
-from tests.serving import KINDS, NO_TLS, Item, Kind, Rows, route, serve
+from tests.serving import NO_TLS, Item, Kind, Rows, route, serve
 
 pytestmark = pytest.mark.anyio
-synchronous = pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id)
 # A wait that only a cancellation can end within a test's duration.
 SLOW = text("SELECT pg_sleep(60)")
 SOON = 0.2

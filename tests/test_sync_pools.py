@@ -19,13 +19,10 @@ from sqlalchemy.orm import Session
 from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
-from tests.conftest import MakeEngine
-from tests.serving import KINDS, Item, Rows, flood, serve
+from tests.conftest import MakeEngine, synchronous
+from tests.serving import Item, Rows, flood, serve
 
-pytestmark = [
-    pytest.mark.anyio,
-    pytest.mark.parametrize("kind", KINDS[2:], indirect=True, ids=lambda kind: kind.id),
-]
+pytestmark = [pytest.mark.anyio, synchronous]
 Db = Annotated[Session, Depends(get_db())]
 Transaction = Annotated[Session, Depends(transactional())]
 

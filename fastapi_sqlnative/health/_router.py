@@ -189,7 +189,7 @@ def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
 
 
 def _answer(model: BaseModel, code: int) -> JSONResponse:
-    # Not by `model_dump`, which Pydantic 1 lacks: FastAPI 0.123 allows that. By default it would
-    # leave out names that begin with `_sa`, as SQLAlchemy's do.
+    # Pydantic 1, which FastAPI 0.123 allows, has no `model_dump`. With `sqlalchemy_safe`, databases
+    # whose name begins with `_sa` would be left out.
     content = jsonable_encoder(model, sqlalchemy_safe=False)
     return JSONResponse(content, code, {"Cache-Control": "no-store"})

@@ -868,6 +868,24 @@ def test_a_failing_pragma_leaks_nothing(sqlite: Engine) -> None:
     assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool has it
 
 
+def test_a_connection_without_its_options_is_not_used_again(sqlite: Engine) -> None:
+    """A connection whose options could not be set is closed, because its state is unknown."""
+    closed: list[object] = []
+
+    def refuse(_connection: object, _options: object) -> None:
+        raise ZeroDivisionError
+
+    event.listen(sqlite, "set_connection_execution_options", refuse)
+    event.listen(sqlite, "close", lambda connection, _record: closed.append(connection))
+    with (
+        pytest.raises(ZeroDivisionError),
+        Database(sqlite).transaction(isolation_level="SERIALIZABLE") as session,
+    ):
+        look(session)
+    assert len(closed) == 1
+    assert sqlite.pool.checkedout() == 0  # type: ignore[attr-defined] # a QueuePool has it
+
+
 # -- MariaDB, where the isolation level is sent before the first statement ---------------------
 
 

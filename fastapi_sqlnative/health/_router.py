@@ -4,13 +4,11 @@ import asyncio
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from .._arguments import check_seconds
 from .._lifespan.running import Running, running_for, trimmed
@@ -25,13 +23,15 @@ Watched: TypeAlias = tuple[Sequence[AnyDatabase], Sequence[Watch]]
 Status: TypeAlias = Literal["ready", "degraded", "not_ready", "not_started", "draining"]
 
 
-class Liveness(BaseModel):
+@dataclass(frozen=True)
+class Liveness:
     """The answer of liveness: whether the process should keep running."""
 
     status: Literal["alive", "wedged"]
 
 
-class ReadinessReport(BaseModel):
+@dataclass(frozen=True)
+class ReadinessReport:
     """The answer of readiness: whether to send requests, and the state of each dependency."""
 
     status: Status
@@ -188,8 +188,5 @@ def _report(status: Status, watches: Sequence[Watch]) -> JSONResponse:
     return _answer(report, 200 if status in ("ready", "degraded") else 503)
 
 
-def _answer(model: BaseModel, code: int) -> JSONResponse:
-    # Pydantic 1, which FastAPI 0.123 allows, has no `model_dump`. With `sqlalchemy_safe`, databases
-    # whose name begins with `_sa` would be left out.
-    content = jsonable_encoder(model, sqlalchemy_safe=False)
-    return JSONResponse(content, code, {"Cache-Control": "no-store"})
+def _answer(report: Liveness | ReadinessReport, code: int) -> JSONResponse:
+    return JSONResponse(asdict(report), code, {"Cache-Control": "no-store"})

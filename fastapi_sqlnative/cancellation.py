@@ -99,10 +99,10 @@ def _around_request(guard: Any, limit: object) -> _Dependency:
 
 
 @asynccontextmanager
-async def _cancellable(
-    unit: UnitOfWork, error: Callable[[], Exception]
-) -> AsyncGenerator[Callable[[], None]]:
-    """Yield a function that cancels the request, and raise `error` if it was called."""
+async def _cancelled_by(
+    start: Callable[..., Any], unit: UnitOfWork, error: Callable[[], Exception]
+) -> AsyncGenerator[None]:
+    """Give a timer or task a function that cancels the request; raise `error` if it was called."""
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     before = task.cancelling()
     ours: list[asyncio.TimerHandle | None] = []
@@ -116,8 +116,9 @@ async def _cancellable(
             again = None if ours else asyncio.get_running_loop().call_later(_GRACE, cancel)
             ours.append(again)
 
+    waiting = start(cancel)
     try:
-        yield cancel
+        yield
     except asyncio.CancelledError as cancelled:
         if not ours or task.cancelling() - len(ours) > before:
             raise  # somebody else has cancelled the request
@@ -129,6 +130,7 @@ async def _cancellable(
             ) from cancelled
         raise error() from cancelled
     finally:
+        waiting.cancel()
         for again in ours:
             task.uncancel()
             if again is not None:
@@ -147,8 +149,8 @@ async def _until(seconds: float, request: Request, unit: UnitOfWork) -> AsyncGen
         return time.monotonic() >= ends_at and not unit.has_stored
 
     error = functools.partial(DeadlineExceededError, name_of_route(request.scope), seconds)
-    async with _cancellable(unit, error) as cancel:
-        timer = asyncio.get_running_loop().call_later(seconds, cancel)
+    timer = functools.partial(asyncio.get_running_loop().call_later, seconds)
+    async with _cancelled_by(timer, unit, error):
         try:
             yield
         except DBAPIError as failure:
@@ -157,8 +159,6 @@ async def _until(seconds: float, request: Request, unit: UnitOfWork) -> AsyncGen
             if timed_out and is_over():
                 raise error() from failure
             raise
-        finally:
-            timer.cancel()
     if is_over():
         raise error()
 
@@ -181,12 +181,8 @@ async def _while_connected(
             pass  # skip the end of the body
         cancel()
 
-    async with _cancellable(unit, error) as cancel:
-        watching = asyncio.create_task(watch(cancel))
-        try:
-            yield
-        finally:
-            watching.cancel()
+    async with _cancelled_by(lambda cancel: asyncio.create_task(watch(cancel)), unit, error):
+        yield
 
 
 async def _is_read(request: Request) -> bool:

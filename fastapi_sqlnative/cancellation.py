@@ -100,7 +100,7 @@ def _around_request(guard: Any, limit: object) -> _Dependency:
 
 @asynccontextmanager
 async def _cancelled_by(
-    start: Callable[..., Any], unit: UnitOfWork, error: Callable[[], Exception]
+    start: Callable[[Callable[[], None]], Any], unit: UnitOfWork, error: Callable[[], Exception]
 ) -> AsyncGenerator[None]:
     """Give a timer or task a function that cancels the request; raise `error` if it was called."""
     task = cast("asyncio.Task[Any]", asyncio.current_task())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count
 from time import perf_counter
@@ -72,18 +73,16 @@ def instrument_pools(
             "Pools cannot be instrumented: the application has started. Call instrument_pools "
             "where the application is created, before it is served."
         )
-    instruments: list[_Instruments] = []
 
-    def observe(database: AnyDatabase) -> None:
-        if not instruments:  # only at the first start is the provider sure to be set up
-            # A private attribute: there is no public one. If it is gone, the global one is used.
-            own: metrics.MeterProvider | None = getattr(app, "_telemetry", {}).get("meter_provider")
-            provider = meter_provider or own or metrics.get_meter_provider()
-            instruments.append(_instruments_of(provider))
-            instruments[0].applications.add(app)
-        instruments[0].listen(database)
+    @functools.cache  # called at the first start: only then is the provider sure to be set up
+    def instruments() -> _Instruments:
+        # A private attribute: there is no public one. If it is gone, the global one is used.
+        own: metrics.MeterProvider | None = getattr(app, "_telemetry", {}).get("meter_provider")
+        found = _instruments_of(meter_provider or own or metrics.get_meter_provider())
+        found.applications.add(app)
+        return found
 
-    installed.observers.append(observe)
+    installed.observers.append(lambda database: instruments().listen(database))
 
 
 def _instruments_of(provider: metrics.MeterProvider) -> _Instruments:

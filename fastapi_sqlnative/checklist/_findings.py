@@ -46,12 +46,10 @@ class Finding:
 
 # The fix for a warning, by subject. The guide explains each under an anchor of the same name.
 FIXES: Final[Mapping[str, str]] = {
-    "answer": "Fix what the message names: the address, the network, the credentials or "
-    "connect_args.",
+    "answer": "Fix what the message names: the address, network, credentials or connect_args.",
     "server version": "Upgrade to a version that still gets fixes.",
     "connect timeout": "Set connect_timeout=5 in connect_args; for asyncpg, timeout=5.",
-    "pre-ping": "Set pool_pre_ping=True, or accept failed requests after each restart of the "
-    "server.",
+    "pre-ping": "Set pool_pre_ping=True, or requests fail after each restart of the server.",
     "transactions": "Create the engine without AUTOCOMMIT, in which nothing can be rolled back.",
     "statement timeout": "Set it in connect_args (MySQL: init_command), or ALTER ROLE ... SET "
     "statement_timeout = '5s'.",
@@ -68,8 +66,7 @@ FIXES: Final[Mapping[str, str]] = {
     "connections": "Use smaller pools, all with a limit, or fewer processes; or raise "
     "max_connections or the CONNECTION LIMIT.",
     "migrations": "Run alembic upgrade head before this release starts.",
-    "journal mode": "Run PRAGMA journal_mode = WAL, once for the file, so that writers don't block "
-    "readers.",
+    "journal mode": "Run PRAGMA journal_mode = WAL once per file, so that readers are not blocked.",
     "foreign keys": "Run PRAGMA foreign_keys = ON for each connection, in a listener.",
     "busy timeout": "Set timeout=5 in connect_args.",
 }

@@ -84,9 +84,8 @@ class Watch:
 
     async def refresh(self, timeout: float, max_age: float) -> None:
         """Wait at most `timeout` seconds for a result that is no older than `max_age`."""
-        now = monotonic()
         check_timeout = self.check.timeout or timeout
-        if self._running is None or (self._running.done() and now >= self._until):
+        if self._running is None or (self._running.done() and monotonic() >= self._until):
             self._answered.clear()
             self._running = asyncio.create_task(self._run(check_timeout, max_age))
         # After the check's own timeout `_run` sets the event.
@@ -111,14 +110,12 @@ class Watch:
         arguments = arguments_for(self.name, self.check.check, self.app)
         match await call_off_loop(functools.partial(self.check.check, *arguments)):
             case bool(ready):
-                return CheckResult(ready, "up" if ready else "down")
+                return UP if ready else DOWN
             case CheckResult(ready=bool(), state=str()) as result:
                 return result
             case other:
                 kind = type(other).__name__
-                raise TypeError(
-                    f"Check {self.name!r} returned {kind}: return a bool or a CheckResult."
-                )
+        raise TypeError(f"Check {self.name!r} returned {kind}: return a bool or a CheckResult.")
 
     def _settle(self, result: CheckResult, cause: BaseException | None) -> None:
         self.result = result

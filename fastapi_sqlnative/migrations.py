@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine
@@ -32,10 +32,6 @@ except ImportError as _error:
 __all__ = ["alembic_check"]
 
 logger: logging.Logger = logging.getLogger("fastapi_sqlnative")
-
-_CURRENT: Final = CheckResult(ready=True, state="current")
-_AHEAD: Final = CheckResult(ready=True, state="ahead")
-_BEHIND: Final = CheckResult(ready=False, state="behind")
 
 
 def alembic_check(
@@ -86,9 +82,9 @@ def alembic_check(
             return before
         found = await run_on_engine(handle.engine, read)
         seen[handle] = result = wanted.compare(found)
-        if result is not before:  # with the revisions, which the HTTP response does not show
+        if result != before:  # with the revisions, which the HTTP response does not show
             logger.log(
-                logging.INFO if result is _CURRENT else logging.WARNING,
+                logging.INFO if result.state == "current" else logging.WARNING,
                 "Migrations of database %r are %s: it has %s, this release needs %s.",
                 name,
                 result.state,
@@ -141,6 +137,8 @@ class Revisions(NamedTuple):
 
     def compare(self, found: frozenset[str]) -> CheckResult:
         if found == self.heads:
-            return _CURRENT
+            return CheckResult(ready=True, state="current")
         unknown = found - self.known
-        return _AHEAD if unknown and found - unknown <= self.heads else _BEHIND
+        if unknown and found - unknown <= self.heads:
+            return CheckResult(ready=True, state="ahead")
+        return CheckResult(ready=False, state="behind")

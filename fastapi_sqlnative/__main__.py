@@ -45,25 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m fastapi_sqlnative", epilog=_EPILOG)
-    parser.add_argument(
-        "command", choices=["check"], help="ask an application's databases how they are set up"
-    )
-    parser.add_argument("app", help="import string of the application, such as main:app")
-    parser.add_argument("--factory", action="store_true", help="app is a function that makes it")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="serving processes, across all replicas (1)"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=10.0, help="seconds for each database (10)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("command", choices=["check"], help="ask an application's databases how they are set up")
+    add("app", help="import string of the application, such as main:app")
+    add("--factory", action="store_true", help="app is a function that makes it")
+    add("--processes", type=int, default=1, help="serving processes, across all replicas (1)")
+    add("--timeout", type=float, default=10.0, help="seconds for each database (10)")
+    add(
         "--alembic",
         action="append",
         default=[],
         metavar="[NAME=]INI",
         help="an Alembic configuration, and the database that should be at its heads",
     )
-    parser.add_argument(
+    add(
         "--accept",
         action="append",
         default=[],
@@ -71,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATABASE:SUBJECT",
         help="a row to report as accepted",
     )
-    parser.add_argument("--strict", action="store_true", help="fail on warnings")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--strict", action="store_true", help="fail on warnings")
+    add("--json", action="store_true", help="print JSON")
     return parser
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only
 from starlette.types import Scope
 
 from . import exceptions
-from ._lifespan.functions import is_awaitable
+from ._functions import is_awaitable
 from ._lifespan.running import running_for
 from ._routes import is_frontend
 from ._sessions import finishing

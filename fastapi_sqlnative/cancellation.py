@@ -16,7 +16,7 @@ from fastapi.requests import HTTPConnection
 from sqlalchemy.exc import DBAPIError
 from starlette.requests import ClientDisconnect, Request
 
-from ._arguments import check_seconds
+from ._functions import check_seconds
 from ._routes import name_of_route
 from ._unit_of_work import UnitOfWork
 from .dependencies import IN_UNIT_OF_WORK

@@ -10,10 +10,10 @@ from sqlalchemy import Pool, exc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._drivers.pools import pool_capacity, pool_timeout
+from .._functions import is_awaitable
 from .._sessions.engines import sync_engine
 from .._sessions.holders import report_holders
 from ..databases import AnyDatabase, sessions_of
-from .functions import is_awaitable
 
 # The sessions that a request of a route opens, by database.
 Opened: TypeAlias = Counter[AnyDatabase]

@@ -5,11 +5,10 @@ from typing import Any, cast
 
 from starlette.applications import Starlette
 
-from .._arguments import accepts, check_seconds
+from .._functions import accepts, check_seconds, described, name_of
 from .._sessions.engines import AnyEngine, hint_for_engine
 from ..databases import database_class
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseAlreadyInstalledError
-from .functions import described, name_of
 from .lifespan import with_databases
 from .running import EngineFactory, Installation, Shutdown, installations_of, trimmed
 

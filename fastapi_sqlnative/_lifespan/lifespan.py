@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.types import Lifespan
 
-from .._arguments import check_seconds
 from .._drivers.connections import LOOP_FREE
+from .._functions import check_seconds, is_awaitable
 from .._routes import mounted_applications
 from .._sessions.completion import in_thread, to_completion, within
 from .._sessions.engines import ask, dispose, run_on_engine
@@ -26,7 +26,6 @@ from .._sessions.shared import SharedState
 from ..databases import AnyDatabase, database_class, sessions_of
 from ..errors import describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
-from .functions import is_awaitable
 from .routes import check_application
 from .running import Installation, Running, databases_of, installations_of
 

@@ -10,14 +10,14 @@ from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from .. import _functions as functions
 from .. import dependencies
+from .._functions import name_of
 from .._routes import call_of, routes_of
 from .._sessions.options import AUTOCOMMIT
 from ..cancellation import cancel_on_disconnect, deadline
 from ..databases import AnyDatabase, AsyncDatabase, Database, sessions_of
 from ..exceptions import DatabaseDependencyError, DatabaseNotInstalledError, TransactionOptionsError
-from . import functions
-from .functions import name_of
 from .gate import Opened, key_of
 from .running import Running
 

@@ -10,8 +10,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from .._arguments import accepts, signature_of
 from .._drivers.transactions import begin_before_savepoint, limit_statements
+from .._functions import accepts, signature_of
 from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record

@@ -11,11 +11,11 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.applications import Starlette
 
-from .._arguments import check_seconds
 from .._drivers.connections import parameters_of, recording_arguments
 from .._drivers.errors import driver_error
 from .._drivers.pools import beside_pool, knows_server
 from .._drivers.transactions import autocommits
+from .._functions import check_seconds
 from .._lifespan.lifespan import call_factory
 from .._lifespan.running import Installation, installations_of
 from .._routes import applications_in

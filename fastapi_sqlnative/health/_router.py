@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from .._arguments import check_seconds
+from .._functions import check_seconds
 from .._lifespan.running import Running, running_for, trimmed
 from .._probe import DatabaseState, ask_database, is_wedged
 from .._sessions.engines import run_in_greenlet, sync_engine

@@ -11,8 +11,7 @@ from typing import Literal, TypeAlias
 
 from starlette.applications import Starlette
 
-from .._arguments import accepts
-from .._lifespan.functions import described, is_awaitable
+from .._functions import accepts, described, is_awaitable
 from .._lifespan.lifespan import call_off_loop
 
 logger = logging.getLogger("fastapi_sqlnative")

@@ -1,10 +1,11 @@
-"""Introspection of functions, without calling them."""
+"""Checks of what the application passes: functions, without calling them, and seconds."""
 
 import ast
 import contextlib
 import functools
 import inspect
 import math
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -18,7 +19,14 @@ from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from .._arguments import signature_of
+# From Python 3.14 on, annotations are evaluated when somebody reads them, which fails for a name
+# imported under TYPE_CHECKING.
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    signature_of: Final = functools.partial(inspect.signature, annotation_format=Format.STRING)
+else:
+    signature_of: Final = inspect.signature
 
 # Classes of values, which hold no session.
 _VALUES: Final = (BaseModel, date, time, timedelta, Decimal, Enum, UUID, dict)  # dict: TypedDict
@@ -41,6 +49,17 @@ def described(value: object) -> str:
     signature = signature_of(value)
     bare = [each.replace(default=each.empty) for each in signature.parameters.values()]
     return f"{name_of(value)}{signature.replace(parameters=bare)}"
+
+
+def accepts(function: Any, *arguments: object) -> bool:
+    """Return whether a function can be called with these arguments."""
+    try:
+        signature_of(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # written in C, without a signature
+    return True
 
 
 def is_generator(call: object) -> bool:
@@ -196,3 +215,14 @@ def _drops(node: ast.AST, parameter: str) -> TypeGuard[ast.expr | ast.stmt]:
         return False
     owner, _, method = ast.unparse(used.func).rpartition(".")
     return owner == parameter and method in _AWAITED
+
+
+def check_seconds(what: str, seconds: object, *, zero: bool = False) -> None:
+    """Reject a value that is not a positive, finite number of seconds; `zero` allows 0 as well."""
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise TypeError(f"{what} must be a number of seconds, not {type(seconds).__name__}.")
+    if not 0 <= seconds < math.inf or not (seconds or zero):
+        raise ValueError(
+            f"{what} must be {'at least' if zero else 'above'} 0 seconds, and finite; it is "
+            f"{seconds}."
+        )

@@ -76,7 +76,7 @@ async def check_databases(
         if each.room is not None:
             servers.setdefault(each.room.server, {})[each.label] = each.room
     together = (
-        _judged(", ".join(rooms), "connections", questions.compare(rooms.values(), processes))
+        _judged(", ".join(rooms), "connections", questions.compare([*rooms.values()], processes))
         for rooms in servers.values()
     )
     return [*chain.from_iterable(answered), *together]

@@ -1,7 +1,7 @@
 """The questions of the checklist, and when they warn."""
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -243,9 +243,8 @@ def read_room(asked: Asked) -> Room | None:
     return Room(asked.pool, dict(in_use), *here)
 
 
-def compare(rooms: Iterable[Room], processes: int) -> Answer:
+def compare(rooms: Sequence[Room], processes: int) -> Answer:
     """Compare the needs of all processes' pools with the server that they share."""
-    rooms = list(rooms)
     capacities = [pool_capacity(pool) for pool in {room.pool for room in rooms}]
     known = [each + 1 for each in capacities if each is not None]  # one more for readiness
     if len(known) < len(capacities):

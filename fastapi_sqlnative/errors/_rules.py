@@ -140,11 +140,11 @@ class ErrorMapping:
     def __init__(self, options: Mapping[str, Any], window: float | None = None) -> None:
         given = dict(options)
         self._metadata: MetaData | None = given.pop("metadata", None)
-        constraints: object = given.pop("constraints", None) or {}
-        if not isinstance(constraints, Mapping):
+        constraints: Mapping[Any, object] = given.pop("constraints", None) or {}
+        if not isinstance(cast("object", constraints), Mapping):
             raise TypeError(f"constraints must map names to messages; {constraints!r} does not.")
-        self._constraints = _checked(cast("Mapping[object, object]", constraints))
-        own = {kind_named(name): rule for name, rule in _checked(given).items()}
+        self._constraints = {name: _rule(name, each) for name, each in constraints.items()}
+        own = {kind_named(name): _rule(name, each) for name, each in given.items()}
         if Kind.FOREIGN_KEY in own:
             halves = (Kind.MISSING_PARENT, Kind.STILL_REFERENCED)
             own = dict.fromkeys(halves, own[Kind.FOREIGN_KEY]) | own
@@ -226,13 +226,10 @@ def kind_named(name: str) -> Kind:
     return Kind(name)
 
 
-def _checked(rules: Mapping[Any, object]) -> dict[Any, ErrorRule]:
-    checked: dict[Any, ErrorRule] = {}
-    for name, value in rules.items():
-        if not (isinstance(name, str) and isinstance(value, str | ErrorRule)):
-            raise TypeError(f"{name!r} takes a message or an ErrorRule, not {value!r}.")
-        checked[name] = ErrorRule(value) if isinstance(value, str) else value
-    return checked
+def _rule(name: object, value: object) -> ErrorRule:
+    if not (isinstance(name, str) and isinstance(value, str | ErrorRule)):
+        raise TypeError(f"{name!r} takes a message or an ErrorRule, not {value!r}.")
+    return ErrorRule(value) if isinstance(value, str) else value
 
 
 def _merged(row: ErrorRule, own: ErrorRule) -> ErrorRule:

@@ -26,13 +26,11 @@ _LAST_CHECKOUT: Final = "fastapi_sqlnative_last_checkout"
 # From these a probe would check out the only connection, or the thread's, ahead of a request.
 _EXCLUSIVE: Final = (sa.AssertionPool, sa.SingletonThreadPool)
 # Queries that answer `writable` if the server accepts writes, by SQLAlchemy's dialect name.
-_MYSQL: Final = "SELECT IF(@@global.read_only, 'read only', 'writable')"
 WRITES: Final = {
     "postgresql": """SELECT CASE WHEN pg_is_in_recovery() THEN 'standby'
         WHEN current_setting('transaction_read_only') = 'on' THEN 'read only'
         ELSE 'writable' END""",
-    "mysql": _MYSQL,
-    "mariadb": _MYSQL,
+    **dict.fromkeys(("mysql", "mariadb"), "SELECT IF(@@global.read_only, 'read only', 'writable')"),
 }
 
 

@@ -222,7 +222,5 @@ def check_seconds(what: str, seconds: object, *, zero: bool = False) -> None:
     if not isinstance(seconds, int | float) or isinstance(seconds, bool):
         raise TypeError(f"{what} must be a number of seconds, not {type(seconds).__name__}.")
     if not 0 <= seconds < math.inf or not (seconds or zero):
-        raise ValueError(
-            f"{what} must be {'at least' if zero else 'above'} 0 seconds, and finite; it is "
-            f"{seconds}."
-        )
+        least = "at least" if zero else "above"
+        raise ValueError(f"{what} must be {least} 0 seconds, and finite; it is {seconds}.")

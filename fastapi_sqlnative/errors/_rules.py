@@ -198,8 +198,7 @@ class ErrorMapping:
         where = f" of database {database!r}" if isinstance(database, str) else ""
         code = f", code {failure.code}" if failure.code else ""
         constraint = f", constraint {failure.constraint!r}" if failure.constraint else ""
-        kind = failure.kind.value
-        what = f"A failure{where} ({kind}{code}{constraint}) is answered with {status}"
+        what = f"A failure{where} ({failure.kind}{code}{constraint}) is answered with {status}"
         fault = status == 500 or failure.kind in _FAULTS  # even if its status was changed
         level = logging.ERROR if fault else logging.WARNING if status > 500 else logging.INFO
         if level == logging.WARNING and self._window is not None:

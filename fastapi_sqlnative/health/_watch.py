@@ -54,10 +54,8 @@ def arguments_for(name: str, check: Check, app: object) -> tuple[object, ...]:
     for arguments in ((), (app,)):
         if accepts(check, *arguments):
             return arguments
-    raise TypeError(
-        f"Check {name!r} must be a function that takes the application or nothing, not "
-        f"{described(check)}."
-    )
+    what = f"Check {name!r} must be a function that takes the application or nothing"
+    raise TypeError(f"{what}, not {described(check)}.")
 
 
 UP, DOWN = CheckResult(True, "up"), CheckResult(False, "down")

@@ -71,14 +71,13 @@ class IsolatedConnection:
                 "one event loop for everything; with pytest-asyncio, one loop_scope."
             )
         self.turn.take(session, self, transaction=transaction)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.turn.release, session)
             connection = self.opened()
             self.settle(self._unused(), explicit=False)
-            if transaction:
-                self._around = {own.get_transaction() for own in self.own_sessions}
-        except BaseException:
-            self.turn.release(session)
-            raise
+            undo.pop_all()
+        if transaction:
+            self._around = {own.get_transaction() for own in self.own_sessions}
         self.begins = transaction
         return connection
 
@@ -181,15 +180,12 @@ class IsolatedConnection:
     def _check_released(self, connection: Connection, savepoint: str, _context: None) -> None:
         """Do as COMMIT does: check deferred constraints, or roll back what is aborted."""
         if savepoint == self.root:
-            undo = partial(connection.dialect.do_rollback_to_savepoint, connection, savepoint)
-            if transactions.is_aborted(connection, doubtful=True):
-                return undo()
-            try:
-                self.check_deferred()
-            except BaseException:
-                undo()  # SQLAlchemy will not: it considers the savepoint ended by the failure
-                raise
-        return None
+            aborted = transactions.is_aborted(connection, doubtful=True)
+            with ExitStack() as undo:  # SQLAlchemy considers the savepoint ended by a failure
+                undo.callback(connection.dialect.do_rollback_to_savepoint, connection, savepoint)
+                if not aborted:
+                    self.check_deferred()
+                    undo.pop_all()
 
     def watch(self, connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
         """Refuse statements that would end the block, and writes over other connections."""

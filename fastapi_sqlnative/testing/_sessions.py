@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
@@ -28,7 +29,7 @@ def settable(given: Mapping[str, Any]) -> immutabledict[str, Any]:
 
 
 def _use_options(connection: Connection, given: Mapping[str, Any]) -> Callable[[], object]:
-    """Replace a connection's execution options, and return a function that undoes it."""
+    """Set a connection's execution options as if it were new; return a function to undo it."""
     before = connection.get_execution_options()
     wanted = settable(dict.fromkeys(before) | dict(given))
     changed = {key: wanted[key] for key in wanted if wanted[key] is not before.get(key)}
@@ -46,8 +47,7 @@ class IsolatedSession(NativeSession):
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"join_transaction_mode": "create_savepoint", "twophase": False}
         super().__init__(*args, **options)
-        # With a function that undoes this transaction's execution options.
-        self.isolated: dict[IsolatedConnection, Callable[[], object]] = {}
+        self.isolated = ExitStack()  # closed at the end of the transaction
         joins_flow(self)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
@@ -60,8 +60,9 @@ class IsolatedSession(NativeSession):
         self.execution_options = settable(getattr(self, "execution_options", {}))
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
-        if isolated not in self.isolated:  # in production the connection would be its own
-            self.isolated[isolated] = _use_options(connection, bind.get_execution_options())
+        if connection not in self.sqlnative.connections:
+            self.isolated.callback(isolated.end, self)
+            self.isolated.callback(_use_options(connection, bind.get_execution_options()))
         return connection
 
     def connection(
@@ -96,10 +97,7 @@ def _read_in_savepoint(state: ORMExecuteState) -> Any:
 @event.listens_for(IsolatedSession, "after_transaction_end")
 def _after_transaction_end(session: IsolatedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        isolated, session.isolated = session.isolated, {}
-        for each, restore_options in isolated.items():
-            restore_options()
-            each.end(session)
+        session.isolated.close()
 
 
 class OwnSession(Session):

@@ -68,7 +68,7 @@ def fail_next_statement(
         with fail_next_statement(app, "deadlock", containing="UPDATE account"):
             assert client.post("/transfers", json=transfer).status_code == 201
     """
-    with _fault(target, name, failure, route) as (state, _, happens):
+    with _fault(target, name, failure, route) as (state, _, happens), ExitStack() as undo:
 
         def fail(connection: Connection, _: Any, statement: str, parameters: Any, *__: Any) -> None:
             record = state.holders.get(connection)
@@ -85,10 +85,8 @@ def fail_next_statement(
 
         # In an isolated block the connection may be another engine's.
         event.listen(Engine, "before_cursor_execute", fail)
-        try:
-            yield
-        finally:
-            event.remove(Engine, "before_cursor_execute", fail)
+        undo.callback(event.remove, Engine, "before_cursor_execute", fail)
+        yield
 
 
 @contextmanager

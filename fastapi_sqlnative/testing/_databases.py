@@ -126,21 +126,20 @@ class Templates:
 
     def __init__(self, prepare: Prepare | Mapping[str, Prepare]) -> None:
         self._prepare = prepare
-        self._made: dict[tuple[Prepare, object], str] = {}
-        self._undo: ExitStack | None = None
+        self._made: dict[tuple[Prepare, object], str] | None = None  # outside the block
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        self._undo, self._made = ExitStack(), {}
+        self._made = {}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._undo is not None:
-            self._undo.close()
-        self._undo = None
+        self._made = None
+        self._undo.close()
 
     def of(self, name: str, engine: AnyEngine) -> str:
         """Return the template for a database."""
-        if self._undo is None:
+        if self._made is None:
             raise RuntimeError("Clone inside `with Templates(...) as templates`, which drops them.")
         prepare = self._prepare_for(name)
         key = prepare, address_of(sync_engine(engine).url)

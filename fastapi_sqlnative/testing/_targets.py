@@ -47,9 +47,7 @@ def places(app: Starlette, names: Sequence[str]) -> list[Place]:
 
 def ready_engine(installation: Installation) -> AnyEngine | None:
     """Return the engine; `None` if its factory has not been called yet."""
-    engine: Any = installation.engine
-    if installation.database is not None:
-        return installation.database.engine
+    engine: Any = installation.database.engine if installation.database else installation.engine
     return None if database_class(engine) is None else engine
 
 

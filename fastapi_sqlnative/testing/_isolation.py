@@ -17,7 +17,6 @@ from starlette.applications import Starlette
 
 from .._lifespan.lifespan import call_off_loop
 from .._lifespan.running import Installation
-from .._sessions.completion import in_thread
 from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
@@ -91,11 +90,11 @@ class Isolated:
         self._own, *_ = self._asynchronous()
         self.loop = asyncio.get_running_loop()
         self._share_connections()
-        entering = in_thread(lambda: self._enter(AsyncSession))  # in a thread, as in __aexit__
-        return await asyncio.wrap_future(entering)
+        session: AsyncSession = await call_off_loop(partial(self._enter, AsyncSession))
+        return session
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.wrap_future(in_thread(self._leave))  # in a thread: it waits for this loop
+        await call_off_loop(self._leave)  # because it waits for this event loop
 
     def _asynchronous(self) -> list[Installation]:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]

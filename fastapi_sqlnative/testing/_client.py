@@ -62,10 +62,7 @@ async def async_client(
 
 
 def client_beside(served: TestClient) -> httpx.AsyncClient:
-    """Return an async client for the application that a `TestClient` runs on its own event loop.
-
-    It works with any async test plugin, because the application doesn't use the test's event loop.
-    """
+    """Return an async client for the application that a `TestClient` runs on its own event loop."""
     transport = _transport(served.app, served.app_state)
     portal: Any = served.portal
 

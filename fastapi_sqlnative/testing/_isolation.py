@@ -255,10 +255,7 @@ class Isolated:
                 each.own_sessions[own] = each.own_sessions.pop(own)
 
     def _track_session(self, using: Session | ORMExecuteState, *_: object) -> None:
-        """Track a session of the test when it begins, and bind it to the connection if needed.
-
-        Sessions made without a handle need that, for example those of a factory.
-        """
+        """Track a session of the test when it begins, and bind one that a factory has made."""
         guest = using if isinstance(using, Session) else using.session
         if isinstance(guest, OwnSession):
             if guest.own_connection == self._own_connection:

@@ -31,11 +31,7 @@ class IsolationError(RuntimeError):
 
 
 def places(app: Starlette, names: Sequence[str]) -> list[Place]:
-    """Find where names are installed, on the application or a mounted one; by default all.
-
-    Raises:
-        DatabaseNotInstalledError: a name is unknown, or there is no database at all.
-    """
+    """Find where names are installed, on the application or a mounted one; by default all."""
     installed = map(installations_of, applications_in(app))
     every = [(each, one) for each in installed for one in each.by_name.values()]
     known = [installation.name for _, installation in every]

@@ -86,7 +86,8 @@ class Turn:
     """A lock on the isolated connections, for one request or other piece of work at a time.
 
     A session of the application holds it for a whole transaction, a session of the test for each
-    call. Others wait in order. A session beside one of its own request comes next, or is refused.
+    call, also inside a transaction of the same request. Others wait in order. A session beside one
+    of its own request comes next, or is refused.
     """
 
     def __init__(self) -> None:
@@ -100,11 +101,7 @@ class Turn:
         return session in self._holders
 
     def take(self, session: object, connection: Any, *, transaction: bool) -> None:
-        """Wait for the turn: in a greenlet for an async connection, else in a thread.
-
-        Without `transaction` the turn is for a single call, which may be inside a transaction of
-        the same request.
-        """
+        """Wait for the turn: in a greenlet for an async connection, else in a thread."""
         ticket, use = Future[None](), connection if transaction else None
         with self._lock:
             own = [used for each, used in self._holders.items() if used and in_flow(each)]

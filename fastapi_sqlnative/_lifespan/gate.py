@@ -42,7 +42,9 @@ class Gate:
 
     def register(self, route: object, opened: Opened) -> None:
         """Record what the requests of a route open; the maximum for a route included twice."""
-        found = self.opened[key_of(route)] = self.opened[key_of(route)] | opened
+        key = key_of(route)
+        found = self.opened[key] = self.opened[key] | opened
+        self._awaits[key] = is_awaitable(getattr(route, "endpoint", None))
         if found.total() > 1:
             self._connections.total_tokens = self._max_with_several()
 
@@ -59,11 +61,8 @@ class Gate:
                 await _take(limiter, request, database)
                 # Look up again: the request may have released a place while it waited.
                 self._places[request] = [*self._places.get(request, ()), limiter]
-        if request not in self._places:
-            return False
-        if key not in self._awaits:
-            self._awaits[key] = is_awaitable(getattr(route, "endpoint", None))
-        return self._awaits[key]  # a `def` endpoint keeps its thread, which the place is for
+        # A `def` endpoint keeps its thread, which the place is for.
+        return request in self._places and self._awaits[key]
 
     def leave(self, request: object) -> None:
         for limiter in self._places.pop(request, ()):

@@ -27,7 +27,7 @@ from ..databases import AnyDatabase, database_class, sessions_of
 from ..errors import describe_database_error
 from ..exceptions import ApplicationAlreadyStartedError, DatabaseNotStartedError
 from .routes import check_application
-from .running import Installation, Running, databases_of, installations_of
+from .running import Installation, Running, installations_of
 
 logger = logging.getLogger("fastapi_sqlnative")
 
@@ -84,17 +84,11 @@ async def _start(running: Running, runs: list[Running]) -> None:
     async with installed.starting:
         # Another start may have done all of this, or failed halfway.
         for installation in installed.by_name.values():
-            await start_installation(installation)
-    for database in databases_of([running]):
-        for observer in running.observers:
-            observer(database)
-
-
-async def start_installation(installation: Installation) -> None:
-    """Make the handle of a database, and wait for it to answer if `startup_wait` is set."""
-    database = installation.database or await _make_handle(installation)
-    if installation.startup_wait is not None:
-        await _wait_for(database, installation.startup_wait)
+            database = installation.database or await _make_handle(installation)
+            if installation.startup_wait is not None:
+                await _wait_for(database, installation.startup_wait)
+            for observer in running.observers:
+                observer(database)
 
 
 async def _make_handle(installation: Installation) -> AnyDatabase:

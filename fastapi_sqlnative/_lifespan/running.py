@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar, overload
 
@@ -120,7 +120,9 @@ class Running:
 
     def databases(self) -> list[AnyDatabase]:
         """List the running databases in commit order: the parents' come first, the mounts' last."""
-        return databases_of([*reversed(self.above), self, *self.below])
+        runs = [*reversed(self.above), self, *self.below]
+        found = (one.database for each in runs for one in each.installed.by_name.values())
+        return [database for database in found if database is not None]
 
     @property
     def observers(self) -> list[Observer]:
@@ -136,12 +138,6 @@ class Running:
         if self.examine and (self.overrides or key_of(route) not in self.gate.opened):
             self.examine(self, only=route)
         return await self.gate.enter(request, route, database)
-
-
-def databases_of(runs: Iterable[Running]) -> list[AnyDatabase]:
-    """List the running databases installed directly on these applications."""
-    found = (one.database for each in runs for one in each.installed.by_name.values())
-    return [database for database in found if database is not None]
 
 
 def installations_of(app: Starlette) -> Installations:

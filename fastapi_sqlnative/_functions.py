@@ -116,20 +116,14 @@ def may_return_session(call: Any, receiver: Any, parameter: Any) -> bool:
     if given is inspect.Signature.empty:
         return not received or not all(map(_is_data, received))
     # A type variable, as of a generic function that makes repositories, names no class.
-    returned, seen = classes_in(given, inside=True) or received, set[type[Any]]()
-    return any(_holds_session(each, seen) for each in returned)
-
-
-def _holds_session(kind: type[Any], seen: set[type[Any]]) -> bool:
-    """Return whether this is a session's class, or one that is made with a session at any depth."""
-    if issubclass(kind, Session | AsyncSession):
-        return True
-    if kind in seen or _is_data(kind):
-        return False
-    seen.add(kind)
-    annotations = [each.annotation for each in _signature(kind).parameters.values()]
-    taken = [named for each in annotations for named in classes_in(each, inside=True)]
-    return any(_holds_session(each, seen) for each in taken)
+    kinds: list[type[Any]] = classes_in(given, inside=True) or received
+    for kind in kinds:  # which grows by what an object of the class is made with
+        if issubclass(kind, Session | AsyncSession):
+            return True
+        for each in () if _is_data(kind) else _signature(kind).parameters.values():
+            taken = classes_in(each.annotation, inside=True)
+            kinds += [other for other in taken if other not in kinds]
+    return False
 
 
 def _is_data(kind: type) -> bool:
@@ -139,35 +133,31 @@ def _is_data(kind: type) -> bool:
     return builtin or mapped or issubclass(kind, _VALUES)
 
 
-def classes_in(
-    annotation: object, *, inside: bool = False, aliases: set[object] | None = None
-) -> list[type]:
+def classes_in(annotation: object, *, inside: bool = False) -> list[type]:
     """List the classes that an annotation names, through aliases, `Annotated` and unions.
 
-    With `inside`, also those that a generic class holds: both of `dict[str, Session]`. Each of the
-    `aliases` is read once: one that names itself, as a type for JSON, has no end.
+    With `inside`, also those that a generic class holds: both of `dict[str, Session]`.
     """
-    aliases = set() if aliases is None else aliases
-    origin, value = get_origin(annotation), None
-    # A PEP 695 alias, bare or subscribed, has this attribute on every Python. It is evaluated only
-    # now, and may name what is imported under TYPE_CHECKING.
-    with contextlib.suppress(NameError):
-        value = getattr(annotation, "__value__", None)
-    if value is not None:
-        alias = origin or annotation
-        if alias in aliases:
-            return []
-        aliases.add(alias)
-        return classes_in(value, inside=inside, aliases=aliases)
-    if origin is Literal:
-        return [type(each) for each in get_args(annotation)]
-    if origin is Annotated:
-        return classes_in(get_args(annotation)[0], inside=inside, aliases=aliases)
-    union = origin in (Union, types.UnionType)
-    found = None if union else origin or annotation
-    parts = get_args(annotation) if union or (inside and origin not in _MAKES) else ()
-    named = [each for part in parts for each in classes_in(part, inside=inside, aliases=aliases)]
-    return [found, *named] if isinstance(found, type) else named
+    classes: list[type] = []
+    parts: list[Any] = [annotation]
+    for part in parts:  # which grows
+        origin, value = get_origin(part), None
+        # A PEP 695 alias, bare or subscribed, has this attribute on every Python. It is evaluated
+        # only now, and may name what is imported under TYPE_CHECKING.
+        with contextlib.suppress(NameError):
+            value = getattr(part, "__value__", None)
+        if value is not None:
+            parts += [] if value in parts else [value]  # one that names itself has no end
+        elif origin is Literal:
+            classes += map(type, get_args(part))
+        elif origin is Annotated:
+            parts.append(get_args(part)[0])
+        else:
+            union = origin in (Union, types.UnionType)
+            found = None if union else origin or part
+            classes += [found] if isinstance(found, type) else []
+            parts += get_args(part) if union or (inside and origin not in _MAKES) else ()
+    return classes
 
 
 def drops_a_coroutine(call: object, parameter: str) -> bool:

@@ -143,9 +143,12 @@ def returning_nothing(session: Session) -> None:
     assert session.scalars(statement.returning(items.c.id)).all() == []
 
 
-def newer(table: Any, *returning: Any) -> Body:
-    """Make a body with an upsert whose condition is not met."""
-    statement = upsert(table).values(name="there", position=2)
+def newer(table: Any, *returning: Any, **key: int) -> Body:
+    """Make a body with an upsert whose condition is not met.
+
+    With the key given, SQLAlchemy adds no RETURNING.
+    """
+    statement = upsert(table).values(name="there", position=2, **key)
     statement = statement.on_conflict_do_update(
         index_elements=["name"], set_={"position": 2}, where=items.c.position > 7
     )
@@ -201,11 +204,13 @@ STORES_NOTHING: dict[str, Body] = {
         "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO NOTHING"
     ),
     "upsert of an older row": newer(items),
+    "upsert of an older row with its key": newer(items, id=1000),
     "upsert of an older row, text": run(
         "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO UPDATE SET position = 2"
         " WHERE item.position > 7"
     ),
     "orm upsert of an older row": newer(Item),
+    "orm upsert of an older row with its key": newer(Item, id=1000),
     "orm upsert of an older row, returning": newer(Item, Item),
     "temporary table": temporary,
     "temporary table of a query": temporary_of_a_query,

@@ -37,6 +37,10 @@ class NativeSession(Session):
         record.check_usable()
         if record.options is AUTOCOMMIT and record.state.writes(statement):
             raise record.state.error(ReadOnlySessionError)  # before it is sent and committed
+        if getattr(statement, "is_insert", False):
+            # Else psycopg forgets whether an upsert has touched a row as its cursor is closed.
+            given = options.get("execution_options") or {}
+            options["execution_options"] = {"preserve_rowcount": True, **given}
         result = _recorded(record, super().execute, statement, *args, **options)
         record.note_result(result, statement)
         return result

@@ -16,14 +16,13 @@ from sqlalchemy.util import await_only
 from starlette.types import Scope
 
 from . import exceptions
-from ._functions import is_awaitable
 from ._lifespan.running import running_for
 from ._routes import is_frontend
 from ._sessions import finishing
 from ._sessions.holders import UNIT
 from ._sessions.options import AUTOCOMMIT, TransactionOptions
 from ._sessions.record import Record
-from ._sessions.session import AnySession, may_store, record_of, sync_session
+from ._sessions.session import AnySession, NativeSession, may_store, sync_session
 from ._sessions.transaction import has_pending_changes
 from .databases import AnyDatabase, AsyncDatabase, sessions_of
 from .errors._kinds import is_database_error, only_error
@@ -42,9 +41,10 @@ class UnitOfWork:
     def __init__(self, connection: HTTPConnection) -> None:
         self._running = running_for(connection)
         self.scope: Scope = connection.scope
+        self._route: object = self.scope.get("route")
         self._loop = asyncio.get_running_loop()
-        # With their records, which each request would otherwise look up many times.
-        self._opened: list[tuple[AnySession, Record]] = []
+        # With the synchronous sessions behind them, which have the records.
+        self._opened: list[tuple[AnySession, NativeSession]] = []
         # Cancel once: a second cancellation would interrupt the driver's cancel request.
         self.cancelled: bool = False
         self.ends_at: float = math.inf  # the request's deadline, on the time.monotonic() clock
@@ -70,37 +70,45 @@ class UnitOfWork:
             record.will_commit(options)
 
     def _record_of(self, session: AnySession) -> Record | None:
-        return next((record for each, record in self._opened if each is session), None)
+        return next((inner.sqlnative for each, inner in self._opened if each is session), None)
+
+    @property
+    def _records(self) -> list[Record]:
+        return [inner.sqlnative for _, inner in self._opened]
 
     async def session(self, name: str, *, reads: bool = False) -> AnySession:
         """Return the request's one session for a database, or its one reader."""
-        for session, record in self._opened:
+        for session, inner in self._opened:
+            record = inner.sqlnative
             if record.state.name == name and (record.options is AUTOCOMMIT) is reads:
                 return session
         database = self._running.database(name)
         # Not a websocket, which would keep its place for as long as the client stays.
         is_http = self.scope.get("type") == "http"  # scopes of FastStream and the like have no type
-        may_leave = is_http and await self._admit(database)
+        limiters = self._running.limiters(self._route, database) if is_http else []
+        if limiters:
+            await self._admit(limiters, database)
         factory = sessions_of(database)
         session = factory.open()
-        record = record_of(session)
+        inner = sync_session(session)
+        record = inner.sqlnative
         record.request = self.scope
         if reads:
             record.options = AUTOCOMMIT
-            sync_session(session).twophase = False  # it has no transaction to prepare
+            inner.twophase = False  # it has no transaction to prepare
         record.loop_thread = None if factory.asynchronous else threading.get_ident()
-        self._opened.append((session, record))
-        if may_leave:
+        self._opened.append((session, inner))
+        if limiters and self._running.gate.awaits(self._route):
             record.on_idle = self._released
             # It may wait for something else before its first statement.
             self._loop.call_later(_IDLE, self._leave_if_idle)
         return session
 
-    async def _admit(self, database: AnyDatabase) -> bool:
-        """Wait for a place in the gate, whose timeout is tagged like an error of a session."""
+    async def _admit(self, limiters: list[anyio.CapacityLimiter], database: AnyDatabase) -> None:
+        """Wait for places in the gate, whose timeout is tagged like an error of a session."""
         try:
             async with self._entering:  # two sessions may come back at a time
-                return await self._running.admit(self, self.scope.get("route"), database)
+                await self._running.gate.enter(self, limiters, database)
         except PoolTimeoutError as error:
             tagged: Any = error
             tagged.database_name, tagged.database_stored = database.name, self.has_stored
@@ -109,12 +117,12 @@ class UnitOfWork:
     @property
     def has_stored(self) -> bool:
         """Return whether the endpoint's own COMMIT has stored something or may be about to."""
-        return any(record.has_stored for _, record in self._opened)
+        return any(record.has_stored for record in self._records)
 
     @property
     def may_be_cancelled(self) -> bool:
         """Return whether a cancellation loses no stored work and leaves no thread behind."""
-        awaits = is_awaitable(getattr(self.scope.get("route"), "endpoint", None))
+        awaits = self._running.gate.awaits(self._route)
         too_late = self.cancelled or self.has_stored or not awaits
         return not too_late and all(isinstance(each, AsyncSession) for each, _ in self._opened)
 
@@ -133,7 +141,7 @@ class UnitOfWork:
 
     def _released(self) -> None:
         """Leave the gate soon if the request holds no connection. Called from any thread."""
-        if not any(record.finished for _, record in self._opened):
+        if not any(record.finished for record in self._records):
             # Not at once: a request that runs its next statement right away keeps its place.
             self._loop.call_soon_threadsafe(self._loop.call_later, _IDLE, self._leave_if_idle)
 
@@ -141,10 +149,10 @@ class UnitOfWork:
         # While it waits for its second place, the first stays: taken after that, it could deadlock.
         if self._entering.locked():
             return
-        for _, record in self._opened:
+        for record in self._records:
             record.on_wanted = self._return
         # Asked after that: a session in another thread has seen it, or is seen to have asked.
-        if not any(record.asked for _, record in self._opened):
+        if not any(record.asked for record in self._records):
             self._running.gate.leave(self)
 
     def _return(self, record: Record) -> None:
@@ -159,35 +167,36 @@ class UnitOfWork:
 
     async def _enter_again(self, database: AnyDatabase) -> None:
         try:
-            await self._admit(database)
+            await self._admit(self._running.limiters(self._route, database), database)
         finally:
-            if any(record.finished for _, record in self._opened):
+            if any(record.finished for record in self._records):
                 self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 
     # From here on: plain code that runs in a greenlet or a thread.
 
     def _commit_all(self) -> None:
-        for session, _ in self._opened:
+        sessions = [inner for _, inner in self._opened]
+        for session in sessions:
             _check_nothing_forgotten(session)
-        marked = [session for session, record in self._opened if record.commits]
+        marked = [each for each in sessions if each.sqlnative.commits]
         if len(marked) > 1:
             self._prepare(marked)
         for session in marked:
             _commit(session, self._others(session))
 
-    def _prepare(self, marked: list[AnySession]) -> None:
+    def _prepare(self, marked: list[NativeSession]) -> None:
         """Flush all before the first COMMIT, so that after it only a COMMIT can fail."""
         order = {sessions_of(each).state: at for at, each in enumerate(self._running.databases())}
-        marked.sort(key=lambda each: order.get(record_of(each).state, -1))
+        marked.sort(key=lambda each: order.get(each.sqlnative.state, -1))
         for session in marked:
             try:
                 finishing.perform(session, _flush_and_prepare)
             except Exception as error:
-                _check_partial(error, self._others(session), [record_of(session)])
+                _check_partial(error, self._others(session), [session.sqlnative])
                 raise
 
-    def _others(self, session: AnySession) -> list[Record]:
-        return [record for each, record in self._opened if each is not session]
+    def _others(self, session: NativeSession) -> list[Record]:
+        return [record for record in self._records if record is not session.sqlnative]
 
 
 async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
@@ -203,14 +212,13 @@ async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
 # -- one session; plain code in a greenlet or a thread ------------------------------------------
 
 
-def _check_nothing_forgotten(session: AnySession) -> None:
+def _check_nothing_forgotten(session: NativeSession) -> None:
     """Refuse to report success if a session leaves changes uncommitted."""
-    inner = sync_session(session)
-    record = inner.sqlnative
+    record = session.sqlnative
     record.check_discarded()
-    if record.commits or not inner.in_transaction():
+    if record.commits or not session.in_transaction():
         return
-    name, pending = record.state.name, has_pending_changes(inner)
+    name, pending = record.state.name, has_pending_changes(session)
     if record.options is AUTOCOMMIT:
         if pending:
             raise record.state.error(exceptions.ReadOnlySessionError)
@@ -222,33 +230,31 @@ def _check_nothing_forgotten(session: AnySession) -> None:
         )
 
 
-def _leaves_unstored(session: AnySession) -> bool:
-    record = record_of(session)
+def _leaves_unstored(session: NativeSession) -> bool:
+    record = session.sqlnative
     record.end_results()  # SQLite counts the changes of a statement at its end
     return record.count_unstored() > 0
 
 
-def _flush_and_prepare(session: AnySession) -> None:
+def _flush_and_prepare(session: NativeSession) -> None:
     """Flush, and refuse what cannot be committed, before the first COMMIT."""
-    inner = sync_session(session)
-    if inner.in_transaction():
-        inner.flush()
-        if not inner.is_active:
-            inner.commit()  # raises: an earlier flush has failed
-        inner.sqlnative.prepare()
+    if session.in_transaction():
+        session.flush()
+        if not session.is_active:
+            session.commit()  # raises: an earlier flush has failed
+        session.sqlnative.prepare()
 
 
-def _commit(session: AnySession, others: Sequence[Record]) -> None:
+def _commit(session: NativeSession, others: Sequence[Record]) -> None:
     """Commit one of the request's sessions.
 
     A session with nothing to store is committed as well, in case we have missed a write, but
     losing its connection doesn't fail the request.
     """
-    inner = sync_session(session)
-    record = inner.sqlnative
+    record = session.sqlnative
     # Not idle if there are listeners, which may still write.
     marked = [each for each in others if each.commits]
-    idle = bool(marked) and not (may_store(inner) or finishing.commit_is_observed(inner))
+    idle = bool(marked) and not (may_store(session) or finishing.commit_is_observed(session))
     try:
         finishing.perform(session, finishing.commit)
     except Exception as error:

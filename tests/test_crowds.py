@@ -30,7 +30,7 @@ from fastapi_sqlnative import (
     reader,
 )
 from fastapi_sqlnative._lifespan.gate import Gate
-from fastapi_sqlnative._lifespan.running import Running, running_of
+from fastapi_sqlnative._lifespan.running import running_of
 from fastapi_sqlnative._sessions.record import Record
 from fastapi_sqlnative._unit_of_work import UnitOfWork
 from tests.conftest import MakeEngine, synchronous
@@ -437,11 +437,11 @@ async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
     install_database(app, engine=engine, shutdown=engine.dispose)
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0)
     idle, leave, waits, done = asyncio.Event(), asyncio.Event(), asyncio.Event(), threading.Event()
-    enter = Running.admit
+    enter = Gate.enter
 
-    async def admit(*args: Any) -> bool:
+    async def observed(*args: Any) -> None:
         waits.set()  # the test goes on once this waits for a place
-        return await enter(*args)
+        await enter(*args)
 
     def come_back(session: Session) -> None:
         try:
@@ -466,7 +466,7 @@ async def test_a_thread_that_comes_back_after_its_request_takes_no_place(
         for each in places:
             each.total_tokens = 1
             await each.acquire_on_behalf_of(app)
-        monkeypatch.setattr(Running, "admit", admit)
+        monkeypatch.setattr(Gate, "enter", observed)
         leave.set()
         await first_of(waits.wait(), request)
         request.cancel()
@@ -489,10 +489,11 @@ async def test_a_place_that_is_given_back_while_another_is_waited_for() -> None:
     places = [gate._connections, gate._threads]
     places[1].total_tokens = 1
     await places[1].acquire_on_behalf_of("another")
-    entering = asyncio.create_task(gate.enter("request", uses_two, database))
+    limiters = gate.limiters(uses_two, database)
+    entering = asyncio.create_task(gate.enter("request", limiters, database))
     await anyio.wait_all_tasks_blocked()
     gate.leave("request")
     places[1].release_on_behalf_of("another")
-    assert await entering
+    await entering
     gate.leave("request")
     assert [each.borrowed_tokens for each in places] == [0, 0]

@@ -37,32 +37,39 @@ class Gate:
 
     def __init__(self) -> None:
         self.opened = defaultdict[object, Opened](Counter)  # by the route's `key_of`
-        self._awaits: dict[object, bool] = {}  # whether its endpoint does
+        self._awaits: dict[object, bool] = {}
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 
     def register(self, route: object, opened: Opened) -> None:
         """Record what the requests of a route open; the maximum for a route included twice."""
         key = key_of(route)
         found = self.opened[key] = self.opened[key] | opened
-        self._awaits[key] = is_awaitable(getattr(route, "endpoint", None))
         if found.total() > 1:
             self._connections.total_tokens = self._max_with_several()
 
-    async def enter(self, request: object, route: object, database: AnyDatabase) -> bool:
-        """Wait for a place, up to the pool's timeout; return whether it can be left early."""
-        key = key_of(route)
-        several = self.opened[key].total() > 1
+    def limiters(self, route: object, database: AnyDatabase) -> list[anyio.CapacityLimiter]:
         # Always in this order: acquiring two limiters in opposite orders could deadlock.
-        limiters = [self._connections] if several else []
+        limiters = [self._connections] if self.opened[key_of(route)].total() > 1 else []
         if not isinstance(database.engine, AsyncEngine):
             limiters.append(self._threads)
+        return limiters
+
+    async def enter(
+        self, request: object, limiters: list[anyio.CapacityLimiter], database: AnyDatabase
+    ) -> None:
+        """Wait for a place in each limiter, up to the pool's timeout."""
         for limiter in limiters:
             if limiter not in self._places.get(request, ()):
                 await _take(limiter, request, database)
                 # Look up again: the request may have released a place while it waited.
                 self._places[request] = [*self._places.get(request, ()), limiter]
-        # A `def` endpoint keeps its thread, which the place is for.
-        return request in self._places and self._awaits[key]
+
+    def awaits(self, route: object) -> bool:
+        """Return whether a route's endpoint awaits; a `def` keeps the thread."""
+        key = key_of(route)
+        if key not in self._awaits:
+            self._awaits[key] = is_awaitable(getattr(route, "endpoint", None))
+        return self._awaits[key]
 
     def leave(self, request: object) -> None:
         for limiter in self._places.pop(request, ()):

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar, overload
 
+import anyio
 from fastapi.requests import HTTPConnection
 from starlette.applications import Starlette
 from starlette.routing import Router
@@ -133,11 +134,11 @@ class Running:
         """Return whether this application, or one that it is mounted in, is draining."""
         return any(each.installed.draining for each in (self, *self.above))
 
-    async def admit(self, request: object, route: object, database: AnyDatabase) -> bool:
-        """Wait for a place in the gate if needed; return whether it can be left early."""
+    def limiters(self, route: object, database: AnyDatabase) -> list[anyio.CapacityLimiter]:
+        """Return the limiters in which a request of the route needs a place for a session."""
         if self.examine and (self.overrides or key_of(route) not in self.gate.opened):
             self.examine(self, only=route)
-        return await self.gate.enter(request, route, database)
+        return self.gate.limiters(route, database)
 
 
 def installations_of(app: Starlette) -> Installations:

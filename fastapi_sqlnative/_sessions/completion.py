@@ -15,8 +15,11 @@ from typing import Any, Final, TypeVar
 import anyio
 import greenlet  # type: ignore[import-untyped] # it comes with sqlalchemy[asyncio]
 
+from .shared import SharedState
+
 logger = logging.getLogger("fastapi_sqlnative")
 T = TypeVar("T")
+
 # Seconds that a cancelled task may take: a driver may be slow to give up on a server that hangs.
 _GRACE: Final = 1.0
 
@@ -25,19 +28,19 @@ async def to_completion(
     start: Callable[[], Coroutine[Any, Any, T]],
     *,
     joins: bool = False,
-    databases: Sequence[str] = (),
-    timeout: float = math.inf,
+    databases: Sequence[SharedState] = (),
+    limit: float = math.inf,
     cancelled: bool = False,
 ) -> T | None:
-    """Await the work that `start` begins, shielded from cancellation until `timeout` has passed.
+    """Await the work that `start` begins, shielded from cancellation until its deadline.
 
     It runs in a task of its own. If `start` can be called again and then `joins` the work that has
     begun (see `once`), there is a task only after a cancellation. Two shields are needed: the task
     protects from asyncio's one-time cancellation, the shielded scope from anyio's, which is raised
     again at every await and would make the loop spin.
 
-    The timeout counts from the cancellation, which has begun if the caller is `cancelled`. The
-    names of the `databases` are for the log.
+    The deadline is `limit` seconds after the cancellation, which has begun if the caller is
+    `cancelled`, or the longest `shutdown_timeout` of the `databases` if that is less.
     """
     # In the caller's own context, not a copy: a session listener may reset a context variable with
     # the token of one that ran before. Not by the event loop's task factory, whose tasks may be
@@ -51,8 +54,10 @@ async def to_completion(
     except asyncio.CancelledError as error:
         cancellation = error
     task = task or asyncio.Task(start(), context=context)
+    timeout = min(limit, max((each.shutdown_timeout for each in databases), default=math.inf))
+    names = ", ".join(repr(each.name) for each in databases)
     unknown = "" if cancelled else ", and whether a COMMIT took effect is unknown"
-    await _outlast_cancellation(task, timeout, ", ".join(map(repr, databases)), unknown)
+    await _outlast_cancellation(task, timeout, names, unknown)
     if cancellation is None:
         return None if task.cancelled() else task.result()
     if not task.cancelled() and (failure := task.exception()) is not None:

@@ -15,9 +15,9 @@ from .._functions import accepts, signature_of
 from .engines import AnyEngine
 from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
-from .session import AnySession, NativeSession, sync_session
+from .session import AnySession, NativeSession, note_flush, sync_session
 from .shared import SharedState
-from .transaction import Work, depth_of, has_pending_changes, is_update_observed
+from .transaction import Work, depth_of
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
@@ -93,17 +93,9 @@ def _after_begin(
         limit_statements(connection, unit.ends_at - time.monotonic())
 
 
-# Before, because a flush leaves no history of SQL expressions; after, because listeners may add.
-@event.listens_for(Outermost, "before_flush")
 @event.listens_for(Outermost, "after_flush")
-def _around_flush(session: Outermost, *_: object) -> None:
-    record = session.sqlnative
-    record.work.wrote = record.work.wrote or has_pending_changes(session)
-    # A mapper's listeners get the connection, even for an object without a change to send.
-    if not record.work.wrote and any(map(is_update_observed, session.dirty)):
-        record.work.handed_out = True  # also of a connection that joins in the flush
-        for connection in record.connections:
-            record.hand_out(connection)
+def _after_flush(session: Outermost, _context: object) -> None:
+    note_flush(session, session.sqlnative)  # what the application's listeners have added
 
 
 @event.listens_for(Outermost, "after_commit")

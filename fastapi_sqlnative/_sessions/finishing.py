@@ -14,14 +14,14 @@ from typing import Any, Final, TypeVar
 
 import anyio.to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_session
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedChangesError
 from .completion import once, to_completion, without_yielding
 from .options import AUTOCOMMIT, NO_OPTIONS
-from .session import AnySession, NativeSession, record_of, sync_session
+from .session import AnySession, NativeSession, sync_session
 from .transaction import has_pending_changes, would_flush
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -34,21 +34,20 @@ _GRACE: Final = 1.0
 # -- operations on one session; plain code in a greenlet or a thread ------------------------------
 
 
-def commit(session: AnySession) -> None:
+def commit(session: NativeSession) -> None:
     """Commit a marked session with something to commit or to refuse, or a listener to call."""
-    inner = sync_session(session)
-    record = inner.sqlnative
+    record = session.sqlnative
     if not record.commits:
         return
     record.check_discarded()
     lost = any(each.invalidated for each in record.connections)
-    if lost and not (record.may_have_written or has_pending_changes(inner)):
-        inner.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
-    if not (inner.in_transaction() or commit_is_observed(inner)):
+    if lost and not (record.may_have_written or has_pending_changes(session)):
+        session.rollback()  # SQLAlchemy would refuse to commit on an invalidated connection
+    if not (session.in_transaction() or commit_is_observed(session)):
         return  # SQLAlchemy's own commit would do nothing
     overridden = "commit" in record.state.overridden
     work = record.work
-    wrote = overridden and (work.wrote or has_pending_changes(inner))
+    wrote = overridden and (work.wrote or has_pending_changes(session))
     record.committed = False
     record.shielded = True  # by whoever finishes it
     try:
@@ -74,7 +73,7 @@ def commit_is_observed(session: NativeSession) -> bool:
     return bool(listened or "commit" in record.state.overridden)
 
 
-def end(session: AnySession, error: BaseException | None = None) -> None:
+def end(session: NativeSession, error: BaseException | None = None) -> None:
     """Roll back, return the connection to the pool and refuse further use.
 
     After an error this calls `rollback()`, but only if the application observes it: it expires
@@ -83,25 +82,24 @@ def end(session: AnySession, error: BaseException | None = None) -> None:
     A failure here only means that the connection is lost. It is logged, so that it doesn't hide
     the response or the error that the session's work ended with.
     """
-    inner = sync_session(session)
-    record = inner.sqlnative
+    record = session.sqlnative
     record.finished = True
     overridden = record.state.overridden
     observed = error is not None and (
-        inner.dispatch.after_rollback
-        or len(inner.dispatch.after_soft_rollback) > 1
+        session.dispatch.after_rollback
+        or len(session.dispatch.after_soft_rollback) > 1
         or "rollback" in overridden
     )
     # After a failed flush, which has rolled back, SQLAlchemy would warn about changes made since.
     # After a COMMIT whose listener has failed, it refuses to roll back.
-    over = not inner.is_active and (record.committed or would_flush(inner))
+    over = not session.is_active and (record.committed or would_flush(session))
     methods = ("rollback", "close") if observed and not over else ("close",)
-    if not (inner.in_transaction() or inner.identity_map or overridden.intersection(methods)):
+    if not (session.in_transaction() or session.identity_map or overridden.intersection(methods)):
         return None  # never used: nothing to roll back, release or detach
     record.ending = bool(overridden) or "rollback" in methods
     try:
         if record.state.stopping == "stopped":
-            return inner.invalidate()  # the pool is disposed of and would not close the connection
+            return session.invalidate()  # the pool is disposed of and would not close it
         for method in methods:
             _run(session, method)
     except BaseException as failure:
@@ -118,16 +116,16 @@ def end(session: AnySession, error: BaseException | None = None) -> None:
         record.ending = False
 
 
-def _run(session: AnySession, method: str) -> None:
+def _run(session: NativeSession, method: str) -> None:
     """Call a method of the session, or the application's override of it."""
-    own = getattr(type(session), method)
-    if isinstance(session, AsyncSession) and own is not getattr(AsyncSession, method):
-        await_only(own(session))
+    overridden = method in session.sqlnative.state.overridden
+    if overridden and (asynchronous := async_session(session)) is not None:
+        await_only(getattr(asynchronous, method)())
     else:
-        getattr(sync_session(session), method)()
+        getattr(session, method)()
 
 
-def end_all(sessions: Sequence[AnySession], error: BaseException | None) -> None:
+def end_all(sessions: Sequence[NativeSession], error: BaseException | None) -> None:
     """End all sessions, even if a cancellation's deadline interrupts one of them."""
     if len(sessions) == 1:
         return end(sessions[0], error)
@@ -140,51 +138,47 @@ def end_all(sessions: Sequence[AnySession], error: BaseException | None) -> None
 # -- where they run -------------------------------------------------------------------------------
 
 
-def waits(session: AnySession) -> bool:
+def waits(session: NativeSession) -> bool:
     """Return whether finishing it may block, on the database or in application code."""
-    inner = sync_session(session)
-    record = inner.sqlnative
+    record = session.sqlnative
     return bool(
         record.asked
-        or would_flush(inner)
+        or would_flush(session)
         or record.state.overridden
-        or (record.commits and commit_is_observed(inner))
+        or (record.commits and commit_is_observed(session))
     )
 
 
-def has_only_read(session: AnySession) -> bool:
+def has_only_read(session: NativeSession) -> bool:
     """Return whether cancelling the end of the session costs no more than its connection."""
-    inner = sync_session(session)
-    record = inner.sqlnative
+    record = session.sqlnative
     state = record.state
     return (
-        isinstance(session, AsyncSession)
+        record.loop_thread is None
         and state.ends_in_one_step
+        # A listener may write.
+        and not (record.commits and (session.dispatch.before_commit or would_flush(session)))
         and not record.work.may_have_written
         and not (record.streamed or record.joined)
         and not state.overridden
         and record.options in (NO_OPTIONS, AUTOCOMMIT)
-        # A listener may write.
-        and not (record.commits and (inner.dispatch.before_commit or would_flush(inner)))
     )
 
 
-def _switches(session: AnySession) -> bool:
+def _switches(session: NativeSession) -> bool:
     # If a cancellation came while it leaves AUTOCOMMIT, the pool would never get it back.
-    record = record_of(session)
+    record = session.sqlnative
     return record.options is AUTOCOMMIT and record.state.awaits_autocommit
 
 
-def perform(session: AnySession, operation: Callable[[AnySession], T]) -> T | None:
+def perform(session: NativeSession, operation: Callable[[NativeSession], T]) -> T | None:
     """Run an operation here, or in a thread if it could block the event loop."""
-    if isinstance(session, AsyncSession):
-        return operation(session)
-    record = record_of(session)
+    record = session.sqlnative
     if record.loop_thread == threading.get_ident() and waits(session):
         # One context for all its threads: a listener may reset another's context variable.
         record.context = record.context or contextvars.copy_context()
         work = partial(record.context.run, operation, session)
-        return await_only(to_completion(partial(_run_for, [session], work)))
+        return await_only(to_completion(partial(_run_for, (), work)))
     return operation(session)
 
 
@@ -206,22 +200,23 @@ async def finish(
     `success` is plain code that commits, and uses the sessions only by way of `perform`. If
     nothing can wait, all runs without a task, a greenlet or a thread.
     """
+    inner = [sync_session(each) for each in sessions]
 
     def work() -> None:
         try:
             if error is None:
                 success()
         except BaseException as failure:
-            end_all(sessions, failure)
+            end_all(inner, failure)
             raise
-        end_all(sessions, error)
+        end_all(inner, error)
 
     cancelled = isinstance(error, (asyncio.CancelledError, RequestCancelledError))
-    waiting = [each for each in sessions if waits(each)]
+    waiting = [each for each in inner if waits(each)]
     if not waiting:
         return work()
     if not cancelled and all(map(has_only_read, waiting)):
-        running = _run_for(waiting, work)
+        running = _run_for(sessions, work)
         return await (without_yielding(running) if any(map(_switches, waiting)) else running)
     if error is None:
         try:
@@ -231,13 +226,13 @@ async def finish(
             await finish(sessions, success, cancellation)
             raise
     # Synchronous sessions are waited for: their driver's timeouts bound that.
-    states = [record_of(each).state for each in sessions if isinstance(each, AsyncSession)]
-    limit = _GRACE if isinstance(error, RequestCancelledError) else math.inf
+    states = [each.sqlnative.state for each in inner if each.sqlnative.loop_thread is None]
+    limit = _GRACE if states and isinstance(error, RequestCancelledError) else math.inf
     return await to_completion(
         partial(_run_for, sessions, work if states else once(work)),
         joins=not states,
-        databases=[each.name for each in states],
-        timeout=min(limit, max(each.shutdown_timeout for each in states)) if states else math.inf,
+        databases=states,
+        limit=limit,
         cancelled=cancelled,
     )
 
@@ -260,6 +255,6 @@ async def finishing_async(session: Any) -> AsyncGenerator[AsyncSession]:
     try:
         yield session
     except BaseException as error:
-        await finish([session], partial(commit, session), error)
+        await finish([session], partial(commit, sync_session(session)), error)
         raise
-    await finish([session], partial(commit, session))
+    await finish([session], partial(commit, sync_session(session)))

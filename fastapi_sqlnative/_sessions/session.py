@@ -1,7 +1,7 @@
 """The session class: every use of the database goes through one of its methods."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Connection, Sequence, event
@@ -15,7 +15,13 @@ from .completion import to_completion
 from .engines import run_in_greenlet
 from .options import AUTOCOMMIT
 from .record import Record
-from .transaction import BegunTransaction, depth_of, has_pending_changes
+from .transaction import (
+    BegunTransaction,
+    depth_of,
+    has_pending_changes,
+    is_update_observed,
+    would_flush,
+)
 
 AnySession: TypeAlias = Session | AsyncSession
 
@@ -65,10 +71,13 @@ class NativeSession(Session):
 
     def flush(self, *args: Any, **options: Any) -> None:
         """Flush pending changes. SQLAlchemy's autoflush calls this before each statement."""
+        if not would_flush(self):
+            return
         record = self.sqlnative
-        if record.options is AUTOCOMMIT and has_pending_changes(self):
-            raise record.state.error(ReadOnlySessionError)
-        if record.loop_thread is not None and has_pending_changes(self):
+        note_flush(self, record)
+        if record.work.wrote:
+            if record.options is AUTOCOMMIT:
+                raise record.state.error(ReadOnlySessionError)
             record.check_thread()
         checked, record.committing = record.committing, False
         _recorded(record, super().flush, *args, **options)
@@ -207,6 +216,16 @@ def _write(session: NativeSession, method: Callable[..., None], *args: Any, **op
     _recorded(record, method, *args, **options)
 
 
+def note_flush(session: Session, record: Record) -> None:
+    """Record what a flush is about to send: it leaves no history of SQL expressions."""
+    record.work.wrote = record.work.wrote or has_pending_changes(session)
+    # A mapper's listeners get the connection, even for an object without a change to send.
+    if not record.work.wrote and any(map(is_update_observed, session.dirty)):
+        record.work.handed_out = True  # also of a connection that joins in the flush
+        for connection in record.connections:
+            record.hand_out(connection)
+
+
 def _begun(session: NativeSession, transaction: SessionTransaction) -> SessionTransaction:
     record = session.sqlnative
     if record.begun is None or record.begun.transaction is not transaction:
@@ -245,9 +264,7 @@ def _commit_uninterrupted(session: NativeSession, commit: Callable[[], None]) ->
     record, state = session.sqlnative, session.sqlnative.state
     if record.shielded or not state.root.dialect.is_async or not may_store(session):
         return commit()
-    timeout = state.shutdown_timeout
-    running = functools.partial(run_in_greenlet, commit)
-    return await_only(to_completion(running, databases=[state.name], timeout=timeout))
+    return await_only(to_completion(partial(run_in_greenlet, commit), databases=[state]))
 
 
 def _note_discarded(session: NativeSession, *, ask: bool = True) -> None:

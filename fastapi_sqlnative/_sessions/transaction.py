@@ -145,7 +145,9 @@ class BegunTransaction:
 
 def would_flush(session: Session) -> bool:
     """Return whether a flush would connect and call listeners, if only for an unchanged object."""
-    return session.in_transaction() and bool(session.new or session.dirty or session.deleted)
+    return session.in_transaction() and bool(
+        session.new or session.deleted or session.identity_map.check_modified()
+    )
 
 
 def has_pending_changes(session: Session) -> bool:

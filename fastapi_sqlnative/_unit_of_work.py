@@ -133,7 +133,7 @@ class UnitOfWork:
             if is_database_error(failure):
                 failure.database_stored = True  # a handle's session knows nothing of the request's
         try:
-            sessions = [session for session, _ in self._opened]
+            sessions = [inner for _, inner in self._opened]
             await finishing.finish(sessions, self._commit_all, error)
         finally:
             self.scope.pop(UNIT, None)

@@ -37,10 +37,13 @@ def hint_for_engine(given: object) -> str:
     return ""
 
 
-async def run_in_greenlet(work: Callable[[], T]) -> T:
+def run_in_greenlet(
+    work: Callable[[], T], session: AsyncSession | None = None
+) -> Coroutine[Any, Any, T]:
     """Run plain code in a greenlet, where it may use async connections and can be cancelled."""
-    # An empty session, because its `run_sync` is the only public way into a greenlet.
-    return await AsyncSession().run_sync(lambda _: work())
+    # A session's `run_sync` is the only public way into a greenlet. Any session will do.
+    any_session = AsyncSession() if session is None else session
+    return AsyncSession.run_sync(any_session, lambda _: work())  # not an override
 
 
 async def run_on_engine(engine: AnyEngine, work: Callable[[Engine], T]) -> T:

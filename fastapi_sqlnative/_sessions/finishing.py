@@ -20,8 +20,9 @@ from sqlalchemy.util import await_only
 
 from ..exceptions import AfterCommitError, RequestCancelledError, UncommittedChangesError
 from .completion import once, to_completion, without_yielding
+from .engines import run_in_greenlet
 from .options import AUTOCOMMIT, NO_OPTIONS
-from .session import AnySession, NativeSession, sync_session
+from .session import NativeSession, sync_session
 from .transaction import has_pending_changes, would_flush
 
 logger = logging.getLogger("fastapi_sqlnative")
@@ -165,12 +166,6 @@ def has_only_read(session: NativeSession) -> bool:
     )
 
 
-def _switches(session: NativeSession) -> bool:
-    # If a cancellation came while it leaves AUTOCOMMIT, the pool would never get it back.
-    record = session.sqlnative
-    return record.options is AUTOCOMMIT and record.state.awaits_autocommit
-
-
 def perform(session: NativeSession, operation: Callable[[NativeSession], T]) -> T | None:
     """Run an operation here, or in a thread if it could block the event loop."""
     record = session.sqlnative
@@ -182,42 +177,44 @@ def perform(session: NativeSession, operation: Callable[[NativeSession], T]) -> 
     return operation(session)
 
 
-def _run_for(sessions: Sequence[AnySession], work: Callable[[], T]) -> Coroutine[Any, Any, T]:
+def _run_for(sessions: Sequence[NativeSession], work: Callable[[], T]) -> Coroutine[Any, Any, T]:
     """Run plain code in a greenlet, or in a thread if all sessions are synchronous."""
     for session in sessions:
-        if isinstance(session, AsyncSession):
-            return AsyncSession.run_sync(session, lambda _: work())  # not an override
+        if session.sqlnative.loop_thread is None:
+            return run_in_greenlet(work, async_session(session))
     # A limiter of its own: threads that wait for a connection may have used up the default one,
     # and this work is about to release connections.
     return anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
 
 
 async def finish(
-    sessions: Sequence[AnySession], success: Callable[[], None], error: BaseException | None = None
+    sessions: Sequence[NativeSession],
+    success: Callable[[], None],
+    error: BaseException | None = None,
 ) -> None:
     """Finish sessions by `success`, or after an error by rolling back, even if cancelled meanwhile.
 
     `success` is plain code that commits, and uses the sessions only by way of `perform`. If
     nothing can wait, all runs without a task, a greenlet or a thread.
     """
-    inner = [sync_session(each) for each in sessions]
 
     def work() -> None:
         try:
             if error is None:
                 success()
         except BaseException as failure:
-            end_all(inner, failure)
+            end_all(sessions, failure)
             raise
-        end_all(inner, error)
+        end_all(sessions, error)
 
     cancelled = isinstance(error, (asyncio.CancelledError, RequestCancelledError))
-    waiting = [each for each in inner if waits(each)]
+    waiting = [each for each in sessions if waits(each)]
     if not waiting:
         return work()
     if not cancelled and all(map(has_only_read, waiting)):
         running = _run_for(sessions, work)
-        return await (without_yielding(running) if any(map(_switches, waiting)) else running)
+        switches = any(each.sqlnative.switches for each in waiting)
+        return await (without_yielding(running) if switches else running)
     if error is None:
         try:
             # A `def` endpoint's thread cannot be cancelled: this is the first chance.
@@ -226,7 +223,7 @@ async def finish(
             await finish(sessions, success, cancellation)
             raise
     # Synchronous sessions are waited for: their driver's timeouts bound that.
-    states = [each.sqlnative.state for each in inner if each.sqlnative.loop_thread is None]
+    states = [each.sqlnative.state for each in sessions if each.sqlnative.loop_thread is None]
     limit = _GRACE if states and isinstance(error, RequestCancelledError) else math.inf
     return await to_completion(
         partial(_run_for, sessions, work if states else once(work)),
@@ -252,9 +249,10 @@ def finishing(session: Any) -> Generator[Session]:
 @asynccontextmanager
 async def finishing_async(session: Any) -> AsyncGenerator[AsyncSession]:
     """Do the same, even if the caller is cancelled meanwhile."""
+    inner = sync_session(session)
     try:
         yield session
     except BaseException as error:
-        await finish([session], partial(commit, sync_session(session)), error)
+        await finish([inner], partial(commit, inner), error)
         raise
-    await finish([session], partial(commit, sync_session(session)))
+    await finish([inner], partial(commit, inner))

@@ -15,7 +15,7 @@ from sqlalchemy.util import LRUCache
 from .. import exceptions
 from .._drivers.errors import server_of
 from .._drivers.failures import is_half_ended, reported_by_server
-from .._drivers.pools import awaits_autocommit, ends_in_one_step, keep_autocommit
+from .._drivers.pools import awaits_autocommit, ends_in_one_step
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .options import AUTOCOMMIT, TransactionOptions
 
@@ -89,8 +89,6 @@ class SharedState:
     def __post_init__(self) -> None:
         self.ends_in_one_step: bool = ends_in_one_step(self.root)
         self.awaits_autocommit: bool = awaits_autocommit(self.root)
-        if self.awaits_autocommit:
-            keep_autocommit(self.root)
         self._writing = LRUCache[Any, bool](500)  # like SQLAlchemy's cache
         self.listen(self.root.dialect)
 

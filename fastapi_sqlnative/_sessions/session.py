@@ -45,7 +45,7 @@ class NativeSession(Session):
             raise record.state.error(ReadOnlySessionError)  # before it is sent and committed
         if getattr(statement, "is_insert", False):
             # Else psycopg forgets whether an upsert has touched a row as its cursor is closed.
-            given = options.get("execution_options") or {}
+            given: Any = options.get("execution_options") or {}
             options["execution_options"] = {"preserve_rowcount": True, **given}
         result = _recorded(self, super().execute, statement, *args, **options)
         record.note_result(result, statement)

@@ -24,7 +24,7 @@ from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownE
 from tests.conftest import MakeEngine
 from tests.in_process import ask, asking, run_in_transaction, run_work, running, session_class
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, SQLITE, Item, Kind, Rows, add, items, wait_until
+from tests.serving import ASYNCPG, SQLITE, Item, Kind, Rows, add, items, until, wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
@@ -543,8 +543,7 @@ async def test_a_commit_beside_another_tasks_statement_says_so(
         session.add(Item(name="lost"))
         await session.flush()
         left.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(5)"))))
-        while rows.backends("active") != 1:  # noqa: ASYNC110 - the server has no event
-            await asyncio.sleep(0.01)
+        await until(lambda: rows.backends("active") == 1)
 
     async with running(app) as client:
         with pytest.raises(InterfaceError, match="another operation is in progress"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 from sqlalchemy import Engine, create_engine, insert, select, text, update
@@ -196,14 +197,6 @@ def loses(engine: Engine, rows: Rows, program: Sequence[Step]) -> bool:
     return last.stored != last.committed or last.refused
 
 
-@pytest.fixture
-def plain(postgres: WorkerPostgres) -> Iterator[Engine]:
-    """Yield an engine that the package does not use."""
-    engine = create_engine(postgres.url("psycopg"))
-    yield engine
-    engine.dispose()
-
-
 def programs() -> Iterator[list[Step]]:
     """Yield random programs, the same ones for every driver."""
     chance = random.Random(11)
@@ -215,22 +208,30 @@ def title(program: Sequence[Step]) -> str:
     return ", ".join(each.__name__ for each in program)
 
 
-def trials(engine: Engine, rows: Rows) -> Iterator[tuple[str, Outcome, bool, Any]]:
-    """Yield each program's title, outcome, whether an abort loses work, and a body that runs it."""
+@pytest.fixture(scope="module")
+def trials(
+    postgres: WorkerPostgres, _connections: tuple[psycopg.Connection, ...]
+) -> list[tuple[Sequence[Step], Outcome, bool]]:
+    """Return each program, its outcome with plain SQLAlchemy, and whether an abort loses work."""
+    rows, engine = Rows(_connections[0]), create_engine(postgres.url("psycopg"))
+    found: list[tuple[Sequence[Step], Outcome, bool]] = []
     for program in programs():
         expected = outcome(engine, rows, program)
         lost = expected.aborted and loses(engine, rows, program)
-        begin_anew(rows)
-        yield title(program), expected, lost, functools.partial(perform, program=program)
+        found.append((program, expected, lost))
+    engine.dispose()
+    return found
 
 
 async def test_a_commit_at_the_end_is_sqlalchemys(
-    kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
+    kind: Kind, engine: Engine, rows: Rows, trials: Any, subtests: pytest.Subtests
 ) -> None:
     """With transactional, a program stores all its work, and fails only if that is impossible."""
     async with asking(engine, kind, transactional()) as request:
-        for name, expected, lost, body in trials(plain, rows):
-            with subtests.test(name):
+        for program, expected, lost in trials:
+            begin_anew(rows)
+            body = functools.partial(perform, program=program)
+            with subtests.test(title(program)):
                 if lost or expected.refused:
                     with pytest.raises((TransactionAbortedError, SQLAlchemyError)):
                         await request(body)
@@ -241,14 +242,16 @@ async def test_a_commit_at_the_end_is_sqlalchemys(
 
 
 async def test_what_a_commit_would_have_stored_is_forgotten(
-    kind: Kind, engine: Engine, plain: Engine, rows: Rows, subtests: pytest.Subtests
+    kind: Kind, engine: Engine, rows: Rows, trials: Any, subtests: pytest.Subtests
 ) -> None:
     """With get_db, a program fails if it leaves something uncommitted, and only then."""
     async with asking(engine, kind, get_db()) as request:
-        for name, expected, _, body in trials(plain, rows):
+        for program, expected, _ in trials:
             if expected.refused:
                 continue  # its flush has failed, or would fail
-            with subtests.test(name):
+            begin_anew(rows)
+            body = functools.partial(perform, program=program)
+            with subtests.test(title(program)):
                 if expected.stored == expected.committed:
                     assert await request(body) == 201
                 else:

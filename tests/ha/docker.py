@@ -80,7 +80,7 @@ def engine(folder: Path) -> Generator[str]:
             if process.poll() is not None or time.monotonic() > give_up:
                 last = log.read_text(errors="replace")[-2000:]
                 raise EngineError(f"No Docker engine can run here:\n{last}")
-            time.sleep(0.05)
+            time.sleep(0.05)  # the engine does not report when it is ready
         yield address
     finally:
         process.terminate()

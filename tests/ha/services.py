@@ -100,7 +100,7 @@ def running(
             if process.poll() is not None or time.monotonic() > give_up:
                 said_last = log.read_text(errors="replace")[-3000:]
                 raise ServiceError(f"{name} did not start:\n{said_last}")
-            time.sleep(0.02)
+            time.sleep(0.02)  # not every program reports when it is ready
         yield process
     finally:
         end(process)

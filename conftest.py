@@ -101,6 +101,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
         def _split_scope(self, nodeid: str) -> str:
             return "mariadb" if ON_MARIADB.search(nodeid) else nodeid.partition("::")[0]
 
+        def remove_node(self, node: "WorkerController") -> str | None:
+            """Return the test that has ended a worker, which xdist would run again and again."""
+            work = self.assigned_work[node]
+            crashed = next(
+                (test for unit in work.values() for test in unit if not unit[test]), None
+            )
+            if crashed is not None:
+                work[self._split_scope(crashed)][crashed] = True
+            for scope in [each for each, unit in work.items() if all(unit.values())]:
+                del work[scope]
+            super().remove_node(node)
+            return crashed
+
+        def _reschedule(self, node: "WorkerController") -> None:
+            if node in self.registered_collections:  # another worker is still being replaced
+                super()._reschedule(node)
+
     config.option.loadscopereorder = False  # the tests are already in order, the longest first
     return ByFile(config, log)
 

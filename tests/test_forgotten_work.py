@@ -29,7 +29,7 @@ from sqlalchemy.orm import Mapped, Session, SessionTransaction, registry
 
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import ReadOnlySessionError, UncommittedChangesError
-from tests.in_process import ask, asking, async_sqlite, running, sqlite
+from tests.in_process import ask, asking, async_sqlite, running, session_class, sqlite
 from tests.serving import SQLITE, Item, Kind, Rows, copy, items, of_the_transaction, route, using
 
 pytestmark = pytest.mark.anyio
@@ -295,6 +295,55 @@ async def test_what_a_listener_writes_for_an_unchanged_row_is_no_success(
     finally:
         event.remove(Item, "before_update", write)
     assert there.names == ["there"]
+
+
+async def test_a_change_by_an_after_commit_listener_is_flushed(
+    kind: Kind, engine: Engine, there: Rows, subtests: pytest.Subtests
+) -> None:
+    """What an `after_commit` listener changes reaches the next query, and needs a commit."""
+
+    class Changing(Session): ...
+
+    @event.listens_for(Changing, "after_commit")
+    def change(session: Session) -> None:
+        session.info["row"].name = "changed"
+
+    def query(session: Session) -> None:
+        assert session.scalar(select(func.count()).where(Item.name == "changed")) == 1
+
+    def flush(session: Session) -> None:
+        session.flush()
+
+    options = session_class(kind, Changing)
+    async with asking(engine, kind, get_db(), session_options=options) as request:
+        for use in query, flush:
+            with subtests.test(use.__name__):
+
+                def body(session: Session, use: Body = use) -> None:
+                    session.info["row"] = session.scalars(select(Item)).one()
+                    session.commit()
+                    use(session)
+
+                with pytest.raises(UncommittedChangesError):
+                    await request(body)
+    assert there.names == ["there"]
+
+
+async def test_a_refused_flush_of_a_reader_says_nothing_about_the_next(
+    kind: Kind, engine: Engine, there: Rows
+) -> None:
+    """A reader that has refused an object flushes an unchanged one, once the first is gone."""
+
+    def body(session: Session) -> None:
+        session.add(refused := Item(name="refused"))
+        with pytest.raises(ReadOnlySessionError):
+            session.flush()
+        session.expunge(refused)
+        row = session.scalars(select(Item)).one()
+        row.name = str(row.name)
+        session.flush()
+
+    assert await ask(engine, kind, reader(), body) == 201
 
 
 def prepared(session: Session) -> None:

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from sqlalchemy import Engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -23,9 +23,17 @@ from fastapi_sqlnative.exceptions import (
     TransactionAbortedError,
     UncommittedChangesError,
 )
-from tests.conftest import asynchronous
-from tests.in_process import ask, async_sqlite, dispose, run_in_transaction, session_class, sqlite
-from tests.serving import Item, Kind, Rows, add, items
+from tests.conftest import MakeEngine, asynchronous
+from tests.in_process import (
+    ask,
+    async_sqlite,
+    dispose,
+    run_in_transaction,
+    running,
+    session_class,
+    sqlite,
+)
+from tests.serving import Item, Kind, Rows, add, items, route, using
 
 pytestmark = pytest.mark.anyio
 
@@ -681,3 +689,39 @@ def test_a_class_may_name_its_own_methods_as_it_likes() -> None:
     ours = {name for each in (Outermost, NativeSession) for name in vars(each)}
     assert {name for name in ours - set(dir(Session)) if not name.startswith("__")} == set()
     assert "sqlnative" in NativeSession.__annotations__
+
+
+class Equal(Session):
+    """A session that equals every other of its class."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+    def __hash__(self) -> int:
+        return 1
+
+    def commit(self) -> None:
+        super().commit()
+
+
+class Unhashable(Equal):
+    """One that SQLAlchemy accepts only without an `AsyncSession` around it."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+async def test_sessions_that_are_equal_are_not_confused(
+    kind: Kind, make_engine: MakeEngine, rows: Rows, second_rows: Rows
+) -> None:
+    """Each of a request's sessions is committed, even if their class says that they are equal."""
+    app = FastAPI()
+    equal = session_class(kind, Equal if kind.asynchronous else Unhashable)
+    for name, engine in ("a", make_engine()), ("b", make_engine(second=True)):
+        install_database(
+            app, name=name, engine=engine, shutdown=engine.dispose, session_options=equal
+        )
+    first = Depends(using(kind, Depends(transactional("a")), add("a")))
+    route(app, kind, "/", transactional("b"), add("b"), dependencies=[first])
+    async with running(app) as client:
+        assert (await client.post("/")).status_code == 201
+    assert (rows.names, second_rows.names) == (["a"], ["b"])

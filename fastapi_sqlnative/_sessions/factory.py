@@ -3,6 +3,7 @@
 import inspect
 import math
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from .options import AUTOCOMMIT, NO_OPTIONS, begin_with
 from .record import Record
 from .session import AnySession, NativeSession, note_flush, sync_session
 from .shared import SharedState
-from .transaction import Work, depth_of
+from .transaction import Work, depth_of, has_pending_changes
 
 # SQLAlchemy 2.1 and later: a session sets execution options itself. That is cheaper than an engine
 # with options, which costs time for each connection and statement.
@@ -95,7 +96,8 @@ def _after_begin(
 
 @event.listens_for(Outermost, "after_flush")
 def _after_flush(session: Outermost, _context: object) -> None:
-    note_flush(session, session.sqlnative)  # what the application's listeners have added
+    pending = has_pending_changes(session)  # what the application's listeners have added
+    note_flush(session, session.sqlnative, pending)
 
 
 @event.listens_for(Outermost, "after_commit")
@@ -204,5 +206,5 @@ class SessionFactory:
             session = self.class_(sync_session_class=self.native, **self._options)
         else:
             session = self.native(**self._options)
-        sync_session(session).sqlnative = Record(self.state)
+        sync_session(session).sqlnative = Record(self.state, given=weakref.ref(session))
         return session

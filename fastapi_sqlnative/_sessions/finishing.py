@@ -119,9 +119,10 @@ def end(session: NativeSession, error: BaseException | None = None) -> None:
 
 def _run(session: NativeSession, method: str) -> None:
     """Call a method of the session, or the application's override of it."""
-    overridden = method in session.sqlnative.state.overridden
-    if overridden and (asynchronous := async_session(session)) is not None:
-        await_only(getattr(asynchronous, method)())
+    record = session.sqlnative
+    given = record.given() if method in record.state.overridden else session
+    if isinstance(given, AsyncSession):
+        await_only(getattr(given, method)())
     else:
         getattr(session, method)()
 

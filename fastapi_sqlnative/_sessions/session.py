@@ -19,8 +19,8 @@ from .transaction import (
     BegunTransaction,
     depth_of,
     has_pending_changes,
+    is_dirty,
     is_update_observed,
-    would_flush,
 )
 
 AnySession: TypeAlias = Session | AsyncSession
@@ -71,14 +71,15 @@ class NativeSession(Session):
 
     def flush(self, *args: Any, **options: Any) -> None:
         """Flush pending changes. SQLAlchemy's autoflush calls this before each statement."""
-        if not would_flush(self):
+        if not is_dirty(self):
             return
         record = self.sqlnative
-        note_flush(self, record)
-        if record.work.wrote:
-            if record.options is AUTOCOMMIT:
-                raise record.state.error(ReadOnlySessionError)
+        pending = has_pending_changes(self)
+        if pending and record.options is AUTOCOMMIT:
+            raise record.state.error(ReadOnlySessionError)
+        if pending:
             record.check_thread()
+        note_flush(self, record, pending)
         checked, record.committing = record.committing, False
         _recorded(self, super().flush, *args, **options)
         if checked:  # a flush after the last check, whose listeners may have hidden an error
@@ -222,9 +223,9 @@ def _write(session: NativeSession, method: Callable[..., None], *args: Any, **op
     _recorded(session, method, *args, **options)
 
 
-def note_flush(session: Session, record: Record) -> None:
+def note_flush(session: Session, record: Record, pending: bool) -> None:
     """Record what a flush is about to send: it leaves no history of SQL expressions."""
-    record.work.wrote = record.work.wrote or has_pending_changes(session)
+    record.work.wrote = record.work.wrote or pending
     # A mapper's listeners get the connection, even for an object without a change to send.
     if not record.work.wrote and any(map(is_update_observed, session.dirty)):
         record.work.handed_out = True  # also of a connection that joins in the flush

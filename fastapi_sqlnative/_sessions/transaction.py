@@ -145,9 +145,12 @@ class BegunTransaction:
 
 def would_flush(session: Session) -> bool:
     """Return whether a flush would connect and call listeners, if only for an unchanged object."""
-    return session.in_transaction() and bool(
-        session.new or session.deleted or session.identity_map.check_modified()
-    )
+    return session.in_transaction() and is_dirty(session)
+
+
+def is_dirty(session: Session) -> bool:
+    """Return the same also outside a transaction: an `after_commit` listener may change objects."""
+    return bool(session.new or session.deleted or session.identity_map.check_modified())
 
 
 def has_pending_changes(session: Session) -> bool:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, sleep
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Engine, Pool, event
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
+# The key in `info` of the autocommit with which a connection was checked out.
+_AUTOCOMMIT: Final = "fastapi_sqlnative_autocommit"
 # Marks, in `info`, a connection that never belonged to a pool of the application.
 OUTSIDE: Final = "fastapi_sqlnative_outside"
 
@@ -154,3 +156,22 @@ def ends_in_one_step(engine: Engine) -> bool:
     return engine.dialect.driver == "asyncpg" or (
         awaits_autocommit(engine) and reset.isdisjoint(engine.get_execution_options())
     )
+
+
+def keep_autocommit(engine: Engine) -> None:
+    """Have the pool close a connection that comes back with another autocommit than it left with.
+
+    Otherwise each statement of the next request would be committed at once.
+    """
+    # The same functions each time, so that SQLAlchemy adds them once to an engine.
+    event.listen(engine, "checkout", _note_autocommit)
+    event.listen(engine, "checkin", _check_autocommit)
+
+
+def _note_autocommit(connection: Any, record: ConnectionPoolEntry, _: object) -> None:
+    record.info[_AUTOCOMMIT] = connection.autocommit
+
+
+def _check_autocommit(connection: Any, record: ConnectionPoolEntry) -> None:
+    if connection is not None and connection.autocommit is not record.info.get(_AUTOCOMMIT, False):
+        record.invalidate()

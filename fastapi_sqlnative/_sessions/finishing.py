@@ -167,6 +167,12 @@ def has_only_read(session: NativeSession) -> bool:
     )
 
 
+def _switches(session: NativeSession) -> bool:
+    # If a cancellation came while it leaves AUTOCOMMIT, the pool would never get it back.
+    record = session.sqlnative
+    return record.options is AUTOCOMMIT and record.state.awaits_autocommit
+
+
 def perform(session: NativeSession, operation: Callable[[NativeSession], T]) -> T | None:
     """Run an operation here, or in a thread if it could block the event loop."""
     record = session.sqlnative
@@ -214,8 +220,7 @@ async def finish(
         return work()
     if not cancelled and all(map(has_only_read, waiting)):
         running = _run_for(sessions, work)
-        switches = any(each.sqlnative.switches for each in waiting)
-        return await (without_yielding(running) if switches else running)
+        return await (without_yielding(running) if any(map(_switches, waiting)) else running)
     if error is None:
         try:
             # A `def` endpoint's thread cannot be cancelled: this is the first chance.

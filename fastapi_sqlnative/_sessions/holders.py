@@ -49,14 +49,6 @@ class Holder:
     _unread: weakref.WeakSet[ExecutionContext] | None = None
     held_since: float = 0.0
 
-    @property
-    def switches(self) -> bool:
-        """Whether a connection is set to AUTOCOMMIT and back where a cancellation may come.
-
-        The pool could then get it back in AUTOCOMMIT, or not at all.
-        """
-        return self.options is AUTOCOMMIT and self.state.awaits_autocommit
-
     def release(self) -> None:
         """Record that the session has released all its connections."""
         if not self.connections:

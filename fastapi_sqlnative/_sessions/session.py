@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Connection, Sequence, event
-from sqlalchemy.ext.asyncio import AsyncSession, async_session
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
 from .._drivers.transactions import begin, begin_before_savepoint
 from ..exceptions import ReadOnlySessionError
-from .completion import to_completion, without_yielding
+from .completion import to_completion
 from .engines import run_in_greenlet
 from .options import AUTOCOMMIT
 from .record import Record
@@ -47,7 +47,7 @@ class NativeSession(Session):
             # Else psycopg forgets whether an upsert has touched a row as its cursor is closed.
             given: Any = options.get("execution_options") or {}
             options["execution_options"] = {"preserve_rowcount": True, **given}
-        result = _recorded(self, super().execute, statement, *args, **options)
+        result = _recorded(record, super().execute, statement, *args, **options)
         record.note_result(result, statement)
         return result
 
@@ -57,15 +57,15 @@ class NativeSession(Session):
     def scalar(self, statement: Any, *args: Any, **options: Any) -> Any:
         if isinstance(statement, Sequence):  # executing one returns no result object
             self.sqlnative.check_usable()
-            return _recorded(self, super().scalar, statement, *args, **options)
+            return _recorded(self.sqlnative, super().scalar, statement, *args, **options)
         return NativeSession.execute(self, statement, *args, **options).scalar()
 
     def connection(self, *args: Any, **options: Any) -> Connection:
         """Hand out the connection; from then on anything may have been sent over it."""
         record = self.sqlnative
         record.check_usable()
-        connection: Connection = _recorded(self, super().connection, *args, **options)
-        _recorded(self, begin, connection)
+        connection: Connection = _recorded(record, super().connection, *args, **options)
+        _recorded(record, begin, connection)
         record.hand_out(connection)
         return connection
 
@@ -81,7 +81,7 @@ class NativeSession(Session):
             record.check_thread()
         note_flush(self, record, pending)
         checked, record.committing = record.committing, False
-        _recorded(self, super().flush, *args, **options)
+        _recorded(record, super().flush, *args, **options)
         if checked:  # a flush after the last check, whose listeners may have hidden an error
             record.check_committable()
             record.committing = True
@@ -196,16 +196,10 @@ def may_store(session: NativeSession) -> bool:
 # Functions, because a method could have the name of one of the application's class.
 
 
-def _recorded(
-    session: NativeSession, method: Callable[..., Any], *args: Any, **options: Any
-) -> Any:
+def _recorded(record: Record, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call a method of SQLAlchemy's, and record that it runs and how it fails."""
-    record = session.sqlnative
     executing, record.executing = record.executing, True
     try:
-        if record.switches and not record.connections:
-            call = partial(method, *args, **options)
-            return await_only(without_yielding(run_in_greenlet(call, async_session(session))))
         return method(*args, **options)
     except Exception as error:
         record.handle_error(error)
@@ -220,7 +214,7 @@ def _write(session: NativeSession, method: Callable[..., None], *args: Any, **op
     if record.options is AUTOCOMMIT:
         raise record.state.error(ReadOnlySessionError)
     record.work.wrote = record.work.wrote or session.is_active  # after a failed flush it is not
-    _recorded(session, method, *args, **options)
+    _recorded(record, method, *args, **options)
 
 
 def note_flush(session: Session, record: Record, pending: bool) -> None:

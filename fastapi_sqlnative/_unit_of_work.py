@@ -95,7 +95,6 @@ class UnitOfWork:
         record.request = self.scope
         if reads:
             record.options = AUTOCOMMIT
-            record.state.prepare_reader()
             inner.twophase = False  # it has no transaction to prepare
         record.loop_thread = None if factory.asynchronous else threading.get_ident()
         self._opened.append((session, inner))

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import anyio.to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
-from sqlalchemy.ext.asyncio import AsyncSession, async_session
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
@@ -120,8 +120,8 @@ def end(session: NativeSession, error: BaseException | None = None) -> None:
 def _run(session: NativeSession, method: str) -> None:
     """Call a method of the session, or the application's override of it."""
     record = session.sqlnative
-    given = record.given() if method in record.state.overridden else session
-    if isinstance(given, AsyncSession):
+    given = record.given()
+    if isinstance(given, AsyncSession) and method in record.state.overridden:
         await_only(getattr(given, method)())
     else:
         getattr(session, method)()
@@ -188,7 +188,7 @@ def _run_for(sessions: Sequence[NativeSession], work: Callable[[], T]) -> Corout
     """Run plain code in a greenlet, or in a thread if all sessions are synchronous."""
     for session in sessions:
         if session.sqlnative.loop_thread is None:
-            return run_in_greenlet(work, async_session(session))
+            return run_in_greenlet(work, session.sqlnative.given())
     # A limiter of its own: threads that wait for a connection may have used up the default one,
     # and this work is about to release connections.
     return anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))

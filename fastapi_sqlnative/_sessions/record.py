@@ -1,7 +1,6 @@
 """The record of one session, for rules 5, 6, 7 and 11; `session` keeps it up to date."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -25,8 +24,8 @@ class Record(Holder):
     ends, because their tracebacks reference the connection.
     """
 
-    # The application's session. `async_session()` may find another that the class calls equal.
-    given: Callable[[], Any] = field(kw_only=True)
+    # Refers weakly to the application's session: `async_session()` may find one that is equal.
+    given: Any = None
     loop_thread: int | None = None  # that the session must not block; None: it may run anywhere
     commits: bool = False  # our code commits the session at the end
     finished: bool = False  # the request or block has ended

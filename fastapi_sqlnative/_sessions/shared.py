@@ -89,7 +89,8 @@ class SharedState:
     def __post_init__(self) -> None:
         self.ends_in_one_step: bool = ends_in_one_step(self.root)
         self.awaits_autocommit: bool = awaits_autocommit(self.root)
-        self._keeps_autocommit = not self.awaits_autocommit
+        if self.awaits_autocommit:
+            keep_autocommit(self.root)
         self._writing = LRUCache[Any, bool](500)  # like SQLAlchemy's cache
         self.listen(self.root.dialect)
 
@@ -100,12 +101,6 @@ class SharedState:
                 f"Database {self.name!r} is {self.stopping}: the application's lifespan has ended. "
                 "Finish work with the database before the application shuts down."
             )
-
-    def prepare_reader(self) -> None:
-        """Have the pool listen, from the first reader on: listening costs every request."""
-        if not self._keeps_autocommit:
-            self._keeps_autocommit = True
-            keep_autocommit(self.root)
 
     def error(self, kind: type[ErrorT]) -> ErrorT:
         """Build an error of this class, with its message for this database."""

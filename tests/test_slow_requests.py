@@ -4,6 +4,7 @@ import asyncio
 import gc
 import itertools
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
@@ -36,11 +37,12 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
+from fastapi_sqlnative._sessions import finishing
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.cancellation import cancel_on_disconnect, deadline
 from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, DeadlineExceededError
 from tests.conftest import MakeEngine, asynchronous, synchronous
-from tests.in_process import quiet, running
+from tests.in_process import quiet, running, turns
 from tests.proxy import Fault, Proxy
 from tests.serving import NO_TLS, Item, Kind, Rows, route, serve
 
@@ -286,6 +288,42 @@ async def test_a_rollback_that_is_swallowed_is_given_up(
         proxy.go_on.set()
         await assert_clean(app, rows)
     assert "COMMIT" not in caplog.text
+
+
+@synchronous
+async def test_the_end_of_a_synchronous_session_is_waited_for(
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a deadline a thread ends its session in its own time, and nothing is discarded."""
+    monkeypatch.setattr(finishing, "_GRACE", 0)
+    loop, closing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    class Slow(Session):
+        def close(self) -> None:
+            loop.call_soon_threadsafe(closing.set)
+            assert go_on.wait(30)
+            super().close()
+
+    app = FastAPI()
+    options = {"class_": Slow}
+    install_database(app, engine=engine, shutdown=engine.dispose, session_options=options)
+
+    def work(session: Session) -> None:
+        session.add(Item(name="a"))
+
+    route(app, kind, "/", transactional(), work, dependencies=[Depends(deadline(0.001))])
+    async with running(app) as client:
+        request = asyncio.create_task(client.post("/"))
+        await asyncio.wait_for(closing.wait(), 30)
+        await turns()
+        go_on.set()
+        assert (await request).status_code == 504
+        await assert_clean(app, rows)
+    assert "did not finish" not in caplog.text
 
 
 async def connect(app: FastAPI) -> None:

@@ -19,7 +19,6 @@ from .shared import SharedState
 
 logger = logging.getLogger("fastapi_sqlnative")
 T = TypeVar("T")
-
 # Seconds that a cancelled task may take: a driver may be slow to give up on a server that hangs.
 _GRACE: Final = 1.0
 

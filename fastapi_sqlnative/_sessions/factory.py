@@ -96,8 +96,9 @@ def _after_begin(
 
 @event.listens_for(Outermost, "after_flush")
 def _after_flush(session: Outermost, _context: object) -> None:
-    pending = has_pending_changes(session)  # what the application's listeners have added
-    note_flush(session, session.sqlnative, pending)
+    record = session.sqlnative
+    # What the application's listeners have added.
+    note_flush(session, record, record.work.wrote or has_pending_changes(session))
 
 
 @event.listens_for(Outermost, "after_commit")

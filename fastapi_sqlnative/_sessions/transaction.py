@@ -143,14 +143,14 @@ class BegunTransaction:
 # -- pending changes ---------------------------------------------------------------------------
 
 
-def would_flush(session: Session) -> bool:
-    """Return whether a flush would connect and call listeners, if only for an unchanged object."""
-    return session.in_transaction() and is_dirty(session)
-
-
 def is_dirty(session: Session) -> bool:
-    """Return the same also outside a transaction: an `after_commit` listener may change objects."""
+    """Return whether a flush would connect and call listeners, if only for an unchanged object."""
     return bool(session.new or session.deleted or session.identity_map.check_modified())
+
+
+def would_flush(session: Session) -> bool:
+    """Return the same, but only in a transaction: an `after_commit` listener has none."""
+    return session.in_transaction() and is_dirty(session)
 
 
 def has_pending_changes(session: Session) -> bool:

@@ -26,7 +26,6 @@ SETTINGS = {
     "max_connections": "200",
     "max_prepared_transactions": "20",
     "log_line_prefix": "%m [%p] %a ",  # tests that need statements set log_statement
-    "wal_level": "minimal",
     "max_wal_senders": "0",
     "autovacuum": "off",
     "jit": "off",

@@ -169,6 +169,15 @@ def over_the_connection(session: Session) -> None:
     session.connection().execute(text("TABLE item FOR UPDATE")).close()
 
 
+def lock_over_the_connection(session: Session) -> None:
+    session.connection().execute(text("LOCK TABLE item"))
+
+
+def lock_over_the_connection_and_a_row(session: Session) -> None:
+    lock_over_the_connection(session)
+    over_the_connection(session)
+
+
 def with_connection(session: Session) -> None:
     with session.connection() as connection:
         connection.execute(select(items)).close()
@@ -187,6 +196,8 @@ STORES_NOTHING: dict[str, Body] = {
         "DO $$ BEGIN DELETE FROM item; RAISE 'undone'; EXCEPTION WHEN raise_exception THEN END $$"
     ),
     "undone over the connection": undone_over_the_connection,
+    "lock table over the connection": lock_over_the_connection,
+    "lock table and a row lock": lock_over_the_connection_and_a_row,
     "refused insert": refused(again),
     "refused text": refused(text("INSERT INTO item (name) VALUES ('there')")),
     "refused flush": refused_flush,

@@ -238,12 +238,14 @@ def fetch_row(connection: Connection, query: str) -> Any:
 # advances a sequence or rolls back to a savepoint. A write to a permanent table also holds a lock
 # on it (to a foreign table only that), and a temporary table that was dropped one on its schema. An
 # id without any lock is DDL that involves no table, such as CREATE FUNCTION, if the catalogs were
-# written to; else someone has rolled back to a savepoint in a function or over the connection. The
-# counts of writes go back to the last report to the statistics, at most a second before.
+# written to; else someone has rolled back to a savepoint in a function or over the connection. An
+# ACCESS EXCLUSIVE lock is DDL's too, else LOCK TABLE's, which gets an id unless `wal_level` is
+# minimal. The counts of writes go back to the last report to the statistics, a second at most.
 _UNSTORED: Final = """
 WITH own AS (SELECT * FROM pg_catalog.pg_locks WHERE pid = pg_backend_pid())
 SELECT txid_current_if_assigned() IS NOT NULL,
-       coalesce(bool_or(NOT explains AND mode <> 'AccessShareLock'), false),
+       coalesce(bool_or(NOT explains AND mode !~ 'Access'), false),
+       coalesce(bool_or(NOT explains AND mode = 'AccessExclusiveLock'), false),
        coalesce(bool_or(explains), false),
        coalesce(bool_or(temporary), false),
        coalesce(bool_or(relkind = 'f' AND mode = 'RowExclusiveLock'), false),
@@ -290,6 +292,6 @@ def would_store(connection: Connection, *, id_explained: bool, defined: bool) ->
         return None
     if row is None:
         return False  # aborted
-    assigned, written, explained, temporary, foreign, cataloged = row
+    assigned, written, locked, explained, temporary, foreign, cataloged = row
     explained = temporary if defined else explained or id_explained
-    return bool(foreign or (assigned and (written or (cataloged and not explained))))
+    return bool(foreign or (assigned and (written or (cataloged and (locked or not explained)))))

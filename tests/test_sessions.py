@@ -12,7 +12,7 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, Secur
 from fastapi.responses import Response, StreamingResponse
 from fastapi.security import SecurityScopes
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, NotSupportedError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -29,9 +29,11 @@ from fastapi_sqlnative import (
 from fastapi_sqlnative.exceptions import SessionFinishedError
 from fastapi_sqlnative.testing import isolated
 from tests.conftest import MakeEngine
-from tests.in_process import Hearing, running, session_class
+from tests.in_process import Hearing, asking, running, session_class
 from tests.serving import (
     KINDS,
+    PSYCOPG,
+    PSYCOPG_ASYNC,
     Item,
     Kind,
     Rows,
@@ -301,6 +303,30 @@ def test_an_inclusion_may_add_a_transaction(
         app.include_router(router, prefix="/again", dependencies=writing)
         assert served.post("/again/read").status_code == 200
     assert rows.names == ["a"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", [PSYCOPG_ASYNC, PSYCOPG], indirect=True)
+async def test_a_reader_recovers_from_a_migration(kind: Kind, engine: Engine, rows: Rows) -> None:
+    """A reader's query that the driver has prepared fails at most once after a migration.
+
+    It must not fail until the connection is closed.
+    """
+
+    def body(session: Session) -> None:
+        session.execute(text("SELECT * FROM migrated")).all()
+
+    rows.connection.execute("CREATE TABLE migrated (id int)")
+    try:
+        async with asking(engine, kind, reader()) as request:
+            for _ in range(6):  # psycopg prepares it then
+                assert await request(body) == 201
+            rows.connection.execute("ALTER TABLE migrated ADD note text")
+            with pytest.raises(NotSupportedError):
+                await request(body)
+            assert await request(body) == 201
+    finally:
+        rows.connection.execute("DROP TABLE migrated")
 
 
 @pytest.mark.driver_decides

@@ -8,7 +8,7 @@ from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from .details import details_of, sqlstate_of
+from .details import details_of, sqlstate_of, text_of
 from .errors import CODES, driver_error, server_of
 
 # PostgreSQL drivers whose errors carry a severity if, and only if, the server reported them.
@@ -58,6 +58,15 @@ def is_half_ended(error: BaseException) -> bool:
     """
     found = driver_error(error)
     return any(name == type(found).__name__ and said in str(found) for name, said in _HALF_ENDED)
+
+
+def has_stale_plan(error: BaseException) -> bool:
+    """Return whether the server refused a prepared statement because a table has changed since.
+
+    psycopg keeps the statement until a ROLLBACK, so in AUTOCOMMIT it would fail again each time.
+    """
+    found = details_of(driver_error(error))
+    return text_of(found, "source_function") == "RevalidateCachedQuery"
 
 
 def reported_by_server(error: BaseException, connection: Connection) -> bool:

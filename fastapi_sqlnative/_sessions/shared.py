@@ -14,7 +14,7 @@ from sqlalchemy.util import LRUCache
 
 from .. import exceptions
 from .._drivers.errors import server_of
-from .._drivers.failures import is_half_ended, reported_by_server
+from .._drivers.failures import has_stale_plan, is_half_ended, reported_by_server
 from .._drivers.pools import awaits_autocommit, ends_in_one_step, keep_autocommit
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .options import AUTOCOMMIT, TransactionOptions
@@ -186,6 +186,8 @@ def _heard(record: Any, context: ExceptionContext, connection: Connection) -> Ba
             context.is_disconnect = True
     elif not record.finished:
         record.note_failure(context.original_exception)
+        if has_stale_plan(context.original_exception):
+            connection.connection.invalidate(soft=True)  # its next user gets another one
         context.is_disconnect = context.is_disconnect or is_half_ended(context.original_exception)
         if record.committing and record.rolled_back is not None:
             # A listener that runs after our check may swallow this, so make COMMIT fail.

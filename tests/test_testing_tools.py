@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
@@ -82,6 +82,26 @@ def test_statements_of_a_route(app: FastAPI, isolate: bool, rows: Rows) -> None:
         assert "1 queries" in repr(captured)
         client.post("/names")
         assert len(captured) == 3
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("commented", ["/* of a trace */ {}", "{} /* of a trace */"])
+def test_statements_with_a_comment(
+    app: FastAPI, engine: Engine | AsyncEngine, isolate: bool, commented: str, rows: Rows
+) -> None:
+    """A tracer's comment, before or after each statement, does not change the number of queries."""
+
+    def comment(*call: Any) -> tuple[str, Any]:
+        return commented.format(call[2]), call[3]
+
+    inner = engine if isinstance(engine, Engine) else engine.sync_engine
+    event.listen(inner, "before_cursor_execute", comment, retval=True)
+    block: Any = isolated(app) if isolate else contextlib.nullcontext()
+    with TestClient(app) as client, block:
+        client.post("/names")  # SQLAlchemy's own queries on the first connection
+        with capture_statements(app) as captured:
+            client.post("/nested")
+    assert (captured.texts[0], len(captured.queries), captured.texts[-1]) == ("BEGIN", 1, "COMMIT")
 
 
 def test_statements_of_one_engine(engine: Engine | AsyncEngine, app: FastAPI, rows: Rows) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 
+from .._drivers.statements import without_literals
 from .._drivers.transactions import autocommits
 from .._sessions.engines import AnyEngine, sync_engine
 from ._connections import OURS, isolated_on
@@ -49,7 +50,8 @@ class CapturedStatements(list[CapturedStatement]):
     @property
     def queries(self) -> list[CapturedStatement]:
         """The statements other than BEGIN, COMMIT, ROLLBACK and savepoints; count these."""
-        return [e for e in self if e.sql not in _ENDS and not e.sql.startswith(_SAVEPOINTS)]
+        plain = ((each, without_literals(each.sql)) for each in self)  # it may have a comment
+        return [e for e, sql in plain if sql not in _ENDS and not sql.startswith(_SAVEPOINTS)]
 
     @property
     def texts(self) -> list[str]:
@@ -105,7 +107,7 @@ def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..
         if (isolated := isolated_on(connection)) is not None:
             if OURS in context.execution_options:
                 return
-            command, _, savepoint = sql.rpartition(" ")
+            command, _, savepoint = without_literals(sql).rpartition(" ")
             begins = isolated.begins and command == "SAVEPOINT"  # its name is not known yet
             if begins or savepoint == isolated.root:
                 sql = _IN_PRODUCTION.get(f"{command} ") or sql

@@ -375,7 +375,8 @@ async def test_a_connection_lost_while_reading_is_not_unknown(
 def ended_by_the_server(session: Session, rows: Rows) -> None:
     """Make the server end the idle transaction, and wait until it has done so."""
     pid = pid_of(session)
-    session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '1ms'"))
+    # Not shorter: if the server's last message came with the answer to this, psycopg would drop it.
+    session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '100ms'"))
     gone = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
     wait_until(lambda: rows.connection.execute(gone, (pid,)).fetchone() is None)
     # On a busy machine, the server's last message may still be on its way.

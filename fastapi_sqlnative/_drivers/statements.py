@@ -200,7 +200,7 @@ def _read_text(sql: str) -> Statement:
         doubtful = effect is Effect.NONE and _may_write(cleaned)
         savepoint = found[1].lower() if pattern.groups else ""
         lowered = cleaned.lower()
-        counted = lowered.startswith(("update", "delete")) or " do update " in lowered
+        counted = lowered.startswith(("update", "delete")) or " on conflict " in lowered
         return Statement(Effect.UNKNOWN if doubtful else effect, savepoint, counted)
     return Statement(Effect.UNKNOWN)
 

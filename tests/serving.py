@@ -96,6 +96,11 @@ def hold_connects(engine: Engine | AsyncEngine) -> None:
     event.listen(sync_engine(engine), "connect", hold)
 
 
+def pid_of(session: Session) -> int:
+    """Return the process ID of the server's side of a session's connection."""
+    return int(session.scalars(text("SELECT pg_backend_pid()")).one())
+
+
 class Rows:
     """The stored rows, as seen through a connection that no application under test uses."""
 
@@ -131,8 +136,7 @@ class Rows:
 
     def lose(self, session: Session) -> None:
         """Terminate the server process of a session's connection."""
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
-        self.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        self.connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid_of(session),))
 
     def backends(self, state: str = "%", application: str = "%", wait: str = "%") -> int:
         """Count this database's other connections, as `backends` does."""

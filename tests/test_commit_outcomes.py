@@ -24,7 +24,18 @@ from fastapi_sqlnative.exceptions import AfterCommitError, CommitOutcomeUnknownE
 from tests.conftest import MakeEngine
 from tests.in_process import ask, asking, run_in_transaction, run_work, running, session_class
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, SQLITE, Item, Kind, Rows, add, items, until, wait_until
+from tests.serving import (
+    ASYNCPG,
+    SQLITE,
+    Item,
+    Kind,
+    Rows,
+    add,
+    items,
+    pid_of,
+    until,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.driver_decides]
 
@@ -330,10 +341,6 @@ async def test_a_server_that_does_not_know_is_believed(
 
 def read_text(session: Session) -> None:
     session.execute(text("SELECT count(*) FROM item")).all()
-
-
-def pid_of(session: Session) -> int:
-    return int(session.scalars(text("SELECT pg_backend_pid()")).one())
 
 
 def terminate(rows: Rows, pid: int) -> None:

@@ -33,7 +33,7 @@ from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError
 from tests.conftest import MakeEngine
 from tests.failing import disposing
 from tests.proxy import Fault, Proxy
-from tests.serving import ASYNCPG, Item, Kind, Rows, items, wait_until
+from tests.serving import ASYNCPG, Item, Kind, Rows, items, pid_of, wait_until
 
 Work = Callable[[Session], Any]
 
@@ -246,7 +246,7 @@ def test_a_connection_that_asyncpg_finds_half_ended_is_replaced(
     def work(session: Session) -> None:
         session.add(Item(name="a"))
         session.flush()
-        pids.append(session.scalars(text("SELECT pg_backend_pid()")).one())
+        pids.append(pid_of(session))
         if len(pids) == 1:
             session.execute(text("SELECT 'lost'"))
 

@@ -112,6 +112,14 @@ def beside_a_row_lock(session: Session) -> None:
     session.execute(CREATE_FUNCTION)
 
 
+def over_the_connection_beside_a_row_lock(sql: str) -> Body:
+    def body(session: Session) -> None:
+        session.connection().execute(text("TABLE item FOR UPDATE")).close()
+        session.connection().execute(text(sql))
+
+    return body
+
+
 def defined_beside_an_undone_savepoint(session: Session) -> None:
     savepoint = session.begin_nested()
     session.execute(text("INSERT INTO item (name) VALUES ('undone')"))
@@ -208,6 +216,13 @@ WRITES: dict[str, Body] = {
     "in a savepoint": in_a_savepoint,
     "beside an undone savepoint": beside_an_undone_savepoint,
     "create function beside a row lock": beside_a_row_lock,
+    "alter beside a row lock": over_the_connection_beside_a_row_lock(
+        "ALTER TABLE item ADD COLUMN made int"
+    ),
+    "create trigger beside a row lock": over_the_connection_beside_a_row_lock(
+        "CREATE TRIGGER made BEFORE UPDATE ON item FOR EACH ROW"
+        " EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+    ),
     "create function beside an undone savepoint": defined_beside_an_undone_savepoint,
 }
 

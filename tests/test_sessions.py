@@ -41,6 +41,7 @@ from tests.serving import (
     items,
     make_app,
     named,
+    pid_of,
     route,
     serve,
     until,
@@ -156,7 +157,7 @@ def test_requests_at_the_same_time_have_sessions_of_their_own(
     seen: list[tuple[Session, int]] = []
 
     def body(session: Session) -> None:
-        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        pid = pid_of(session)
         seen.append((session, pid))
         session.add(Item(name=str(pid)))
         session.flush()
@@ -310,23 +311,36 @@ def test_an_inclusion_may_add_a_transaction(
 async def test_a_reader_recovers_from_a_migration(kind: Kind, engine: Engine, rows: Rows) -> None:
     """A reader's query that the driver has prepared fails at most once after a migration.
 
-    It must not fail until the connection is closed.
+    It must not fail until the connection is closed. Other failures leave the connection as it is.
     """
+    servers: list[int] = []
 
     def body(session: Session) -> None:
+        servers.append(pid_of(session))
         session.execute(text("SELECT * FROM migrated")).all()
+
+    def fail(session: Session) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1 / 0"))
+
+    def find_it_migrated(session: Session) -> None:
+        with pytest.raises(NotSupportedError):
+            body(session)
+        assert pid_of(session) == servers[-1]  # this request goes on
 
     rows.connection.execute("CREATE TABLE migrated (id int)")
     try:
         async with asking(engine, kind, reader()) as request:
             for _ in range(6):  # psycopg prepares it then
                 assert await request(body) == 201
+            assert await request(fail) == 201
             rows.connection.execute("ALTER TABLE migrated ADD note text")
-            with pytest.raises(NotSupportedError):
-                await request(body)
+            assert await request(find_it_migrated) == 201
             assert await request(body) == 201
     finally:
         rows.connection.execute("DROP TABLE migrated")
+    assert len(set(servers[:-1])) == 1
+    assert servers[-1] != servers[0]
 
 
 @pytest.mark.driver_decides

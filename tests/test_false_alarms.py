@@ -133,9 +133,10 @@ def undone_over_the_connection(session: Session) -> None:
 
 
 def on_conflict_in_text(session: Session) -> None:
+    statement = "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO NOTHING"
     # A sequence takes a transaction id for every 33rd value, which it writes to the log.
     for _ in range(33):
-        session.execute(text("INSERT INTO item (name) VALUES ('there') ON CONFLICT DO NOTHING"))
+        session.execute(text(statement))
 
 
 def on_conflict_do_nothing(session: Session) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 import httpx
 import pytest
-from anyio.to_thread import run_sync
+from anyio.to_thread import current_default_thread_limiter, run_sync
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from sqlalchemy import create_engine, text
@@ -40,13 +40,20 @@ from tests.serving import Kind, Rows, route, until, using
 pytestmark = pytest.mark.anyio
 
 Adding = Callable[[FastAPI, Kind], None]
-CROWD = 40
+# A crowd is larger than the number of threads, which is larger than that of connections.
+THREADS, CROWD = 8, 12
+
+
+@asynccontextmanager
+async def few_threads(_app: FastAPI) -> AsyncGenerator[None]:
+    current_default_thread_limiter().total_tokens = THREADS
+    yield
 
 
 @pytest.fixture
 def app(kind: Kind, make_engine: MakeEngine, rows: Rows) -> FastAPI:
-    """Make an application whose requests share three connections."""
-    app = FastAPI()
+    """Make an application whose requests share three connections and few threads."""
+    app = FastAPI(lifespan=few_threads)
     engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=30)
     install_database(app, engine=engine, shutdown=engine.dispose)
     return app
@@ -237,10 +244,10 @@ async def first_of(wanted: Awaitable[Any], *others: "asyncio.Task[Any]") -> None
 async def test_idle_requests_keep_nobody_out(
     kind: Kind, app: FastAPI, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixty requests without a connection leave room for another, and then resume together."""
+    """A crowd without a connection leaves room for another request, and then resumes together."""
     monkeypatch.setattr(_unit_of_work, "_IDLE", 0.005)
     add_with_a_reader(app, kind)
-    async with running(app) as client, idling(app, client, 60, used=used):
+    async with running(app) as client, idling(app, client, CROWD, used=used):
         assert (await client.post("/")).status_code == 201
 
 

@@ -17,7 +17,7 @@ SMALL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 30}
 
 
 async def every_answer(*floods: Awaitable[list[int]]) -> set[int]:
-    """Run floods concurrently, and return their statuses."""
+    """Run floods concurrently, together more requests than threads, and return their statuses."""
     return {status for found in await asyncio.gather(*floods) for status in found}
 
 
@@ -40,7 +40,7 @@ async def test_a_login_through_get_db_and_a_list_through_reader(
     route(app, kind, "/both", reader(), sleep, dependencies=[ask(kind, get_db())])
     route(app, kind, "/one", get_db(), sleep)
     with serve(app) as served:
-        assert await every_answer(flood(served, "/both"), flood(served, "/one")) == {201}
+        assert await every_answer(flood(served, "/both", 23), flood(served, "/one", 22)) == {201}
 
 
 async def test_two_databases_in_both_orders(
@@ -54,5 +54,5 @@ async def test_two_databases_in_both_orders(
     route(app, kind, "/ba", get_db("a"), sleep, dependencies=[ask(kind, get_db("b"))])
     route(app, kind, "/a", get_db("a"), sleep)
     with serve(app) as served:
-        floods = (flood(served, path) for path in ("/ab", "/ba", "/a"))
+        floods = (flood(served, path, 15) for path in ("/ab", "/ba", "/a"))
         assert await every_answer(*floods) == {201}

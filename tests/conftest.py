@@ -76,6 +76,12 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 @pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Return whether random tests try many examples, which they do with `--drivers=all`."""
+    return bool(pytestconfig.option.drivers == "all")
+
+
+@pytest.fixture(scope="session")
 def _connections(postgres: WorkerPostgres) -> Iterator[tuple[psycopg.Connection, ...]]:
     with (
         psycopg.connect(postgres.dsn, autocommit=True) as first,

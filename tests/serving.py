@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import httpx
 import psycopg
 import uvicorn
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection, Engine, MetaData, Table, event, select, text
@@ -85,6 +86,17 @@ CREATE OR REPLACE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS
 CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION take_time();
 """
+
+
+# Of FastAPI's threads, of which there are forty, so that few requests need more.
+THREADS = 8
+
+
+@contextlib.asynccontextmanager
+async def few_threads(_app: FastAPI) -> AsyncGenerator[None]:
+    """Reduce the number of threads, as a lifespan."""
+    current_default_thread_limiter().total_tokens = THREADS
+    yield
 
 
 def hold_connects(engine: Engine | AsyncEngine) -> None:

@@ -26,7 +26,7 @@ from fastapi_sqlnative.exceptions import (
 from tests.conftest import MakeEngine, asynchronous
 from tests.in_process import quiet, running, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import Item, Kind, Rows, Served, serve, until, using
+from tests.serving import Item, Kind, Rows, Served, few_threads, serve, until, using
 
 pytestmark = pytest.mark.anyio
 SLOW = text("SELECT pg_sleep(60)")
@@ -41,8 +41,8 @@ def slow(session: Session) -> None:
     session.execute(SLOW)
 
 
-def make_app(engine: Engine | AsyncEngine) -> FastAPI:
-    app = FastAPI()
+def make_app(engine: Engine | AsyncEngine, **options: Any) -> FastAPI:
+    app = FastAPI(**options)
     install_database(app, engine=engine, shutdown=engine.dispose)
     return app
 
@@ -343,14 +343,14 @@ async def test_a_client_that_stays_is_served(kind: Kind, app: FastAPI, rows: Row
 async def test_a_storm_leaves_the_pool_whole(
     kind: Kind, make_engine: MakeEngine, rows: Rows, middleware: bool
 ) -> None:
-    """After forty clients of five connections leave, no connection is in use and no query runs."""
+    """After twenty clients of five connections leave, no connection is in use and no query runs."""
     # When an attempt to connect is abandoned, SQLAlchemy's pool wakes none of its waiters. A waiter
     # looks again only after its timeout.
     engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=5 if kind.asynchronous else 50)
-    app = make_app(engine)
+    app = make_app(engine, lifespan=few_threads)
     options: Any = {"dependencies": [Depends(deadline(50)), Depends(cancel_on_disconnect())]}
 
-    # Forty queries of ten seconds would take more than a minute. If a busy machine needs a second
+    # Twenty queries of ten seconds would take forty seconds. If a busy machine needs a second
     # to cancel a query on the server, its connection is abandoned and the query runs on.
     seconds = 10 if kind.asynchronous else 0.2
 
@@ -365,7 +365,7 @@ async def test_a_storm_leaves_the_pool_whole(
     pool: Any = engine.pool
     with serve(app) as served:
         async with asyncio.TaskGroup() as clients:
-            for _ in range(40):
+            for _ in range(20):
                 clients.create_task(leave(served, lambda: True))
         await until(lambda: pool.checkedout() == 0)
         await quiet(rows)

@@ -406,7 +406,7 @@ async def test_a_database_that_hangs_holds_no_other(
 
 # With asyncpg on an old SQLAlchemy, one client of a hundred left a transaction open. For the other
 # drivers it is enough that there are more clients than connections.
-CLIENTS, ON_ASYNCPG = 40, 100
+CLIENTS, ON_ASYNCPG = 20, 100
 PATHS = "/query", "/commit", "/stream"
 SERIES = text("SELECT generate_series(:page * 100, :page * 100 + 99)")
 

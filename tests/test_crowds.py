@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 import httpx
 import pytest
-from anyio.to_thread import current_default_thread_limiter, run_sync
+from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from sqlalchemy import create_engine, text
@@ -35,19 +35,12 @@ from fastapi_sqlnative._sessions.record import Record
 from fastapi_sqlnative._unit_of_work import UnitOfWork
 from tests.conftest import MakeEngine, synchronous
 from tests.in_process import running, sqlite, turns
-from tests.serving import Kind, Rows, route, until, using
+from tests.serving import Kind, Rows, few_threads, route, until, using
 
 pytestmark = pytest.mark.anyio
 
 Adding = Callable[[FastAPI, Kind], None]
-# A crowd is larger than the number of threads, which is larger than that of connections.
-THREADS, CROWD = 8, 12
-
-
-@asynccontextmanager
-async def few_threads(_app: FastAPI) -> AsyncGenerator[None]:
-    current_default_thread_limiter().total_tokens = THREADS
-    yield
+CROWD = 12  # more than there are threads, of which there are more than connections
 
 
 @pytest.fixture

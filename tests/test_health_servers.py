@@ -485,10 +485,10 @@ async def test_a_storm_of_probes_is_one_question_in_the_servers_log(
 
 
 async def storm(url: str, path: str, state: str) -> None:
-    """Send two hundred probes, fifty at a time, each on its own connection."""
+    """Send sixty probes, twenty at a time, each on its own connection."""
     address = httpx.URL(url)
     request = f"GET {path} HTTP/1.1\r\nHost: app\r\nConnection: close\r\n\r\n".encode()
-    at_a_time = asyncio.Semaphore(50)
+    at_a_time = asyncio.Semaphore(20)
 
     async def probe() -> bool:
         async with at_a_time:
@@ -498,7 +498,7 @@ async def storm(url: str, path: str, state: str) -> None:
             writer.close()
         return answer.startswith(b"HTTP/1.1 200 OK") and f'"default":"{state}"'.encode() in answer
 
-    assert all(await asyncio.gather(*(probe() for _ in range(200))))
+    assert all(await asyncio.gather(*(probe() for _ in range(60))))
 
 
 async def test_live_answers_while_every_request_hangs(server: PostgresServer, kind: Kind) -> None:

@@ -1,7 +1,6 @@
 """Rules 4 to 6 and 9: random programs end as with plain SQLAlchemy, and do so in `isolated` too."""
 
 import functools
-import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -31,7 +30,7 @@ pytestmark = [
 ]
 
 # The shortest programs that have found a wrong outcome had three steps.
-PROGRAMS, ISOLATED, LONGEST = 100, 40, 8
+LONGEST = 8
 
 # Called with a name that is unique in the program.
 Step = Callable[[Session, str], Any]
@@ -197,10 +196,10 @@ def loses(engine: Engine, rows: Rows, program: Sequence[Step]) -> bool:
     return last.stored != last.committed or last.refused
 
 
-def programs() -> Iterator[list[Step]]:
+def programs(number: int) -> Iterator[list[Step]]:
     """Yield random programs, the same ones for every driver."""
     chance = random.Random(11)
-    for _ in range(PROGRAMS):
+    for _ in range(number):
         yield chance.choices(STEPS, k=chance.randint(1, LONGEST))
 
 
@@ -210,12 +209,12 @@ def title(program: Sequence[Step]) -> str:
 
 @pytest.fixture(scope="module")
 def trials(
-    postgres: WorkerPostgres, _connections: tuple[psycopg.Connection, ...]
+    postgres: WorkerPostgres, _connections: tuple[psycopg.Connection, ...], thorough: bool
 ) -> list[tuple[Sequence[Step], Outcome, bool]]:
     """Return each program, its outcome with plain SQLAlchemy, and whether an abort loses work."""
     rows, engine = Rows(_connections[0]), create_engine(postgres.url("psycopg"))
     found: list[tuple[Sequence[Step], Outcome, bool]] = []
-    for program in programs():
+    for program in programs(100 if thorough else 50):
         expected = outcome(engine, rows, program)
         lost = expected.aborted and loses(engine, rows, program)
         found.append((program, expected, lost))
@@ -262,7 +261,12 @@ async def test_what_a_commit_would_have_stored_is_forgotten(
 
 @pytest.mark.parametrize("dependency", [get_db(), transactional()], ids=["get_db", "transactional"])
 def test_what_is_isolated_ends_as_in_production(
-    kind: Kind, engine: Engine, rows: Rows, dependency: Any, subtests: pytest.Subtests
+    kind: Kind,
+    engine: Engine,
+    rows: Rows,
+    dependency: Any,
+    subtests: pytest.Subtests,
+    thorough: bool,
 ) -> None:
     """In `isolated`, a program ends with the same response or error and rows as in production."""
     running: list[Sequence[Step]] = []
@@ -275,7 +279,7 @@ def test_what_is_isolated_ends_as_in_production(
             return type(error)
 
     with TestClient(app) as client:
-        for program in itertools.islice(programs(), ISOLATED):
+        for program in programs(40 if thorough else 20):
             running.append(program)
             begin_anew(rows)
             expected = answer(), rows.positions

@@ -44,7 +44,7 @@ from fastapi_sqlnative.exceptions import CommitOutcomeUnknownError, DeadlineExce
 from tests.conftest import MakeEngine, asynchronous, synchronous
 from tests.in_process import quiet, running, turns
 from tests.proxy import Fault, Proxy
-from tests.serving import NO_TLS, Item, Kind, Rows, route, serve
+from tests.serving import NO_TLS, Item, Kind, Rows, few_threads, route, serve
 
 pytestmark = pytest.mark.anyio
 # A wait that only a cancellation can end within a test's duration.
@@ -961,9 +961,9 @@ def test_one_deadline_can_be_overridden() -> None:
 async def test_a_storm_leaves_the_pool_whole(
     kind: Kind, make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """After forty requests on five connections, most of them too slow, a request succeeds."""
+    """After twenty requests on five connections, most of them too slow, a request succeeds."""
     engine = make_engine(pool_size=3, max_overflow=2, pool_timeout=50)
-    app = FastAPI()
+    app = FastAPI(lifespan=few_threads)
     install_database(app, engine=engine, shutdown=engine.dispose)
     route(app, kind, "/slow", transactional(), slow, dependencies=[Depends(deadline(0.3))])
     route(
@@ -979,7 +979,7 @@ async def test_a_storm_leaves_the_pool_whole(
         async with httpx.AsyncClient(
             base_url=served.url, timeout=60, limits=limits, verify=NO_TLS
         ) as client:
-            paths = ["/slow" if place % 3 else "/quick" for place in range(40)]
+            paths = ["/slow" if place % 3 else "/quick" for place in range(20)]
             answers = await asyncio.gather(*(client.post(path) for path in paths))
         found = {(path, each.status_code) for path, each in zip(paths, answers, strict=True)}
         assert found == {("/slow", 504), ("/quick", 201)}

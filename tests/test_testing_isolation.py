@@ -1148,9 +1148,9 @@ def test_requests_take_turns(kind: Kind, make_engine: MakeEngine, rows: Rows) ->
         return before
 
     route(app, kind, "/numbered", transactional(), numbered)
-    with TestClient(app) as client, isolated(app), ThreadPoolExecutor(20) as threads:
-        answers = threads.map(lambda _: client.post("/numbered").json(), range(40))
-        assert sorted(answers) == list(range(40))
+    with TestClient(app) as client, isolated(app), ThreadPoolExecutor(10) as threads:
+        answers = threads.map(lambda _: client.post("/numbered").json(), range(20))
+        assert sorted(answers) == list(range(20))
 
 
 def on_two_databases(make_engine: MakeEngine) -> FastAPI:
@@ -1365,7 +1365,7 @@ def test_a_worker_beside_the_tests_session(kind: Kind, make_engine: MakeEngine, 
     with TestClient(app) as client, isolated(app) as session, ThreadPoolExecutor(1) as threads:
         threads.submit(work, client)
         polled.wait()
-        for number in range(20):
+        for number in range(10):
             session.add(item := Item(name=f"mine-{number}"))
             session.commit()
             session.refresh(item)

@@ -109,9 +109,13 @@ def test_every_message_of_ours_is_quoted() -> None:
 
 def test_our_texts_are_quoted_as_they_are() -> None:
     """Every text that the page quotes from the package occurs in its source."""
-    package = texts_of_the_package()
-    quoted = [text for texts in OURS.values() for text in texts]
-    assert [text for text in quoted if not any(map(pattern(text).search, package))] == []
+    package = [text.lower() for text in texts_of_the_package()]
+
+    def occurs(quoted: str) -> bool:
+        begins = quoted.lower().partition("...")[0]  # found much faster than a pattern
+        return any(pattern(quoted).search(each) for each in package if begins in each)
+
+    assert [text for texts in OURS.values() for text in texts if not occurs(text)] == []
 
 
 # --- errors of FastAPI, SQLAlchemy, drivers and servers -----------------------------------------

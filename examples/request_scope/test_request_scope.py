@@ -107,7 +107,7 @@ def test_requests_at_once_keep_their_scope(owner: psycopg.Connection) -> None:
             written = client.call("POST", f"/changes?what={number}", user, trace).json()
             return (seen, written["user"], written["trace"]) == (trace, user, trace)
 
-        assert all(threads.map(both, range(40)))
+        assert all(threads.map(both, range(24)))
 
 
 def test_the_log_knows_the_trace(

@@ -83,6 +83,8 @@ def _selects(config: pytest.Config) -> bool:
 
 
 ON_MARIADB = re.compile("mariadb|mysql|asyncmy")
+# These import Schemathesis, which takes one and a half CPU seconds.
+SCHEMATHESIS = {"tests/test_docs.py", "tests/test_hostile_input.py"}
 # The files that take longest, mostly because they wait. Started last, they would prolong the run.
 LONG = {"test_health_servers.py", "test_slow_requests.py", "test_testing_isolation.py"}
 
@@ -91,15 +93,18 @@ LONG = {"test_health_servers.py", "test_slow_requests.py", "test_testing_isolati
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Assign the tests of a file to one worker, and all MariaDB tests to one worker.
 
-    A worker then sets up once what the tests of a file share. It requests its next file when it
-    begins the last test of the current file. Single tests would have to be assigned one by one,
-    which costs as much as a test that does nothing.
+    So are the two files that import Schemathesis. A worker then sets up once what the tests of a
+    file share. It requests its next file when it begins the last test of the current file. Single
+    tests would have to be assigned one by one, which costs as much as a test that does nothing.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types here
         def _split_scope(self, nodeid: str) -> str:
-            return "mariadb" if ON_MARIADB.search(nodeid) else nodeid.partition("::")[0]
+            if ON_MARIADB.search(nodeid):
+                return "mariadb"
+            file = nodeid.partition("::")[0]
+            return "schemathesis" if file in SCHEMATHESIS else file
 
         def remove_node(self, node: "WorkerController") -> str | None:
             """Return the test that has ended a worker, which xdist would run again and again."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # --- the run's server: started by the controller, handed to xdist's workers ---
 
-# Each worker imports and collects everything, which takes three CPU seconds. Five keep two
+# Each worker imports and collects everything, which takes five CPU seconds. Five keep two
 # processors busy, because tests also wait for databases and for servers to stop: a run of 112 s
 # took 139 s with three, and 117 s with seven.
 WORKERS = 5
@@ -45,8 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--drivers",
         choices=("few", "all"),
         default="few",
-        help="few: one driver of each colour, all of them where a driver decides, and in a run of"
-        " everything no slow tests; all: always all",
+        help="few: one driver of each colour, all of them where a driver decides, fewer random"
+        " examples, and in a run of everything no slow tests; all: always all",
     )
 
 

@@ -78,7 +78,8 @@ def insert_as_text(session: Session, name: str) -> None:
 
 
 def insert_what_is_there(session: Session, _: str) -> None:
-    session.execute(upsert(Item).values(name="there").on_conflict_do_nothing())
+    statement = upsert(Item).values(name="there")
+    session.execute(statement.on_conflict_do_nothing(index_elements=["name"]))
 
 
 def update_one(session: Session, _: str) -> None:

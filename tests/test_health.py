@@ -964,6 +964,29 @@ async def test_an_async_check_that_hangs_is_cancelled() -> None:
     assert len(cancelled) == 3
 
 
+async def test_a_probe_of_an_async_database_is_cancelled() -> None:
+    """A probe that hangs on an async database is cancelled, and the next one connects again.
+
+    No task is left.
+    """
+    cancelled: list[int] = []
+
+    async def hanging() -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(1)
+
+    engine = create_async_engine("sqlite+aiosqlite://", async_creator=hanging)
+    async with running(healthy(engine, down_after=0.05)) as client:
+        before = asyncio.all_tasks()
+        for _ in range(3):
+            assert await ready(client) == (503, report("not_ready", {"default": "down"}))
+        await turns()
+        assert asyncio.all_tasks() == before
+    assert len(cancelled) == 3
+
+
 async def test_an_async_check_that_will_not_be_cancelled_is_called_once() -> None:
     """An async check that swallows its cancellation is not called again while it still runs."""
     go_on = asyncio.Event()

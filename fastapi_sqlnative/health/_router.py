@@ -9,11 +9,12 @@ from typing import Literal, TypeAlias, get_args
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
+from sqlalchemy import Engine
 
 from .._functions import check_seconds
 from .._lifespan.running import Running, running_for, trimmed
 from .._probe import DatabaseState, ask_database, is_wedged
-from .._sessions.engines import run_in_greenlet, sync_engine
+from .._sessions.engines import run_on_engine, sync_engine
 from ..databases import AnyDatabase, AsyncDatabase, sessions_of
 from ..dependencies import DatabaseDependency
 from ._watch import Check, CheckResult, ReadinessCheck, Watch, arguments_for
@@ -161,17 +162,17 @@ class _Health:
         """Make the check for a database, sync or async like the database."""
         policy = self.policies.get(database.name, "required")
         enough = (DatabaseState.UP, DatabaseState.SATURATED)[: 1 + self.saturated_is_ready]
-        engine = sync_engine(database.engine)
 
-        def ask() -> CheckResult:
+        def ask(engine: Engine) -> CheckResult:
             in_use = len(sessions_of(database).state.holders)
             state = ask_database(engine, in_use=in_use, writable=policy == "writable")
             if is_wedged(engine, self.times["wedged_after"]):
                 state = DatabaseState.WEDGED
             return CheckResult(state in enough, state.value)
 
-        is_async = isinstance(database, AsyncDatabase)
-        check = functools.partial(run_in_greenlet, ask) if is_async else ask
+        check: Check = functools.partial(ask, sync_engine(database.engine))
+        if isinstance(database, AsyncDatabase):  # it can be cancelled
+            check = functools.partial(run_on_engine, database.engine, ask)
         return ReadinessCheck(check, self.times["down_after"], required=policy != "degraded")
 
 

@@ -20,7 +20,7 @@ from conftest import WorkerPostgres
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import BlockingSessionError
 from tests.conftest import MakeEngine, synchronous
-from tests.serving import Item, Rows, flood, serve
+from tests.serving import Item, Rows, few_threads, flood, serve
 
 pytestmark = [pytest.mark.anyio, synchronous]
 Db = Annotated[Session, Depends(get_db())]
@@ -45,8 +45,13 @@ def installed(engine: Engine | AsyncEngine) -> FastAPI:
 async def test_many_requests_on_a_small_pool_all_succeed(
     make_engine: MakeEngine, rows: Rows
 ) -> None:
-    """Many requests with a response model and a querying sub-dependency succeed on a small pool."""
-    app = installed(make_engine(pool_size=5, max_overflow=10, pool_timeout=30))
+    """Many requests with a response model and a querying sub-dependency succeed on a small pool.
+
+    There are more of them than threads and connections together.
+    """
+    app = FastAPI(lifespan=few_threads)
+    engine = make_engine(pool_size=2, max_overflow=1, pool_timeout=10)
+    install_database(app, engine=engine, shutdown=engine.dispose)
 
     @app.post("/", status_code=201)
     def endpoint(session: Transaction, user: Annotated[User, Depends(current_user)]) -> User:

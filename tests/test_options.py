@@ -618,6 +618,7 @@ def over_what_the_transaction_has(session: Session) -> None:
 WRITES |= {name: executing(statement) for name, statement in STATEMENTS.items()}
 WRITES |= {
     "drop": executing(text("DROP TABLE item")),
+    "explain": executing(text("EXPLAIN ANALYZE DELETE FROM item")),
     "script": executing(text("SELECT 1; DELETE FROM item")),
     "escape": executing(text(r"SELECT E'it\'s'; DELETE FROM item")),
     "block": executing(text("DO LANGUAGE plpgsql $a$BEGIN PERFORM 1; DELETE FROM item; END$a$")),
@@ -655,10 +656,12 @@ def test_a_reader_refuses_to_write(kind: Kind, engine: Engine, rows: Rows) -> No
         'SELECT may.update, may.delete FROM (SELECT 1 AS "update", 2 AS "delete") AS may',
         "SELECT 1 AS update, (SELECT 2) delete, 3 AS call",
         "SELECT * FROM item FOR  UPDATE",
+        "EXPLAIN SELECT * FROM item FOR UPDATE NOWAIT",
+        "EXPLAIN SELECT * FROM item FOR NO KEY UPDATE SKIP LOCKED",
         'SELECT \'drop\', "create" FROM (VALUES (1)) AS made("create")',
         "SELECT $$; delete$$, $a$; drop $$ ; drop$a$",
     ],
-    ids=["columns", "names", "lock", "literals", "dollars"],
+    ids=["columns", "names", "lock", "explain", "explain no key", "literals", "dollars"],
 )
 def test_a_reader_reads_what_looks_like_a_write(
     kind: Kind, engine: Engine, rows: Rows, sql: str

@@ -126,7 +126,8 @@ _FIRST: Final = {
 }
 # How a statement writes although it starts like a read: in or after a CTE, by EXPLAIN or INTO.
 _WRITING: Final = re.compile(
-    r"(?:[()]|\Aexplain\b.*)\s*+(?:insert|update|delete|merge|call|create)\s|(?<![.\w])into\s",
+    r"(?:[()]|\Aexplain\b.*)\s*+(?<!for )(?<!key )(?:insert|update|delete|merge|call|create)\s"
+    r"|(?<![.\w])into\s",
     re.IGNORECASE,
 )
 # Often used on temporary tables, or PostgreSQL's DO, so inside a transaction the server is asked.

@@ -12,9 +12,11 @@ from sqlalchemy.orm import Session
 from fastapi_sqlnative import get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import (
     AfterCommitError,
+    CommitOutcomeUnknownError,
     PartialCommitError,
     TransactionAbortedError,
 )
+from fastapi_sqlnative.testing import fail_next_commit
 from tests.conftest import MakeEngine
 from tests.in_process import Hearing, async_sqlite, running, session_class, sqlite
 from tests.proxy import Fault, Proxy
@@ -94,6 +96,20 @@ async def test_a_first_half_that_is_stored_is_named(
         await ask(two(kind, make_engine, first, taken))
     assert (caught.value.committed, caught.value.failed) == (("default",), "second")
     assert isinstance(caught.value.__cause__, IntegrityError)
+    assert [each.names for each in stores] == [["a"], ["there"]]
+
+
+async def test_a_first_half_whose_outcome_is_unknown_is_reported_as_such(
+    kind: Kind, make_engine: MakeEngine, stores: tuple[Rows, Rows]
+) -> None:
+    """If the outcome of the first COMMIT is unknown, the second database stores nothing."""
+    app = two(kind, make_engine, WRITES["flush"], WRITES["flush"])
+    async with running(app) as client:
+        with (
+            fail_next_commit(app, "connection_lost_after"),
+            pytest.raises(CommitOutcomeUnknownError, match="'default'"),
+        ):
+            await client.post("/")
     assert [each.names for each in stores] == [["a"], ["there"]]
 
 

@@ -206,6 +206,7 @@ async def test_a_pool_that_times_out_says_who(
         assert "POST /api/orders/{id}: 2, up to " in told
         assert "POST /waiting: 1, up to " in told
         assert "idle" not in told
+        assert "no one" not in told
     (line,) = [each for each in caplog.messages if "came back in time" in each]
     assert line.endswith(f": {told.partition(' held by ')[2]}")
 

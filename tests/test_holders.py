@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from fastapi_sqlnative import (
+    AsyncDatabase,
     Database,
     PoolStatus,
     get_db,
@@ -24,8 +25,8 @@ from fastapi_sqlnative import (
     transactional,
 )
 from tests.conftest import MakeEngine
-from tests.in_process import running
-from tests.serving import Item, Kind, Rows, route, until
+from tests.in_process import dispose, running
+from tests.serving import Item, Kind, Rows, pid_of, route, until
 
 pytestmark = pytest.mark.anyio
 
@@ -209,6 +210,31 @@ async def test_a_pool_that_times_out_says_who(
         assert "no one" not in told
     (line,) = [each for each in caplog.messages if "came back in time" in each]
     assert line.endswith(f": {told.partition(' held by ')[2]}")
+
+
+async def test_the_note_names_sessions_of_a_handle(
+    kind: Kind, make_engine: MakeEngine, rows: Rows
+) -> None:
+    """The note says which connections sessions of a handle hold, although these have no route."""
+    engine: Any = make_engine(pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    async def use_two() -> None:
+        if kind.asynchronous:
+            database = AsyncDatabase(engine)
+            async with database.session() as first, database.session() as second:
+                await first.run_sync(pid_of)
+                await second.run_sync(pid_of)
+        else:
+            other = Database(engine)
+            with other.session() as holding, other.session() as waiting:
+                pid_of(holding)
+                pid_of(waiting)
+
+    with pytest.raises(PoolTimeoutError) as raised:
+        await use_two()
+    await dispose(engine)
+    (told,) = raised.value.__notes__
+    assert " are held by sessions of the handle: 1, up to " in told
 
 
 def autoflush(session: Session) -> None:

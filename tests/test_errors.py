@@ -271,6 +271,7 @@ CLOSED = asyncpg.InterfaceError("connection is closed")
         (connecting(asyncpg.ConnectionDoesNotExistError()), Kind.UNAVAILABLE),
         (connecting(asyncpg.exceptions.TargetServerAttributeNotMatched()), Kind.UNAVAILABLE),
         (connecting(asyncpg.TooManyConnectionsError()), Kind.TOO_MANY_CONNECTIONS),
+        (connecting(asyncpg.ProtocolViolationError("query_wait_timeout")), Kind.UNAVAILABLE),
         (connecting(asyncpg.InvalidPasswordError()), Kind.PERMISSION_DENIED),
         (connecting(asyncpg.InvalidParameterValueError()), Kind.OTHER),
         (connecting(asyncpg.ClientConfigurationError("no such file")), Kind.OTHER),
@@ -295,6 +296,7 @@ def test_an_error_without_a_statement_is_of_connecting(error: Exception, kind: K
     ("said", "kind"),
     [
         ("FATAL:  sorry, too many clients already", Kind.TOO_MANY_CONNECTIONS),
+        ("FATAL:  client connections exceeded (max_...)", Kind.TOO_MANY_CONNECTIONS),
         ('- host a: FATAL:  role "canary" does not exist', Kind.PERMISSION_DENIED),
         ('FATAL:  password authentication failed for user "x"', Kind.PERMISSION_DENIED),
         ("fe_sendauth: no password supplied", Kind.PERMISSION_DENIED),

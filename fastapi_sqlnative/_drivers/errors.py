@@ -146,7 +146,8 @@ _QUOTE: Final = re.compile('["«»„“”「」『』]')
 # language than English matches none of these, and the server counts as unavailable.
 _REFUSALS: Final = {
     "too_many_connections": re.compile(
-        r"(sorry, too many clients|remaining connection slots|too many connections for) "
+        r"(sorry, too many clients|remaining connection slots|too many connections for"
+        r"|no more connections allowed|client connections exceeded) "  # PgBouncer's
     ),
     "permission_denied": re.compile(
         r"(.* authentication failed for user |no pg_hba\.conf entry for |permission denied "
@@ -182,10 +183,12 @@ def _beyond_the_code(error: BaseException, details: object, stated: StatedError)
     routine = text_of(details, "source_function", "server_source_function")
     if stated.code == "42501" and routine == "ExecWithCheckOptions":
         return "row_security"
+    said = text_of(details, "message_primary", "message") or ""
+    if stated.code == "08P01" and _REFUSALS["too_many_connections"].match(said):
+        return "too_many_connections"  # PgBouncer's, which has one code for all its errors
     if stated.code != "23503":
         return ""
     # The message names the table and the constraint, and for a DELETE the referring table too.
-    said = text_of(details, "message_primary", "message") or ""
     for name in stated.constraint, stated.table:
         said = said.replace(f'"{name}"', '""')
     return {4: "missing_parent", 6: "still_referenced"}.get(len(_QUOTE.findall(said)), "")

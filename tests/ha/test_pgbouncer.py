@@ -25,7 +25,7 @@ from fastapi_sqlnative import (
     reader,
     transactional,
 )
-from tests.ha.pgbouncer import ROLE, PgBouncer, version
+from tests.ha.pgbouncer import ROLE, PgBouncer, pgbouncer, version
 from tests.serving import Item, Kind, Rows, copy, route, serve, wait_until
 
 # The settings for each driver in docs/pgbouncer.md.
@@ -269,13 +269,44 @@ def test_readiness_while_it_queues(
         assert {each.result(20).status_code for each in waiting} == {201}
 
 
+def test_readiness_while_it_accepts_no_more_clients(
+    pytestconfig: pytest.Config, kind: Kind, postgres: WorkerPostgres
+) -> None:
+    """If PgBouncer has no place for another client, a pool that is in use is only saturated."""
+    limit, server = {"max_client_conn": "2"}, pytestconfig.stash[SERVER].url
+    with pgbouncer(server, connections=2, options=limit) as bouncer:
+        app = application(kind, engine_through(bouncer, kind, postgres))
+        lock = select(func.pg_advisory_xact_lock(7))
+        route(app, kind, "/wait", transactional(), lambda session: session.execute(lock).scalar())
+        with serve(app) as served, ThreadPoolExecutor(1) as threads:
+            with psycopg.connect(postgres.dsn) as holder:
+                holder.execute("SELECT pg_advisory_xact_lock(7)")
+                waiting = threads.submit(served.client.post, "/wait")
+                wait_until(lambda: in_use(bouncer, postgres) == 1)
+                with psycopg.connect(bouncer.dsn(postgres.dsn)):
+                    asked = served.client.get("/health/ready")
+                    refused = served.client.post("/transaction")
+            assert waiting.result(20).status_code == 201
+    assert asked.json()["databases"] == {"default": "saturated"}
+    assert asked.status_code == 200
+    assert refused.json() == {"detail": "The service is busy. Try again."}
+
+
 def database_of(postgres: WorkerPostgres) -> str:
     return str(make_url(postgres.dsn).database)
 
 
+def in_use(bouncer: PgBouncer, postgres: WorkerPostgres) -> int:
+    return _count(bouncer, postgres, 2)
+
+
 def clients_waiting(bouncer: PgBouncer, postgres: WorkerPostgres) -> int:
+    return _count(bouncer, postgres, 3)
+
+
+def _count(bouncer: PgBouncer, postgres: WorkerPostgres, column: int) -> int:
     pools = bouncer.command("SHOW POOLS")
-    return sum(int(str(each[3])) for each in pools if each[0] == database_of(postgres))
+    return sum(int(str(each[column])) for each in pools if each[0] == database_of(postgres))
 
 
 # This test identifies the server's backends by libpq's pid, which PgBouncer makes up.

@@ -52,12 +52,12 @@ class UnitOfWork:
 
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session of the same database, or an override's session itself."""
-        record = self._record_of(session)
+        record = _record_of(session)
         return session if record is None else await self.session(record.state.name, reads=True)
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end, unless it comes from an override."""
-        record = self._record_of(session)
+        record = _record_of(session)
         if record is not None:
             if is_frontend(self.scope):
                 name = record.state.name
@@ -68,9 +68,6 @@ class UnitOfWork:
                     "it, not on the application."
                 )
             record.will_commit(options)
-
-    def _record_of(self, session: AnySession) -> Record | None:
-        return next((inner.sqlnative for each, inner in self._opened if each is session), None)
 
     @property
     def _records(self) -> list[Record]:
@@ -207,6 +204,15 @@ async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
         await entering
     finally:
         limiter.total_tokens -= 1
+
+
+def _record_of(session: AnySession) -> Record | None:
+    """Return the record of a request's session; an override may give any other object.
+
+    The request may have another scope, if a library resolves dependencies with FastAPI's cache.
+    """
+    record: object = getattr(sync_session(session), "sqlnative", None)
+    return record if isinstance(record, Record) and isinstance(record.unit, UnitOfWork) else None
 
 
 # -- one session; plain code in a greenlet or a thread ------------------------------------------

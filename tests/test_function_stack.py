@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,9 @@ import httpx
 import pytest
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.dependencies.utils import get_dependant, solve_dependencies
 from fastapi.requests import HTTPConnection
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -66,6 +68,44 @@ async def test_a_copy_of_the_scope_is_another_request(
         assert seen[0] == rows.names == ["inner"]
         assert (await client.post("/failing-inside")).status_code == 200
     assert rows.names == ["inner", "outer"]
+
+
+# -- a library that resolves dependencies itself -------------------------------------------------
+
+
+def read(session: Session) -> None:
+    session.scalars(select(Item)).all()
+
+
+async def test_a_session_from_a_librarys_cache_is_committed(
+    kind: Kind, engine: Engine, rows: Rows
+) -> None:
+    """A session that was read with is committed if a later function is transactional.
+
+    fastapi-injectable gives each function a scope of its own, and all of them one cache.
+    """
+    app = FastAPI()
+    install_database(app, engine=engine, shutdown=engine.dispose)
+    cache: dict[Any, Any] = {}
+    async with running(app), AsyncExitStack() as stack:
+        for dependency, body in (get_db(), read), (transactional(), add("stored", flush=True)):
+            function = using(kind, Depends(dependency), body)
+            scope = {"type": "http", "app": app, "headers": [], "query_string": b""}
+            stacks = dict.fromkeys(("fastapi_inner_astack", "fastapi_function_astack"), stack)
+            solved = await solve_dependencies(
+                request=Request(scope | stacks),
+                dependant=get_dependant(path="/", call=function),
+                dependency_cache=cache,
+                async_exit_stack=stack,
+                embed_body_fields=False,
+            )
+            cache |= solved.dependency_cache
+            if kind.asynchronous:
+                await function(**solved.values)
+            else:
+                await run_sync(partial(function, **solved.values))
+        assert rows.names == []
+    assert rows.names == ["stored"]
 
 
 # -- FastAPI without a stack -------------------------------------------------------------------

@@ -12,6 +12,7 @@ import anyio.to_thread
 from fastapi.requests import HTTPConnection
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 from starlette.types import Scope
 
@@ -39,7 +40,7 @@ class UnitOfWork:
     """
 
     def __init__(self, connection: HTTPConnection) -> None:
-        self._running = running_for(connection)
+        self.running = running_for(connection)
         self.scope: Scope = connection.scope
         self._route: object = self.scope.get("route")
         self._loop = asyncio.get_running_loop()
@@ -52,12 +53,12 @@ class UnitOfWork:
 
     async def reader(self, session: AnySession) -> AnySession:
         """Return the AUTOCOMMIT session of the same database, or an override's session itself."""
-        record = _record_of(session)
+        record = self._record_of(session)
         return session if record is None else await self.session(record.state.name, reads=True)
 
     def enlist(self, session: AnySession, options: TransactionOptions) -> None:
         """Mark a session for the commit at the end, unless it comes from an override."""
-        record = _record_of(session)
+        record = self._record_of(session)
         if record is not None:
             if is_frontend(self.scope):
                 name = record.state.name
@@ -69,6 +70,19 @@ class UnitOfWork:
                 )
             record.will_commit(options)
 
+    def _record_of(self, session: AnySession) -> Record | None:
+        """Return the record of a request's session; an override may give any other object.
+
+        The request may have another scope, if a library resolves dependencies with FastAPI's cache.
+        """
+        is_session = isinstance(session, Session | AsyncSession)
+        record = getattr(sync_session(session), "sqlnative", None) if is_session else None
+        if not isinstance(record, Record) or record.given() is not session:
+            return None  # a proxy has the record of the session behind it
+        unit = record.unit
+        is_here = isinstance(unit, UnitOfWork) and unit.running is self.running
+        return record if is_here else None
+
     @property
     def _records(self) -> list[Record]:
         return [inner.sqlnative for _, inner in self._opened]
@@ -79,10 +93,10 @@ class UnitOfWork:
             record = inner.sqlnative
             if record.state.name == name and (record.options is AUTOCOMMIT) is reads:
                 return session
-        database = self._running.database(name)
+        database = self.running.database(name)
         # Not a websocket, which would keep its place for as long as the client stays.
         is_http = self.scope.get("type") == "http"  # scopes of FastStream and the like have no type
-        limiters = self._running.limiters(self._route, database) if is_http else []
+        limiters = self.running.limiters(self._route, database) if is_http else []
         if limiters:
             await self._admit(limiters, database)
         factory = sessions_of(database)
@@ -95,7 +109,7 @@ class UnitOfWork:
             inner.twophase = False  # it has no transaction to prepare
         record.loop_thread = None if factory.asynchronous else threading.get_ident()
         self._opened.append((session, inner))
-        if limiters and self._running.gate.awaits(self._route):
+        if limiters and self.running.gate.awaits(self._route):
             record.on_idle = self._released
             # It may wait for something else before its first statement.
             self._loop.call_later(_IDLE, self._leave_if_idle)
@@ -105,7 +119,7 @@ class UnitOfWork:
         """Wait for places in the gate, whose timeout is tagged like an error of a session."""
         try:
             async with self._entering:  # two sessions may come back at a time
-                await self._running.gate.enter(self, limiters, database)
+                await self.running.gate.enter(self, limiters, database)
         except PoolTimeoutError as error:
             tagged: Any = error
             tagged.database_name, tagged.database_stored = database.name, self.has_stored
@@ -119,7 +133,7 @@ class UnitOfWork:
     @property
     def may_be_cancelled(self) -> bool:
         """Return whether a cancellation loses no stored work and leaves no thread behind."""
-        awaits = self._running.gate.awaits(self._route)
+        awaits = self.running.gate.awaits(self._route)
         too_late = self.cancelled or self.has_stored or not awaits
         return not too_late and all(isinstance(each, AsyncSession) for each, _ in self._opened)
 
@@ -134,7 +148,7 @@ class UnitOfWork:
             await finishing.finish(sessions, self._commit_all, error)
         finally:
             self.scope.pop(UNIT, None)
-            self._running.gate.leave(self)
+            self.running.gate.leave(self)
 
     def _released(self) -> None:
         """Leave the gate soon if the request holds no connection. Called from any thread."""
@@ -150,12 +164,12 @@ class UnitOfWork:
             record.on_wanted = self._return
         # Asked after that: a session in another thread has seen it, or is seen to have asked.
         if not any(record.asked for record in self._records):
-            self._running.gate.leave(self)
+            self.running.gate.leave(self)
 
     def _return(self, record: Record) -> None:
         """Wait for a place again, in the greenlet or thread that wants a connection."""
         record.on_wanted = None
-        database = self._running.database(record.state.name)
+        database = self.running.database(record.state.name)
         entering = self._enter_again(database)
         if isinstance(database, AsyncDatabase):
             await_only(entering)
@@ -164,10 +178,10 @@ class UnitOfWork:
 
     async def _enter_again(self, database: AnyDatabase) -> None:
         try:
-            await self._admit(self._running.limiters(self._route, database), database)
+            await self._admit(self.running.limiters(self._route, database), database)
         finally:
             if any(record.finished for record in self._records):
-                self._running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
+                self.running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 
     # From here on: plain code that runs in a greenlet or a thread.
 
@@ -183,7 +197,7 @@ class UnitOfWork:
 
     def _prepare(self, marked: list[NativeSession]) -> None:
         """Flush all before the first COMMIT, so that after it only a COMMIT can fail."""
-        order = {sessions_of(each).state: at for at, each in enumerate(self._running.databases())}
+        order = {sessions_of(each).state: at for at, each in enumerate(self.running.databases())}
         marked.sort(key=lambda each: order.get(each.sqlnative.state, -1))
         for session in marked:
             try:
@@ -204,15 +218,6 @@ async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
         await entering
     finally:
         limiter.total_tokens -= 1
-
-
-def _record_of(session: AnySession) -> Record | None:
-    """Return the record of a request's session; an override may give any other object.
-
-    The request may have another scope, if a library resolves dependencies with FastAPI's cache.
-    """
-    record: object = getattr(sync_session(session), "sqlnative", None)
-    return record if isinstance(record, Record) and isinstance(record.unit, UnitOfWork) else None
 
 
 # -- one session; plain code in a greenlet or a thread ------------------------------------------

@@ -12,15 +12,16 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.dependencies.utils import get_dependant, solve_dependencies
 from fastapi.requests import HTTPConnection
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_sqlnative import dependencies, get_db, install_database, transactional
+from fastapi_sqlnative import dependencies, get_db, install_database, reader, transactional
 from fastapi_sqlnative.exceptions import (
     DatabaseDependencyError,
+    ReadOnlySessionError,
     SessionFinishedError,
     UncommittedChangesError,
 )
@@ -77,18 +78,29 @@ def read(session: Session) -> None:
     session.scalars(select(Item)).all()
 
 
+def fail_to_write(session: Session) -> None:
+    with pytest.raises(ReadOnlySessionError):
+        session.execute(insert(Item).values(name="refused"))
+
+
 async def test_a_session_from_a_librarys_cache_is_committed(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:
     """A session that was read with is committed if a later function is transactional.
 
+    A later function's reader is a session of its own.
     fastapi-injectable gives each function a scope of its own, and all of them one cache.
     """
     app = FastAPI()
     install_database(app, engine=engine, shutdown=engine.dispose)
     cache: dict[Any, Any] = {}
     async with running(app), AsyncExitStack() as stack:
-        for dependency, body in (get_db(), read), (transactional(), add("stored", flush=True)):
+        bodies = {
+            get_db(): read,
+            transactional(): add("stored", flush=True),
+            reader(): fail_to_write,
+        }
+        for dependency, body in bodies.items():
             function = using(kind, Depends(dependency), body)
             scope = {"type": "http", "app": app, "headers": [], "query_string": b""}
             stacks = dict.fromkeys(("fastapi_inner_astack", "fastapi_function_astack"), stack)

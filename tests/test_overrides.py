@@ -1,6 +1,7 @@
 """Rule 2: a session from an override reaches every dependency and belongs to the application."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 import pytest
@@ -10,8 +11,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from fastapi_sqlnative import dependencies, get_db, install_database, reader, transactional
+from fastapi_sqlnative import (
+    AsyncDatabase,
+    dependencies,
+    get_database_handle,
+    get_db,
+    install_database,
+    reader,
+    transactional,
+)
 from tests.conftest import MakeEngine
+from tests.in_process import running
 from tests.serving import Item, Kind, Rows, add, route, serve, using
 
 DEPENDENCIES = {
@@ -153,6 +163,77 @@ def test_an_override_may_come_after_the_first_request(
         assert visit(served) == ["mine"] * 4
         app.dependency_overrides = {}
         assert all(isinstance(each, Session | AsyncSession) for each in visit(served))
+
+
+class Proxy:
+    """An object of the application's that has all attributes of a session."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
+class Unbound:
+    """A proxy that has no object yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+async def of_a_handle(
+    database: Annotated[Any, Depends(get_database_handle("second"))],
+) -> AsyncGenerator[Any]:
+    async with AsyncExitStack() as stack:
+        if isinstance(database, AsyncDatabase):
+            yield await stack.enter_async_context(database.session())
+        else:
+            yield stack.enter_context(database.session())
+
+
+def proxy_of(session: Annotated[Any, Depends(get_db("second"))]) -> Proxy:
+    return Proxy(session)
+
+
+async def given_alike(
+    first: Annotated[Any, Depends(get_db())],
+    second: Annotated[Any, Depends(DEPENDENCIES["with-options"])],
+    third: Annotated[Any, Depends(reader())],
+) -> bool:
+    """Return whether all dependencies give the same object."""
+    return first is second is third
+
+
+@pytest.mark.parametrize("override", [of_a_handle, proxy_of, Unbound])
+def test_an_override_may_give_what_is_not_the_requests_session(
+    app: FastAPI, make_engine: MakeEngine, override: Callable[..., Any]
+) -> None:
+    """Every dependency gives an override's object as it is, even if it is a proxy of a session."""
+    second = make_engine(second=True)
+    install_database(app, name="second", engine=second, shutdown=second.dispose)
+    app.dependency_overrides[get_db()] = override
+    app.get("/")(given_alike)
+    with TestClient(app) as served:
+        assert served.get("/").json() is True
+
+
+@pytest.mark.anyio
+async def test_an_override_may_give_a_session_of_another_applications_request(
+    app: FastAPI, make_engine: MakeEngine
+) -> None:
+    """An application called by an endpoint may share its session, which stays the endpoint's."""
+    outer, engine = FastAPI(), make_engine()
+    install_database(outer, name="outer", engine=engine, shutdown=engine.dispose)
+    app.get("/")(given_alike)
+    async with running(app) as inside, running(outer) as client:
+
+        @outer.get("/")
+        async def call(session: Annotated[Any, Depends(get_db("outer"))]) -> Any:
+            app.dependency_overrides[get_db()] = lambda: session
+            return (await inside.get("/")).json()
+
+        assert (await client.get("/")).json() is True
 
 
 def test_an_override_by_another_database_is_a_transaction_there(

@@ -263,6 +263,12 @@ def test_a_server_that_nobody_reaches_is_away(driver: str) -> None:
 CLOSED = asyncpg.InterfaceError("connection is closed")
 
 
+def of_pgbouncer(said: str) -> Exception:
+    """Return the error that asyncpg raises for a refusal by PgBouncer."""
+    error: Exception = asyncpg.PostgresError.new({"C": "08P01", "M": said})
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -271,7 +277,9 @@ CLOSED = asyncpg.InterfaceError("connection is closed")
         (connecting(asyncpg.ConnectionDoesNotExistError()), Kind.UNAVAILABLE),
         (connecting(asyncpg.exceptions.TargetServerAttributeNotMatched()), Kind.UNAVAILABLE),
         (connecting(asyncpg.TooManyConnectionsError()), Kind.TOO_MANY_CONNECTIONS),
-        (connecting(asyncpg.ProtocolViolationError("query_wait_timeout")), Kind.UNAVAILABLE),
+        (connecting(of_pgbouncer("query_wait_timeout")), Kind.UNAVAILABLE),
+        (connecting(of_pgbouncer("no more connections allowed (...)")), Kind.TOO_MANY_CONNECTIONS),
+        (connecting(of_pgbouncer("client connections exceeded (.)")), Kind.TOO_MANY_CONNECTIONS),
         (connecting(asyncpg.InvalidPasswordError()), Kind.PERMISSION_DENIED),
         (connecting(asyncpg.InvalidParameterValueError()), Kind.OTHER),
         (connecting(asyncpg.ClientConfigurationError("no such file")), Kind.OTHER),
@@ -297,6 +305,7 @@ def test_an_error_without_a_statement_is_of_connecting(error: Exception, kind: K
     [
         ("FATAL:  sorry, too many clients already", Kind.TOO_MANY_CONNECTIONS),
         ("FATAL:  client connections exceeded (max_...)", Kind.TOO_MANY_CONNECTIONS),
+        ("FATAL:  no more connections allowed (max_...)", Kind.TOO_MANY_CONNECTIONS),
         ('- host a: FATAL:  role "canary" does not exist', Kind.PERMISSION_DENIED),
         ('FATAL:  password authentication failed for user "x"', Kind.PERMISSION_DENIED),
         ("fe_sendauth: no password supplied", Kind.PERMISSION_DENIED),

@@ -263,6 +263,18 @@ async def test_no_forgotten_work_is_a_success(
                 assert (there.names, found) == (["there"], (None, None, 0))
 
 
+async def test_a_forgotten_change_of_a_large_object_is_no_success(
+    kind: Kind, engine: Engine, there: Rows
+) -> None:
+    """An uncommitted change of an older large object beside a row lock fails the request."""
+    found = there.connection.execute("SELECT lo_from_bytea(0, 'there')").fetchone()
+    assert found is not None
+    change = over_the_connection_beside_a_row_lock(f"SELECT lo_put({found[0]}, 0, 'lost')")
+    with pytest.raises(UncommittedChangesError):
+        await ask(engine, kind, get_db(), change)
+    there.connection.execute("SELECT lo_unlink(%s)", found)
+
+
 async def test_a_forgotten_write_to_a_foreign_table_is_no_success(
     kind: Kind, engine: Engine, rows: Rows
 ) -> None:

@@ -225,6 +225,10 @@ STORES_NOTHING: dict[str, Body] = {
         "INSERT INTO item (name) VALUES ('there') ON CONFLICT (name) DO UPDATE SET position = 2"
         " WHERE item.position > 7"
     ),
+    "upsert of an older row, text without a space": run(
+        "INSERT INTO item (name) VALUES ('there') ON CONFLICT(name) DO UPDATE SET position = 2"
+        " WHERE item.position > 7"
+    ),
     "orm upsert of an older row": newer(Item),
     "orm upsert of an older row with its key": newer(Item, id=1000),
     "orm upsert of an older row, returning": newer(Item, Item),

@@ -166,13 +166,13 @@ def test_an_override_may_come_after_the_first_request(
 
 
 class Proxy:
-    """An object of the application's that has all attributes of a session."""
+    """An object of the application's that has all attributes of a session, its class included."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+    def __getattribute__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_session"), name)
 
 
 class Unbound:

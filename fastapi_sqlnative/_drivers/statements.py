@@ -134,6 +134,8 @@ _WRITING: Final = re.compile(
 _DROP: Final = re.compile(
     r"(?:drop|refresh|reindex|import)\b|do (?:language \S++ )?+''", re.IGNORECASE
 )
+# See `Statement.counted`.
+_COUNTED: Final = re.compile(r"update|delete|.*\bon conflict\b", re.IGNORECASE)
 _CALLED: Final = re.compile(r'(?<![\w.$"])([\w.$"]++)\s*+\(')
 # Keywords that may precede a parenthesis, and built-in functions that write nothing and whose
 # names a user-defined function is unlikely to have. A missing name costs a query to the server,
@@ -200,8 +202,7 @@ def _read_text(sql: str) -> Statement:
             return Statement(effect if known else Effect.UNKNOWN)
         doubtful = effect is Effect.NONE and _may_write(cleaned)
         savepoint = found[1].lower() if pattern.groups else ""
-        lowered = cleaned.lower()
-        counted = lowered.startswith(("update", "delete")) or " on conflict " in lowered
+        counted = _COUNTED.match(cleaned) is not None
         return Statement(Effect.UNKNOWN if doubtful else effect, savepoint, counted)
     return Statement(Effect.UNKNOWN)
 

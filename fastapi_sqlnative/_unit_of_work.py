@@ -70,17 +70,17 @@ class UnitOfWork:
                 )
             record.will_commit(options)
 
-    def _record_of(self, session: AnySession) -> Record | None:
+    def _record_of(self, given: object) -> Record | None:
         """Return the record of a request's session; an override may give any other object.
 
         The request may have another scope, if a library resolves dependencies with FastAPI's cache.
         """
-        is_session = isinstance(session, Session | AsyncSession)
-        record = getattr(sync_session(session), "sqlnative", None) if is_session else None
-        if not isinstance(record, Record) or record.given() is not session:
+        if not isinstance(given, Session | AsyncSession):
+            return None
+        record = getattr(sync_session(given), "sqlnative", None)
+        if not isinstance(record, Record) or record.given() is not given:
             return None  # a proxy has the record of the session behind it
-        unit = record.unit
-        is_here = isinstance(unit, UnitOfWork) and unit.running is self.running
+        is_here = isinstance(record.unit, UnitOfWork) and record.unit.running is self.running
         return record if is_here else None
 
     @property

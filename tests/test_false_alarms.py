@@ -277,23 +277,6 @@ async def test_what_stores_nothing_is_not_forgotten(
                 assert rows.names == ["there"]
 
 
-async def test_a_large_object_that_is_read_needs_no_commit(
-    kind: Kind, engine: Engine, rows: Rows
-) -> None:
-    """Through get_db, reading a large object beside a row lock needs no commit."""
-    rows.add("there")
-    found = rows.connection.execute("SELECT lo_from_bytea(0, 'there')").fetchone()
-    assert found is not None
-    query = text("SELECT lo_get(:id)").bindparams(id=found[0])
-
-    def body(session: Session) -> None:
-        over_the_connection(session)
-        assert session.scalar(query) == b"there"
-
-    assert await ask(engine, kind, get_db(), body) == 201
-    rows.connection.execute("SELECT lo_unlink(%s)", found)
-
-
 def test_a_doubtful_read_does_not_list_the_locks_of_the_server(rows: Rows) -> None:
     """The query for unstored changes lists all sessions' locks only after a write."""
 

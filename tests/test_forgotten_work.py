@@ -112,11 +112,6 @@ def beside_a_row_lock(session: Session) -> None:
     session.execute(CREATE_FUNCTION)
 
 
-def large_object_beside_a_row_lock(session: Session) -> None:
-    session.execute(text("SELECT * FROM item FOR UPDATE"))
-    session.scalar(text("SELECT lo_from_bytea(0, 'lost')"))
-
-
 def over_the_connection_beside_a_row_lock(sql: str) -> Body:
     def body(session: Session) -> None:
         session.connection().execute(text("TABLE item FOR UPDATE")).close()
@@ -221,8 +216,6 @@ WRITES: dict[str, Body] = {
     "in a savepoint": in_a_savepoint,
     "beside an undone savepoint": beside_an_undone_savepoint,
     "create function beside a row lock": beside_a_row_lock,
-    "large object": run("SELECT lo_from_bytea(0, 'lost')"),
-    "large object beside a row lock": large_object_beside_a_row_lock,
     "alter beside a row lock": over_the_connection_beside_a_row_lock(
         "ALTER TABLE item ADD COLUMN made int"
     ),

@@ -240,8 +240,7 @@ def fetch_row(connection: Connection, query: str) -> Any:
 # id without any lock is DDL that involves no table, such as CREATE FUNCTION, if the catalogs were
 # written to; else someone has rolled back to a savepoint in a function or over the connection. An
 # ACCESS EXCLUSIVE lock is DDL's too, else LOCK TABLE's, which gets an id unless `wal_level` is
-# minimal. A large object's data is in a catalog, whose lock its readers take as well. The counts of
-# writes go back to the last report to the statistics, a second at most.
+# minimal. The counts of writes go back to the last report to the statistics, a second at most.
 _UNSTORED: Final = """
 WITH own AS (SELECT * FROM pg_catalog.pg_locks WHERE pid = pg_backend_pid())
 SELECT txid_current_if_assigned() IS NOT NULL,
@@ -259,9 +258,7 @@ FROM (SELECT mode, relkind, relpersistence = 't' AS temporary,
              mode = 'RowShareLock' OR relpersistence = 't'
              OR (relkind = 'S' AND mode = 'RowExclusiveLock') AS explains
       FROM own JOIN pg_catalog.pg_class ON pg_class.oid = relation
-      WHERE locktype = 'relation' AND (relnamespace <> 'pg_catalog'::regnamespace
-            OR relname = 'pg_largeobject' AND pg_stat_get_xact_tuples_inserted(relation)
-               + pg_stat_get_xact_tuples_updated(relation) > 0)
+      WHERE locktype = 'relation' AND relnamespace <> 'pg_catalog'::regnamespace
         AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
       UNION ALL SELECT mode, NULL, true, true FROM own
       WHERE locktype = 'object' AND classid = 'pg_namespace'::regclass

@@ -17,7 +17,7 @@ from sqlalchemy.util import await_only
 from starlette.types import Scope
 
 from . import exceptions
-from ._lifespan.running import running_for
+from ._lifespan.running import Running, running_for
 from ._routes import is_frontend
 from ._sessions import finishing
 from ._sessions.holders import UNIT
@@ -40,7 +40,7 @@ class UnitOfWork:
     """
 
     def __init__(self, connection: HTTPConnection) -> None:
-        self.running = running_for(connection)
+        self.running: Running = running_for(connection)
         self.scope: Scope = connection.scope
         self._route: object = self.scope.get("route")
         self._loop = asyncio.get_running_loop()

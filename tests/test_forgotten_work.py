@@ -216,6 +216,7 @@ WRITES: dict[str, Body] = {
     "in a savepoint": in_a_savepoint,
     "beside an undone savepoint": beside_an_undone_savepoint,
     "create function beside a row lock": beside_a_row_lock,
+    "large object": run("SELECT lo_from_bytea(0, 'lost')"),
     "alter beside a row lock": over_the_connection_beside_a_row_lock(
         "ALTER TABLE item ADD COLUMN made int"
     ),
@@ -254,18 +255,6 @@ async def test_no_forgotten_work_is_a_success(
                     " (SELECT count(*) FROM pg_attribute WHERE attname = 'made')"
                 ).fetchone()
                 assert (there.names, found) == (["there"], (None, None, 0))
-
-
-async def test_a_forgotten_change_of_a_large_object_is_no_success(
-    kind: Kind, engine: Engine, there: Rows
-) -> None:
-    """An uncommitted change of an older large object beside a row lock fails the request."""
-    found = there.connection.execute("SELECT lo_from_bytea(0, 'there')").fetchone()
-    assert found is not None
-    change = over_the_connection_beside_a_row_lock(f"SELECT lo_put({found[0]}, 0, 'lost')")
-    with pytest.raises(UncommittedChangesError):
-        await ask(engine, kind, get_db(), change)
-    there.connection.execute("SELECT lo_unlink(%s)", found)
 
 
 async def test_a_forgotten_write_to_a_foreign_table_is_no_success(

@@ -36,7 +36,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.opened = defaultdict[object, Opened](Counter)  # by the route's `key_of`
+        self.opened: defaultdict[object, Opened] = defaultdict(Counter)  # by the route's `key_of`
         self._awaits: dict[object, bool] = {}
         self._places: dict[object, list[anyio.CapacityLimiter]] = {}
 

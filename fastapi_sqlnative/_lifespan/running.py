@@ -80,7 +80,7 @@ class Running:
         self, app: Starlette, parent: Running | None = None, examine: Examine | None = None
     ) -> None:
         self.app = app
-        self.installed = installations_of(app)
+        self.installed: Installations = installations_of(app)
         self.loop: asyncio.AbstractEventLoop | None = None
         # The applications that this one is mounted in, innermost first, and those mounted in it.
         self.above: list[Running] = [] if parent is None else [parent, *parent.above]

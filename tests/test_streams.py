@@ -68,6 +68,9 @@ LATE: dict[str, Callable[[Session, Node], Any]] = {
     "begin_nested": lambda session, _: session.begin_nested(),
     "commit": lambda session, _: session.commit(),
 }
+if hasattr(Session, "delete_all"):  # SQLAlchemy 2.1 and later
+    LATE["delete_all"] = lambda session, row: session.delete_all([row])
+    LATE["merge_all"] = lambda session, _: session.merge_all([Node(name="late")])
 DETACHED: dict[str, Callable[[Session, Node], Any]] = {
     "relationship": lambda _, row: row.parts,
     "deferred": lambda _, row: row.name,

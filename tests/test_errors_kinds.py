@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import asyncpg
 import pytest
 from fastapi import HTTPException
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -37,6 +37,7 @@ from tests.failing import (
     Server,
     engine_for,
 )
+from tests.in_process import sqlite
 
 Kind = DatabaseErrorKind
 
@@ -521,3 +522,20 @@ def test_a_value_that_the_driver_cannot_send_is_a_bad_value(
     found = describe_database_error(failure_of(engine, server, provoke, runner))
     assert found is not None
     assert found.kind is Kind.BAD_VALUE
+
+
+@pytest.mark.parametrize("name", ["before_cursor_execute", "do_execute"])
+def test_the_value_error_of_a_listener_is_no_error_of_the_database(name: str) -> None:
+    """A ValueError that a listener of the application raises reaches the caller as it is."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("no query without a tenant")
+
+    engine = sqlite()
+    event.listen(engine, name, refuse)
+    with (
+        pytest.raises(ValueError, match="without a tenant"),
+        Database(engine).transaction() as session,
+    ):
+        session.execute(text("SELECT 1"))
+    engine.dispose()

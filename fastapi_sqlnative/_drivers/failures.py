@@ -103,6 +103,17 @@ def recognize(error: BaseException) -> OperationalError | None:
     return None
 
 
+def is_refused_value(error: BaseException, connection: Connection) -> bool:
+    """Return whether the driver could not send a value: text that it can't encode, a big number.
+
+    A listener may raise a ValueError of its own, which is none of the database's.
+    """
+    dialect = connection.dialect
+    sending = dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params
+    is_value = isinstance(error, ValueError | OverflowError)
+    return is_value and any(_passed(error, each) for each in sending)
+
+
 def _passed(error: BaseException, function: Any) -> bool:
     """Return whether an error's traceback includes this function of SQLAlchemy's."""
     return any(frame.f_code is function.__code__ for frame, _ in walk_tb(error.__traceback__))

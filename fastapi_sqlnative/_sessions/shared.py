@@ -14,7 +14,7 @@ from sqlalchemy.util import LRUCache
 
 from .. import exceptions
 from .._drivers.errors import server_of
-from .._drivers.failures import has_stale_plan, is_half_ended, reported_by_server
+from .._drivers.failures import has_stale_plan, is_half_ended, is_refused_value, reported_by_server
 from .._drivers.pools import awaits_autocommit, ends_in_one_step, keep_autocommit
 from .._drivers.statements import Effect, Statement, statement_of, writes
 from .options import AUTOCOMMIT, TransactionOptions
@@ -192,20 +192,19 @@ def _heard(record: Any, context: ExceptionContext, connection: Connection) -> Ba
         if record.committing and record.rolled_back is not None:
             # A listener that runs after our check may swallow this, so make COMMIT fail.
             context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
-        return _translated(context)
+        return _translated(context, connection)
     elif context.statement is None:  # a fetch by a stream that has outlived its session
         error: Exception = record.state.error(exceptions.SessionFinishedError)
         return error
     return None
 
 
-def _translated(context: ExceptionContext) -> DBAPIError | None:
+def _translated(context: ExceptionContext, connection: Connection) -> DBAPIError | None:
     """Wrap a driver's error that SQLAlchemy leaves unwrapped, such as a rejected value."""
     error = context.original_exception
     made = getattr(context, "chained_exception", None)  # by a listener of the application
     if context.sqlalchemy_exception is not None or made is not None:
         return None
-    # Text that cannot be encoded, numbers out of range; asyncpg's errors while streaming.
-    if not (isinstance(error, ValueError | OverflowError) or server_of(error)):
+    if not (is_refused_value(error, connection) or server_of(error)):  # asyncpg's, in a stream
         return None
     return DBAPIError(context.statement, context.parameters, error)

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import configparser
 import dataclasses
 import json
 import pkgutil
@@ -56,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NAME=]INI",
-        help="an Alembic configuration, and the database that should be at its heads",
+        help="an Alembic configuration, and the database that should be at its heads (those of "
+        "the section of that name, if there is one)",
     )
     add(
         "--accept",
@@ -81,12 +83,11 @@ def _row(text: str) -> str:
 
 
 async def _ask(options: argparse.Namespace) -> list[Finding]:
-    alembic = (each.rpartition("=") for each in options.alembic)
     findings = await check_databases(
         _application(options.app, options.factory),
         processes=options.processes,
         timeout=options.timeout,
-        alembic={name or "default": path for name, _, path in alembic},
+        alembic=dict(map(_configuration, options.alembic)),
         progress=partial(print, file=sys.stderr, flush=True),
     )
     if not findings:
@@ -101,6 +102,17 @@ async def _ask(options: argparse.Namespace) -> list[Finding]:
         else each
         for each in findings
     ]
+
+
+def _configuration(given: str) -> tuple[str, Any]:
+    """Read the section that is named like the database, if there is one: `alembic -n NAME`."""
+    name, _, path = given.rpartition("=")
+    sections = configparser.RawConfigParser()
+    if name and sections.read(path) and sections.has_section(name):
+        from alembic.config import Config  # an extra
+
+        return name, Config(path, ini_section=name)
+    return name or "default", path
 
 
 def _names(row: Finding) -> list[str]:

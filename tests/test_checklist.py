@@ -928,6 +928,22 @@ def test_the_command_compares_with_alembics_heads(
     assert "migrations" in capsys.readouterr().out
 
 
+def test_the_command_reads_the_section_of_the_database(
+    application: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With several databases in one Alembic configuration, each is compared with its own heads."""
+    url = f"sqlite:///{application / 'analytics.db'}"
+    with create_engine(url).begin() as connection:
+        connection.execute(text("CREATE TABLE alembic_version (version_num text)"))
+        connection.execute(text("INSERT INTO alembic_version VALUES ('0001')"))
+    (application / "partly.py").write_text(
+        MAIN.format(url=url).replace("app, engine", "app, name='analytics', engine")
+    )
+    path = ROOT / "migrations_example" / "alembic.ini"
+    assert run("partly", "--alembic", f"analytics={path}") == 0
+    assert "current (0001)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("accepted", "says"),
     [

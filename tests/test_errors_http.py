@@ -457,6 +457,33 @@ def test_what_fails_after_something_is_stored_tells_nobody_to_repeat(
     assert rows.names == ["a"]
 
 
+@pytest.mark.parametrize("end", ["release", "rollback", "raw"])
+def test_a_block_that_fails_outside_the_session_after_a_commit_tells_nobody_to_repeat(
+    kind: Kind, engine: Engine, rows: Rows, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    """A connection lost at the end of a block's savepoint is a 500 if something is stored.
+
+    The same is true of a statement on the session's connection. The log names the database.
+    """
+
+    def body(session: Session) -> None:
+        session.execute(insert(items).values(name="a"))
+        session.commit()
+        with http_errors(session):
+            connection = session.connection()
+            rows.lose(session)
+            if end == "raw":
+                connection.execute(text("SELECT 1"))
+            if end == "rollback":
+                raise HTTPException(409)
+
+    response = call(make_app(engine, handlers=False), kind, body, get_db())
+    assert (response.status_code, "retry-after" in response.headers) == (500, False)
+    assert "may or may not" in response.json()["detail"]
+    assert "A failure of database 'default' (unavailable" in caplog.text
+    assert rows.names == ["a"]
+
+
 @pytest.mark.parametrize(
     "grouped",
     [

@@ -183,11 +183,11 @@ class Record(Holder):
         if self.autocommits and isinstance(error, exc.DBAPIError) and error.connection_invalidated:
             # What it has sent may be stored, and only the answer lost.
             self.work.wrote = self.work.wrote or writes(error.statement or "")
-        self._tag(error)
+        self.tag(error)
         if isinstance(error, exc.TimeoutError) and not hasattr(error, "__notes__"):
             report_holders(self.state, error)
         if (recognized := failures.recognize(error)) is not None:
-            self._tag(recognized)
+            self.tag(recognized)
             raise recognized from error
 
     @property
@@ -205,7 +205,7 @@ class Record(Holder):
         """The request's unit of work; without one, the record stands for it."""
         return self.request.get(UNIT, self)
 
-    def _tag(self, error: Any) -> None:
+    def tag(self, error: Any) -> None:
         """Set on a foreign error the database's name, and whether its request has stored work."""
         error.database_name = self.state.name
         error.database_stored = self.unit.has_stored
@@ -276,7 +276,7 @@ class Record(Holder):
         committing, self.committing = self.committing, False
         unknown = committing and self._leaves_unknown(error)
         self.stored = self.stored or unknown
-        self._tag(error)
+        self.tag(error)
         if not committing:
             return
         # A COMMIT that the driver refuses by itself has another cause, such as another task.

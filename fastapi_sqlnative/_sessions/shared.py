@@ -192,7 +192,10 @@ def _heard(record: Any, context: ExceptionContext, connection: Connection) -> Ba
         if record.committing and record.rolled_back is not None:
             # A listener that runs after our check may swallow this, so make COMMIT fail.
             context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
-        return _translated(context, connection)
+        translated = _translated(context, connection)
+        if (raised := translated or context.sqlalchemy_exception) is not None:
+            record.tag(raised)  # the end of a savepoint passes no method of the session
+        return translated
     elif context.statement is None:  # a fetch by a stream that has outlived its session
         error: Exception = record.state.error(exceptions.SessionFinishedError)
         return error

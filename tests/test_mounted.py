@@ -490,6 +490,16 @@ async def test_a_mounted_application_of_a_root_that_is_not_running() -> None:
         await start_and_stop(app)
 
 
+async def test_an_application_that_is_mounted_too_late() -> None:
+    """If an application is mounted after the start, its error says when to mount it instead."""
+    app = FastAPI()
+    install(app, "root")
+    async with running(app):
+        app.mount("/sub", showing())
+        with pytest.raises(DatabaseNotInstalledError, match="mounted before that or by it"):
+            await ask(app, "/sub/default")
+
+
 # --- commits, overrides, checks ---
 
 

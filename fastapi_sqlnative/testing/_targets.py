@@ -8,20 +8,13 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy import URL, Engine
 from starlette.applications import Starlette
 
-from .._lifespan.running import (
-    Installation,
-    Installations,
-    Observer,
-    installations_of,
-    not_installed,
-    trimmed,
-)
+from .._lifespan import running
 from .._routes import applications_in
 from .._sessions.engines import AnyEngine, sync_engine
 from ..databases import AnyDatabase, database_class
 
 Target: TypeAlias = Starlette | AnyDatabase
-Place: TypeAlias = tuple[Installations, Installation]
+Place: TypeAlias = tuple[running.Installations, running.Installation]
 # The execution option of an engine that connects to a clone: its name.
 CLONE: Final = "fastapi_sqlnative_clone"
 
@@ -32,16 +25,16 @@ class IsolationError(RuntimeError):
 
 def places(app: Starlette, names: Sequence[str]) -> list[Place]:
     """Find where names are installed, on the application or a mounted one; by default all."""
-    installed = map(installations_of, applications_in(app))
+    installed = map(running.installations_of, applications_in(app))
     every = [(each, one) for each in installed for one in each.by_name.values()]
     known = [installation.name for _, installation in every]
-    for name in map(trimmed, names or ["default"] * (not every)):
+    for name in map(running.trimmed, names or ["default"] * (not every)):
         if name not in known:
-            raise not_installed(name, known)
-    return [every[known.index(trimmed(name))] for name in names] or every
+            raise running.not_installed(name, known)
+    return [every[known.index(running.trimmed(name))] for name in names] or every
 
 
-def ready_engine(installation: Installation) -> AnyEngine | None:
+def ready_engine(installation: running.Installation) -> AnyEngine | None:
     """Return the engine; `None` if its factory has not been called yet."""
     engine: Any = installation.database.engine if installation.database else installation.engine
     return None if database_class(engine) is None else engine
@@ -78,10 +71,10 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 @contextmanager
-def observing(app: Starlette, observer: Observer) -> Generator[None]:
+def observing(app: Starlette, observer: running.Observer) -> Generator[None]:
     """Call an observer with every database that is running or starts within the block."""
     with ExitStack() as undo:
-        for installed in map(installations_of, applications_in(app)):
+        for installed in map(running.installations_of, applications_in(app)):
             installed.observers.append(observer)
             undo.callback(installed.observers.remove, observer)
             for installation in installed.by_name.values():

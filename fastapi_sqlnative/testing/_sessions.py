@@ -31,10 +31,7 @@ def settable(given: Mapping[str, Any]) -> immutabledict[str, Any]:
 def _use_options(connection: Connection, given: Mapping[str, Any]) -> Callable[[], object]:
     """Set a connection's execution options as if it were new; return a function to undo it."""
     before = connection.get_execution_options()
-    wanted = settable(dict.fromkeys(before) | dict(given))
-    changed = {key: wanted[key] for key in wanted if wanted[key] is not before.get(key)}
-    if changed:
-        connection.execution_options(**changed)
+    connection.execution_options(**settable(dict.fromkeys(before) | dict(given)))
     return partial(_use_options, connection, before)
 
 

@@ -204,13 +204,13 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
             else:
                 _wait_for(dispose, engine)  # idle connections lead to the installed database
                 undo.callback(_wait_for, dispose, engine)
-                undo.callback(_redirect(sync_engine(engine), copies[template], []))
+                undo.callback(_redirect(sync_engine(engine), copies[template]))
         yield
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:
     engine: AnyEngine = await call_factory(factory)
-    _redirect(sync_engine(engine), database, [])  # never undone: the app disposes of the engine
+    _redirect(sync_engine(engine), database)  # never undone: the app disposes of the engine
     return engine
 
 
@@ -246,11 +246,10 @@ def _create(name: str, engine: AnyEngine, template: str | None, undo: ExitStack)
 
 async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
     """Call `work` with a connection to another database on the engine's server."""
-    redirected: list[str] = []
 
     def use(inner: Engine) -> None:
         with inner.connect() as connection:
-            if not redirected:
+            if connection.info.get(CLONE) != database:
                 raise IsolationError(
                     "The engine connects through creator= or a do_connect listener, and would have "
                     "used the installed database. Use another engine, with override_database()."
@@ -259,7 +258,7 @@ async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
             connection.commit()
 
     await dispose(engine)  # idle connections, which lead to the original database
-    undo = _redirect(sync_engine(engine), database, redirected)
+    undo = _redirect(sync_engine(engine), database)
     try:
         await run_on_engine(engine, use)
     finally:
@@ -267,7 +266,7 @@ async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
         await dispose(engine)
 
 
-def _redirect(engine: Engine, database: str, redirected: list[str]) -> Callable[[], None]:
+def _redirect(engine: Engine, database: str) -> Callable[[], None]:
     """Make an engine connect to another database on its server; return a function to undo it."""
     own, other = (
         engine.dialect.create_connect_args(url)
@@ -276,8 +275,8 @@ def _redirect(engine: Engine, database: str, redirected: list[str]) -> Callable[
     changed = {key: value for key, value in other[1].items() if own[1].get(key) != value}
 
     # It connects nothing itself, so that a block inside another one has the last word.
-    def connect(_dialect: object, _record: object, arguments: Any, options: Any) -> None:
-        redirected.append(database)
+    def connect(_dialect: object, record: Any, arguments: Any, options: Any) -> None:
+        record.info[CLONE] = database
         arguments[:] = other[0]
         options.update(changed)
 

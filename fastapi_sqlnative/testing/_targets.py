@@ -15,7 +15,7 @@ from ..databases import AnyDatabase, database_class
 
 Target: TypeAlias = Starlette | AnyDatabase
 Place: TypeAlias = tuple[running.Installations, running.Installation]
-# The execution option of an engine that connects to a clone: its name.
+# The execution option of an engine, and the info of a connection, that leads to a clone: its name.
 CLONE: Final = "fastapi_sqlnative_clone"
 
 

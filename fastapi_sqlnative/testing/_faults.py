@@ -22,19 +22,15 @@ CommitFailure: TypeAlias = Literal[
     "serialization", "deadlock", "connection_lost_before", "connection_lost_after"
 ]
 
-_POSTGRES: Final = "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{}'; END$$"
-_SIGNAL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {}, MESSAGE_TEXT = 'by a test'"
-_MYSQL: Final = {"serialization": _SIGNAL.format(1020), "deadlock": _SIGNAL.format(1213)}
-# The statements that make each server fail. SQLite has no server.
+_MYSQL: Final = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {1}, MESSAGE_TEXT = 'by a test'"
+# The statements that make each server fail, and the codes in them. SQLite has no server.
 _PROVOKING: Final = {
-    "postgresql": {
-        "serialization": _POSTGRES.format("40001"),
-        "deadlock": _POSTGRES.format("40P01"),
-    },
+    "postgresql": "DO $$BEGIN RAISE EXCEPTION 'by a test' USING ERRCODE = '{0}'; END$$",
     "mysql": _MYSQL,
     "mariadb": _MYSQL,
-    "sqlite": {"serialization": ""},
+    "sqlite": "",
 }
+_CODES: Final = {"serialization": ("40001", 1020), "deadlock": ("40P01", 1213)}
 
 
 @contextmanager
@@ -186,9 +182,10 @@ def _fault(
             target = installation.database or running_of(target).database(installation.name)
         factory = sessions_of(target)
         state, native = factory.state, factory.native
-        provoked = _PROVOKING.get(state.root.dialect.name, {})
-        if failure in _PROVOKING["postgresql"] and failure not in provoked:
-            raise ValueError(f"{state.root.dialect.name} has no {failure!r} failure.")
+        dialect = state.root.dialect.name
+        known = dialect in _PROVOKING and (dialect, failure) != ("sqlite", "deadlock")
+        if failure in _CODES and not known:
+            raise ValueError(f"{dialect} has no {failure!r} failure.")
         factory.native = type(native.__name__, (native,), {})
         undo.callback(setattr, factory, "native", native)
         yield state, factory.native, happens
@@ -203,7 +200,7 @@ def _fault(
 def _provoke(connection: Connection, failure: str) -> None:
     """Make the server fail."""
     dialect = connection.dialect
-    if statement := _PROVOKING[dialect.name][failure]:
+    if statement := _PROVOKING[dialect.name].format(*_CODES[failure]):
         connection.exec_driver_sql(statement)
     # SQLite: raise the error that its driver raises for SQLITE_BUSY_SNAPSHOT.
     busy: Any = dialect.loaded_dbapi.OperationalError("database is locked")

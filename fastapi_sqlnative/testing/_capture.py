@@ -108,8 +108,7 @@ def _listeners(name: str, captured: CapturedStatements) -> dict[str, Callable[..
             if OURS in context.execution_options:
                 return
             command, _, savepoint = without_literals(sql).rpartition(" ")
-            begins = isolated.begins and command == "SAVEPOINT"  # its name is not known yet
-            if begins or savepoint == isolated.root:
+            if isolated.root in ("", savepoint):  # empty if its name is not known yet
                 sql = _IN_PRODUCTION.get(f"{command} ") or sql
         captured.append(CapturedStatement(name, sql, parameters))
 

@@ -46,9 +46,8 @@ class IsolatedConnection:
     own_sessions: dict[Session, object] = field(default_factory=dict[Session, object])
     loop: asyncio.AbstractEventLoop | None = None  # the event loop of the connection
     _connection: Connection | None = None
-    # The savepoint that stands for the application's transaction, and whether it is about to begin.
-    root: str = ""
-    begins: bool = False
+    # The savepoint that stands for the application's transaction; empty if it is about to begin.
+    root: str | None = None
     # The transactions of the test's sessions in which it has begun.
     _around: set[SessionTransaction | None] = field(default_factory=set[SessionTransaction | None])
 
@@ -78,12 +77,12 @@ class IsolatedConnection:
             undo.pop_all()
         if transaction:
             self._around = {own.get_transaction() for own in self.own_sessions}
-        self.begins = transaction
+            self.root = ""
         return connection
 
     def end(self, session: NativeSession) -> None:
         """End the turn of a session after its transaction."""
-        self.begins = False  # the session may have sent no statement
+        self.root = self.root or None  # the session may have sent no statement
         if session.sqlnative.options.read_only and self.engine.dialect.name == "sqlite":
             transactions.fetch_row(self.opened(), "PRAGMA query_only = OFF")
         self.turn.release(session)
@@ -192,8 +191,8 @@ class IsolatedConnection:
         sql = without_literals(statement).lower()
         if isolated_on(connection) is self:
             command, following = sql.partition(" ")[::2]
-            if self.begins and command == "savepoint":
-                self.root, self.begins = following, False
+            if self.root == "" and command == "savepoint":
+                self.root = following
             # A trigger or function may contain `; END`.
             if any(map(_ENDS.match, [sql] if command == "create" else sql.split(";"))):
                 raise self.refused("COMMIT and ROLLBACK as text would end the block.")
@@ -254,7 +253,7 @@ class IsolatedConnection:
         for session in reversed(self.own_sessions):
             with self.turn.during(session):
                 session.close()
-        connection, self._connection, self.loop, self.root = self._connection, None, None, ""
+        connection, self._connection, self.loop, self.root = self._connection, None, None, None
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
             # Close it for real: the pool may be another one. But in memory the data would go.

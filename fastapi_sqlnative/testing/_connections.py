@@ -256,13 +256,11 @@ class IsolatedConnection:
         connection, self._connection, self.loop, self.root = self._connection, None, None, None
         self.blocks = dict.fromkeys(self.blocks)
         if connection is not None and not connection.closed:
-            # Close it for real: the pool may be another one. But in memory the data would go.
-            if isinstance(self.engine.pool, _IN_MEMORY):
-                connection.connection.rollback()  # if SQLAlchemy considers a refused end as done
-            else:
-                try:
-                    connection.rollback()
-                finally:  # a statement may be running
+            try:  # also if SQLAlchemy considers a refused end as done
+                transactions.rolls_back(connection)
+            finally:  # a statement may be running
+                # Close it for real: the pool may be another one. But in memory the data would go.
+                if not isinstance(self.engine.pool, _IN_MEMORY):
                     connection.invalidate()
             connection.close()
 

@@ -22,6 +22,11 @@ T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
 ISOLATED: Final = "fastapi_sqlnative_isolated"
 OURS: Final = "fastapi_sqlnative_testing"
+# Execution options that a connection can't change in its transaction, or that can't be unset.
+_FIXED: Final = (
+    *("isolation_level", "postgresql_readonly", "postgresql_deferrable"),
+    *("max_row_buffer", "insertmanyvalues_page_size"),
+)
 _ENDS: Final = re.compile(r"\s*(commit|end|abort|rollback)\b(?!(\s+(work|transaction))?\s+to\b)")
 _READS: Final = ("select", "with", "values", "pragma", "show", "explain", "set", "listen")
 _DEFINES: Final = ("create", "alter", "drop", "comment", "grant")
@@ -144,8 +149,8 @@ class IsolatedConnection:
         self.loop = running_loop() if self.engine.dialect.is_async else None
         with ExitStack() as undo:  # a failure or cancellation leaves no connection
             connection = undo.enter_context(self.engine.connect())
-            event.listen(connection, "set_connection_execution_options", _keep_buffered)
-            connection.execution_options(**{ISOLATED: self})
+            event.listen(connection, "set_connection_execution_options", self._keep_options)
+            connection.execution_options()
             transaction = connection.begin()
             transactions.begin_before_savepoint(connection)
             if transactions.autocommits(connection):
@@ -158,6 +163,14 @@ class IsolatedConnection:
         event.listen(connection, "commit", self._refuse_end)
         event.listen(connection, "rollback", self._refuse_end)
         return connection
+
+    def _keep_options(self, _: Connection, options: dict[str, Any]) -> None:
+        """Ignore options that must stay as they are. SQLAlchemy refuses AUTOCOMMIT."""
+        for key in _FIXED:
+            if options.get(key) != "AUTOCOMMIT":
+                options.pop(key, None)
+        # Drivers open a cursor on the server for every statement otherwise, also for a SAVEPOINT.
+        options.update({ISOLATED: self, "stream_results": False, "yield_per": None})
 
     def _refuse_end(self, _: Connection) -> None:
         if self._connection is not None:  # it is not the end of the block
@@ -190,11 +203,10 @@ class IsolatedConnection:
         """Refuse statements that would end the block, and writes over other connections."""
         sql = without_literals(statement).lower()
         if isolated_on(connection) is self:
-            command, following = sql.partition(" ")[::2]
-            if self.root == "" and command == "savepoint":
-                self.root = following
+            if self.root == "" and sql.startswith("savepoint "):
+                self.root = sql.partition(" ")[2]
             # A trigger or function may contain `; END`.
-            if any(map(_ENDS.match, [sql] if command == "create" else sql.split(";"))):
+            if any(map(_ENDS.match, [sql] if sql.startswith("create ") else sql.split(";"))):
                 raise self.refused("COMMIT and ROLLBACK as text would end the block.")
         # DDL is allowed before the first use; later it could wait for the test's locks.
         elif not (
@@ -281,11 +293,6 @@ class IsolatedConnection:
                 "should leave get_db() as it is and load its objects from the request's session."
             )
         return asyncio.run_coroutine_threadsafe(run_in_greenlet(work), loop).result()
-
-
-def _keep_buffered(_: Connection, options: dict[str, Any]) -> None:
-    # Drivers open a cursor on the server for every statement otherwise, also for a SAVEPOINT.
-    options.update(stream_results=False, yield_per=None)
 
 
 def isolated_on(connection: Connection) -> IsolatedConnection | None:

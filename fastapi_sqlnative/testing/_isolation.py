@@ -21,7 +21,7 @@ from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
-from ._sessions import IsolatedSession, OwnSession, settable
+from ._sessions import IsolatedSession, OwnSession, without_level
 from ._targets import IsolationError, connect_alike, observing, places, ready_engine, running_loop
 from ._turns import Turn, joins_flow, marking_requests
 
@@ -217,7 +217,7 @@ class Isolated:
             "expire_on_commit": kind is Session,  # an async refresh would need an await
         }
         if "execution_options" in options:  # SQLAlchemy 2.1
-            options["execution_options"] = settable(options["execution_options"])
+            options["execution_options"] = without_level(options["execution_options"])
         class_ = options.pop("class_", kind)
         base = options.pop("sync_session_class", getattr(class_, "sync_session_class", class_))
         attributes: dict[str, Any] = {

@@ -13,25 +13,19 @@ from sqlalchemy.util import immutabledict
 
 from .._sessions.options import AUTOCOMMIT
 from .._sessions.session import NativeSession
-from ._connections import ISOLATED, IsolatedConnection
+from ._connections import IsolatedConnection
 from ._turns import Turn, joins_flow
 
-# Execution options that a connection can't change in its transaction, or that can't be unset.
-_FIXED = (
-    *("isolation_level", "postgresql_readonly", "postgresql_deferrable"),
-    *("max_row_buffer", "insertmanyvalues_page_size", ISOLATED),
-)
 
-
-def settable(given: Mapping[str, Any]) -> immutabledict[str, Any]:
-    """Leave out the execution options that must stay as they are."""
-    return immutabledict({key: given[key] for key in given if key not in _FIXED})
+def without_level(given: Mapping[str, Any]) -> immutabledict[str, Any]:
+    """Leave out the isolation level, even AUTOCOMMIT, from execution options."""
+    return immutabledict({key: given[key] for key in given if key != "isolation_level"})
 
 
 def _use_options(connection: Connection, given: Mapping[str, Any]) -> Callable[[], object]:
     """Set a connection's execution options as if it were new; return a function to undo it."""
     before = connection.get_execution_options()
-    connection.execution_options(**settable(dict.fromkeys(before) | dict(given)))
+    connection.execution_options(**dict.fromkeys(before) | without_level(given))
     return partial(_use_options, connection, before)
 
 
@@ -54,23 +48,13 @@ class IsolatedSession(NativeSession):
         if not (isinstance(bind, Engine) and self.sqlnative.executing and begins):
             return bind
         # SQLAlchemy 2.0 sets no options here.
-        self.execution_options = settable(getattr(self, "execution_options", {}))
+        self.execution_options = without_level(getattr(self, "execution_options", {}))
         isolated = self.connection_of(self.sqlnative.state.name, bind)
         connection = isolated.begin(self, transaction=self.sqlnative.options is not AUTOCOMMIT)
         if connection not in self.sqlnative.connections:
             self.isolated.callback(isolated.end, self)
             self.isolated.callback(_use_options(connection, bind.get_execution_options()))
         return connection
-
-    def connection(
-        self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
-    ) -> Connection:
-        """Hand out the connection, whose transaction keeps its isolation level."""
-        given = execution_options or {}
-        # SQLAlchemy refuses AUTOCOMMIT, whose work could not be undone.
-        if given.get("isolation_level") != "AUTOCOMMIT":
-            given = settable(given)
-        return super().connection(bind_arguments, given)
 
 
 @event.listens_for(IsolatedSession, "do_orm_execute")

@@ -82,7 +82,22 @@ class Isolated:
         return self._enter(Session)
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        mine = [each for each in self.connections if self in each.blocks]
+        inner = None  # a block that is still open, whose savepoint would end with this one's
+        for each in mine:
+            while (last := next(reversed(each.blocks))) is not self:
+                inner = last
+                inner.__exit__()
+        with ExitStack() as turn:  # of all of them, so that a worker ends what it has begun
+            for each in [each for each in mine if each.blocks[self] is not None][:1]:
+                with suppress(IsolationError):  # what it has open for so long is undone as well
+                    each.run(partial(turn.enter_context, self.turn.during(self, each)))
+            self.ended = True
+            self._restore.close()
+            for each in mine:
+                each.leave(self)
+        if inner is not None:
+            raise IsolationError("A block inside this one was still open: leave that one first.")
 
     async def __aenter__(self) -> AsyncSession:
         if not self._asynchronous():
@@ -94,7 +109,7 @@ class Isolated:
         return session
 
     async def __aexit__(self, *_: object) -> None:
-        await call_off_loop(self._leave)  # because it waits for this event loop
+        await call_off_loop(self.__exit__)  # because it waits for this event loop
 
     def _asynchronous(self) -> list[Installation]:
         return [each for _, each in self._chosen if not isinstance(ready_engine(each), Engine)]
@@ -111,7 +126,7 @@ class Isolated:
 
     def _enter(self, kind: type[T]) -> T:
         with ExitStack() as undo:
-            undo.callback(self._leave)
+            undo.push(self)
             hooks: dict[str, Callable[..., None]] = {
                 "after_transaction_create": self._track_session,
                 "do_orm_execute": self._track_session,  # before a first query has its connection
@@ -130,24 +145,6 @@ class Isolated:
             session: T = self._own_session(kind)
             undo.pop_all()
         return session
-
-    def _leave(self) -> None:
-        mine = [each for each in self.connections if self in each.blocks]
-        inner = None  # a block that is still open, whose savepoint would end with this one's
-        for each in mine:
-            while (last := next(reversed(each.blocks))) is not self:
-                inner = last
-                inner.__exit__()
-        with ExitStack() as turn:  # of all of them, so that a worker ends what it has begun
-            for each in [each for each in mine if each.blocks[self] is not None][:1]:
-                with suppress(IsolationError):  # what it has open for so long is undone as well
-                    each.run(partial(turn.enter_context, self.turn.during(self, each)))
-            self.ended = True
-            self._restore.close()
-            for each in mine:
-                each.leave(self)
-        if inner is not None:
-            raise IsolationError("A block inside this one was still open: leave that one first.")
 
     # -- the databases ---------------------------------------------------------------------
 

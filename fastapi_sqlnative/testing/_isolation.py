@@ -16,7 +16,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from starlette.applications import Starlette
 
 from .._lifespan.lifespan import call_off_loop
-from .._lifespan.running import Installation
+from .._lifespan.running import Installation, Shutdown
 from .._sessions.engines import run_in_greenlet, sync_engine
 from .._sessions.session import NativeSession
 from ..databases import AnyDatabase, sessions_of
@@ -137,7 +137,9 @@ class Isolated:
                 event.listen(Session, hook, listener)
                 self._restore.callback(event.remove, Session, hook, listener)
             for _, installation in self._chosen:
-                self._close_before_shutdown(installation)
+                shutdown = installation.shutdown
+                installation.shutdown = partial(self._close_and_shut_down, shutdown)
+                self._restore.callback(setattr, installation, "shutdown", shutdown)
                 if (engine := ready_engine(installation)) is not None:
                     self._connection_of(installation.name, sync_engine(engine)).enter(self)
             self._restore.enter_context(marking_requests(self._app))
@@ -188,19 +190,13 @@ class Isolated:
         """Return the application's event loop."""
         return next((each.runs[0].loop for each, _ in self._chosen if each.runs), self.loop)
 
-    def _close_before_shutdown(self, installation: Installation) -> None:
+    async def _close_and_shut_down(self, shutdown: Shutdown | None) -> None:
         """Close a connection that cannot outlive the application, before its event loop ends."""
-        shutdown = installation.shutdown
-
-        async def close_and_shut_down() -> None:
-            for each in self.connections:
-                if self in each.blocks and each.ends_with(asyncio.get_running_loop()):
-                    await run_in_greenlet(each.close)
-            if shutdown is not None:
-                await call_off_loop(shutdown)
-
-        installation.shutdown = close_and_shut_down
-        self._restore.callback(setattr, installation, "shutdown", shutdown)
+        for each in self.connections:
+            if self in each.blocks and each.ends_with(asyncio.get_running_loop()):
+                await run_in_greenlet(each.close)
+        if shutdown is not None:
+            await call_off_loop(shutdown)
 
     # -- the test's sessions ---------------------------------------------------------------
 

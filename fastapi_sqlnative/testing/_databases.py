@@ -204,13 +204,13 @@ def cloned(app: Starlette, *names: str, templates: Templates) -> Generator[None]
             else:
                 _wait_for(dispose, engine)  # idle connections lead to the installed database
                 undo.callback(_wait_for, dispose, engine)
-                undo.callback(_redirect(sync_engine(engine), copies[template]))
+                _redirect(engine, copies[template], undo)
         yield
 
 
 async def _build(factory: Any, database: str) -> AnyEngine:
     engine: AnyEngine = await call_factory(factory)
-    _redirect(sync_engine(engine), database)  # never undone: the app disposes of the engine
+    _redirect(engine, database, ExitStack())  # never undone: the app disposes of the engine
     return engine
 
 
@@ -258,20 +258,19 @@ async def _use(engine: AnyEngine, database: str, work: Prepare) -> None:
             connection.commit()
 
     await dispose(engine)  # idle connections, which lead to the original database
-    undo = _redirect(sync_engine(engine), database)
     try:
-        await run_on_engine(engine, use)
+        with ExitStack() as undo:
+            _redirect(engine, database, undo)
+            await run_on_engine(engine, use)
     finally:
-        undo()
         await dispose(engine)
 
 
-def _redirect(engine: Engine, database: str) -> Callable[[], None]:
-    """Make an engine connect to another database on its server; return a function to undo it."""
-    own, other = (
-        engine.dialect.create_connect_args(url)
-        for url in (engine.url, engine.url.set(database=database))
-    )
+def _redirect(engine: AnyEngine, database: str, undo: ExitStack) -> None:
+    """Make an engine connect to another database on its server."""
+    inner = sync_engine(engine)
+    urls = inner.url, inner.url.set(database=database)
+    own, other = map(inner.dialect.create_connect_args, urls)
     changed = {key: value for key, value in other[1].items() if own[1].get(key) != value}
 
     # It connects nothing itself, so that a block inside another one has the last word.
@@ -280,11 +279,8 @@ def _redirect(engine: Engine, database: str) -> Callable[[], None]:
         arguments[:] = other[0]
         options.update(changed)
 
-    def undo() -> None:
-        event.remove(engine, "do_connect", connect)
-        engine.update_execution_options(**{CLONE: outer})
-
-    outer = engine.get_execution_options().get(CLONE)
-    engine.update_execution_options(**{CLONE: database})
-    event.listen(engine, "do_connect", connect)
-    return undo
+    event.listen(inner, "do_connect", connect)
+    undo.callback(event.remove, inner, "do_connect", connect)
+    outer = inner.get_execution_options().get(CLONE)
+    inner.update_execution_options(**{CLONE: database})
+    undo.callback(inner.update_execution_options, **{CLONE: outer})

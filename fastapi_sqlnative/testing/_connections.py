@@ -16,7 +16,7 @@ from .._drivers.statements import without_literals, writes
 from .._sessions.engines import run_in_greenlet
 from .._sessions.session import NativeSession
 from ._targets import IsolationError, running_loop
-from ._turns import REFUSED, SERVED, Turn, in_flow
+from ._turns import ENDED, REFUSED, SERVED, Turn, in_flow
 
 T = TypeVar("T")
 # The execution options that mark an isolated connection, and the block's own statements.
@@ -142,10 +142,7 @@ class IsolatedConnection:
 
     def _open(self) -> Connection:
         if not self.blocks:
-            raise self.refused(
-                "the block has ended. Finish work inside it: if the lifespan starts a worker, "
-                "enter the block before the client."
-            )
+            raise self.refused(ENDED)
         self.loop = running_loop() if self.engine.dialect.is_async else None
         with ExitStack() as undo:  # a failure or cancellation leaves no connection
             connection = undo.enter_context(self.engine.connect())

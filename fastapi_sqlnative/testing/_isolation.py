@@ -23,7 +23,7 @@ from ..databases import AnyDatabase, sessions_of
 from ._connections import IsolatedConnection
 from ._sessions import IsolatedSession, OwnSession, without_level
 from ._targets import IsolationError, connect_alike, observing, places, ready_engine, running_loop
-from ._turns import Turn, joins_flow, marking_requests
+from ._turns import ENDED, Turn, joins_flow, marking_requests
 
 T = TypeVar("T")
 # The outer block, with which other blocks of the same test share connections, for any application.
@@ -166,14 +166,11 @@ class Isolated:
         """Return the isolated connection of a database, making it if necessary."""
         known = (each for each in self.connections if each.blocks)
         found = next((each for each in known if connect_alike(each.engine, engine)), None)
-        if self.ended:
-            raise IsolationError(
-                f"The isolated(app) block of database {name!r} has ended: finish work with the "
-                "database inside the block."
-            )
         if found is None:
             found = IsolatedConnection(name, engine, self.turn, self._home)
             self.connections.append(found)
+        if self.ended:
+            raise found.refused(ENDED)
         if found.engine.dialect.is_async is not engine.dialect.is_async:
             raise IsolationError(
                 f"{found.name!r} and {name!r} are the same database, but an Engine and an "

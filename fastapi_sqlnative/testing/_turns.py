@@ -35,6 +35,10 @@ _OPEN: Final = (
     "another session's transaction, such as a websocket's, is still open on the only connection. "
     "End it first (await it, on the event loop), or test with cloned(app)."
 )
+ENDED: Final = (
+    "the block has ended. Finish work inside it: if the lifespan starts a worker, enter the block "
+    "before the client."
+)
 # The sessions used in this request, task or test, or in the one that started it.
 FLOW: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("fastapi_sqlnative_flow", default=())
 

@@ -119,8 +119,9 @@ class OwnSession(Session):
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method in this session's turn, where the connection may be used."""
         call = partial(method, *args, **options)
-        if self.turn.holds(self):
-            return call()  # without the connection: a factory's engine may be gone at the end
+        # At the end a factory's engine may be gone, or the event loop closed.
+        if self.turn.holds(self) or (method.__name__ in _UNDO and not self.in_transaction()):
+            return call()
         joins_flow(self)  # here, not in the other thread
         isolated = self.own_connection()
 
@@ -141,10 +142,7 @@ _ENDS = (*_UNDO, "commit", "__exit__")
 
 def _has_turn(name: str) -> Callable[..., Any]:
     def method(self: OwnSession, *args: Any, **options: Any) -> Any:
-        call = getattr(super(OwnSession, self), name)
-        if name in _UNDO and not self.in_transaction():
-            return call(*args, **options)  # the event loop may already be closed
-        return self.in_turn(call, *args, **options)
+        return self.in_turn(getattr(super(OwnSession, self), name), *args, **options)
 
     return method
 

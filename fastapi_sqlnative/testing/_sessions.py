@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any, ClassVar, Self, cast
 
 from sqlalchemy import Connection, Engine, event
@@ -116,6 +116,10 @@ class OwnSession(Session):
         begun = self.in_turn(super().begin, nested)
         return cast("SessionTransaction", _Begun(self, begun))
 
+    def super_in_turn(self, name: str, *args: Any, **options: Any) -> Any:
+        """Call a method of SQLAlchemy's session in this session's turn."""
+        return self.in_turn(getattr(super(), name), *args, **options)
+
     def in_turn(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method in this session's turn, where the connection may be used."""
         call = partial(method, *args, **options)
@@ -139,18 +143,10 @@ class OwnSession(Session):
 _UNDO = ("close", "rollback", "reset")
 _ENDS = (*_UNDO, "commit", "__exit__")
 
-
-def _has_turn(name: str) -> Callable[..., Any]:
-    def method(self: OwnSession, *args: Any, **options: Any) -> Any:
-        return self.in_turn(getattr(super(OwnSession, self), name), *args, **options)
-
-    return method
-
-
 _LOADS = ("execute", "scalars", "scalar")  # all others call `execute`
 _BULK = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
 for _name in (*_LOADS, *_BULK, *_UNDO, "connection", "commit"):
-    setattr(OwnSession, _name, _has_turn(_name))
+    setattr(OwnSession, _name, partialmethod(OwnSession.super_in_turn, _name))
 
 
 class _Begun:

@@ -263,9 +263,9 @@ def test_a_transaction_that_sets_its_own_level(app: FastAPI, kind: Kind, rows: R
     SQLAlchemy's documentation sets a level in this way.
     """
 
-    def serializable(session: Session) -> None:
+    def serializable(session: Session, name: str = "added") -> None:
         session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
-        add("added")(session)
+        add(name)(session)
 
     def autocommit(session: Session) -> None:
         session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
@@ -276,7 +276,8 @@ def test_a_transaction_that_sets_its_own_level(app: FastAPI, kind: Kind, rows: R
         assert client.post("/serializable").status_code == 201
         with pytest.raises(InvalidRequestError, match="isolation_level may not be altered"):
             client.post("/autocommit")
-        assert names(session) == ["added"]
+        serializable(session, "mine")
+        assert names(session) == ["added", "mine"]
     assert rows.names == []
 
 

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from ._sessions.session import AnySession, record_of
 from .errors import describe_database_error
@@ -63,23 +63,16 @@ class Retries:
                 failure.kind.value,
             )
 
-    def checked(self, result: T) -> T:
-        """Refuse a coroutine or generator: nothing has run, so there is nothing to commit."""
-        if isinstance(result, Coroutine | Generator | AsyncGenerator):
-            raise self._mistake(result)
-        return result
-
-    def awaitable(self, result: Awaitable[T]) -> Awaitable[T]:
-        """Refuse what a `def` or an asynchronous generator has returned to an AsyncDatabase."""
-        if not isinstance(cast("object", result), Awaitable):
-            raise self._mistake(result)
-        return result
-
-    def _mistake(self, result: Any) -> TypeError:
+    def checked(self, result: T, *, to_await: bool = False) -> T:
+        """Refuse work that has not run, or that cannot, `to_await`: there is nothing to commit."""
+        lazy = isinstance(result, Coroutine | Generator | AsyncGenerator)
+        fits = isinstance(result, Awaitable) if to_await else not lazy
+        if fits:
+            return result
         kind = type(result).__name__
         if isinstance(result, Coroutine | Generator):
             result.close()
-        return TypeError(
+        raise TypeError(
             f"The work on database {self._name!r} returned a {kind}, so it was "
             "rolled back. Write a function without `yield` that returns when the work is done: a "
             "Database needs a `def`, an AsyncDatabase needs an `async def`."

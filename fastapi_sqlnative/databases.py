@@ -218,7 +218,7 @@ class AsyncDatabase(_Database[AsyncEngine]):
             with retries.attempt():
                 async with self.transaction(**options) as session:
                     retries.session = session
-                    return retries.checked(await retries.awaitable(work(session)))
+                    return retries.checked(await retries.checked(work(session), to_await=True))
 
     async def ping(self, timeout: float = 5.0) -> None:
         """Query one row like `Database.ping`, but cancel the query when the time is up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import anyio.to_thread
@@ -170,16 +170,19 @@ class UnitOfWork:
         """Wait for a place again, in the greenlet or thread that wants a connection."""
         record.on_wanted = None
         database = self.running.database(record.state.name)
-        entering = self._enter_again(database)
         if isinstance(database, AsyncDatabase):
-            await_only(entering)
+            await_only(self._enter_again(database, threads=0))
         else:  # in any thread, for example asyncio.to_thread()'s
-            asyncio.run_coroutine_threadsafe(_without_thread(entering), self._loop).result()
+            entering = self._enter_again(database, threads=1)
+            asyncio.run_coroutine_threadsafe(entering, self._loop).result()
 
-    async def _enter_again(self, database: AnyDatabase) -> None:
+    async def _enter_again(self, database: AnyDatabase, threads: int) -> None:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        limiter.total_tokens += threads  # for a waiting one: those in the gate need some to leave
         try:
             await self._admit(self.running.limiters(self._route, database), database)
         finally:
+            limiter.total_tokens -= threads
             if any(record.finished for record in self._records):
                 self.running.gate.leave(self)  # cancelled meanwhile: nobody else will leave
 
@@ -208,16 +211,6 @@ class UnitOfWork:
 
     def _others(self, session: NativeSession) -> list[Record]:
         return [record for record in self._records if record is not session.sqlnative]
-
-
-async def _without_thread(entering: Coroutine[Any, Any, None]) -> None:
-    """Let others use one more thread while one waits: those in the gate need threads to leave."""
-    limiter = anyio.to_thread.current_default_thread_limiter()
-    limiter.total_tokens += 1
-    try:
-        await entering
-    finally:
-        limiter.total_tokens -= 1
 
 
 # -- one session; plain code in a greenlet or a thread ------------------------------------------

@@ -9,15 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ._drivers.pools import (
-    OUTSIDE,
-    ask_pool,
-    beside_pool,
-    knows_server,
-    pool_capacity,
-    pool_timeout,
-    wait_for_first_connection,
-)
+from ._drivers import pools
 from ._sessions.engines import ask
 from .errors import DatabaseErrorKind, describe_database_error
 
@@ -57,24 +49,24 @@ def ask_database(engine: Engine, *, in_use: int, writable: bool) -> DatabaseStat
         return DatabaseState.UP
     full = is_full(engine)
     if full:
-        wait_for_first_connection(engine)
+        pools.wait_for_first_connection(engine)
     if isinstance(pool, sa.QueuePool) and pool.checkedin():
         with suppress(Exception):  # a stale connection; the server may be back, so retry below
             return _ask(engine, writable)
     elif not (
         isinstance(pool, _EXCLUSIVE)
         or full
-        or (ask_pool(pool, "checkedout") and knows_server(engine))
+        or (pools.ask_pool(pool, "checkedout") and pools.knows_server(engine))
     ):
         # Nobody queues for an unused pool, or for one that is making its first connections.
         return _ask(engine, writable)
     try:
-        with beside_pool(engine) as outside:
+        with pools.beside_pool(engine) as outside:
             state = _ask(outside, writable)
     except Exception as error:
         failure = describe_database_error(error)
         server_full = failure and failure.kind is DatabaseErrorKind.TOO_MANY_CONNECTIONS
-        if server_full and ask_pool(pool, "checkedout"):
+        if server_full and pools.ask_pool(pool, "checkedout"):
             return DatabaseState.SATURATED
         raise
     return DatabaseState.SATURATED if full and state is DatabaseState.UP else state
@@ -95,7 +87,7 @@ def is_wedged(engine: Engine, seconds: float) -> bool:
     """
     last_checkout = engine.get_execution_options().get(_LAST_CHECKOUT) or _listen(engine)
     # If a connection had come back, the pool would not be full or would have had a checkout.
-    limit = max(seconds, pool_timeout(engine.pool))
+    limit = max(seconds, pools.pool_timeout(engine.pool))
     return is_full(engine) and monotonic() - last_checkout[0] > limit
 
 
@@ -103,7 +95,7 @@ def _listen(engine: Engine) -> list[float]:
     last_checkout = [monotonic()]
 
     def note(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
-        if OUTSIDE not in record.info:
+        if pools.OUTSIDE not in record.info:
             last_checkout[0] = monotonic()
 
     event.listen(engine, "checkout", note)
@@ -113,5 +105,5 @@ def _listen(engine: Engine) -> list[float]:
 
 def is_full(engine: Engine) -> bool:
     """Return whether every connection that the pool allows is in use."""
-    capacity, in_use = pool_capacity(engine.pool), ask_pool(engine.pool, "checkedout")
+    capacity, in_use = pools.pool_capacity(engine.pool), pools.ask_pool(engine.pool, "checkedout")
     return capacity is not None and in_use is not None and in_use >= capacity

@@ -64,7 +64,7 @@ class Retries:
             )
 
     def checked(self, result: T, *, to_await: bool = False) -> T:
-        """Refuse work that has not run, or that cannot, `to_await`: there is nothing to commit."""
+        """Refuse a result that has not run, or one `to_await` that cannot be awaited."""
         lazy = isinstance(result, Coroutine | Generator | AsyncGenerator)
         fits = isinstance(result, Awaitable) if to_await else not lazy
         if fits:

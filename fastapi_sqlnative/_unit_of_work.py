@@ -178,7 +178,8 @@ class UnitOfWork:
 
     async def _enter_again(self, database: AnyDatabase, threads: int) -> None:
         limiter = anyio.to_thread.current_default_thread_limiter()
-        limiter.total_tokens += threads  # for a waiting one: those in the gate need some to leave
+        # One more while a thread waits: those in the gate need threads to leave.
+        limiter.total_tokens += threads
         try:
             await self._admit(self.running.limiters(self._route, database), database)
         finally:

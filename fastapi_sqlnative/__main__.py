@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import configparser
 import dataclasses
 import json
 import pkgutil
@@ -83,11 +82,12 @@ def _row(text: str) -> str:
 
 
 async def _ask(options: argparse.Namespace) -> list[Finding]:
+    alembic = (each.rpartition("=") for each in options.alembic)
     findings = await check_databases(
         _application(options.app, options.factory),
         processes=options.processes,
         timeout=options.timeout,
-        alembic=dict(map(_configuration, options.alembic)),
+        alembic={name or "default": path for name, _, path in alembic},
         progress=partial(print, file=sys.stderr, flush=True),
     )
     if not findings:
@@ -102,17 +102,6 @@ async def _ask(options: argparse.Namespace) -> list[Finding]:
         else each
         for each in findings
     ]
-
-
-def _configuration(given: str) -> tuple[str, Any]:
-    """Read the section that is named like the database, if there is one: `alembic -n NAME`."""
-    name, _, path = given.rpartition("=")
-    sections = configparser.RawConfigParser()
-    if name and sections.read(path) and sections.has_section(name):
-        from alembic.config import Config  # an extra
-
-        return name, Config(path, ini_section=name)
-    return name or "default", path
 
 
 def _names(row: Finding) -> list[str]:

@@ -53,7 +53,8 @@ def alembic_check(
     - `behind`, not ready: anything else. `alembic upgrade` has not run, or not to the end.
 
     Args:
-        config: Alembic's `Config`, or the path of an ini file.
+        config: Alembic's `Config`, or the path of an ini file. If it has a section of the
+            database's name, as for `alembic -n NAME`, that is read, else `[alembic]`.
         database: the name given to `install_database`, on the application that includes the
             router or on one that it is mounted in.
         version_table: as passed to `context.configure` in env.py, which is not read.
@@ -68,7 +69,7 @@ def alembic_check(
         app.include_router(health_router(checks={"migrations": alembic_check("alembic.ini")}))
     """
     name = trimmed(database)
-    wanted = Revisions.read(config)
+    wanted = Revisions.read(config, name)
     seen = WeakKeyDictionary[AnyDatabase, CheckResult]()
 
     def read(engine: Engine) -> frozenset[str]:
@@ -112,8 +113,8 @@ class Revisions(NamedTuple):
     heads: frozenset[str]
 
     @classmethod
-    def read(cls, config: Config | str | os.PathLike[str]) -> Revisions:
-        """Read a script directory; raise as `alembic_check` does."""
+    def read(cls, config: Config | str | os.PathLike[str], database: str) -> Revisions:
+        """Read the script directory of a database; raise as `alembic_check` does."""
         if not isinstance(config, Config):
             if not Path(config).is_file():
                 raise FileNotFoundError(
@@ -121,6 +122,8 @@ class Revisions(NamedTuple):
                     f"{Path.cwd()}): pass a path that works wherever the application is started."
                 )
             config = Config(config)
+            if config.file_config.has_option(database, "script_location"):
+                config.config_ini_section = database
         script = ScriptDirectory.from_config(config)
         heads = set(script.get_heads())
         if not heads:

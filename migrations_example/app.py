@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from alembic.config import Config
 from fastapi import APIRouter, Depends, FastAPI
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -41,10 +40,9 @@ def create_app() -> FastAPI:
     app = FastAPI(title="Bookshop")
     install_database(app, engine=partial(application_engine, "default"))
     install_database(app, name="analytics", engine=partial(application_engine, "analytics"))
-    analytics = Config(ALEMBIC, ini_section="analytics")
     checks = {
         "migrations": alembic_check(ALEMBIC),
-        "analytics migrations": alembic_check(analytics, database="analytics"),
+        "analytics migrations": alembic_check(ALEMBIC, database="analytics"),
     }
     app.include_router(health_router(checks=checks))
     app.include_router(router)

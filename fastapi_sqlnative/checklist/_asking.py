@@ -51,7 +51,8 @@ async def check_databases(
         app: the application.
         processes: the number of processes that serve it, across all replicas; each has its pools.
         timeout: seconds for all answers of each database.
-        alembic: Alembic configurations whose heads a database should be at, by database name.
+        alembic: Alembic configurations whose heads a database should be at, by database name, as
+            for `alembic_check`.
         progress: called with a line when a database is asked and when that is done.
 
     Raises:
@@ -64,7 +65,7 @@ async def check_databases(
     if processes < 1:
         raise ValueError(f"processes must be at least 1; it is {processes}.")
     installed = _installed(app)
-    migrations = {name: _migrations(config) for name, config in (alembic or {}).items()}
+    migrations = {name: _migrations(name, config) for name, config in (alembic or {}).items()}
     if unknown := migrations.keys() - installed.keys():
         known = ", ".join(map(repr, installed)) or "none"
         raise ValueError(f"alembic names {sorted(unknown)}; the installed databases are: {known}.")
@@ -94,11 +95,11 @@ def _installed(app: Starlette) -> dict[str, Installation]:
     return found
 
 
-def _migrations(config: AlembicConfig) -> questions.Questions:
+def _migrations(name: str, config: AlembicConfig) -> questions.Questions:
     """Make the question about Alembic's heads, reading the script directory now."""
     from ..migrations import Revisions, current_revisions  # Alembic is an extra
 
-    wanted = Revisions.read(config)
+    wanted = Revisions.read(config, name)
 
     def ask(asked: questions.Asked) -> questions.Answer:
         found = current_revisions(asked.connection)

@@ -53,8 +53,8 @@ def alembic_check(
     - `behind`, not ready: anything else. `alembic upgrade` has not run, or not to the end.
 
     Args:
-        config: Alembic's `Config`, or the path of an ini file. If it has a section of the
-            database's name, as for `alembic -n NAME`, that is read, else `[alembic]`.
+        config: Alembic's `Config`, or the path of an ini file. Of a file, the section of the
+            database's name is read if it has or inherits a `script_location`, else `[alembic]`.
         database: the name given to `install_database`, on the application that includes the
             router or on one that it is mounted in.
         version_table: as passed to `context.configure` in env.py, which is not read.

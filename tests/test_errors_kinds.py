@@ -524,6 +524,27 @@ def test_a_value_that_the_driver_cannot_send_is_a_bad_value(
     assert found.kind is Kind.BAD_VALUE
 
 
+@pytest.mark.parametrize("sent", ["once", "repeatedly", "without parameters"])
+def test_a_refused_value_is_an_error_of_the_database(sent: str) -> None:
+    """A value that the driver cannot send is SQLAlchemy's error in a session of ours."""
+    given: dict[str, tuple[str, Any]] = {
+        "once": ("SELECT ?", ("\ud800",)),
+        "repeatedly": ("INSERT INTO item VALUES (?)", [("\ud800",), ("\ud800",)]),
+        "without parameters": ("SELECT '\ud800'", None),
+    }
+    engine, options = sqlite(), {"no_parameters": sent == "without parameters"}
+    with Database(engine).transaction() as session:
+        session.execute(text("CREATE TABLE item (name TEXT)"))
+        connection = session.connection()
+        with pytest.raises(DBAPIError) as caught:
+            connection.exec_driver_sql(*given[sent], execution_options=options)
+    found = describe_database_error(caught.value)
+    assert found is not None
+    assert found.kind is Kind.BAD_VALUE
+    assert vars(caught.value)["database_name"] == "default"
+    engine.dispose()
+
+
 @pytest.mark.parametrize("name", ["before_cursor_execute", "do_execute"])
 def test_the_value_error_of_a_listener_is_no_error_of_the_database(name: str) -> None:
     """A ValueError that a listener of the application raises reaches the caller as it is."""

@@ -22,7 +22,7 @@ from conftest import WorkerPostgres
 from fastapi_sqlnative import install_database, installed_databases
 from fastapi_sqlnative._sessions.engines import sync_engine
 from fastapi_sqlnative.health import CheckResult, health_router
-from fastapi_sqlnative.migrations import alembic_check
+from fastapi_sqlnative.migrations import Revisions, alembic_check
 from tests.conftest import MakeEngine
 from tests.in_process import running, sqlite
 from tests.serving import backends, serve
@@ -116,6 +116,18 @@ def installed(engine: Engine | AsyncEngine, name: str = "default") -> FastAPI:
     app = FastAPI()
     install_database(app, name=name, engine=engine, shutdown=engine.dispose)
     return app
+
+
+def test_a_path_may_have_a_section_for_the_database(scripts: Scripts, tmp_path: Path) -> None:
+    """Of a file, the section of the database's name is read, unless it names no scripts."""
+    Scripts(tmp_path / "others").add("three")
+    path = tmp_path / "alembic.ini"
+    path.write_text(
+        f"[alembic]\nscript_location = {scripts.folder}\n[loggers]\nkeys = root\n"
+        f"[others]\nscript_location = {tmp_path / 'others'}\n"
+    )
+    assert Revisions.read(path, "others").heads == {"three"}
+    assert Revisions.read(path, "loggers").heads == Revisions.read(path, "default").heads == {"two"}
 
 
 def note_statements(engine: Engine | AsyncEngine) -> list[str]:

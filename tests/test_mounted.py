@@ -496,7 +496,7 @@ async def test_an_application_that_is_mounted_too_late() -> None:
     install(app, "root")
     async with running(app):
         app.mount("/sub", showing())
-        with pytest.raises(DatabaseNotInstalledError, match="mounted before that or by it"):
+        with pytest.raises(DatabaseNotInstalledError, match="mount it before that starts"):
             await ask(app, "/sub/default")
 
 

@@ -106,7 +106,8 @@ def recognize(error: BaseException) -> OperationalError | None:
 def is_refused_value(error: BaseException, connection: Connection) -> bool:
     """Return whether the driver could not send a value: text that it can't encode, a big number.
 
-    A listener may raise a ValueError of its own, which is none of the database's.
+    A listener may raise a ValueError of its own, which is none of the database's. Some drivers
+    fetch at once; there, a value that they can't read counts as well.
     """
     dialect = connection.dialect
     sending = dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params

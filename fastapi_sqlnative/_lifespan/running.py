@@ -162,8 +162,8 @@ def not_installed(name: str, names: list[str]) -> DatabaseNotInstalledError:
     if not names:
         known = (
             "None is installed. A mounted application sees the databases of the application around "
-            "it once that application's lifespan is running, if it was mounted before that or by "
-            "it. Middleware around the mounted one must keep it as its attribute `app`."
+            "it while that one's lifespan runs: mount it before that starts, or in the lifespan. "
+            "Middleware around the mounted one must keep it as its attribute `app`."
         )
     return DatabaseNotInstalledError(
         f"No database named {name!r} is installed on this application. {known} Fix the name, or "

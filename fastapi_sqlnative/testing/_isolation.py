@@ -168,7 +168,8 @@ class Isolated:
         found = next((each for each in known if connect_alike(each.engine, engine)), None)
         if found is None:
             found = IsolatedConnection(name, engine, self.turn, self._home)
-            self.connections.append(found)
+            if not self.ended:
+                self.connections.append(found)
         if self.ended:
             raise found.refused(ENDED)
         if found.engine.dialect.is_async is not engine.dialect.is_async:

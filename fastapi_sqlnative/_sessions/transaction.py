@@ -42,8 +42,13 @@ class Work:
         elif effect is Effect.UNKNOWN:
             self.unknown = True
         elif effect is Effect.DEFINE:
+            connection = result.context.root_connection
             # MySQL commits at DDL, together with everything before it.
-            self.wrote = self.defined = result.context.dialect.name not in MYSQL
+            self.wrote = connection.dialect.name not in MYSQL
+            # Python's driver for SQLite begins no transaction for it: then it is stored at once.
+            on_sqlite = connection.dialect.name == "sqlite"
+            within = not on_sqlite or transactions.is_open_on_sqlite(connection)
+            self.defined = self.wrote and within
             self.unknown = self.unknown and self.wrote
         elif effect is Effect.SAVEPOINT:
             self.savepoint_begins(savepoint, connections)

@@ -110,15 +110,15 @@ class NativeSession(Session):
         self.sqlnative.check_unfinished()
         return super().merge(*args, **options)
 
-    # SQLAlchemy 2.1 and later, where these do not call the two above.
+    if hasattr(Session, "delete_all"):  # SQLAlchemy 2.1, where these do not call the two above
 
-    def delete_all(self, *args: Any, **options: Any) -> None:
-        self.sqlnative.check_unfinished()
-        super().delete_all(*args, **options)
+        def delete_all(self, *args: Any, **options: Any) -> None:
+            self.sqlnative.check_unfinished()
+            super().delete_all(*args, **options)
 
-    def merge_all(self, *args: Any, **options: Any) -> Any:
-        self.sqlnative.check_unfinished()
-        return super().merge_all(*args, **options)
+        def merge_all(self, *args: Any, **options: Any) -> Any:
+            self.sqlnative.check_unfinished()
+            return super().merge_all(*args, **options)
 
     def refresh(self, *args: Any, **options: Any) -> None:
         self.sqlnative.check_unfinished()

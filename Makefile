@@ -53,11 +53,11 @@ test-lowest: .venv-lowest/ready ## run the tests on the lowest supported version
 # Install the given versions, and run the tests with the given drivers. Tests that depend on the
 # driver run with all drivers both times; for the others, one run is enough. FastAPI 0.137.2 is the
 # first that keeps included routers, and lists their routes differently from newer ones. Older
-# versions of anyio than this one are refused by httpx2; before 0.45, Starlette's test client can
+# versions of anyio than this one are refused by httpx2; before 0.45.1, Starlette's test client can
 # miss a websocket's message and wait forever.
 define on_lowest
 	@$(LOWEST) -m uv pip install --quiet --python $(LOWEST) --resolution lowest-direct \
-		-P fastapi -P starlette -P sqlalchemy --editable . "starlette>=0.45" anyio==4.10.0 $(1)
+		-P fastapi -P starlette -P sqlalchemy --editable . "starlette>=0.45.1" anyio==4.10.0 $(1)
 	@$(LOWEST) -m uv --quiet pip list --python $(LOWEST) --format freeze \
 		| grep -E '^(anyio|fastapi|starlette|sqlalchemy)=='
 	@$(LOWEST) -m pytest -n auto --drivers=$(2) $(OLD_WARNINGS) $(ARGS)
